@@ -1,0 +1,37 @@
+"""edgezo fine-tunes a language model in about the memory it takes to run it: forward passes only.
+
+>>> from edgezo import make_config, finetune
+>>> summary = finetune(make_config({"model": "smollm2-135m-instruct", "task": "example"}))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["RunConfig", "__version__", "finetune", "make_config", "make_plan"]
+
+if TYPE_CHECKING:
+    from edgezo.config import RunConfig, make_config
+    from edgezo.planner import make_plan
+    from edgezo.train import finetune
+
+_HOMES = {
+    "RunConfig": "edgezo.config",
+    "finetune": "edgezo.train",
+    "make_config": "edgezo.config",
+    "make_plan": "edgezo.planner",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: nothing here costs a program that only wants the version."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'edgezo' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,374 @@
+"""The command line: parses, prints, maps errors to exit codes. The work is elsewhere.
+
+Exit codes: 0 done, 1 error, 2 usage, 3 does not fit, 4 budget exceeded while running (state saved),
+5 journal and base disagree, 130 interrupted (saved). With ``--json`` standard output holds exactly
+one JSON object, errors included; progress and notes go to standard error.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from edgezo import __version__, config
+from edgezo.errors import EdgezoError, UsageError
+from edgezo.memory import allocator_policy
+
+if TYPE_CHECKING:
+    from edgezo.config import RunConfig
+
+INTERRUPTED = 130
+
+# (field, metavar or None for the field's choices, help). Every value stays text here: config.py
+# reads it and reports all problems of a command together.
+_DATA = (
+    ("data", "PATH", "Rows: a .jsonl or .csv file, or a directory with train/validation files."),
+    ("task", "NAME", "A built-in task instead of --data: sst2, trec, boolq, ..., or example."),
+    ("data_root", "DIR", "Folder that holds the data sets of --task."),
+    ("template", "TEXT", "Prompt of a labelled row; braces name its fields: '{text} It was'."),
+    ("labels", "TEXT", "Label values and their words: '0=bad,1=good'."),
+    ("label_field", "NAME", "Field that holds the label.  [default: label]"),
+    ("max_length", "N", "Longest row in tokens.  [default: 512]"),
+    ("eval_limit", "N", "Evaluate on this many validation rows.  [default: all]"),
+    ("seed", "N", "Of the data order, the directions and the low-rank basis.  [default: 0]"),
+)
+_MEMORY = (
+    ("max_mem_bytes", "SIZE", "Cap on peak resident memory: 2GB, 700MB.  [default: most of RAM]"),
+    ("precision", None, "Store of the weights.  [default: the highest that fits]"),
+    ("batch_size", "N", "Examples, that is directions, a step.  [default: 16]"),
+    ("micro_batch", "N", "Examples at once in memory.  [default: as many as fit]"),
+    ("train", "PARTS", "What is trained, joined by +: lowrank, full, norms, scales, head."),
+    ("rank", "N", "Of the low-rank factors.  [default: 8]"),
+    ("rounding", None, "How full bf16 weights keep small steps.  [default: plane]"),
+    ("estimator", None, "[default: grzo]"),
+    ("directions", None, "[default: signs; shared for mezo]"),
+)
+_RUN = (
+    ("steps", "N", "[default: 400]"),
+    ("for_s", "TIME", "Instead of --steps: 120s, 10m, 1.5h."),
+    ("step", "X", "Step: a fraction of the probe (grzo) or a learning rate (mezo)."),
+    ("sigma", "X", "Size of the probe."),
+    ("schedule", None, "[default: linear]"),
+    ("weight_decay", "X", "[default: 0]"),
+    ("head_lr", "X", "Learning rate of the head."),
+    ("eval_every", "N", "Steps between evaluations.  [default: before and after only]"),
+    ("snapshot_every", "N", "Steps between snapshots of the head."),
+)
+_THREADS = ("threads", "N", "CPU threads.  [default: PyTorch's]")
+
+Command = Callable[..., Any]
+
+
+def _options(*rows: tuple[str, str | None, str]) -> Callable[[Command], Command]:
+    """click options for fields of the configuration, in the order given."""
+
+    def decorate(command: Command) -> Command:
+        for name, metavar, text in reversed(rows):
+            choices = config.FIELDS[name].choices
+            command = click.option(
+                config.flag(name),
+                name,
+                metavar=metavar or "[" + "|".join(choices) + "]",
+                help=text,
+                shell_complete=_complete(choices),
+            )(command)
+        return command
+
+    return decorate
+
+
+def _complete(choices: Sequence[str]) -> Callable[..., list[str]]:
+    return lambda ctx, param, incomplete: [c for c in choices if c.startswith(incomplete)]
+
+
+_model = click.option("--model", metavar="MODEL", help="Card, directory, .gguf file or hub id.")
+_config = click.option("--config", "config_file", metavar="FILE", help="Settings in TOML.")
+_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="edgezo")
+def cli() -> None:
+    """Fine-tune a language model in about the memory it takes to run it: forward passes only."""
+
+
+@cli.command()
+@_model
+@_options(*_DATA, *_MEMORY, *_RUN, _THREADS)
+@click.option("--out", metavar="RUN", help="Run directory.  [default: runs/MODEL-DATA]")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--show-batch", is_flag=True, help="Print the tokens of one batch and stop.")
+@_config
+@_json
+def finetune(
+    resume: bool,
+    dry_run: bool,
+    show_batch: bool,
+    config_file: str | None,
+    as_json: bool,
+    **said: str | None,
+) -> None:
+    """Fine-tune a model under --max-mem."""
+    from edgezo import preview, report
+
+    progress = report.TerminalProgress()
+    cfg, resuming = _finetune_config(said, config_file, resume, progress.note)
+    _use_threads(cfg)
+    if show_batch:
+        text = preview.show_batch(cfg)
+        _emit(as_json, {"batch": text}, text)
+        return
+    if dry_run:
+        plan = preview.plan(cfg, progress.note)
+        _emit(as_json, plan.to_dict(), report.plan_table(plan))
+        return
+    cfg = cfg if cfg.out is not None else replace(cfg, out=_free_run_directory(cfg))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from edgezo.train import finetune as run_finetune
+
+    try:
+        summary = run_finetune(cfg, resume=resuming, progress=progress)
+    finally:
+        progress.close()
+    _emit(as_json, summary, report.verdict(summary))
+    if not as_json:
+        click.echo(f"run {cfg.out}")
+
+
+@cli.command()
+@_model
+@_options(*_DATA, *_MEMORY)
+@_config
+@_json
+def plan(config_file: str | None, as_json: bool, **said: str | None) -> None:
+    """Show what a fine-tune would take, item by item, without reading a weight."""
+    from edgezo import preview, report
+
+    cfg = _merge(said, config_file, need_data=False)
+    found = preview.plan(cfg, report.TerminalProgress().note)
+    _emit(as_json, found.to_dict(), report.plan_table(found))
+
+
+@cli.command("eval")
+@_model
+@_options(*_DATA, *_MEMORY[:2], _THREADS)
+@_config
+@_json
+def evaluate(config_file: str | None, as_json: bool, **said: str | None) -> None:
+    """Evaluate a model, or a run (--model RUN) on its own data or other data."""
+    from edgezo import report
+
+    model = said["model"]
+    saved = _saved_config(Path(model)) if model is not None else None
+    if saved is None:
+        cfg = _merge(said, config_file)
+        target = cfg.model
+    else:
+        target = str(model)
+        said["model"] = None
+        lower = saved.to_dict()
+        if said["data"] is not None or said["task"] is not None:
+            for name in ("data_root", "template", "labels", "label_field"):
+                del lower[name]
+        cfg = config.make_config(said, lower)
+    _use_threads(cfg)
+    from edgezo.evaluate import evaluate as run_evaluation
+
+    result = run_evaluation(target, cfg)
+    _emit(as_json, result, report.evaluation_line(result))
+
+
+@cli.command()
+@click.argument("run", metavar="RUN")
+@click.option("--out", metavar="DIR", required=True, help="Where the rebuilt run goes.")
+@_json
+def replay(run: str, out: str, as_json: bool) -> None:
+    """Rebuild a fine-tuned model from its base and its journal, without data or forwards."""
+    from edgezo.evaluate import replay as run_replay
+
+    result = run_replay(Path(run), Path(out))
+    _emit(as_json, result, f"replayed {result.get('steps', '?')} steps of {run} into {out}")
+
+
+@cli.command()
+@_json
+def models(as_json: bool) -> None:
+    """List the models that come with a card."""
+    from edgezo import report
+    from edgezo.cards import cards
+
+    found = list(cards().values())
+    rows = [
+        {
+            "name": card.name,
+            "family": card.family,
+            "kind": card.kind,
+            "parameters": card.parameters,
+            "sources": [str(source) for source in card.sources],
+            "settings": card.settings,
+        }
+        for card in found
+    ]
+    _emit(as_json, {"models": rows}, report.models_table(found))
+
+
+# ---------------------------------------------------------------------------------------------
+# From options to a configuration
+
+
+def _merge(
+    said: Mapping[str, Any], config_file: str | None, *, need_data: bool = True
+) -> RunConfig:
+    """Command line over file over card over defaults."""
+    from edgezo.cards import find_card
+
+    from_file = config.read_toml(config_file) if config_file is not None else {}
+    model = said.get("model") or from_file.get("model")
+    card = find_card(model) if isinstance(model, str) else None
+    settings = dict(card.settings) if card is not None else {}
+    estimator = said.get("estimator") or from_file.get("estimator") or "grzo"
+    if estimator != settings.get("estimator", "grzo"):
+        for name in ("step", "sigma", "directions"):  # they were found for the card's estimator
+            settings.pop(name, None)
+    return config.make_config(said, from_file, settings, need_data=need_data)
+
+
+def _finetune_config(
+    said: Mapping[str, Any], config_file: str | None, resume: bool, note: Callable[[str], None]
+) -> tuple[RunConfig, bool]:
+    """(configuration, whether there are steps to go on from)."""
+    out = said["out"]
+    begun = out is not None and (Path(out) / "journal.bin").exists()
+    if not resume:
+        if begun:
+            raise UsageError(
+                f"{out} already holds a run. Go on with it (--resume --out {out}), "
+                "or give another --out."
+            )
+        return _merge(said, config_file), False
+    if out is None:
+        raise UsageError("--resume needs --out RUN, the directory of the run to go on with")
+    saved = _saved_config(Path(out))
+    if saved is None:
+        if said["model"] is None and config_file is None:
+            raise UsageError(f"there is nothing to resume in {out}: it has no config.toml")
+        note(f"there is nothing to resume in {out}; starting from the first step")
+        return _merge(said, config_file), False
+    cfg = config.make_config({**said, "model": said["model"] or saved.model}, saved.to_dict())
+    cfg = replace(cfg, out=out)
+    changed = [
+        f"{config.flag(f.name)} was {getattr(saved, f.name)} when the run began, "
+        f"not {getattr(cfg, f.name)}; a resumed run goes on as it began"
+        for f in fields(cfg)
+        if f.name not in config.FREE_ON_RESUME and getattr(cfg, f.name) != getattr(saved, f.name)
+    ]
+    if changed:
+        raise UsageError(changed)
+    return cfg, begun
+
+
+def _saved_config(run: Path) -> RunConfig | None:
+    """The configuration of a run directory, or None where there is none."""
+    file = run / "config.toml"
+    return config.from_toml(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _free_run_directory(cfg: RunConfig) -> str:
+    """runs/MODEL-DATA, numbered where that name is taken."""
+    model = Path(cfg.model).name.removesuffix(".gguf")
+    data = cfg.task or Path(cfg.data or "data").stem
+    base = Path("runs") / f"{model}-{data}"
+    found, number = base, 1
+    while found.exists():
+        number += 1
+        found = base.with_name(f"{base.name}-{number}")
+    return str(found)
+
+
+def _use_threads(cfg: RunConfig) -> None:
+    """Before torch is imported: its thread pools are sized once."""
+    if cfg.threads is not None:
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ[name] = str(cfg.threads)
+
+
+# ---------------------------------------------------------------------------------------------
+# Results and errors
+
+
+def _emit(as_json: bool, payload: Mapping[str, Any], shown: Any) -> None:
+    from edgezo import report
+
+    if as_json:
+        click.echo(report.to_json(payload))
+    else:
+        report.stdout().print(shown, markup=False)
+
+
+def _describe(error: BaseException) -> tuple[int, str, Mapping[str, Any]]:
+    """(exit code, message, further fields for --json)."""
+    if isinstance(error, EdgezoError):
+        more: dict[str, Any] = getattr(error, "to_dict", dict)()
+        if isinstance(error, UsageError):
+            more = {"problems": list(error.problems)}
+        return error.exit_code, str(error), more
+    if isinstance(error, click.ClickException):
+        return error.exit_code, error.format_message(), {}
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return INTERRUPTED, "interrupted", {}
+    if isinstance(error, MemoryError):
+        return 1, "the system has no more memory to give; try a smaller --max-mem", {}
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return 1, f"{where}{error.strerror or error}", {}
+    return 1, f"{type(error).__name__}: {error}", {}
+
+
+_EXPECTED = (
+    EdgezoError,
+    click.ClickException,
+    KeyboardInterrupt,
+    click.Abort,
+    MemoryError,
+    OSError,
+)
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command and return its exit code; errors are printed, not raised."""
+    as_json = "--json" in args
+    try:
+        outcome = cli.main(args=list(args), prog_name="edgezo", standalone_mode=False)
+        return outcome if isinstance(outcome, int) else 0
+    except BaseException as error:
+        if isinstance(error, SystemExit | GeneratorExit):
+            raise
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        code, message, more = _describe(error)
+        if not isinstance(error, _EXPECTED):  # a bug: show where it is
+            traceback.print_exc()
+        if as_json:
+            from edgezo import report
+
+            click.echo(report.to_json({"error": message, "exit_code": code, **more}))
+        elif isinstance(error, click.UsageError):
+            error.show()
+        else:
+            click.echo(f"edgezo: {message}", err=True)
+        return code
+
+
+def main() -> NoReturn:
+    allocator_policy()  # before anything imports torch
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,369 @@
+"""What a run is asked to do: one frozen value, merged from command line, TOML file and defaults.
+
+A layer is a mapping from field name to value in which ``None`` means "not said here". The command
+line stands above the file, the file above the model card's settings, those above the defaults.
+What depends on the machine and the model (precision, batch split) stays ``None`` until the planner
+has decided it. Standard library and ``tomli_w`` only.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from edgezo.errors import UsageError
+
+ESTIMATORS = ("grzo", "mezo")
+DIRECTIONS = ("signs", "rademacher", "gaussian", "shared")
+TRAINABLE = ("lowrank", "full", "norms", "scales", "head")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
+QUANTIZED = ("int8", "int4")
+ROUNDINGS = ("plane", "stochastic")
+SCHEDULES = ("linear", "constant")
+
+DEFAULT_STEPS = 400
+# The meaning of --step differs: a fraction of the probe (kappa) for GRZO, a learning rate for MeZO.
+DEFAULT_STEP = {"grzo": 0.05, "mezo": 1e-3}
+DEFAULT_DIRECTIONS = {"grzo": "signs", "mezo": "shared"}
+
+# Fields of which one replaces the other: said in a higher layer, it removes the lower layers'.
+ALTERNATIVES = (("steps", "for_s"), ("data", "task"))
+# Friendlier spellings in a TOML file; "-" may stand for "_".
+ALIASES = {"max_mem": "max_mem_bytes", "for": "for_s"}
+# What may differ when a run is resumed; everything else would change the numbers.
+FREE_ON_RESUME = ("max_mem_bytes", "threads", "out")
+
+
+@dataclass(frozen=True)
+class Field:
+    """The law of one field: ``kind`` is str, int, float, duration, bytes, choice or train."""
+
+    kind: str
+    default: Any = None
+    low: float = -math.inf
+    high: float = math.inf
+    choices: tuple[str, ...] = ()
+    open_low: bool = False  # low itself is not allowed
+
+
+FIELDS: dict[str, Field] = {
+    "model": Field("str"),
+    "data": Field("str"),
+    "task": Field("str"),
+    "data_root": Field("str"),
+    "template": Field("str"),
+    "labels": Field("str"),
+    "label_field": Field("str", "label"),
+    "max_mem_bytes": Field("bytes", low=1),
+    "steps": Field("int", low=1, high=10_000_000),
+    "for_s": Field("duration", low=0, open_low=True),
+    "estimator": Field("choice", "grzo", choices=ESTIMATORS),
+    "directions": Field("choice", choices=DIRECTIONS),
+    "train": Field("train", ("lowrank", "head"), choices=TRAINABLE),
+    "precision": Field("choice", choices=PRECISIONS),
+    "rounding": Field("choice", choices=ROUNDINGS),
+    "rank": Field("int", 8, low=1, high=256),
+    "batch_size": Field("int", low=1, high=1024),
+    "micro_batch": Field("int", low=1, high=1024),
+    "max_length": Field("int", 512, low=8, high=1_048_576),
+    "step": Field("float", low=0, open_low=True),
+    "sigma": Field("float", 2e-3, low=0, high=1, open_low=True),
+    "schedule": Field("choice", "linear", choices=SCHEDULES),
+    "weight_decay": Field("float", 0.0, low=0, high=1),
+    "head_lr": Field("float", 3e-3, low=0, open_low=True),
+    "seed": Field("int", 0, low=0, high=2**63 - 1),
+    "eval_every": Field("int", 0, low=0),  # 0: before the first and after the last step only
+    "eval_limit": Field("int", low=1),  # None: every validation row
+    "snapshot_every": Field("int", 25, low=1),
+    "threads": Field("int", low=1, high=4096),  # None: what PyTorch picks
+    "out": Field("str"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A validated request. Build it with :func:`make_config`, which fills in what was not said."""
+
+    model: str
+    data: str | None
+    task: str | None
+    data_root: str | None
+    template: str | None
+    labels: str | None
+    label_field: str
+    max_mem_bytes: int | None
+    steps: int | None  # None where for_s bounds the run
+    for_s: float | None
+    estimator: str
+    directions: str
+    train: tuple[str, ...]
+    precision: str | None
+    rounding: str | None
+    rank: int
+    batch_size: int | None
+    micro_batch: int | None
+    max_length: int  # tokens
+    step: float  # kappa of GRZO; the learning rate of MeZO
+    sigma: float
+    schedule: str
+    weight_decay: float
+    head_lr: float
+    seed: int
+    eval_every: int
+    eval_limit: int | None
+    snapshot_every: int
+    threads: int | None
+    out: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, with lists for tuples, ready for JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def canonical_json(self) -> str:
+        """One spelling of the configuration: sorted keys, no spaces. For the journal's header."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    def to_toml(self) -> str:
+        """The resolved configuration as TOML; what is None is left out. See :func:`from_toml`."""
+        return tomli_w.dumps({k: v for k, v in self.to_dict().items() if v is not None})
+
+
+def make_config(*layers: Mapping[str, Any], need_data: bool = True) -> RunConfig:
+    """Merge the layers, highest first, and validate the result.
+
+    The first layer is what the user said in this command: a field in it that this run would not use
+    is refused, while in the lower layers it is only ignored.
+    Raises UsageError with every problem found.
+    """
+    problems: list[str] = []
+    merged: dict[str, Any] = {}
+    for layer in reversed(layers):
+        said = _read_layer(layer, problems)
+        for group in ALTERNATIVES:
+            in_layer = [name for name in group if name in said]
+            if len(in_layer) > 1:
+                problems.append(f"{_flags(in_layer)} exclude each other; give one of them")
+            if in_layer:
+                for name in group:
+                    merged.pop(name, None)
+        merged.update(said)
+
+    values = {name: merged.get(name, spec.default) for name, spec in FIELDS.items()}
+    if values["steps"] is None and values["for_s"] is None:
+        values["steps"] = DEFAULT_STEPS
+    values["step"] = values["step"] or DEFAULT_STEP[values["estimator"]]
+    values["directions"] = values["directions"] or DEFAULT_DIRECTIONS[values["estimator"]]
+    problems += _combinations(values, need_data)
+    problems += _unused(layers[0] if layers else {}, values)
+    if problems:
+        raise UsageError(list(dict.fromkeys(problems)))
+    return RunConfig(**values)
+
+
+def from_toml(text: str) -> RunConfig:
+    """The inverse of :meth:`RunConfig.to_toml`. Raises UsageError for any other text."""
+    return make_config({}, parse_toml(text, "the configuration"), need_data=False)
+
+
+def read_toml(path: Path | str) -> dict[str, Any]:
+    """The layer in a TOML file. Raises UsageError if it can't be read as one."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UsageError(f"can't read the configuration {path}: {reason}") from error
+    return parse_toml(text, str(path))
+
+
+def parse_toml(text: str, name: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{name} is not valid TOML: {error}") from error
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of ``90``, ``120s``, ``10m`` or ``1.5h``. Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([smh]?)\s*", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a duration; write for example 120s, 10m or 1.5h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field."""
+    special = {"max_mem_bytes": "--max-mem", "for_s": "--for"}
+    return special.get(name, "--" + name.replace("_", "-"))
+
+
+def _flags(names: Sequence[str]) -> str:
+    return " and ".join(flag(name) for name in names)
+
+
+def _read_layer(layer: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    said = {}
+    for name, value in layer.items():
+        if value is None:
+            continue
+        name = name.replace("-", "_")
+        name = ALIASES.get(name, name)
+        spec = FIELDS.get(name)
+        if spec is None:
+            near = difflib.get_close_matches(name, FIELDS, n=1)
+            problems.append(
+                f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+            continue
+        try:
+            said[name] = _coerce(spec, value)
+        except (ValueError, UsageError) as error:
+            problems.append(f"{flag(name)}: {error}")
+    return said
+
+
+def _coerce(spec: Field, value: Any) -> Any:
+    match spec.kind:
+        case "str":
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f"needs text, not {value!r}")
+            return value
+        case "choice":
+            if value not in spec.choices:
+                raise ValueError(f"{value!r} is not one of {', '.join(spec.choices)}")
+            return value
+        case "train":
+            return _coerce_train(spec, value)
+        case "duration" if isinstance(value, str):
+            value = parse_duration(value)
+        case "bytes" if isinstance(value, str):
+            from edgezo.memory import parse_bytes  # reads the machine elsewhere; not needed before
+
+            value = parse_bytes(value)
+        case _ if isinstance(value, str):
+            value = _number(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"needs a number, not {value!r}")
+    if spec.kind in ("int", "bytes"):
+        if value != value or value in (math.inf, -math.inf) or int(value) != value:
+            raise ValueError(f"needs a whole number, not {value!r}")
+        value = int(value)
+    else:
+        value = float(value)
+        if not math.isfinite(value):
+            raise ValueError(f"needs a finite number, not {value!r}")
+    below = value <= spec.low if spec.open_low else value < spec.low
+    if below:
+        raise ValueError(
+            f"must be {'above' if spec.open_low else 'at least'} {spec.low:g}, not {value:g}"
+        )
+    if value > spec.high:
+        raise ValueError(f"must be at most {spec.high:g}, not {value:g}")
+    return value
+
+
+def _number(text: str) -> int | float | str:
+    """The number that ``text`` spells, as the command line gives it; else the text itself."""
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _coerce_train(spec: Field, value: Any) -> tuple[str, ...]:
+    parts = value.split("+") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or not parts:
+        raise ValueError(
+            f"needs one or more of {', '.join(spec.choices)} joined by +, not {value!r}"
+        )
+    names = [part.strip() if isinstance(part, str) else part for part in parts]
+    unknown = [name for name in names if name not in spec.choices]
+    if unknown:
+        raise ValueError(
+            f"{', '.join(map(repr, unknown))} is not one of {', '.join(spec.choices)}; join by +"
+        )
+    return tuple(name for name in spec.choices if name in names)  # one order, no repeats
+
+
+def _combinations(v: Mapping[str, Any], need_data: bool) -> list[str]:
+    """Requests whose parts are fine alone and mean nothing together, each with its reason."""
+    train, problems = v["train"], []
+    if v["model"] is None:
+        problems.append(
+            "--model is missing: a card (see edgezo models), a directory, a .gguf file or a hub id"
+        )
+    if need_data and v["data"] is None and v["task"] is None:
+        problems.append("--data or --task is missing: there is nothing to learn from")
+    if v["data_root"] is not None and v["task"] is None:
+        problems.append(
+            "--data-root is where --task looks for its data; without --task give --data"
+        )
+    if v["estimator"] == "grzo" and v["directions"] == "shared":
+        problems.append(
+            "--directions shared with --estimator grzo: GRZO compares one direction per example; "
+            "one direction for the whole batch is --estimator mezo"
+        )
+    if v["estimator"] == "mezo" and v["directions"] != "shared":
+        problems.append(
+            f"--directions {v['directions']} with --estimator mezo: "
+            "MeZO has one direction for the whole batch"
+        )
+    if "full" in train and v["precision"] in QUANTIZED:
+        problems.append(
+            f"--train full with --precision {v['precision']}: its codes are frozen; "
+            "train lowrank, norms, scales or head there, or use bf16"
+        )
+    for part in ("lowrank", "norms", "scales"):
+        if "full" in train and part in train:
+            problems.append(
+                f"--train full+{part}: full weights already hold what {part} would train"
+            )
+    if v["rounding"] is not None:
+        if "full" not in train:
+            problems.append(
+                "--rounding says how full weights keep small steps; it needs --train full"
+            )
+        if v["precision"] in ("fp32", *QUANTIZED):
+            why = (
+                "updates are exact there"
+                if v["precision"] == "fp32"
+                else "nothing is rounded there"
+            )
+            problems.append(f"--rounding with --precision {v['precision']}: {why}")
+    if v["batch_size"] is not None and v["micro_batch"] is not None:
+        if v["micro_batch"] > v["batch_size"]:
+            problems.append(
+                f"--micro-batch {v['micro_batch']} is more than "
+                f"--batch-size {v['batch_size']}, which it splits"
+            )
+    return problems
+
+
+def _unused(said: Mapping[str, Any], v: Mapping[str, Any]) -> list[str]:
+    """What the user said in this command and the run would silently ignore."""
+    train = v["train"]
+    forward_trained = train != ("head",)
+    rules = {
+        "rank": ("lowrank" in train, "it is the rank of --train lowrank"),
+        "head_lr": ("head" in train, "it is the learning rate of --train head"),
+        "sigma": (forward_trained, "--train head alone perturbs nothing"),
+        "step": (forward_trained, "--train head alone perturbs nothing; its rate is --head-lr"),
+    }
+    return [
+        f"{flag(name)} has no effect here: {reason}"
+        for name, (used, reason) in rules.items()
+        if said.get(name) is not None and not used
+    ]
+
+
+assert tuple(FIELDS) == tuple(f.name for f in fields(RunConfig))

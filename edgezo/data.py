@@ -1,0 +1,431 @@
+"""Rows on disk become token sequences, and token sequences become packed batches.
+
+    rows.py: file -> Record     forms.py: Record -> Draft     here: Draft -> Example -> Batch
+
+Which examples make up step t is a pure function of (seed, t), so a resumed run sees what an
+uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgezo.errors import UsageError
+from edgezo.forms import Draft, Piece, ask, labelled_form, plain_form
+from edgezo.rows import Problems, Record, find_splits, read_records
+from edgezo.tasks import TASKS, Task, task_folder
+
+if TYPE_CHECKING:  # torch is imported where tensors are made; reading data does not need it
+    from torch import Tensor
+
+VALIDATION_SHARE = 10  # one row in ten is held out where there is no validation file
+ENCODE_ROWS = 256  # texts tokenized at a time: bounds what the tokenizer holds
+
+# Streams of the Philox generator beside the epochs 0, 1, 2, ... Their seed is always 0: every run
+# is measured on the same rows, and `edgezo eval` sees those that training held out.
+_HOLD_OUT, _EVAL_SAMPLE = 2**63, 2**63 + 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One token sequence that goes through the model, without the token that is only predicted.
+
+    ``score_at`` are the positions in ``ids`` whose hidden state is read: for a causal model it
+    predicts the next token, for a masked model it is the mask. ``score_ids`` are the tokens to be
+    predicted there; () for kind "label", where the label words are the candidates.
+    """
+
+    ids: Sequence[int]
+    score_at: Sequence[int]
+    score_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example, that is one direction: one row, or one for each option of a choice."""
+
+    rows: tuple[Row, ...]
+    label: int  # index of the right candidate or option; -1 where there is none
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """``kind`` is "label", "choice", "completion" or "text"."""
+
+    kind: str
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    label_ids: tuple[int, ...]  # kind "label": the candidate token ids in label order, else ()
+    label_names: tuple[str, ...]
+    notes: tuple[str, ...]  # what the user should know: "12 of 4000 rows cut to 512 tokens"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of b examples laid end to end without padding; one side, on the CPU."""
+
+    ids: Tensor  # (N,) int64
+    lengths: tuple[int, ...]  # (R,) tokens of each row; the sum is N
+    row_example: Tensor  # (R,) int64, place 0..b-1 of the row's example in this batch
+    score_index: Tensor  # (P,) int64, index into N
+    score_ids: Tensor  # (P,) int64, empty for kind "label"
+    score_row: Tensor  # (P,) int64, row of each scored position
+    labels: Tensor  # (b,) int64, -1 where there is none
+    slots: tuple[int, ...]  # (b,) slot of each example in the group; directions are keyed by it
+
+
+@dataclass(frozen=True)
+class DataRequest:
+    """What the user asked for; names as on the command line."""
+
+    data: str | None = None
+    task: str | None = None
+    data_root: str | None = None
+    template: str | None = None
+    labels: str | None = None
+    label_field: str = "label"
+    max_length: int = 512  # tokens that go through the model in one row
+    eval_limit: int | None = None
+    seed: int = 0
+
+
+# --------------------------------------------------------------------------------------- batches
+
+
+def tokens_of(example: Example) -> int:
+    """Tokens of all rows of an example."""
+    return sum(len(row.ids) for row in example.rows)
+
+
+@lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, stream: int) -> np.ndarray:
+    """(n,) int64, from Philox's raw bits: numpy may change its shuffles, but not these."""
+    key = np.array([seed % 2**64, stream], dtype=np.uint64)
+    bits = np.random.Philox(key=key).random_raw(n)
+    order = np.argsort(bits, kind="stable").astype(np.int64)
+    order.flags.writeable = False
+    return order
+
+
+def batch_indices(n_rows: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """The examples of a step: a pure function of (seed, step).
+
+    Steps walk through one random permutation of all rows an epoch, so no row repeats within an
+    epoch; a batch may span two epochs, or more where it is larger than the data.
+    """
+    if n_rows < 1 or batch_size < 1 or step < 0:
+        raise ValueError(f"no batch for n_rows={n_rows}, batch_size={batch_size}, step={step}")
+    out: list[int] = []
+    while len(out) < batch_size:
+        epoch, start = divmod(step * batch_size + len(out), n_rows)
+        order = _permutation(n_rows, seed, epoch)
+        out += order[start : start + batch_size - len(out)].tolist()
+    return out
+
+
+def micro_batches(examples: Sequence[Example], micro_batch: int) -> list[list[int]]:
+    """Slots of each micro-batch, longest examples first, so that lengths in one are alike."""
+    if micro_batch < 1:
+        raise ValueError(f"micro_batch is {micro_batch}, not 1 or more")
+    order = sorted(range(len(examples)), key=lambda slot: (-tokens_of(examples[slot]), slot))
+    return [order[i : i + micro_batch] for i in range(0, len(order), micro_batch)]
+
+
+def collate(examples: Sequence[Example], slots: Sequence[int]) -> Batch:
+    """Packs examples; ``slots[k]`` is the slot of ``examples[k]`` in the whole group."""
+    import torch
+
+    if len(examples) != len(slots):
+        raise ValueError(f"{len(examples)} examples, but {len(slots)} slots")
+    rows = [(place, row) for place, example in enumerate(examples) for row in example.rows]
+    ids, score_index, score_ids, score_row = (array("q") for _ in range(4))
+    for number, (_, row) in enumerate(rows):
+        score_index.extend(len(ids) + at for at in row.score_at)
+        score_row.extend(number for _ in row.score_at)
+        score_ids.extend(iter(row.score_ids))
+        ids.extend(iter(row.ids))
+
+    def tensor(values: Sequence[int]) -> Tensor:
+        return torch.from_numpy(np.array(values, dtype=np.int64))
+
+    return Batch(
+        ids=tensor(ids),
+        lengths=tuple(len(row.ids) for _, row in rows),
+        row_example=tensor([place for place, _ in rows]),
+        score_index=tensor(score_index),
+        score_ids=tensor(score_ids),
+        score_row=tensor(score_row),
+        labels=tensor([example.label for example in examples]),
+        slots=tuple(slots),
+    )
+
+
+# ---------------------------------------------------------------------------------- tokenization
+
+
+class _Encoder:
+    """Drafts to examples with one tokenizer; counts the rows that it had to cut."""
+
+    def __init__(self, tokenizer: Any, max_length: int, masked: bool):
+        self.tokenizer, self.max_length, self.masked = tokenizer, max_length, masked
+        self.prefix, self.suffix = _special_ids(tokenizer)
+        self.cut = 0
+
+    def ids(self, texts: Sequence[str], offsets: bool = False) -> Iterator[tuple[list[int], Any]]:
+        """(token ids, character offsets or None) of each text, without special tokens."""
+        for start in range(0, len(texts), ENCODE_ROWS):
+            encoded = self.tokenizer(
+                list(texts[start : start + ENCODE_ROWS]),
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                return_offsets_mapping=offsets,
+                verbose=False,
+            )
+            found = encoded["input_ids"]
+            spans = encoded["offset_mapping"] if offsets else [None] * len(found)
+            yield from zip(found, spans, strict=True)
+
+    def examples(
+        self, drafts: Sequence[Draft], split: str, notes: list[str]
+    ) -> tuple[Example, ...]:
+        """All drafts but those without a token to predict; notes say what was cut or left out."""
+        pieces = [piece for draft in drafts for piece in draft.pieces]
+        make = self._span_rows if all(piece.spans for piece in pieces) else self._label_rows
+        rows = make(pieces)
+        self.cut = 0
+        every = [Example(tuple(next(rows) for _ in d.pieces), d.label) for d in drafts]
+        kept = tuple(e for e in every if all(row.score_at for row in e.rows))
+        if self.cut:
+            notes.append(
+                f"{self.cut} of {len(pieces)} {split} rows cut to {self.max_length} tokens "
+                "(--max-length)"
+            )
+        if len(kept) < len(every):
+            notes.append(f"{len(every) - len(kept)} {split} rows left out: no token to predict")
+        return kept
+
+    def _span_rows(self, pieces: Sequence[Piece]) -> Iterator[Row]:
+        encoded = self.ids([piece.text for piece in pieces], offsets=True)
+        end_id = self.tokenizer.eos_token_id
+        for piece, (ids, offsets) in zip(pieces, encoded, strict=True):
+            # An empty stretch (the mark of a word's start in some vocabularies) counts as one.
+            scored = [
+                any(first < end and max(last, first + 1) > start for start, end in piece.spans)
+                for first, last in offsets
+            ]
+            if piece.ends and end_id is not None:
+                ids, scored = [*ids, end_id], [*scored, True]
+            yield self._causal_row(() if piece.bare else self.prefix, ids, scored)
+
+    def _causal_row(self, prefix: Sequence[int], ids: list[int], scored: list[bool]) -> Row:
+        """Cuts on the left of the first scored token, and only then at the end."""
+        first = scored.index(True) if True in scored else len(ids)
+        last = max((i for i, s in enumerate(scored) if s), default=-1)
+        ids, scored = ids[: last + 1], scored[: last + 1]  # nothing reads what follows
+        room = self.max_length + 1 - len(prefix)  # the last token is predicted, not read
+        if len(ids) > room:
+            self.cut += 1
+            left = max(0, min(len(ids) - room, first - (0 if prefix else 1)))
+            ids, scored = ids[left : left + room], scored[left : left + room]
+        ids, scored = [*prefix, *ids], [False] * len(prefix) + scored
+        targets = [i for i, is_scored in enumerate(scored) if is_scored and i > 0]
+        return Row(
+            array("i", ids[:-1]),
+            _compact([i - 1 for i in targets]),
+            array("i", [ids[i] for i in targets]),
+        )
+
+    def _label_rows(self, pieces: Sequence[Piece]) -> Iterator[Row]:
+        lefts = self.ids([piece.text for piece in pieces])
+        rights = self.ids([piece.right or "" for piece in pieces])
+        around = [*self.prefix, self.tokenizer.mask_token_id, *self.suffix]
+        fixed = len(around) if self.masked else len(self.prefix)
+        room = self.max_length - fixed
+        for (left, _), (right, _) in zip(lefts, rights, strict=True):
+            self.cut += len(left) + len(right) > room
+            right = right[: max(room - len(left), room // 2)]
+            left = left[max(0, len(left) - (room - len(right))) :]
+            ids = [*self.prefix, *left]
+            if self.masked:
+                ids += [self.tokenizer.mask_token_id]
+            score_at = (len(ids) - 1,) if ids else ()
+            if self.masked:
+                ids += [*right, *self.suffix]
+            yield Row(array("i", ids), score_at, ())
+
+
+def _compact(positions: list[int]) -> Sequence[int]:
+    if positions and positions[-1] - positions[0] == len(positions) - 1:
+        return range(positions[0], positions[-1] + 1)
+    return array("i", positions)
+
+
+def _special_ids(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the tokenizer puts before and after a text by itself."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return tuple(whole[:start]), tuple(whole[start + len(plain) :])
+    return (), ()
+
+
+# --------------------------------------------------------------------------------------- loading
+
+
+def load_dataset(request: DataRequest, tokenizer: Any, *, masked: bool = False) -> Dataset:
+    """Reads, recognises and tokenizes the data that a request names.
+
+    ``tokenizer`` is a transformers tokenizer with character offsets (a "fast" one); ``masked`` is
+    for masked language models. Raises UsageError with every problem that was found.
+    """
+    problems, notes = Problems(), list[str]()
+    encoder = _Encoder(tokenizer, request.max_length, masked)
+    _check_numbers(request, encoder, problems)
+    task = _find_task(request, problems)
+    path = _find_path(request, task, problems)
+    asked = ask(task, request.template, request.labels, request.label_field, problems)
+    train, validation = _read(path, task, problems, notes) if path else ([], [])
+    problems.raise_any()
+
+    form = plain_form(train[0], asked, tokenizer)
+    label_ids: tuple[int, ...] = ()
+    label_names: tuple[str, ...] = ()
+    if form is None:
+        form, label_ids, label_names = labelled_form(
+            asked, train, tokenizer, masked, problems, notes
+        )
+    elif masked:
+        problems.add(
+            "a masked language model learns from labelled rows only: give --template, --labels and "
+            f"--label-field (the rows have: {train[0].keys})"
+        )
+    problems.raise_any()
+
+    validation = _eval_sample(validation, request.eval_limit, notes)
+    drafts = {
+        name: [d for r in records if (d := form.draft(r, problems))]
+        for name, records in (("training", train), ("validation", validation))
+    }
+    problems.raise_any()
+    splits = [encoder.examples(drafts[name], name, notes) for name in drafts]
+    for name, examples in zip(drafts, splits, strict=True):
+        if not examples:
+            raise UsageError(f"no {name} row has a token to predict: every text is one token long")
+    return Dataset(form.kind, splits[0], splits[1], label_ids, label_names, tuple(notes))
+
+
+def _check_numbers(request: DataRequest, encoder: _Encoder, problems: Problems) -> None:
+    least = len(encoder.prefix) + len(encoder.suffix) + 2
+    if request.max_length < least:
+        problems.add(f"--max-length {request.max_length} leaves no room for text (least: {least})")
+    if request.eval_limit is not None and request.eval_limit < 1:
+        problems.add(f"--eval-limit {request.eval_limit} is not 1 or more")
+
+
+def _find_task(request: DataRequest, problems: Problems) -> Task | None:
+    if request.task is None:
+        return None
+    if request.task not in TASKS:
+        problems.add(f"unknown task {request.task!r}; known are: {', '.join(TASKS)}")
+    return TASKS.get(request.task)
+
+
+def _find_path(request: DataRequest, task: Task | None, problems: Problems) -> Path | None:
+    if request.data is not None:
+        return Path(request.data).expanduser()
+    if request.task is None:
+        problems.add(
+            "nothing to train on: give --data PATH, or --task NAME (--task example needs no files)"
+        )
+    if task is None:
+        return None
+    folder = task_folder(task, request.data_root)
+    if folder is None:
+        problems.add(
+            f"--task {task.name} reads {task.name}/train.jsonl under a folder of data sets: name "
+            "that folder with --data-root"
+        )
+    return folder
+
+
+def _read(
+    path: Path, task: Task | None, problems: Problems, notes: list[str]
+) -> tuple[list[Record], list[Record]]:
+    """Training and validation records; held out of the training rows where there is one file."""
+    train_path, validation_path = find_splits(path, problems)
+    train = read_records(train_path, problems) if train_path else []
+    validation = read_records(validation_path, problems) if validation_path else []
+    if validation_path and validation_path.stem == "test":
+        notes.append(f"no validation file: {validation_path.name} is used to evaluate")
+    if task and task.prepare:
+        prepare = task.prepare
+        train, validation = (
+            [replace(r, fields=prepare(r.fields)) for r in records]
+            for records in (train, validation)
+        )
+    if train and not validation_path:
+        if len(train) < 2:
+            problems.add(f"{train_path} has one row; two are the least, one of them to evaluate")
+        n = max(1, len(train) // VALIDATION_SHARE)
+        held = set(_permutation(len(train), 0, _HOLD_OUT)[:n].tolist())
+        validation = [r for i, r in enumerate(train) if i in held]
+        train = [r for i, r in enumerate(train) if i not in held]
+        notes.append(f"no validation file: {n} of {n + len(train)} rows are held out to evaluate")
+    return train, validation
+
+
+def _eval_sample(records: list[Record], limit: int | None, notes: list[str]) -> list[Record]:
+    if limit is None or len(records) <= limit:
+        return records
+    chosen = sorted(_permutation(len(records), 0, _EVAL_SAMPLE)[:limit].tolist())
+    notes.append(f"evaluated on {limit} of {len(records)} validation rows, the same in every run")
+    return [records[i] for i in chosen]
+
+
+# -------------------------------------------------------------------------------- what is learned
+
+
+def show_batch(examples: Sequence[Example], dataset: Dataset, tokenizer: Any) -> str:
+    """The tokens of each row, the predicted ones in ⟦ ⟧ and marked ^ on the line below."""
+    lines = [f"{dataset.kind}: {len(examples)} examples, ⟦ ⟧ marks the tokens that are predicted"]
+    if dataset.label_names:
+        lines.append(f"candidates: {', '.join(dataset.label_names)}")
+    for slot, example in enumerate(examples):
+        right = dataset.label_names[example.label] if example.label >= 0 else None
+        lines.append(f"\nexample {slot}" + (f", right answer: {right}" if right else ""))
+        for number, row in enumerate(example.rows):
+            texts, marks = _marked(row, example.label, dataset, tokenizer)
+            head = f"option {number}" if dataset.kind == "choice" else "row"
+            sign = " (right)" if dataset.kind == "choice" and number == example.label else ""
+            lines += [f"  {head}, {len(row.ids)} tokens{sign}", "  " + texts, "  " + marks]
+    return "\n".join(lines)
+
+
+def _marked(row: Row, label: int, dataset: Dataset, tokenizer: Any) -> tuple[str, str]:
+    """One line of tokens and one of marks, equally long."""
+    tokens = [(_token_text(tokenizer, token), False) for token in row.ids]
+    if dataset.kind == "label":
+        at, mask_id = row.score_at[0], tokenizer.mask_token_id
+        answer = (_token_text(tokenizer, dataset.label_ids[label]), True)
+        is_mask = mask_id is not None and row.ids[at] == mask_id
+        tokens[at + (not is_mask) : at + 1] = [answer]
+    for at, token in zip(row.score_at, row.score_ids, strict=False):
+        tokens[at + 1 : at + 2] = [(_token_text(tokenizer, token), True)]
+    shown = [(f"⟦{text}⟧", "^") if scored else (text, "-") for text, scored in tokens]
+    return "|".join(t for t, _ in shown), " ".join(mark * len(t) for t, mark in shown)
+
+
+def _token_text(tokenizer: Any, token: int) -> str:
+    """A token with the space that it stands for; control characters escaped."""
+    piece = str(tokenizer.convert_ids_to_tokens(token))
+    text = piece.replace("▁", " ") if "▁" in piece else str(tokenizer.decode([token]))
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -1,0 +1,117 @@
+"""``edgezo eval`` and ``edgezo replay``: a run, or a plain model, brought back into memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from edgezo import cards, loader
+from edgezo.config import RunConfig
+from edgezo.data import Dataset
+from edgezo.errors import EdgezoError
+from edgezo.journal import atomic_path, atomic_write, check_base, open_journal
+from edgezo.memory import Meter, allocator_reuse, machine
+from edgezo.model import Model
+from edgezo.report import to_json
+from edgezo.session import (
+    Opened,
+    RunFiles,
+    evaluate_model,
+    load_model,
+    load_snapshot,
+    open_request,
+    replay_into,
+    settle,
+)
+from edgezo.weights import tensors_sha256
+
+
+def evaluate(target: str, cfg: RunConfig) -> dict[str, Any]:
+    """Metric of a model or of a run (a directory with config.toml) on the validation rows of ``cfg``'s data."""
+    meter = Meter()
+    run = RunFiles(Path(target))
+    is_run = run.config.is_file()
+    trained = run.read_config() if is_run else None
+    if trained is None:
+        cfg = replace(cfg, train=("head",))  # the smallest: nothing is trained
+    opened = open_request(cfg)
+    base = meter.mark("base")
+    settle(opened, machine(), base.rss_bytes)
+    model = load_model(opened, machine())
+    allocator_reuse()
+    steps = restore(run, trained, opened, model) if trained is not None else 0
+    meter.mark("load")
+    found = evaluate_model(model, opened.dataset)
+    return {"model": target, "steps": steps, **found, **meter.summary()}
+
+
+def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model) -> int:
+    """Bring ``model`` to the end of a run or of what replay wrote; returns the steps. Checks the base."""
+    with open_journal(run.journal, resume=False) as journal:
+        check_base(journal.header, opened.files.content_hash)
+        if run.trained.exists():
+            _load_trained(run, model)
+            return journal.next_step
+        stop = journal.next_step
+        if model.exact is not None:
+            stop = load_snapshot(run, model)
+        replay_into(model, cfg, journal, stop)
+        return stop
+
+
+def _load_trained(run: RunFiles, model: Model) -> None:
+    try:
+        tensors = load_file(run.trained)
+    except (SafetensorError, OSError) as problem:
+        raise EdgezoError(
+            f"{run.trained} cannot be read ({problem}).\nRun edgezo replay again from the original run."
+        ) from problem
+    model.store.load_trained(tensors)
+    if model.exact is not None:
+        model.exact.delta.copy_(tensors["head.delta"])
+
+
+def replay(source: Path, out: Path) -> dict[str, Any]:
+    """Rebuild the fine-tuned weights of run ``source`` from base and journal, without data or forwards.
+
+    ``out`` gets every trained tensor (trained.safetensors) beside the run's configuration and journal; it can be
+    evaluated like the run. The same bits as the run's: compare ``trained_sha256``.
+    """
+    run, made = RunFiles(source), RunFiles(out)
+    cfg = run.read_config()
+    files = loader.open_model(cards.resolve(cfg.model))
+    with open_journal(run.journal, resume=False) as journal:
+        check_base(journal.header, files.content_hash)
+        dataset = _shape_of_data(journal.header)
+        opened = Opened(cfg, files, None, dataset)
+        model = load_model(opened, machine())
+        steps = restore(run, cfg, opened, model)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise EdgezoError(f"{out} cannot be made ({problem.strerror}).\nGive another --out.") from problem
+        for own, copy in ((run.config, made.config), (run.journal, made.journal)):
+            atomic_write(copy, own.read_bytes())
+        state = {k: v.contiguous() for k, v in model.state().items()}
+        with atomic_path(made.trained) as temporary:
+            save_file(state, temporary, {"steps": str(steps)})
+    result = {"run": str(source), "out": str(out), "steps": steps, "trained_sha256": tensors_sha256(state)}
+    atomic_write(out / "replay.json", (to_json(result) + "\n").encode())
+    return result
+
+
+def _shape_of_data(header: dict[str, Any]) -> Dataset:
+    """The data's kind and label words, which the journal remembers: replay reads no data."""
+    found = header["dataset"]
+    return Dataset(
+        kind=found["kind"],
+        train=(),
+        validation=(),
+        label_ids=tuple(found["label_ids"]),
+        label_names=tuple(found["label_names"]),
+        notes=(),
+    )

@@ -1,0 +1,358 @@
+"""What a run takes, itemised in bytes, before any weight is read.
+
+Pure: no files, no torch, no clock. An ``Item`` is a name, bytes and the reason. Items that are held
+only in one phase do not add up with those of another:
+
+    peak = sum(always) + max(sum(load), sum(forward), sum(update))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from edgezo.config import QUANTIZED, RunConfig
+
+if TYPE_CHECKING:
+    from edgezo.cards import Shape
+    from edgezo.data import Dataset
+
+MB = 1_000_000
+
+# ---------------------------------------------------------------------------------------------
+# The coefficients, all in one place. "calibrated" ones are set against a measured VmHWM.
+
+# Python, PyTorch, transformers and a tokenizer, imported and idle (calibrated).
+BASE_BYTES = 400 * MB
+# What each word of a vocabulary above BASE_VOCAB adds to that (calibrated).
+TOKENIZER_BYTES_PER_WORD = 500
+BASE_VOCAB = 50_000
+# Freed blocks below the mmap threshold stay in the heap (calibrated).
+SLACK_BYTES = 24 * MB
+# Journal buffers, metrics, step records.
+RUN_BYTES = 4 * MB
+# No temporary of the weights is larger, whatever the largest matrix (layouts.TILE_BYTES).
+TILE_BYTES = 16 << 20
+# An update holds a tile of weights, one of the direction and one of the change.
+UPDATE_TILES = 3
+# A chunk of full-vocabulary logits, its copy and its error.
+LOGITS_BYTES = 24 << 20
+# Residual stream, its norm, the block's output.
+HIDDEN_COPIES = 3
+# Gate, up, their product, the activation function's result.
+MLP_COPIES = 4
+# Attention's output and its contiguous copy.
+ATTENTION_OUT_COPIES = 2
+# An evaluation runs over this many packed tokens at once, one side (session.EVAL_TOKENS).
+EVAL_TOKENS = 1024
+# Change, gradient and Adam's two moments, fp32.
+HEAD_COPIES = 4
+
+BYTES_PER_WEIGHT = {"fp32": 4, "bf16": 2, "fp16": 2}
+UNKNOWN_LABEL_WORDS = 16
+KEPT_LENGTHS = 1024  # of the longest examples: as many as a batch can hold
+
+
+class MatrixShape(NamedTuple):
+    """One weight matrix, (d_out, d_in) = (out_features, in_features)."""
+
+    name: str
+    d_out: int
+    d_in: int
+
+    @property
+    def numel(self) -> int:
+        return self.d_out * self.d_in
+
+    def stored_bytes(self, precision: str) -> int:
+        """In the layouts of layouts.py; int4 keeps an odd number of rows in int8."""
+        if precision in BYTES_PER_WEIGHT:
+            return self.numel * BYTES_PER_WEIGHT[precision]
+        if precision == "int8" or self.d_out % 2:
+            return self.numel + 4 * self.d_out
+        group = next((g for g in (128, 96, 64, 32) if self.d_in % g == 0), self.d_in)
+        return self.numel // 2 + 8 * self.d_out * (self.d_in // group)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model as the planner counts it: which matrices there are and how large."""
+
+    name: str
+    layers: int
+    hidden: int
+    intermediate: int
+    vocab: int
+    tied: bool
+    attention_width: int  # heads * head_dim: what attention puts out
+    qkv_width: int  # queries, keys and values together
+    block: tuple[MatrixShape, ...]  # the matrices of one block
+    outside: tuple[MatrixShape, ...]  # linears beside the blocks (OPT's and RoBERTa's)
+    tables: tuple[MatrixShape, ...]  # embeddings, and the head where it is not tied
+    vector_elements: int  # norms and biases of the whole model
+
+    @staticmethod
+    def of(shape: Shape, name: str) -> ModelShape:
+        """From a card, or from ``loader.ModelFiles.shape``."""
+        width = shape.embed_width
+        outside = []
+        tables = [MatrixShape("embedding", shape.vocab, width)]
+        if not shape.tied:
+            tables.append(MatrixShape("head", shape.vocab, width))
+        if shape.positions:
+            tables.append(MatrixShape("positions", shape.positions, shape.hidden))
+        if shape.type_rows:
+            tables.append(MatrixShape("token types", shape.type_rows, shape.hidden))
+        if width != shape.hidden:
+            outside.append(MatrixShape("project_in", shape.hidden, width))
+            outside.append(MatrixShape("project_out", width, shape.hidden))
+        if shape.masked_head:
+            outside.append(MatrixShape("head.dense", shape.hidden, shape.hidden))
+        block = tuple(MatrixShape(*matrix) for matrix in shape.layer_matrices)
+        in_matrices = shape.layers * sum(m.numel for m in block)
+        in_matrices += sum(m.numel for m in (*outside, *tables))
+        return ModelShape(
+            name=name,
+            layers=shape.layers,
+            hidden=shape.hidden,
+            intermediate=shape.intermediate,
+            vocab=shape.vocab,
+            tied=shape.tied,
+            attention_width=shape.heads * shape.head_dim,
+            qkv_width=(shape.heads + 2 * shape.kv_heads) * shape.head_dim,
+            block=block,
+            outside=tuple(outside),
+            tables=tuple(tables),
+            vector_elements=shape.parameters - in_matrices,
+        )
+
+    @property
+    def matrices(self) -> tuple[MatrixShape, ...]:
+        """Every linear of the model, block by block."""
+        return self.block * self.layers + self.outside
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """What the planner needs to know about the data."""
+
+    kind: str  # label, choice, completion or text
+    tokens: tuple[int, ...]  # tokens of the longest examples (all rows of each), descending
+    scored: int  # most scored positions of one example
+    label_words: int  # K; 0 where the whole vocabulary is scored
+    known: bool = True  # False: assumed, because no data was given
+
+    @staticmethod
+    def of(dataset: Dataset) -> TokenStats:
+        """Measured on every example, training and validation."""
+        examples = [*dataset.train, *dataset.validation]
+        tokens = sorted((sum(len(row.ids) for row in e.rows) for e in examples), reverse=True)
+        scored = max((sum(len(row.score_at) for row in e.rows) for e in examples), default=1)
+        longest = tuple(tokens[:KEPT_LENGTHS]) or (1,)
+        return TokenStats(dataset.kind, longest, scored, len(dataset.label_ids))
+
+    @staticmethod
+    def assumed(cfg: RunConfig) -> TokenStats:
+        """Without data: every row as long as --max-length allows."""
+        n = cfg.max_length
+        if cfg.task is not None or cfg.labels is not None:
+            return TokenStats("label", (n,), 1, UNKNOWN_LABEL_WORDS, known=False)
+        return TokenStats("text", (n,), n, 0, known=False)
+
+    def longest(self, examples: int) -> int:
+        """Tokens of that many of the longest examples together; the longest repeats if need be."""
+        found = self.tokens[:examples]
+        return sum(found) + self.tokens[0] * (examples - len(found))
+
+
+@dataclass(frozen=True)
+class Item:
+    name: str
+    bytes: int
+    reason: str
+    phase: str = "always"  # or load, forward, update
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "bytes": self.bytes, "reason": self.reason, "phase": self.phase}
+
+
+def phase_bytes(items: Sequence[Item], phase: str) -> int:
+    """What is held while ``phase`` lasts, the permanent items included."""
+    return sum(item.bytes for item in items if item.phase in ("always", phase))
+
+
+def peak_bytes(items: Sequence[Item]) -> int:
+    return max(phase_bytes(items, phase) for phase in ("load", "forward", "update"))
+
+
+def compute_dtype(precision: str, bf16_fast: bool) -> tuple[str, str]:
+    """(dtype of activations and products, reason)."""
+    if precision == "fp32":
+        return "fp32", "the weights are fp32"
+    if bf16_fast:
+        return "bf16", "this CPU multiplies bf16 matrices in hardware"
+    return "fp32", "this CPU has no bf16 matrix instructions; weights are expanded tile by tile"
+
+
+def rounding_of(cfg: RunConfig, precision: str) -> tuple[str | None, str]:
+    """(how full weights keep small steps, reason); None where nothing is rounded."""
+    if "full" not in cfg.train or precision not in ("bf16", "fp16"):
+        return None, ""
+    if cfg.rounding is not None:
+        return cfg.rounding, "--rounding"
+    return "plane", "8 more bits beside each weight; rounding alone would lose small steps"
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One request with everything that its size depends on, but for precision and split."""
+
+    shape: ModelShape
+    cfg: RunConfig
+    tokens: TokenStats
+    bf16_fast: bool
+    base_bytes: int | None  # the process as measured; None: the constant above
+
+    def peak_bytes(self, precision: str, micro_batch: int) -> int:
+        return peak_bytes(self.items(precision, micro_batch))
+
+    def items(self, precision: str, micro_batch: int) -> tuple[Item, ...]:
+        compute_bytes = {"fp32": 4, "bf16": 2}[compute_dtype(precision, self.bf16_fast)[0]]
+        base = self._base()
+        always = [
+            base,
+            *self._weights(precision),
+            *self._trained(compute_bytes),
+            Item("journal and metrics", RUN_BYTES, "buffers; the records are on disk"),
+            Item("allocator slack", SLACK_BYTES, "freed small blocks that stay in the heap"),
+        ]
+        return (
+            *always,
+            self._load(base.bytes, sum(item.bytes for item in always), precision),
+            *self._forward(precision, micro_batch, compute_bytes),
+            self._update(),
+        )
+
+    def _base(self) -> Item:
+        if self.base_bytes is not None:
+            reason = "Python, PyTorch, transformers and the tokenizer, measured"
+            return Item("base process", self.base_bytes, reason)
+        words = self.shape.vocab
+        size = BASE_BYTES + max(0, words - BASE_VOCAB) * TOKENIZER_BYTES_PER_WORD
+        reason = f"Python, PyTorch, transformers, a tokenizer of {words:,} words"
+        return Item("base process", size, reason)
+
+    def _weights(self, precision: str) -> list[Item]:
+        shape = self.shape
+        plane = 1 if rounding_of(self.cfg, precision)[0] == "plane" else 0
+        table_precision = "int8" if precision in QUANTIZED else precision
+
+        def stored(matrices: Sequence[MatrixShape], precision: str) -> int:
+            return sum(m.stored_bytes(precision) + m.numel * plane for m in matrices)
+
+        def detail(precision: str) -> str:
+            if precision in QUANTIZED:
+                scales = {"int8": "a scale per row", "int4": "scale and shift per group"}[precision]
+                return f"{precision} codes, {scales}"
+            size = BYTES_PER_WEIGHT[precision]
+            return f"{precision}, {size} bytes each" + (" + 1 for the low plane" if plane else "")
+
+        count = sum(m.numel for m in shape.matrices)
+        words = sum(t.numel for t in shape.tables)
+        tied = "tied with the head" if shape.tied else "with the untied head"
+        return [
+            Item(
+                "linear weights",
+                stored(shape.matrices, precision),
+                f"{count:,} weights in {shape.layers} blocks: {detail(precision)}",
+            ),
+            Item(
+                "embedding",
+                stored(shape.tables, table_precision),
+                f"{words:,} weights, {tied}: {detail(table_precision)}",
+            ),
+            Item(
+                "norms and biases",
+                4 * shape.vector_elements,
+                f"{shape.vector_elements:,} values in fp32",
+            ),
+        ]
+
+    def _trained(self, compute_bytes: int) -> list[Item]:
+        """What training keeps beside the weights; ``full`` is in the weights themselves."""
+        shape, cfg = self.shape, self.cfg
+        items = []
+        if "lowrank" in cfg.train:
+            factor = sum(m.d_out for m in shape.matrices) * cfg.rank
+            basis = sum(m.d_in for m in shape.matrices) * cfg.rank
+            size = 4 * factor + compute_bytes * basis
+            reason = f"rank {cfg.rank}: {factor:,} trained values in fp32 and their fixed basis"
+            items.append(Item("low-rank factors", size, reason))
+        if "norms" in cfg.train:
+            n = shape.vector_elements
+            items.append(Item("trained norms and biases", 4 * n, f"{n:,} values, fp32 copies"))
+        if "scales" in cfg.train:
+            n = sum(m.d_out for m in shape.matrices)
+            items.append(Item("trained scales", 4 * n, f"a gain per output row: {n:,} in fp32"))
+        if "head" in cfg.train:
+            items.append(self._head())
+        return items
+
+    def _head(self) -> Item:
+        shape, what = self.shape, "change, gradient and Adam's moments"
+        if self.tokens.kind == "label":
+            k = self.tokens.label_words
+            size = 4 * HEAD_COPIES * k * shape.hidden
+            return Item("exact head", size, f"{k} label words x {shape.hidden}: {what}")
+        rank = self.cfg.rank
+        size = 4 * rank * (HEAD_COPIES * shape.vocab + shape.hidden)
+        return Item("exact head", size, f"{shape.vocab:,} words x rank {rank}: {what}")
+
+    def _load(self, base: int, steady: int, precision: str) -> Item:
+        """Loading goes from the largest tensor down: its copy stands before the rest is there."""
+        table = max(self.shape.tables, key=lambda t: t.numel)
+        stored = table.stored_bytes("int8" if precision in QUANTIZED else precision)
+        with_table = base + stored + 4 * table.numel
+        with_linear = steady + 4 * max(m.numel for m in self.shape.matrices)
+        reason = "one tensor as it is read, in fp32, beside its stored form"
+        return Item("load staging", max(with_table, with_linear) - steady, reason, "load")
+
+    def _forward(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
+        shape, tokens = self.shape, self.tokens
+        rows = max(2 * tokens.longest(micro_batch), min(EVAL_TOKENS, tokens.longest(KEPT_LENGTHS)))
+        width = HIDDEN_COPIES * shape.hidden + max(
+            shape.qkv_width + ATTENTION_OUT_COPIES * shape.attention_width,
+            MLP_COPIES * shape.intermediate,
+        )
+        source = "the longest of the data" if tokens.known else "no data given: --max-length each"
+        reason = f"{rows:,} token rows of {micro_batch} examples, both sides ({source}), one block"
+        items = [Item("activations", rows * width * compute_bytes, reason, "forward")]
+        if BYTES_PER_WEIGHT.get(precision) != compute_bytes:
+            largest = max(m.numel for m in shape.matrices) * compute_bytes
+            compute = compute_dtype(precision, self.bf16_fast)[0]
+            reason = f"{precision} weights become {compute} a tile at a time"
+            items.append(Item("expanded weights", min(largest, TILE_BYTES), reason, "forward"))
+        widest = max(m.d_out + m.d_in for m in shape.matrices)
+        reason = f"signs of {micro_batch} examples for the widest matrix; who is probed how"
+        size = micro_batch * (rows + widest) * compute_bytes
+        items.append(Item("directions", size, reason, "forward"))
+        scored = 2 * micro_batch * tokens.scored
+        if tokens.kind == "label":
+            logits, what = 4 * scored * tokens.label_words, "label words only"
+        else:
+            logits, what = LOGITS_BYTES, "the vocabulary in chunks"
+        reason = f"hidden states and logits of {scored:,} scored positions; {what}"
+        items.append(Item("scores", logits + 4 * scored * shape.hidden, reason, "forward"))
+        return items
+
+    def _update(self) -> Item:
+        shape, cfg = self.shape, self.cfg
+        sizes = [shape.hidden]
+        if "lowrank" in cfg.train:
+            sizes += [m.d_out * cfg.rank for m in shape.matrices]
+        if "full" in cfg.train:
+            sizes += [m.numel for m in (*shape.matrices, *shape.tables)]
+        size = UPDATE_TILES * min(TILE_BYTES, 4 * max(sizes))
+        reason = "weights, direction and change of one tile, in fp32"
+        return Item("update tiles", size, reason, "update")

@@ -1,0 +1,517 @@
+"""Ways to read rows: a record becomes a draft, text with the stretches to be predicted marked.
+
+    Record(where, fields) -> Draft(pieces, label)
+
+A row is recognised by its keys: ``text``; ``prompt`` + ``completion``; ``messages``; or any fields
+with a template, a label field and label words.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from edgezo.errors import UsageError
+from edgezo.rows import Problems, Record
+from edgezo.tasks import Task
+
+DEFAULT_TEMPLATE = "{text}\nLabel:"
+MASK = "mask"  # the name that stands for the masked model's mask token in a template
+MOST_LABELS = 256  # more different values than this are not labels
+
+
+# ------------------------------------------------------------------------------------- templates
+
+
+@dataclass(frozen=True)
+class Template:
+    """Text with ``{field}`` names in it, as (literal, field or None) parts."""
+
+    parts: tuple[tuple[str, str | None], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for _, name in self.parts if name is not None)
+
+    @property
+    def tail(self) -> str:
+        """The literal text at the end, "" where the template ends with a field."""
+        return self.parts[-1][0] if self.parts and self.parts[-1][1] is None else ""
+
+    def fill(self, fields: Mapping[str, Any]) -> str:
+        """The text for one row; values lose the white space around them."""
+        return "".join(
+            literal + ("" if name is None else str(fields[name]).strip())
+            for literal, name in self.parts
+        )
+
+    def split(self) -> tuple[Template, Template | None]:
+        """Left and right of ``{mask}``; (self, None) where there is none."""
+        for index, (literal, name) in enumerate(self.parts):
+            if name == MASK:
+                left = (*self.parts[:index], (literal, None))
+                return Template(left), Template(self.parts[index + 1 :])
+        return self, None
+
+
+def parse_template(text: str, problems: Problems) -> Template | None:
+    """Reads ``'{text} All in all it was'``; ``{{`` and ``}}`` are braces."""
+    try:
+        parts = list(string.Formatter().parse(text))
+    except ValueError as error:
+        problems.add(f"template {text!r}: {error} (a brace itself is written {{{{ or }}}})")
+        return None
+    for _, name, spec, conversion in parts:
+        if name is not None and (spec or conversion or not name):
+            problems.add(f"template {text!r}: only {{field}} names are understood in braces")
+            return None
+    template = Template(tuple((literal, name) for literal, name, _, _ in parts))
+    fields = [name for name in template.names if name != MASK]
+    if not fields:
+        problems.add(f"template {text!r} names no field of the rows; write one as {{text}}")
+        return None
+    if template.names.count(MASK) > 1:
+        problems.add(f"template {text!r} has {{mask}} {template.names.count(MASK)} times, not once")
+        return None
+    return template
+
+
+# ---------------------------------------------------------------------------------------- labels
+
+
+def label_key(value: Any) -> str | None:
+    """The label of a row as text: 1, 1.0, "1" and " 1" are one label; None where it is no label."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, str | int | float):
+        return None
+    key = str(value).strip()
+    return key.lower() if key.lower() in ("true", "false") else key
+
+
+def parse_labels(spec: str, problems: Problems) -> dict[str, str]:
+    """Reads ``'0=bad,1=good'`` as {"0": "bad", "1": "good"}."""
+    words: dict[str, str] = {}
+    for item in spec.split(","):
+        key, equals, word = item.partition("=")
+        label, word = label_key(key) or "", word.strip()
+        if not equals or not label:
+            problems.add(f"--labels {spec!r}: {item.strip()!r} is not of the form value=word")
+        elif not word:
+            problems.add(f"--labels {spec!r}: no word for label {label!r}")
+        elif label in words:
+            problems.add(f"--labels {spec!r}: label {label!r} is given twice")
+        else:
+            words[label] = word
+    _check_words(words, problems)
+    if len(words) == 1:
+        problems.add(f"--labels {spec!r}: one label only; there must be two to tell apart")
+    return words
+
+
+def derive_labels(records: Sequence[Record], name: str, problems: Problems) -> dict[str, str]:
+    """The label strings themselves as words: "play_music" and "PlayMusic" say "play music"."""
+    keys = sorted({k for r in records if (k := label_key(r.fields.get(name)))})
+    if not keys:
+        return {}
+    listed = ", ".join(keys[:6]) + (", ..." if len(keys) > 6 else "")
+    if all(re.fullmatch(r"[-+.\d]*\d|true|false", key) for key in keys):
+        example = ",".join(f"{key}=..." for key in keys[:3])
+        problems.add(
+            f"the values of {name!r} are not words ({listed}); "
+            f"say what they mean with --labels '{example}'"
+        )
+        return {}
+    if not 2 <= len(keys) <= MOST_LABELS:
+        problems.add(
+            f"{name!r} has {len(keys)} different values ({listed}), not 2 to {MOST_LABELS}; "
+            "name the field of the label with --label-field"
+        )
+        return {}
+    words = {key: _as_words(key) for key in keys}
+    _check_words(words, problems)
+    return words
+
+
+def _as_words(key: str) -> str:
+    spaced = re.sub(r"[_\s]+", " ", key).strip()
+    split = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", spaced)
+    return split if split == spaced else split.lower()
+
+
+def word_ids(tokenizer: Any, word: str, spaced: bool) -> list[int]:
+    """Token ids of a word in running text: after a space, or at the start of a line."""
+    text, start = (f"a {word}", 1) if spaced else (f"\n{word}", 1)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [token for token, (_, end) in pairs if end > start]
+
+
+def wants_space(tokenizer: Any, words: Sequence[str]) -> bool:
+    """Whether the words are no longer, in tokens, with a space before them than without."""
+    with_space, without = (
+        sum(len(word_ids(tokenizer, word, spaced)) for word in words) for spaced in (True, False)
+    )
+    return with_space <= without
+
+
+def _check_words(words: Mapping[str, str], problems: Problems) -> None:
+    by_word: dict[str, list[str]] = {}
+    for key, word in words.items():
+        by_word.setdefault(word, []).append(key)
+    for word, keys in by_word.items():
+        if len(keys) > 1:
+            problems.add(
+                f"labels {', '.join(keys)} have the same word {word!r}; each needs its own"
+            )
+
+
+# ----------------------------------------------------------------------------------------- forms
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text of one token sequence; ``spans`` are the characters to predict (none: a label word)."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...] = ()
+    ends: bool = False  # the end token follows and is predicted
+    bare: bool = False  # the text holds its own special tokens (a chat template wrote them)
+    right: str | None = None  # masked models: what follows the mask token, which follows ``text``
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One example before tokenization: one piece, or one for each option."""
+
+    pieces: tuple[Piece, ...]
+    label: int = -1
+
+
+class Form(Protocol):
+    """One way to read rows."""
+
+    @property
+    def kind(self) -> str:
+        """The kind of data set that comes of it: "label", "choice", "completion" or "text"."""
+        ...
+
+    def draft(self, record: Record, problems: Problems) -> Draft | None:
+        """The example of one row; None after adding what is wrong with it."""
+        ...
+
+
+def _lacks(record: Record, names: Sequence[str], problems: Problems) -> bool:
+    """Adds the fields that a row does not have, or has as something that is no text or number."""
+    missing = [n for n in names if not isinstance(record.fields.get(n), str | int | float)]
+    for name in missing:
+        state = "is no text or number" if record.fields.get(name) is not None else "is missing"
+        problems.add(f"field {name!r} {state}", at=f"{record.where} (it has: {record.keys})")
+    return bool(missing)
+
+
+def seam(before: str, after: str) -> str:
+    """What joins two texts: a space, unless there is white space already or the script has none."""
+    if not before or not after or before[-1].isspace() or after[0].isspace():
+        return ""
+    wide = (unicodedata.east_asian_width(c) in "WF" for c in (before[-1], after[0]))
+    return "" if any(wide) else " "
+
+
+@dataclass(frozen=True)
+class TextForm:
+    """``text``: every token is predicted from those before it."""
+
+    kind: str = "text"
+
+    def draft(self, record: Record, problems: Problems) -> Draft | None:
+        if _lacks(record, ("text",), problems):
+            return None
+        text = str(record.fields["text"])
+        if not text.strip():
+            problems.add("empty text", at=record.where)
+            return None
+        return Draft((Piece(text, ((0, len(text)),)),))
+
+
+@dataclass(frozen=True)
+class CompletionForm:
+    """``prompt`` and ``completion``: the completion and the end token are predicted."""
+
+    kind: str = "completion"
+
+    def draft(self, record: Record, problems: Problems) -> Draft | None:
+        if _lacks(record, ("prompt", "completion"), problems):
+            return None
+        prompt, completion = (str(record.fields[n]) for n in ("prompt", "completion"))
+        if not completion.strip():
+            problems.add("empty completion", at=record.where)
+            return None
+        text = prompt + seam(prompt, completion) + completion
+        return Draft((Piece(text, ((len(prompt), len(text)),), ends=True),))
+
+
+@dataclass(frozen=True)
+class MessagesForm:
+    """``messages``: the assistant's turns, with their end tokens, are predicted.
+
+    A turn's text is what the chat template adds when the turn is appended. Where a template writes
+    earlier turns differently once more follow, only the last and those that stay the same count.
+    """
+
+    tokenizer: Any
+    kind: str = "completion"
+
+    def draft(self, record: Record, problems: Problems) -> Draft | None:
+        messages = record.fields.get("messages")
+        wrong = self._wrong(messages)
+        if wrong or not isinstance(messages, list):
+            problems.add(f"messages: {wrong}", at=f"{record.where} (it has: {record.keys})")
+            return None
+        last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+        try:
+            full = self._render(messages[: last + 1])
+            spans = []
+            for index in (i for i, m in enumerate(messages) if m["role"] == "assistant"):
+                before = self._render(messages[:index], add_generation_prompt=True)
+                after = self._render(messages[: index + 1]).rstrip()
+                if full.startswith(after) and after.startswith(before):
+                    spans.append((len(before), len(after)))
+                elif index == last:  # no clean start: from where the two renderings part
+                    before = self._render(messages[:index])
+                    start = next(
+                        (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b),
+                        min(len(before), len(after)),
+                    )
+                    spans.append((start, len(after)))
+        except (
+            Exception
+        ) as error:  # a template is a program of the model's authors: any error can come
+            problems.add("the chat template refuses a row", at=f"{record.where}: {error}")
+            return None
+        return Draft((Piece(full.rstrip(), tuple(s for s in spans if s[0] < s[1]), bare=True),))
+
+    def _render(self, messages: list[Any], **options: Any) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+    @staticmethod
+    def _wrong(messages: Any) -> str:
+        if not isinstance(messages, list) or not messages:
+            return "not a list of turns"
+        for turn in messages:
+            if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+                return 'a turn is not {"role": ..., "content": ...}'
+            if not isinstance(turn.get("content"), str):
+                return f"a turn of {turn['role']!r} has no text content"
+        if not any(t["role"] == "assistant" and t["content"].strip() for t in messages):
+            return "no assistant turn with text, so nothing to learn"
+        return ""
+
+
+@dataclass(frozen=True)
+class LabelForm:
+    """A filled template and one label word after it (or at the mask)."""
+
+    left: Template
+    right: Template | None  # after the mask; None for causal models
+    label_field: str
+    index: Mapping[str, int]  # label -> its place among the label words
+    kind: str = "label"
+
+    def draft(self, record: Record, problems: Problems) -> Draft | None:
+        names = (*self.left.names, *(self.right.names if self.right else ()))
+        if _lacks(record, (*names, self.label_field), problems):
+            return None
+        label = self.label(record, problems)
+        right = None if self.right is None else self.right.fill(record.fields)
+        text = self.left.fill(record.fields).rstrip(" ")
+        return None if label is None else Draft((Piece(text, right=right),), label)
+
+    def label(self, record: Record, problems: Problems) -> int | None:
+        key = label_key(record.fields[self.label_field])
+        if key is None or key not in self.index:
+            known = ", ".join(list(self.index)[:10]) + (", ..." if len(self.index) > 10 else "")
+            problems.add(
+                f"label outside the set ({known})", at=f"{record.where}: {self.label_field}={key!r}"
+            )
+            return None
+        return self.index[key]
+
+
+@dataclass(frozen=True)
+class ChoiceForm:
+    """A filled template with one of several texts after it."""
+
+    labels: LabelForm
+    options: tuple[Template, ...]
+    kind: str = "choice"
+
+    def draft(self, record: Record, problems: Problems) -> Draft | None:
+        if _lacks(record, [name for option in self.options for name in option.names], problems):
+            return None
+        prompt = self.labels.draft(record, problems)
+        if prompt is None:
+            return None
+        text = prompt.pieces[0].text
+        pieces = []
+        for option in self.options:
+            answer = option.fill(record.fields)
+            whole = text + seam(text, answer) + answer
+            pieces.append(Piece(whole, ((len(text), len(whole)),)))
+        return Draft(tuple(pieces), prompt.label)
+
+
+# ----------------------------------------------------------------------------------- recognition
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is known of labelled rows before they are read."""
+
+    template: Template | None
+    words: Mapping[str, str] | None  # label -> label word
+    options: tuple[Template, ...]
+    label_field: str
+    labelled: bool  # something says that the rows have labels
+
+
+def ask(
+    task: Task | None,
+    template: str | None,  # of the user, over the task's
+    labels: str | None,  # of the user, over the task's
+    label_field: str,
+    problems: Problems,
+) -> Asked:
+    """What the user asked for, over what the task says."""
+    default_field = label_field == "label"
+    if task and task.options and labels:
+        problems.add(f"--task {task.name} has its own candidates in every row: leave out --labels")
+    text = template or (task.template if task else None)
+    labels = labels or (task.labels if task else None)
+    options = [parse_template(option, problems) for option in task.options] if task else []
+    return Asked(
+        template=parse_template(text, problems) if text else None,
+        words=parse_labels(labels, problems) if labels else None,
+        options=tuple(option for option in options if option),
+        label_field=task.label_field if task and default_field else label_field,
+        labelled=bool(text or labels or not default_field),
+    )
+
+
+def plain_form(first: Record, asked: Asked, tokenizer: Any) -> Form | None:
+    """The form of rows without labels, by the keys of the first; None where rows are labelled."""
+    if asked.labelled:
+        return None
+    if "messages" in first.fields:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UsageError(
+                "the rows have 'messages', but this model has no chat template: use an instruction-"
+                "tuned model, or rows with prompt and completion"
+            )
+        return MessagesForm(tokenizer)
+    if "prompt" in first.fields and "completion" in first.fields:
+        return CompletionForm()
+    if asked.label_field in first.fields:
+        return None
+    if "text" in first.fields:
+        return TextForm()
+    raise UsageError(
+        f"rows of this kind are not known: {first.where} has the keys {first.keys}. edgezo reads "
+        "rows with text; with prompt and completion; with messages; or any others with a "
+        "label, given --template '{field} ...', --labels '0=word,1=word' and --label-field"
+    )
+
+
+def labelled_form(
+    asked: Asked,
+    train: Sequence[Record],
+    tokenizer: Any,
+    masked: bool,
+    problems: Problems,
+    notes: list[str],
+) -> tuple[Form, tuple[int, ...], tuple[str, ...]]:
+    """The form, the label words' token ids (kind "label") and the names of the candidates."""
+    keys = {str(key) for record in train for key in record.fields}
+    has = ", ".join(sorted(keys)[:12])
+    template = asked.template
+    if template is None and "text" in keys:
+        template = parse_template(DEFAULT_TEMPLATE, problems)
+        notes.append(f"no --template: prompts are written as {DEFAULT_TEMPLATE!r}")
+    if template is None:
+        problems.add(f"give --template: how the fields of a row ({has}) become a prompt")
+    elif unknown := [n for n in template.names if n not in keys and n != MASK]:
+        problems.add(f"--template names {', '.join(unknown)}; the rows have: {has}")
+    if asked.label_field not in keys:
+        problems.add(f"no row has the label field {asked.label_field!r}; the rows have: {has}")
+    options, words = asked.options, asked.words
+    if options:
+        words = {str(i): option.names[0] for i, option in enumerate(options)}
+    elif words is None and asked.label_field in keys:
+        words = derive_labels(train, asked.label_field, problems)
+    problems.raise_any()
+    assert template is not None and words is not None
+
+    names = tuple(words.values())
+    index = {key: i for i, key in enumerate(words)}
+    seen = {label_key(record.fields.get(asked.label_field)) for record in train}
+    if absent := [key for key in index if key not in seen]:
+        notes.append(f"no training row has label {', '.join(absent)}")
+    left, right = _around_mask(template, tokenizer, masked, problems)
+    labels = LabelForm(left, right, asked.label_field, index)
+    if options:
+        if masked:
+            problems.add("candidates of several words need a causal language model")
+        problems.raise_any()
+        return ChoiceForm(labels, options), (), names
+
+    at_line_start = left.tail.rstrip(" ").endswith("\n")
+    joined = masked and not left.tail.endswith(" ")
+    spaced = not at_line_start and not joined and wants_space(tokenizer, names)
+    tokens = {name: word_ids(tokenizer, name, spaced) for name in names}
+    unknown_id = tokenizer.unk_token_id
+    for name, ids in tokens.items():
+        if not ids or ids[0] == unknown_id:
+            problems.add(f"the label word {name!r} is not in this model's vocabulary")
+    firsts = tuple(ids[0] for ids in tokens.values() if ids)
+    long = [name for name, ids in tokens.items() if len(ids) > 1]
+    shared = [name for name, ids in tokens.items() if ids and firsts.count(ids[0]) > 1]
+    listed = ", ".join(shared)
+    if shared and masked:
+        problems.add(
+            f"label words {listed} begin with the same token, and a masked model predicts one: "
+            "give others with --labels"
+        )
+    problems.raise_any()
+    if shared:
+        notes.append(
+            f"label words {listed} begin with the same token: each candidate is scored in a row of "
+            f"its own ({len(names)} rows an example); other words in --labels would be faster"
+        )
+        return ChoiceForm(labels, tuple(Template(((n, None),)) for n in names)), (), names
+    if long:
+        notes.append(f"label words of several tokens are scored by their first: {', '.join(long)}")
+    return labels, firsts, names
+
+
+def _around_mask(
+    template: Template, tokenizer: Any, masked: bool, problems: Problems
+) -> tuple[Template, Template | None]:
+    """What stands before and after the label word; None after it for causal models."""
+    left, right = template.split()
+    if masked:
+        if tokenizer.mask_token_id is None:
+            problems.add("this model's tokenizer has no mask token")
+        if right is None:
+            left = Template((*left.parts, (" ", None)))
+            right = Template(((" .", None),))
+        return left, right
+    if right is not None and (right.names or right.tail.strip(" .")):
+        problems.add(
+            "the template has text after {mask}: a causal model predicts the label word from what "
+            "stands before it, so {mask} comes last"
+        )
+    return left, None

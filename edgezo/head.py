@@ -1,0 +1,82 @@
+"""The exact head: after the last block the gradient is free (design: "exact where it is free").
+
+For logits z = H h the gradient of a row of H is (p - y) h^T at the scored positions, from the forward that GRZO
+runs anyway, averaged over its two sides. What is trained is a change of H in fp32, by Adam (arXiv 1412.6980):
+
+    label words   delta (K, hidden) on the K candidate rows
+    completions   delta Q (vocab, rank) over a fixed basis P (rank, hidden): H + Q P
+
+Its state has no seed form; the run keeps it as small snapshots (see ``train``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from edgezo import noise
+from edgezo.noise import Key
+
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+
+
+@dataclass
+class ExactHead:
+    """A trained change of the output embedding and its Adam state, all (rows, width) fp32."""
+
+    delta: Tensor
+    basis: Tensor | None  # P (width, hidden) fp32, or None: the hidden state itself
+    first: Tensor = field(init=False)
+    second: Tensor = field(init=False)
+    gradient: Tensor = field(init=False)
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.first = torch.zeros_like(self.delta)
+        self.second = torch.zeros_like(self.delta)
+        self.gradient = torch.zeros_like(self.delta)
+
+    @staticmethod
+    def for_labels(count: int, hidden: int) -> ExactHead:
+        return ExactHead(torch.zeros(count, hidden), None)
+
+    @staticmethod
+    def for_vocabulary(vocab: int, hidden: int, rank: int, seed: int) -> ExactHead:
+        key, tensor = Key(seed, 0), noise.tensor_id("head")
+        signs = noise.signs(key, tensor, noise.BASIS, slice(0, rank), hidden).float()
+        return ExactHead(torch.zeros(vocab, rank), signs / hidden**0.5)
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """What delta multiplies, (n, width) fp32."""
+        hidden = hidden.float()
+        return hidden if self.basis is None else hidden @ self.basis.T
+
+    def update(self, lr: float) -> None:
+        """One Adam step along the accumulated gradient, which is then cleared. Non-finite gradients are dropped."""
+        if bool(torch.isfinite(self.gradient).all()):
+            self.steps += 1
+            self.first.lerp_(self.gradient, 1 - BETA1)
+            self.second.lerp_(self.gradient.square(), 1 - BETA2)
+            scale = (self.second / (1 - BETA2**self.steps)).sqrt_().add_(EPS)
+            self.delta.addcdiv_(self.first, scale, value=-lr / (1 - BETA1**self.steps))
+        self.gradient.zero_()
+
+    def nbytes(self) -> int:
+        return 4 * self.delta.nbytes + (self.basis.nbytes if self.basis is not None else 0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """State that a snapshot keeps."""
+        return {
+            "head.delta": self.delta,
+            "head.adam_first": self.first,
+            "head.adam_second": self.second,
+            "head.adam_steps": torch.tensor([self.steps]),
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        self.delta.copy_(tensors["head.delta"])
+        self.first.copy_(tensors["head.adam_first"])
+        self.second.copy_(tensors["head.adam_second"])
+        self.steps = int(tensors["head.adam_steps"])

@@ -1,0 +1,248 @@
+"""How one weight matrix lies in memory: dense (fp32, bf16, fp16) or quantised codes (int8, int4).
+
+A layout owns raw tensors and offers three things: rows expanded to a compute dtype, rows as fp32 on the layout's
+own grid, and writing fp32 rows back. optimum-quanto decides scales and codes (``AbsmaxOptimizer``, ``MaxOptimizer``,
+its packing); its tensor subclasses are not kept, because in-place arithmetic on them is a silent no-op and their
+sizes are those of the dense tensor.
+
+Shapes: a matrix is (rows, cols) = (out_features, in_features). Rows are the unit of tiling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from edgezo import noise
+from edgezo.noise import Key
+
+TILE_BYTES = 16 << 20  # bound of every temporary, whatever the largest matrix
+
+# Bits of the significand after the leading one, and the smallest positive step of the format.
+_MANTISSA = {torch.bfloat16: 7, torch.float16: 10}
+_SMALLEST_STEP = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
+
+
+def tiles(rows: int, cols: int, bytes_per_element: int = 4) -> Iterator[slice]:
+    """Row slices of at most ``TILE_BYTES`` each (one row at least)."""
+    step = max(1, TILE_BYTES // max(1, cols * bytes_per_element))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+class Layout(Protocol):
+    """One matrix in memory."""
+
+    shape: tuple[int, int]
+
+    def expand(self, rows: slice | Tensor, out: Tensor) -> Tensor:
+        """Values of ``rows`` as the forward reads them, written to ``out`` (n, cols) of any float dtype."""
+        ...
+
+    def direct(self, dtype: torch.dtype) -> Tensor | None:
+        """The stored tensor itself where the forward can read it as it is in ``dtype``, else None."""
+        ...
+
+    def nbytes(self) -> int: ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The raw tensors, for hashing and saving."""
+        ...
+
+
+class Dense:
+    """fp32, bf16 or fp16 values, optionally with a low-order plane of 8 more bits (design: storage and updates).
+
+    With the plane a weight is ``high + low * ulp(high)/256``: the matrix product reads ``high`` (the weight rounded
+    to nearest in its dtype), updates see a grid 256 times finer. Without it, updates round stochastically.
+    """
+
+    def __init__(self, values: Tensor, *, rounding: str | None = None):
+        self.values = values
+        self.shape = (values.shape[0], values.shape[1])
+        self.rounding = None if values.dtype == torch.float32 else rounding
+        self.low = torch.zeros(values.shape, dtype=torch.int8) if self.rounding == "plane" else None
+
+    def expand(self, rows: slice | Tensor, out: Tensor) -> Tensor:
+        return out.copy_(self.values[rows])
+
+    def direct(self, dtype: torch.dtype) -> Tensor | None:
+        return self.values if self.values.dtype == dtype else None
+
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"": self.values} | ({".low": self.low} if self.low is not None else {})
+
+    def read(self, rows: slice | Tensor) -> Tensor:
+        """The exact stored values of ``rows``, (n, cols) fp32, freshly owned."""
+        high = self.values[rows].to(torch.float32, copy=True)
+        if self.low is not None:
+            high.addcmul_(self.low[rows].float(), self._ulp(high), value=1 / 256)
+        return high
+
+    def snap(self, values: Tensor, key: Key, tensor: int, rows: slice | Tensor) -> Tensor:
+        """Round (n, cols) fp32 ``values`` to the layout's grid; unbiased where it is coarser than the plane."""
+        if self.values.dtype == torch.float32:
+            return values
+        if self.low is not None:
+            high = values.to(self.values.dtype).float()
+            ulp = self._ulp(high)
+            return high.addcmul_(self._low_codes(values, high, ulp), ulp, value=1 / 256)
+        ulp = self._ulp(values)
+        if isinstance(rows, slice):
+            dither = noise.uniform(key, tensor, noise.ROUNDING, rows, self.shape[1])
+        else:
+            lines = [slice(r, r + 1) for r in rows.tolist()]
+            dither = torch.cat(
+                [noise.uniform(key, tensor, noise.ROUNDING, line, self.shape[1]) for line in lines]
+            )
+        return torch.floor(values / ulp + dither) * ulp
+
+    def write(self, rows: slice | Tensor, values: Tensor) -> None:
+        """Store (n, cols) fp32 values that ``snap`` gave."""
+        high = values.to(self.values.dtype)
+        self.values[rows] = high
+        if self.low is not None:
+            wide = high.float()
+            self.low[rows] = self._low_codes(values, wide, self._ulp(wide)).to(torch.int8)
+
+    def _ulp(self, values: Tensor) -> Tensor:
+        """Spacing of the stored dtype at fp32 ``values``: the binade's power of two times 2**-mantissa."""
+        dtype = self.values.dtype
+        binade = (values.view(torch.int32) & 0x7F800000).view(torch.float32)
+        return binade.mul_(2.0 ** -_MANTISSA[dtype]).clamp_(min=_SMALLEST_STEP[dtype])
+
+    @staticmethod
+    def _low_codes(values: Tensor, high: Tensor, ulp: Tensor) -> Tensor:
+        return ((values - high) * 256 / ulp).round_().clamp_(-128, 127)
+
+
+class Int8:
+    """quanto qint8: codes (rows, cols) int8 and one fp32 scale a row, symmetric."""
+
+    def __init__(self, codes: Tensor, scale: Tensor):
+        self.codes, self.scale = codes, scale  # (rows, cols) int8, (rows, 1) fp32
+        self.shape = (codes.shape[0], codes.shape[1])
+
+    @staticmethod
+    def quantise(weight: Tensor) -> Int8:
+        from optimum.quanto import AbsmaxOptimizer, qint8
+
+        rows, cols = weight.shape
+        codes = torch.empty(rows, cols, dtype=torch.int8)
+        scale = torch.empty(rows, 1)
+        optimizer = AbsmaxOptimizer()
+        for tile in tiles(rows, cols):
+            part = weight[tile].float()
+            scale[tile] = optimizer(part, qint8, 0).clamp_(min=torch.finfo(torch.float32).tiny)
+            codes[tile] = part.div_(scale[tile]).round_().clamp_(-128, 127).to(torch.int8)
+        return Int8(codes, scale)
+
+    def expand(self, rows: slice | Tensor, out: Tensor) -> Tensor:
+        return torch.mul(self.codes[rows], self.scale[rows], out=out) if (
+            out.dtype == torch.float32
+        ) else out.copy_(self.codes[rows]).mul_(self.scale[rows])
+
+    def direct(self, dtype: torch.dtype) -> Tensor | None:
+        return None
+
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scale.nbytes
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"._data": self.codes, "._scale": self.scale}
+
+
+class Int4:
+    """quanto qint4: value = scale*code - shift per group along a row, two codes a byte.
+
+    As in quanto's ``PackedTensor``, byte k of the flat packed tensor holds element k of the flat matrix in its low
+    nibble and element k + n/2 in its high nibble; so the low nibbles are the upper half of the rows.
+    """
+
+    def __init__(self, packed: Tensor, scale: Tensor, shift: Tensor):
+        # (rows/2, cols) uint8, (rows, groups, 1) fp32, (rows, groups, 1) fp32
+        self.packed, self.scale, self.shift = packed, scale, shift
+        self.shape = (2 * packed.shape[0], packed.shape[1])
+
+    @staticmethod
+    def group_size(cols: int) -> int:
+        """quanto's rule: 128, lowered by 32 until it divides the row; else the whole row."""
+        return next((g for g in (128, 96, 64, 32) if cols % g == 0), cols)
+
+    @staticmethod
+    def quantise(weight: Tensor) -> Int4:
+        from optimum.quanto import MaxOptimizer, qint4
+
+        rows, cols = weight.shape
+        size = Int4.group_size(cols)
+        groups, half = cols // size, rows // 2
+        packed = torch.zeros(half, cols, dtype=torch.uint8)
+        scale, shift = torch.empty(rows, groups, 1), torch.empty(rows, groups, 1)
+        optimizer = MaxOptimizer()
+        for start, nibble in ((0, 0), (half, 4)):
+            for tile in tiles(half, cols):
+                place = slice(start + tile.start, start + tile.stop)
+                part = weight[place].float().reshape(-1, size)
+                s, z = optimizer(part, qint4, 0)
+                s = s.clamp_(min=torch.finfo(torch.float32).tiny)  # a constant group has no range
+                codes = part.add_(z).div_(s).round_().clamp_(0, 15).to(torch.uint8)
+                packed[tile] |= codes.reshape(-1, cols) << nibble
+                scale[place], shift[place] = s.view(-1, groups, 1), z.view(-1, groups, 1)
+        return Int4(packed, scale, shift)
+
+    def expand(self, rows: slice | Tensor, out: Tensor) -> Tensor:
+        half = self.packed.shape[0]
+        if isinstance(rows, Tensor):
+            codes = self.packed[rows % half]
+            codes = torch.where((rows < half)[:, None], codes & 15, codes >> 4)
+            return self._dequantise(codes, rows, out)
+        for start, stop, shift in ((0, half, 0), (half, 2 * half, 4)):
+            a, b = max(rows.start, start), min(rows.stop, stop)
+            if a < b:
+                packed = self.packed[a - start : b - start]
+                codes = packed >> 4 if shift else packed & 15
+                self._dequantise(codes, slice(a, b), out[a - rows.start : b - rows.start])
+        return out
+
+    def _dequantise(self, codes: Tensor, rows: slice | Tensor, out: Tensor) -> Tensor:
+        grouped = out.view(out.shape[0], self.scale.shape[1], -1)
+        grouped.copy_(codes.view_as(grouped))
+        grouped.mul_(self.scale[rows]).sub_(self.shift[rows])
+        return out
+
+    def direct(self, dtype: torch.dtype) -> Tensor | None:
+        return None
+
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.scale.nbytes + self.shift.nbytes
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"._data._data": self.packed, "._scale": self.scale, "._shift": self.shift}
+
+
+def place(
+    weight: Tensor, precision: str, *, table: bool, rounding: str | None, trained: bool
+) -> Layout:
+    """Put one (rows, cols) matrix into the layout of ``precision``.
+
+    Embedding tables of int4 models are kept in int8: rows are gathered one by one and the head's logits are the
+    most sensitive product. So are matrices with an odd number of rows, which quanto's packing cannot halve.
+    """
+    if precision == "int8" or (precision == "int4" and (table or weight.shape[0] % 2)):
+        return Int8.quantise(weight)
+    if precision == "int4":
+        return Int4.quantise(weight)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    if weight.dtype == dtype:
+        values = weight.contiguous()
+    else:
+        values = torch.empty(weight.shape, dtype=dtype)
+        for tile in tiles(*weight.shape):
+            values[tile] = weight[tile]
+    return Dense(values, rounding=rounding if trained else None)

@@ -1,0 +1,380 @@
+"""A runnable model: transformers' module on the meta device, its weights in a store, perturbed operations inside.
+
+``assemble`` walks the module once and gives every parameter a place by its shape and role:
+
+    2-D weight of a linear (or GPT-2's Conv1D, transposed)   Layout, PerturbedLinear
+    2-D weight of an embedding                               Layout, PerturbedEmbedding
+    the output embedding                                     Layout (the input's where tied), PerturbedHead
+    1-D weight or bias                                       kept as it is, or a trained fp32 vector
+
+Weights arrive one at a time, the largest first (when little else is resident), so loading never needs more than
+the model plus one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgezo import loader, packing
+from edgezo.data import Batch
+from edgezo.directions import DIRECTIONS
+from edgezo.errors import EdgezoError, UsageError
+from edgezo.head import ExactHead
+from edgezo.layouts import Dense, Layout, place
+from edgezo.noise import Key
+from edgezo.objective import Scorer
+from edgezo.perturb import (
+    Context,
+    Matrix,
+    PerturbedEmbedding,
+    PerturbedHead,
+    PerturbedLinear,
+    PerturbedNorm,
+    Probe,
+    norm_role,
+)
+from edgezo.weights import Trainable, WeightStore
+
+if TYPE_CHECKING:
+    from edgezo.loader import ModelFiles
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What decides a model's place in memory and what of it is trained."""
+
+    precision: str
+    train: tuple[str, ...]
+    directions: str
+    seed: int
+    rank: int = 8
+    rounding: str = "plane"
+    kind: str = "label"  # the dataset's kind
+    label_ids: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32  # compute dtype
+
+
+@dataclass
+class Model:
+    """Module, store and task glued together. ``losses`` is the engine's one entry."""
+
+    module: nn.Module
+    store: WeightStore
+    context: Context
+    scorer: Scorer
+    masked: bool
+    position_offset: int
+    label_rows: np.ndarray | None = None  # rows that every example of a tied label task touches
+    frozen: list[str] = field(default_factory=list)
+
+    @property
+    def exact(self) -> ExactHead | None:
+        return self.scorer.exact
+
+    def probe(self, batch: Batch, key: Key, sigma: float) -> Probe:
+        """The two-sided probe of a batch's packed tokens."""
+        lengths = torch.tensor(batch.lengths)
+        example = batch.row_example.repeat_interleave(lengths).repeat(2)
+        side = torch.ones(len(example), dtype=self.context.dtype)
+        side[len(side) // 2 :] = -1
+        return Probe(self.store.directions, key, sigma, batch.slots, example, side)
+
+    @torch.no_grad()
+    def losses(
+        self, batch: Batch, probe: Probe | None = None, *, sides: int = 1, learn: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Losses (sides, b) fp32 and predictions (sides, b) of a packed batch.
+
+        With a probe ``sides`` is 2: the + side of every row, then the - side. ``learn``: see ``Scorer``.
+        """
+        plan = packing.Packing.of(batch.lengths * sides)
+        ids, at = batch.ids.repeat(sides)[None], batch.score_index
+        index = torch.cat([at + side * len(batch.ids) for side in range(sides)])
+        positions = (plan.positions() + self.position_offset)[None]
+        self.context.probe = probe
+        try:
+            with packing.packed(plan):
+                hidden = self.module.base_model(  # type: ignore[operator]
+                    input_ids=ids, position_ids=positions, **self._extra()
+                )[0][0]
+            if probe is not None:
+                # From here on an operation's tokens are the scored positions (RoBERTa's head has linears too).
+                self.context.probe = probe = probe.at(index)
+            hidden = self.module.lm_head(hidden[index])  # type: ignore[operator]
+            return self.scorer(hidden, batch, probe, sides, learn)
+        finally:
+            self.context.probe = None
+
+    def _extra(self) -> dict[str, object]:
+        return {} if self.masked else {"use_cache": False}
+
+    def take_touched(self, group: int) -> tuple[np.ndarray, ...]:
+        """Rows of embedding tables that each of the ``group`` examples used since the last call, sorted."""
+        pairs, self.context.touched = self.context.touched, []
+        if not pairs:
+            return ()
+        slot = np.concatenate([s for s, _ in pairs])
+        rows = np.concatenate([r for _, r in pairs])
+        found = []
+        for example in range(group):
+            own = np.unique(rows[slot == example])
+            if self.label_rows is not None:
+                own = np.union1d(own, self.label_rows)
+            found.append(own)
+        return tuple(found)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every trained tensor, the exact head's change included."""
+        found = self.store.trained_tensors()
+        if self.exact is not None:
+            found["head.delta"] = self.exact.delta
+        return found
+
+
+def assemble(files: ModelFiles, recipe: ModelSpec) -> Model:
+    """Build the module on the meta device and stream the weights into their places.
+
+    Raises UsageError where ``train`` asks for what the precision or the task cannot give, EdgezoError for files
+    that do not hold what the architecture needs.
+    """
+    train = set(recipe.train)
+    if "full" in train and recipe.precision in ("int8", "int4"):
+        raise UsageError(
+            f"--train full needs dense weights, but --precision is {recipe.precision} (frozen codes).\n"
+            "Train lowrank, scales, norms or head beside the codes, or use --precision bf16."
+        )
+    packing.register()
+    module = loader.build_meta(files)
+    module.set_attn_implementation(packing.ATTENTION)  # type: ignore[operator]
+    builder = _Builder(files, module, recipe)
+    with torch.no_grad():
+        builder.run()
+    return builder.model()
+
+
+class _Builder:
+    """One walk over the module; see the module docstring."""
+
+    def __init__(self, files: ModelFiles, module: nn.Module, recipe: ModelSpec):
+        self.files, self.module, self.recipe = files, module, recipe
+        self.names = loader.source_names(files, module)
+        self.store = WeightStore(recipe.seed, recipe.rank, DIRECTIONS[recipe.directions])
+        self.context = Context(recipe.dtype)
+        self.train = set(recipe.train)
+        self.table_rows = 0  # rows of all embedding tables seen so far, for `touched` numbering
+        self.frozen: list[str] = []
+        self.label_rows: np.ndarray | None = None
+        self.output = module.get_output_embeddings()  # type: ignore[operator]
+        self.input = module.get_input_embeddings()  # type: ignore[operator]
+        self.tied = self.output.weight is self.input.weight
+        self.head: PerturbedHead | None = None
+
+    def run(self) -> None:
+        owners = [
+            (name, sub)
+            for name, sub in self.module.named_modules()
+            if isinstance(getattr(sub, "weight", None), nn.Parameter)
+        ]
+        # Largest first; the output embedding last, because a tied one is its input embedding.
+        owners.sort(key=lambda item: (item[1] is self.output, -item[1].weight.numel(), item[0]))
+        for name, sub in owners:
+            if sub is self.output:
+                self._head(name, sub)
+            elif sub.weight.dim() == 1:
+                self._norm(name, sub)
+            elif isinstance(sub, nn.Embedding):
+                self._embedding(name, sub)
+            else:
+                self._linear(name, sub)
+        left = [n for n, p in self.module.named_parameters() if p.is_meta]
+        left += [n for n, b in self.module.named_buffers() if b.is_meta]
+        if left:
+            raise EdgezoError(
+                f"{len(left)} tensors of the model have no place in edgezo, the first is {left[0]}.\n"
+                "The architecture is not supported; see README for the families that are."
+            )
+
+    def model(self) -> Model:
+        recipe, config = self.recipe, self.files.config
+        hidden = int(self.output.in_features)
+        exact = None
+        if "head" in self.train:
+            exact = (
+                ExactHead.for_labels(len(recipe.label_ids), hidden)
+                if recipe.kind == "label"
+                else ExactHead.for_vocabulary(
+                    self.output.out_features, hidden, recipe.rank, recipe.seed
+                )
+            )
+        assert self.head is not None
+        softcap = getattr(config.get_text_config(), "final_logit_softcapping", None)
+        labels = torch.tensor(recipe.label_ids, dtype=torch.int64)
+        masked = self.files.kind == "masked"
+        return Model(
+            module=self.module,
+            store=self.store,
+            context=self.context,
+            scorer=Scorer(recipe.kind, labels, self.head, softcap, exact),
+            masked=masked,
+            # RoBERTa numbers positions from padding_idx + 1.
+            position_offset=int(config.pad_token_id) + 1 if masked else 0,
+            label_rows=self.label_rows,
+            frozen=self.frozen,
+        )
+
+    # -- one parameter ------------------------------------------------------------------------------------
+
+    def _read(self, name: str) -> Tensor:
+        return self.files.source.read(self.names[name])
+
+    def _layout(self, name: str, *, table: bool, transpose: bool = False) -> Layout:
+        weight = self._read(name)
+        if transpose:
+            weight = weight.T.contiguous()
+        recipe = self.recipe
+        layout = place(
+            weight,
+            recipe.precision,
+            table=table,
+            rounding=recipe.rounding,
+            trained="full" in self.train,
+        )
+        self.store.layouts[name] = layout
+        return layout
+
+    def _vector(self, name: str) -> tuple[Tensor | None, Trainable | None]:
+        """A 1-D parameter: (values, None) frozen in the compute dtype, or (None, row) trained in fp32."""
+        values = self._read(name)
+        if self.train & {"norms", "full"}:
+            return None, self.store.train_vector(name, values)
+        self.frozen.append(name)
+        held = self.store.vectors[name] = values.to(self.recipe.dtype)
+        return held, None
+
+    def _matrix(
+        self,
+        name: str,
+        layout: Layout,
+        *,
+        touched_offset: int | None = None,
+        fixed: Tensor | None = None,
+    ) -> Matrix:
+        full = None
+        if "full" in self.train:
+            assert isinstance(layout, Dense)
+            full = self.store.train(name, layout, touched_offset=touched_offset, fixed_rows=fixed)
+        else:
+            self.frozen.append(name)
+        return Matrix(layout, self.context, full)
+
+    # -- one module ---------------------------------------------------------------------------------------
+
+    def _linear(self, name: str, sub: nn.Module) -> None:
+        weight = f"{name}.weight"
+        layout = self._layout(weight, table=False, transpose=not isinstance(sub, nn.Linear))
+        fields: dict[str, object] = {
+            "matrix": self._matrix(weight, layout),
+            "context": self.context,
+            "bias_vector": None,
+            "bias_row": None,
+            "gain_row": None,
+            "lowrank_row": None,
+            "basis": None,
+        }
+        if getattr(sub, "bias", None) is not None:
+            fields["bias_vector"], fields["bias_row"] = self._vector(f"{name}.bias")
+        rows, cols = layout.shape
+        if "scales" in self.train:
+            fields["gain_row"] = self.store.train_vector(f"{weight}#gain", torch.zeros(rows))
+        if "lowrank" in self.train:
+            factor = Dense(torch.zeros(rows, self.recipe.rank))
+            fields["lowrank_row"] = self.store.train(f"{weight}#lowrank", factor)
+            fields["basis"] = self.store.basis(weight, cols).to(self.recipe.dtype)
+        _become(sub, PerturbedLinear, fields)
+
+    def _embedding(self, name: str, sub: nn.Embedding) -> None:
+        weight = f"{name}.weight"
+        layout = self._layout(weight, table=True)
+        offset: int | None = self.table_rows
+        self.table_rows += layout.shape[0]
+        if sub is self.input and self.tied:
+            if self.recipe.kind == "label":
+                assert offset is not None
+                self.label_rows = np.array(self.recipe.label_ids, np.int64) + offset
+            else:
+                offset = None  # the softmax reads, and so probes, every row
+        matrix = self._matrix(weight, layout, touched_offset=offset)
+        mixed = (
+            PerturbedEmbedding
+            if type(sub) is nn.Embedding
+            else type("Perturbed" + type(sub).__name__, (type(sub), PerturbedEmbedding), {})
+        )
+        _become(sub, mixed, {"matrix": matrix, "context": self.context})
+
+    def _head(self, name: str, sub: nn.Module) -> None:
+        weight = f"{name}.weight"
+        if self.tied:
+            matrix: Matrix = self.input.matrix
+        else:
+            layout = self._layout(weight, table=True)
+            labels = self.recipe.kind == "label"
+            fixed = torch.tensor(self.recipe.label_ids) if labels else None
+            matrix = self._matrix(weight, layout, fixed=fixed)
+        fields: dict[str, object] = {
+            "matrix": matrix,
+            "context": self.context,
+            "bias_vector": None,
+            "bias_row": None,
+        }
+        if getattr(sub, "bias", None) is not None:
+            fields["bias_vector"], fields["bias_row"] = self._vector(f"{name}.bias")
+            # RoBERTa's head names the same bias twice.
+            for parent in self.module.modules():
+                if parent is not sub and parent._parameters.get("bias") is sub.bias:
+                    parent._parameters["bias"] = None
+        _become(sub, PerturbedHead, fields)
+        self.head = sub  # type: ignore[assignment]
+
+    def _norm(self, name: str, sub: nn.Module) -> None:
+        names = [n for n, _ in sub.named_parameters(recurse=False)]
+        if not self.train & {"norms", "full"}:
+            for own in names:
+                values, _ = self._vector(f"{name}.{own}")
+                assert values is not None
+                sub._parameters[own] = nn.Parameter(values, requires_grad=False)
+            return
+        normalise, offset = norm_role(sub)
+        rows = {own: self._vector(f"{name}.{own}")[1] for own in names}
+        fields = {
+            "context": self.context,
+            "normalise": normalise,
+            "offset": offset,
+            "weight_row": rows["weight"],
+            "bias_row": rows.get("bias"),
+        }
+        _become(sub, PerturbedNorm, fields)
+
+
+def _become(sub: nn.Module, kind: type, fields: dict[str, object]) -> None:
+    """Turn ``sub`` into ``kind`` in place; its own parameters are gone, the store has them."""
+    for name in list(sub._parameters):
+        sub._parameters[name] = None
+    sub.__class__ = kind
+    for name, value in fields.items():
+        object.__setattr__(sub, name, value)
+
+
+def compute_dtype(precision: str, bf16_fast: bool) -> tuple[torch.dtype, str]:
+    """The dtype of activations and products, with its reason."""
+    if precision != "fp32" and bf16_fast:
+        return torch.bfloat16, "this CPU multiplies bf16 in hardware"
+    return torch.float32, "weights are expanded tile by tile: no fast bf16 product here"
+
+
+__all__: Sequence[str] = ("Model", "ModelSpec", "assemble", "compute_dtype")

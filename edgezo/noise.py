@@ -1,0 +1,125 @@
+"""Noise as a pure function: ``bits(key, tensor, stream, offset)``.
+
+Every random number of a run is read from the counter-based generator Philox4x64-10 (Salmon et al., "Parallel
+random numbers: as easy as 1, 2, 3", SC 2011) at an address, never drawn from a sequence:
+
+    key     = (run seed, 64-bit hash of the tensor's name)
+    counter = (block, stream, step, layout version)         one block = 4 words of 64 bits
+
+so the same bits come back on every device, for every dtype, thread count and tile size, and a slice equals the
+slice of the whole. numpy's ``Philox`` generates the words (its stream is covered by numpy's compatibility
+guarantee; ``tests/reference.py`` holds the ten rounds in plain Python).
+
+Matrices are addressed row by row; each row starts on a block boundary, so any tile of rows can be generated alone.
+
+    signs     one bit an element      ->  -1 or +1
+    normals   16 bits an element      ->  N(0, 1) quantised to 65,536 equally probable levels, variance exactly 1
+    uniform   16 bits an element      ->  (k + 1/2) / 65,536
+
+The normals come from a table, not from log and cos, because libraries disagree in the last bit of those.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LAYOUT_VERSION = 1
+_BLOCK_BITS = 256
+_U64 = (1 << 64) - 1
+
+# Streams: independent uses of one tensor's noise within a step.
+ROW, COLUMN, DENSE, ROUNDING, BASIS, ORDER = range(6)
+
+
+class Key(NamedTuple):
+    """Address of one step's noise."""
+
+    seed: int  # the run's seed, any integer (taken modulo 2**64)
+    step: int  # 0, 1, ...
+
+
+def tensor_id(name: str) -> int:
+    """A stable 64-bit number for a tensor's name."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def words(key: Key, tensor: int, stream: int, block: int, n_blocks: int) -> np.ndarray:
+    """Words ``4*block .. 4*(block + n_blocks)`` of a stream, shape (4*n_blocks,) uint64, little endian."""
+    generator = np.random.Philox(
+        key=np.array([key.seed & _U64, tensor & _U64], dtype=np.uint64),
+        counter=np.array([block, stream, key.step, _LAYOUT_VERSION], dtype=np.uint64),
+    )
+    raw: np.ndarray = generator.random_raw(4 * n_blocks)
+    return raw.astype("<u8", copy=False)
+
+
+def _row_words(
+    key: Key, tensor: int, stream: int, rows: slice, width_bits: int
+) -> tuple[np.ndarray, int]:
+    """Words of ``rows`` (n, words a row), each row on its own block boundary."""
+    blocks = -(-width_bits // _BLOCK_BITS)
+    count = rows.stop - rows.start
+    raw = words(key, tensor, stream, rows.start * blocks, count * blocks)
+    return raw.reshape(count, 4 * blocks), count
+
+
+@functools.cache
+def _sign_table() -> np.ndarray:
+    """(256,) uint64: the eight signs of a byte, least significant bit first, as eight int8."""
+    bit = (np.arange(256)[:, None] >> np.arange(8)) & 1
+    table: np.ndarray = (2 * bit - 1).astype(np.int8).view(np.uint64).ravel()
+    return table
+
+
+@functools.cache
+def _normal_table() -> np.ndarray:
+    """(65536,) fp32: N(0,1) quantiles at (k + 1/2)/65536, scaled to variance 1 (+4.2 sigma at most)."""
+    half = np.array([NormalDist().inv_cdf((k + 0.5) / 65536) for k in range(32768, 65536)])
+    half /= np.sqrt(np.mean(half**2))
+    # The negative half mirrors the positive one exactly, so the mean is exactly zero.
+    return np.concatenate([-half[::-1], half]).astype(np.float32)
+
+
+def signs(key: Key, tensor: int, stream: int, rows: slice, width: int) -> Tensor:
+    """Rows ``rows`` of a matrix of independent fair signs, shape (n, width) int8."""
+    raw, count = _row_words(key, tensor, stream, rows, width)
+    table = _sign_table().take(raw.view(np.uint8))
+    return torch.from_numpy(table.view(np.int8).reshape(count, -1))[:, :width]
+
+
+def normals(key: Key, tensor: int, stream: int, rows: slice, width: int) -> Tensor:
+    """Rows ``rows`` of a matrix of independent standard normals, shape (n, width) fp32."""
+    raw, count = _row_words(key, tensor, stream, rows, 16 * width)
+    codes = raw.view("<u2").reshape(count, -1)[:, :width]
+    return torch.from_numpy(_normal_table().take(codes))
+
+
+def uniform(key: Key, tensor: int, stream: int, rows: slice, width: int) -> Tensor:
+    """Rows ``rows`` of uniforms in (0, 1), shape (n, width) fp32, a multiple of 2**-17."""
+    raw, count = _row_words(key, tensor, stream, rows, 16 * width)
+    codes = raw.view("<u2").reshape(count, -1)[:, :width]
+    return torch.from_numpy((codes.astype(np.float32) + 0.5) / 65536)
+
+
+def exact_grid(coefficients: np.ndarray) -> np.ndarray:
+    """Round (n,) coefficients to multiples of a power of two so that sums of +-coefficients are exact in fp32.
+
+    The grid is 2**-16 of the largest coefficient's binade, so each is an integer of at most 17 bits times the
+    grid and a sum of up to 128 of them stays below 2**24: no order of summation, matrix product, device or tile
+    size can change a bit of an update. The rounding is 1.5e-5 of the largest coefficient.
+    """
+    coefficients = np.asarray(coefficients, dtype=np.float64)
+    largest = float(np.max(np.abs(coefficients), initial=0.0))
+    if largest == 0.0 or not np.isfinite(largest):
+        return np.zeros(coefficients.shape, dtype=np.float32)
+    # Groups above 128 examples give up one bit for each doubling.
+    extra = max(0, int(np.ceil(np.log2(max(len(coefficients), 1) / 128))))
+    grid = 2.0 ** (np.floor(np.log2(largest)) - 16 + extra)
+    return (np.round(coefficients / grid) * grid).astype(np.float32)

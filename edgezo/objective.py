@@ -1,0 +1,143 @@
+"""Per-example losses from one packed forward, and the exact head's gradient on the way.
+
+    label        cross entropy over the candidates' logits at one position
+    choice       cross entropy over the options' mean token log-probabilities
+    completion   mean negative log-likelihood over an example's target tokens (also kind "text")
+
+Logits exist only at scored positions. Full-vocabulary losses run over tiles of the vocabulary with a running
+log-sum-exp, so neither the logits nor the expanded head are ever whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from edgezo.data import Batch
+from edgezo.head import ExactHead
+from edgezo.layouts import TILE_BYTES
+from edgezo.perturb import PerturbedHead, Probe
+
+_CHUNK_BYTES = TILE_BYTES // 2
+
+
+@dataclass
+class Scorer:
+    """Losses of hidden states for one task on one model."""
+
+    kind: str
+    label_ids: Tensor  # (K,) int64, empty unless kind is "label"
+    head: PerturbedHead
+    softcap: float | None
+    exact: ExactHead | None
+
+    def __call__(
+        self, hidden: Tensor, batch: Batch, probe: Probe | None, sides: int, learn: float
+    ) -> tuple[Tensor, Tensor]:
+        """Losses (sides, b) fp32 and predictions (sides, b) int64 (-1 where the kind has none).
+
+        ``hidden`` (sides*P, d) are the states at the scored positions, side after side. ``learn`` > 0 adds
+        learn * (gradient of the summed losses) to the exact head's gradient.
+        """
+        if self.kind == "label":
+            return self._labels(hidden, batch, probe, sides, learn)
+        nll_of, gradient_of = self._vocabulary(hidden, batch.score_ids.repeat(sides), probe)
+        nll = nll_of()
+        row = torch.cat([batch.score_row + side * len(batch.lengths) for side in range(sides)])
+        rows = sides * len(batch.lengths)
+        count = torch.zeros(rows).index_add_(0, row, torch.ones(len(row)))
+        mean = torch.zeros(rows).index_add_(0, row, nll) / count.clamp(min=1)
+        if self.kind == "choice":
+            losses, predicted, weight = self._choice(-mean, batch, sides)
+        else:
+            losses, weight = mean.view(sides, -1), torch.ones(rows)
+            predicted = torch.full(losses.shape, -1)
+        if learn and self.exact is not None:
+            gradient_of((weight / count)[row] * learn)
+        return losses, predicted
+
+    def _labels(
+        self, hidden: Tensor, batch: Batch, probe: Probe | None, sides: int, learn: float
+    ) -> tuple[Tensor, Tensor]:
+        logits = self.head.logits(hidden, self.label_ids, probe).float()
+        features = self.exact.features(hidden) if self.exact is not None else None
+        if self.exact is not None and features is not None:
+            logits = logits + features @ self.exact.delta.T
+        capped = self._cap(logits)
+        labels = batch.labels.repeat(sides)
+        losses = F.cross_entropy(capped, labels, reduction="none")
+        if learn and self.exact is not None and features is not None:
+            error = torch.softmax(capped, -1) - F.one_hot(labels, capped.shape[1])
+            error = torch.where(torch.isfinite(losses)[:, None], error, 0.0)
+            self.exact.gradient.addmm_((error * self._slope(capped)).T, features, alpha=learn)
+        return losses.view(sides, -1), capped.argmax(-1).view(sides, -1)
+
+    @staticmethod
+    def _choice(scores: Tensor, batch: Batch, sides: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses, predictions and -dL/d(score) of each row."""
+        b, r = len(batch.labels), len(batch.lengths)
+        losses, predicted = torch.empty(sides, b), torch.empty(sides, b, dtype=torch.int64)
+        weight = torch.empty(sides * r)
+        for side in range(sides):
+            for example in range(b):
+                own = (batch.row_example == example).nonzero()[:, 0] + side * r
+                label = batch.labels[example]
+                losses[side, example] = F.cross_entropy(scores[own], label)
+                predicted[side, example] = scores[own].argmax()
+                weight[own] = F.one_hot(label, len(own)) - torch.softmax(scores[own], -1)
+        return losses, predicted, weight
+
+    def _vocabulary(
+        self, hidden: Tensor, ids: Tensor, probe: Probe | None
+    ) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
+        """Two passes over vocabulary tiles: negative log-likelihoods (m,), then the head's weighted gradient."""
+        features = self.exact.features(hidden) if self.exact is not None else None
+        lse = torch.full((len(hidden),), float("-inf"))
+        target = torch.zeros(len(hidden))
+
+        def pieces() -> Iterator[tuple[slice, slice, Tensor]]:
+            vocab, d = self.head.matrix.layout.shape
+            step = max(1, _CHUNK_BYTES // (4 * d))
+            part = max(1, _CHUNK_BYTES // (4 * min(step, vocab)))
+            for start in range(0, vocab, step):
+                rows = slice(start, min(start + step, vocab))
+                for first in range(0, len(hidden), part):
+                    chunk = slice(first, min(first + part, len(hidden)))
+                    own = None if probe is None else probe.at(torch.arange(chunk.start, chunk.stop))
+                    logits = self.head.logits(hidden[chunk], rows, own).float()
+                    if features is not None and self.exact is not None:
+                        logits = logits.addmm(features[chunk], self.exact.delta[rows].T)
+                    yield rows, chunk, self._cap(logits)
+
+        def nll() -> Tensor:
+            for rows, chunk, logits in pieces():
+                lse[chunk] = torch.logaddexp(lse[chunk], torch.logsumexp(logits, -1))
+                own = ids[chunk] - rows.start
+                inside = (own >= 0) & (own < logits.shape[1])
+                picked = logits.gather(1, own.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+                target[chunk] = torch.where(inside, picked, target[chunk])
+            return lse - target
+
+        def gradient(weight: Tensor) -> None:
+            assert self.exact is not None and features is not None
+            weight = torch.where(torch.isfinite(lse - target), weight, 0.0)
+            for rows, chunk, logits in pieces():
+                error = torch.exp(logits - lse[chunk][:, None])
+                own = ids[chunk] - rows.start
+                inside = ((own >= 0) & (own < logits.shape[1])).nonzero()[:, 0]
+                error[inside, own[inside]] -= 1
+                error *= self._slope(logits) * weight[chunk][:, None]
+                self.exact.gradient[rows].addmm_(error.T, features[chunk])
+
+        return nll, gradient
+
+    def _cap(self, logits: Tensor) -> Tensor:
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def _slope(self, capped: Tensor) -> Tensor | float:
+        """d(capped)/d(logits)."""
+        return 1.0 if self.softcap is None else 1 - (capped / self.softcap) ** 2

@@ -1,0 +1,155 @@
+"""Padding-free forwards: rows lie end to end in one token axis, and only attention sees them as rows.
+
+transformers' modules run on a batch of one long row. Their attention is routed here (``ATTENTION`` is registered
+in transformers' attention interface), where rows of like length are gathered into small padded groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ATTENTION = "edgezo_packed"
+_GROUP_TOKENS = 4096  # bound of one padded group: its scores and copies stay a tile
+_WASTE = 1.15  # padded tokens of a group over real ones
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of like length: ``index`` (rows, longest) into the packed axis, ``valid`` marks what is no padding."""
+
+    index: Tensor  # (R, T) int64; padding repeats the row's first token
+    valid: Tensor  # (R, T) bool
+    full: bool  # no padding at all
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the packed token axis falls into rows."""
+
+    lengths: tuple[int, ...]
+    groups: tuple[Group, ...]
+
+    @staticmethod
+    def of(lengths: tuple[int, ...]) -> Packing:
+        starts = [0]
+        for length in lengths:
+            starts.append(starts[-1] + length)
+        order = sorted(range(len(lengths)), key=lambda r: (-lengths[r], r))
+        groups: list[Group] = []
+        members: list[int] = []
+        for row in order:
+            if members:
+                longest = lengths[members[0]]
+                tokens = sum(lengths[m] for m in members) + lengths[row]
+                padded = longest * (len(members) + 1)
+                if padded > _WASTE * tokens or padded > _GROUP_TOKENS:
+                    groups.append(_group(members, lengths, starts))
+                    members = []
+            members.append(row)
+        groups.append(_group(members, lengths, starts))
+        return Packing(tuple(lengths), tuple(groups))
+
+    def positions(self) -> Tensor:
+        """Position of each token in its row, (n,) int64."""
+        return torch.cat([torch.arange(length) for length in self.lengths])
+
+
+def _group(members: list[int], lengths: tuple[int, ...], starts: list[int]) -> Group:
+    own = torch.tensor([lengths[m] for m in members])[:, None]
+    begin = torch.tensor([starts[m] for m in members])[:, None]
+    column = torch.arange(int(own.max()))[None]
+    valid = column < own
+    return Group(begin + torch.where(valid, column, 0), valid, bool(valid.all()))
+
+
+_current: ContextVar[Packing] = ContextVar("packing")
+
+
+@contextmanager
+def packed(packing: Packing) -> Iterator[None]:
+    """Attention inside this context follows ``packing``."""
+    token = _current.set(packing)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,  # (1, heads, n, head_dim)
+    key: Tensor,  # (1, kv_heads, n, head_dim)
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attention within rows; (1, n, heads, head_dim) and no weights, as transformers' interface asks."""
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    q, k, v = query[0], key[0], value[0]
+    out = torch.empty(q.shape[1], q.shape[0], q.shape[2], dtype=q.dtype)
+    for group in _current.get().groups:
+        rows = [part[:, group.index].transpose(0, 1) for part in (q, k, v)]  # (R, heads, T, head_dim)
+        found = _attend(*rows, group, bool(causal), scaling, sliding_window, softcap)
+        found = found.transpose(1, 2)  # (R, T, heads, head_dim)
+        if group.full:
+            out[group.index.reshape(-1)] = found.reshape(-1, *out.shape[1:])
+        else:
+            out[group.index[group.valid]] = found[group.valid]
+    return out[None], None
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group: Group,
+    causal: bool,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    length = q.shape[2]
+    windowed = window is not None and window < length
+    # Padding stands at the end of a row, where a causal row never looks; other rows need it masked.
+    plain = causal and not windowed
+    mask: Tensor | None = None
+    if not plain or softcap is not None:
+        mask = group.valid[:, None, None, :].expand(-1, 1, length, -1)
+        if causal or windowed:
+            distance = torch.arange(length)[:, None] - torch.arange(length)[None]
+            near = torch.ones_like(distance, dtype=torch.bool)
+            if causal:
+                near &= distance >= 0
+            if windowed:
+                assert window is not None
+                near &= distance.abs() < window
+            mask = mask & near
+    repeat = q.shape[1] // k.shape[1]
+    if softcap is not None:
+        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+        scores = (q @ k.transpose(2, 3)) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
+        scores = torch.tanh(scores / softcap) * softcap
+        assert mask is not None
+        return torch.softmax(scores.masked_fill(~mask, float("-inf")), -1) @ v
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=plain, scale=scaling, enable_gqa=repeat > 1
+    )
+
+
+def register() -> None:
+    """Make ``ATTENTION`` known to transformers; without a mask function of that name it builds no mask."""
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, packed_attention)

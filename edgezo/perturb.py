@@ -1,0 +1,328 @@
+"""The perturbed operations: what a linear, an embedding and a norm do while examples are probed.
+
+Tokens of all rows lie packed in one axis, n = 2N of them: the first N belong to side +sigma, the last N to side
+-sigma of the same rows, so one pass over the weights serves both. With c = +-sigma per token and i its example,
+
+    Linear       y += c * r_i * (s_i . x)          = ((x S^T) * mask) R         mask (n, b) = c * [example = i]
+                 y += c * r_i * (U (s_i * x))      for a dense factor U
+    low rank     y += A (V x) + c * r_i * (t_i . V x)
+    gain         y  = (1 + g + c * r_i) * (W x)
+    bias         y += c * r_i
+    norm         y += c * r_i * xhat               (r_i the direction of its weight)
+    Embedding    e += c * r_i[token] * s_i         a tied head uses the same r_i, s_i
+
+No weight is changed here. The classes are put in place of the module's own (``module.__class__``), so a subclass
+that scales or offsets its embedding (Gemma, OPT) keeps doing so through ``super()``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgezo.directions import Directions
+from edgezo.layouts import Layout, tiles
+from edgezo.noise import Key
+from edgezo.weights import Trainable
+
+
+class Probe:
+    """Who is perturbed how, for the tokens of one packed forward."""
+
+    def __init__(
+        self,
+        directions: Directions,
+        key: Key,
+        sigma: float,
+        slots: Sequence[int],  # (b,) group slots of the examples in this micro-batch
+        example: Tensor,  # (n,) int64 index into slots of each token
+        side: Tensor,  # (n,) compute dtype, +1 or -1; the first half is the + side
+    ):
+        self.directions, self.key, self.sigma, self.slots = directions, key, sigma, tuple(slots)
+        self.example, self.side = example, side * sigma
+        one_hot = F.one_hot(example, len(self.slots)).to(side.dtype)
+        self.mask = one_hot.mul_(self.side[:, None])  # (n, b)
+
+    def at(self, index: Tensor) -> Probe:
+        """The same probe for the tokens ``index``."""
+        sign = torch.sign(self.side[index])
+        return Probe(
+            self.directions, self.key, self.sigma, self.slots, self.example[index], sign
+        )
+
+    def rows(self, row: Trainable) -> Tensor:
+        return self.directions.row_signs(self.key, row.target, self.slots).to(self.mask.dtype)
+
+    def cols(self, row: Trainable) -> Tensor:
+        return self.directions.col_signs(self.key, row.target, self.slots).to(self.mask.dtype)
+
+    def dense(self, row: Trainable, rows: slice) -> Tensor:
+        return self.directions.dense_rows(self.key, row.target, rows).to(self.mask.dtype)
+
+    def vector(self, row: Trainable) -> Tensor:
+        """D_i of a vector, (b, rows)."""
+        found = self.directions.vectors(self.key, row.target, self.slots)
+        return found.to(self.mask.dtype)
+
+
+@dataclass
+class Context:
+    """What every perturbed module of one model shares."""
+
+    dtype: torch.dtype  # compute dtype
+    probe: Probe | None = None
+    scratch: dict[str, Tensor] = field(default_factory=dict)
+    touched: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # (slot, row) pairs
+
+    def buffer(self, name: str, rows: int, cols: int) -> Tensor:
+        """A reused (rows, cols) tile of the compute dtype."""
+        held = self.scratch.get(name)
+        if held is None or held.numel() < rows * cols:
+            self.scratch[name] = held = torch.empty(rows * cols, dtype=self.dtype)
+        return held[: rows * cols].view(rows, cols)
+
+    def note_touched(self, ids: Tensor, offset: int) -> None:
+        """Remember which rows of an embedding table each example used."""
+        assert self.probe is not None
+        half = len(ids) // 2  # both sides read the same rows
+        slot = torch.tensor(self.probe.slots)[self.probe.example[:half]]
+        self.touched.append((slot.numpy(), ids[:half].numpy() + offset))
+
+
+@dataclass
+class Matrix:
+    """A weight matrix as the forward uses it: its layout and, if it is trained itself, its row of the store."""
+
+    layout: Layout
+    context: Context
+    full: Trainable | None = None
+
+    def tile(self, rows: slice | Tensor) -> Tensor:
+        """Rows of W in the compute dtype, (k, cols); valid until the next call."""
+        whole = self.layout.direct(self.context.dtype)
+        if whole is not None:
+            return whole[rows]
+        n = len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start
+        return self.layout.expand(rows, self.context.buffer("expand", n, self.layout.shape[1]))
+
+    def product(self, x: Tensor, rows: slice, out: Tensor) -> None:
+        """out (n, k) = x (n, cols) @ W[rows]^T, dense factors of a probe included."""
+        probe, w = self.context.probe, self.tile(rows)
+        if self.full is None or probe is None or probe.directions.dense is None:
+            torch.mm(x, w.T, out=out)
+            return
+        u = probe.dense(self.full, rows)
+        if not probe.directions.factored:
+            # One direction for all: W + sigma*U and W - sigma*U, each for its side, at no extra product.
+            half = len(x) // 2
+            moved = self.context.buffer("moved", *w.shape)
+            for part, sign in ((slice(0, half), 1), (slice(half, None), -1)):
+                torch.add(w, u, alpha=sign * probe.sigma, out=moved)
+                torch.mm(x[part], moved.T, out=out[part])
+            return
+        torch.mm(x, w.T, out=out)
+        spun = (x * probe.cols(self.full)[probe.example]) @ u.T
+        out.addcmul_(spun, probe.mask @ probe.rows(self.full)[:, rows])
+
+    def thin(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Rank-b factors ((n, b), (b, rows)) that sign directions add to the product."""
+        probe = self.context.probe
+        if self.full is None or probe is None or probe.directions.dense is not None:
+            return []
+        return [((x @ probe.cols(self.full).T).mul_(probe.mask), probe.rows(self.full))]
+
+
+class PerturbedLinear(nn.Module):
+    """y = (1 + g) * (W x) + A (V x) + b, each part with its probe. Also stands for GPT-2's Conv1D (W transposed)."""
+
+    matrix: Matrix
+    context: Context
+    bias_vector: Tensor | None
+    bias_row: Trainable | None
+    gain_row: Trainable | None
+    lowrank_row: Trainable | None
+    basis: Tensor | None  # V (rank, d_in) in the compute dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape, probe = x.shape, self.context.probe
+        x = x.reshape(-1, shape[-1])
+        rows, cols = self.matrix.layout.shape
+        y = torch.empty(len(x), rows, dtype=self.context.dtype)
+        for tile in tiles(rows, cols, y.element_size()):
+            self.matrix.product(x, tile, y[:, tile])
+        thin = self.matrix.thin(x)
+        if self.gain_row is not None:
+            for left, right in thin:
+                y.addmm_(left, right)
+            thin = []
+            gain = self.gain_row.layout.values.T.to(y.dtype) + 1
+            y.mul_(gain if probe is None else torch.addmm(gain, probe.mask, probe.vector(self.gain_row)))
+        if self.lowrank_row is not None:
+            thin += self._lowrank(x, y)
+        if self.bias_row is not None:
+            y.add_(self.bias_row.layout.values.T.to(y.dtype))
+            if probe is not None:
+                thin.append((probe.mask, probe.vector(self.bias_row)))
+        elif self.bias_vector is not None:
+            y.add_(self.bias_vector)
+        if thin:
+            y.addmm_(torch.cat([a for a, _ in thin], 1), torch.cat([b for _, b in thin], 0))
+        return y.view(*shape[:-1], rows)
+
+    def _lowrank(self, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+        row, probe = self.lowrank_row, self.context.probe
+        assert row is not None and self.basis is not None
+        u = x @ self.basis.T  # (n, rank)
+        thin = [(u, row.layout.values.T.to(y.dtype))]
+        if probe is None:
+            return thin
+        if not probe.directions.factored:
+            dense = probe.dense(row, slice(0, row.target.rows))
+            return [*thin, (u * probe.side[:, None], dense.T)]
+        if probe.directions.dense is None:
+            return [*thin, ((u @ probe.cols(row).T).mul_(probe.mask), probe.rows(row))]
+        dense = probe.dense(row, slice(0, row.target.rows))
+        spun = (u * probe.cols(row)[probe.example]) @ dense.T
+        y.addcmul_(spun, probe.mask @ probe.rows(row))
+        return thin
+
+
+class PerturbedHead(nn.Module):
+    """The output embedding. Called by the model it passes hidden states through; ``logits`` reads rows of it."""
+
+    matrix: Matrix
+    context: Context
+    bias_vector: Tensor | None
+    bias_row: Trainable | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def logits(self, hidden: Tensor, rows: slice | Tensor, probe: Probe | None) -> Tensor:
+        """Logits of the vocabulary ``rows`` (k,), (n, k) in the compute dtype; ``probe`` is that of the n tokens."""
+        w = self.matrix.tile(rows)
+        y = hidden @ w.T
+        full = self.matrix.full
+        if full is not None and probe is not None:
+            if probe.directions.dense is not None:
+                u = probe.directions.dense_at(probe.key, full.target, rows).to(y.dtype)
+            if not probe.directions.factored:
+                y.addmm_(hidden * probe.side[:, None], u.T)
+            elif probe.directions.dense is None:
+                left = (hidden @ probe.cols(full).T).mul_(probe.mask)
+                y.addmm_(left, probe.rows(full)[:, rows])
+            else:
+                spun = (hidden * probe.cols(full)[probe.example]) @ u.T
+                y.addcmul_(spun, probe.mask @ probe.rows(full)[:, rows])
+        if self.bias_row is not None:
+            y.add_(self.bias_row.layout.values[rows].T.to(y.dtype))
+            if probe is not None:
+                y.addmm_(probe.mask, probe.vector(self.bias_row)[:, rows])
+        elif self.bias_vector is not None:
+            y.add_(self.bias_vector[rows])
+        return y
+
+
+class PerturbedEmbedding(nn.Embedding):
+    """Rows of a table; the table's directions are keyed by token id."""
+
+    matrix: Matrix
+    context: Context
+
+    def forward(self, input: Tensor) -> Tensor:
+        ids = input.reshape(-1)
+        cols = self.matrix.layout.shape[1]
+        out = torch.empty(len(ids), cols, dtype=self.context.dtype)
+        self.matrix.layout.expand(ids, out)
+        full, probe = self.matrix.full, self.context.probe
+        if full is not None and probe is not None:
+            if full.touched_offset is not None:
+                self.context.note_touched(ids, full.touched_offset)
+            self._perturb(ids, out, full, probe)
+        return out.view(*input.shape, cols)
+
+    @staticmethod
+    def _perturb(ids: Tensor, out: Tensor, full: Trainable, probe: Probe) -> None:
+        if probe.directions.factored:
+            weight = probe.rows(full)[:, ids].T.mul(probe.mask)  # (n, b): c * r_i[token]
+            moved = weight @ probe.cols(full)
+        else:
+            moved = probe.side[:, None].expand(out.shape)
+        if probe.directions.dense is not None:
+            unique, inverse = torch.unique(ids, return_inverse=True)
+            dense = probe.directions.dense_at(probe.key, full.target, unique).to(out.dtype)
+            moved = moved * dense[inverse]
+        out.add_(moved)
+
+
+class PerturbedNorm(nn.Module):
+    """y = weight * xhat + bias with trained weight and bias; ``normalise`` is the module's own, found by ``norm_role``."""
+
+    context: Context
+    normalise: Callable[[Tensor], Tensor]
+    offset: float  # 1.0 where the module multiplies by 1 + weight
+    weight_row: Trainable
+    bias_row: Trainable | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        hat = self.normalise(x)
+        weight = self.weight_row.layout.values[:, 0].to(hat.dtype) + self.offset
+        probe = self.context.probe
+        if probe is None:
+            y = hat * weight
+        else:
+            moved = torch.addmm(weight[None], probe.mask, probe.vector(self.weight_row))
+            y = hat * self._as_tokens(moved, hat)
+        if self.bias_row is not None:
+            y = y + self.bias_row.layout.values[:, 0].to(hat.dtype)
+            if probe is not None:
+                y = y + self._as_tokens(probe.mask @ probe.vector(self.bias_row), hat)
+        return y.to(x.dtype)
+
+    @staticmethod
+    def _as_tokens(values: Tensor, like: Tensor) -> Tensor:
+        """(n, d) values for a (1, n, ..., d) or (n, d) activation."""
+        n, d = values.shape
+        lead = 1 if like.dim() > 2 else 0
+        return values.view([1] * lead + [n] + [1] * (like.dim() - lead - 2) + [d])
+
+
+def norm_role(module: nn.Module) -> tuple[Callable[[Tensor], Tensor], float]:
+    """How ``module`` normalises and whether it multiplies by w or 1 + w, found by asking it, not by its class.
+
+    Raises TypeError where the module is no normalisation with one weight vector over its last axis.
+    """
+    d = module.weight.shape[0]  # type: ignore[union-attr, index]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, d, generator=generator) * 2 + 0.5
+    names = dict(module.named_parameters(recurse=False))
+
+    def run(value: float) -> Tensor:
+        fills = {n: torch.full(p.shape, value if n == "weight" else 0.0) for n, p in names.items()}
+        with torch.no_grad():
+            found: Tensor = torch.func.functional_call(module, fills, (x,))
+        return found.float()
+
+    at_zero, at_one = run(0.0), run(1.0)
+    slope = at_one - at_zero
+    offset = 1.0 if torch.allclose(at_zero, slope, atol=1e-5) else 0.0
+    eps = next(
+        float(getattr(module, n)) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)
+    )
+
+    def rms(x: Tensor) -> Tensor:
+        x = x.float()
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+    def centred(x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), (d,), eps=eps)
+
+    for candidate in (rms, centred):
+        if torch.allclose(candidate(x), slope, atol=1e-4):
+            return candidate, offset
+    raise TypeError(f"{type(module).__name__} is neither an RMS nor a layer normalisation")

@@ -1,0 +1,373 @@
+"""``make_plan(shape, request, machine) -> Plan``: fits a request into ``--max-mem``.
+
+Pure: no files, no torch, no clock. The planner picks the precision (the highest that fits), the
+batch and the micro-batch, gives each decision its reason, and knows the smallest budget that would
+work. What things take is counted in footprint.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from edgezo.config import RunConfig
+from edgezo.errors import DoesNotFit
+from edgezo.footprint import (
+    MB,
+    Footprint,
+    Item,
+    ModelShape,
+    TokenStats,
+    compute_dtype,
+    peak_bytes,
+    phase_bytes,
+    rounding_of,
+)
+
+if TYPE_CHECKING:
+    from edgezo.cards import Shape
+    from edgezo.memory import Machine
+
+__all__ = [
+    "Decision",
+    "Item",
+    "Plan",
+    "PlanDoesNotFit",
+    "TokenStats",
+    "default_budget",
+    "make_plan",
+]
+
+DEFAULT_BATCH = 16  # directions a step: more take too long on a small machine, fewer are noisy
+PRECISIONS_TRIED = ("bf16", "int8", "int4")  # from the left; fp32 and fp16 only when asked for
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Something that was chosen, by the user or by the planner, with the reason."""
+
+    name: str
+    value: str | int | None
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "value": self.value, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Plan:
+    model: str
+    max_mem_bytes: int
+    precision: str
+    rounding: str | None
+    compute_dtype: str  # fp32 or bf16
+    batch_size: int
+    micro_batch: int
+    trained: tuple[str, ...]
+    frozen: tuple[str, ...]
+    items: tuple[Item, ...]
+    decisions: tuple[Decision, ...]
+    smallest_bytes: int  # the smallest --max-mem that this request could run in
+    smallest_flags: str  # how: "--precision int4 --micro-batch 1", rounded up to whole MB
+
+    def phase_bytes(self, phase: str) -> int:
+        """What is held while ``phase`` (load, forward or update) lasts."""
+        return phase_bytes(self.items, phase)
+
+    @property
+    def load_peak_bytes(self) -> int:
+        return self.phase_bytes("load")
+
+    @property
+    def planned_peak_bytes(self) -> int:
+        return peak_bytes(self.items)
+
+    def settle(self, cfg: RunConfig) -> RunConfig:
+        """The request with everything decided that it left open."""
+        return replace(
+            cfg,
+            max_mem_bytes=self.max_mem_bytes,
+            precision=self.precision,
+            rounding=self.rounding,
+            batch_size=self.batch_size,
+            micro_batch=self.micro_batch,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of plan.json."""
+        return {
+            "model": self.model,
+            "max_mem_bytes": self.max_mem_bytes,
+            "planned_peak_bytes": self.planned_peak_bytes,
+            "load_peak_bytes": self.load_peak_bytes,
+            "smallest_bytes": self.smallest_bytes,
+            "smallest_flags": self.smallest_flags,
+            "precision": self.precision,
+            "rounding": self.rounding,
+            "compute_dtype": self.compute_dtype,
+            "batch_size": self.batch_size,
+            "micro_batch": self.micro_batch,
+            "trained": list(self.trained),
+            "frozen": list(self.frozen),
+            "items": [item.to_dict() for item in self.items],
+            "decisions": [decision.to_dict() for decision in self.decisions],
+        }
+
+
+class PlanDoesNotFit(DoesNotFit):
+    """Holds the numbers that its message names, for callers that want to act on them."""
+
+    def __init__(self, message: str, smallest_bytes: int, items: tuple[Item, ...]):
+        super().__init__(message)
+        self.smallest_bytes = smallest_bytes  # the smallest --max-mem for the request as it stands
+        self.items = items  # of that smallest plan
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "smallest_bytes": self.smallest_bytes,
+            "items": [item.to_dict() for item in self.items],
+        }
+
+
+def default_budget(machine: Machine) -> tuple[int, str]:
+    """``--max-mem`` where it is not given: 80 % of what is free, leaving others 2 GB or 10 %.
+
+    On a machine with little free memory the headroom yields: half of what is free is always used.
+    """
+    free = machine.available_bytes
+    headroom = max(2000 * MB, machine.total_bytes // 10)
+    budget = max(free // 2, min(free * 8 // 10, free - headroom))
+    share = round(100 * budget / free) if free else 0
+    return budget, f"--max-mem not given: {share} % of the {free // MB}MB available now"
+
+
+def make_plan(
+    shape: Shape,
+    cfg: RunConfig,
+    machine: Machine,
+    tokens: TokenStats | None = None,
+    *,
+    base_bytes: int | None = None,
+) -> Plan:
+    """Fit the request into its budget; more memory never gives a lower precision.
+
+    ``shape`` is a card or that of opened files. Without ``tokens`` every row is taken to be as long
+    as --max-length. ``base_bytes`` is the resident process as measured, if it was.
+    Raises PlanDoesNotFit with the smallest budget that would work and the flags that would help.
+    """
+    if cfg.max_mem_bytes is None:
+        cap, cap_reason = default_budget(machine)
+    else:
+        cap, cap_reason = cfg.max_mem_bytes, "--max-mem"
+    name = cfg.model.rstrip("/").rsplit("/", 1)[-1]
+    footprint = Footprint(
+        shape=ModelShape.of(shape, name),
+        cfg=cfg,
+        tokens=tokens or TokenStats.assumed(cfg),
+        bf16_fast=machine.bf16_fast,
+        base_bytes=base_bytes,
+    )
+    options = list(_options(cfg))
+    chosen = next((option for option in options if footprint.peak_bytes(*option) <= cap), None)
+    smallest_bytes = min(footprint.peak_bytes(*option) for option in options)
+    if chosen is None:
+        raise _refusal(footprint, cap, smallest_bytes)
+
+    precision, micro_batch = chosen
+    batch_size, batch_reason = _batch(cfg)
+    compute, compute_reason = compute_dtype(precision, machine.bf16_fast)
+    rounding, rounding_reason = rounding_of(cfg, precision)
+    decisions = [
+        Decision("max_mem_bytes", cap, cap_reason),
+        Decision("precision", precision, _precision_reason(footprint, precision)),
+        Decision("compute_dtype", compute, compute_reason),
+        Decision("train", "+".join(cfg.train), _trained_reason(cfg)),
+        Decision("batch_size", batch_size, batch_reason),
+        Decision("micro_batch", micro_batch, _micro_reason(footprint, precision, micro_batch)),
+    ]
+    if rounding is not None:
+        decisions.append(Decision("rounding", rounding, rounding_reason))
+    trained, frozen = _groups(footprint.shape, cfg)
+    return Plan(
+        model=name,
+        max_mem_bytes=cap,
+        precision=precision,
+        rounding=rounding,
+        compute_dtype=compute,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        trained=trained,
+        frozen=frozen,
+        items=footprint.items(*chosen),
+        decisions=tuple(decisions),
+        smallest_bytes=smallest_bytes,
+        smallest_flags=_flags(*_best_within(footprint, smallest_bytes)),
+    )
+
+
+def mb(n_bytes: int) -> str:
+    """Rounded up, so that the number printed is enough when it is given back as --max-mem."""
+    return f"{math.ceil(n_bytes / MB)}MB"
+
+
+# ---------------------------------------------------------------------------------------------
+# What may be chosen, best first
+
+
+def _options(cfg: RunConfig) -> Iterator[tuple[str, int]]:
+    """(precision, micro-batch) pairs, the most wanted first: precision before speed."""
+    for precision in _precisions(cfg):
+        for micro_batch in _micro_batches(cfg):
+            yield precision, micro_batch
+
+
+def _precisions(cfg: RunConfig) -> tuple[str, ...]:
+    if cfg.precision is not None:
+        return (cfg.precision,)
+    return ("bf16",) if "full" in cfg.train else PRECISIONS_TRIED
+
+
+def _batch(cfg: RunConfig) -> tuple[int, str]:
+    if cfg.batch_size is not None:
+        return cfg.batch_size, "--batch-size"
+    if cfg.micro_batch is not None and cfg.micro_batch > DEFAULT_BATCH:
+        return cfg.micro_batch, "as large as --micro-batch"
+    return DEFAULT_BATCH, "directions a step; micro-batches make it cost time, not memory"
+
+
+def _micro_batches(cfg: RunConfig) -> list[int]:
+    """Descending: the whole batch, its halves, its thirds, ..., one example."""
+    if cfg.micro_batch is not None:
+        return [cfg.micro_batch]
+    batch_size, _ = _batch(cfg)
+    parts = range(1, batch_size + 1)
+    return sorted({math.ceil(batch_size / n) for n in parts}, reverse=True)
+
+
+def _best_within(footprint: Footprint, n_bytes: int) -> tuple[str, int]:
+    """The first option that fits where ``n_bytes``, as ``mb`` prints it, are given."""
+    cap = math.ceil(n_bytes / MB) * MB
+    return next(o for o in _options(footprint.cfg) if footprint.peak_bytes(*o) <= cap)
+
+
+def _flags(precision: str, micro_batch: int) -> str:
+    return f"--precision {precision} --micro-batch {micro_batch}"
+
+
+def _precision_reason(footprint: Footprint, precision: str) -> str:
+    cfg = footprint.cfg
+    if cfg.precision is not None:
+        return "--precision"
+    order = _precisions(cfg)
+    if len(order) == 1:
+        return "full weights are trained in a dense store"
+    above = order[: order.index(precision)]
+    if not above:
+        return "the highest that is tried, and it fits"
+    least = {p: min(footprint.peak_bytes(p, m) for m in _micro_batches(cfg)) for p in above}
+    needs = ", ".join(f"{p} needs {mb(n)}" for p, n in least.items())
+    return f"the highest that fits: {needs}"
+
+
+def _micro_reason(footprint: Footprint, precision: str, micro_batch: int) -> str:
+    if footprint.cfg.micro_batch is not None:
+        return "--micro-batch"
+    larger = [m for m in _micro_batches(footprint.cfg) if m > micro_batch]
+    if not larger:
+        return "the whole batch fits at once"
+    return f"{larger[-1]} at once would need {mb(footprint.peak_bytes(precision, larger[-1]))}"
+
+
+def _trained_reason(cfg: RunConfig) -> str:
+    reasons = {
+        "lowrank": f"rank-{cfg.rank} factors in fp32 beside frozen weights",
+        "full": "every weight",
+        "norms": "norm weights and biases",
+        "scales": "one gain per output row",
+        "head": "the head exactly, from the same forward",
+    }
+    return "; ".join(reasons[part] for part in cfg.train)
+
+
+def _groups(shape: ModelShape, cfg: RunConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(trained, frozen): a parameter is perturbed and updated, or neither."""
+    n = shape.layers
+    weights = [f"{n} x {m.name} ({m.d_out} x {m.d_in})" for m in shape.block]
+    weights += [f"{m.name} ({m.d_out} x {m.d_in})" for m in (*shape.outside, *shape.tables)]
+    vectors = f"norms and biases ({shape.vector_elements:,} values)"
+    trained: list[str] = []
+    frozen: list[str] = []
+    (trained if "full" in cfg.train else frozen).extend(weights)
+    (trained if {"full", "norms"} & set(cfg.train) else frozen).append(vectors)
+    if "lowrank" in cfg.train:
+        trained += [f"{n} x {m.name}, low-rank ({m.d_out} x {cfg.rank})" for m in shape.block]
+        trained += [f"{m.name}, low-rank ({m.d_out} x {cfg.rank})" for m in shape.outside]
+    if "scales" in cfg.train:
+        trained += [f"{n} x {m.name}, output gains ({m.d_out})" for m in shape.block]
+        trained += [f"{m.name}, output gains ({m.d_out})" for m in shape.outside]
+    if "head" in cfg.train:
+        trained.append("a change of the head's scored rows, by its exact gradient")
+    return tuple(trained), tuple(frozen)
+
+
+# ---------------------------------------------------------------------------------------------
+# Refusal
+
+
+def _refusal(footprint: Footprint, cap: int, smallest_bytes: int) -> PlanDoesNotFit:
+    """What happened, the number, the items that are to blame, and what would work."""
+    best = _best_within(footprint, smallest_bytes)
+    items = footprint.items(*best)
+    base = items[0]
+    lines = [
+        f"{footprint.shape.name} needs at least {mb(smallest_bytes)} ({_flags(*best)}), "
+        f"but --max-mem is {mb(cap)}."
+    ]
+    if cap < base.bytes:
+        lines.append(f"The process alone takes {mb(base.bytes)} before any weight: {base.reason}.")
+    largest = sorted(items, key=lambda item: -item.bytes)[:4]
+    parts = ", ".join(f"{item.name} {mb(item.bytes)}" for item in largest)
+    lines.append(f"Largest items: {parts}.")
+    fits: list[str] = []
+    nearer: list[str] = []
+    for flags, other in _alternatives(footprint):
+        size = min(other.peak_bytes(*option) for option in _options(other.cfg))
+        if size < smallest_bytes:
+            (fits if size <= cap else nearer).append(f"{flags} would need {mb(size)}")
+    if fits:
+        lines.append(f"What fits: {'; '.join(fits)}.")
+    elif nearer:
+        lines.append(f"Nearer, but still above the cap: {'; '.join(nearer)}.")
+    lines.append(f"The smallest budget that works as asked: --max-mem {mb(smallest_bytes)}")
+    return PlanDoesNotFit("\n".join(lines), smallest_bytes, items)
+
+
+def _alternatives(footprint: Footprint) -> Iterator[tuple[str, Footprint]]:
+    """(flags, request): changes that may take less."""
+    cfg = footprint.cfg
+
+    def changed(**changes: Any) -> Footprint:
+        return replace(footprint, cfg=replace(cfg, **changes))
+
+    if "full" in cfg.train:
+        train = ("lowrank", "head")
+        yield f"--train {'+'.join(train)}", changed(train=train, rounding=None, precision=None)
+        if rounding_of(cfg, cfg.precision or "bf16")[0] == "plane":
+            yield "--rounding stochastic", changed(rounding="stochastic")
+    elif cfg.precision is not None:
+        for precision in PRECISIONS_TRIED:
+            if precision != cfg.precision:
+                yield f"--precision {precision}", changed(precision=precision)
+    if cfg.micro_batch is not None and cfg.micro_batch > 1:
+        yield "--micro-batch 1", changed(micro_batch=1)
+    tokens = footprint.tokens
+    half = max(64, tokens.tokens[0] // 2)
+    if half < tokens.tokens[0] and tokens.kind != "choice":
+        shorter = replace(
+            tokens,
+            tokens=tuple(min(n, half) for n in tokens.tokens),
+            scored=min(tokens.scored, half),
+        )
+        yield f"--max-length {half}", replace(footprint, tokens=shorter)

@@ -1,0 +1,356 @@
+"""What a person or a program gets to see: tables, the live line, metrics.jsonl.
+
+Progress goes to standard error; standard output holds results only. Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from edgezo.errors import EdgezoError
+from edgezo.memory import format_bytes
+
+if TYPE_CHECKING:
+    from edgezo.cards import Card
+    from edgezo.planner import Plan
+
+PLAIN_LINES = 20  # progress lines of a run whose standard error is no terminal
+
+
+PLAIN_WIDTH = 110  # columns of a table that goes to a file or a pipe
+
+
+def stdout() -> Console:
+    return _console(sys.stdout)
+
+
+def stderr() -> Console:
+    return _console(sys.stderr)
+
+
+def _console(file: TextIO) -> Console:
+    width = None if file.isatty() or "COLUMNS" in os.environ else PLAIN_WIDTH
+    return Console(file=file, highlight=False, width=width)
+
+
+def to_json(value: Any) -> str:
+    """One line of strict JSON: what is not finite becomes null."""
+    return json.dumps(_finite(value), allow_nan=False, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """Items with their reasons, the peak, the decisions and the groups of parameters."""
+    items = Table(
+        title=f"{plan.model}: planned memory", title_justify="left", box=None, pad_edge=False
+    )
+    items.add_column("item")
+    items.add_column("size", justify="right", no_wrap=True)
+    items.add_column("when", no_wrap=True)
+    items.add_column("why", style="dim")
+    for item in plan.items:
+        items.add_row(item.name, format_bytes(item.bytes), item.phase, item.reason)
+    items.add_section()
+    items.add_row("peak", format_bytes(plan.planned_peak_bytes), "", "always + the largest phase")
+    items.add_row("cap", format_bytes(plan.max_mem_bytes), "", "--max-mem")
+    smallest = f"the smallest budget that works ({plan.smallest_flags})"
+    items.add_row("least", format_bytes(plan.smallest_bytes), "", smallest)
+
+    decisions = Table(title="decisions", title_justify="left", box=None, pad_edge=False)
+    decisions.add_column("what")
+    decisions.add_column("value", no_wrap=True)
+    decisions.add_column("why", style="dim")
+    for d in plan.decisions:
+        is_size = d.name.endswith("_bytes") and isinstance(d.value, int)
+        value = format_bytes(int(d.value or 0)) if is_size else str(d.value)
+        decisions.add_row(d.name.removesuffix("_bytes"), value, d.reason)
+
+    groups = Table(box=None, pad_edge=False, show_header=False)
+    groups.add_column("group", no_wrap=True)
+    groups.add_column("members")
+    groups.add_row("trained", "; ".join(plan.trained) or "nothing")
+    groups.add_row("frozen", "; ".join(plan.frozen) or "nothing")
+    return Group(items, Text(), decisions, Text(), groups)
+
+
+def verdict(summary: Mapping[str, Any]) -> RenderableType:
+    """The end of a run: what it reached, how long a step took, planned against measured memory."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column("what", no_wrap=True)
+    table.add_column("value")
+    before, after = summary.get("eval_before"), summary.get("eval_after")
+    if after:
+        start = f"{before['value']:.4f} -> " if before else ""
+        table.add_row(str(after["metric"]), f"{start}{after['value']:.4f}  ({after['n']} rows)")
+    if _has(summary, "loss_first", "loss_last"):
+        losses = f"{summary['loss_first']:.4f} -> {summary['loss_last']:.4f}"
+        table.add_row("training loss", f"{losses}  ({summary.get('steps', '?')} steps)")
+    if _has(summary, "step_s"):
+        line = f"{summary['step_s']:.3f} s a step"
+        if _has(summary, "forward_s"):
+            ratio = summary["step_s"] / summary["forward_s"] if summary["forward_s"] else math.nan
+            line += f", {ratio:.2f} x a plain forward over the same rows"
+        table.add_row("time", line)
+    if _has(summary, "peak_rss_bytes"):
+        table.add_row("memory", _memory_line(summary))
+    if _has(summary, "base_rss_bytes", "load_peak_rss_bytes"):
+        base, load = summary["base_rss_bytes"], summary["load_peak_rss_bytes"]
+        parts = f"process alone {format_bytes(base)}, while loading {format_bytes(load)}"
+        table.add_row("", parts)
+    return table
+
+
+def _has(summary: Mapping[str, Any], *names: str) -> bool:
+    return all(summary.get(name) is not None for name in names)
+
+
+def _memory_line(summary: Mapping[str, Any]) -> str:
+    peak = summary["peak_rss_bytes"]
+    parts = [f"measured peak {format_bytes(peak)}"]
+    if _has(summary, "planned_peak_bytes"):
+        parts.insert(0, f"planned peak {format_bytes(summary['planned_peak_bytes'])}")
+    if _has(summary, "max_mem_bytes"):
+        cap = summary["max_mem_bytes"]
+        kept = "kept" if peak <= cap else "NOT kept"
+        parts.append(f"cap {format_bytes(cap)} {kept} ({100 * peak / cap:.0f} % used)")
+    return ", ".join(parts)
+
+
+def evaluation_line(result: Mapping[str, Any]) -> str:
+    return f"{result['metric']} {result['value']:.4f} on {result['n']} validation rows"
+
+
+def models_table(cards: Iterable[Card]) -> RenderableType:
+    table = Table(box=None, pad_edge=False)
+    for column in ("model", "family", "kind"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("weights", justify="right", no_wrap=True)
+    table.add_column("where")
+    for card in cards:
+        sources = "; ".join(str(source) for source in card.sources)
+        table.add_row(card.name, card.family, card.kind, f"{card.parameters / 1e6:,.0f} M", sources)
+    return table
+
+
+# ---------------------------------------------------------------------------------------------
+# Progress
+
+
+class RunProgress(Protocol):
+    """What a run reports while it goes on; pass your own object to ``finetune`` as a callback."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line: a file that is fetched, rows that were cut."""
+        ...
+
+    def plan(self, plan: Plan) -> None:
+        """The plan that the run follows."""
+        ...
+
+    def begin(self, *, done: int, steps: int | None, cap_bytes: int) -> None:
+        """Training starts after ``done`` steps; ``steps`` is None where time bounds the run."""
+        ...
+
+    def step(
+        self,
+        step: int,
+        *,
+        fraction: float,
+        loss: float,
+        step_s: float,
+        rss_bytes: int,
+        metric: str = "",
+    ) -> None:
+        """Step number ``step`` (from 1) is done, and ``fraction`` (0 to 1) of the run with it."""
+        ...
+
+    def close(self) -> None:
+        """Training is over, or was interrupted."""
+        ...
+
+
+class Silent:
+    """A RunProgress that shows nothing."""
+
+    def note(self, text: str) -> None: ...
+
+    def plan(self, plan: Plan) -> None: ...
+
+    def begin(self, *, done: int, steps: int | None, cap_bytes: int) -> None: ...
+
+    def step(
+        self,
+        step: int,
+        *,
+        fraction: float,
+        loss: float,
+        step_s: float,
+        rss_bytes: int,
+        metric: str = "",
+    ) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TerminalProgress:
+    """One live line on a terminal; elsewhere about ``PLAIN_LINES`` plain lines."""
+
+    def __init__(self, console: Console | None = None):
+        self._console = console or stderr()
+        self._live: Progress | None = None
+        self._task: TaskID | None = None
+        self._total = ""
+        self._cap = ""
+        self._metric = ""
+        self._shown = 0.0  # fraction at the last plain line
+        self._start_s = 0.0
+        self._start_fraction: float | None = None
+
+    def note(self, text: str) -> None:
+        console = self._live.console if self._live is not None else self._console
+        console.print(Text(text))
+
+    def plan(self, plan: Plan) -> None:
+        self._console.print(plan_table(plan))
+        self._console.print()
+
+    def begin(self, *, done: int, steps: int | None, cap_bytes: int) -> None:
+        self._total = f"/{steps}" if steps is not None else ""
+        self._cap = format_bytes(cap_bytes)
+        self._start_s = time.monotonic()
+        if done:
+            self.note(f"resuming after step {done}")
+        if not self._console.is_terminal:
+            return
+        self._live = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TaskProgressColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._task = self._live.add_task("starting", total=1.0)
+        self._live.start()
+
+    def step(
+        self,
+        step: int,
+        *,
+        fraction: float,
+        loss: float,
+        step_s: float,
+        rss_bytes: int,
+        metric: str = "",
+    ) -> None:
+        self._metric = metric or self._metric
+        parts = [f"step {step}{self._total}", f"loss {loss:.4f}"]
+        parts += [self._metric] if self._metric else []
+        parts += [f"{step_s:.2f} s/step", f"mem {format_bytes(rss_bytes)}/{self._cap}"]
+        line = "  ".join(parts)
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, completed=fraction, description=line)
+            return
+        if self._start_fraction is None:
+            self._start_fraction = fraction
+        elif metric == "" and fraction < 1 and fraction - self._shown < 1 / PLAIN_LINES:
+            return
+        self._shown = fraction
+        self.note(line + self._eta(fraction))
+
+    def _eta(self, fraction: float) -> str:
+        """Seconds that are left at the pace of this process, once there is a pace."""
+        gone = fraction - (self._start_fraction or 0.0)
+        if gone <= 0 or fraction >= 1:
+            return ""
+        left_s = (time.monotonic() - self._start_s) * (1 - fraction) / gone
+        return f"  eta {left_s:.0f} s"
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+# ---------------------------------------------------------------------------------------------
+# metrics.jsonl
+
+
+class MetricsLog:
+    """Appends one JSON object a line; what is written is with the operating system at once."""
+
+    def __init__(self, path: Path, keep_through: int | None = None):
+        """Start anew, or with ``keep_through`` go on: lines of later steps and a torn tail are cut.
+
+        Raises EdgezoError where the file can't be written.
+        """
+        self.path = path
+        try:
+            if keep_through is None:
+                self._file = path.open("w", encoding="utf-8", buffering=1)
+            else:
+                if path.exists():
+                    os.truncate(path, _bytes_through(path, keep_through))
+                self._file = path.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise EdgezoError(f"can't write {path}: {error.strerror}") from error
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """``record`` has a "step": the number of steps done."""
+        try:
+            self._file.write(to_json(record) + "\n")
+        except OSError as error:
+            raise EdgezoError(
+                f"can't write {self.path}: {error.strerror}. The run can go on with --resume."
+            ) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _bytes_through(path: Path, step: int) -> int:
+    """Length of the leading part whose lines are whole and of no later step."""
+    size = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                found = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError):
+                break
+            if not line.endswith(b"\n") or found > step:
+                break
+            size += len(line)
+    return size

@@ -1,0 +1,244 @@
+"""What finetune, eval and replay have in common: a request becomes files, data, a plan and a model in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file, save_file
+
+from edgezo import cards, loader
+from edgezo.config import RunConfig, from_toml
+from edgezo.data import DataRequest, Dataset, Example, load_dataset, tokens_of
+from edgezo.errors import EdgezoError
+from edgezo.estimators import ESTIMATORS, Recipe
+from edgezo.journal import Journal, StepRecord, atomic_path
+from edgezo.memory import Machine, malloc_trim
+from edgezo.model import Model, ModelSpec, assemble, compute_dtype
+from edgezo.planner import Plan, TokenStats, make_plan
+
+if TYPE_CHECKING:
+    from edgezo.loader import ModelFiles
+
+EVAL_TOKENS = 1024  # packed tokens of an evaluation batch, unless one row is longer
+
+
+@dataclass
+class Opened:
+    """A request with its files and data open; no weight has been read."""
+
+    cfg: RunConfig
+    files: ModelFiles
+    tokenizer: Any
+    dataset: Dataset
+
+
+def open_request(cfg: RunConfig) -> Opened:
+    """Resolve the model, check its files, read and tokenise the data."""
+    files = loader.open_model(cards.resolve(cfg.model))
+    tokenizer = loader.load_tokenizer(files.path)
+    return Opened(cfg, files, tokenizer, read_data(cfg, files, tokenizer))
+
+
+def read_data(cfg: RunConfig, files: ModelFiles, tokenizer: Any) -> Dataset:
+    request = DataRequest(
+        data=cfg.data,
+        task=cfg.task,
+        data_root=cfg.data_root,
+        template=cfg.template,
+        labels=cfg.labels,
+        label_field=cfg.label_field,
+        max_length=cfg.max_length,
+        eval_limit=cfg.eval_limit,
+        seed=cfg.seed,
+    )
+    return load_dataset(request, tokenizer, masked=files.kind == "masked")
+
+
+def settle(opened: Opened, machine: Machine, base_bytes: int) -> Plan:
+    """Plan the request against this machine; afterwards ``opened.cfg`` has nothing left open."""
+    tokens = TokenStats.of(opened.dataset)
+    plan = make_plan(opened.files.shape, opened.cfg, machine, tokens, base_bytes=base_bytes)
+    opened.cfg = plan.settle(opened.cfg)
+    return plan
+
+
+def load_model(opened: Opened, machine: Machine) -> Model:
+    """Stream the weights into memory, laid out and trained as the settled request says."""
+    cfg = opened.cfg
+    assert cfg.precision is not None
+    model = assemble(
+        opened.files,
+        ModelSpec(
+            precision=cfg.precision,
+            train=cfg.train,
+            directions=cfg.directions,
+            seed=cfg.seed,
+            rank=cfg.rank,
+            rounding=cfg.rounding or "plane",
+            kind=opened.dataset.kind,
+            label_ids=opened.dataset.label_ids,
+            dtype=compute_dtype(cfg.precision, machine.bf16_fast)[0],
+        ),
+    )
+    malloc_trim()
+    return model
+
+
+def data_hash(examples: Sequence[Example]) -> str:
+    """SHA-256 (hex) of the tokens, targets and labels that training sees."""
+    digest = hashlib.sha256()
+    for example in examples:
+        rows = [[list(r.ids), list(r.score_at), list(r.score_ids)] for r in example.rows]
+        digest.update(json.dumps([rows, example.label]).encode())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------
+# Steps from records
+
+
+def recipe_of(cfg: RunConfig, record: StepRecord) -> Recipe:
+    """The update that a journal record stands for: all that replay needs."""
+    estimator = ESTIMATORS[cfg.estimator]
+    if record.skipped:
+        return Recipe(record.step, 0 * record.credit, 0.0, ())
+    return Recipe(
+        record.step,
+        estimator.coefficients(record.credit, record.step_size, record.sigma),
+        # The decay follows the schedule of the step.
+        cfg.weight_decay * record.step_size / cfg.step,
+        record.touched,
+    )
+
+
+def replay_into(model: Model, cfg: RunConfig, journal: Journal, stop: int) -> None:
+    """Apply the journal's records before step ``stop``, many a sweep."""
+    chunk: list[Recipe] = []
+    for record in journal.records():
+        if record.step >= stop:
+            break
+        chunk.append(recipe_of(cfg, record))
+        if len(chunk) == 64:
+            model.store.apply(chunk)
+            chunk = []
+    model.store.apply(chunk)
+
+
+# ---------------------------------------------------------------------------------------------
+# The run directory
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Names inside a run directory."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.bin"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def snapshot(self) -> Path:
+        return self.path / "head.safetensors"
+
+    @property
+    def trained(self) -> Path:
+        """What ``replay`` writes: every trained tensor."""
+        return self.path / "trained.safetensors"
+
+    def read_config(self) -> RunConfig:
+        try:
+            return from_toml(self.config.read_text(encoding="utf-8"))
+        except FileNotFoundError as problem:
+            raise EdgezoError(
+                f"{self.path} is no run: it has no config.toml.\n"
+                "Give the --out directory of an edgezo finetune, or one that edgezo replay wrote."
+            ) from problem
+
+
+def save_snapshot(run: RunFiles, model: Model, step: int) -> None:
+    """State without a seed form (the exact head) after ``step`` steps, atomically."""
+    if model.exact is None:
+        return
+    tensors = {k: v.contiguous() for k, v in model.exact.tensors().items()}
+    with atomic_path(run.snapshot) as temporary:
+        save_file(tensors, temporary, {"step": str(step)})
+
+
+def load_snapshot(run: RunFiles, model: Model) -> int:
+    """Read the snapshot into ``model``; the number of steps that it stands after (0 where there is none)."""
+    if model.exact is None or not run.snapshot.exists():
+        return 0
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(run.snapshot, "pt") as file:
+            step = int(file.metadata()["step"])
+        model.exact.load(load_file(run.snapshot))
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as problem:
+        raise EdgezoError(
+            f"{run.snapshot} is damaged ({problem}).\n"
+            "It holds the trained head of the run; restore it from a copy, or start again."
+        ) from problem
+    return step
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def evaluation_batches(examples: Sequence[Example]) -> Iterator[list[int]]:
+    """Indices of examples in batches of like length and at most ``EVAL_TOKENS`` tokens (or one example)."""
+    order = sorted(range(len(examples)), key=lambda i: (-tokens_of(examples[i]), i))
+    batch: list[int] = []
+    held = 0
+    for index in order:
+        n = tokens_of(examples[index])
+        if batch and held + n > EVAL_TOKENS:
+            yield batch
+            batch, held = [], 0
+        batch.append(index)
+        held += n
+    if batch:
+        yield batch
+
+
+def evaluate_model(model: Model, dataset: Dataset) -> dict[str, Any]:
+    """Metric over the validation rows: accuracy where there is a right answer, else the mean loss."""
+    from edgezo.data import collate
+
+    examples = dataset.validation
+    total_loss, right = 0.0, 0
+    for batch in evaluation_batches(examples):
+        packed = collate([examples[i] for i in batch], range(len(batch)))
+        losses, predicted = model.losses(packed)
+        total_loss += float(losses.double().sum())
+        right += int((predicted[0] == packed.labels).sum())
+    n = len(examples)
+    loss = total_loss / n if n else float("nan")
+    if dataset.kind in ("label", "choice"):
+        return {"metric": "accuracy", "value": right / n if n else 0.0, "n": n, "loss": loss}
+    return {"metric": "loss", "value": loss, "n": n, "loss": loss}
+

@@ -1,0 +1,146 @@
+"""Built-in tasks: one row each, so that ``--task NAME`` needs no template and no label words.
+
+A prompt reads as natural text up to the label word. Label words are single, distinct tokens (with
+their leading space) of GPT-2 style vocabularies such as SmolLM2's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+EXAMPLE_FOLDER = Path(__file__).parent / "example"
+
+
+@dataclass(frozen=True)
+class Task:
+    """How the rows of one labelled data set become prompts.
+
+    ``labels`` is written as for ``--labels``. A task with ``options`` has candidate texts of its
+    own in every row (templates, in label order) and no label words. ``prepare`` maps a row to the
+    fields that the templates name.
+    """
+
+    name: str
+    about: str
+    template: str
+    labels: str | None = None
+    label_field: str = "label"
+    options: tuple[str, ...] = ()
+    prepare: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+
+
+# Words that open a COPA sentence and lose their capital inside one; names and "I" keep theirs.
+_OPENERS = frozenset(
+    "a an the he she it they we you his her its their our my your this that these those there "
+    "someone everyone nobody no some many all one two several".split()
+)
+_CONNECTIVES = {"cause": "because", "effect": "so"}
+
+
+def _copa(row: Mapping[str, Any]) -> dict[str, Any]:
+    """One sentence of premise and alternative: '... the grass because the sun was rising.'"""
+    fields = dict(row)
+    question = str(row.get("question", ""))
+    if question in _CONNECTIVES:
+        fields["connective"] = _CONNECTIVES[question]
+    if isinstance(row.get("premise"), str):
+        fields["premise"] = row["premise"].strip().rstrip(".")
+    for name in ("choice1", "choice2"):
+        choice = row.get(name)
+        if isinstance(choice, str) and choice.split(" ", 1)[0].lower() in _OPENERS:
+            fields[name] = choice[0].lower() + choice[1:]
+    return fields
+
+
+_TASKS = (
+    Task(
+        "sst2",
+        "film reviews: bad or good",
+        "{sentence} All in all it was",
+        "0=bad,1=good",
+    ),
+    Task(
+        "trec",
+        "what a question asks for, 6 kinds",
+        "{text}\nThe answer to this question is some kind of",
+        "0=abbreviation,1=thing,2=description,3=person,4=place,5=number",
+        label_field="coarse_label",
+    ),
+    Task(
+        "snips",
+        "requests to a voice assistant, 7 intents",
+        "{text}\nThis request is about",
+        "0=playlist,1=restaurant,2=weather,3=music,4=rating,5=search,6=cinema",
+    ),
+    Task(
+        "ag_news",
+        "news, 4 sections",
+        "{text}\nThis news story belongs to the section on",
+        "0=world,1=sports,2=business,3=technology",
+    ),
+    Task(
+        "emotion",
+        "the feeling in a short message, 6 kinds",
+        "{text}\nThe feeling in this message is",
+        "0=sadness,1=joy,2=love,3=anger,4=fear,5=surprise",
+    ),
+    Task(
+        "rte",
+        "does the hypothesis follow from the premise?",
+        "{premise}\nQuestion: is it right that {hypothesis} Yes or no?\nAnswer:",
+        "0=yes,1=no",
+    ),
+    Task(
+        "cb",
+        "entailment, contradiction or neither",
+        "{premise}\nQuestion: is it right that {hypothesis}? Yes, no or maybe?\nAnswer:",
+        "0=yes,1=no,2=maybe",
+    ),
+    Task(
+        "boolq",
+        "yes-or-no questions about a passage",
+        "{passage}\nQuestion: {question}? Yes or no?\nAnswer:",
+        "0=no,1=yes",
+    ),
+    Task(
+        "copa",
+        "which of two is the cause or the effect",
+        "{premise} {connective}",
+        options=("{choice1}", "{choice2}"),
+        prepare=_copa,
+    ),
+    Task(
+        "wsc",
+        "what a pronoun refers to",
+        '{text}\nQuestion: does "{span2_text}" here mean "{span1_text}"? Yes or no?\nAnswer:',
+        "0=no,1=yes",
+    ),
+    Task(
+        "wic",
+        "is a word used in the same sense twice?",
+        "{sentence1}\n{sentence2}\n"
+        "Question: does the word {word} mean the same in both? Yes or no?\nAnswer:",
+        "0=no,1=yes",
+    ),
+    Task(
+        "example",
+        "the bundled requests to a personal assistant, 10 intents",
+        "{text}\nThis request is about",
+        label_field="intent",
+    ),
+)
+
+TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
+
+
+def task_folder(
+    task: Task,
+    data_root: str | None,  # folder of data sets, one folder each, named as the tasks are
+) -> Path | None:
+    """The folder with the task's train and validation files; None if that takes a data root."""
+    if task.name == "example":
+        return EXAMPLE_FOLDER
+    return Path(data_root).expanduser() / task.name if data_root else None

@@ -1,0 +1,177 @@
+"""Requests: merging, validation, and the two written forms."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgezo import config
+from edgezo.config import FIELDS, RunConfig, from_toml, make_config, parse_duration
+from edgezo.errors import UsageError
+
+BASE = {"model": "m", "task": "sst2"}
+
+
+def problems_of(*layers: dict, **options: bool) -> str:
+    with pytest.raises(UsageError) as caught:
+        make_config(*layers, **options)
+    return "\n".join(caught.value.problems)
+
+
+def test_every_field_of_a_request_has_a_law_and_a_flag():
+    assert list(FIELDS) == [field.name for field in dataclasses.fields(RunConfig)]
+    assert config.flag("max_mem_bytes") == "--max-mem"
+    assert config.flag("micro_batch") == "--micro-batch"
+
+
+def test_defaults_train_low_rank_factors_and_the_head_by_grzo_with_signs():
+    cfg = make_config(BASE)
+    assert (cfg.estimator, cfg.directions, cfg.train) == ("grzo", "signs", ("lowrank", "head"))
+    assert cfg.steps == config.DEFAULT_STEPS
+    assert cfg.precision is None and cfg.batch_size is None and cfg.max_mem_bytes is None
+
+
+def test_defaults_of_step_and_directions_are_those_of_the_estimators():
+    from edgezo.estimators import ESTIMATORS
+
+    assert tuple(ESTIMATORS) == config.ESTIMATORS
+    for name, estimator in ESTIMATORS.items():
+        cfg = make_config({**BASE, "estimator": name})
+        assert cfg.step == estimator.step
+        assert cfg.sigma == estimator.sigma
+        assert cfg.directions == estimator.directions[0]
+
+
+def test_higher_layers_win_and_none_means_not_said():
+    cfg = make_config({**BASE, "rank": None, "seed": 3}, {"rank": 4, "seed": 5}, {"rank": 16})
+    assert (cfg.rank, cfg.seed) == (4, 3)
+
+
+def test_a_higher_layer_replaces_the_lower_layers_alternative():
+    cfg = make_config({"model": "m", "data": "d.jsonl", "for_s": "90s"}, {"task": "x", "steps": 5})
+    assert (cfg.data, cfg.task, cfg.steps, cfg.for_s) == ("d.jsonl", None, None, 90.0)
+
+
+def test_all_problems_are_reported_together():
+    text = problems_of(
+        {"data": "d", "task": "t", "steps": "zero", "sigma": -1, "precision": "int3", "modle": "m"}
+    )
+    for part in (
+        "--model is missing",
+        "exclude each other",
+        "--steps",
+        "--sigma",
+        "int3",
+        "'model'",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"directions": "shared"}, "one direction per example"),
+        ({"estimator": "mezo", "directions": "signs"}, "one direction for the whole batch"),
+        ({"train": "full", "precision": "int8"}, "codes are frozen"),
+        ({"train": "full+lowrank"}, "already hold"),
+        ({"train": "full", "rounding": "plane", "precision": "fp32"}, "exact"),
+        ({"rounding": "plane"}, "--train full"),
+        ({"batch_size": 4, "micro_batch": 8}, "more than --batch-size 4"),
+        ({"steps": 5, "for_s": 5}, "exclude each other"),
+        ({"train": "head", "sigma": 0.01}, "perturbs nothing"),
+        ({"train": "full", "rank": 4}, "no effect"),
+        ({"train": "lowrank", "head_lr": 0.01}, "no effect"),
+        ({"train": "lowrank+tail"}, "'tail' is not one of"),
+        ({"max_mem_bytes": "12 bananas"}, "--max-mem"),
+        ({"seed": 1.5}, "whole number"),
+        ({"step": "nan"}, "finite"),
+    ],
+)
+def test_meaningless_requests_are_refused_with_the_reason(said, reason):
+    assert reason in problems_of({**BASE, **said})
+
+
+def test_what_a_lower_layer_says_in_vain_is_ignored():
+    assert make_config({**BASE, "train": "full"}, {"rank": 4}).train == ("full",)
+
+
+def test_parts_to_train_have_one_order_and_no_repeats():
+    assert make_config({**BASE, "train": "head+lowrank+head"}).train == ("lowrank", "head")
+
+
+def test_a_plan_needs_no_data_but_a_model():
+    assert make_config({"model": "m"}, need_data=False).task is None
+    assert "--data or --task" in problems_of({"model": "m"})
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("120s", 120), ("1.5 m", 90), (" 2h", 7200), (".5s", 0.5)]
+)
+def test_durations_are_read_as_people_write_them(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@given(st.text(max_size=12))
+def test_a_duration_is_read_or_refused_but_never_crashes(text):
+    try:
+        assert parse_duration(text) >= 0
+    except ValueError as error:
+        assert "120s" in str(error)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "seed": st.integers(0, 2**63 - 1),
+            "steps": st.integers(1, 10**6),
+            "rank": st.integers(1, 256),
+            "sigma": st.floats(1e-9, 1.0),
+            "step": st.floats(1e-12, 1e6),
+            "weight_decay": st.floats(0, 1),
+            "batch_size": st.integers(1, 1024),
+            "template": st.text(min_size=1).filter(str.strip),
+            "max_mem_bytes": st.integers(1, 10**15),
+            "threads": st.integers(1, 64),
+        },
+    )
+)
+def test_a_request_survives_toml_and_its_json_is_canonical(said):
+    cfg = make_config({}, {**BASE, **said})
+    assert from_toml(cfg.to_toml()) == cfg
+    text = cfg.canonical_json()
+    assert list(json.loads(text)) == sorted(FIELDS)
+    assert from_toml(cfg.to_toml()).canonical_json() == text
+
+
+def test_a_file_may_use_the_flags_spelling():
+    layer = config.parse_toml('model = "m"\ntask = "t"\nmax-mem = "2GB"\nfor = "10m"', "x")
+    cfg = make_config({}, layer)
+    assert (cfg.max_mem_bytes, cfg.for_s) == (2_000_000_000, 600.0)
+
+
+def test_a_file_that_is_no_toml_is_named_with_the_place(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text("model = \n")
+    with pytest.raises(UsageError, match=r"a\.toml is not valid TOML.*line 1"):
+        config.read_toml(path)
+    with pytest.raises(UsageError, match="no_such"):
+        config.read_toml(tmp_path / "no_such.toml")
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="UTF-8"):
+        config.read_toml(path)
+
+
+def test_config_planner_and_footprint_import_nothing_heavy():
+    code = (
+        "import sys, edgezo.config, edgezo.planner, edgezo.footprint\n"
+        "bad = {'torch', 'transformers', 'psutil', 'click', 'numpy', 'rich'} & set(sys.modules)\n"
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

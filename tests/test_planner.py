@@ -1,0 +1,223 @@
+"""The plan: itemised, honest about the cap, monotone, and computed without weights."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgezo import planner
+from edgezo.cards import Shape, cards
+from edgezo.config import RunConfig, make_config
+from edgezo.errors import DoesNotFit
+from edgezo.footprint import MatrixShape, ModelShape, TokenStats
+from edgezo.planner import PRECISIONS_TRIED, Plan, PlanDoesNotFit, make_plan
+
+MB = 1_000_000
+SMOL = "smollm2-135m-instruct"
+SST2 = TokenStats("label", (70, 69, 66, *[60] * 61), 1, 2)
+MACHINE = SimpleNamespace(
+    total_bytes=8000 * MB, available_bytes=6000 * MB, cores=2, bf16_fast=False
+)
+FAST = SimpleNamespace(**{**vars(MACHINE), "bf16_fast": True})
+
+
+def request(**said: object) -> RunConfig:
+    return make_config({"model": SMOL, "task": "sst2", **said})
+
+
+def plan(tokens: TokenStats | None = SST2, machine: object = MACHINE, **said: object) -> Plan:
+    return make_plan(cards()[SMOL], request(**said), machine, tokens)
+
+
+def item(found: Plan, name: str) -> int:
+    return sum(i.bytes for i in found.items if i.name == name)
+
+
+def test_every_matrix_of_a_card_is_counted_once():
+    for card in cards().values():
+        shape = ModelShape.of(card, card.name)
+        matrices = sum(m.numel for m in (*shape.matrices, *shape.tables))
+        assert matrices + shape.vector_elements == card.parameters
+        assert 0 < shape.vector_elements < card.parameters / 100
+
+
+def test_the_peak_is_the_permanent_items_and_the_largest_phase():
+    found = plan(max_mem_bytes=2000 * MB)
+    sums = {phase: 0 for phase in ("always", "load", "forward", "update")}
+    for i in found.items:
+        assert i.bytes >= 0 and i.reason
+        sums[i.phase] += i.bytes
+    assert found.planned_peak_bytes == sums["always"] + max(
+        sums["load"], sums["forward"], sums["update"]
+    )
+    assert found.load_peak_bytes == sums["always"] + sums["load"]
+
+
+def test_weights_take_what_their_store_takes():
+    n = 106_168_320  # weights in the linears of SmolLM2-135M
+    table, rows = 49_152 * 576, 30 * (576 + 192 + 192 + 576 + 1536 + 1536 + 576)
+    cap = 4000 * MB
+    assert item(plan(precision="fp32", max_mem_bytes=cap), "linear weights") == 4 * n
+    assert item(plan(precision="bf16", max_mem_bytes=cap), "linear weights") == 2 * n
+    assert item(plan(precision="int8", max_mem_bytes=cap), "linear weights") == n + 4 * rows
+    assert item(plan(precision="int4", max_mem_bytes=cap), "embedding") == table + 4 * 49_152
+    # 576 and 1536 columns fall into groups of 96 and 128, each with an fp32 scale and shift
+    groups = 30 * ((576 + 192 + 192 + 576 + 1536 + 1536) * 6 + 576 * 12)
+    assert item(plan(precision="int4", max_mem_bytes=cap), "linear weights") == n // 2 + 8 * groups
+
+
+def test_stored_bytes_are_those_of_the_layouts():
+    import torch
+
+    from edgezo.layouts import place
+
+    for rows, cols in ((6, 576), (7, 128), (10, 50)):
+        weight = torch.randn(rows, cols)
+        for precision in ("fp32", "bf16", "fp16", "int8", "int4"):
+            layout = place(weight, precision, table=False, rounding=None, trained=False)
+            assert layout.nbytes() == MatrixShape("w", rows, cols).stored_bytes(precision)
+
+
+def test_full_weights_with_the_low_plane_take_one_more_byte_each():
+    stochastic = plan(train="full", rounding="stochastic", max_mem_bytes=4000 * MB)
+    plane = plan(train="full", max_mem_bytes=4000 * MB)
+    assert (plane.precision, plane.rounding, stochastic.rounding) == ("bf16", "plane", "stochastic")
+    more = item(plane, "linear weights") - item(stochastic, "linear weights")
+    assert more == 106_168_320
+
+
+def test_weights_in_the_compute_dtype_are_read_as_they_are():
+    names = {i.name for i in plan(machine=FAST, precision="bf16", max_mem_bytes=4000 * MB).items}
+    assert "expanded weights" not in names
+    assert item(plan(precision="bf16", max_mem_bytes=4000 * MB), "expanded weights") > 0
+
+
+def test_longer_and_more_examples_take_more_activations():
+    sizes = [
+        item(plan(TokenStats("label", (n,), 1, 2), max_mem_bytes=90_000 * MB), "activations")
+        for n in (64, 128, 256)
+    ]
+    assert sizes[0] < sizes[1] < sizes[2] == 2 * sizes[1]
+
+
+def test_lengths_of_the_data_bound_the_longest_micro_batch():
+    assert SST2.longest(2) == 139
+    assert SST2.longest(100) == sum(SST2.tokens) + 36 * 70
+    rows = SimpleNamespace(ids=(1, 2, 3), score_at=(2,))
+    example = SimpleNamespace(rows=(rows, rows), label=0)
+    data = SimpleNamespace(kind="choice", train=(example,), validation=(), label_ids=())
+    assert TokenStats.of(data) == TokenStats("choice", (6,), 2, 0)
+
+
+def test_without_data_rows_of_max_length_are_assumed_and_said():
+    found = plan(None, max_length=256, max_mem_bytes=4000 * MB)
+    reason = next(i.reason for i in found.items if i.name == "activations")
+    assert "--max-length" in reason and f"{2 * 256 * 16:,}" in reason
+
+
+def test_a_refusal_names_the_number_the_items_and_a_budget_that_works():
+    with pytest.raises(PlanDoesNotFit) as caught:
+        plan(precision="bf16", max_mem_bytes=600 * MB)
+    error = caught.value
+    assert isinstance(error, DoesNotFit) and error.exit_code == 3
+    text = str(error)
+    assert "600MB" in text and "linear weights" in text and "--precision int4 would need" in text
+    smallest = planner.mb(error.smallest_bytes)
+    assert f"--max-mem {smallest}" in text
+    fits = plan(precision="bf16", max_mem_bytes=smallest)
+    assert f"--precision bf16 --micro-batch {fits.micro_batch}" in text
+    assert fits.smallest_flags in text
+    with pytest.raises(PlanDoesNotFit):
+        plan(precision="bf16", max_mem_bytes=error.smallest_bytes - 1)
+
+
+def test_a_cap_below_the_process_says_so():
+    with pytest.raises(PlanDoesNotFit, match="The process alone takes 400MB"):
+        plan(max_mem_bytes=100 * MB)
+
+
+def test_a_measured_process_replaces_the_constant():
+    cfg = request(max_mem_bytes=900 * MB)
+    found = make_plan(cards()[SMOL], cfg, MACHINE, SST2, base_bytes=371 * MB)
+    assert item(found, "base process") == 371 * MB
+
+
+@given(
+    low=st.integers(100, 4000),
+    more=st.integers(0, 4000),
+    train=st.sampled_from(["lowrank+head", "full", "norms", "scales+head"]),
+    length=st.integers(8, 2048),
+)
+@settings(deadline=None, max_examples=80)
+def test_more_memory_never_gives_less(low, more, train, length):
+    """Precision first, then micro-batch; a plan stays under its cap and above the smallest."""
+    tokens = TokenStats("completion", (length,), length, 0)
+
+    def rank(cap: int) -> tuple[int, int]:
+        try:
+            found = plan(tokens, train=train, max_mem_bytes=cap * MB)
+        except PlanDoesNotFit as error:
+            assert error.smallest_bytes > cap * MB
+            return (-1, 0)
+        assert found.smallest_bytes <= found.planned_peak_bytes <= cap * MB
+        assert found.micro_batch <= found.batch_size
+        return (len(PRECISIONS_TRIED) - PRECISIONS_TRIED.index(found.precision), found.micro_batch)
+
+    assert rank(low) <= rank(low + more)
+
+
+@given(heads=st.integers(1, 8), kv=st.integers(1, 8), layers=st.integers(1, 4), tied=st.booleans())
+@settings(deadline=None)
+def test_any_shape_can_be_planned(heads, kv, layers, tied):
+    shape = Shape(
+        layers=layers,
+        hidden=32,
+        intermediate=48,
+        heads=heads,
+        kv_heads=kv,
+        head_dim=8,
+        vocab=101,
+        max_positions=64,
+        tied=tied,
+    )
+    found = make_plan(shape, request(max_mem_bytes=8000 * MB), MACHINE, SST2)
+    assert found.precision == "bf16" and found.micro_batch == found.batch_size
+
+
+def test_every_decision_has_a_reason_and_settles_the_request():
+    found = plan(max_mem_bytes=650 * MB)
+    assert all(d.reason for d in found.decisions)
+    settled = found.settle(request(max_mem_bytes=650 * MB))
+    assert settled.precision == found.precision == "int8"
+    assert settled.batch_size == 16 and settled.micro_batch == found.micro_batch
+    again = make_plan(cards()[SMOL], settled, MACHINE, SST2)
+    assert again.items == found.items
+    assert found.to_dict()["planned_peak_bytes"] == found.planned_peak_bytes
+
+
+def test_what_was_asked_for_is_not_overruled():
+    found = plan(precision="int4", batch_size=6, micro_batch=5, max_mem_bytes=4000 * MB)
+    assert (found.precision, found.batch_size, found.micro_batch) == ("int4", 6, 5)
+
+
+def test_a_parameter_is_trained_or_frozen_and_listed():
+    default = plan(max_mem_bytes=2000 * MB)
+    assert any("low-rank" in name for name in default.trained)
+    assert any("embedding" in name for name in default.frozen)
+    full = plan(train="full", max_mem_bytes=2000 * MB)
+    assert full.frozen == () and any("embedding" in name for name in full.trained)
+    norms = plan(train="norms", max_mem_bytes=2000 * MB)
+    assert norms.trained == ("norms and biases (35,136 values)",)
+
+
+@given(total=st.integers(1, 10**13), share=st.floats(0, 1))
+def test_the_default_budget_leaves_room_and_is_never_more_than_there_is(total, share):
+    free = int(total * share)
+    budget, reason = planner.default_budget(
+        SimpleNamespace(total_bytes=total, available_bytes=free)
+    )
+    assert free // 2 <= budget <= free * 0.8 + 1
+    assert "--max-mem not given" in reason
