@@ -24,18 +24,20 @@ MB = 1_000_000
 # The coefficients, all in one place. "calibrated" ones are set against a measured VmHWM.
 
 # Python, PyTorch, transformers and a tokenizer, imported and idle (calibrated).
-BASE_BYTES = 400 * MB
+BASE_BYTES = 380 * MB
 # What each word of a vocabulary above BASE_VOCAB adds to that (calibrated).
 TOKENIZER_BYTES_PER_WORD = 500
 BASE_VOCAB = 50_000
 # Freed blocks below the mmap threshold stay in the heap (calibrated).
-SLACK_BYTES = 24 * MB
+SLACK_BYTES = 32 * MB
 # Journal buffers, metrics, step records.
 RUN_BYTES = 4 * MB
 # No temporary of the weights is larger, whatever the largest matrix (layouts.TILE_BYTES).
 TILE_BYTES = 16 << 20
 # An update holds a tile of weights, one of the direction and one of the change.
 UPDATE_TILES = 3
+# Quantising a tile holds it in fp32, its magnitudes and its rounded quotients.
+QUANTISE_TILES = 3
 # A chunk of full-vocabulary logits, its copy and its error.
 LOGITS_BYTES = 24 << 20
 # Residual stream, its norm, the block's output.
@@ -200,7 +202,7 @@ def rounding_of(cfg: RunConfig, precision: str) -> tuple[str | None, str]:
     if "full" not in cfg.train or precision not in ("bf16", "fp16"):
         return None, ""
     if cfg.rounding is not None:
-        return cfg.rounding, "--rounding"
+        return cfg.rounding, "as given"
     return "plane", "8 more bits beside each weight; rounding alone would lose small steps"
 
 
@@ -311,22 +313,38 @@ class Footprint:
 
     def _load(self, base: int, steady: int, precision: str) -> Item:
         """Loading goes from the largest tensor down: its copy stands before the rest is there."""
+        quantized = precision in QUANTIZED
         table = max(self.shape.tables, key=lambda t: t.numel)
-        stored = table.stored_bytes("int8" if precision in QUANTIZED else precision)
-        with_table = base + stored + 4 * table.numel
-        with_linear = steady + 4 * max(m.numel for m in self.shape.matrices)
+        linear = max(self.shape.matrices, key=lambda m: m.numel)
+
+        def staged(matrix: MatrixShape) -> int:
+            whole = 4 * matrix.numel
+            return whole + (QUANTISE_TILES * min(TILE_BYTES, whole) if quantized else 0)
+
+        stored = table.stored_bytes("int8" if quantized else precision)
+        with_table = base + stored + staged(table)
+        with_linear = steady + staged(linear)
         reason = "one tensor as it is read, in fp32, beside its stored form"
+        reason += ", and tiles being quantised" if quantized else ""
         return Item("load staging", max(with_table, with_linear) - steady, reason, "load")
 
     def _forward(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
         shape, tokens = self.shape, self.tokens
-        rows = max(2 * tokens.longest(micro_batch), min(EVAL_TOKENS, tokens.longest(KEPT_LENGTHS)))
+        training = 2 * tokens.longest(micro_batch)
+        evaluating = min(EVAL_TOKENS, tokens.longest(KEPT_LENGTHS))
+        rows = max(training, evaluating)
         width = HIDDEN_COPIES * shape.hidden + max(
             shape.qkv_width + ATTENTION_OUT_COPIES * shape.attention_width,
             MLP_COPIES * shape.intermediate,
         )
-        source = "the longest of the data" if tokens.known else "no data given: --max-length each"
-        reason = f"{rows:,} token rows of {micro_batch} examples, both sides ({source}), one block"
+        if training >= evaluating:
+            source = (
+                "the longest of the data" if tokens.known else "no data given: --max-length each"
+            )
+            what = f"{micro_batch} examples x 2 sides ({source})"
+        else:
+            what = "an evaluation batch, more than a micro-batch of training"
+        reason = f"{rows:,} tokens of {what}, one block at a time"
         items = [Item("activations", rows * width * compute_bytes, reason, "forward")]
         if BYTES_PER_WEIGHT.get(precision) != compute_bytes:
             largest = max(m.numel for m in shape.matrices) * compute_bytes

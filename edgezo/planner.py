@@ -160,7 +160,7 @@ def make_plan(
     if cfg.max_mem_bytes is None:
         cap, cap_reason = default_budget(machine)
     else:
-        cap, cap_reason = cfg.max_mem_bytes, "--max-mem"
+        cap, cap_reason = cfg.max_mem_bytes, "as given"
     name = cfg.model.rstrip("/").rsplit("/", 1)[-1]
     footprint = Footprint(
         shape=ModelShape.of(shape, name),
@@ -231,7 +231,7 @@ def _precisions(cfg: RunConfig) -> tuple[str, ...]:
 
 def _batch(cfg: RunConfig) -> tuple[int, str]:
     if cfg.batch_size is not None:
-        return cfg.batch_size, "--batch-size"
+        return cfg.batch_size, "as given"
     if cfg.micro_batch is not None and cfg.micro_batch > DEFAULT_BATCH:
         return cfg.micro_batch, "as large as --micro-batch"
     return DEFAULT_BATCH, "directions a step; micro-batches make it cost time, not memory"
@@ -259,7 +259,7 @@ def _flags(precision: str, micro_batch: int) -> str:
 def _precision_reason(footprint: Footprint, precision: str) -> str:
     cfg = footprint.cfg
     if cfg.precision is not None:
-        return "--precision"
+        return "as given"
     order = _precisions(cfg)
     if len(order) == 1:
         return "full weights are trained in a dense store"
@@ -273,7 +273,7 @@ def _precision_reason(footprint: Footprint, precision: str) -> str:
 
 def _micro_reason(footprint: Footprint, precision: str, micro_batch: int) -> str:
     if footprint.cfg.micro_batch is not None:
-        return "--micro-batch"
+        return "as given"
     larger = [m for m in _micro_batches(footprint.cfg) if m > micro_batch]
     if not larger:
         return "the whole batch fits at once"

@@ -135,7 +135,7 @@ def test_a_refusal_names_the_number_the_items_and_a_budget_that_works():
 
 
 def test_a_cap_below_the_process_says_so():
-    with pytest.raises(PlanDoesNotFit, match="The process alone takes 400MB"):
+    with pytest.raises(PlanDoesNotFit, match="The process alone takes 380MB"):
         plan(max_mem_bytes=100 * MB)
 
 
