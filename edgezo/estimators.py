@@ -40,7 +40,9 @@ class Estimator(NamedTuple):
 
     name: str
     credit: Callable[[np.ndarray], np.ndarray]  # (2, B) fp32 losses -> (B,) fp32 credit
-    scale: Callable[[float, float, int], float]  # (step, sigma, B) -> coefficient of one unit of credit
+    scale: Callable[
+        [float, float, int], float
+    ]  # (step, sigma, B) -> coefficient of one unit of credit
     directions: tuple[str, ...]  # the first is the default
     step: float
     sigma: float

@@ -93,13 +93,20 @@ def replay(source: Path, out: Path) -> dict[str, Any]:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
-            raise EdgezoError(f"{out} cannot be made ({problem.strerror}).\nGive another --out.") from problem
+            raise EdgezoError(
+                f"{out} cannot be made ({problem.strerror}).\nGive another --out."
+            ) from problem
         for own, copy in ((run.config, made.config), (run.journal, made.journal)):
             atomic_write(copy, own.read_bytes())
         state = {k: v.contiguous() for k, v in model.state().items()}
         with atomic_path(made.trained) as temporary:
             save_file(state, temporary, {"steps": str(steps)})
-    result = {"run": str(source), "out": str(out), "steps": steps, "trained_sha256": tensors_sha256(state)}
+    result = {
+        "run": str(source),
+        "out": str(out),
+        "steps": steps,
+        "trained_sha256": tensors_sha256(state),
+    }
     atomic_write(out / "replay.json", (to_json(result) + "\n").encode())
     return result
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from edgezo import noise
 from edgezo.noise import Key
 
+DENSE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TILE_BYTES = 16 << 20  # bound of every temporary, whatever the largest matrix
 
 # Bits of the significand after the leading one, and the smallest positive step of the format.
@@ -144,9 +145,11 @@ class Int8:
         return Int8(codes, scale)
 
     def expand(self, rows: slice | Tensor, out: Tensor) -> Tensor:
-        return torch.mul(self.codes[rows], self.scale[rows], out=out) if (
-            out.dtype == torch.float32
-        ) else out.copy_(self.codes[rows]).mul_(self.scale[rows])
+        return (
+            torch.mul(self.codes[rows], self.scale[rows], out=out)
+            if (out.dtype == torch.float32)
+            else out.copy_(self.codes[rows]).mul_(self.scale[rows])
+        )
 
     def direct(self, dtype: torch.dtype) -> Tensor | None:
         return None
@@ -238,11 +241,5 @@ def place(
         return Int8.quantise(weight)
     if precision == "int4":
         return Int4.quantise(weight)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    if weight.dtype == dtype:
-        values = weight.contiguous()
-    else:
-        values = torch.empty(weight.shape, dtype=dtype)
-        for tile in tiles(*weight.shape):
-            values[tile] = weight[tile]
+    values = weight.to(DENSE_DTYPES[precision]).contiguous()
     return Dense(values, rounding=rounding if trained else None)

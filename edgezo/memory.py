@@ -161,7 +161,9 @@ def allocator_reuse(keep_bytes: int = 1 << 30) -> bool:
     if libc is None or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return False
     # 32 MiB is the highest threshold that glibc takes.
-    return bool(libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20) and libc.mallopt(_M_TRIM_THRESHOLD, keep_bytes))
+    return bool(
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20) and libc.mallopt(_M_TRIM_THRESHOLD, keep_bytes)
+    )
 
 
 def _huge_pages_on_request(root: Path = ROOT) -> bool:

@@ -26,7 +26,7 @@ from edgezo.data import Batch
 from edgezo.directions import DIRECTIONS
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.head import ExactHead
-from edgezo.layouts import Dense, Layout, place
+from edgezo.layouts import DENSE_DTYPES, Dense, Layout, place
 from edgezo.noise import Key
 from edgezo.objective import Scorer
 from edgezo.perturb import (
@@ -230,11 +230,12 @@ class _Builder:
 
     # -- one parameter ------------------------------------------------------------------------------------
 
-    def _read(self, name: str) -> Tensor:
-        return self.files.source.read(self.names[name])
+    def _read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self.files.source.read(self.names[name], dtype)
 
     def _layout(self, name: str, *, table: bool, transpose: bool = False) -> Layout:
-        weight = self._read(name)
+        # A dense store is read in its own dtype, piece by piece; codes are made from the source's values.
+        weight = self._read(name, DENSE_DTYPES.get(self.recipe.precision))
         if transpose:
             weight = weight.T.contiguous()
         recipe = self.recipe

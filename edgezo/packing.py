@@ -100,8 +100,9 @@ def packed_attention(
     q, k, v = query[0], key[0], value[0]
     out = torch.empty(q.shape[1], q.shape[0], q.shape[2], dtype=q.dtype)
     for group in _current.get().groups:
-        rows = [part[:, group.index].transpose(0, 1) for part in (q, k, v)]  # (R, heads, T, head_dim)
-        found = _attend(*rows, group, bool(causal), scaling, sliding_window, softcap)
+        # (R, heads, T, head_dim) each
+        in_rows = [part[:, group.index].transpose(0, 1) for part in (q, k, v)]
+        found = _attend(in_rows, group, bool(causal), scaling, sliding_window, softcap)
         found = found.transpose(1, 2)  # (R, T, heads, head_dim)
         if group.full:
             out[group.index.reshape(-1)] = found.reshape(-1, *out.shape[1:])
@@ -111,15 +112,14 @@ def packed_attention(
 
 
 def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    rows: list[Tensor],  # q, k, v of one group, (R, heads, T, head_dim) each
     group: Group,
     causal: bool,
     scaling: float | None,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
+    q, k, v = rows
     length = q.shape[2]
     windowed = window is not None and window < length
     # Padding stands at the end of a row, where a causal row never looks; other rows need it masked.

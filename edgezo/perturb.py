@@ -51,9 +51,7 @@ class Probe:
     def at(self, index: Tensor) -> Probe:
         """The same probe for the tokens ``index``."""
         sign = torch.sign(self.side[index])
-        return Probe(
-            self.directions, self.key, self.sigma, self.slots, self.example[index], sign
-        )
+        return Probe(self.directions, self.key, self.sigma, self.slots, self.example[index], sign)
 
     def rows(self, row: Trainable) -> Tensor:
         return self.directions.row_signs(self.key, row.target, self.slots).to(self.mask.dtype)
@@ -161,7 +159,11 @@ class PerturbedLinear(nn.Module):
                 y.addmm_(left, right)
             thin = []
             gain = self.gain_row.layout.values.T.to(y.dtype) + 1
-            y.mul_(gain if probe is None else torch.addmm(gain, probe.mask, probe.vector(self.gain_row)))
+            y.mul_(
+                gain
+                if probe is None
+                else torch.addmm(gain, probe.mask, probe.vector(self.gain_row))
+            )
         if self.lowrank_row is not None:
             thin += self._lowrank(x, y)
         if self.bias_row is not None:
@@ -261,7 +263,7 @@ class PerturbedEmbedding(nn.Embedding):
 
 
 class PerturbedNorm(nn.Module):
-    """y = weight * xhat + bias with trained weight and bias; ``normalise`` is the module's own, found by ``norm_role``."""
+    """y = weight * xhat + bias, both trained; ``normalise`` is the module's own, found by ``norm_role``."""
 
     context: Context
     normalise: Callable[[Tensor], Tensor]
@@ -297,7 +299,9 @@ def norm_role(module: nn.Module) -> tuple[Callable[[Tensor], Tensor], float]:
 
     Raises TypeError where the module is no normalisation with one weight vector over its last axis.
     """
-    d = module.weight.shape[0]  # type: ignore[union-attr, index]
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    d = weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 3, d, generator=generator) * 2 + 0.5
     names = dict(module.named_parameters(recurse=False))
@@ -312,7 +316,9 @@ def norm_role(module: nn.Module) -> tuple[Callable[[Tensor], Tensor], float]:
     slope = at_one - at_zero
     offset = 1.0 if torch.allclose(at_zero, slope, atol=1e-5) else 0.0
     eps = next(
-        float(getattr(module, n)) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)
+        float(getattr(module, n))
+        for n in ("variance_epsilon", "eps", "epsilon")
+        if hasattr(module, n)
     )
 
     def rms(x: Tensor) -> Tensor:

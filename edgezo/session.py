@@ -241,4 +241,3 @@ def evaluate_model(model: Model, dataset: Dataset) -> dict[str, Any]:
     if dataset.kind in ("label", "choice"):
         return {"metric": "accuracy", "value": right / n if n else 0.0, "n": n, "loss": loss}
     return {"metric": "loss", "value": loss, "n": n, "loss": loss}
-

@@ -55,11 +55,15 @@ from edgezo.session import (
 )
 from edgezo.weights import tensors_sha256
 
-GUARD_MARGIN_BYTES = 16 << 20  # counters lag by up to 128 KiB a core, and the interpreter allocates too
+GUARD_MARGIN_BYTES = (
+    16 << 20
+)  # counters lag by up to 128 KiB a core, and the interpreter allocates too
 PLAIN_FORWARDS = 8  # plain forwards timed in a run, for summary.json's forward_s
 
 
-def finetune(cfg: RunConfig, *, resume: bool = False, progress: RunProgress | None = None) -> dict[str, Any]:
+def finetune(
+    cfg: RunConfig, *, resume: bool = False, progress: RunProgress | None = None
+) -> dict[str, Any]:
     """Run, or go on with, a fine-tune in ``cfg.out``; returns what summary.json holds.
 
     Raises UsageError, DoesNotFit (before anything is written), BudgetExceeded and Interrupted (state saved),
@@ -92,19 +96,22 @@ def _open_journal(
 ) -> Journal:
     """The journal to append to. Nothing is on disk before this, and everything before it was checked."""
     cfg = opened.cfg
+    base = opened.files.content_hash
     header = {
-        "content_hash": opened.files.content_hash,
+        "content_hash": base,
         "data_hash": data_hash(opened.dataset.train),
         "dataset": {
             "kind": opened.dataset.kind,
             "label_ids": list(opened.dataset.label_ids),
             "label_names": list(opened.dataset.label_names),
         },
-        "config": {k: v for k, v in cfg.to_dict().items() if k not in ("out", "max_mem_bytes", "threads")},
+        "config": {
+            k: v for k, v in cfg.to_dict().items() if k not in ("out", "max_mem_bytes", "threads")
+        },
     }
     if resume:
         journal = open_journal(run.journal, resume=True)
-        check_base(journal.header, header["content_hash"])
+        check_base(journal.header, base)
         if journal.header.get("data_hash") != header["data_hash"]:
             journal.close()
             raise EdgezoError(
@@ -218,7 +225,9 @@ class Training:
                 )
         except BudgetExceeded as problem:
             self._save(step)
-            raise BudgetExceeded(f"{problem}\nThe state after step {step} is saved in {run.path}.") from problem
+            raise BudgetExceeded(
+                f"{problem}\nThe state after step {step} is saved in {run.path}."
+            ) from problem
         except Interrupted:
             self._save(step)
             raise
@@ -319,7 +328,9 @@ class Training:
         longest = sorted(self.examples, key=tokens_of, reverse=True)[: self.cfg.micro_batch]
         self.guard.check(item="the longest micro-batch")
         batch = collate(longest, range(len(longest)))
-        probe = self.model.probe(batch, Key(self.cfg.seed, 0), self.cfg.sigma) if self.probing else None
+        probe = (
+            self.model.probe(batch, Key(self.cfg.seed, 0), self.cfg.sigma) if self.probing else None
+        )
         self.model.losses(batch, probe, sides=2 if self.probing else 1)
         self.model.take_touched(len(longest))
         self.guard.check(item="training")
@@ -384,4 +395,3 @@ def _saved_evaluation(run: RunFiles) -> dict[str, Any] | None:
         if entry.get("eval") == "before":
             return {k: entry[k] for k in ("metric", "value", "n", "loss")}
     return None
-

@@ -33,8 +33,12 @@ class Trainable:
 
     target: Target
     layout: Dense  # a vector is a (rows, 1) matrix
-    touched_offset: int | None = None  # rows named by the recipe, numbered from here; None: not by example
-    fixed_rows: Tensor | None = None  # only these rows are ever probed (label words of an untied head)
+    touched_offset: int | None = (
+        None  # rows named by the recipe, numbered from here; None: not by example
+    )
+    fixed_rows: Tensor | None = (
+        None  # only these rows are ever probed (label words of an untied head)
+    )
 
 
 @dataclass
@@ -160,6 +164,5 @@ def tensors_sha256(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
