@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgezo.config import EVAL_TOKENS
 from edgezo.errors import UsageError
 from edgezo.forms import Draft, Piece, ask, labelled_form, plain_form
 from edgezo.rows import Problems, Record, find_splits, read_records
@@ -136,6 +137,22 @@ def micro_batches(examples: Sequence[Example], micro_batch: int) -> list[list[in
         raise ValueError(f"micro_batch is {micro_batch}, not 1 or more")
     order = sorted(range(len(examples)), key=lambda slot: (-tokens_of(examples[slot]), slot))
     return [order[i : i + micro_batch] for i in range(0, len(order), micro_batch)]
+
+
+def evaluation_batches(examples: Sequence[Example]) -> Iterator[list[int]]:
+    """Indices of examples in batches of like length and at most ``EVAL_TOKENS`` tokens (or one example)."""
+    order = sorted(range(len(examples)), key=lambda i: (-tokens_of(examples[i]), i))
+    batch: list[int] = []
+    held = 0
+    for index in order:
+        n = tokens_of(examples[index])
+        if batch and held + n > EVAL_TOKENS:
+            yield batch
+            batch, held = [], 0
+        batch.append(index)
+        held += n
+    if batch:
+        yield batch
 
 
 def collate(examples: Sequence[Example], slots: Sequence[int]) -> Batch:

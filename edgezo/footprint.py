@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edgezo.config import QUANTIZED, RunConfig
+from edgezo.config import EVAL_TOKENS, QUANTIZED, RunConfig
 
 if TYPE_CHECKING:
     from edgezo.cards import Shape
@@ -29,15 +29,15 @@ BASE_BYTES = 380 * MB
 TOKENIZER_BYTES_PER_WORD = 500
 BASE_VOCAB = 50_000
 # Freed blocks below the mmap threshold stay in the heap (calibrated).
-SLACK_BYTES = 32 * MB
+SLACK_BYTES = 16 * MB
 # Journal buffers, metrics, step records.
 RUN_BYTES = 4 * MB
 # No temporary of the weights is larger, whatever the largest matrix (layouts.TILE_BYTES).
 TILE_BYTES = 16 << 20
 # An update holds a tile of weights, one of the direction and one of the change.
 UPDATE_TILES = 3
-# Quantising a tile holds it in fp32, its magnitudes and its rounded quotients.
-QUANTISE_TILES = 3
+# A dense tensor is read piece by piece in its own dtype (readers), so only a piece is staged.
+READ_PIECE_BYTES = 4 * MB
 # A chunk of full-vocabulary logits, its copy and its error.
 LOGITS_BYTES = 24 << 20
 # Residual stream, its norm, the block's output.
@@ -46,8 +46,8 @@ HIDDEN_COPIES = 3
 MLP_COPIES = 4
 # Attention's output and its contiguous copy.
 ATTENTION_OUT_COPIES = 2
-# An evaluation runs over this many packed tokens at once, one side (session.EVAL_TOKENS).
-EVAL_TOKENS = 1024
+# Blocks of many sizes come and go in a heap that is not trimmed between steps (calibrated).
+HEAP_HOLES = 1.75
 # Change, gradient and Adam's two moments, fp32.
 HEAD_COPIES = 4
 
@@ -318,14 +318,17 @@ class Footprint:
         linear = max(self.shape.matrices, key=lambda m: m.numel)
 
         def staged(matrix: MatrixShape) -> int:
-            whole = 4 * matrix.numel
-            return whole + (QUANTISE_TILES * min(TILE_BYTES, whole) if quantized else 0)
+            # Codes are made from fp32, a tile with its copies (layouts._QUANTISE_BYTES) at a time.
+            return 4 * matrix.numel + TILE_BYTES if quantized else READ_PIECE_BYTES
 
         stored = table.stored_bytes("int8" if quantized else precision)
         with_table = base + stored + staged(table)
         with_linear = steady + staged(linear)
-        reason = "one tensor as it is read, in fp32, beside its stored form"
-        reason += ", and tiles being quantised" if quantized else ""
+        reason = (
+            "one tensor in fp32 beside its codes, and a tile being quantised"
+            if quantized
+            else "a piece of one tensor, as it is read"
+        )
         return Item("load staging", max(with_table, with_linear) - steady, reason, "load")
 
     def _forward(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
@@ -345,7 +348,9 @@ class Footprint:
         else:
             what = "an evaluation batch, more than a micro-batch of training"
         reason = f"{rows:,} tokens of {what}, one block at a time"
-        items = [Item("activations", rows * width * compute_bytes, reason, "forward")]
+        items = [
+            Item("activations", int(rows * width * compute_bytes * HEAP_HOLES), reason, "forward")
+        ]
         if BYTES_PER_WEIGHT.get(precision) != compute_bytes:
             largest = max(m.numel for m in shape.matrices) * compute_bytes
             compute = compute_dtype(precision, self.bf16_fast)[0]

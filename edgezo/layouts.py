@@ -22,6 +22,8 @@ from edgezo.noise import Key
 DENSE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TILE_BYTES = 16 << 20  # bound of every temporary, whatever the largest matrix
 
+_QUANTISE_BYTES = 16  # an element being quantised: in fp32, with the copies that rounding it takes
+
 # Bits of the significand after the leading one, and the smallest positive step of the format.
 _MANTISSA = {torch.bfloat16: 7, torch.float16: 10}
 _SMALLEST_STEP = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
@@ -138,7 +140,7 @@ class Int8:
         codes = torch.empty(rows, cols, dtype=torch.int8)
         scale = torch.empty(rows, 1)
         optimizer = AbsmaxOptimizer()
-        for tile in tiles(rows, cols):
+        for tile in tiles(rows, cols, _QUANTISE_BYTES):
             part = weight[tile].float()
             scale[tile] = optimizer(part, qint8, 0).clamp_(min=torch.finfo(torch.float32).tiny)
             codes[tile] = part.div_(scale[tile]).round_().clamp_(-128, 127).to(torch.int8)
@@ -189,7 +191,7 @@ class Int4:
         scale, shift = torch.empty(rows, groups, 1), torch.empty(rows, groups, 1)
         optimizer = MaxOptimizer()
         for start, nibble in ((0, 0), (half, 4)):
-            for tile in tiles(half, cols):
+            for tile in tiles(half, cols, _QUANTISE_BYTES):
                 place = slice(start + tile.start, start + tile.stop)
                 part = weight[place].float().reshape(-1, size)
                 s, z = optimizer(part, qint4, 0)

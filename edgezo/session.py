@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from edgezo import cards, loader
 from edgezo.config import RunConfig, from_toml
-from edgezo.data import DataRequest, Dataset, Example, load_dataset, tokens_of
+from edgezo.data import DataRequest, Dataset, Example, collate, evaluation_batches, load_dataset
 from edgezo.errors import EdgezoError
 from edgezo.estimators import ESTIMATORS, Recipe
 from edgezo.journal import Journal, StepRecord, atomic_path
@@ -23,8 +23,6 @@ from edgezo.planner import Plan, TokenStats, make_plan
 
 if TYPE_CHECKING:
     from edgezo.loader import ModelFiles
-
-EVAL_TOKENS = 1024  # packed tokens of an evaluation batch, unless one row is longer
 
 
 @dataclass
@@ -209,26 +207,8 @@ def load_snapshot(run: RunFiles, model: Model) -> int:
 # Evaluation
 
 
-def evaluation_batches(examples: Sequence[Example]) -> Iterator[list[int]]:
-    """Indices of examples in batches of like length and at most ``EVAL_TOKENS`` tokens (or one example)."""
-    order = sorted(range(len(examples)), key=lambda i: (-tokens_of(examples[i]), i))
-    batch: list[int] = []
-    held = 0
-    for index in order:
-        n = tokens_of(examples[index])
-        if batch and held + n > EVAL_TOKENS:
-            yield batch
-            batch, held = [], 0
-        batch.append(index)
-        held += n
-    if batch:
-        yield batch
-
-
 def evaluate_model(model: Model, dataset: Dataset) -> dict[str, Any]:
     """Metric over the validation rows: accuracy where there is a right answer, else the mean loss."""
-    from edgezo.data import collate
-
     examples = dataset.validation
     total_loss, right = 0.0, 0
     for batch in evaluation_batches(examples):

@@ -326,7 +326,8 @@ class Training:
         """Run the longest possible micro-batch once, changing nothing: what does not fit shows now, not late."""
         assert self.cfg.micro_batch is not None
         longest = sorted(self.examples, key=tokens_of, reverse=True)[: self.cfg.micro_batch]
-        self.guard.check(item="the longest micro-batch")
+        need_bytes = self.plan.phase_bytes("forward") - self.plan.phase_bytes("always")
+        self.guard.check(need_bytes, "the longest micro-batch")
         batch = collate(longest, range(len(longest)))
         probe = (
             self.model.probe(batch, Key(self.cfg.seed, 0), self.cfg.sigma) if self.probing else None

@@ -1,0 +1,240 @@
+"""Slow twins of what edgezo computes, each written the obvious way: plain integers, whole matrices, float64.
+
+    Philox words         the ten rounds of the paper on Python integers
+    directions           one explicit matrix D_i an example
+    perturbed losses     a copy of the weights, theta +- sigma*D_i, inside transformers' own module, row by row
+    updates              - sum_i c_i D_i, matrix by matrix
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from statistics import NormalDist
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from edgezo import noise
+from edgezo.data import Example, Row
+from edgezo.directions import Target
+from edgezo.estimators import Recipe
+from edgezo.model import Model
+from edgezo.noise import Key
+from edgezo.weights import Trainable, WeightStore
+
+# ----------------------------------------------------------------------------- noise
+
+_MASK = (1 << 64) - 1
+_MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
+_WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+
+
+def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]:
+    """Philox4x64-10 (Salmon et al., SC 2011): four 64-bit words of a counter."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        a, b = _MULTIPLIERS[0] * c[0], _MULTIPLIERS[1] * c[2]
+        c = [(b >> 64) ^ c[1] ^ k[0], b & _MASK, (a >> 64) ^ c[3] ^ k[1], a & _MASK]
+        k = [(k[0] + _WEYL[0]) & _MASK, (k[1] + _WEYL[1]) & _MASK]
+    return c
+
+
+def bits(key: Key, tensor: int, stream: int, block: int) -> int:
+    """The 256 bits of a block as one integer, bit 0 first. numpy counts before it generates, hence the 1."""
+    words = philox((block + 1, stream, key.step, 1), (key.seed & _MASK, tensor))
+    return sum(word << (64 * i) for i, word in enumerate(words))
+
+
+def sign(key: Key, tensor: int, stream: int, row: int, col: int, width: int) -> int:
+    blocks = -(-width // 256)
+    value = bits(key, tensor, stream, row * blocks + col // 256)
+    return 2 * ((value >> (col % 256)) & 1) - 1
+
+
+def code(key: Key, tensor: int, stream: int, row: int, col: int, width: int) -> int:
+    """The 16 bits of an element of a matrix of normals or uniforms."""
+    blocks = -(-16 * width // 256)
+    value = bits(key, tensor, stream, row * blocks + col // 16)
+    return (value >> (16 * (col % 16))) & 0xFFFF
+
+
+def normal_levels() -> np.ndarray:
+    """(65536,) float64: the quantiles of equally probable levels, divided by their standard deviation."""
+    raw = np.array([NormalDist().inv_cdf((k + 0.5) / 65536) for k in range(65536)])
+    levels: np.ndarray = raw / np.sqrt(np.mean(raw**2))
+    return levels
+
+
+# ----------------------------------------------------------------------------- directions and updates
+
+
+def direction(kind: str, key: Key, target: Target, slot: int) -> Tensor:
+    """D_i of the example in ``slot``, (rows, cols) float64."""
+    rows, cols = target.rows, target.cols
+    every = slice(0, rows)
+    if kind == "shared":
+        return noise.normals(key, target.id, noise.DENSE, every, cols).double()
+    one = slice(slot, slot + 1)
+    d = noise.signs(key, target.id, noise.ROW, one, rows)[0].double()[:, None].expand(rows, cols)
+    if not target.vector:
+        d = d * noise.signs(key, target.id, noise.COLUMN, one, cols)[0].double()
+    if kind == "rademacher":
+        d = d * noise.signs(key, target.id, noise.DENSE, every, cols).double()
+    if kind == "gaussian":
+        d = d * noise.normals(key, target.id, noise.DENSE, every, cols).double()
+    return d.clone()
+
+
+def update(store: WeightStore, recipe: Recipe, name: str, used: Sequence[Tensor]) -> Tensor:
+    """-sum_i c_i D_i of a trained tensor, (rows, cols) float64; example i moves the rows in ``used[i]`` only."""
+    target = store.trainables[name].target
+    total = torch.zeros(target.rows, target.cols, dtype=torch.float64)
+    for slot, c in enumerate(recipe.coefficients.tolist()):
+        d = direction(store.directions.name, Key(store.seed, recipe.step), target, slot)
+        total[used[slot]] -= c * d[used[slot]]
+    return total
+
+
+# ----------------------------------------------------------------------------- explicit weights
+
+
+def explicit_weights(
+    model: Model, key: Key | None = None, slot: int = 0, sigma: float = 0.0
+) -> dict[str, Tensor]:
+    """theta + sigma*D_i as plain float64 weights by parameter name; edgezo's (out, in) orientation."""
+    store = model.store
+
+    def moved(row: Trainable, seen: Tensor) -> Tensor:
+        values = seen.double()
+        if key is not None:
+            values = values + sigma * direction(store.directions.name, key, row.target, slot)
+        return values
+
+    weights = {name: held.double() for name, held in store.vectors.items()}
+    for name, row in store.trainables.items():
+        if row.target.vector and "#" not in name:
+            weights[name] = moved(row, row.layout.values)[:, 0]
+    for name, layout in store.layouts.items():
+        # The forward reads the high part of a weight with a low-order plane.
+        w = layout.expand(slice(0, layout.shape[0]), torch.empty(layout.shape)).double()
+        own, gain, factor = (
+            store.trainables.get(name + suffix) for suffix in ("", "#gain", "#lowrank")
+        )
+        if own is not None:
+            w = moved(own, w)
+        if gain is not None:
+            w = w * (1 + moved(gain, gain.layout.values))
+        if factor is not None:
+            basis = store.basis(name, layout.shape[1]).double()
+            w = w + moved(factor, factor.layout.values) @ basis
+        weights[name] = w
+    return weights
+
+
+class Twin:
+    """transformers' own module in float64, whose weights are replaced at will. It never sees edgezo's classes."""
+
+    def __init__(self, module: nn.Module, *, kind: str, label_ids: Sequence[int]):
+        self.module: Any = module.double().eval()
+        self.kind, self.label_ids = kind, torch.tensor(label_ids)
+        self.head: Any = self.module.get_output_embeddings()
+        config = self.module.config
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+
+    @torch.no_grad()
+    def load(self, weights: dict[str, Tensor]) -> None:
+        for name, values in weights.items():
+            parameter = self.module.get_parameter(name)
+            owner = self.module.get_submodule(name.rpartition(".")[0])
+            values = values.T if isinstance(owner, Conv1D) and values.dim() == 2 else values
+            assert parameter.shape == values.shape, name
+            parameter.copy_(values)
+
+    def logits(self, row: Row) -> Tensor:
+        """Logits at the scored positions of one row, (p, vocab), as the module itself gives them."""
+        logits: Tensor = self.module(input_ids=torch.tensor(row.ids)[None]).logits[0]
+        return logits[list(row.score_at)]
+
+    def features(self, row: Row) -> tuple[Tensor, Tensor]:
+        """What the output embedding reads and gives at the scored positions: (p, hidden), (p, vocab) uncapped."""
+        seen: list[tuple[Tensor, Tensor]] = []
+        hook = self.head.register_forward_hook(lambda _, x, y: seen.append((x[0][0], y[0])))
+        try:
+            self.module(input_ids=torch.tensor(row.ids)[None])
+        finally:
+            hook.remove()
+        hidden, logits = seen[0]
+        return hidden[list(row.score_at)], logits[list(row.score_at)]
+
+    def cap(self, logits: Tensor) -> Tensor:
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def loss(self, example: Example, change: Tensor | None = None, basis: Tensor | None = None) -> Tensor:
+        """Loss of one example. ``change`` is added to the head as edgezo's exact head would: H + change @ basis."""
+        rows = []
+        for row in example.rows:
+            if change is None:
+                rows.append(self.logits(row))
+                if self.kind == "label":
+                    rows[-1] = rows[-1][:, self.label_ids]
+                continue
+            hidden, logits = self.features(row)
+            if self.kind == "label":
+                logits = logits[:, self.label_ids]
+            hidden = hidden if basis is None else hidden @ basis.T
+            rows.append(self.cap(logits + hidden @ change.T))
+        if self.kind == "label":
+            return F.cross_entropy(rows[0], torch.tensor([example.label]))
+        nll = [
+            F.cross_entropy(logits, torch.tensor(row.score_ids))
+            for logits, row in zip(rows, example.rows, strict=True)
+        ]
+        if self.kind == "choice":
+            return F.cross_entropy(-torch.stack(nll), torch.tensor(example.label))
+        (only,) = nll
+        return only
+
+    @torch.no_grad()
+    def losses(self, model: Model, examples: Sequence[Example], key: Key, sigma: float) -> Tensor:
+        """(2, B) float64: every example under its own copy of the weights, + side then - side."""
+        found = torch.empty(2, len(examples), dtype=torch.float64)
+        for slot, example in enumerate(examples):
+            for side, sign in enumerate((1, -1)):
+                self.load(explicit_weights(model, key, slot, sign * sigma))
+                found[side, slot] = self.loss(example)
+        return found
+
+    def rows_used(self, example: Example) -> dict[str, Tensor]:
+        """Rows of each 2-D parameter that an example's loss can depend on: embedding look-ups and scored logits."""
+        names = {id(p): n for n, p in self.module.named_parameters()}
+        used: dict[str, set[int]] = {}
+        with _lookups() as seen, torch.no_grad():
+            for row in example.rows:
+                self.logits(row)
+        for weight, ids in seen:
+            used.setdefault(names[id(weight)], set()).update(ids.reshape(-1).tolist())
+        vocab = self.head.weight.shape[0]
+        read = self.label_ids.tolist() if self.kind == "label" else range(vocab)
+        for name in (names[id(self.head.weight)],):
+            used.setdefault(name, set()).update(read)
+        return {name: torch.tensor(sorted(rows)) for name, rows in used.items()}
+
+
+@contextmanager
+def _lookups() -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Every (weight, ids) that goes through ``torch.nn.functional.embedding``."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    plain = F.embedding
+
+    def recording(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append((weight, input))
+        return plain(input, weight, *args, **kwargs)
+
+    with mock.patch.object(F, "embedding", recording):
+        yield seen
