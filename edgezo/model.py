@@ -334,8 +334,9 @@ class _Builder:
             "bias_row": None,
         }
         if getattr(sub, "bias", None) is not None:
-            fields["bias_vector"], fields["bias_row"] = self._vector(f"{name}.bias")
-            # RoBERTa's head names the same bias twice.
+            # RoBERTa's head names the same bias twice; the first name is the one that files have.
+            own = next(n for n, p in self.module.named_parameters() if p is sub.bias)
+            fields["bias_vector"], fields["bias_row"] = self._vector(own)
             for parent in self.module.modules():
                 if parent is not sub and parent._parameters.get("bias") is sub.bias:
                     parent._parameters["bias"] = None
@@ -363,9 +364,15 @@ class _Builder:
 
 
 def _become(sub: nn.Module, kind: type, fields: dict[str, object]) -> None:
-    """Turn ``sub`` into ``kind`` in place; its own parameters are gone, the store has them."""
+    """Turn ``sub`` into ``kind`` in place; its own parameters are gone, the store has them.
+
+    An empty weight stays for code that asks for its dtype.
+    """
+    context = fields["context"]
+    assert isinstance(context, Context)
     for name in list(sub._parameters):
         sub._parameters[name] = None
+    sub._parameters["weight"] = nn.Parameter(torch.empty(0, dtype=context.dtype), requires_grad=False)
     sub.__class__ = kind
     for name, value in fields.items():
         object.__setattr__(sub, name, value)

@@ -279,19 +279,26 @@ class PerturbedNorm(nn.Module):
             y = hat * weight
         else:
             moved = torch.addmm(weight[None], probe.mask, probe.vector(self.weight_row))
-            y = hat * self._as_tokens(moved, hat)
+            y = hat * self._as_tokens(moved, x)
         if self.bias_row is not None:
             y = y + self.bias_row.layout.values[:, 0].to(hat.dtype)
             if probe is not None:
-                y = y + self._as_tokens(probe.mask @ probe.vector(self.bias_row), hat)
+                y = y + self._as_tokens(probe.mask @ probe.vector(self.bias_row), x)
         return y.to(x.dtype)
 
     @staticmethod
     def _as_tokens(values: Tensor, like: Tensor) -> Tensor:
-        """(n, d) values for a (1, n, ..., d) or (n, d) activation."""
+        """(n, d) values, shaped to go with an activation that has tokens on one of its axes.
+
+        Norms of queries and keys see (1, n, heads, d) or its transpose (1, heads, n, d). Projections write
+        token by token, so where both axes are n long the tokens are on the one with the larger stride.
+        """
         n, d = values.shape
-        lead = 1 if like.dim() > 2 else 0
-        return values.view([1] * lead + [n] + [1] * (like.dim() - lead - 2) + [d])
+        axes = [axis for axis in range(like.dim() - 1) if like.shape[axis] == n]
+        tokens = max(axes, key=like.stride)
+        shape = [1] * (like.dim() - 1) + [d]
+        shape[tokens] = n
+        return values.view(shape)
 
 
 def norm_role(module: nn.Module) -> tuple[Callable[[Tensor], Tensor], float]:

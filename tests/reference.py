@@ -1,9 +1,9 @@
 """Slow twins of what edgezo computes, each written the obvious way: plain integers, whole matrices, float64.
 
-    Philox words         the ten rounds of the paper on Python integers
-    directions           one explicit matrix D_i an example
-    perturbed losses     a copy of the weights, theta +- sigma*D_i, inside transformers' own module, row by row
-    updates              - sum_i c_i D_i, matrix by matrix
+Philox words         the ten rounds of the paper on Python integers
+directions           one explicit matrix D_i an example
+perturbed losses     a copy of the weights, theta +- sigma*D_i, inside transformers' own module, row by row
+updates              - sum_i c_i D_i, matrix by matrix
 """
 
 from __future__ import annotations
@@ -175,7 +175,9 @@ class Twin:
     def cap(self, logits: Tensor) -> Tensor:
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
-    def loss(self, example: Example, change: Tensor | None = None, basis: Tensor | None = None) -> Tensor:
+    def loss(
+        self, example: Example, change: Tensor | None = None, basis: Tensor | None = None
+    ) -> Tensor:
         """Loss of one example. ``change`` is added to the head as edgezo's exact head would: H + change @ basis."""
         rows = []
         for row in example.rows:

@@ -1,0 +1,125 @@
+"""A small model with its tokenizer, small data of every kind, and commands run in this process."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+GOOD, BAD = "lovely warm bright funny".split(), "dull cold grim tired".split()
+LABELLED = {"template": "{text} It was", "labels": "0=bad,1=good"}
+# Label words that begin with the same token cannot be told apart by one: each becomes an option.
+OPTIONS = {"template": "{text} It was", "labels": "0=no good,1=no bad"}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A tiny model, data beside it, and requests over them that leave the planner no choice."""
+
+    model: Path
+    data: Path
+
+    def settings(self, kind: str = "label", **changes: Any) -> dict[str, Any]:
+        """A request by field name; ``kind`` names the data. Three steps unless said otherwise."""
+        rows = {"label": LABELLED, "choice": OPTIONS}.get(kind, {})
+        file = self.data / f"{'label' if kind == 'choice' else kind}.jsonl"
+        fixed = {"precision": "fp32", "batch_size": 4, "micro_batch": 3, "max_mem_bytes": 8 * 10**9}
+        found = {"model": str(self.model), "data": str(file), "steps": 3, **rows, **fixed, **changes}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def arguments(self, kind: str = "label", **changes: Any) -> list[str]:
+        """The same request as options of the command line."""
+        from edgezo.config import flag
+
+        pairs = self.settings(kind, **changes).items()
+        return [part for name, value in pairs for part in (flag(name), str(value))]
+
+
+def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def _rows(kind: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for i in range(40):
+        words = GOOD if i % 3 else BAD
+        film = f"film {i} is {words[i % 4]}" + " and long" * (i % 5)
+        kinds = {
+            "label": {"text": film, "label": int(i % 3 > 0)},
+            "completion": {"prompt": f"{film}. Verdict:", "completion": f" {words[i % 3]}"},
+            "text": {"text": film},
+            "messages": {
+                "messages": [
+                    {"role": "user", "content": film},
+                    {"role": "assistant", "content": words[i % 2]},
+                ]
+            },
+        }
+        rows.append(kinds[kind])
+    return rows
+
+
+@pytest.fixture(scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """edgezo's cache, away from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("EDGEZO_CACHE", str(folder))
+        yield folder
+
+
+def make_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
+    """A random model of one block with a trained tokenizer beside it."""
+    import tiny_models
+    import tokenizers_fixture
+
+    tiny_models.make(family, folder, vocab_size=600, num_hidden_layers=1, **changes)
+    masked = family == "roberta"
+    tokenizer = tokenizers_fixture.masked_tokenizer() if masked else None
+    (tokenizer or tokenizers_fixture.byte_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bench(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    folder = tmp_path_factory.mktemp("bench")
+    for kind in ("label", "completion", "text", "messages"):
+        write_rows(folder / f"{kind}.jsonl", _rows(kind))
+    return Bench(make_model(folder / "model"), folder)
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def edgezo(own_cache: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    """``edgezo("eval", "--model", run) -> (exit code, standard output, standard error)``."""
+    from edgezo import cli
+
+    def command(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.run([str(arg) for arg in args])
+        return code, *capsys.readouterr()
+
+    before = signal.getsignal(signal.SIGTERM)
+    yield command
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def edgezo_json(edgezo: Command) -> Callable[..., tuple[int, dict[str, Any]]]:
+    """The same with ``--json``: standard output is one object and nothing else."""
+
+    def command(*args: object) -> tuple[int, dict[str, Any]]:
+        code, out, _ = edgezo(*args, "--json")
+        found = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+        assert isinstance(found, dict) and out.count("\n") == 1
+        return code, found
+
+    return command

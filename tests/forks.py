@@ -1,0 +1,151 @@
+"""Commands of edgezo in processes of their own that can be killed, without importing torch again.
+
+A fork server imports edgezo once; every command is a fork of it. ``Blow`` says where inside the
+program the process kills itself, as ``kill -9`` would.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["__main__", "edgezo.train", "edgezo.evaluate", "edgezo.cli", __name__])
+
+
+class Blow(NamedTuple):
+    """SIGKILL at the ``nth`` time that ``point`` is reached.
+
+    ``part``: 0 before it has done anything, 1 when it has done everything, between them after that
+    share of the bytes was written.
+    """
+
+    point: str
+    nth: int
+    part: float
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _strike(
+    owner: Any,
+    name: str,
+    blow: Blow,
+    wanted: Callable[..., bool] = lambda *args, **more: True,
+    torn: Callable[..., None] = lambda *args: None,
+) -> None:
+    real, calls = getattr(owner, name), 0
+
+    def struck(*args: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += wanted(*args, **more)
+        if not wanted(*args, **more) or calls < blow.nth:
+            return real(*args, **more)
+        if blow.part == 1:
+            real(*args, **more)
+        elif blow.part > 0:
+            torn(real, blow.part, *args)
+        return _die()
+
+    setattr(owner, name, struck)
+
+
+def _half_file(save: Callable[..., None], part: float, tensors: Any, file: Path, more: Any) -> None:
+    save(tensors, file, more)
+    os.truncate(file, int(os.path.getsize(file) * part))
+
+
+def _half_line(write: Callable[..., None], part: float, log: Any, record: Any) -> None:
+    write(log, record)
+    size = os.path.getsize(log.path)
+    line = log.path.read_bytes().splitlines(keepends=True)[-1]
+    os.truncate(log.path, size - len(line) + max(1, int(len(line) * part)))
+
+
+def _arm(blow: Blow) -> None:
+    from edgezo import report, session, weights
+    from edgezo.head import ExactHead
+
+    if blow.point == "record":  # the journal's one write a step
+        _strike(
+            os,
+            "write",
+            blow,
+            wanted=lambda fd, data: bytes(data[:2]) == b"EZ",
+            torn=lambda real, part, fd, data: real(fd, data[: max(1, int(len(data) * part))]),
+        )
+    elif blow.point in ("cut", "sync"):
+        _strike(os, {"cut": "ftruncate", "sync": "fsync"}[blow.point], blow)
+    elif blow.point == "update":  # of one tile of one tensor
+        _strike(weights.WeightStore, "_move", blow)
+    elif blow.point == "head":
+        _strike(ExactHead, "update", blow)
+    elif blow.point == "snapshot":
+        _strike(session, "save_file", blow, torn=_half_file)
+    elif blow.point == "metrics":
+        _strike(report.MetricsLog, "write", blow, torn=_half_line)
+    else:  # the rename that gives a file its name
+        named = blow.point
+        _strike(os, "replace", blow, wanted=lambda source, goal: Path(goal).name == named)
+
+
+def _command(args: list[str], output: Path, blow: Blow | None) -> None:
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+    from edgezo import cli
+
+    if blow is not None:
+        _arm(blow)
+    code = cli.run(args)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@dataclass
+class Running:
+    """A command under way."""
+
+    process: Any
+    output: Path
+
+    def alive(self) -> bool:
+        return bool(self.process.is_alive())
+
+    def signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def end(self) -> tuple[int, str, str]:
+        """(exit code, negative for a signal; standard output; standard error), when it has ended."""
+        self.process.join()
+        out, err = (
+            file.read_text() if file.exists() else ""
+            for file in (self.output / "stdout", self.output / "stderr")
+        )
+        return self.process.exitcode, out, err
+
+
+def start(args: list[str], output: Path, blow: Blow | None = None) -> Running:
+    """Begin ``edgezo ARGS``; what it prints goes to files in ``output``."""
+    output.mkdir(exist_ok=True)
+    process = _CONTEXT.Process(target=_command, args=(args, output, blow))
+    process.start()
+    return Running(process, output)
+
+
+def watch(running: Running, file: Path, size_bytes: int) -> None:
+    """Return when ``file`` has that size, or the command has ended."""
+    while running.alive():
+        try:
+            if file.stat().st_size >= size_bytes:
+                return
+        except FileNotFoundError:
+            continue

@@ -1,0 +1,154 @@
+"""A run that is killed at any moment goes on as if nothing had happened: the same bits at its end."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import forks
+import pytest
+from conftest import Bench
+from forks import Blow
+
+STEPS, SNAPSHOT_EVERY = 60, 7
+TRAINED = {  # what is trained -> its store
+    "lowrank": "fp32",
+    "lowrank+head": "int8",
+    "full": "bf16",  # with the low-order plane
+    "norms+scales": "int4",
+}
+
+# In this order on one run, each after the resume from the one before; sums up to less than STEPS.
+BEGINNING = [
+    Blow("config.toml", 1, 0),
+    Blow("config.toml", 1, 1),
+    Blow("journal.bin", 1, 0),
+    Blow("journal.bin", 1, 1),
+    Blow("metrics", 1, 0),
+    Blow("metrics", 1, 0.5),
+    Blow("record", 1, 0.5),
+]
+MIDDLE = [
+    Blow("record", 9, 0.01),
+    Blow("record", 2, 0.5),
+    Blow("cut", 1, 0),
+    Blow("record", 1, 0.99),
+    Blow("cut", 1, 1),
+    Blow("record", 2, 1),
+    Blow("metrics", 3, 0),
+    Blow("metrics", 2, 0.5),
+    Blow("metrics", 2, 1),
+    Blow("sync", 3, 0),
+]
+UPDATE = [Blow("update", 40, 0), Blow("update", 41, 1)]
+HEAD = [
+    Blow("head", 8, 0),
+    Blow("head", 8, 1),
+    Blow("snapshot", 1, 0),
+    Blow("snapshot", 1, 0.5),
+    Blow("head.safetensors", 1, 0),
+    Blow("head.safetensors", 1, 1),
+    Blow("head.safetensors", 2, 0),
+]
+END = [
+    Blow("metrics", STEPS, 1),  # "after" is written, the summary is not; see `blows`
+    Blow("summary.json", 1, 0),
+    Blow("summary.json", 1, 1),
+]
+
+
+def blows(train: str) -> list[Blow]:
+    return BEGINNING + MIDDLE + UPDATE + (HEAD if "head" in train else []) + END[1:]
+
+
+def arguments(bench: Bench, train: str, out: Path) -> list[str]:
+    more: dict[str, Any] = {"snapshot_every": SNAPSHOT_EVERY} if "head" in train else {}
+    request = bench.arguments(train=train, precision=TRAINED[train], steps=STEPS, out=out, **more)
+    return ["finetune", *request, "--eval-every", "20"]
+
+
+def finish(args: list[str], output: Path) -> dict[str, Any]:
+    code, out, err = forks.start([*args, "--json"], output).end()
+    assert code == 0, err
+    return json.loads(out)
+
+
+@pytest.fixture(scope="module", params=TRAINED)
+def train(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def whole(bench: Bench, train: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The summary of the run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    return finish(arguments(bench, train, folder / "run"), folder)
+
+
+def assert_same_run(run: Path, summary: dict[str, Any], whole: dict[str, Any]) -> None:
+    """Every file that has no clock or memory reading in it has the same bytes."""
+    other = Path(whole["run"])
+    assert summary["trained_sha256"] == whole["trained_sha256"]
+    assert summary["steps"] == STEPS
+    for name in ("eval_before", "eval_after", "loss_first", "loss_last", "batch_size", "trained"):
+        assert summary[name] == whole[name], name
+    for name in ("journal.bin", "head.safetensors"):
+        assert (run / name).exists() == (other / name).exists()
+        if (other / name).exists():
+            assert (run / name).read_bytes() == (other / name).read_bytes(), name
+    assert sorted(p.name for p in run.iterdir()) == sorted(p.name for p in other.iterdir())
+    assert metrics(run) == metrics(other)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines without what a clock or the memory decides."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in line.items() if name not in ("rss_bytes", "train_s")}
+        for line in lines
+    ]
+
+
+def test_metrics_hold_each_step_and_each_evaluation_once(whole):
+    lines = metrics(Path(whole["run"]))
+    steps = [line["step"] for line in lines if "eval" not in line]
+    assert steps == list(range(1, STEPS + 1))
+    evaluations = [(line["eval"], line["step"]) for line in lines if "eval" in line]
+    assert evaluations == [("before", 0), ("during", 20), ("during", 40), ("after", STEPS)]
+
+
+def test_a_run_killed_inside_every_write_and_update_ends_with_the_same_bits(
+    bench, train, whole, tmp_path
+):
+    run = tmp_path / "run"
+    first = arguments(bench, train, run)
+    again = ["finetune", "--resume", "--out", str(run)]
+    for blow in blows(train):
+        args = again if (run / "config.toml").exists() else first
+        code, _, err = forks.start(args, tmp_path / "printed", blow).end()
+        assert code == -signal.SIGKILL, (blow, err)
+        assert "Traceback" not in err
+    assert_same_run(run, finish(again, tmp_path / "printed"), whole)
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(bench, train, whole, tmp_path):
+    kills = 8
+    run, journal = tmp_path / "run", tmp_path / "run" / "journal.bin"
+    args = arguments(bench, train, run)
+    size_bytes = (Path(whole["run"]) / "journal.bin").stat().st_size
+    chance = random.Random(train)
+    for kill in range(kills):
+        now_bytes = journal.stat().st_size if journal.exists() else 0
+        room_bytes = (size_bytes - now_bytes) // (kills - kill + 1)
+        running = forks.start(args, tmp_path / "printed")
+        forks.watch(running, journal, now_bytes + chance.randint(0, room_bytes))
+        for _ in range(chance.randint(0, 20_000)):  # some part of a step later
+            journal.exists()
+        running.signal(signal.SIGKILL)
+        assert running.end()[0] == -signal.SIGKILL
+        if (run / "config.toml").exists():
+            args = ["finetune", "--resume", "--out", str(run)]
+    assert_same_run(run, finish(args, tmp_path / "printed"), whole)
