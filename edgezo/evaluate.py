@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from edgezo import cards, loader
 from edgezo.config import RunConfig
 from edgezo.data import Dataset
-from edgezo.errors import EdgezoError
+from edgezo.errors import EdgezoError, UsageError
 from edgezo.journal import atomic_path, atomic_write, check_base, open_journal
 from edgezo.memory import Meter, allocator_reuse, machine
 from edgezo.model import Model
@@ -53,9 +53,9 @@ def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model) -> int:
     """Bring ``model`` to the end of a run or of what replay wrote; returns the steps. Checks the base."""
     with open_journal(run.journal, resume=False) as journal:
         check_base(journal.header, opened.files.content_hash)
+        _check_task(journal.header, cfg, opened.dataset)
         if run.trained.exists():
-            _load_trained(run, model)
-            return journal.next_step
+            return _load_trained(run, model)
         stop = journal.next_step
         if model.exact is not None:
             stop = load_snapshot(run, model)
@@ -63,16 +63,33 @@ def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model) -> int:
         return stop
 
 
-def _load_trained(run: RunFiles, model: Model) -> None:
+def _check_task(header: dict[str, Any], cfg: RunConfig, dataset: Dataset) -> None:
+    """A trained head, and a full table, belong to the label words that the run was trained with."""
+    began = header["dataset"]
+    same = began["kind"] == dataset.kind and tuple(began["label_ids"]) == dataset.label_ids
+    if same or not {"head", "full"} & set(cfg.train):
+        return
+    words = ", ".join(began["label_names"]) or began["kind"]
+    raise EdgezoError(
+        f"the run trained {'+'.join(cfg.train)} for {words}; this data has "
+        f"{', '.join(dataset.label_names) or dataset.kind}.\n"
+        "Evaluate it on data of the same task with the same label words."
+    )
+
+
+def _load_trained(run: RunFiles, model: Model) -> int:
     try:
+        with safe_open(run.trained, "pt") as file:
+            steps = int(file.metadata()["steps"])
         tensors = load_file(run.trained)
-    except (SafetensorError, OSError) as problem:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as problem:
         raise EdgezoError(
             f"{run.trained} cannot be read ({problem}).\nRun edgezo replay again from the original run."
         ) from problem
     model.store.load_trained(tensors)
     if model.exact is not None:
         model.exact.delta.copy_(tensors["head.delta"])
+    return steps
 
 
 def replay(source: Path, out: Path) -> dict[str, Any]:
@@ -83,6 +100,8 @@ def replay(source: Path, out: Path) -> dict[str, Any]:
     """
     run, made = RunFiles(source), RunFiles(out)
     cfg = run.read_config()
+    if made.journal.exists() and not made.trained.exists():
+        raise UsageError(f"{out} holds a run, which a replay would overwrite. Give another --out.")
     files = loader.open_model(cards.resolve(cfg.model))
     with open_journal(run.journal, resume=False) as journal:
         check_base(journal.header, files.content_hash)
@@ -96,11 +115,12 @@ def replay(source: Path, out: Path) -> dict[str, Any]:
             raise EdgezoError(
                 f"{out} cannot be made ({problem.strerror}).\nGive another --out."
             ) from problem
-        for own, copy in ((run.config, made.config), (run.journal, made.journal)):
-            atomic_write(copy, own.read_bytes())
         state = {k: v.contiguous() for k, v in model.state().items()}
         with atomic_path(made.trained) as temporary:
             save_file(state, temporary, {"steps": str(steps)})
+        # The configuration last: with it the directory counts as a run, and is a whole one.
+        for own, copy in ((run.journal, made.journal), (run.config, made.config)):
+            atomic_write(copy, own.read_bytes())
     result = {
         "run": str(source),
         "out": str(out),

@@ -122,7 +122,8 @@ class Dense:
 
     @staticmethod
     def _low_codes(values: Tensor, high: Tensor, ulp: Tensor) -> Tensor:
-        return ((values - high) * 256 / ulp).round_().clamp_(-128, 127)
+        # Half a step would lie between two high parts and be read back from the other one.
+        return ((values - high) * 256 / ulp).round_().clamp_(-127, 127)
 
 
 class Int8:

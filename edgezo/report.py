@@ -328,6 +328,10 @@ class MetricsLog:
         except OSError as error:
             raise EdgezoError(f"can't write {path}: {error.strerror}") from error
 
+    def lines(self) -> list[dict[str, Any]]:
+        """What the file holds now."""
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
     def write(self, record: Mapping[str, Any]) -> None:
         """``record`` has a "step": the number of steps done."""
         try:

@@ -54,7 +54,15 @@ def read_data(cfg: RunConfig, files: ModelFiles, tokenizer: Any) -> Dataset:
         eval_limit=cfg.eval_limit,
         seed=cfg.seed,
     )
-    return load_dataset(request, tokenizer, masked=files.kind == "masked")
+    dataset = load_dataset(request, tokenizer, masked=files.kind == "masked")
+    examples = (*dataset.train, *dataset.validation)
+    used = (*dataset.label_ids, *(max(row.ids, default=0) for e in examples for row in e.rows))
+    if max(used) >= files.shape.vocab:
+        raise EdgezoError(
+            f"the tokenizer of {files.path} gives the token {max(used)}, but the model has only "
+            f"{files.shape.vocab} words.\nThe two do not belong together: fetch the model again."
+        )
+    return dataset
 
 
 def settle(opened: Opened, machine: Machine, base_bytes: int) -> Plan:

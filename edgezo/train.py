@@ -9,12 +9,14 @@ needs recomputing.
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import statistics
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -22,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from edgezo.config import RunConfig
+from edgezo.config import RunConfig, flag
 from edgezo.data import Example, batch_indices, collate, micro_batches, tokens_of
-from edgezo.errors import BudgetExceeded, EdgezoError, Interrupted
+from edgezo.errors import BudgetExceeded, EdgezoError, Interrupted, UsageError
 from edgezo.estimators import ESTIMATORS, Estimator, schedule
 from edgezo.journal import (
     Journal,
@@ -81,9 +83,18 @@ def finetune(
     cfg = opened.cfg
     assert cfg.out is not None, "the command line names a run directory"
     run = RunFiles(Path(cfg.out))
-    journal = _open_journal(run, opened, plan, resume, progress)
-    with journal:
+    with ExitStack() as held:
+        if resume:
+            journal = held.enter_context(_open_journal(run, opened, progress))
+        else:
+            _prepare(run)
+            atomic_write(run.config, cfg.to_toml().encode())
+        atomic_write(run.plan, to_json(plan.to_dict()).encode())
         model = load_model(opened, host)
+        if not resume:  # last, so that a model that cannot be loaded leaves no run behind
+            journal = held.enter_context(create_journal(run.journal, _header(opened)))
+        remove_leftovers(run.path)
+        run.trained.unlink(missing_ok=True)  # what a replay left would be older than what follows
         allocator_reuse()
         meter.mark("load")
         training = Training(run, cfg, opened, plan, model, journal, meter, progress)
@@ -91,46 +102,61 @@ def finetune(
             return training.run_all()
 
 
-def _open_journal(
-    run: RunFiles, opened: Opened, plan: Plan, resume: bool, progress: RunProgress
-) -> Journal:
-    """The journal to append to. Nothing is on disk before this, and everything before it was checked."""
-    cfg = opened.cfg
-    base = opened.files.content_hash
-    header = {
-        "content_hash": base,
+def _header(opened: Opened) -> dict[str, Any]:
+    """What the journal remembers of a request: enough to replay it, and to refuse another one."""
+    free = ("out", "max_mem_bytes", "threads")
+    return {
+        "content_hash": opened.files.content_hash,
         "data_hash": data_hash(opened.dataset.train),
         "dataset": {
             "kind": opened.dataset.kind,
             "label_ids": list(opened.dataset.label_ids),
             "label_names": list(opened.dataset.label_names),
         },
-        "config": {
-            k: v for k, v in cfg.to_dict().items() if k not in ("out", "max_mem_bytes", "threads")
-        },
+        "config": {k: v for k, v in opened.cfg.to_dict().items() if k not in free},
     }
-    if resume:
-        journal = open_journal(run.journal, resume=True)
-        check_base(journal.header, base)
-        if journal.header.get("data_hash") != header["data_hash"]:
-            journal.close()
+
+
+def _prepare(run: RunFiles) -> None:
+    """The directory of a new run. Refused where a run is: not one byte of it changes."""
+    if os.path.lexists(run.journal):
+        raise UsageError(
+            f"{run.path} already holds a run. Go on with it (--resume --out {run.path}), "
+            "or give another --out."
+        )
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise EdgezoError(
+            f"the run directory {run.path} cannot be made ({problem.strerror}).\nGive another --out."
+        ) from problem
+
+
+def _open_journal(run: RunFiles, opened: Opened, progress: RunProgress) -> Journal:
+    """The journal of a run to go on with, if it is the same run: base, rows and settings."""
+    journal = open_journal(run.journal, resume=True)
+    try:
+        given, began = _header(opened), journal.header
+        check_base(began, given["content_hash"])
+        if began.get("data_hash") != given["data_hash"]:
             raise EdgezoError(
                 f"{run.path} was trained on other rows than the ones that the data gives now.\n"
                 "Restore the data files, or start a new run with another --out."
             )
-        if journal.note:
-            progress.note(journal.note)
-        remove_leftovers(run.path)
-    else:
-        try:
-            run.path.mkdir(parents=True, exist_ok=True)
-        except OSError as problem:
-            raise EdgezoError(
-                f"the run directory {run.path} cannot be made ({problem.strerror}).\nGive another --out."
-            ) from problem
-        atomic_write(run.config, cfg.to_toml().encode())
-        journal = create_journal(run.journal, header)
-    atomic_write(run.plan, to_json(plan.to_dict()).encode())
+        places = ("model", "data", "data_root")  # their contents were compared above
+        changed = [
+            f"{flag(name)} was {began['config'].get(name)} when the run began, not {value}; "
+            "a resumed run goes on as it began"
+            for name, value in given["config"].items()
+            if name not in places and began["config"].get(name) != value
+        ]
+        if changed:
+            raise UsageError(changed)
+    except BaseException:
+        journal.close()
+        raise
+    if journal.note:
+        progress.note(journal.note)
     return journal
 
 
@@ -169,6 +195,7 @@ class Training:
     stop_asked: bool = False
     step_times_s: list[float] = field(default_factory=list)
     forward_times_s: list[float] = field(default_factory=list)
+    known: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)  # evaluations
 
     @property
     def examples(self) -> tuple[Example, ...]:
@@ -184,68 +211,85 @@ class Training:
         return bool(self.model.store.trainables)
 
     def run_all(self) -> dict[str, Any]:
-        cfg, run = self.cfg, self.run
+        run = self.run
         self.guard = Guard(self.plan.max_mem_bytes, GUARD_MARGIN_BYTES)
         done, planned = self._restore()
+        # "before" is written before the first step, so a run without steps has no lines worth keeping.
         self.metrics = MetricsLog(run.metrics, keep_through=done if done else None)
-        self._longest_first()
-        before = self._evaluate("before") if done == 0 else _saved_evaluation(run)
+        with closing(self.metrics):
+            self._recall(done)
+            finished = _saved_summary(run)  # written at the end only
+            if finished.get("steps") == done > 0:
+                if finished["trained_sha256"] == tensors_sha256(self.model.state()):
+                    return finished
+            self._longest_first()
+            before = self.known.get(("before", 0)) if done else self._evaluate("before")
+            step, train_s = self._loop(done, planned)
+            self._save(step)
+            after = self._evaluate("after", step)
+            self.meter.mark("run")
+            summary = self._summary(step, train_s, before, after)
+        atomic_write(run.summary, (to_json(summary) + "\n").encode())
+        return summary
+
+    def _loop(self, done: int, planned: dict[int, float]) -> tuple[int, float]:
+        """Steps until the run is over; (steps, seconds of training, those before a resume included)."""
+        cfg = self.cfg
         self.progress.begin(done=done, steps=cfg.steps, cap_bytes=self.plan.max_mem_bytes)
-        start_s, excluded_s = time.monotonic(), 0.0
-        step, first_loss, last_loss = done, None, float("nan")
+        start_s, excluded_s = time.monotonic() - sum(self.step_times_s), 0.0
+        step = done
         try:
             while True:
-                elapsed_s = time.monotonic() - start_s - excluded_s
-                fraction = step / cfg.steps if cfg.steps else elapsed_s / (cfg.for_s or 1.0)
+                train_s = time.monotonic() - start_s - excluded_s
+                fraction = self._fraction(step, train_s)
                 if fraction >= 1.0:
-                    break
+                    return step, train_s
                 if self.stop_asked:
                     raise Interrupted(
-                        f"stopped after step {step}; everything is saved in {run.path}.\n"
-                        f"Go on with: edgezo finetune --resume --out {run.path}"
+                        f"stopped after step {step}; everything is saved in {self.run.path}.\n"
+                        f"Go on with: edgezo finetune --resume --out {self.run.path}"
                     )
                 begun_s = time.monotonic()
-                step_size = planned.get(step, cfg.step * schedule(cfg.schedule, fraction))
-                last_loss = self._step(step, step_size)
-                took_s = time.monotonic() - begun_s
-                self.step_times_s.append(took_s)
-                first_loss = last_loss if first_loss is None else first_loss
-                step += 1
-                aside_s = time.monotonic()
-                if cfg.eval_every and step % cfg.eval_every == 0 and step != cfg.steps:
+                if cfg.eval_every and step and step % cfg.eval_every == 0:
                     self._evaluate("during", step)
-                self._time_plain_forward(step - 1)
-                excluded_s += time.monotonic() - aside_s
+                    excluded_s += time.monotonic() - begun_s
+                    begun_s = time.monotonic()
+                step_size = planned.get(step, cfg.step * schedule(cfg.schedule, fraction))
+                record = self._step(step, step_size)
+                took_s = time.monotonic() - begun_s
+                step += 1
+                line = {**self._line(record), "step_s": took_s, "rss_bytes": rss_bytes()}
+                if (forward_s := self._time_plain_forward(record.step)) is not None:
+                    line["forward_s"] = forward_s
+                    excluded_s += forward_s
+                self.metrics.write(line)
+                self._remember(line)
                 self.progress.step(
                     step,
                     fraction=min(1.0, step / cfg.steps if cfg.steps else fraction),
-                    loss=last_loss,
+                    loss=line["loss"],
                     step_s=took_s,
-                    rss_bytes=rss_bytes(),
+                    rss_bytes=line["rss_bytes"],
                 )
         except BudgetExceeded as problem:
             self._save(step)
             raise BudgetExceeded(
-                f"{problem}\nThe state after step {step} is saved in {run.path}."
+                f"{problem}\nThe state after step {step} is saved in {self.run.path}."
             ) from problem
         except Interrupted:
             self._save(step)
             raise
         finally:
             self.progress.close()
-        train_s = time.monotonic() - start_s - excluded_s
-        self._save(step)
-        after = self._evaluate("after", step)
-        self.meter.mark("run")
-        self.metrics.close()
-        summary = self._summary(step, train_s, before, after, first_loss, last_loss)
-        atomic_write(run.summary, (to_json(summary) + "\n").encode())
-        return summary
+
+    def _fraction(self, step: int, train_s: float) -> float:
+        """How much of the run is over, by steps or by time."""
+        return step / self.cfg.steps if self.cfg.steps else train_s / (self.cfg.for_s or 1.0)
 
     # -- one step -----------------------------------------------------------------------------------------
 
-    def _step(self, step: int, step_size: float) -> float:
-        """Probe, record, apply; the step's mean loss. Nothing has changed if it raises before the journal."""
+    def _step(self, step: int, step_size: float) -> StepRecord:
+        """Probe, record, apply. Nothing has changed if it raises before the journal."""
         cfg, model = self.cfg, self.model
         assert cfg.batch_size is not None and cfg.micro_batch is not None
         group = self._group(step)
@@ -275,36 +319,24 @@ class Training:
             model.exact.update(cfg.head_lr * step_size / cfg.step)
             if (step + 1) % cfg.snapshot_every == 0:
                 self._save(step + 1)
-        finite = losses[np.isfinite(losses)]
-        mean = float(finite.mean()) if finite.size else float("nan")
-        self.metrics.write(
-            {
-                "step": step + 1,
-                "loss": mean,
-                "step_size": step_size,
-                "delta_std": float(np.nanstd(losses[0] - losses[1])) if finite.size else None,
-                "skipped": skipped and self.probing,
-                "rss_bytes": rss_bytes(),
-            }
-        )
-        return mean
+        return record
 
     def _group(self, step: int) -> list[Example]:
         assert self.cfg.batch_size is not None
         picked = batch_indices(len(self.examples), self.cfg.batch_size, self.cfg.seed, step)
         return [self.examples[i] for i in picked]
 
-    def _time_plain_forward(self, step: int) -> None:
-        """Now and then time a plain forward over the 2B rows of the step that has just run."""
+    def _time_plain_forward(self, step: int) -> float | None:
+        """Now and then the seconds of a plain forward over the 2B rows of the step that has just run."""
         every = max(1, (self.cfg.steps or 100) // PLAIN_FORWARDS)
         if step % every != every // 2:
-            return
+            return None
         group = self._group(step)
         assert self.cfg.micro_batch is not None
         begun_s = time.monotonic()
         for slots in micro_batches(group, self.cfg.micro_batch):
             self.model.losses(collate([group[s] for s in slots], slots), sides=2)
-        self.forward_times_s.append(time.monotonic() - begun_s)
+        return time.monotonic() - begun_s
 
     # -- beginning and end --------------------------------------------------------------------------------
 
@@ -317,10 +349,48 @@ class Training:
         planned: dict[int, float] = {}
         if model.exact is not None:
             stop = load_snapshot(self.run, model)
+            if stop > journal.next_step:
+                raise EdgezoError(
+                    f"{self.run.snapshot} is of step {stop}, but {journal.path.name} ends after step "
+                    f"{journal.next_step}: its end was lost.\n"
+                    f"Restore it from a copy, or remove {self.run.snapshot.name}: the steps are then "
+                    "computed again from the first one."
+                )
             planned = {r.step: r.step_size for r in journal.records(stop)}
             journal.truncate_to(stop)
         replay_into(model, self.cfg, journal, stop)
         return stop, planned
+
+    def _recall(self, done: int) -> None:
+        """What metrics.jsonl knows of the ``done`` steps; steps that a kill left out of it are added."""
+        last = 0
+        for line in self.metrics.lines():
+            self._remember(line)
+            if "eval" not in line:
+                last = line["step"]
+        for record in self.journal.records(last):
+            if record.step < done:
+                self.metrics.write({**self._line(record), "step_s": None, "rss_bytes": None})
+
+    def _line(self, record: StepRecord) -> dict[str, Any]:
+        """A step in metrics.jsonl, as far as the journal knows it."""
+        both = record.losses[:, np.isfinite(record.losses).all(axis=0)]
+        return {
+            "step": record.step + 1,
+            "loss": _mean(record.losses),
+            "step_size": record.step_size,
+            "delta_std": float(np.std(both[0] - both[1])) if both.size else None,
+            "skipped": record.skipped and self.probing,
+        }
+
+    def _remember(self, line: dict[str, Any]) -> None:
+        if "eval" in line:
+            found = {k: v for k, v in line.items() if k not in ("step", "eval")}
+            self.known[line["eval"], line["step"]] = found
+            return
+        for name, times_s in (("step_s", self.step_times_s), ("forward_s", self.forward_times_s)):
+            if line.get(name) is not None:
+                times_s.append(line[name])
 
     def _longest_first(self) -> None:
         """Run the longest possible micro-batch once, changing nothing: what does not fit shows now, not late."""
@@ -337,9 +407,12 @@ class Training:
         self.guard.check(item="training")
 
     def _evaluate(self, when: str, step: int = 0) -> dict[str, Any]:
-        found = evaluate_model(self.model, self.opened.dataset)
-        self.metrics.write({"step": step, "eval": when, **found})
-        return found
+        """Evaluate once: a resumed run knows what was evaluated before."""
+        if (when, step) not in self.known:
+            line = {"step": step, "eval": when, **evaluate_model(self.model, self.opened.dataset)}
+            self.metrics.write(line)
+            self._remember(line)
+        return self.known[when, step]
 
     def _save(self, step: int) -> None:
         """Make the state after ``step`` steps durable: the journal first, since a snapshot refers to it."""
@@ -352,8 +425,6 @@ class Training:
         train_s: float,
         before: dict[str, Any] | None,
         after: dict[str, Any],
-        first_loss: float | None,
-        last_loss: float,
     ) -> dict[str, Any]:
         cfg = self.cfg
         memory = self.meter.summary()
@@ -366,8 +437,8 @@ class Training:
             "steps": steps,
             "batch_size": cfg.batch_size,
             "micro_batch": cfg.micro_batch,
-            "loss_first": first_loss,
-            "loss_last": last_loss,
+            "loss_first": _mean(self.journal.record(0).losses) if steps else None,
+            "loss_last": _mean(self.journal.record(steps - 1).losses) if steps else None,
             "eval_before": before,
             "eval_after": after,
             "train_s": train_s,
@@ -385,14 +456,16 @@ def _median(values: list[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _saved_evaluation(run: RunFiles) -> dict[str, Any] | None:
-    """The evaluation before the first step, of a run that is resumed."""
-    import json
+def _mean(losses: np.ndarray) -> float:
+    """Over what is finite of (2, B) losses."""
+    finite = losses[np.isfinite(losses)]
+    return float(finite.mean()) if finite.size else float("nan")
 
-    if not run.metrics.exists():
-        return None
-    for line in run.metrics.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        if entry.get("eval") == "before":
-            return {k: entry[k] for k in ("metric", "value", "n", "loss")}
-    return None
+
+def _saved_summary(run: RunFiles) -> dict[str, Any]:
+    """summary.json of a run that has ended; {} where there is none that can be read."""
+    try:
+        found = json.loads(run.summary.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

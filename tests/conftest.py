@@ -29,7 +29,14 @@ class Bench:
         rows = {"label": LABELLED, "choice": OPTIONS}.get(kind, {})
         file = self.data / f"{'label' if kind == 'choice' else kind}.jsonl"
         fixed = {"precision": "fp32", "batch_size": 4, "micro_batch": 3, "max_mem_bytes": 8 * 10**9}
-        found = {"model": str(self.model), "data": str(file), "steps": 3, **rows, **fixed, **changes}
+        found = {
+            "model": str(self.model),
+            "data": str(file),
+            "steps": 3,
+            **rows,
+            **fixed,
+            **changes,
+        }
         return {name: value for name, value in found.items() if value is not None}
 
     def arguments(self, kind: str = "label", **changes: Any) -> list[str]:
@@ -79,10 +86,12 @@ def make_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
     import tiny_models
     import tokenizers_fixture
 
-    tiny_models.make(family, folder, vocab_size=600, num_hidden_layers=1, **changes)
     masked = family == "roberta"
-    tokenizer = tokenizers_fixture.masked_tokenizer() if masked else None
-    (tokenizer or tokenizers_fixture.byte_tokenizer()).save_pretrained(folder)
+    tokenizer = (
+        tokenizers_fixture.masked_tokenizer() if masked else tokenizers_fixture.byte_tokenizer()
+    )
+    tiny_models.make(family, folder, vocab_size=len(tokenizer), num_hidden_layers=1, **changes)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["__main__", "edgezo.train", "edgezo.evaluate", "edgezo.cli", __name__])
+_CONTEXT.set_forkserver_preload(
+    [
+        "__main__",
+        "edgezo.train",
+        "edgezo.evaluate",
+        "edgezo.cli",
+        "transformers.models.llama.modeling_llama",
+        "optimum.quanto",
+    ]
+)
 
 
 class Blow(NamedTuple):
@@ -97,13 +108,15 @@ def _arm(blow: Blow) -> None:
         _strike(os, "replace", blow, wanted=lambda source, goal: Path(goal).name == named)
 
 
-def _command(args: list[str], output: Path, blow: Blow | None) -> None:
+def _command(args: list[str], output: Path, blow: Blow | None, largest_file: int | None) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
     from edgezo import cli
 
     if blow is not None:
         _arm(blow)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     code = cli.run(args)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -116,9 +129,6 @@ class Running:
 
     process: Any
     output: Path
-
-    def alive(self) -> bool:
-        return bool(self.process.is_alive())
 
     def signal(self, number: int) -> None:
         os.kill(self.process.pid, number)
@@ -133,19 +143,23 @@ class Running:
         return self.process.exitcode, out, err
 
 
-def start(args: list[str], output: Path, blow: Blow | None = None) -> Running:
-    """Begin ``edgezo ARGS``; what it prints goes to files in ``output``."""
+def start(
+    args: list[str], output: Path, blow: Blow | None = None, *, largest_file: int | None = None
+) -> Running:
+    """Begin ``edgezo ARGS``; what it prints goes to files in ``output``.
+
+    ``largest_file``: bytes that no file may be larger than, as if the disk were full.
+    """
     output.mkdir(exist_ok=True)
-    process = _CONTEXT.Process(target=_command, args=(args, output, blow))
+    process = _CONTEXT.Process(target=_command, args=(args, output, blow, largest_file))
     process.start()
     return Running(process, output)
 
 
 def watch(running: Running, file: Path, size_bytes: int) -> None:
     """Return when ``file`` has that size, or the command has ended."""
-    while running.alive():
-        try:
-            if file.stat().st_size >= size_bytes:
-                return
-        except FileNotFoundError:
-            continue
+    ended: list[object] = []
+    while not ended:
+        if file.exists() and file.stat().st_size >= size_bytes:
+            return
+        ended = wait([running.process.sentinel], timeout=0.002)

@@ -21,7 +21,7 @@ TRAINED = {  # what is trained -> its store
     "norms+scales": "int4",
 }
 
-# In this order on one run, each after the resume from the one before; sums up to less than STEPS.
+# In this order on one run, each after the resume from the one before: fewer than STEPS steps in all.
 BEGINNING = [
     Blow("config.toml", 1, 0),
     Blow("config.toml", 1, 1),
@@ -31,19 +31,17 @@ BEGINNING = [
     Blow("metrics", 1, 0.5),
     Blow("record", 1, 0.5),
 ]
-MIDDLE = [
+STEPPING = [
     Blow("record", 9, 0.01),
-    Blow("record", 2, 0.5),
     Blow("cut", 1, 0),
-    Blow("record", 1, 0.99),
+    Blow("update", 3, 0),
+    Blow("record", 2, 0.99),
     Blow("cut", 1, 1),
-    Blow("record", 2, 1),
-    Blow("metrics", 3, 0),
+    Blow("metrics", 2, 0),
     Blow("metrics", 2, 0.5),
-    Blow("metrics", 2, 1),
-    Blow("sync", 3, 0),
+    Blow("update", 4, 1),
+    Blow("record", 2, 1),
 ]
-UPDATE = [Blow("update", 40, 0), Blow("update", 41, 1)]
 HEAD = [
     Blow("head", 8, 0),
     Blow("head", 8, 1),
@@ -53,19 +51,20 @@ HEAD = [
     Blow("head.safetensors", 1, 1),
     Blow("head.safetensors", 2, 0),
 ]
-END = [
-    Blow("metrics", STEPS, 1),  # "after" is written, the summary is not; see `blows`
-    Blow("summary.json", 1, 0),
-    Blow("summary.json", 1, 1),
-]
+END = [Blow("summary.json", 1, 0), Blow("summary.json", 1, 1)]
 
 
 def blows(train: str) -> list[Blow]:
-    return BEGINNING + MIDDLE + UPDATE + (HEAD if "head" in train else []) + END[1:]
+    if "head" in train:
+        return [*BEGINNING, *STEPPING, *HEAD, *END]
+    return [*STEPPING, END[0]]
 
 
 def arguments(bench: Bench, train: str, out: Path) -> list[str]:
-    more: dict[str, Any] = {"snapshot_every": SNAPSHOT_EVERY} if "head" in train else {}
+    if "head" in train:  # several micro-batches a step, and snapshots
+        more = {"batch_size": 3, "micro_batch": 2, "snapshot_every": SNAPSHOT_EVERY}
+    else:
+        more = {"batch_size": 2, "micro_batch": 2}
     request = bench.arguments(train=train, precision=TRAINED[train], steps=STEPS, out=out, **more)
     return ["finetune", *request, "--eval-every", "20"]
 
@@ -107,7 +106,11 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     """The lines without what a clock or the memory decides."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
-        {name: value for name, value in line.items() if name not in ("rss_bytes", "train_s")}
+        {
+            name: value
+            for name, value in line.items()
+            if name not in ("rss_bytes", "step_s", "forward_s")
+        }
         for line in lines
     ]
 
@@ -145,10 +148,29 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(bench, train, wh
         room_bytes = (size_bytes - now_bytes) // (kills - kill + 1)
         running = forks.start(args, tmp_path / "printed")
         forks.watch(running, journal, now_bytes + chance.randint(0, room_bytes))
-        for _ in range(chance.randint(0, 20_000)):  # some part of a step later
+        for _ in range(chance.randint(0, 3_000)):  # some part of a step later
             journal.exists()
         running.signal(signal.SIGKILL)
         assert running.end()[0] == -signal.SIGKILL
         if (run / "config.toml").exists():
             args = ["finetune", "--resume", "--out", str(run)]
     assert_same_run(run, finish(args, tmp_path / "printed"), whole)
+
+
+@pytest.mark.parametrize("train", ["lowrank+head", "full"], indirect=True, scope="module")
+def test_a_signal_stops_between_two_steps_and_the_printed_command_goes_on(
+    bench, train, whole, tmp_path
+):
+    run, journal = tmp_path / "run", tmp_path / "run" / "journal.bin"
+    command = arguments(bench, train, run)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        running = forks.start(command, tmp_path / "printed")
+        begun_bytes = journal.stat().st_size if journal.exists() else 0
+        forks.watch(running, journal, begun_bytes + 1500)
+        running.signal(number)
+        code, out, err = running.end()
+        assert (code, out) == (130, "") and "Traceback" not in err
+        _, _, after = err.partition("Go on with: edgezo ")
+        command = after.split()
+        assert command == ["finetune", "--resume", "--out", str(run)]
+    assert_same_run(run, finish(command, tmp_path / "printed"), whole)

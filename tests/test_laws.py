@@ -70,40 +70,41 @@ def of(family: str, train: str, directions: str = "signs", **more: Any) -> Case:
 BESIDE = "lowrank+norms+scales"  # everything that can be trained beside frozen matrices
 ALL = "full+lowrank+scales"  # and everything at once (full includes norms and biases)
 WINDOW = (("sliding_window", 8),)
+PART_WINDOW = (*WINDOW, ("use_sliding_window", True), ("max_window_layers", 1))
 
 CASES: tuple[Case, ...] = (
-    # Every family, all weights and everything beside them.
-    *(of(f, "full", d) for f in tiny_models.FAMILIES for d in ("signs", "gaussian", "shared")),
-    *(of(f, BESIDE, d) for f in tiny_models.FAMILIES for d in ("signs", "shared")),
+    # Every family, all weights and everything that can be trained beside them.
+    *(of(f, "full", d) for f in tiny_models.FAMILIES for d in ("signs", "shared")),
+    *(of(f, BESIDE, "gaussian") for f in tiny_models.FAMILIES),
     # Every choice of what is trained, along every direction.
     *(
         of("llama", train, d)
         for train in ("lowrank", "norms", "scales", "lowrank+norms", ALL)
         for d in DIRECTIONS
     ),
-    of("llama", "full", "rademacher"),
-    of("llama", BESIDE, "gaussian"),
+    *(of("llama", "full", d) for d in ("rademacher", "gaussian")),
+    *(of("llama", BESIDE, d) for d in ("signs", "shared")),
     # Embeddings: tied and not, label words and whole vocabularies.
     *(
-        of(f, "full", d, kind=k, tied=t)
-        for f in ("llama", "gpt2")
-        for d in ("signs", "rademacher", "shared")
-        for k in ("label", "completion", "choice")
-        for t in (True, False)
-        if (k, t) != ("label", True)
+        of(f, "full", d, kind=kind, tied=tied)
+        for f, d in (("llama", "signs"), ("llama", "shared"), ("gpt2", "rademacher"))
+        for kind in ("label", "completion", "choice")
+        for tied in (True, False)
     ),
     *(of(f, "full", kind="completion") for f in ("gemma2", "opt", "roberta")),
     *(of(f, "full", tied=True) for f in ("mistral", "phi3")),
-    *(of(f, "full", tied=False) for f in ("opt", "roberta", "gemma3_text")),
+    *(of(f, "full", tied=False) for f in ("opt", "gemma3_text")),
     # Windows shorter than the rows.
     of("mistral", BESIDE, changes=WINDOW),
     of("phi3", "full", changes=WINDOW),
-    of("qwen2", "full", changes=(*WINDOW, ("use_sliding_window", True), ("max_window_layers", 1))),
+    of("qwen2", "full", changes=PART_WINDOW),
     # Every store that the choice allows.
-    *(of("llama", "full", d, precision=p) for p in ("bf16", "fp16") for d in DIRECTIONS),
+    *(of("llama", "full", d, precision="bf16") for d in DIRECTIONS),
+    of("llama", "full", precision="fp16"),
     *(of("gpt2", "full", precision=p, rounding="stochastic") for p in ("bf16", "fp16")),
     of("gemma2", "full", precision="bf16", kind="completion"),
-    *(of("llama", BESIDE, d, precision=p) for p in ("bf16", "int8", "int4") for d in DIRECTIONS),
+    *(of("llama", BESIDE, d, precision="int4") for d in DIRECTIONS),
+    *(of("llama", BESIDE, precision=p) for p in ("bf16", "int8")),
     *(of(f, BESIDE, precision=p) for f in ("gpt2", "phi3", "roberta") for p in ("int8", "int4")),
     of("llama", BESIDE, precision="int4", kind="completion", tied=False),
 )
@@ -290,19 +291,13 @@ FORWARDS: tuple[Case, ...] = (
         for kind in ("label", "completion", "choice")
     ),
     *(of(f, "norms", kind="completion", changes=WINDOW) for f in ("mistral", "phi3")),
-    of(
-        "qwen2",
-        "norms",
-        kind="completion",
-        changes=(*WINDOW, ("use_sliding_window", True), ("max_window_layers", 1)),
-    ),
+    of("qwen2", "norms", kind="completion", changes=PART_WINDOW),
     of("gemma2", "norms", kind="completion", changes=(("final_logit_softcapping", 2.0),)),
 )
 
 
 @cases(FORWARDS)
 def test_a_packed_forward_gives_the_losses_of_transformers_padded_batch(bench: Bench) -> None:
-    bench.model.store.load_trained({n: t for n, t in _fresh(bench).store.trained_tensors().items()})
     module: Any = official_module(bench.case)
     twin = reference.Twin(module, kind=bench.case.kind, label_ids=LABEL_IDS)
     rows = [row for example in bench.examples for row in example.rows]
@@ -311,19 +306,21 @@ def test_a_packed_forward_gives_the_losses_of_transformers_padded_batch(bench: B
     mask = torch.zeros_like(ids)
     for number, row in enumerate(rows):
         ids[number, : len(row.ids)], mask[number, : len(row.ids)] = torch.tensor(row.ids), 1
+    # Causal rows never look at padding on their right; transformers' mask of it makes NaN beyond a window.
+    masks = {"attention_mask": mask} if bench.model.masked else {}
     with torch.no_grad():
-        padded = module(input_ids=ids, attention_mask=mask).logits
+        padded = module(input_ids=ids, **masks).logits
         for number, row in enumerate(rows):
             close(padded[number, list(row.score_at)], twin.logits(row), atol=1e-5)
         wanted = torch.stack([twin.loss(example) for example in bench.examples])
-    found, predicted = bench.model.losses(bench.batch)
+    found, predicted = as_loaded(bench).losses(bench.batch)
     close(found[0], wanted, atol=2e-5)
     if bench.case.kind == "label":
         first = [twin.logits(e.rows[0])[0, list(LABEL_IDS)].argmax() for e in bench.examples]
         assert predicted[0].tolist() == [int(i) for i in first]
 
 
-def _fresh(bench: Bench) -> Model:
+def as_loaded(bench: Bench) -> Model:
     """The model as loaded, before ``_settle``."""
     case = bench.case
     spec = ModelSpec("fp32", case.train, "signs", KEY.seed, kind=case.kind, label_ids=LABEL_IDS)
@@ -400,7 +397,7 @@ def test_weight_decay_shrinks_before_the_update(bench: Bench) -> None:
             moves[rows] = True
         update = reference.update(store, recipe, name, bench.used[name])
         wanted = torch.where(moves[:, None], before[name] * (1 - decay), before[name]) + update
-        spare = 2 * _grid(row.layout) + 1e-6 * before[name].abs() + 1e-9
+        spare = 2 * _grid(row.layout) + 3e-7 * (before[name].abs() + update.abs())
         assert bool(((after[name] - wanted).abs() <= spare).all()), name
 
 
@@ -425,7 +422,14 @@ class Flipped(Directions):
         return -found if target.name == self.flipped and not self.factored else found
 
 
-@cases([*pick(precision="fp32", tied=None, kind="label"), *pick(kind="completion")])
+@cases(
+    [
+        *pick(precision="fp32", directions="signs", train=("full",), kind="label"),
+        *pick(kind="completion", train=("full",), directions="signs"),
+        *(of(f, BESIDE, "gaussian") for f in ("llama", "gpt2", "opt", "gemma3_text")),
+        of("llama", ALL, "shared"),
+    ]
+)
 def test_every_trained_tensor_is_perturbed_and_updated(bench: Bench) -> None:
     store, plain = bench.model.store, bench.losses()
     inert = WITHOUT_EFFECT.get(bench.case.family, ())
@@ -472,12 +476,12 @@ def test_full_weights_cannot_be_trained_on_frozen_codes(precision: str, workshop
 
 @cases(
     [
-        *pick(directions="signs", train=("full",), precision="fp32"),
+        *(of(f, "full") for f in tiny_models.FAMILIES),
         *pick(family="llama", train=("full",), kind="choice"),
         *pick(train=tuple(BESIDE.split("+")), precision="int4"),
     ]
 )
-@pytest.mark.parametrize("size", (1, 2, 3))
+@pytest.mark.parametrize("size", (1, 2))
 def test_micro_batches_see_the_same_directions(bench: Bench, size: int) -> None:
     model, group = bench.model, bench.examples
     whole = bench.losses()
@@ -492,19 +496,27 @@ def test_micro_batches_see_the_same_directions(bench: Bench, size: int) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(again, touched, strict=True))
 
 
-@cases()
+@cases(
+    [
+        *pick(family="llama", kind="label", precision="fp32", train=("full",)),
+        *pick(family="gpt2", kind="completion"),
+        *(c for c in CASES if c.precision in ("bf16", "fp16") and "full" in c.train),
+        of("llama", ALL, "gaussian"),
+        of("llama", BESIDE, precision="int4"),
+    ]
+)
 def test_many_recipes_at_once_give_the_bits_of_one_by_one_for_any_tile(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = bench.model.store
-    recipes = [bench.recipe(step, decay=0.001 * step) for step in range(4)]
+    recipes = [bench.recipe(step, decay=0.001 * step) for step in range(3)]
     skipped = Recipe(9, np.zeros(len(bench.examples), np.float32), 0.0)
     for recipe in recipes:
         store.apply([recipe])
     one_by_one = tensors_sha256(store.trained_tensors())
     bench.restore()
     assert tensors_sha256(store.trained_tensors()) != one_by_one
-    for tile_bytes in (layouts.TILE_BYTES, 1, 1000):
+    for tile_bytes in (layouts.TILE_BYTES, 3000):
         monkeypatch.setattr(layouts, "TILE_BYTES", tile_bytes)
         bench.restore()
         store.apply([*recipes[:2], skipped, *recipes[2:]])
