@@ -372,7 +372,9 @@ def _become(sub: nn.Module, kind: type, fields: dict[str, object]) -> None:
     assert isinstance(context, Context)
     for name in list(sub._parameters):
         sub._parameters[name] = None
-    sub._parameters["weight"] = nn.Parameter(torch.empty(0, dtype=context.dtype), requires_grad=False)
+    sub._parameters["weight"] = nn.Parameter(
+        torch.empty(0, dtype=context.dtype), requires_grad=False
+    )
     sub.__class__ = kind
     for name, value in fields.items():
         object.__setattr__(sub, name, value)

@@ -28,6 +28,7 @@ from edgezo.config import RunConfig, flag
 from edgezo.data import Example, batch_indices, collate, micro_batches, tokens_of
 from edgezo.errors import BudgetExceeded, EdgezoError, Interrupted, UsageError
 from edgezo.estimators import ESTIMATORS, Estimator, schedule
+from edgezo.footprint import GUARD_MARGIN_BYTES
 from edgezo.journal import (
     Journal,
     StepRecord,
@@ -57,9 +58,6 @@ from edgezo.session import (
 )
 from edgezo.weights import tensors_sha256
 
-GUARD_MARGIN_BYTES = (
-    16 << 20
-)  # counters lag by up to 128 KiB a core, and the interpreter allocates too
 PLAIN_FORWARDS = 8  # plain forwards timed in a run, for summary.json's forward_s
 
 
