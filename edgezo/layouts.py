@@ -142,7 +142,7 @@ class Int8:
         scale = torch.empty(rows, 1)
         optimizer = AbsmaxOptimizer()
         for tile in tiles(rows, cols, _QUANTISE_BYTES):
-            part = weight[tile].float()
+            part = weight[tile].to(torch.float32, copy=True)
             scale[tile] = optimizer(part, qint8, 0).clamp_(min=torch.finfo(torch.float32).tiny)
             codes[tile] = part.div_(scale[tile]).round_().clamp_(-128, 127).to(torch.int8)
         return Int8(codes, scale)
@@ -194,8 +194,9 @@ class Int4:
         for start, nibble in ((0, 0), (half, 4)):
             for tile in tiles(half, cols, _QUANTISE_BYTES):
                 place = slice(start + tile.start, start + tile.stop)
-                part = weight[place].float().reshape(-1, size)
-                s, z = optimizer(part, qint4, 0)
+                part = weight[place].to(torch.float32, copy=True).reshape(-1, size)
+                # Not optimizer(...): its check of groups takes a lone group's columns for groups.
+                s, z = optimizer.optimize(part, qint4, 0)
                 s = s.clamp_(min=torch.finfo(torch.float32).tiny)  # a constant group has no range
                 codes = part.add_(z).div_(s).round_().clamp_(0, 15).to(torch.uint8)
                 packed[tile] |= codes.reshape(-1, cols) << nibble

@@ -278,7 +278,7 @@ class PerturbedNorm(nn.Module):
         if probe is None:
             y = hat * weight
         else:
-            moved = torch.addmm(weight[None], probe.mask, probe.vector(self.weight_row))
+            moved = (probe.mask @ probe.vector(self.weight_row)).to(hat.dtype).add_(weight)
             y = hat * self._as_tokens(moved, x)
         if self.bias_row is not None:
             y = y + self.bias_row.layout.values[:, 0].to(hat.dtype)

@@ -433,8 +433,8 @@ class Flipped(Directions):
 
 @cases(
     [
-        *pick(precision="fp32", directions="signs", train=("full",), kind="label"),
-        *pick(kind="completion", train=("full",), directions="signs"),
+        *(of(f, "full") for f in tiny_models.FAMILIES),
+        *pick(family="llama", kind="completion", train=("full",), directions="signs"),
         *(of(f, BESIDE, "gaussian") for f in ("llama", "gpt2", "opt", "gemma3_text")),
         of("llama", ALL, "shared"),
     ]
@@ -555,7 +555,7 @@ def test_the_two_sided_estimate_of_a_quadratic_averages_to_its_gradient(
 ) -> None:
     # l(theta) = theta.H theta/2 + b.theta, so l(theta + s D) - l(theta - s D) = 2 s (H theta + b).D exactly.
     directions, target = DIRECTIONS[name], QUADRATIC[shape]
-    size, sigma, per_key = target.rows * target.cols, 0.1, 16
+    size, sigma = target.rows * target.cols, 0.1
     generator = np.random.default_rng(0)
     root = generator.standard_normal((size, size))
     h, b, theta = (
@@ -567,7 +567,7 @@ def test_the_two_sided_estimate_of_a_quadratic_averages_to_its_gradient(
     def loss(at: np.ndarray) -> float:
         return float(at @ h @ at / 2 + b @ at)
 
-    keys = 1500 if name == "shared" else 250
+    keys, per_key = (250, 16) if directions.factored else (1500, 1)
     total = torch.zeros(target.rows, target.cols, dtype=torch.float64)
     for step in range(keys):
         key = Key(3, step)
@@ -609,7 +609,7 @@ def test_the_cosine_to_the_true_gradient_grows_with_the_root_of_the_group(
     # A single cosine scatters by about 1/sqrt(d); group credit's common factor cancels.
     scatter = 1 / math.sqrt(min(places) * tries)
     assert abs(found - length * size / noise) < 4 * scatter + 0.05 * found
-    assert found > 4 * scatter
+    assert found > 2 * scatter
 
 
 def test_one_shared_direction_has_the_cosine_of_a_single_gaussian(workshop: Workshop) -> None:
