@@ -104,7 +104,10 @@ class Dense:
             dither = torch.cat(
                 [noise.uniform(key, tensor, noise.ROUNDING, line, self.shape[1]) for line in lines]
             )
-        return torch.floor(values / ulp + dither) * ulp
+        # Compared, not added: values / ulp + dither would round, and lift values that lie on the grid.
+        steps = values / ulp
+        below = torch.floor(steps)
+        return below.add_(dither < steps.sub_(below)).mul_(ulp)
 
     def write(self, rows: slice | Tensor, values: Tensor) -> None:
         """Store (n, cols) fp32 values that ``snap`` gave."""

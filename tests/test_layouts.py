@@ -133,6 +133,29 @@ def test_stochastic_rounding_is_unbiased_and_goes_to_a_neighbour(dtype):
     assert abs(float(total.mean()) / tries) < 5 * 0.5 / np.sqrt(rows * cols * tries)
 
 
+@dtypes
+def test_stochastic_rounding_leaves_values_on_the_grid_where_they_are(dtype):
+    layout = Dense(torch.zeros(64, 4096, dtype=dtype), rounding="stochastic")
+    values = _weight(64, 4096).to(dtype).float()
+    for step in range(4):
+        assert torch.equal(layout.snap(values.clone(), Key(0, step), 1, slice(0, 64)), values)
+
+
+@dtypes
+def test_stochastic_rounding_goes_up_as_often_as_the_remainder_says(dtype):
+    rows, width = 9, 1 << 14
+    layout = Dense(torch.zeros(rows, width, dtype=dtype), rounding="stochastic")
+    ulp = layout._ulp(torch.ones(1))
+    remainder = torch.tensor([2.0**-12, 0.1, 0.25, 0.5, 0.5 + 2**-10, 0.75, 0.9, 0.99, 0.999])
+    for base in (1.0, -1.5):
+        values = (base + remainder * ulp)[:, None].expand(rows, width).contiguous()
+        snapped = layout.snap(values.clone(), KEY, 2, slice(0, rows))
+        exact = (values[:, 0].double() - base) / ulp.double()
+        up = ((snapped.double() - base) / ulp.double()).mean(1)
+        scatter = torch.sqrt(exact * (1 - exact) / width)
+        assert bool(((up - exact).abs() < 4.5 * scatter).all()), (up, exact)
+
+
 def test_rows_by_index_are_dithered_like_rows_by_slice():
     layout = Dense(torch.zeros(6, 32, dtype=torch.bfloat16), rounding="stochastic")
     values = _weight(6, 32)
