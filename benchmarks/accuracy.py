@@ -16,7 +16,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-COMMON = ["--model", "smollm2-135m-instruct", "--task", "sst2", "--batch-size", "16", "--steps", "400"]
+COMMON = [
+    "--model",
+    "smollm2-135m-instruct",
+    "--task",
+    "sst2",
+    "--batch-size",
+    "16",
+    "--steps",
+    "400",
+]
 
 # One row, one request. MeZO's step was picked on training loss from the grid in benchmarks/LOG.md.
 REQUESTS: dict[str, list[str]] = {
@@ -25,7 +34,16 @@ REQUESTS: dict[str, list[str]] = {
     "int4": ["--precision", "int4", "--max-mem", "700MB"],
     "full-bf16-plane": ["--precision", "bf16", "--max-mem", "1100MB", "--train", "full"],
     "full-fp32": ["--precision", "fp32", "--max-mem", "1300MB", "--train", "full"],
-    "mezo": ["--precision", "bf16", "--max-mem", "1GB", "--train", "lowrank", "--estimator", "mezo"],
+    "mezo": [
+        "--precision",
+        "bf16",
+        "--max-mem",
+        "1GB",
+        "--train",
+        "lowrank",
+        "--estimator",
+        "mezo",
+    ],
 }
 
 
@@ -51,7 +69,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", default="runs/accuracy")
     args = parser.parse_args()
-    print("request          accuracy (median, all seeds)      peak MB / cap MB   step/forward  train s")
+    print(
+        "request          accuracy (median, all seeds)      peak MB / cap MB   step/forward  train s"
+    )
     for name in args.only:
         found = [run(name, seed, args) for seed in args.seeds]
         values = [s["eval_after"]["value"] for s in found]

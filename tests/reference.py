@@ -144,7 +144,7 @@ class Twin:
         self.module: Any = module.double().eval()
         self.kind, self.label_ids = kind, torch.tensor(label_ids)
         self.head: Any = self.module.get_output_embeddings()
-        config = self.module.config
+        config: Any = self.module.config
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
 
     @torch.no_grad()

@@ -101,7 +101,9 @@ numbers = st.floats(-60000, 60000, width=32).filter(lambda v: v == 0 or abs(v) >
 @dtypes
 @settings(deadline=None)
 @given(
-    value=st.one_of(numbers, st.floats(-(2.0**-13), 2.0**-13, width=32), st.sampled_from([1.0, 0.5, 2**-14]))
+    value=st.one_of(
+        numbers, st.floats(-(2.0**-13), 2.0**-13, width=32), st.sampled_from([1.0, 0.5, 2**-14])
+    )
 )
 def test_the_plane_is_a_grid_256_times_finer_that_reads_back_exactly(dtype, value):
     layout = Dense(torch.zeros(1, 1, dtype=dtype), rounding="plane")
