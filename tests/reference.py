@@ -17,7 +17,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from edgezo import noise
@@ -140,7 +140,7 @@ def explicit_weights(
 class Twin:
     """transformers' own module in float64, whose weights are replaced at will. It never sees edgezo's classes."""
 
-    def __init__(self, module: nn.Module, *, kind: str, label_ids: Sequence[int]):
+    def __init__(self, module: Any, *, kind: str, label_ids: Sequence[int]):
         self.module: Any = module.double().eval()
         self.kind, self.label_ids = kind, torch.tensor(label_ids)
         self.head: Any = self.module.get_output_embeddings()
