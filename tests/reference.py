@@ -8,6 +8,7 @@ updates              - sum_i c_i D_i, matrix by matrix
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import NormalDist
@@ -74,8 +75,9 @@ def normal_levels() -> np.ndarray:
 # ----------------------------------------------------------------------------- directions and updates
 
 
+@functools.lru_cache(maxsize=512)
 def direction(kind: str, key: Key, target: Target, slot: int) -> Tensor:
-    """D_i of the example in ``slot``, (rows, cols) float64."""
+    """D_i of the example in ``slot``, (rows, cols) float64; not to be written to."""
     rows, cols = target.rows, target.cols
     every = slice(0, rows)
     if kind == "shared":

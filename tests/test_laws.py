@@ -137,7 +137,7 @@ def make_row(generator: np.random.Generator, length: int, scored: int, masked: b
     return Row(tuple(ids.tolist()), tuple(at), tuple(targets.tolist()))
 
 
-def make_examples(kind: str, masked: bool, count: int = 5, seed: int = 0) -> tuple[Example, ...]:
+def make_examples(kind: str, masked: bool, count: int = 4, seed: int = 0) -> tuple[Example, ...]:
     generator = np.random.default_rng(seed)
     found = []
     for i in range(count):
