@@ -37,7 +37,7 @@ LIBRARY_BYTES = 25 * MB
 GUARD_MARGIN_BYTES = 16 << 20
 # Journal buffers, metrics, step records.
 RUN_BYTES = 4 * MB
-# No temporary of the weights is larger, whatever the largest matrix (layouts.TILE_BYTES).
+# No temporary of the weights is larger, whatever the largest matrix.
 TILE_BYTES = 16 << 20
 # An update holds a tile of weights, one of the direction and one of the change.
 UPDATE_TILES = 3

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from edgezo import noise
+from edgezo.footprint import TILE_BYTES
 from edgezo.noise import Key
 
 DENSE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TILE_BYTES = 16 << 20  # bound of every temporary, whatever the largest matrix
 
 _QUANTISE_BYTES = 16  # an element being quantised: in fp32, with the copies that rounding it takes
 

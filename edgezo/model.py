@@ -13,7 +13,6 @@ the model plus one tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -378,13 +377,3 @@ def _become(sub: nn.Module, kind: type, fields: dict[str, object]) -> None:
     sub.__class__ = kind
     for name, value in fields.items():
         object.__setattr__(sub, name, value)
-
-
-def compute_dtype(precision: str, bf16_fast: bool) -> tuple[torch.dtype, str]:
-    """The dtype of activations and products, with its reason."""
-    if precision != "fp32" and bf16_fast:
-        return torch.bfloat16, "this CPU multiplies bf16 in hardware"
-    return torch.float32, "weights are expanded tile by tile: no fast bf16 product here"
-
-
-__all__: Sequence[str] = ("Model", "ModelSpec", "assemble", "compute_dtype")

@@ -16,9 +16,11 @@ from edgezo.config import RunConfig, from_toml
 from edgezo.data import DataRequest, Dataset, Example, collate, evaluation_batches, load_dataset
 from edgezo.errors import EdgezoError
 from edgezo.estimators import ESTIMATORS, Recipe
+from edgezo.footprint import compute_dtype
 from edgezo.journal import Journal, StepRecord, atomic_path
+from edgezo.layouts import DENSE_DTYPES
 from edgezo.memory import Machine, malloc_trim
-from edgezo.model import Model, ModelSpec, assemble, compute_dtype
+from edgezo.model import Model, ModelSpec, assemble
 from edgezo.planner import Plan, TokenStats, make_plan
 
 if TYPE_CHECKING:
@@ -88,7 +90,7 @@ def load_model(opened: Opened, machine: Machine) -> Model:
             rounding=cfg.rounding or "plane",
             kind=opened.dataset.kind,
             label_ids=opened.dataset.label_ids,
-            dtype=compute_dtype(cfg.precision, machine.bf16_fast)[0],
+            dtype=DENSE_DTYPES[compute_dtype(cfg.precision, machine.bf16_fast)[0]],
         ),
     )
     malloc_trim()
