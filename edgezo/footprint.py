@@ -78,7 +78,7 @@ class MatrixShape(NamedTuple):
             return self.numel * BYTES_PER_WEIGHT[precision]
         if precision == "int8" or self.d_out % 2:
             return self.numel + 4 * self.d_out
-        group = next((g for g in (128, 96, 64, 32) if self.d_in % g == 0), self.d_in)
+        group = 32 if self.d_in % 32 == 0 else self.d_in
         return self.numel // 2 + 8 * self.d_out * (self.d_in // group)
 
 
