@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from edgezo import noise
-from edgezo.footprint import TILE_BYTES
+from edgezo.footprint import TILE_BYTES, int4_group
 from edgezo.noise import Key
 
 DENSE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -180,20 +180,11 @@ class Int4:
         self.shape = (2 * packed.shape[0], packed.shape[1])
 
     @staticmethod
-    def group_size(cols: int) -> int:
-        """32 where it divides the row, else the whole row.
-
-        quanto's default is 128; with 32 a scale and a shift cost 2 bits a weight more, and a base that
-        comes from a GGUF Q4 file, whose blocks are 32 as well, stays as it is.
-        """
-        return 32 if cols % 32 == 0 else cols
-
-    @staticmethod
     def quantise(weight: Tensor) -> Int4:
         from optimum.quanto import MaxOptimizer, qint4
 
         rows, cols = weight.shape
-        size = Int4.group_size(cols)
+        size = int4_group(cols)
         groups, half = cols // size, rows // 2
         packed = torch.zeros(half, cols, dtype=torch.uint8)
         scale, shift = torch.empty(rows, groups, 1), torch.empty(rows, groups, 1)

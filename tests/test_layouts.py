@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from optimum.quanto import AbsmaxOptimizer, MaxOptimizer, qint4, qint8, quantize_weight
 
 from edgezo import layouts
+from edgezo.footprint import int4_group
 from edgezo.layouts import Dense, Int4, Int8, place, tiles
 from edgezo.noise import Key
 
@@ -38,7 +39,7 @@ def test_int8_is_quantos_tensor(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_int4_is_quantos_tensor(shape):
     weight = _weight(*shape)
-    size = Int4.group_size(shape[1])
+    size = int4_group(shape[1])
     scale, shift = MaxOptimizer()(weight.reshape(-1, size), qint4, 0)
     group = size if size != shape[1] else None
     theirs = quantize_weight(weight, qint4, 0, scale, shift, group_size=group, optimized=False)
