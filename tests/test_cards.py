@@ -26,14 +26,29 @@ WEIGHTS = bytes(range(256)) * 500
 SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
 
 # What the models' own pages or transformers count.
+# As published with each model.
 PARAMETERS = {
     "smollm2-135m-instruct": 134_515_008,
     "smollm2-360m-instruct": 361_821_120,
+    "smollm2-1.7b-instruct": 1_711_376_384,
     "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
     "qwen3-0.6b": 596_049_920,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
     "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "llama-3-8b": 8_030_261_248,
     "gemma-3-270m": 268_098_176,
+    "gemma-3-1b": 999_885_952,
+    "gemma-3-4b": 3_880_263_168,
     "opt-125m": 125_239_296,
+    "opt-1.3b": 1_315_758_080,
+    "opt-13b": 12_853_473_280,
+    "opt-30b": 29_974_540_288,
+    "phi-3-mini": 3_821_079_552,
     "roberta-large": 355_412_057,
 }
 
