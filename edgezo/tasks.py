@@ -58,9 +58,9 @@ def _copa(row: Mapping[str, Any]) -> dict[str, Any]:
 _TASKS = (
     Task(
         "sst2",
-        "film reviews: bad or good",
-        "{sentence} All in all it was",
-        "0=bad,1=good",
+        "film reviews: negative or positive",
+        "Review: {sentence}\nThe sentiment of the review is",
+        "0=negative,1=positive",
     ),
     Task(
         "trec",

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from edgezo.config import RunConfig, flag
+from edgezo.config import FREE_ON_RESUME, RunConfig, flag
 from edgezo.data import Example, batch_indices, collate, micro_batches, tokens_of
 from edgezo.errors import BudgetExceeded, EdgezoError, Interrupted, UsageError
 from edgezo.estimators import ESTIMATORS, Estimator, schedule
@@ -86,7 +86,7 @@ def finetune(
             journal = held.enter_context(_open_journal(run, opened, progress))
         else:
             _prepare(run)
-            atomic_write(run.config, cfg.to_toml().encode())
+        atomic_write(run.config, cfg.to_toml().encode())
         atomic_write(run.plan, to_json(plan.to_dict()).encode())
         model = load_model(opened, host)
         if not resume:  # last, so that a model that cannot be loaded leaves no run behind
@@ -102,7 +102,7 @@ def finetune(
 
 def _header(opened: Opened) -> dict[str, Any]:
     """What the journal remembers of a request: enough to replay it, and to refuse another one."""
-    free = ("out", "max_mem_bytes", "threads")
+    free = ("out", "max_mem_bytes", "threads")  # nothing that replay needs
     return {
         "content_hash": opened.files.content_hash,
         "data_hash": data_hash(opened.dataset.train),
@@ -141,12 +141,11 @@ def _open_journal(run: RunFiles, opened: Opened, progress: RunProgress) -> Journ
                 f"{run.path} was trained on other rows than the ones that the data gives now.\n"
                 "Restore the data files, or start a new run with another --out."
             )
-        places = ("model", "data", "data_root")  # their contents were compared above
         changed = [
             f"{flag(name)} was {began['config'].get(name)} when the run began, not {value}; "
             "a resumed run goes on as it began"
             for name, value in given["config"].items()
-            if name not in places and began["config"].get(name) != value
+            if name not in FREE_ON_RESUME and began["config"].get(name) != value
         ]
         if changed:
             raise UsageError(changed)

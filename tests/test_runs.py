@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -196,6 +197,35 @@ def test_resume_with_other_settings_is_refused_and_changes_nothing(
     assert edgezo("finetune", "--resume", "--out", run)[0] == 2
     config.write_bytes(before["config.toml"])
     assert contents(run) == before
+
+
+def test_a_run_whose_model_and_data_have_moved_goes_on(bench, edgezo, edgezo_json, tmp_path):
+    run, model, data = tmp_path / "run", tmp_path / "moved", tmp_path / "rows.jsonl"
+    whole = run_of(bench, tmp_path / "whole", steps=9)
+    settings = bench.settings()
+    for place, name in ((model, "model"), (data, "data")):
+        (shutil.copytree if Path(settings[name]).is_dir() else shutil.copy)(settings[name], place)
+    args = bench.arguments(steps=9, out=run)
+    forks.start(["finetune", *args], tmp_path / "out", forks.Blow("record", 7, 1)).end()
+    moved = ("--model", model, "--data", data)
+    code, summary = edgezo_json("finetune", "--resume", "--out", run, *moved)
+    assert code == 0 and summary["trained_sha256"] == whole["trained_sha256"]
+    assert str(model) in (run / "config.toml").read_text()
+    other = make_model(tmp_path / "other", seed=5)
+    assert edgezo("finetune", "--resume", "--out", run, "--model", other)[0] == 5
+    assert str(model) in (run / "config.toml").read_text()
+
+
+def test_a_removed_head_is_named_and_computed_again(bench, edgezo_json, tmp_path):
+    run = tmp_path / "run"
+    whole = run_of(bench, run, train="lowrank+head", steps=5, snapshot_every=2)
+    (run / "head.safetensors").unlink()
+    for command in (("eval", "--model", run), ("replay", run, "--out", tmp_path / "copy")):
+        code, found = edgezo_json(*command)
+        assert code == 1 and "head.safetensors" in found["error"] and "--resume" in found["error"]
+    code, again = edgezo_json("finetune", "--resume", "--out", run)
+    assert code == 0 and again["trained_sha256"] == whole["trained_sha256"]
+    assert edgezo_json("eval", "--model", run)[1]["steps"] == 5
 
 
 @pytest.mark.parametrize("length", [{"steps": 3}, {"steps": None, "for_s": 0.2}])
