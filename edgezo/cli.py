@@ -155,7 +155,11 @@ def plan(config_file: str | None, as_json: bool, **said: str | None) -> None:
 
     cfg = _merge(said, config_file, need_data=False)
     found = preview.plan(cfg, report.TerminalProgress().note)
-    _emit(as_json, found.to_dict(), report.plan_table(found))
+    largest = preview.largest(cfg)
+    named = largest and {
+        k: getattr(largest, k) for k in ("model", "precision", "planned_peak_bytes")
+    }
+    _emit(as_json, {**found.to_dict(), "largest": named}, report.plan_table(found, largest))
 
 
 @cli.command("eval")

@@ -157,6 +157,7 @@ class TokenStats:
     tokens: tuple[int, ...]  # tokens of the longest examples (all rows of each), descending
     scored: int  # most scored positions of one example
     label_words: int  # K; 0 where the whole vocabulary is scored
+    mean: float = 0.0  # tokens of an example; 0: as the longest
     known: bool = True  # False: assumed, because no data was given
 
     @staticmethod
@@ -166,7 +167,8 @@ class TokenStats:
         tokens = sorted((sum(len(row.ids) for row in e.rows) for e in examples), reverse=True)
         scored = max((sum(len(row.score_at) for row in e.rows) for e in examples), default=1)
         longest = tuple(tokens[:KEPT_LENGTHS]) or (1,)
-        return TokenStats(dataset.kind, longest, scored, len(dataset.label_ids))
+        mean = sum(tokens) / max(1, len(tokens))
+        return TokenStats(dataset.kind, longest, scored, len(dataset.label_ids), mean)
 
     @staticmethod
     def assumed(cfg: RunConfig) -> TokenStats:

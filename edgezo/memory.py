@@ -195,12 +195,16 @@ class CgroupMemory:
         return max(0, self.limit_bytes - self.usage_bytes + self.reclaimable_bytes)
 
 
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+
+
 @dataclass(frozen=True)
 class Machine:
     total_bytes: int  # RAM, or the group's limit where that is smaller
     available_bytes: int  # what can be taken now without swapping or being killed
     cores: int  # usable at once: affinity and CPU quota
     bf16_fast: bool  # bf16 matrix products in hardware; without them bf16 is slower than fp32
+    flops_s: float  # of matrix products on all cores, estimated from clock and vector width
     cgroup: CgroupMemory | None
     notes: tuple[str, ...]  # where each number comes from, for people
 
@@ -229,11 +233,14 @@ def machine(root: Path = ROOT) -> Machine:
         # rounded up: with 1.5 cores' time, two threads get all of it and one thread two thirds
         usable = max(1, -int(-quota // 1))
         notes.append(f"cores: the control group's quota is {quota:g}")
-    fast = bf16_fast(root)
+    flags = _cpu_flags(root)
+    fast = not BF16_FLAGS.isdisjoint(flags)
     notes.append(
         f"bf16: {'' if fast else 'no '}matrix instructions (avx512_bf16 or amx_bf16) in this CPU"
     )
-    return Machine(total_bytes, available_bytes, usable, fast, limit, tuple(notes))
+    flops_s = usable * _clock_hz() * _flops_per_cycle(flags)
+    notes.append(f"speed: about {flops_s / 1e9:.0f} GFLOP/s, from clock and vector width")
+    return Machine(total_bytes, available_bytes, usable, fast, flops_s, limit, tuple(notes))
 
 
 def _affinity_cores() -> int:
@@ -242,13 +249,33 @@ def _affinity_cores() -> int:
     return os.cpu_count() or 1
 
 
-def bf16_fast(root: Path = ROOT) -> bool:
-    """True if ``/proc/cpuinfo`` lists avx512_bf16 or amx_bf16; False where it is not known."""
+def _cpu_flags(root: Path) -> frozenset[str]:
+    """Of ``/proc/cpuinfo``; empty where there is none."""
     for line in _read(root / "proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
-        if key.strip() == "flags":
-            return not {"avx512_bf16", "amx_bf16"}.isdisjoint(value.split())
-    return False
+        if key.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def bf16_fast(root: Path = ROOT) -> bool:
+    """True if ``/proc/cpuinfo`` lists avx512_bf16 or amx_bf16; False where it is not known."""
+    return not BF16_FLAGS.isdisjoint(_cpu_flags(root))
+
+
+def _clock_hz() -> float:
+    try:
+        found = psutil.cpu_freq()
+    except (OSError, RuntimeError):  # not on every system, nor in every container
+        found = None
+    return 1e6 * found.current if found is not None and found.current > 100 else 2.5e9
+
+
+def _flops_per_cycle(flags: frozenset[str]) -> int:
+    """Of one core in its products: two fused multiply-adds of a vector; bf16 where that is in hardware."""
+    if not BF16_FLAGS.isdisjoint(flags):
+        return 256
+    return 64 if "avx512f" in flags else 32 if "avx2" in flags else 16
 
 
 def cgroup_memory(root: Path = ROOT) -> CgroupMemory | None:

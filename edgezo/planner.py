@@ -8,7 +8,7 @@ work. What things take is counted in footprint.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from edgezo.footprint import (
 )
 
 if TYPE_CHECKING:
-    from edgezo.cards import Shape
+    from edgezo.cards import Card, Shape
     from edgezo.memory import Machine
 
 __all__ = [
@@ -37,10 +37,12 @@ __all__ = [
     "PlanDoesNotFit",
     "TokenStats",
     "default_budget",
+    "largest_card",
     "make_plan",
 ]
 
 DEFAULT_BATCH = 16  # directions a step: more take too long on a small machine, fewer are noisy
+SHARE_OF_PEAK = 0.6  # of the estimated speed that a whole step reaches
 PRECISIONS_TRIED = ("bf16", "int8", "int4")  # from the left; fp32 and fp16 only when asked for
 
 
@@ -71,6 +73,7 @@ class Plan:
     decisions: tuple[Decision, ...]
     smallest_bytes: int  # the smallest --max-mem that this request could run in
     smallest_flags: str  # how: "--precision int4 --micro-batch 1", rounded up to whole MB
+    step_s: float  # about how long a step takes, from the machine's estimated speed
 
     def phase_bytes(self, phase: str) -> int:
         """What is held while ``phase`` (load, forward or update) lasts."""
@@ -104,6 +107,7 @@ class Plan:
             "load_peak_bytes": self.load_peak_bytes,
             "smallest_bytes": self.smallest_bytes,
             "smallest_flags": self.smallest_flags,
+            "step_s": self.step_s,
             "precision": self.precision,
             "rounding": self.rounding,
             "compute_dtype": self.compute_dtype,
@@ -204,7 +208,34 @@ def make_plan(
         decisions=tuple(decisions),
         smallest_bytes=smallest_bytes,
         smallest_flags=_flags(*_best_within(footprint, smallest_bytes)),
+        step_s=_step_s(footprint, machine, batch_size),
     )
+
+
+def largest_card(cards: Iterable[Card], cfg: RunConfig, machine: Machine) -> Plan | None:
+    """The plan of the card with the most parameters that the budget of the request has room for.
+
+    Cards of the same kind (causal or masked) should be given. The precision is free; without data, rows
+    count as long as --max-length. None where not even the smallest fits.
+    """
+    for card in sorted(cards, key=lambda card: -card.parameters):
+        request = replace(cfg, model=card.name, precision=None, rounding=None)
+        try:
+            return make_plan(card, request, machine)
+        except PlanDoesNotFit:
+            continue
+    return None
+
+
+def _step_s(footprint: Footprint, machine: Machine, batch_size: int) -> float:
+    """Two floating-point operations a weight and token, on both sides of every example."""
+    shape, tokens = footprint.shape, footprint.tokens
+    weights = sum(m.numel for m in shape.matrices)
+    rows = 2 * batch_size * (tokens.mean or tokens.tokens[0])
+    flops = 2 * rows * weights
+    if not tokens.label_words:  # the whole vocabulary is scored
+        flops += 2 * 2 * batch_size * tokens.scored * shape.tables[0].numel
+    return flops / (machine.flops_s * SHARE_OF_PEAK)
 
 
 def mb(n_bytes: int) -> str:

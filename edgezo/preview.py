@@ -10,7 +10,7 @@ from edgezo import cards
 from edgezo.config import RunConfig
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.memory import machine
-from edgezo.planner import DEFAULT_BATCH, Plan, TokenStats, make_plan
+from edgezo.planner import DEFAULT_BATCH, Plan, TokenStats, largest_card, make_plan
 
 if TYPE_CHECKING:
     from edgezo.cards import Shape
@@ -42,6 +42,13 @@ def plan(cfg: RunConfig, note: Callable[[str], None] = lambda text: None) -> Pla
     for text in opened.dataset.notes:
         note(text)
     return make_plan(opened.files.shape, cfg, machine(), TokenStats.of(opened.dataset))
+
+
+def largest(cfg: RunConfig) -> Plan | None:
+    """The plan of the largest model with a card that the request's budget has room for."""
+    own = cards.find_card(cfg.model)
+    kind = own.kind if own is not None else "causal"
+    return largest_card([c for c in cards.cards().values() if c.kind == kind], cfg, machine())
 
 
 def model_shape(model: str) -> Shape:

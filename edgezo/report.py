@@ -71,8 +71,11 @@ def _finite(value: Any) -> Any:
 # Tables
 
 
-def plan_table(plan: Plan) -> RenderableType:
-    """Items with their reasons, the peak, the decisions and the groups of parameters."""
+def plan_table(plan: Plan, largest: Plan | None = None) -> RenderableType:
+    """Items with their reasons, the peak, the decisions and the groups of parameters.
+
+    ``largest`` is the plan of the largest model with a card that the same budget has room for.
+    """
     items = Table(
         title=f"{plan.model}: planned memory", title_justify="left", box=None, pad_edge=False
     )
@@ -87,6 +90,11 @@ def plan_table(plan: Plan) -> RenderableType:
     items.add_row("cap", format_bytes(plan.max_mem_bytes), "", "--max-mem")
     smallest = f"the smallest budget that works ({plan.smallest_flags})"
     items.add_row("least", format_bytes(plan.smallest_bytes), "", smallest)
+    if largest is not None:
+        what = f"{largest.model} in {largest.precision}: the largest card that the cap has room for"
+        items.add_row("largest", format_bytes(largest.planned_peak_bytes), "", what)
+    time = f"{plan.step_s:.2g} s"
+    items.add_row("step", time, "", "about, from this machine's clock and vector width")
 
     decisions = Table(title="decisions", title_justify="left", box=None, pad_edge=False)
     decisions.add_column("what")

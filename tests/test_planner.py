@@ -19,7 +19,7 @@ MB = 1_000_000
 SMOL = "smollm2-135m-instruct"
 SST2 = TokenStats("label", (70, 69, 66, *[60] * 61), 1, 2)
 MACHINE = SimpleNamespace(
-    total_bytes=8000 * MB, available_bytes=6000 * MB, cores=2, bf16_fast=False
+    total_bytes=8000 * MB, available_bytes=6000 * MB, cores=2, bf16_fast=False, flops_s=1.5e11
 )
 FAST = SimpleNamespace(**{**vars(MACHINE), "bf16_fast": True})
 
@@ -109,7 +109,36 @@ def test_lengths_of_the_data_bound_the_longest_micro_batch():
     rows = SimpleNamespace(ids=(1, 2, 3), score_at=(2,))
     example = SimpleNamespace(rows=(rows, rows), label=0)
     data = SimpleNamespace(kind="choice", train=(example,), validation=(), label_ids=())
-    assert TokenStats.of(data) == TokenStats("choice", (6,), 2, 0)
+    assert TokenStats.of(data) == TokenStats("choice", (6,), 2, 0, 6.0)
+
+
+@pytest.mark.parametrize("cap", [650, 1000, 2000, 6000, 40_000])
+def test_the_largest_card_fits_and_no_larger_one_does(cap):
+    cfg = request(max_mem_bytes=cap * MB, max_length=128)
+    causal = [card for card in cards().values() if card.kind == "causal"]
+    found = planner.largest_card(causal, cfg, MACHINE)
+    assert found is not None and found.planned_peak_bytes <= cap * MB
+    own = next(card for card in causal if card.name == found.model)
+    for card in causal:
+        if card.parameters > own.parameters:
+            with pytest.raises(PlanDoesNotFit):
+                make_plan(
+                    card, request(model=card.name, max_mem_bytes=cap * MB, max_length=128), MACHINE
+                )
+    assert planner.largest_card(causal, request(max_mem_bytes=MB), MACHINE) is None
+
+
+def test_the_time_of_a_step_follows_batch_tokens_and_speed():
+    cap = 9000 * MB
+    one = plan(TokenStats("label", (64,), 1, 2, 20.0), max_mem_bytes=cap)
+    # 2 operations x 106,168,320 weights x 20 tokens x 16 examples x 2 sides at 60 % of 150 GFLOP/s
+    assert one.step_s == pytest.approx(2 * 106_168_320 * 20 * 32 / 0.9e11)
+    assert plan(TokenStats("label", (64,), 1, 2, 40.0), max_mem_bytes=cap).step_s == 2 * one.step_s
+    twice = SimpleNamespace(**{**vars(MACHINE), "flops_s": 3e11})
+    assert (
+        plan(TokenStats("label", (64,), 1, 2, 20.0), twice, max_mem_bytes=cap).step_s
+        == one.step_s / 2
+    )
 
 
 def test_without_data_rows_of_max_length_are_assumed_and_said():
