@@ -87,7 +87,7 @@ ESTIMATORS = {
             credit=group_credit,
             scale=lambda step, sigma, batch: step * sigma,
             directions=("signs", "rademacher", "gaussian"),
-            step=0.05,
+            step=0.1,
             sigma=2e-3,
             step_meaning="kappa: the fraction of the probe that one unit of credit moves the weights by",
         ),
