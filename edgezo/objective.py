@@ -73,7 +73,7 @@ class Scorer:
         if learn and self.exact is not None and features is not None:
             error = torch.softmax(capped, -1) - F.one_hot(labels, capped.shape[1])
             error = torch.where(torch.isfinite(losses)[:, None], error, 0.0)
-            self.exact.gradient.addmm_((error * self._slope(capped)).T, features, alpha=learn)
+            self.exact.learn(slice(None), error * self._slope(capped) * learn, features)
         return losses.view(sides, -1), capped.argmax(-1).view(sides, -1)
 
     @staticmethod
@@ -131,7 +131,7 @@ class Scorer:
                 inside = ((own >= 0) & (own < logits.shape[1])).nonzero()[:, 0]
                 error[inside, own[inside]] -= 1
                 error *= self._slope(logits) * weight[chunk][:, None]
-                self.exact.gradient[rows].addmm_(error.T, features[chunk])
+                self.exact.learn(rows, error, features[chunk])
 
         return nll, gradient
 

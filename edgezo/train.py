@@ -302,7 +302,7 @@ class Training:
                 losses[:, slots] = found.numpy()
         except BaseException:
             if model.exact is not None:
-                model.exact.gradient.zero_()  # half a step's gradient must not leak into a saved state
+                model.exact.forget()  # half a step's gradient must not leak into a saved state
             raise
         credit = self.estimator.credit(losses) if self.probing else np.zeros(len(group), np.float32)
         skipped = not bool(credit.any())

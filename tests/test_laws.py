@@ -734,6 +734,25 @@ def test_the_head_takes_the_steps_of_torch_adam() -> None:
         assert not head.gradient.any()
 
 
+def test_the_heads_rate_is_in_units_of_the_score_whatever_the_states_scale() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features, error = (torch.randn(6, n, generator=generator) for n in (20, 3))
+    moved = []
+    for scale in (1.0, 1000.0):
+        head = ExactHead.for_labels(3, 20)
+        head.learn(slice(None), error, features * scale)
+        head.forget()  # a step that was cut leaves nothing
+        for rows in (slice(0, 2), slice(2, 3)):  # tiles of the vocabulary see the same positions
+            head.learn(rows, error[:, rows], features * scale)
+        head.update(0.5)
+        mean = float(features.abs().sum(1).mean()) * scale
+        close(head.delta.abs(), torch.full((3, 20), 0.5 / mean), atol=0.0, rtol=1e-4)
+        head.gradient += scale
+        head.update(0.5)
+        moved.append(features * scale @ head.delta.T)
+    close(moved[1], moved[0], atol=1e-5, rtol=1e-3)
+
+
 @pytest.mark.parametrize("bad", (float("nan"), float("inf")))
 def test_a_gradient_that_is_not_finite_leaves_the_head_as_it_was(bad: float) -> None:
     head = ExactHead.for_labels(3, 20)

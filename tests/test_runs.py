@@ -119,7 +119,7 @@ def test_what_an_update_gives_is_what_is_read_back(dtype, rounding):
 
 
 def test_training_changes_what_is_evaluated(bench, tmp_path):
-    summary = run_of(bench, tmp_path / "run", steps=12, head_lr=0.05)
+    summary = run_of(bench, tmp_path / "run", steps=12)
     assert summary["eval_after"]["loss"] < summary["eval_before"]["loss"]
 
 
