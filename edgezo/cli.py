@@ -225,6 +225,57 @@ def models(as_json: bool) -> None:
     _emit(as_json, {"models": rows}, report.models_table(found))
 
 
+@cli.group()
+def bench() -> None:
+    """Compare with other ways to train, each measured in a process of its own."""
+
+
+@bench.command("memory")
+@_model
+@click.option("--methods", metavar="NAMES", help="Joined by commas.  [default: all]")
+@click.option("--batch-sizes", metavar="N,N", default="16", show_default=True)
+@click.option("--tokens", metavar="N,N", default="128", show_default=True, help="Of a row.")
+@click.option("--max-mem", metavar="SIZE", help="Drawn into the chart as a line.")
+@click.option("--threads", metavar="N", type=click.IntRange(1), help="[default: every core]")
+@click.option("--out", metavar="DIR", default="runs/bench-memory", show_default=True)
+@_json
+def bench_memory(
+    model: str | None,
+    methods: str | None,
+    batch_sizes: str,
+    tokens: str,
+    max_mem: str | None,
+    threads: int | None,
+    out: str,
+    as_json: bool,
+) -> None:
+    """Peak memory of inference, GRZO, MeZO, LoRA and AdamW on the same rows: table, JSON, chart."""
+    from edgezo import bench, report
+    from edgezo.memory import parse_bytes
+
+    if model is None:
+        raise UsageError("--model is needed: a card, a directory, a .gguf file or a hub id")
+    progress = report.TerminalProgress()
+    found = bench.bench_memory(
+        model,
+        methods=methods.split(",") if methods else tuple(bench.METHODS),
+        batch_sizes=_integers("--batch-sizes", batch_sizes),
+        tokens=_integers("--tokens", tokens),
+        threads=threads,
+        cap_bytes=parse_bytes(max_mem) if max_mem else None,
+        out=Path(out),
+        note=progress.note,
+    )
+    _emit(as_json, found, report.memory_table(found))
+
+
+def _integers(name: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as problem:
+        raise UsageError(f"{name} {text!r} is not a list of numbers such as 4,16,64") from problem
+
+
 # ---------------------------------------------------------------------------------------------
 # From options to a configuration
 

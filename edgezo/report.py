@@ -113,6 +113,31 @@ def plan_table(plan: Plan, largest: Plan | None = None) -> RenderableType:
     return Group(items, Text(), decisions, Text(), groups)
 
 
+def memory_table(found: Mapping[str, Any]) -> RenderableType:
+    """Points of ``edgezo bench memory``: peaks, and how many times GRZO's (signs, bf16, same sizes) each is."""
+    from edgezo.bench import METHODS
+
+    table = Table(
+        title=f"{found['model']}: peak memory", title_justify="left", box=None, pad_edge=False
+    )
+    for name in ("method", "B", "tokens", "loading", "training", "x grzo", "s a step"):
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    own = {
+        (p["batch_size"], p["tokens"]): p["train_peak_rss_bytes"]
+        for p in found["points"]
+        if p["method"] == "grzo" and "error" not in p
+    }
+    for p in found["points"]:
+        row = [METHODS[p["method"]].title, str(p["batch_size"]), str(p["tokens"])]
+        if "error" in p:
+            table.add_row(*row, p["error"])
+            continue
+        peak, base = p["train_peak_rss_bytes"], own.get((p["batch_size"], p["tokens"]))
+        row += [format_bytes(p["load_peak_rss_bytes"]), format_bytes(peak)]
+        table.add_row(*row, f"{peak / base:.2f}" if base else "", f"{p['step_s']:.2f}")
+    return table
+
+
 def verdict(summary: Mapping[str, Any]) -> RenderableType:
     """The end of a run: what it reached, how long a step took, planned against measured memory."""
     table = Table(box=None, pad_edge=False, show_header=False)

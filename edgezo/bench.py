@@ -1,0 +1,250 @@
+"""``edgezo bench memory``: the peak memory of every way to train, each in a process of its own on the same rows.
+
+    edgezo's methods    the command itself: ``edgezo finetune`` on the rows, at full micro-batch, without a cap
+    inference           edgezo's plain forward over the 2B rows of a step
+    first order         first_order.py: transformers, peft and torch
+
+All learn to predict every token of the rows. Finished points are kept in ``points.jsonl`` and not measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from edgezo.errors import EdgezoError, UsageError
+from edgezo.journal import atomic_write
+from edgezo.memory import Meter, allocator_policy, allocator_reuse, machine
+
+UNLIMITED_BYTES = 10**15  # what is measured is what a method takes, not what it is held to
+
+
+class Method(NamedTuple):
+    """One row of the table. ``request`` are fields of edgezo's configuration; None: a first-order baseline."""
+
+    title: str
+    request: dict[str, Any] | None
+    steps: int = 2  # optimizer state exists from the second step on
+
+
+METHODS = {
+    "inference": Method("plain forward over 2B rows, bf16", {"precision": "bf16"}),
+    "grzo": Method("GRZO, signs, bf16", {"precision": "bf16"}),
+    "grzo-rademacher": Method(
+        "GRZO, rademacher, bf16", {"precision": "bf16", "directions": "rademacher"}
+    ),
+    "grzo-int4": Method("GRZO, signs, int4", {"precision": "int4"}),
+    "mezo": Method("MeZO, bf16", {"precision": "bf16", "estimator": "mezo"}),
+    "lora": Method("LoRA, bf16 base", None),
+    "lora-checkpoint": Method("LoRA + gradient checkpointing, bf16 base", None),
+    "lora-checkpoint-int4": Method("LoRA + gradient checkpointing, int4 base", None),
+    "adamw": Method("full AdamW, fp32", None),
+}
+
+
+def bench_memory(
+    model: str,
+    *,
+    methods: Sequence[str] = tuple(METHODS),
+    batch_sizes: Sequence[int] = (16,),
+    tokens: Sequence[int] = (128,),
+    threads: int | None = None,
+    cap_bytes: int | None = None,
+    out: Path,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Measure every method at every (batch size, tokens); writes points.jsonl, memory.json and memory.png to ``out``.
+
+    ``train_peak_rss_bytes`` of a point is the peak of the steps, ``peak_rss_bytes`` that of the whole process, loading
+    included. A method that fails (no memory, a package that is missing) is a point with ``error``.
+    Raises UsageError for unknown methods and sizes, EdgezoError for a model that cannot be had.
+    """
+    unknown = [m for m in methods if m not in METHODS]
+    problems = [f"there is no method {m!r}; there are {', '.join(METHODS)}" for m in unknown]
+    problems += [f"{n} is not 1 or more" for n in (*batch_sizes, *tokens) if n < 1]
+    if problems:
+        raise UsageError(problems)
+    from edgezo import cards
+
+    path = cards.resolve(model, progress=note)
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "points.jsonl"
+    known = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    points = []
+    for method, batch_size, length in product(methods, batch_sizes, tokens):
+        asked = {"model": model, "method": method, "batch_size": batch_size, "tokens": length}
+        found = next((p for p in known if asked.items() <= p.items() and "error" not in p), None)
+        if found is None:
+            note(f"{method}, B = {batch_size}, {length} tokens")
+            found = asked | _measure(path, asked, threads or machine().cores)
+            with log.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+        points.append(found)
+    result = {"model": model, "cap_bytes": cap_bytes, "points": points}
+    atomic_write(out / "memory.json", (json.dumps(result, indent=1) + "\n").encode())
+    if any("error" not in p for p in points):
+        chart(result, out / "memory.png")
+    return result
+
+
+def _measure(path: Path, asked: dict[str, Any], threads: int) -> dict[str, Any]:
+    """One point in a process of its own."""
+    method = METHODS[asked["method"]]
+    with tempfile.TemporaryDirectory(prefix="edgezo-bench-") as folder:
+        data = Path(folder, "rows")
+        data.mkdir()
+        batch_size, length = asked["batch_size"], asked["tokens"]
+        _write_rows(data / "train.jsonl", batch_size * method.steps, length)
+        _write_rows(data / "validation.jsonl", 1, length)
+        spec = asked | {
+            "model": str(path),
+            "rows": str(data / "train.jsonl"),
+            "steps": method.steps,
+            "threads": threads,
+        }
+        if method.request is None:
+            return _child("-m", "edgezo.first_order", json.dumps(spec))
+        request = {
+            "model": str(path),
+            "data": str(data),
+            "max_length": length,
+            "batch_size": batch_size,
+            "micro_batch": batch_size,
+            "max_mem_bytes": UNLIMITED_BYTES,
+            "threads": threads,
+            "train": "lowrank",
+            **method.request,
+        }
+        if asked["method"] == "inference":
+            return _child("-m", "edgezo.bench", json.dumps(request))
+        found = _child(
+            *("-m", "edgezo", "finetune", "--json", "--steps", str(method.steps)),
+            *("--out", str(Path(folder, "run")), *_options(request)),
+        )
+        if "error" in found:
+            return found
+        kept = (
+            "base_rss_bytes",
+            "load_peak_rss_bytes",
+            "peak_rss_bytes",
+            "planned_peak_bytes",
+            "step_s",
+        )
+        return {k: found[k] for k in kept} | {"train_peak_rss_bytes": found["run_peak_rss_bytes"]}
+
+
+def _write_rows(file: Path, rows: int, tokens: int) -> None:
+    """Rows of text of at least ``tokens`` tokens, from the bundled example; readers cut them to length."""
+    from edgezo.tasks import EXAMPLE_FOLDER
+
+    lines = (EXAMPLE_FOLDER / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    with file.open("w", encoding="utf-8") as out:
+        at = 0
+        for _ in range(rows):
+            words: list[str] = []
+            while len(words) < tokens:  # a word is a token or more
+                words += texts[at % len(texts)].split()
+                at += 1
+            out.write(json.dumps({"text": " ".join(words)}) + "\n")
+
+
+def _options(request: dict[str, Any]) -> list[str]:
+    from edgezo.config import flag
+
+    return [part for name, value in request.items() for part in (flag(name), str(value))]
+
+
+def _child(*args: str) -> dict[str, Any]:
+    """The JSON object that a Python process prints; ``error`` where it prints none or fails."""
+    done = subprocess.run([sys.executable, *args], capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines()
+    try:
+        found: dict[str, Any] = json.loads(lines[-1])
+    except (IndexError, ValueError):
+        found = {}
+    if done.returncode and "error" not in found:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        found = {"error": f"exit status {done.returncode}: {last}"}
+    return found
+
+
+def inference(request: dict[str, Any]) -> dict[str, Any]:
+    """The plain forward over the 2B rows of a step, in this process: what running the model takes."""
+    import time
+
+    from edgezo.config import make_config
+    from edgezo.data import collate
+    from edgezo.session import load_model, open_request, settle
+
+    meter = Meter(reset=True)
+    opened = open_request(make_config({**request, "train": "head"}))  # nothing beside the weights
+    base = meter.mark("base")
+    settle(opened, machine(), base.rss_bytes)
+    model = load_model(opened, machine())
+    allocator_reuse()
+    meter.mark("load")
+    examples = opened.dataset.train
+    size = int(request["batch_size"])
+    times_s = []
+    for start in range(0, len(examples), size):
+        begun_s = time.monotonic()
+        batch = examples[start : start + size]
+        model.losses(collate(batch, range(len(batch))), sides=2)
+        times_s.append(time.monotonic() - begun_s)
+    meter.mark("train")
+    found = meter.summary()
+    kept = ("base_rss_bytes", "load_peak_rss_bytes", "train_peak_rss_bytes")
+    return {k: found[k] for k in kept} | {"step_s": min(times_s)}
+
+
+def chart(result: dict[str, Any], file: Path) -> None:
+    """Peak against batch size and against tokens, one line a method, the cap across. PNG."""
+    try:
+        import matplotlib
+    except ImportError as problem:
+        raise EdgezoError(
+            "the chart needs matplotlib; the numbers are in memory.json.\n"
+            "Install what bench needs with: pip install 'edgezo[bench]'"
+        ) from problem
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points = [p for p in result["points"] if "error" not in p]
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    for panel, across, fixed in zip(
+        panels, ("batch_size", "tokens"), ("tokens", "batch_size"), strict=True
+    ):
+        least = min((p[fixed] for p in points), default=0)
+        for method in METHODS:
+            own = sorted(
+                (p[across], p["train_peak_rss_bytes"] / 1e9)
+                for p in points
+                if p["method"] == method and p[fixed] == least
+            )
+            if own:
+                panel.plot(*zip(*own, strict=True), marker="o", label=METHODS[method].title)
+        if result["cap_bytes"]:
+            panel.axhline(
+                result["cap_bytes"] / 1e9, color="black", ls="--", lw=1, label="--max-mem"
+            )
+        panel.set_xlabel(f"{across.replace('_', ' ')} ({least} {fixed.replace('_', ' ')})")
+        panel.set_yscale("log")
+        panel.grid(alpha=0.3, which="both")
+    panels[0].set_ylabel("peak RSS of the training steps, GB")
+    panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.suptitle(f"{result['model']}: peak memory")
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    allocator_policy()
+    print(json.dumps(inference(json.loads(sys.argv[1]))))

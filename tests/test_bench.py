@@ -1,0 +1,54 @@
+"""``edgezo bench memory`` on a tiny model: real processes, real peaks; the figures are for benchmarks/."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import make_model
+
+MB = 1_000_000
+
+
+@pytest.mark.slow
+def test_every_method_is_measured_once_and_its_point_is_kept(edgezo_json, tmp_path):
+    model = make_model(tmp_path / "model")
+    out = tmp_path / "out"
+    methods = ("inference", "grzo", "lora-checkpoint-int4")
+    args = ("--model", model, "--tokens", "16", "--threads", "1", "--out", out)
+    code, found = edgezo_json(
+        "bench", "memory", *args, "--batch-sizes", "2", "--methods", ",".join(methods)
+    )
+    assert code == 0 and tuple(p["method"] for p in found["points"]) == methods
+    for point in found["points"]:
+        assert "error" not in point, point
+        assert 50 * MB < point["base_rss_bytes"] <= point["train_peak_rss_bytes"] < 2000 * MB
+        assert point["step_s"] > 0
+    inference, grzo, lora = found["points"]
+    assert inference["train_peak_rss_bytes"] < 1.1 * grzo["train_peak_rss_bytes"]
+    assert lora["trained_parameters"] > 0 and all(loss > 0 for loss in lora["losses"])
+    assert (out / "memory.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((out / "memory.json").read_text()) == found
+    before = (out / "points.jsonl").read_bytes()
+    assert edgezo_json("bench", "memory", *args, "--batch-sizes", "2", "--methods", "grzo")[0] == 0
+    assert (out / "points.jsonl").read_bytes() == before
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    code, found = edgezo_json(
+        "bench", "memory", *args, "--batch-sizes", "3", "--methods", "inference"
+    )
+    assert code == 0 and found["points"][0]["error"]  # said, not fatal: other methods go on
+
+
+def test_what_cannot_be_measured_is_refused_at_once(edgezo_json, tmp_path):
+    model = make_model(tmp_path / "model")
+    out = tmp_path / "out"
+    for said, word in (
+        (("--methods", "grzo,sgd"), "sgd"),
+        (("--batch-sizes", "4,x"), "--batch-sizes"),
+        (("--tokens", "0"), "0 is not"),
+        (("--max-mem", "lots"), "lots"),
+    ):
+        code, found = edgezo_json("bench", "memory", "--model", model, "--out", out, *said)
+        assert code == 2 and word in found["error"]
+    assert edgezo_json("bench", "memory")[0] == 2
+    assert not out.exists()
