@@ -58,7 +58,7 @@ _RUN = (
     ("sigma", "X", "Size of the probe."),
     ("schedule", None, "[default: linear]"),
     ("weight_decay", "X", "[default: 0]"),
-    ("head_lr", "X", "How far one step may move a score of the head.  [default: 1]"),
+    ("head_lr", "X", "How far one step may move a score of the head.  [default: 2]"),
     ("eval_every", "N", "Steps between evaluations.  [default: before and after only]"),
     ("snapshot_every", "N", "Steps between snapshots of the head."),
 )

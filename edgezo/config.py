@@ -81,7 +81,7 @@ FIELDS: dict[str, Field] = {
     "sigma": Field("float", 2e-3, low=0, high=1, open_low=True),
     "schedule": Field("choice", "linear", choices=SCHEDULES),
     "weight_decay": Field("float", 0.0, low=0, high=1),
-    "head_lr": Field("float", 1.0, low=0, open_low=True),
+    "head_lr": Field("float", 2.0, low=0, open_low=True),
     "seed": Field("int", 0, low=0, high=2**63 - 1),
     "eval_every": Field("int", 0, low=0),  # 0: before the first and after the last step only
     "eval_limit": Field("int", low=1),  # None: every validation row
