@@ -10,19 +10,26 @@ All learn to predict every token of the rows. Finished points are kept in ``poin
 from __future__ import annotations
 
 import json
+import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from edgezo import __version__
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.journal import atomic_write
 from edgezo.memory import Meter, allocator_policy, allocator_reuse, machine
 
 UNLIMITED_BYTES = 10**15  # what is measured is what a method takes, not what it is held to
+STEPS = 2  # an optimizer's state stands from the second step on
+LEAST_TOKENS = 8  # of a row, as for --max-length
 
 
 class Method(NamedTuple):
@@ -30,7 +37,6 @@ class Method(NamedTuple):
 
     title: str
     request: dict[str, Any] | None
-    steps: int = 2  # optimizer state exists from the second step on
 
 
 METHODS = {
@@ -61,13 +67,14 @@ def bench_memory(
 ) -> dict[str, Any]:
     """Measure every method at every (batch size, tokens); writes points.jsonl, memory.json and memory.png to ``out``.
 
-    ``train_peak_rss_bytes`` of a point is the peak of the steps, ``peak_rss_bytes`` that of the whole process, loading
-    included. A method that fails (no memory, a package that is missing) is a point with ``error``.
+    ``train_peak_rss_bytes`` of a point is the peak of the steps; of edgezo's training methods that of the process,
+    loading included. A method that fails (no memory, a package that is missing) is a point with ``error``.
     Raises UsageError for unknown methods and sizes, EdgezoError for a model that cannot be had.
     """
     unknown = [m for m in methods if m not in METHODS]
     problems = [f"there is no method {m!r}; there are {', '.join(METHODS)}" for m in unknown]
-    problems += [f"{n} is not 1 or more" for n in (*batch_sizes, *tokens) if n < 1]
+    problems += [f"--batch-sizes: {n} is not 1 or more" for n in batch_sizes if n < 1]
+    problems += [f"--tokens: {n} is not {LEAST_TOKENS} or more" for n in tokens if n < LEAST_TOKENS]
     if problems:
         raise UsageError(problems)
     from edgezo import cards
@@ -75,41 +82,55 @@ def bench_memory(
     path = cards.resolve(model, progress=note)
     out.mkdir(parents=True, exist_ok=True)
     log = out / "points.jsonl"
-    known = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    known = _read_points(log)
     points = []
+    always = {"model": model, "edgezo": __version__, "threads": threads or machine().cores}
     for method, batch_size, length in product(methods, batch_sizes, tokens):
-        asked = {"model": model, "method": method, "batch_size": batch_size, "tokens": length}
+        asked = always | {"method": method, "batch_size": batch_size, "tokens": length}
         found = next((p for p in known if asked.items() <= p.items() and "error" not in p), None)
+        note(
+            f"{method}, B = {batch_size}, {length} tokens{': as in points.jsonl' if found else ''}"
+        )
         if found is None:
-            note(f"{method}, B = {batch_size}, {length} tokens")
-            found = asked | _measure(path, asked, threads or machine().cores)
-            with log.open("a") as file:
-                file.write(json.dumps(found) + "\n")
+            found = asked | _measure(path, asked)
+            known.append(found)
+            atomic_write(log, "".join(json.dumps(p) + "\n" for p in known).encode())
         points.append(found)
     result = {"model": model, "cap_bytes": cap_bytes, "points": points}
     atomic_write(out / "memory.json", (json.dumps(result, indent=1) + "\n").encode())
-    if any("error" not in p for p in points):
+    if find_spec("matplotlib") is None:
+        note("no chart: that takes matplotlib, which pip install 'edgezo[bench]' brings")
+    elif any("error" not in p for p in points):
         chart(result, out / "memory.png")
     return result
 
 
-def _measure(path: Path, asked: dict[str, Any], threads: int) -> dict[str, Any]:
+def _read_points(log: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    except ValueError as problem:
+        raise EdgezoError(
+            f"{log} is damaged ({problem}).\nRemove it, or give another --out."
+        ) from problem
+
+
+def _measure(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """One point in a process of its own."""
     method = METHODS[asked["method"]]
     with tempfile.TemporaryDirectory(prefix="edgezo-bench-") as folder:
         data = Path(folder, "rows")
         data.mkdir()
         batch_size, length = asked["batch_size"], asked["tokens"]
-        _write_rows(data / "train.jsonl", batch_size * method.steps, length)
+        _write_rows(data / "train.jsonl", batch_size * STEPS, length)
         _write_rows(data / "validation.jsonl", 1, length)
         spec = asked | {
             "model": str(path),
             "rows": str(data / "train.jsonl"),
-            "steps": method.steps,
-            "threads": threads,
+            "steps": STEPS,
         }
+        threads = str(asked["threads"])
         if method.request is None:
-            return _child("-m", "edgezo.first_order", json.dumps(spec))
+            return _child(threads, "-m", "edgezo.first_order", json.dumps(spec))
         request = {
             "model": str(path),
             "data": str(data),
@@ -122,9 +143,10 @@ def _measure(path: Path, asked: dict[str, Any], threads: int) -> dict[str, Any]:
             **method.request,
         }
         if asked["method"] == "inference":
-            return _child("-m", "edgezo.bench", json.dumps(request))
+            return _child(threads, "-m", "edgezo.bench", json.dumps(request))
         found = _child(
-            *("-m", "edgezo", "finetune", "--json", "--steps", str(method.steps)),
+            threads,
+            *("-m", "edgezo", "finetune", "--json", "--steps", str(STEPS)),
             *("--out", str(Path(folder, "run")), *_options(request)),
         )
         if "error" in found:
@@ -161,15 +183,16 @@ def _options(request: dict[str, Any]) -> list[str]:
     return [part for name, value in request.items() for part in (flag(name), str(value))]
 
 
-def _child(*args: str) -> dict[str, Any]:
+def _child(threads: str, *args: str) -> dict[str, Any]:
     """The JSON object that a Python process prints; ``error`` where it prints none or fails."""
-    done = subprocess.run([sys.executable, *args], capture_output=True, text=True)
+    env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, env=env)
     lines = done.stdout.strip().splitlines()
     try:
         found: dict[str, Any] = json.loads(lines[-1])
     except (IndexError, ValueError):
         found = {}
-    if done.returncode and "error" not in found:
+    if "error" not in found and (done.returncode or not found):
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         found = {"error": f"exit status {done.returncode}: {last}"}
     return found
@@ -177,8 +200,6 @@ def _child(*args: str) -> dict[str, Any]:
 
 def inference(request: dict[str, Any]) -> dict[str, Any]:
     """The plain forward over the 2B rows of a step, in this process: what running the model takes."""
-    import time
-
     from edgezo.config import make_config
     from edgezo.data import collate
     from edgezo.session import load_model, open_request, settle
@@ -188,6 +209,7 @@ def inference(request: dict[str, Any]) -> dict[str, Any]:
     base = meter.mark("base")
     settle(opened, machine(), base.rss_bytes)
     model = load_model(opened, machine())
+    model.scorer.exact = None  # a forward that learns nothing has no head beside the head
     allocator_reuse()
     meter.mark("load")
     examples = opened.dataset.train
@@ -201,18 +223,13 @@ def inference(request: dict[str, Any]) -> dict[str, Any]:
     meter.mark("train")
     found = meter.summary()
     kept = ("base_rss_bytes", "load_peak_rss_bytes", "train_peak_rss_bytes")
-    return {k: found[k] for k in kept} | {"step_s": min(times_s)}
+    return {k: found[k] for k in kept} | {"step_s": statistics.median(times_s)}
 
 
 def chart(result: dict[str, Any], file: Path) -> None:
     """Peak against batch size and against tokens, one line a method, the cap across. PNG."""
-    try:
-        import matplotlib
-    except ImportError as problem:
-        raise EdgezoError(
-            "the chart needs matplotlib; the numbers are in memory.json.\n"
-            "Install what bench needs with: pip install 'edgezo[bench]'"
-        ) from problem
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -58,7 +58,11 @@ _RUN = (
     ("sigma", "X", "Size of the probe."),
     ("schedule", None, "[default: linear]"),
     ("weight_decay", "X", "[default: 0]"),
-    ("head_lr", "X", "How far one step may move a score of the head.  [default: 2]"),
+    (
+        "head_lr",
+        "X",
+        "How far a step may move a label's score by the head; a tenth of it for a word's.  [default: 2]",
+    ),
     ("eval_every", "N", "Steps between evaluations.  [default: before and after only]"),
     ("snapshot_every", "N", "Steps between snapshots of the head."),
 )
@@ -152,10 +156,17 @@ def finetune(
 def plan(config_file: str | None, as_json: bool, **said: str | None) -> None:
     """Show what a fine-tune would take, item by item, without reading a weight."""
     from edgezo import preview, report
+    from edgezo.planner import PlanDoesNotFit
 
     cfg = _merge(said, config_file, need_data=False)
-    found = preview.plan(cfg, report.TerminalProgress().note)
-    largest = preview.largest(cfg)
+    note = report.TerminalProgress().note
+    try:
+        found = preview.plan(cfg, note)
+    except PlanDoesNotFit:
+        if (largest := preview.largest(cfg)) is not None:
+            note(f"the largest card that fits: {largest.model} in {largest.precision}")
+        raise
+    largest = preview.largest(replace(cfg, max_mem_bytes=found.max_mem_bytes))
     named = largest and {
         k: getattr(largest, k) for k in ("model", "precision", "planned_peak_bytes")
     }
@@ -258,7 +269,7 @@ def bench_memory(
     progress = report.TerminalProgress()
     found = bench.bench_memory(
         model,
-        methods=methods.split(",") if methods else tuple(bench.METHODS),
+        methods=[m.strip() for m in methods.split(",")] if methods else tuple(bench.METHODS),
         batch_sizes=_integers("--batch-sizes", batch_sizes),
         tokens=_integers("--tokens", tokens),
         threads=threads,

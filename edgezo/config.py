@@ -41,7 +41,7 @@ ALTERNATIVES = (("steps", "for_s"), ("data", "task"))
 # Friendlier spellings in a TOML file; "-" may stand for "_".
 ALIASES = {"max_mem": "max_mem_bytes", "for": "for_s"}
 # What may differ when a run is resumed; everything else would change the numbers. Files may have moved: the
-# journal knows their contents.
+# journal knows the weights and the training rows.
 FREE_ON_RESUME = ("max_mem_bytes", "threads", "out", "model", "data", "data_root")
 
 

@@ -23,6 +23,7 @@ from edgezo.session import (
     evaluate_model,
     load_model,
     load_snapshot,
+    lost_head,
     open_request,
     replay_into,
     settle,
@@ -58,11 +59,8 @@ def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model) -> int:
             return _load_trained(run, model)
         stop = journal.next_step
         if model.exact is not None:
-            if stop >= cfg.snapshot_every and not run.snapshot.exists():
-                raise EdgezoError(
-                    f"{run.path} has {stop} steps in its journal, but {run.snapshot.name}, the head after them, "
-                    f"is gone.\nCompute it again with: edgezo finetune --resume --out {run.path}"
-                )
+            if stop and not run.snapshot.exists():
+                raise lost_head(run, cfg, stop)
             stop = load_snapshot(run, model)
         replay_into(model, cfg, journal, stop)
         return stop

@@ -44,9 +44,8 @@ class ExactHead:
         self.first = torch.zeros_like(self.delta)
         self.second = torch.zeros_like(self.delta)
         self.gradient = torch.zeros_like(self.delta)
-        self._seen: list[
-            Tensor
-        ] = []  # ||features||_1 of this step's positions, while reach is not known
+        # ||features||_1 of this step's positions, while reach is not known
+        self._seen: list[Tensor] = []
 
     @staticmethod
     def for_labels(count: int, hidden: int) -> ExactHead:
@@ -77,7 +76,7 @@ class ExactHead:
     def update(self, rate: float) -> None:
         """One Adam step along the accumulated gradient, which is then cleared. Non-finite gradients are dropped.
 
-        ``rate``: about how far a score may move in one step (in plain units where nothing was seen).
+        ``rate`` times ``pace`` is about how far a score may move in one step (of Adam itself where nothing was seen).
         """
         if bool(torch.isfinite(self.gradient).all()):
             if not self.reach:

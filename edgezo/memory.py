@@ -204,7 +204,7 @@ class Machine:
     available_bytes: int  # what can be taken now without swapping or being killed
     cores: int  # usable at once: affinity and CPU quota
     bf16_fast: bool  # bf16 matrix products in hardware; without them bf16 is slower than fp32
-    flops_s: float  # of matrix products on all cores, estimated from clock and vector width
+    flops_s: float  # of fp32 matrix products on all cores, estimated from clock and vector width
     cgroup: CgroupMemory | None
     notes: tuple[str, ...]  # where each number comes from, for people
 
@@ -268,13 +268,12 @@ def _clock_hz() -> float:
         found = psutil.cpu_freq()
     except (OSError, RuntimeError):  # not on every system, nor in every container
         found = None
-    return 1e6 * found.current if found is not None and found.current > 100 else 2.5e9
+    clock_mhz = (found.max or found.current) if found is not None else 0
+    return 1e6 * clock_mhz if clock_mhz > 100 else 2.5e9
 
 
 def _flops_per_cycle(flags: frozenset[str]) -> int:
-    """Of one core in its products: two fused multiply-adds of a vector; bf16 where that is in hardware."""
-    if not BF16_FLAGS.isdisjoint(flags):
-        return 256
+    """Of one core in fp32: two fused multiply-adds of a vector."""
     return 64 if "avx512f" in flags else 32 if "avx2" in flags else 16
 
 

@@ -91,7 +91,7 @@ def plan_table(plan: Plan, largest: Plan | None = None) -> RenderableType:
     smallest = f"the smallest budget that works ({plan.smallest_flags})"
     items.add_row("least", format_bytes(plan.smallest_bytes), "", smallest)
     if largest is not None:
-        what = f"{largest.model} in {largest.precision}: the largest card that the cap has room for"
+        what = f"{largest.model} in {largest.precision}: the largest card that fits, rows of --max-length"
         items.add_row("largest", format_bytes(largest.planned_peak_bytes), "", what)
     time = f"{plan.step_s:.2g} s"
     items.add_row("step", time, "", "about, from this machine's clock and vector width")
@@ -127,15 +127,17 @@ def memory_table(found: Mapping[str, Any]) -> RenderableType:
         for p in found["points"]
         if p["method"] == "grzo" and "error" not in p
     }
+    failed = []
     for p in found["points"]:
         row = [METHODS[p["method"]].title, str(p["batch_size"]), str(p["tokens"])]
         if "error" in p:
-            table.add_row(*row, p["error"])
+            table.add_row(*row, "failed")
+            failed.append(Text(f"{', '.join(row)}: {p['error']}"))
             continue
         peak, base = p["train_peak_rss_bytes"], own.get((p["batch_size"], p["tokens"]))
         row += [format_bytes(p["load_peak_rss_bytes"]), format_bytes(peak)]
         table.add_row(*row, f"{peak / base:.2f}" if base else "", f"{p['step_s']:.2f}")
-    return table
+    return Group(table, *failed)
 
 
 def verdict(summary: Mapping[str, Any]) -> RenderableType:

@@ -195,6 +195,19 @@ def save_snapshot(run: RunFiles, model: Model, step: int) -> None:
         save_file(tensors, temporary, {"step": str(step)})
 
 
+def lost_head(run: RunFiles, cfg: RunConfig, steps: int) -> EdgezoError:
+    """The error of a run of ``steps`` steps whose snapshot is not there: removed, or not yet written."""
+    again = (
+        f"Compute it again with: edgezo finetune --resume --out {run.path}"
+        if cfg.steps is not None
+        else "Restore it from a copy: a run of a given time cannot be computed again to the same end."
+    )
+    return EdgezoError(
+        f"{run.path} has {steps} steps in its journal, but {run.snapshot.name}, the head after them, "
+        f"is not there.\n{again}"
+    )
+
+
 def load_snapshot(run: RunFiles, model: Model) -> int:
     """Read the snapshot into ``model``; the number of steps that it stands after (0 where there is none)."""
     if model.exact is None or not run.snapshot.exists():

@@ -50,6 +50,7 @@ from edgezo.session import (
     evaluate_model,
     load_model,
     load_snapshot,
+    lost_head,
     open_request,
     recipe_of,
     replay_into,
@@ -345,6 +346,9 @@ class Training:
         stop = journal.next_step
         planned: dict[int, float] = {}
         if model.exact is not None:
+            gone = not self.run.snapshot.exists()
+            if gone and self.cfg.steps is None and stop >= self.cfg.snapshot_every:
+                raise lost_head(self.run, self.cfg, stop)
             stop = load_snapshot(self.run, model)
             if stop > journal.next_step:
                 raise EdgezoError(

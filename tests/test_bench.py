@@ -45,7 +45,7 @@ def test_what_cannot_be_measured_is_refused_at_once(edgezo_json, tmp_path):
     for said, word in (
         (("--methods", "grzo,sgd"), "sgd"),
         (("--batch-sizes", "4,x"), "--batch-sizes"),
-        (("--tokens", "0"), "0 is not"),
+        (("--tokens", "4"), "4 is not 8 or more"),
         (("--max-mem", "lots"), "lots"),
     ):
         code, found = edgezo_json("bench", "memory", "--model", model, "--out", out, *said)

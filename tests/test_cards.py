@@ -26,7 +26,6 @@ WEIGHTS = bytes(range(256)) * 500
 SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
 
 # What the models' own pages or transformers count.
-# As published with each model.
 PARAMETERS = {
     "smollm2-135m-instruct": 134_515_008,
     "smollm2-360m-instruct": 361_821_120,

@@ -137,8 +137,8 @@ def test_a_run_killed_before_its_snapshot_replays_to_where_the_snapshot_stands(
 
 def test_what_replay_wrote_does_not_hide_the_steps_that_follow(bench, edgezo_json, tmp_path):
     run, copy = tmp_path / "run", tmp_path / "copy"
-    whole = run_of(bench, tmp_path / "whole", steps=9)
-    args = bench.arguments(steps=9, out=run)
+    whole = run_of(bench, tmp_path / "whole", steps=9, snapshot_every=4)
+    args = bench.arguments(steps=9, snapshot_every=4, out=run)
     forks.start(["finetune", *args], tmp_path / "out", forks.Blow("record", 7, 1)).end()
     assert edgezo_json("replay", run, "--out", copy)[0] == 0
     code, summary = edgezo_json("finetune", "--resume", "--out", copy)
@@ -218,7 +218,7 @@ def test_a_run_whose_model_and_data_have_moved_goes_on(bench, edgezo, edgezo_jso
 
 def test_a_removed_head_is_named_and_computed_again(bench, edgezo_json, tmp_path):
     run = tmp_path / "run"
-    whole = run_of(bench, run, train="lowrank+head", steps=5, snapshot_every=2)
+    whole = run_of(bench, run, train="lowrank+head", steps=5)
     (run / "head.safetensors").unlink()
     for command in (("eval", "--model", run), ("replay", run, "--out", tmp_path / "copy")):
         code, found = edgezo_json(*command)
@@ -226,6 +226,21 @@ def test_a_removed_head_is_named_and_computed_again(bench, edgezo_json, tmp_path
     code, again = edgezo_json("finetune", "--resume", "--out", run)
     assert code == 0 and again["trained_sha256"] == whole["trained_sha256"]
     assert edgezo_json("eval", "--model", run)[1]["steps"] == 5
+
+
+def test_a_removed_head_of_a_run_of_a_given_time_is_not_computed_to_another_end(
+    bench, edgezo_json, tmp_path
+):
+    run = tmp_path / "run"
+    run_of(bench, run, train="lowrank+head", steps=None, for_s=0.3, snapshot_every=1)
+    (run / "head.safetensors").unlink()
+    before = contents(run)
+    for command in (("eval", "--model", run), ("finetune", "--resume", "--out", run)):
+        code, found = edgezo_json(*command)
+        assert code == 1 and "copy" in found["error"]
+    assert contents(run).keys() == before.keys()
+    assert contents(run)["journal.bin"] == before["journal.bin"]
+    assert contents(run)["metrics.jsonl"] == before["metrics.jsonl"]
 
 
 @pytest.mark.parametrize("length", [{"steps": 3}, {"steps": None, "for_s": 0.2}])
