@@ -87,7 +87,7 @@ def finetune(
             journal = held.enter_context(_open_journal(run, opened, progress))
         else:
             _prepare(run)
-        atomic_write(run.config, cfg.to_toml().encode())
+            atomic_write(run.config, cfg.to_toml().encode())
         atomic_write(run.plan, to_json(plan.to_dict()).encode())
         model = load_model(opened, host)
         if not resume:  # last, so that a model that cannot be loaded leaves no run behind
@@ -211,7 +211,10 @@ class Training:
     def run_all(self) -> dict[str, Any]:
         run = self.run
         self.guard = Guard(self.plan.max_mem_bytes, GUARD_MARGIN_BYTES)
+        begun = len(self.journal) > 0
         done, planned = self._restore()
+        if begun:  # a resume may name other places; nothing is written before the state was read
+            atomic_write(run.config, self.cfg.to_toml().encode())
         # "before" is written before the first step, so a run without steps has no lines worth keeping.
         self.metrics = MetricsLog(run.metrics, keep_through=done if done else None)
         with closing(self.metrics):
