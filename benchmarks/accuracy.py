@@ -27,7 +27,7 @@ COMMON = [
     "400",
 ]
 
-# One row, one request. MeZO's step was picked on training loss from the grid in benchmarks/LOG.md.
+# One row, one request. MeZO runs with its default step, which is not tuned yet (see LOG.md).
 REQUESTS: dict[str, list[str]] = {
     "default": ["--precision", "bf16", "--max-mem", "1GB"],
     "lowrank": ["--precision", "bf16", "--max-mem", "1GB", "--train", "lowrank"],
