@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgezo import __version__
+from edgezo.config import FIELDS, flag
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.journal import atomic_write
 from edgezo.memory import Meter, allocator_policy, allocator_reuse, machine
 
 UNLIMITED_BYTES = 10**15  # what is measured is what a method takes, not what it is held to
 STEPS = 2  # an optimizer's state stands from the second step on
-LEAST_TOKENS = 8  # of a row, as for --max-length
 
 
 class Method(NamedTuple):
@@ -74,7 +74,8 @@ def bench_memory(
     unknown = [m for m in methods if m not in METHODS]
     problems = [f"there is no method {m!r}; there are {', '.join(METHODS)}" for m in unknown]
     problems += [f"--batch-sizes: {n} is not 1 or more" for n in batch_sizes if n < 1]
-    problems += [f"--tokens: {n} is not {LEAST_TOKENS} or more" for n in tokens if n < LEAST_TOKENS]
+    least = int(FIELDS["max_length"].low or 1)
+    problems += [f"--tokens: {n} is not {least} or more" for n in tokens if n < least]
     if problems:
         raise UsageError(problems)
     from edgezo import cards
@@ -123,13 +124,10 @@ def _measure(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
         batch_size, length = asked["batch_size"], asked["tokens"]
         _write_rows(data / "train.jsonl", batch_size * STEPS, length)
         _write_rows(data / "validation.jsonl", 1, length)
-        spec = asked | {
-            "model": str(path),
-            "rows": str(data / "train.jsonl"),
-            "steps": STEPS,
-        }
         threads = str(asked["threads"])
         if method.request is None:
+            rows = str(data / "train.jsonl")
+            spec = asked | {"model": str(path), "rows": rows, "steps": STEPS}
             return _child(threads, "-m", "edgezo.first_order", json.dumps(spec))
         request = {
             "model": str(path),
@@ -178,8 +176,6 @@ def _write_rows(file: Path, rows: int, tokens: int) -> None:
 
 
 def _options(request: dict[str, Any]) -> list[str]:
-    from edgezo.config import flag
-
     return [part for name, value in request.items() for part in (flag(name), str(value))]
 
 

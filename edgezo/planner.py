@@ -234,9 +234,8 @@ def _step_s(footprint: Footprint, machine: Machine, precision: str, batch_size: 
     sides = 1 if cfg.train == ("head",) else 2
     length = tokens.mean or tokens.tokens[0]
     operations = sum(m.numel for m in shape.matrices) * length
-    if (
-        not tokens.label_words
-    ):  # the whole vocabulary is scored, once more for the exact head's gradient
+    if not tokens.label_words:
+        # The whole vocabulary is scored, once more for the exact head's gradient.
         passes = 2 if "head" in cfg.train else 1
         operations += passes * shape.tables[0].numel * min(tokens.scored, length)
     speed = machine.flops_s * SHARE_OF_PEAK

@@ -618,12 +618,12 @@ def test_the_cosine_to_the_true_gradient_grows_with_the_root_of_the_group(
     ]
     length = math.sqrt(sum(float(g.square().sum()) for g in mean.values()))
     noise = math.sqrt(sum(s * d for s, d in zip(squares, places, strict=True)))
-    tries = 24
+    tries = 64
     found = np.mean([_estimate_cosine(bench, estimator, step, mean) for step in range(tries)])
     # A single cosine scatters by about 1/sqrt(d); group credit's common factor cancels.
     scatter = 1 / math.sqrt(min(places) * tries)
     assert abs(found - length * size / noise) < 4 * scatter + 0.05 * found
-    assert found > 2 * scatter
+    assert found > 4 * scatter
 
 
 def test_one_shared_direction_has_the_cosine_of_a_single_gaussian(workshop: Workshop) -> None:
