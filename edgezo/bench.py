@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from edgezo import __version__
 from edgezo.config import FIELDS, flag
 from edgezo.errors import EdgezoError, UsageError
-from edgezo.journal import atomic_write
+from edgezo.files import atomic_write
 from edgezo.memory import Meter, allocator_policy, allocator_reuse, machine
 
 UNLIMITED_BYTES = 10**15  # what is measured is what a method takes, not what it is held to

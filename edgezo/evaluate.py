@@ -13,7 +13,8 @@ from edgezo import cards, loader
 from edgezo.config import RunConfig
 from edgezo.data import Dataset
 from edgezo.errors import EdgezoError, UsageError
-from edgezo.journal import atomic_path, atomic_write, check_base, open_journal
+from edgezo.files import atomic_path, atomic_write
+from edgezo.journal import check_base, open_journal
 from edgezo.memory import Meter, allocator_reuse, machine
 from edgezo.model import Model
 from edgezo.report import to_json

@@ -55,6 +55,10 @@ class Layout(Protocol):
         """The raw tensors, for hashing and saving."""
         ...
 
+    def adopt(self, tensors: dict[str, Tensor]) -> None:
+        """Let these be the raw tensors, views of a slot for instance; names as ``tensors`` gives them."""
+        ...
+
 
 class Dense:
     """fp32, bf16 or fp16 values, optionally with a low-order plane of 8 more bits (design: storage and updates).
@@ -67,7 +71,9 @@ class Dense:
         self.values = values
         self.shape = (values.shape[0], values.shape[1])
         self.rounding = None if values.dtype == torch.float32 else rounding
-        self.low = torch.zeros(values.shape, dtype=torch.int8) if self.rounding == "plane" else None
+        self.low = None
+        if self.rounding == "plane":
+            self.low = torch.zeros(values.shape, dtype=torch.int8, device=values.device)
 
     def expand(self, rows: slice | Tensor, out: Tensor) -> Tensor:
         return out.copy_(self.values[rows])
@@ -80,6 +86,13 @@ class Dense:
 
     def tensors(self) -> dict[str, Tensor]:
         return {"": self.values} | ({".low": self.low} if self.low is not None else {})
+
+    def adopt(self, tensors: dict[str, Tensor]) -> None:
+        self.values, self.low = tensors[""], tensors.get(".low")
+
+    def raw(self, rows: slice) -> dict[str, Tensor]:
+        """``tensors`` of some rows."""
+        return {suffix: tensor[rows] for suffix, tensor in self.tensors().items()}
 
     def read(self, rows: slice | Tensor) -> Tensor:
         """The exact stored values of ``rows``, (n, cols) fp32, freshly owned."""
@@ -166,6 +179,9 @@ class Int8:
     def tensors(self) -> dict[str, Tensor]:
         return {"._data": self.codes, "._scale": self.scale}
 
+    def adopt(self, tensors: dict[str, Tensor]) -> None:
+        self.codes, self.scale = tensors["._data"], tensors["._scale"]
+
 
 class Int4:
     """quanto qint4: value = scale*code - shift per group along a row, two codes a byte.
@@ -230,18 +246,48 @@ class Int4:
     def tensors(self) -> dict[str, Tensor]:
         return {"._data._data": self.packed, "._scale": self.scale, "._shift": self.shift}
 
+    def adopt(self, tensors: dict[str, Tensor]) -> None:
+        self.packed = tensors["._data._data"]
+        self.scale, self.shift = tensors["._scale"], tensors["._shift"]
+
 
 def place(
     weight: Tensor, precision: str, *, table: bool, rounding: str | None, trained: bool
 ) -> Layout:
-    """Put one (rows, cols) matrix into the layout of ``precision``.
+    """Put one (rows, cols) matrix into the layout of ``precision``."""
+    match _stored_as(precision, weight.shape[0], table):
+        case "int8":
+            return Int8.quantise(weight)
+        case "int4":
+            return Int4.quantise(weight)
+        case dense:
+            values = weight.to(DENSE_DTYPES[dense]).contiguous()
+            return Dense(values, rounding=rounding if trained else None)
 
-    Embedding tables of int4 models are kept in int8: rows are gathered one by one and the head's logits are the
-    most sensitive product. So are matrices with an odd number of rows, which quanto's packing cannot halve.
+
+def vacant(
+    shape: tuple[int, int], precision: str, *, table: bool, rounding: str | None, trained: bool
+) -> Layout:
+    """The layout that ``place`` gives a matrix of this shape, without its bytes: all tensors on ``meta``."""
+    rows, cols = shape
+
+    def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    match _stored_as(precision, rows, table):
+        case "int8":
+            return Int8(empty(rows, cols, dtype=torch.int8), empty(rows, 1))
+        case "int4":
+            groups = cols // int4_group(cols)
+            packed = empty(rows // 2, cols, dtype=torch.uint8)
+            return Int4(packed, empty(rows, groups, 1), empty(rows, groups, 1))
+        case dense:
+            values = empty(rows, cols, dtype=DENSE_DTYPES[dense])
+            return Dense(values, rounding=rounding if trained else None)
+
+
+def _stored_as(precision: str, rows: int, table: bool) -> str:
+    """Embedding tables of int4 models are kept in int8: rows are gathered one by one and the head's logits are
+    the most sensitive product. So are matrices with an odd number of rows, which quanto's packing cannot halve.
     """
-    if precision == "int8" or (precision == "int4" and (table or weight.shape[0] % 2)):
-        return Int8.quantise(weight)
-    if precision == "int4":
-        return Int4.quantise(weight)
-    values = weight.to(DENSE_DTYPES[precision]).contiguous()
-    return Dense(values, rounding=rounding if trained else None)
+    return "int8" if precision == "int4" and (table or rows % 2) else precision

@@ -16,8 +16,9 @@ from edgezo.config import RunConfig, from_toml
 from edgezo.data import DataRequest, Dataset, Example, collate, evaluation_batches, load_dataset
 from edgezo.errors import EdgezoError
 from edgezo.estimators import ESTIMATORS, Recipe
+from edgezo.files import atomic_path
 from edgezo.footprint import compute_dtype
-from edgezo.journal import Journal, StepRecord, atomic_path
+from edgezo.journal import Journal, StepRecord
 from edgezo.layouts import DENSE_DTYPES
 from edgezo.memory import Machine, malloc_trim
 from edgezo.model import Model, ModelSpec, assemble

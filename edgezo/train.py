@@ -28,16 +28,9 @@ from edgezo.config import FREE_ON_RESUME, RunConfig, flag
 from edgezo.data import Example, batch_indices, collate, micro_batches, tokens_of
 from edgezo.errors import BudgetExceeded, EdgezoError, Interrupted, UsageError
 from edgezo.estimators import ESTIMATORS, Estimator, schedule
+from edgezo.files import atomic_write, remove_leftovers
 from edgezo.footprint import GUARD_MARGIN_BYTES
-from edgezo.journal import (
-    Journal,
-    StepRecord,
-    atomic_write,
-    check_base,
-    create_journal,
-    open_journal,
-    remove_leftovers,
-)
+from edgezo.journal import Journal, StepRecord, check_base, create_journal, open_journal
 from edgezo.memory import Guard, Meter, allocator_reuse, machine, rss_bytes
 from edgezo.model import Model
 from edgezo.noise import Key

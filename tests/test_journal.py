@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from edgezo import journal as j
 from edgezo.errors import BaseMismatch, EdgezoError
-from edgezo.journal import StepRecord, atomic_path, atomic_write, create_journal, open_journal
+from edgezo.files import atomic_path, atomic_write, remove_leftovers
+from edgezo.journal import StepRecord, create_journal, open_journal
 
 HEADER = {"content_hash": "ab12", "config": {"steps": 5, "model": "é", "sigma": 0.002}}
 
@@ -607,7 +608,7 @@ def test_a_block_that_writes_nothing_is_an_error_and_the_old_file_stays(tmp_path
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     code = (
-        "import os, sys, signal; from pathlib import Path; from edgezo.journal import atomic_path\n"
+        "import os, sys, signal; from pathlib import Path; from edgezo.files import atomic_path\n"
         "with atomic_path(Path(sys.argv[1]) / 'snapshot') as temp:\n"
         "    temp.write_bytes(b'half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -617,7 +618,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     run = [sys.executable, "-c", code, str(tmp_path)]
     assert subprocess.run(run, env=child_environment()).returncode == -signal.SIGKILL
     assert len(os.listdir(tmp_path)) == 3
-    assert j.remove_leftovers(tmp_path) == 1
+    assert remove_leftovers(tmp_path) == 1
     assert sorted(os.listdir(tmp_path)) == [".hidden", "snapshot"]
     assert (tmp_path / "snapshot").read_bytes() == b"old"
 

@@ -1,0 +1,92 @@
+"""Files that are whole or not there, and words for a disk that refuses them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from edgezo.errors import EdgezoError
+
+_TEMP_SUFFIX = ".edgezo-tmp"
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write a file so that at any moment `path` is the old file or the whole new one."""
+    with atomic_path(path) as temp, open(temp, "xb") as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A name in `path`'s directory to write to; renamed to `path`, on disk, if the block succeeds
+    and removed if it raises. For writers that want a file name (safetensors).
+
+    An OSError of the block becomes EdgezoError, with the free space if the disk is full. kill -9
+    inside the block leaves the temporary file: see `remove_leftovers`.
+    """
+    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMP_SUFFIX}")
+    try:
+        yield temp
+        _fsync(temp)
+        os.replace(temp, path)
+        with contextlib.suppress(OSError):  # Windows and some network ones cannot do it
+            _fsync(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temp.unlink()
+        cause = _os_error(error)
+        if cause is not None:
+            raise write_error(path, path.name, cause) from error
+        raise
+
+
+def remove_leftovers(directory: Path) -> int:
+    """Delete temporary files that a killed process left in `directory`; how many there were.
+    Only while no other process writes there (hold the journal open for resume)."""
+    left = list(directory.glob(f".*{_TEMP_SUFFIX}"))
+    for temp in left:
+        temp.unlink(missing_ok=True)
+    return len(left)
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
+def _os_error(error: BaseException) -> OSError | None:
+    """`error` as an OSError; safetensors, as Rust does, has the number only in its message."""
+    if isinstance(error, OSError):
+        return error
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(match[1]), os.strerror(int(match[1]))) if match else None
+
+
+def write_error(path: Path, what: str, error: OSError) -> EdgezoError:
+    """The error of a write that failed: what, why, the free space if the disk is full, and what to do."""
+    if error.errno not in _FULL:
+        return EdgezoError(
+            f"{path}: {what} could not be written ({error.strerror or error}). Check that the "
+            "directory exists and is writable, or choose another --out."
+        )
+    try:
+        free = f"{shutil.disk_usage(path.parent).free:,} bytes are free"
+    except OSError:
+        free = "free space unknown"
+    return EdgezoError(
+        f"{path}: {what} could not be written, the disk, the quota or the file size limit is full "
+        f"({error.strerror or error}; {free}). Nothing half-written is kept. Free some space, "
+        "then go on with --resume."
+    )
