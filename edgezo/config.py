@@ -27,6 +27,7 @@ DIRECTIONS = ("signs", "rademacher", "gaussian", "shared")
 TRAINABLE = ("lowrank", "full", "norms", "scales", "head")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 QUANTIZED = ("int8", "int4")
+RESIDENCIES = ("resident", "disk")
 ROUNDINGS = ("plane", "stochastic")
 SCHEDULES = ("linear", "constant")
 
@@ -42,7 +43,7 @@ ALTERNATIVES = (("steps", "for_s"), ("data", "task"))
 ALIASES = {"max_mem": "max_mem_bytes", "for": "for_s"}
 # What may differ when a run is resumed; everything else would change the numbers. Files may have moved: the
 # journal knows the weights and the training rows.
-FREE_ON_RESUME = ("max_mem_bytes", "threads", "out", "model", "data", "data_root")
+FREE_ON_RESUME = ("max_mem_bytes", "residency", "threads", "out", "model", "data", "data_root")
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ FIELDS: dict[str, Field] = {
     "train": Field("train", ("lowrank", "head"), choices=TRAINABLE),
     "precision": Field("choice", choices=PRECISIONS),
     "rounding": Field("choice", choices=ROUNDINGS),
+    "residency": Field("choice", choices=RESIDENCIES),  # None: disk where memory is too small
     "rank": Field("int", 8, low=1, high=256),
     "batch_size": Field("int", low=1, high=1024),
     "micro_batch": Field("int", low=1, high=1024),
@@ -110,6 +112,7 @@ class RunConfig:
     train: tuple[str, ...]
     precision: str | None
     rounding: str | None
+    residency: str | None
     rank: int
     batch_size: int | None
     micro_batch: int | None

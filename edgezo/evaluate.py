@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from edgezo import cards, loader
 from edgezo.config import RunConfig
@@ -15,8 +19,9 @@ from edgezo.data import Dataset
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.files import atomic_path, atomic_write
 from edgezo.journal import check_base, open_journal
-from edgezo.memory import Meter, allocator_reuse, machine
+from edgezo.memory import Meter, allocator_reuse, machine, rss_bytes
 from edgezo.model import Model
+from edgezo.readers import SAFETENSORS_NAMES
 from edgezo.report import to_json
 from edgezo.session import (
     Opened,
@@ -28,8 +33,9 @@ from edgezo.session import (
     open_request,
     replay_into,
     settle,
+    temporary_overlay,
 )
-from edgezo.weights import tensors_sha256
+from edgezo.weights import Saved, saved_sha256
 
 
 def evaluate(target: str, cfg: RunConfig) -> dict[str, Any]:
@@ -43,28 +49,43 @@ def evaluate(target: str, cfg: RunConfig) -> dict[str, Any]:
     opened = open_request(cfg)
     base = meter.mark("base")
     settle(opened, machine(), base.rss_bytes)
-    model = load_model(opened, machine())
-    allocator_reuse()
-    steps = restore(run, trained, opened, model) if trained is not None else 0
-    meter.mark("load")
-    found = evaluate_model(model, opened.dataset)
+    with loaded(opened) as model, ExitStack() as journal:
+        allocator_reuse()
+        steps = restore(run, trained, opened, model, journal) if trained is not None else 0
+        meter.mark("load")
+        found = evaluate_model(model, opened.dataset)
     return {"model": target, "steps": steps, **found, **meter.summary()}
 
 
-def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model) -> int:
-    """Bring ``model`` to the end of a run or of what replay wrote; returns the steps. Checks the base."""
-    with open_journal(run.journal, resume=False) as journal:
-        check_base(journal.header, opened.files.content_hash)
-        _check_task(journal.header, cfg, opened.dataset)
-        if run.trained.exists():
-            return _load_trained(run, model)
-        stop = journal.next_step
-        if model.exact is not None:
-            if stop and not run.snapshot.exists():
-                raise lost_head(run, cfg, stop)
-            stop = load_snapshot(run, model)
-        replay_into(model, cfg, journal, stop)
-        return stop
+@contextmanager
+def loaded(opened: Opened) -> Iterator[Model]:
+    """The model in memory; what does not fit lies in the cache until the end of the block."""
+    with temporary_overlay(opened) as overlay:
+        model = load_model(opened, machine(), overlay)
+        with closing(model):
+            yield model
+
+
+def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model, held: ExitStack) -> int:
+    """Bring ``model`` to the end of a run or of what replay wrote; returns the steps. Checks the base.
+
+    The journal stays open in ``held``: blocks on disk read it when they are bound.
+    """
+    journal = held.enter_context(open_journal(run.journal, resume=False))
+    check_base(journal.header, opened.files.content_hash)
+    _check_task(journal.header, cfg, opened.dataset)
+    stop = journal.next_step
+    if run.trained.exists():
+        steps = _load_trained(run, model)
+        if model.store.residency is None:
+            return steps
+        stop = steps
+    elif model.exact is not None:
+        if stop and not run.snapshot.exists():
+            raise lost_head(run, cfg, stop)
+        stop = load_snapshot(run, model)
+    replay_into(model, cfg, journal, stop)
+    return stop
 
 
 def _check_task(header: dict[str, Any], cfg: RunConfig, dataset: Dataset) -> None:
@@ -82,17 +103,20 @@ def _check_task(header: dict[str, Any], cfg: RunConfig, dataset: Dataset) -> Non
 
 
 def _load_trained(run: RunFiles, model: Model) -> int:
+    """Read what replay wrote; where blocks are on disk only the head, for the rest is in the journal."""
     try:
         with safe_open(run.trained, "pt") as file:
             steps = int(file.metadata()["steps"])
-        tensors = load_file(run.trained)
+            delta = file.get_tensor("head.delta") if model.exact is not None else None
+        tensors = load_file(run.trained) if model.store.residency is None else {}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as problem:
         raise EdgezoError(
             f"{run.trained} cannot be read ({problem}).\nRun edgezo replay again from the original run."
         ) from problem
-    model.store.load_trained(tensors)
-    if model.exact is not None:
-        model.exact.delta.copy_(tensors["head.delta"])
+    if model.store.residency is None:
+        model.store.load_trained(tensors)
+    if model.exact is not None and delta is not None:
+        model.exact.delta.copy_(delta)
     return steps
 
 
@@ -107,32 +131,50 @@ def replay(source: Path, out: Path) -> dict[str, Any]:
     if made.journal.exists() and not made.trained.exists():
         raise UsageError(f"{out} holds a run, which a replay would overwrite. Give another --out.")
     files = loader.open_model(cards.resolve(cfg.model))
-    with open_journal(run.journal, resume=False) as journal:
+    with ExitStack() as held:
+        journal = held.enter_context(open_journal(run.journal, resume=False))
         check_base(journal.header, files.content_hash)
-        dataset = _shape_of_data(journal.header)
-        opened = Opened(cfg, files, None, dataset)
-        model = load_model(opened, machine())
-        steps = restore(run, cfg, opened, model)
+        opened = Opened(cfg, files, None, _shape_of_data(journal.header))
+        settle(opened, machine(), rss_bytes())
+        model = held.enter_context(loaded(opened))
+        steps = restore(run, cfg, opened, model, held)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             raise EdgezoError(
                 f"{out} cannot be made ({problem.strerror}).\nGive another --out."
             ) from problem
-        state = {k: v.contiguous() for k, v in model.state().items()}
         with atomic_path(made.trained) as temporary:
-            save_file(state, temporary, {"steps": str(steps)})
+            _write_safetensors(temporary, model.saved(), {"steps": str(steps)})
+        digest = saved_sha256(model.saved())
         # The configuration last: with it the directory counts as a run, and is a whole one.
         for own, copy in ((run.journal, made.journal), (run.config, made.config)):
             atomic_write(copy, own.read_bytes())
-    result = {
-        "run": str(source),
-        "out": str(out),
-        "steps": steps,
-        "trained_sha256": tensors_sha256(state),
-    }
+    result = {"run": str(source), "out": str(out), "steps": steps, "trained_sha256": digest}
     atomic_write(out / "replay.json", (to_json(result) + "\n").encode())
     return result
+
+
+def _write_safetensors(path: Path, tensors: Sequence[Saved], metadata: dict[str, str]) -> None:
+    """As safetensors' own save_file, but a piece at a time: trained weights on disk are never in memory together."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for tensor in tensors:
+        end = offset + math.prod(tensor.shape) * tensor.dtype.itemsize
+        spelling = SAFETENSORS_NAMES[tensor.dtype]
+        header[tensor.name] = {
+            "dtype": spelling,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            for piece in tensor.bytes():
+                file.write(piece)
 
 
 def _shape_of_data(header: dict[str, Any]) -> Dataset:

@@ -53,6 +53,9 @@ MLP_COPIES = 4
 ATTENTION_OUT_COPIES = 2
 # Blocks of many sizes come and go in a heap that is not trimmed between steps (calibrated).
 HEAP_HOLES = 1.5
+# Slots that blocks on disk are read into: one computes or is written back, the other is read into.
+SLOTS = 2
+PAGE_BYTES = 4096
 # Change, gradient and Adam's two moments, fp32.
 HEAD_COPIES = 4
 
@@ -232,15 +235,37 @@ class Footprint:
     bf16_fast: bool
     base_bytes: int | None  # the process as measured; None: the constant above
 
-    def peak_bytes(self, precision: str, micro_batch: int) -> int:
-        return peak_bytes(self.items(precision, micro_batch))
+    def peak_bytes(self, precision: str, micro_batch: int, on_disk: int = 0) -> int:
+        return peak_bytes(self.items(precision, micro_batch, on_disk))
 
-    def items(self, precision: str, micro_batch: int) -> tuple[Item, ...]:
+    def block_bytes(self, precision: str) -> int:
+        """One decoder layer as it is stored."""
+        plane = self._plane_bytes(precision)
+        return sum(m.stored_bytes(precision) + m.numel * plane for m in self.shape.block)
+
+    def table_bytes(self, precision: str) -> int:
+        plane = self._plane_bytes(precision)
+        stored = "int8" if precision in QUANTIZED else precision
+        return sum(t.stored_bytes(stored) + t.numel * plane for t in self.shape.tables)
+
+    def _plane_bytes(self, precision: str) -> int:
+        """Of the low-order plane, a weight."""
+        return 1 if rounding_of(self.cfg, precision)[0] == "plane" else 0
+
+    def disk_bytes(self, precision: str, on_disk: int) -> int:
+        """What the overlay takes on disk."""
+        if not on_disk:
+            return 0
+        pages = PAGE_BYTES * (1 + 3 * len(self.shape.block))
+        return on_disk * (self.block_bytes(precision) + pages) + self.table_bytes(precision)
+
+    def items(self, precision: str, micro_batch: int, on_disk: int = 0) -> tuple[Item, ...]:
+        """Every item, with the last ``on_disk`` blocks, and then the tables too, on disk."""
         compute_bytes = {"fp32": 4, "bf16": 2}[compute_dtype(precision, self.bf16_fast)[0]]
         base = self._base()
         always = [
             base,
-            *self._weights(precision),
+            *self._weights(precision, on_disk),
             *self._trained(compute_bytes),
             Item("journal and metrics", RUN_BYTES, "buffers; the records are on disk"),
             Item(
@@ -253,9 +278,9 @@ class Footprint:
         ]
         return (
             *always,
-            self._load(base.bytes, sum(item.bytes for item in always), precision),
+            self._load(base.bytes, sum(item.bytes for item in always), precision, on_disk),
             *self._forward(precision, micro_batch, compute_bytes),
-            self._update(),
+            self._update(on_disk),
         )
 
     def _base(self) -> Item:
@@ -267,9 +292,9 @@ class Footprint:
         reason = f"Python, PyTorch, transformers, a tokenizer of {words:,} words"
         return Item("base process", size, reason)
 
-    def _weights(self, precision: str) -> list[Item]:
+    def _weights(self, precision: str, on_disk: int) -> list[Item]:
         shape = self.shape
-        plane = 1 if rounding_of(self.cfg, precision)[0] == "plane" else 0
+        plane = self._plane_bytes(precision)
         table_precision = "int8" if precision in QUANTIZED else precision
 
         def stored(matrices: Sequence[MatrixShape], precision: str) -> int:
@@ -284,6 +309,13 @@ class Footprint:
 
         count = sum(m.numel for m in shape.matrices)
         words = sum(t.numel for t in shape.tables)
+        vectors = Item(
+            "norms and biases",
+            4 * shape.vector_elements,
+            f"{shape.vector_elements:,} values in fp32",
+        )
+        if on_disk:
+            return [*self._slots(precision, on_disk), vectors]
         tied = "tied with the head" if shape.tied else "with the untied head"
         return [
             Item(
@@ -296,12 +328,30 @@ class Footprint:
                 stored(shape.tables, table_precision),
                 f"{words:,} weights, {tied}: {detail(table_precision)}",
             ),
-            Item(
-                "norms and biases",
-                4 * shape.vector_elements,
-                f"{shape.vector_elements:,} values in fp32",
-            ),
+            vectors,
         ]
+
+    def _slots(self, precision: str, on_disk: int) -> list[Item]:
+        """The weights where blocks and tables are on disk."""
+        shape = self.shape
+        here, block = shape.layers - on_disk, self.block_bytes(precision)
+        outside = sum(m.stored_bytes(precision) for m in shape.outside)
+        items = []
+        if here or outside:
+            reason = f"the first {here} blocks, and what is beside the blocks: {precision}"
+            items.append(Item("linear weights", here * block + outside, reason))
+        pages = PAGE_BYTES * 3 * len(shape.block)
+        reason = f"{SLOTS} blocks of {on_disk} that are on disk: one at work, one being read"
+        items.append(Item("slots", SLOTS * (block + pages), reason))
+        rows = sum(t.d_out for t in shape.tables)
+        reason = f"the tables are on disk: a checksum for each of {rows:,} rows, and rows in use"
+        items.append(Item("embedding", 16 * rows + TILE_BYTES, reason))
+        largest = max(m.numel for m in shape.matrices)
+        staged = 4 * largest + TILE_BYTES
+        if precision not in QUANTIZED:
+            staged = largest * (BYTES_PER_WEIGHT[precision] + 1)
+        reason = "one matrix as the base gives it, to make a block (again)"
+        return [*items, Item("block staging", staged, reason)]
 
     def _trained(self, compute_bytes: int) -> list[Item]:
         """What training keeps beside the weights; ``full`` is in the weights themselves."""
@@ -333,8 +383,11 @@ class Footprint:
         size = 4 * rank * (HEAD_COPIES * shape.vocab + shape.hidden)
         return Item("exact head", size, f"{shape.vocab:,} words x rank {rank}: {what}")
 
-    def _load(self, base: int, steady: int, precision: str) -> Item:
+    def _load(self, base: int, steady: int, precision: str, on_disk: int) -> Item:
         """Loading goes from the largest tensor down: its copy stands before the rest is there."""
+        if on_disk:  # tables go tile by tile, blocks through what is there for them
+            reason = "rows of a table as they are read, converted and written"
+            return Item("load staging", 3 * TILE_BYTES, reason, "load")
         quantized = precision in QUANTIZED
         table = max(self.shape.tables, key=lambda t: t.numel)
         linear = max(self.shape.matrices, key=lambda m: m.numel)
@@ -391,7 +444,7 @@ class Footprint:
         items.append(Item("scores", logits + 4 * scored * shape.hidden, reason, "forward"))
         return items
 
-    def _update(self) -> Item:
+    def _update(self, on_disk: int) -> Item:
         shape, cfg = self.shape, self.cfg
         sizes = [shape.hidden]
         if "lowrank" in cfg.train:
@@ -400,4 +453,5 @@ class Footprint:
             sizes += [m.numel for m in (*shape.matrices, *shape.tables)]
         size = UPDATE_TILES * min(TILE_BYTES, 4 * max(sizes))
         reason = "weights, direction and change of one tile, in fp32"
-        return Item("update tiles", size, reason, "update")
+        # A block on disk is updated when the forward comes to it, beside the activations.
+        return Item("update tiles", size, reason, "forward" if on_disk else "update")

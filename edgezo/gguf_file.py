@@ -15,7 +15,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -464,18 +464,28 @@ class GgufSource:
     def nbytes(self, name: str) -> int:
         return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        tensor, layout = self._tensors[name], self._layouts[name]
-        out = torch.empty(self.shape(name), dtype=dtype or self.dtype(name))
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
+    ) -> Tensor:
+        tensor, layout, shape = self._tensors[name], self._layouts[name], self.shape(name)
+        if rows is not None:
+            if layout.transposed or layout.heads:
+                raise ValueError(f"{name} is not stored row by row")
+            row_bytes, count = tensor.size_bytes // shape[0], rows.stop - rows.start
+            offset = tensor.offset + rows.start * row_bytes
+            shape = (count, *shape[1:])
+            tensor = replace(tensor, shape=shape, offset=offset, size_bytes=count * row_bytes)
+        out = torch.empty(shape, dtype=dtype or self.dtype(name))
         if layout.transposed:
             grid = out.T  # rows of the file are columns of the module
         else:
             grid = out.view(_grid(tensor))
         order = _deinterleaved(tensor.shape[0], layout.heads) if layout.heads else None
-        for first, last, rows in self._rows(tensor):
+        for first, last, values in self._rows(tensor):
             if layout.minus_one:
-                rows = rows.float() - 1.0
-            grid[slice(first, last) if order is None else order[first:last]] = rows.to(out.dtype)
+                values = values.float() - 1.0
+            place = slice(first, last) if order is None else order[first:last]
+            grid[place] = values.to(out.dtype)
         check_finite(out, name, self.header.path)
         return out
 

@@ -13,8 +13,9 @@ the model plus one tensor.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,9 +26,10 @@ from edgezo.data import Batch
 from edgezo.directions import DIRECTIONS
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.head import ExactHead
-from edgezo.layouts import DENSE_DTYPES, Dense, Layout, place
+from edgezo.layouts import DENSE_DTYPES, Dense, Layout, place, vacant
 from edgezo.noise import Key
 from edgezo.objective import Scorer
+from edgezo.overlay import DiskTable
 from edgezo.perturb import (
     Context,
     Matrix,
@@ -38,10 +40,11 @@ from edgezo.perturb import (
     Probe,
     norm_role,
 )
-from edgezo.weights import Trainable, WeightStore
+from edgezo.weights import Saved, Trainable, WeightStore
 
 if TYPE_CHECKING:
     from edgezo.loader import ModelFiles
+    from edgezo.residency import DiskSpec
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class ModelSpec:
     kind: str = "label"  # the dataset's kind
     label_ids: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32  # compute dtype
+    disk: DiskSpec | None = None  # where blocks that do not stay in memory lie
 
 
 @dataclass
@@ -128,12 +132,17 @@ class Model:
             found.append(own)
         return tuple(found)
 
-    def state(self) -> dict[str, Tensor]:
+    def saved(self) -> list[Saved]:
         """Every trained tensor, the exact head's change included."""
-        found = self.store.trained_tensors()
+        found = self.store.saved()
         if self.exact is not None:
-            found["head.delta"] = self.exact.delta
+            found.append(Saved.of("head.delta", self.exact.delta))
         return found
+
+    def close(self) -> None:
+        """End the thread and files of weights on disk."""
+        if self.store.residency is not None:
+            self.store.residency.close()
 
 
 def assemble(files: ModelFiles, recipe: ModelSpec) -> Model:
@@ -173,6 +182,7 @@ class _Builder:
         self.input = module.get_input_embeddings()  # type: ignore[operator]
         self.tied = self.output.weight is self.input.weight
         self.head: PerturbedHead | None = None
+        self.disk = _OnDisk(self, recipe.disk) if recipe.disk is not None else None
 
     def run(self) -> None:
         owners = [
@@ -180,9 +190,20 @@ class _Builder:
             for name, sub in self.module.named_modules()
             if isinstance(getattr(sub, "weight", None), nn.Parameter)
         ]
-        # Largest first; the output embedding last, because a tied one is its input embedding.
-        owners.sort(key=lambda item: (item[1] is self.output, -item[1].weight.numel(), item[0]))
+        # Largest first, blocks that go to disk after that and one by one; the output embedding last, because
+        # a tied one is its input embedding.
+        disk = self.disk
+        owners.sort(
+            key=lambda item: (
+                item[1] is self.output,
+                disk.block_of(item[0]) if disk is not None else -1,
+                -item[1].weight.numel(),
+                item[0],
+            )
+        )
         for name, sub in owners:
+            if disk is not None:
+                disk.enter(disk.block_of(name))
             if sub is self.output:
                 self._head(name, sub)
             elif sub.weight.dim() == 1:
@@ -191,6 +212,9 @@ class _Builder:
                 self._embedding(name, sub)
             else:
                 self._linear(name, sub)
+        if disk is not None:
+            disk.enter(-1)
+            disk.residency.attach(disk.layers[disk.first :])
         left = [n for n, p in self.module.named_parameters() if p.is_meta]
         left += [n for n, b in self.module.named_buffers() if b.is_meta]
         if left:
@@ -229,22 +253,35 @@ class _Builder:
 
     # -- one parameter ------------------------------------------------------------------------------------
 
-    def _read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self.files.source.read(self.names[name], dtype)
+    def _read(self, name: str) -> Tensor:
+        return self.files.source.read(self.names[name])
 
-    def _layout(self, name: str, *, table: bool, transpose: bool = False) -> Layout:
-        # A dense store is read in its own dtype, piece by piece; codes are made from the source's values.
-        weight = self._read(name, DENSE_DTYPES.get(self.recipe.precision))
-        if transpose:
-            weight = weight.T.contiguous()
+    def _layout(self, name: str, *, table: bool, transpose: bool = False) -> Layout | DiskTable:
         recipe = self.recipe
-        layout = place(
-            weight,
-            recipe.precision,
-            table=table,
-            rounding=recipe.rounding,
-            trained="full" in self.train,
-        )
+        how: dict[str, Any] = {
+            "table": table,
+            "rounding": recipe.rounding,
+            "trained": "full" in self.train,
+        }
+
+        def make(rows: slice | None = None) -> Layout:
+            # A dense store is read in its own dtype, piece by piece; codes are made from the source's values.
+            dtype = DENSE_DTYPES.get(recipe.precision)
+            weight = self.files.source.read(self.names[name], dtype, rows)
+            if transpose:
+                weight = weight.T.contiguous()
+            return place(weight, recipe.precision, **how)
+
+        if self.disk is None or (not table and self.disk.block_of(name) < 0):
+            layout: Layout | DiskTable = make()
+        else:
+            rows, cols = self.files.source.shape(self.names[name])
+            shape = (cols, rows) if transpose else (rows, cols)
+            empty = vacant(shape, recipe.precision, **how)
+            if table:
+                layout = self.disk.residency.table(name, empty, make)
+            else:
+                layout = self.disk.hold(name, empty, make)
         self.store.layouts[name] = layout
         return layout
 
@@ -260,14 +297,14 @@ class _Builder:
     def _matrix(
         self,
         name: str,
-        layout: Layout,
+        layout: Layout | DiskTable,
         *,
         touched_offset: int | None = None,
         fixed: Tensor | None = None,
     ) -> Matrix:
         full = None
         if "full" in self.train:
-            assert isinstance(layout, Dense)
+            assert isinstance(layout, Dense | DiskTable)
             full = self.store.train(name, layout, touched_offset=touched_offset, fixed_rows=fixed)
         else:
             self.frozen.append(name)
@@ -360,6 +397,42 @@ class _Builder:
             "bias_row": rows.get("bias"),
         }
         _become(sub, PerturbedNorm, fields)
+
+
+class _OnDisk:
+    """The builder's part that sends tables and the last blocks to disk, one block at a time."""
+
+    def __init__(self, builder: _Builder, spec: DiskSpec):
+        from edgezo.residency import Residency, decoder_layers
+
+        self.store, self.first = builder.store, spec.resident_blocks
+        count = builder.files.shape.layers
+        self.prefix, self.layers = decoder_layers(builder.module, count)
+        self.residency = self.store.residency = Residency(spec, self.store.catch_up)
+        self._index = -1  # the block that is being put together, and its matrices
+        self._layouts: dict[str, Layout] = {}
+        self._make: dict[str, Callable[[], Layout]] = {}
+
+    def block_of(self, name: str) -> int:
+        """Which block a parameter or module is of, if that goes to disk; else -1."""
+        if not name.startswith(self.prefix + "."):
+            return -1
+        index = int(name[len(self.prefix) + 1 :].partition(".")[0])
+        return index if index >= self.first else -1
+
+    def hold(self, name: str, empty: Layout, make: Callable[[], Layout]) -> Layout:
+        self._layouts[name], self._make[name] = empty, make
+        return empty
+
+    def enter(self, index: int) -> None:
+        """The next module is of block ``index``: whatever was held of another block goes to disk."""
+        if index != self._index and self._layouts:
+            rows = [self.store.trainables[n] for n in self._layouts if n in self.store.trainables]
+            for row in rows:
+                row.on_disk = True
+            self.residency.block(self._layouts, self._make, trained=bool(rows))
+            self._layouts, self._make = {}, {}
+        self._index = index
 
 
 def _become(sub: nn.Module, kind: type, fields: dict[str, object]) -> None:

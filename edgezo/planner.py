@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgezo.config import RunConfig
 from edgezo.errors import DoesNotFit
@@ -75,6 +75,12 @@ class Plan:
     smallest_bytes: int  # the smallest --max-mem that this request could run in
     smallest_flags: str  # how: "--precision int4 --micro-batch 1", rounded up to whole MB
     step_s: float  # about how long a step takes, from the machine's estimated speed
+    blocks_on_disk: int  # the last ones, and the tables with them; 0: everything stays in memory
+    disk_bytes: int  # what the overlay takes on disk
+
+    @property
+    def residency(self) -> str:
+        return "disk" if self.blocks_on_disk else "resident"
 
     def phase_bytes(self, phase: str) -> int:
         """What is held while ``phase`` (load, forward or update) lasts."""
@@ -109,6 +115,9 @@ class Plan:
             "smallest_bytes": self.smallest_bytes,
             "smallest_flags": self.smallest_flags,
             "step_s": self.step_s,
+            "residency": self.residency,
+            "blocks_on_disk": self.blocks_on_disk,
+            "disk_bytes": self.disk_bytes,
             "precision": self.precision,
             "rounding": self.rounding,
             "compute_dtype": self.compute_dtype,
@@ -174,13 +183,15 @@ def make_plan(
         bf16_fast=machine.bf16_fast,
         base_bytes=base_bytes,
     )
-    options = list(_options(cfg))
+    layers = footprint.shape.layers
+    options = list(_options(cfg, layers))
     chosen = next((option for option in options if footprint.peak_bytes(*option) <= cap), None)
     smallest_bytes = min(footprint.peak_bytes(*option) for option in options)
     if chosen is None:
         raise _refusal(footprint, cap, smallest_bytes)
 
-    precision, micro_batch = chosen
+    chosen = _keep_blocks(footprint, chosen, cap)
+    precision, micro_batch, on_disk = chosen
     batch_size, batch_reason = _batch(cfg)
     compute, compute_reason = compute_dtype(precision, machine.bf16_fast)
     rounding, rounding_reason = rounding_of(cfg, precision)
@@ -190,7 +201,10 @@ def make_plan(
         Decision("compute_dtype", compute, compute_reason),
         Decision("train", "+".join(cfg.train), _trained_reason(cfg)),
         Decision("batch_size", batch_size, batch_reason),
-        Decision("micro_batch", micro_batch, _micro_reason(footprint, precision, micro_batch)),
+        Decision("micro_batch", micro_batch, _micro_reason(footprint, chosen)),
+        Decision(
+            "residency", "disk" if on_disk else "resident", _residency_reason(footprint, chosen)
+        ),
     ]
     if rounding is not None:
         decisions.append(Decision("rounding", rounding, rounding_reason))
@@ -208,8 +222,10 @@ def make_plan(
         items=footprint.items(*chosen),
         decisions=tuple(decisions),
         smallest_bytes=smallest_bytes,
-        smallest_flags=_flags(*_best_within(footprint, smallest_bytes)),
+        smallest_flags=_flags(_best_within(footprint, smallest_bytes)),
         step_s=_step_s(footprint, machine, precision, batch_size),
+        blocks_on_disk=on_disk,
+        disk_bytes=footprint.disk_bytes(precision, on_disk),
     )
 
 
@@ -220,7 +236,8 @@ def largest_card(cards: Iterable[Card], cfg: RunConfig, machine: Machine) -> Pla
     count as long as --max-length. None where not even the smallest fits.
     """
     for card in sorted(cards, key=lambda card: -card.parameters):
-        request = replace(cfg, model=card.name, precision=None)
+        # From disk almost anything would fit, at a price in time that nobody asked for.
+        request = replace(cfg, model=card.name, precision=None, residency="resident")
         try:
             return make_plan(card, request, machine)
         except PlanDoesNotFit:
@@ -255,11 +272,32 @@ def mb(n_bytes: int) -> str:
 # What may be chosen, best first
 
 
-def _options(cfg: RunConfig) -> Iterator[tuple[str, int]]:
-    """(precision, micro-batch) pairs, the most wanted first: precision before speed."""
-    for precision in _precisions(cfg):
+class Option(NamedTuple):
+    precision: str
+    micro_batch: int
+    on_disk: int  # blocks
+
+
+def _options(cfg: RunConfig, layers: int) -> Iterator[Option]:
+    """The most wanted first: memory before disk, precision before speed."""
+    if cfg.residency != "disk":
+        for precision in _precisions(cfg):
+            for micro_batch in _micro_batches(cfg):
+                yield Option(precision, micro_batch, 0)
+    if cfg.residency != "resident":
+        # From disk the smallest precision that is tried, so that less memory never gives a higher one.
+        precision = _precisions(cfg)[-1]
         for micro_batch in _micro_batches(cfg):
-            yield precision, micro_batch
+            yield Option(precision, micro_batch, layers)
+
+
+def _keep_blocks(footprint: Footprint, option: Option, cap: int) -> Option:
+    """As many blocks in memory as there is room for, where some have to be on disk."""
+    if not option.on_disk:
+        return option
+    layers = footprint.shape.layers
+    fewer = (option._replace(on_disk=n) for n in range(1, layers))
+    return next((o for o in fewer if footprint.peak_bytes(*o) <= cap), option)
 
 
 def _precisions(cfg: RunConfig) -> tuple[str, ...]:
@@ -285,14 +323,16 @@ def _micro_batches(cfg: RunConfig) -> list[int]:
     return sorted({math.ceil(batch_size / n) for n in parts}, reverse=True)
 
 
-def _best_within(footprint: Footprint, n_bytes: int) -> tuple[str, int]:
+def _best_within(footprint: Footprint, n_bytes: int) -> Option:
     """The first option that fits where ``n_bytes``, as ``mb`` prints it, are given."""
     cap = math.ceil(n_bytes / MB) * MB
-    return next(o for o in _options(footprint.cfg) if footprint.peak_bytes(*o) <= cap)
+    options = _options(footprint.cfg, footprint.shape.layers)
+    return next(o for o in options if footprint.peak_bytes(*o) <= cap)
 
 
-def _flags(precision: str, micro_batch: int) -> str:
-    return f"--precision {precision} --micro-batch {micro_batch}"
+def _flags(option: Option) -> str:
+    disk = " --residency disk" if option.on_disk else ""
+    return f"--precision {option.precision} --micro-batch {option.micro_batch}{disk}"
 
 
 def _precision_reason(footprint: Footprint, precision: str) -> str:
@@ -310,13 +350,33 @@ def _precision_reason(footprint: Footprint, precision: str) -> str:
     return f"the highest that fits: {needs}"
 
 
-def _micro_reason(footprint: Footprint, precision: str, micro_batch: int) -> str:
+def _micro_reason(footprint: Footprint, option: Option) -> str:
     if footprint.cfg.micro_batch is not None:
         return "as given"
-    larger = [m for m in _micro_batches(footprint.cfg) if m > micro_batch]
+    larger = [m for m in _micro_batches(footprint.cfg) if m > option.micro_batch]
     if not larger:
         return "the whole batch fits at once"
-    return f"{larger[-1]} at once would need {mb(footprint.peak_bytes(precision, larger[-1]))}"
+    needs = footprint.peak_bytes(*option._replace(micro_batch=larger[-1]))
+    return f"{larger[-1]} at once would need {mb(needs)}"
+
+
+def _residency_reason(footprint: Footprint, option: Option) -> str:
+    """Where the weights are, and what a step reads and writes where that is the disk."""
+    if not option.on_disk:
+        return "all weights stay in memory"
+    cfg, block = footprint.cfg, footprint.block_bytes(option.precision)
+    passes = math.ceil(_batch(cfg)[0] / option.micro_batch)
+    moved = f"a step reads {mb(passes * option.on_disk * block)}"
+    if "full" in cfg.train:
+        moved += f" and writes {mb(option.on_disk * block)}"
+    blocks = f"{option.on_disk} of {footprint.shape.layers} blocks and the tables are on disk"
+    why = ""
+    if cfg.residency is None:
+        least = min(
+            footprint.peak_bytes(p, m) for p in _precisions(cfg) for m in _micro_batches(cfg)
+        )
+        why = f"in memory it would need {mb(least)}; "
+    return f"{why}{blocks}: {moved}"
 
 
 def _trained_reason(cfg: RunConfig) -> str:
@@ -361,7 +421,7 @@ def _refusal(footprint: Footprint, cap: int, smallest_bytes: int) -> PlanDoesNot
     items = footprint.items(*best)
     base = items[0]
     lines = [
-        f"{footprint.shape.name} needs at least {mb(smallest_bytes)} ({_flags(*best)}), "
+        f"{footprint.shape.name} needs at least {mb(smallest_bytes)} ({_flags(best)}), "
         f"but --max-mem is {mb(cap)}."
     ]
     if cap < base.bytes:
@@ -372,7 +432,8 @@ def _refusal(footprint: Footprint, cap: int, smallest_bytes: int) -> PlanDoesNot
     fits: list[str] = []
     nearer: list[str] = []
     for flags, other in _alternatives(footprint):
-        size = min(other.peak_bytes(*option) for option in _options(other.cfg))
+        options = _options(other.cfg, footprint.shape.layers)
+        size = min(other.peak_bytes(*option) for option in options)
         if size < smallest_bytes:
             (fits if size <= cap else nearer).append(f"{flags} would need {mb(size)}")
     if fits:
@@ -399,6 +460,8 @@ def _alternatives(footprint: Footprint) -> Iterator[tuple[str, Footprint]]:
         for precision in PRECISIONS_TRIED:
             if precision != cfg.precision:
                 yield f"--precision {precision}", changed(precision=precision)
+    if cfg.residency == "resident":
+        yield "--residency disk", changed(residency="disk")
     if cfg.micro_batch is not None and cfg.micro_batch > 1:
         yield "--micro-batch 1", changed(micro_batch=1)
     tokens = footprint.tokens

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +33,7 @@ _SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 PIECE_ELEMENTS = 1 << 18  # converted at a time
 _FETCH_AGAIN = "The file is damaged or incomplete: fetch it again."
@@ -59,8 +60,10 @@ class TensorSource(Protocol):
         """Bytes of the tensor that ``read`` gives."""
         ...
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor in memory of its own, in its own dtype or rounded to ``dtype``.
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
+    ) -> Tensor:
+        """The tensor, or some rows of an embedding, in memory of its own, in its own dtype or rounded to ``dtype``.
 
         Conversion goes through small pieces: nothing but the result is as large as the tensor.
         EdgezoError if it is cut short or holds NaN or Inf.
@@ -94,6 +97,18 @@ class _Entry:
     shape: tuple[int, ...]
     offset: int  # from the start of the file
     size_bytes: int
+
+    def at(self, rows: slice | None) -> _Entry:
+        """The entry of these rows."""
+        if rows is None:
+            return self
+        row_bytes, count = self.size_bytes // self.shape[0], rows.stop - rows.start
+        return replace(
+            self,
+            shape=(count, *self.shape[1:]),
+            offset=self.offset + rows.start * row_bytes,
+            size_bytes=count * row_bytes,
+        )
 
 
 class SafetensorsSource:
@@ -132,8 +147,10 @@ class SafetensorsSource:
     def nbytes(self, name: str) -> int:
         return self._entries[name].size_bytes
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        entry, what = self._entries[name], f"tensor {name!r}"
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
+    ) -> Tensor:
+        entry, what = self._entries[name].at(rows), f"tensor {name!r}"
         out = torch.empty(entry.shape, dtype=dtype or entry.dtype)
         if out.dtype == entry.dtype and entry.size_bytes:
             read_into(entry.file, entry.offset, as_bytes(out), what)

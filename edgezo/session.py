@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,18 +17,19 @@ from safetensors.torch import load_file, save_file
 from edgezo import cards, loader
 from edgezo.config import RunConfig, from_toml
 from edgezo.data import DataRequest, Dataset, Example, collate, evaluation_batches, load_dataset
-from edgezo.errors import EdgezoError
+from edgezo.errors import DoesNotFit, EdgezoError
 from edgezo.estimators import ESTIMATORS, Recipe
 from edgezo.files import atomic_path
 from edgezo.footprint import compute_dtype
 from edgezo.journal import Journal, StepRecord
 from edgezo.layouts import DENSE_DTYPES
-from edgezo.memory import Machine, malloc_trim
+from edgezo.memory import Machine, format_bytes, malloc_trim
 from edgezo.model import Model, ModelSpec, assemble
 from edgezo.planner import Plan, TokenStats, make_plan
 
 if TYPE_CHECKING:
     from edgezo.loader import ModelFiles
+    from edgezo.residency import DiskSpec
 
 
 @dataclass
@@ -36,6 +40,7 @@ class Opened:
     files: ModelFiles
     tokenizer: Any
     dataset: Dataset
+    plan: Plan | None = None  # once settled
 
 
 def open_request(cfg: RunConfig) -> Opened:
@@ -72,14 +77,22 @@ def settle(opened: Opened, machine: Machine, base_bytes: int) -> Plan:
     """Plan the request against this machine; afterwards ``opened.cfg`` has nothing left open."""
     tokens = TokenStats.of(opened.dataset)
     plan = make_plan(opened.files.shape, opened.cfg, machine, tokens, base_bytes=base_bytes)
-    opened.cfg = plan.settle(opened.cfg)
+    opened.cfg, opened.plan = plan.settle(opened.cfg), plan
     return plan
 
 
-def load_model(opened: Opened, machine: Machine) -> Model:
-    """Stream the weights into memory, laid out and trained as the settled request says."""
-    cfg = opened.cfg
+def load_model(opened: Opened, machine: Machine, overlay: Overlay | None = None) -> Model:
+    """Stream the weights into memory, and into ``overlay`` what the plan has no room for.
+
+    Raises DoesNotFit where the disk has no room for the overlay; then nothing was written.
+    """
+    cfg, plan = opened.cfg, opened.plan
     assert cfg.precision is not None
+    disk = None
+    if plan is not None and plan.blocks_on_disk:
+        assert overlay is not None, "weights on disk need a place"
+        overlay.check_room(plan.disk_bytes)
+        disk = overlay.spec(opened.files.shape.layers - plan.blocks_on_disk)
     model = assemble(
         opened.files,
         ModelSpec(
@@ -92,6 +105,7 @@ def load_model(opened: Opened, machine: Machine) -> Model:
             kind=opened.dataset.kind,
             label_ids=opened.dataset.label_ids,
             dtype=DENSE_DTYPES[compute_dtype(cfg.precision, machine.bf16_fast)[0]],
+            disk=disk,
         ),
     )
     malloc_trim()
@@ -125,8 +139,21 @@ def recipe_of(cfg: RunConfig, record: StepRecord) -> Recipe:
     )
 
 
+def follow(model: Model, cfg: RunConfig, journal: Journal) -> None:
+    """Let blocks on disk take the updates that they lack from ``journal``."""
+
+    def recipes(first: int, stop: int) -> Iterator[Recipe]:
+        for record in journal.records(first):
+            if record.step >= stop:
+                return
+            yield recipe_of(cfg, record)
+
+    model.store.history = recipes
+
+
 def replay_into(model: Model, cfg: RunConfig, journal: Journal, stop: int) -> None:
-    """Apply the journal's records before step ``stop``, many a sweep."""
+    """Apply the journal's records before step ``stop``, many a sweep; blocks on disk take them when they are bound."""
+    follow(model, cfg, journal)
     chunk: list[Recipe] = []
     for record in journal.records():
         if record.step >= stop:
@@ -136,6 +163,8 @@ def replay_into(model: Model, cfg: RunConfig, journal: Journal, stop: int) -> No
             model.store.apply(chunk)
             chunk = []
     model.store.apply(chunk)
+    if model.store.residency is not None:
+        model.store.residency.begin(stop)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -173,6 +202,11 @@ class RunFiles:
         return self.path / "head.safetensors"
 
     @property
+    def overlay(self) -> Path:
+        """Weights on disk of a model that does not fit; can be deleted whenever no run is going."""
+        return self.path / "overlay"
+
+    @property
     def trained(self) -> Path:
         """What ``replay`` writes: every trained tensor."""
         return self.path / "trained.safetensors"
@@ -185,6 +219,50 @@ class RunFiles:
                 f"{self.path} is no run: it has no config.toml.\n"
                 "Give the --out directory of an edgezo finetune, or one that edgezo replay wrote."
             ) from problem
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """Where weights on disk go, and of what they have to be to be used again."""
+
+    directory: Path
+    run: Mapping[str, Any]
+
+    def spec(self, resident_blocks: int) -> DiskSpec:
+        from edgezo.residency import DiskSpec
+
+        return DiskSpec(self.directory, self.run, resident_blocks)
+
+    def check_room(self, needed_bytes: int) -> None:
+        """DoesNotFit unless the disk has room for what is not there yet."""
+        held = sum(f.stat().st_size for f in self.directory.glob("*.overlay"))
+        existing = next(p for p in (self.directory, *self.directory.parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        if needed_bytes - held > free:
+            raise DoesNotFit(
+                f"the weights on disk take {format_bytes(needed_bytes)} in {self.directory}, "
+                f"but only {format_bytes(free + held)} are free there.\n"
+                "Free some space, give an --out on another disk, or more --max-mem."
+            )
+
+    def remove(self) -> None:
+        """Delete it: base and journal are enough to make it again."""
+        for file in self.directory.glob("*.overlay"):
+            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there, or not ours alone
+            self.directory.rmdir()
+
+
+@contextlib.contextmanager
+def temporary_overlay(opened: Opened) -> Iterator[Overlay]:
+    """A place in the cache for weights on disk, for as long as a model is evaluated or replayed."""
+    if opened.plan is None or not opened.plan.blocks_on_disk:
+        yield Overlay(cards.cache_dir(), {})
+        return
+    folder = cards.cache_dir() / "overlay"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        yield Overlay(Path(name), {})
 
 
 def save_snapshot(run: RunFiles, model: Model, step: int) -> None:

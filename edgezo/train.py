@@ -38,9 +38,11 @@ from edgezo.planner import Plan
 from edgezo.report import MetricsLog, RunProgress, Silent, to_json
 from edgezo.session import (
     Opened,
+    Overlay,
     RunFiles,
     data_hash,
     evaluate_model,
+    follow,
     load_model,
     load_snapshot,
     lost_head,
@@ -50,7 +52,7 @@ from edgezo.session import (
     save_snapshot,
     settle,
 )
-from edgezo.weights import tensors_sha256
+from edgezo.weights import saved_sha256
 
 PLAIN_FORWARDS = 8  # plain forwards timed in a run, for summary.json's forward_s
 
@@ -82,7 +84,16 @@ def finetune(
             _prepare(run)
             atomic_write(run.config, cfg.to_toml().encode())
         atomic_write(run.plan, to_json(plan.to_dict()).encode())
-        model = load_model(opened, host)
+        overlay = Overlay(run.overlay, _header(opened))
+        if not resume or not plan.blocks_on_disk:
+            overlay.remove()
+        try:
+            model = load_model(opened, host, overlay)
+        except BaseException:
+            if not resume:
+                overlay.remove()
+            raise
+        held.callback(model.close)
         if not resume:  # last, so that a model that cannot be loaded leaves no run behind
             journal = held.enter_context(create_journal(run.journal, _header(opened)))
         remove_leftovers(run.path)
@@ -205,6 +216,9 @@ class Training:
         run = self.run
         self.guard = Guard(self.plan.max_mem_bytes, GUARD_MARGIN_BYTES)
         begun = len(self.journal) > 0
+        follow(self.model, self.cfg, self.journal)
+        if self.model.store.residency is not None:
+            self.model.store.residency.note = self.progress.note
         done, planned = self._restore()
         if begun:  # a resume may name other places; nothing is written before the state was read
             atomic_write(run.config, self.cfg.to_toml().encode())
@@ -214,12 +228,14 @@ class Training:
             self._recall(done)
             finished = _saved_summary(run)  # written at the end only
             if finished.get("steps") == done > 0:
-                if finished["trained_sha256"] == tensors_sha256(self.model.state()):
+                if finished["trained_sha256"] == saved_sha256(self.model.saved()):
                     return finished
             self._longest_first()
             before = self.known.get(("before", 0)) if done else self._evaluate("before")
             step, train_s = self._loop(done, planned)
             self._save(step)
+            if self.model.store.residency is not None:
+                self.model.store.residency.flush()
             after = self._evaluate("after", step)
             self.meter.mark("run")
             summary = self._summary(step, train_s, before, after)
@@ -444,7 +460,7 @@ class Training:
             **memory,
             "planned_peak_bytes": self.plan.planned_peak_bytes,
             "max_mem_bytes": self.plan.max_mem_bytes,
-            "trained_sha256": tensors_sha256(self.model.state()),
+            "trained_sha256": saved_sha256(self.model.saved()),
             "run": str(self.run.path),
         }
 

@@ -11,9 +11,11 @@ its kind, so an update is one loop:
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -26,19 +28,24 @@ from edgezo.estimators import Recipe
 from edgezo.layouts import Dense, Layout, tiles
 from edgezo.noise import Key
 
+if TYPE_CHECKING:
+    from edgezo.overlay import DiskTable
+    from edgezo.residency import Residency
+
 
 @dataclass
 class Trainable:
     """One trained tensor: where it lies and which of its rows an update may move."""
 
     target: Target
-    layout: Dense  # a vector is a (rows, 1) matrix
+    layout: Dense | DiskTable  # a vector is a (rows, 1) matrix
     touched_offset: int | None = (
         None  # rows named by the recipe, numbered from here; None: not by example
     )
     fixed_rows: Tensor | None = (
         None  # only these rows are ever probed (label words of an untied head)
     )
+    on_disk: bool = False  # in a block that is elsewhere: updated when it is next bound
 
 
 @dataclass
@@ -51,11 +58,14 @@ class WeightStore:
     layouts: dict[str, Layout] = field(default_factory=dict)
     vectors: dict[str, Tensor] = field(default_factory=dict)
     trainables: dict[str, Trainable] = field(default_factory=dict)
+    residency: Residency | None = None  # where there are blocks on disk
+    # The recipes of steps [first, stop), for blocks on disk that lack them.
+    history: Callable[[int, int], Iterable[Recipe]] | None = None
 
     def train(
         self,
         name: str,
-        layout: Dense,
+        layout: Dense | DiskTable,
         *,
         vector: bool = False,
         touched_offset: int | None = None,
@@ -82,19 +92,34 @@ class WeightStore:
 
     @torch.no_grad()
     def apply(self, recipes: Sequence[Recipe]) -> None:
-        """Apply consecutive steps' updates, tile by tile; several at once give the same bits as one by one."""
+        """Apply consecutive steps' updates, tile by tile; several at once give the same bits as one by one.
+
+        A block on disk takes them when it is next bound, from ``history``.
+        """
+        here = [row for row in self.trainables.values() if not row.on_disk]
+        self._apply_to(here, recipes)
+        if self.residency is not None and recipes:
+            self.residency.target = recipes[-1].step + 1
+
+    def catch_up(self, names: Sequence[str], first: int) -> None:
+        """Apply the updates from step ``first`` on to matrices of a block that has just been bound."""
+        assert self.residency is not None and self.history is not None
+        recipes = list(self.history(first, self.residency.target))
+        self._apply_to([self.trainables[name] for name in names], recipes)
+
+    def _apply_to(self, rows: Sequence[Trainable], recipes: Sequence[Recipe]) -> None:
         live = [r for r in recipes if r.decay or np.any(r.coefficients)]
         coefficients = [torch.from_numpy(r.coefficients) for r in live]
-        for row in self.trainables.values() if live else ():
+        for row in rows if live else ():
             if row.touched_offset is not None:
                 for recipe, c in zip(live, coefficients, strict=True):
                     self._apply_touched(row, recipe, c)
                 continue
-            for rows in _row_sets(row):
-                values = row.layout.read(rows)
+            for part in _row_sets(row):
+                values = row.layout.read(part)
                 for recipe, c in zip(live, coefficients, strict=True):
-                    values = self._move(row, recipe, c, rows, values)
-                row.layout.write(rows, values)
+                    values = self._move(row, recipe, c, part, values)
+                row.layout.write(part, values)
 
     def _move(
         self,
@@ -130,8 +155,28 @@ class WeightStore:
         held |= {id(row.layout): row.layout.nbytes() for row in self.trainables.values()}
         return sum(held.values()) + sum(t.nbytes for t in self.vectors.values())
 
+    def saved(self) -> list[Saved]:
+        """Everything that training has changed (low-order planes included), wherever its bytes are."""
+        return [
+            Saved(
+                row.target.name + suffix,
+                tuple(tensor.shape),
+                tensor.dtype,
+                functools.partial(self._pieces, row, suffix),
+            )
+            for row in self.trainables.values()
+            for suffix, tensor in row.layout.tensors().items()
+        ]
+
+    def _pieces(self, row: Trainable, suffix: str) -> Iterator[Tensor]:
+        if row.on_disk:
+            assert self.residency is not None
+            self.residency.bind_owner(row.target.name)
+        for rows in tiles(*row.layout.shape):
+            yield row.layout.raw(rows)[suffix]
+
     def trained_tensors(self) -> dict[str, Tensor]:
-        """Everything that training has changed, by name (low-order planes included)."""
+        """The same in memory, by name; not for blocks on disk."""
         return {
             row.target.name + suffix: tensor
             for row in self.trainables.values()
@@ -158,11 +203,33 @@ def _row_sets(row: Trainable) -> Iterable[slice | Tensor]:
     return tiles(row.target.rows, row.target.cols)
 
 
-def tensors_sha256(tensors: dict[str, Tensor]) -> str:
+class Saved(NamedTuple):
+    """One trained tensor to be hashed or written, a bounded piece of rows at a time."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: Callable[[], Iterable[Tensor]]
+
+    @staticmethod
+    def of(name: str, tensor: Tensor) -> Saved:
+        return Saved(name, tuple(tensor.shape), tensor.dtype, lambda: [tensor])
+
+    def bytes(self) -> Iterator[memoryview]:
+        for piece in self.pieces():
+            yield piece.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def saved_sha256(saved: Iterable[Saved]) -> str:
     """SHA-256 over names, shapes, dtypes and bytes, in name order: equal exactly when every bit is equal."""
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    for tensor in sorted(saved, key=lambda tensor: tensor.name):
+        digest.update(f"{tensor.name} {tensor.shape} {tensor.dtype}\n".encode())
+        for piece in tensor.bytes():
+            digest.update(piece)
     return digest.hexdigest()
+
+
+def tensors_sha256(tensors: dict[str, Tensor]) -> str:
+    """``saved_sha256`` of tensors in memory."""
+    return saved_sha256(Saved.of(name, tensor) for name, tensor in tensors.items())

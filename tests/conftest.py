@@ -90,7 +90,8 @@ def make_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
     tokenizer = (
         tokenizers_fixture.masked_tokenizer() if masked else tokenizers_fixture.byte_tokenizer()
     )
-    tiny_models.make(family, folder, vocab_size=len(tokenizer), num_hidden_layers=1, **changes)
+    changes = {"num_hidden_layers": 1, **changes}
+    tiny_models.make(family, folder, vocab_size=len(tokenizer), **changes)
     tokenizer.save_pretrained(folder)
     return folder
 
