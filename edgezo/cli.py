@@ -48,7 +48,11 @@ _MEMORY = (
     ("train", "PARTS", "What is trained, joined by +: lowrank, full, norms, scales, head."),
     ("rank", "N", "Of the low-rank factors.  [default: 8]"),
     ("rounding", None, "How full bf16 weights keep small steps.  [default: plane]"),
-    ("residency", None, "Keep all weights in memory, or blocks on disk.  [default: disk if need be]"),
+    (
+        "residency",
+        None,
+        "Keep all weights in memory, or blocks on disk.  [default: disk if need be]",
+    ),
     ("estimator", None, "[default: grzo]"),
     ("directions", None, "[default: signs; shared for mezo]"),
 )

@@ -53,7 +53,7 @@ class Damaged(Exception):
 
 @dataclass
 class Traffic:
-    """Bytes of overlay files read and written since the start of the process."""
+    """Bytes of overlay files that a running model has read and written, counted when they are asked for."""
 
     read_bytes: int = 0
     written_bytes: int = 0
@@ -135,7 +135,6 @@ class OverlayFile:
             _read(self._fd, view, PAGE_BYTES)
         except OSError as problem:
             raise Damaged(str(problem)) from problem
-        self.traffic.read_bytes += self.data_bytes
         if _checksum(view) != self._crc:
             raise Damaged("its checksum does not fit")
 
@@ -149,7 +148,6 @@ class OverlayFile:
             self.mark(whole=True, applied=applied)
         except OSError as problem:
             raise write_error(self.path, f"{self.data_bytes:,} bytes", problem) from problem
-        self.traffic.written_bytes += self.data_bytes
         self.applied = applied
 
     def mark(self, *, whole: bool, applied: int) -> None:
@@ -172,6 +170,7 @@ class OverlayFile:
         self.traffic.written_bytes += len(view)
 
     def close(self) -> None:
+        """Close the file; what was written stays."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

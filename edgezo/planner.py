@@ -292,8 +292,8 @@ def _options(cfg: RunConfig, layers: int) -> Iterator[Option]:
 
 
 def _keep_blocks(footprint: Footprint, option: Option, cap: int) -> Option:
-    """As many blocks in memory as there is room for, where some have to be on disk."""
-    if not option.on_disk:
+    """As many blocks in memory as there is room for; with --residency disk none."""
+    if not option.on_disk or footprint.cfg.residency == "disk":
         return option
     layers = footprint.shape.layers
     fewer = (option._replace(on_disk=n) for n in range(1, layers))

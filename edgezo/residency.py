@@ -205,6 +205,7 @@ class Residency:
 
     def _fetch(self, block: Block) -> None:
         slot = self._free.pop()
+        self.traffic.read_bytes += block.file.data_bytes
         self._ahead[block.index] = slot, self._thread.submit(block.file.read, slot.data)
 
     def _arrived(self, block: Block) -> tuple[_Slot, bool]:
@@ -242,6 +243,7 @@ class Residency:
     def _write(self, block: Block, slot: _Slot) -> None:
         """Queue the write of a block that is as of step ``block.applied``."""
         assert block.applied is not None
+        self.traffic.written_bytes += block.file.data_bytes
         self._writes = [w for w in self._writes if not w.done() or w.exception()]
         self._writes.append(self._thread.submit(block.file.write, slot.data, block.applied))
 

@@ -197,6 +197,7 @@ class Training:
     stop_asked: bool = False
     step_times_s: list[float] = field(default_factory=list)
     forward_times_s: list[float] = field(default_factory=list)
+    moved: dict[str, list[int]] = field(default_factory=dict)  # bytes of weights on disk, a step
     known: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)  # evaluations
 
     @property
@@ -264,11 +265,15 @@ class Training:
                     self._evaluate("during", step)
                     excluded_s += time.monotonic() - begun_s
                     begun_s = time.monotonic()
+                moved = self._moved()
                 step_size = planned.get(step, cfg.step * schedule(cfg.schedule, fraction))
                 record = self._step(step, step_size)
                 took_s = time.monotonic() - begun_s
                 step += 1
                 line = {**self._line(record), "step_s": took_s, "rss_bytes": rss_bytes()}
+                for name, now in self._moved().items():
+                    line[name] = now - moved[name]
+                    self.moved.setdefault(name, []).append(line[name])
                 if (forward_s := self._time_plain_forward(record.step)) is not None:
                     line["forward_s"] = forward_s
                     excluded_s += forward_s
@@ -291,6 +296,14 @@ class Training:
             raise
         finally:
             self.progress.close()
+
+    def _moved(self) -> dict[str, int]:
+        """Bytes of weights on disk read and written so far; nothing where all are in memory."""
+        residency = self.model.store.residency
+        if residency is None:
+            return {}
+        traffic = residency.traffic
+        return {"disk_read_bytes": traffic.read_bytes, "disk_written_bytes": traffic.written_bytes}
 
     def _fraction(self, step: int, train_s: float) -> float:
         """How much of the run is over, by steps or by time."""
@@ -458,6 +471,8 @@ class Training:
             "step_s": _median(self.step_times_s),
             "forward_s": _median(self.forward_times_s),
             **memory,
+            "residency": self.plan.residency,
+            **{name: int(statistics.median(values)) for name, values in self.moved.items()},
             "planned_peak_bytes": self.plan.planned_peak_bytes,
             "max_mem_bytes": self.plan.max_mem_bytes,
             "trained_sha256": saved_sha256(self.model.saved()),

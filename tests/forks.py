@@ -95,6 +95,15 @@ def _arm(blow: Blow) -> None:
         )
     elif blow.point in ("cut", "sync"):
         _strike(os, {"cut": "ftruncate", "sync": "fsync"}[blow.point], blow)
+    elif blow.point == "overlay":  # a write of weights on disk
+        _strike(
+            os,
+            "pwrite",
+            blow,
+            torn=lambda real, part, fd, data, offset: real(
+                fd, data[: int(len(data) * part)], offset
+            ),
+        )
     elif blow.point == "update":  # of one tile of one tensor
         _strike(weights.WeightStore, "_move", blow)
     elif blow.point == "head":

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 from conftest import Bench, make_model
+from forks import Blow
+from safetensors import safe_open
 
+from edgezo.cards import cache_dir
 from edgezo.config import make_config
-from edgezo.train import finetune
+from edgezo.errors import EdgezoError
+from edgezo.overlay import PAGE_BYTES
+from edgezo.report import Silent
+from edgezo.train import Training, finetune
+from edgezo.weights import tensors_sha256
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +49,180 @@ def test_a_run_from_disk_has_the_bits_of_one_in_memory(deep, tmp_path, train, pr
     assert (tmp_path / "disk" / "overlay").is_dir()
     for name in ("trained_sha256", "eval_before", "eval_after", "loss_first", "loss_last"):
         assert disk[name] == memory[name], name
+
+
+def test_a_step_reads_and_writes_each_block_once(deep, tmp_path):
+    request = {"train": "full", "precision": "bf16", "steps": 40, "micro_batch": 4}
+    summary = run_of(deep, tmp_path / "run", **request, residency="disk")
+    blocks = sorted((tmp_path / "run" / "overlay").glob("block-*"))
+    block_bytes = sum(file.stat().st_size - PAGE_BYTES for file in blocks)
+    assert len(blocks) == 4
+    # Beside them the few rows of the table that the batch uses.
+    assert block_bytes < summary["disk_written_bytes"] < 1.2 * block_bytes
+    assert block_bytes < summary["disk_read_bytes"] < 1.2 * block_bytes
+    assert summary["residency"] == "disk"
+
+
+def test_frozen_codes_are_never_written(deep, tmp_path):
+    summary = run_of(deep, tmp_path / "run", precision="int4", residency="disk")
+    assert summary["disk_read_bytes"] > 0
+    assert summary["disk_written_bytes"] == 0
+
+
+@pytest.mark.parametrize("first", ["disk", "resident"])
+def test_a_run_goes_on_where_there_is_more_or_less_room(deep, tmp_path, first, edgezo_json):
+    request = {"train": "full", "precision": "bf16", "steps": 6}
+    whole = run_of(deep, tmp_path / "whole", **request)
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        _after_step(patch, 3, _interrupt)
+        run_of(deep, run, **request, residency=first)
+    other = "resident" if first == "disk" else "disk"
+    code, summary = edgezo_json("finetune", "--resume", "--out", run, "--residency", other)
+    assert (code, summary["trained_sha256"]) == (0, whole["trained_sha256"])
+    assert (run / "overlay").exists() == (other == "disk")
+
+
+def test_replay_and_evaluation_take_weights_from_disk_too(deep, tmp_path, edgezo_json):
+    request = {"train": "full+head", "precision": "bf16", "residency": "disk"}
+    summary = run_of(deep, tmp_path / "run", **request)
+    code, found = edgezo_json("replay", tmp_path / "run", "--out", tmp_path / "again")
+    assert (code, found["trained_sha256"]) == (0, summary["trained_sha256"])
+    for place in ("run", "again"):
+        code, found = edgezo_json("eval", "--model", tmp_path / place)
+        assert (code, found["loss"]) == (0, summary["eval_after"]["loss"])
+    with safe_open(tmp_path / "again" / "trained.safetensors", "pt") as file:
+        saved = {name: file.get_tensor(name) for name in file.keys()}
+    assert tensors_sha256(saved) == summary["trained_sha256"]
+    left = list((cache_dir() / "overlay").iterdir())
+    assert left == [], "temporary overlays are removed"
+
+
+# ---------------------------------------------------------------------------------------------
+# Faults
+
+
+def _after_step(patch: pytest.MonkeyPatch, number: int, act: Callable[[Path], None]) -> None:
+    """Do something to the run after its step ``number``."""
+    real = Training._step
+
+    def stepped(self: Training, step: int, step_size: float) -> Any:
+        record = real(self, step, step_size)
+        if step == number:
+            act(self.run.path)
+        return record
+
+    patch.setattr(Training, "_step", stepped)
+
+
+def _interrupt(run: Path) -> None:
+    raise KeyboardInterrupt
+
+
+def _flip(run: Path) -> None:
+    file = run / "overlay" / "block-0002.overlay"
+    data = bytearray(file.read_bytes())
+    data[PAGE_BYTES + 77] ^= 4
+    file.write_bytes(data)
+
+
+def _truncate(run: Path) -> None:
+    os.truncate(run / "overlay" / "block-0002.overlay", PAGE_BYTES + 100)
+
+
+@pytest.mark.parametrize("damage", [_flip, _truncate])
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_a_damaged_block_is_made_again_and_named(deep, tmp_path, damage, precision):
+    train = "full" if precision == "bf16" else "lowrank"
+    request = {"train": train, "precision": precision, "steps": 6}
+    whole = run_of(deep, tmp_path / "whole", **request)
+    told: list[str] = []
+    progress = Silent()
+    progress.note = told.append  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        _after_step(patch, 2, damage)
+        config = make_config(deep.settings(out=str(tmp_path / "run"), **request, residency="disk"))
+        found = finetune(config, progress=progress)
+    assert found["trained_sha256"] == whole["trained_sha256"]
+    assert found["eval_after"] == whole["eval_after"]
+    assert any("block-0002" in text and "made again" in text for text in told), told
+
+
+def test_a_damaged_table_stops_the_run_and_a_resume_goes_on(deep, tmp_path, edgezo_json):
+    request = {"train": "full", "precision": "bf16", "steps": 6}
+    whole = run_of(deep, tmp_path / "whole", **request)
+
+    def spoil(run: Path) -> None:
+        file = run / "overlay" / "table-0.overlay"
+        data = bytearray(file.read_bytes())
+        data[PAGE_BYTES:] = bytes(b ^ 1 for b in data[PAGE_BYTES:])
+        file.write_bytes(data)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(EdgezoError, match="--resume"):
+        _after_step(patch, 2, spoil)
+        run_of(deep, tmp_path / "run", **request, residency="disk")
+    code, found = edgezo_json("finetune", "--resume", "--out", tmp_path / "run")
+    assert (code, found["trained_sha256"]) == (0, whole["trained_sha256"])
+
+
+def test_a_disk_that_fills_up_during_a_write_back_loses_nothing(deep, tmp_path, edgezo_json):
+    request = {"train": "full", "precision": "bf16", "steps": 6}
+    whole = run_of(deep, tmp_path / "whole", **request)
+    real, calls = os.pwrite, 0
+
+    def full(fd: int, data: Any, offset: int) -> int:
+        nonlocal calls
+        if calls > 60 and len(data) > PAGE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        calls += 1
+        return real(fd, data, offset)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(EdgezoError, match="free"):
+        patch.setattr(os, "pwrite", full)
+        run_of(deep, tmp_path / "run", **request, residency="disk")
+    assert (tmp_path / "run" / "journal.bin").exists()
+    code, found = edgezo_json("finetune", "--resume", "--out", tmp_path / "run")
+    assert (code, found["trained_sha256"]) == (0, whole["trained_sha256"])
+
+
+def test_without_room_for_the_overlay_nothing_begins(deep, tmp_path, edgezo, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    request = deep.arguments(train="full", residency="disk", out=tmp_path / "run")
+    code, _, err = edgezo("finetune", *request)
+    assert code == 3
+    assert "only 1.0 KB are free" in err
+    assert not list(tmp_path.rglob("*.overlay"))
+    assert not (tmp_path / "run" / "journal.bin").exists()
+
+
+BLOWS = [
+    Blow("overlay", 2, 0.5),  # while it is made
+    Blow("overlay", 40, 0),
+    Blow("overlay", 7, 0.5),
+    Blow("record", 3, 1),
+    Blow("update", 5, 1),
+    Blow("overlay", 30, 1),
+    Blow("summary.json", 1, 0),
+]
+
+
+@pytest.mark.parametrize("train", ["full", "full+head"])
+def test_a_run_killed_in_a_write_of_the_overlay_ends_with_the_same_bits(deep, tmp_path, train):
+    request = {"train": train, "precision": "bf16", "steps": 12, "snapshot_every": 4}
+    whole = run_of(deep, tmp_path / "whole", **request)
+    arguments = deep.arguments(**request, residency="disk", out=tmp_path / "run")
+    died = 0
+    for blow in BLOWS:
+        more = ["--resume"] if (tmp_path / "run" / "config.toml").exists() else []
+        code, _, err = forks.start(["finetune", *arguments, *more], tmp_path / "o", blow).end()
+        assert code in (0, -signal.SIGKILL), err
+        died += code != 0
+    assert died >= 4
+    code, out, err = forks.start(
+        ["finetune", *arguments, "--resume", "--json"], tmp_path / "o"
+    ).end()
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["trained_sha256"] == whole["trained_sha256"]
+    assert found["eval_after"] == whole["eval_after"]
