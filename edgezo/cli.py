@@ -262,7 +262,7 @@ def bench_memory(
 ) -> None:
     """Peak memory of inference, GRZO, MeZO, LoRA and AdamW on the same rows: table, JSON, chart."""
     from edgezo import bench, report
-    from edgezo.memory import parse_bytes
+    from edgezo.machine import parse_bytes
 
     if model is None:
         raise UsageError("--model is needed: a card, a directory, a .gguf file or a hub id")

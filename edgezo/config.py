@@ -247,7 +247,7 @@ def _coerce(spec: Field, value: Any) -> Any:
         case "duration" if isinstance(value, str):
             value = parse_duration(value)
         case "bytes" if isinstance(value, str):
-            from edgezo.memory import parse_bytes  # reads the machine elsewhere; not needed before
+            from edgezo.machine import parse_bytes  # reads the machine elsewhere; not needed before
 
             value = parse_bytes(value)
         case _ if isinstance(value, str):

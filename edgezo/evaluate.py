@@ -14,7 +14,8 @@ from edgezo.config import RunConfig
 from edgezo.data import Dataset
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.journal import atomic_path, atomic_write, check_base, open_journal
-from edgezo.memory import Meter, allocator_reuse, machine
+from edgezo.machine import machine
+from edgezo.memory import Meter, allocator_reuse
 from edgezo.model import Model
 from edgezo.report import to_json
 from edgezo.session import (

@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edgezo.errors import EdgezoError
-from edgezo.memory import format_bytes
+from edgezo.machine import format_bytes
 
 if TYPE_CHECKING:
     from edgezo.cards import Card

@@ -19,7 +19,8 @@ from edgezo.estimators import ESTIMATORS, Recipe
 from edgezo.footprint import compute_dtype
 from edgezo.journal import Journal, StepRecord, atomic_path
 from edgezo.layouts import DENSE_DTYPES
-from edgezo.memory import Machine, malloc_trim
+from edgezo.machine import Machine
+from edgezo.memory import malloc_trim
 from edgezo.model import Model, ModelSpec, assemble
 from edgezo.planner import Plan, TokenStats, make_plan
 

@@ -38,7 +38,8 @@ from edgezo.journal import (
     open_journal,
     remove_leftovers,
 )
-from edgezo.memory import Guard, Meter, allocator_reuse, machine, rss_bytes
+from edgezo.machine import machine
+from edgezo.memory import Guard, Meter, allocator_reuse, rss_bytes
 from edgezo.model import Model
 from edgezo.noise import Key
 from edgezo.planner import Plan
