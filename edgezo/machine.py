@@ -185,6 +185,19 @@ def cgroup_cpu_quota(root: Path = ROOT) -> float | None:
     return min(quotas, default=None)
 
 
+def cgroup_peak_bytes(root: Path = ROOT) -> int | None:
+    """The most that this process's group has held, its page cache and other processes included.
+
+    None where the kernel does not say: version 2 has it since Linux 5.19, and never for the root.
+    """
+    for version, directories in _cgroup_directories(root, "memory"):
+        name = "memory.peak" if version == 2 else "memory.max_usage_in_bytes"
+        for d in directories:
+            if (peak_bytes := _number(d / name)) is not None:
+                return peak_bytes
+    return None
+
+
 _NO_LIMIT_BYTES = 1 << 60  # version 1 says "none" by 2**63 rounded down to a page
 
 

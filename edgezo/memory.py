@@ -12,8 +12,8 @@ peak       ``VmHWM``, else ``ru_maxrss`` (KiB)                          macOS ``
 split      ``RssAnon`` and ``RssFile`` + ``RssShmem``                   not split: all anonymous
 =========  ===========================================================  =======================
 
-``VmHWM`` is kept by the kernel at every page fault, so it misses nothing and no sampling thread is
-needed. It includes mapped file pages. ``ru_maxrss`` is only the fallback on Linux: a child of a
+``VmHWM`` is kept by the kernel at every page fault, so it misses nothing; `profiler` samples only what
+the kernel keeps no peak of. It includes mapped file pages. ``ru_maxrss`` is only the fallback on Linux: a child of a
 large parent starts with the parent's value there. Since Linux 6.2 the counters behind all of these
 are kept per core and may lag by about 128 KiB a core.
 
@@ -30,6 +30,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -172,15 +173,22 @@ def _peak_since_reset_bytes(root: Path = ROOT) -> int:
     return max(info.rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
-def anon_file_bytes(root: Path = ROOT) -> tuple[int, int]:
-    """(anonymous, file-backed and shared) resident bytes; (rss, 0) where they are not told apart.
+class Resident(NamedTuple):
+    """What a process holds, by one reading. The kernel keeps no peak of the two parts."""
 
-    The kernel keeps no peak of either. Anonymous memory cannot be reclaimed without swap.
-    """
+    rss_bytes: int
+    anon_bytes: int  # cannot be reclaimed without swap
+    file_bytes: int  # file-backed and shared
+
+
+def resident(root: Path = ROOT) -> Resident:
+    """Resident memory of this process now; all of it anonymous where the parts are not told apart."""
     status = read_status(root)
     if "RssAnon" not in status:
-        return rss_bytes(root), 0
-    return status["RssAnon"], status.get("RssFile", 0) + status.get("RssShmem", 0)
+        whole_bytes = rss_bytes(root)
+        return Resident(whole_bytes, whole_bytes, 0)
+    file_bytes = status.get("RssFile", 0) + status.get("RssShmem", 0)
+    return Resident(status["VmRSS"], status["RssAnon"], file_bytes)
 
 
 def reset_peak(root: Path = ROOT) -> bool:
@@ -233,8 +241,8 @@ class Meter:
         before = self._phases.get(name)
         if before is not None:
             peak_bytes = max(peak_bytes, before.peak_rss_bytes)
-        anon_bytes, file_bytes = anon_file_bytes()
-        phase = Phase(name, rss_bytes(), peak_bytes, anon_bytes, file_bytes)
+        now = resident()
+        phase = Phase(name, now.rss_bytes, peak_bytes, now.anon_bytes, now.file_bytes)
         self._phases[name] = phase
         if self._reset:
             reset_peak()
@@ -247,13 +255,7 @@ class Meter:
         for phase in self.phases:
             table[f"{phase.name}_rss_bytes"] = phase.rss_bytes
             table[f"{phase.name}_peak_rss_bytes"] = phase.peak_rss_bytes
-        anon_bytes, file_bytes = anon_file_bytes()
-        return table | {
-            "peak_rss_bytes": peak_rss_bytes(),
-            "rss_bytes": rss_bytes(),
-            "anon_bytes": anon_bytes,
-            "file_bytes": file_bytes,
-        }
+        return table | {"peak_rss_bytes": peak_rss_bytes(), **resident()._asdict()}
 
 
 class Guard:

@@ -23,6 +23,7 @@ from edgezo.machine import Machine
 from edgezo.memory import malloc_trim
 from edgezo.model import Model, ModelSpec, assemble
 from edgezo.planner import Plan, TokenStats, make_plan
+from edgezo.profiler import phase
 
 if TYPE_CHECKING:
     from edgezo.loader import ModelFiles
@@ -76,6 +77,7 @@ def settle(opened: Opened, machine: Machine, base_bytes: int) -> Plan:
     return plan
 
 
+@phase("load")
 def load_model(opened: Opened, machine: Machine) -> Model:
     """Stream the weights into memory, laid out and trained as the settled request says."""
     cfg = opened.cfg
@@ -125,6 +127,7 @@ def recipe_of(cfg: RunConfig, record: StepRecord) -> Recipe:
     )
 
 
+@phase("update")
 def replay_into(model: Model, cfg: RunConfig, journal: Journal, stop: int) -> None:
     """Apply the journal's records before step ``stop``, many a sweep."""
     chunk: list[Recipe] = []
@@ -167,6 +170,10 @@ class RunFiles:
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile.json"
 
     @property
     def snapshot(self) -> Path:
@@ -231,6 +238,7 @@ def load_snapshot(run: RunFiles, model: Model) -> int:
 # Evaluation
 
 
+@phase("eval")
 def evaluate_model(model: Model, dataset: Dataset) -> dict[str, Any]:
     """Metric over the validation rows: accuracy where there is a right answer, else the mean loss."""
     examples = dataset.validation

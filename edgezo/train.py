@@ -15,7 +15,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,11 +39,12 @@ from edgezo.journal import (
     remove_leftovers,
 )
 from edgezo.machine import machine
-from edgezo.memory import Guard, Meter, allocator_reuse, rss_bytes
+from edgezo.memory import Guard, Meter, allocator_reuse, peak_rss_bytes, rss_bytes
 from edgezo.model import Model
 from edgezo.noise import Key
 from edgezo.planner import Plan
-from edgezo.report import MetricsLog, RunProgress, Silent, to_json
+from edgezo.profiler import phase, profiling, running
+from edgezo.report import MetricsLog, RunProgress, Silent, peaks_line, to_json
 from edgezo.session import (
     Opened,
     RunFiles,
@@ -71,9 +72,14 @@ def finetune(
     Raises UsageError, DoesNotFit (before anything is written), BudgetExceeded and Interrupted (state saved),
     BaseMismatch, EdgezoError.
     """
-    progress = progress or Silent()
+    with profiling(cfg.profile):
+        return _finetune(cfg, resume, progress or Silent())
+
+
+def _finetune(cfg: RunConfig, resume: bool, progress: RunProgress) -> dict[str, Any]:
     meter = Meter()
-    opened = open_request(cfg)
+    with phase("import"):
+        opened = open_request(cfg)
     for note in opened.dataset.notes:
         progress.note(note)
     host = machine()
@@ -90,6 +96,7 @@ def finetune(
             _prepare(run)
             atomic_write(run.config, cfg.to_toml().encode())
         atomic_write(run.plan, to_json(plan.to_dict()).encode())
+        held.callback(_save_profile, run, progress)
         model = load_model(opened, host)
         if not resume:  # last, so that a model that cannot be loaded leaves no run behind
             journal = held.enter_context(create_journal(run.journal, _header(opened)))
@@ -102,9 +109,23 @@ def finetune(
             return training.run_all()
 
 
+def _save_profile(run: RunFiles, progress: RunProgress) -> None:
+    """profile.json of this process, however the run ends. A measurement that cannot be written fails no run."""
+    profiler = running()
+    if profiler is None:
+        return
+    found = profiler.report()
+    if "forward" not in found["phases"] and run.summary.exists():
+        return  # the run was over before: what it measured stays
+    try:
+        atomic_write(run.profile, (to_json(found) + "\n").encode())
+    except EdgezoError as problem:
+        progress.note(f"no profile of this run: {problem}")
+
+
 def _header(opened: Opened) -> dict[str, Any]:
     """What the journal remembers of a request: enough to replay it, and to refuse another one."""
-    free = ("out", "max_mem_bytes", "threads")  # nothing that replay needs
+    free = ("out", "max_mem_bytes", "threads", "profile")  # nothing that replay needs
     return {
         "content_hash": opened.files.content_hash,
         "data_hash": data_hash(opened.dataset.train),
@@ -194,6 +215,7 @@ class Training:
     stop_asked: bool = False
     step_times_s: list[float] = field(default_factory=list)
     forward_times_s: list[float] = field(default_factory=list)
+    inference_peak_rss_bytes: int | None = None
     known: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)  # evaluations
 
     @property
@@ -231,6 +253,8 @@ class Training:
             after = self._evaluate("after", step)
             self.meter.mark("run")
             summary = self._summary(step, train_s, before, after)
+            if (profiler := running()) is not None:
+                summary["phases"] = profiler.phases()
         atomic_write(run.summary, (to_json(summary) + "\n").encode())
         return summary
 
@@ -274,15 +298,20 @@ class Training:
                     rss_bytes=line["rss_bytes"],
                 )
         except BudgetExceeded as problem:
-            self._save(step)
+            self._stopped(step)
             raise BudgetExceeded(
                 f"{problem}\nThe state after step {step} is saved in {self.run.path}."
             ) from problem
         except Interrupted:
-            self._save(step)
+            self._stopped(step)
             raise
         finally:
             self.progress.close()
+
+    def _stopped(self, step: int) -> None:
+        """What a run that ends early leaves: its state, and the verdict on its memory so far."""
+        self._save(step)
+        self.progress.note(f"peak memory: {peaks_line(self._peaks())}")
 
     def _fraction(self, step: int, train_s: float) -> float:
         """How much of the run is over, by steps or by time."""
@@ -303,7 +332,8 @@ class Training:
                 self.guard.check(item="the next micro-batch")
                 batch = collate([group[s] for s in slots], slots)
                 probe = model.probe(batch, Key(cfg.seed, step), cfg.sigma) if self.probing else None
-                found, _ = model.losses(batch, probe, sides=sides, learn=learn)
+                with phase("forward"):
+                    found, _ = model.losses(batch, probe, sides=sides, learn=learn)
                 losses[:, slots] = found.numpy()
         except BaseException:
             if model.exact is not None:
@@ -315,12 +345,13 @@ class Training:
             step, cfg.sigma, step_size, skipped, losses, credit, model.take_touched(len(group))
         )
         self.journal.append(record)
-        model.store.apply([recipe_of(cfg, record)])
-        if model.exact is not None:
-            # The head follows the same schedule as the step.
-            model.exact.update(cfg.head_lr * step_size / cfg.step)
-            if (step + 1) % cfg.snapshot_every == 0:
-                self._save(step + 1)
+        with phase("update"):
+            model.store.apply([recipe_of(cfg, record)])
+            if model.exact is not None:
+                # The head follows the same schedule as the step.
+                model.exact.update(cfg.head_lr * step_size / cfg.step)
+        if model.exact is not None and (step + 1) % cfg.snapshot_every == 0:
+            self._save(step + 1)
         return record
 
     def _group(self, step: int) -> list[Example]:
@@ -337,8 +368,13 @@ class Training:
         assert self.cfg.micro_batch is not None
         begun_s = time.monotonic()
         for slots in micro_batches(group, self.cfg.micro_batch):
-            self.model.losses(collate([group[s] for s in slots], slots), sides=2)
+            self._plain_forward([group[s] for s in slots])
         return time.monotonic() - begun_s
+
+    @phase("forward")
+    def _plain_forward(self, examples: Sequence[Example]) -> None:
+        """Both sides of a micro-batch with no probe: what running the model takes."""
+        self.model.losses(collate(examples, range(len(examples))), sides=2)
 
     # -- beginning and end --------------------------------------------------------------------------------
 
@@ -403,11 +439,21 @@ class Training:
         longest = sorted(self.examples, key=tokens_of, reverse=True)[: self.cfg.micro_batch]
         need_bytes = self.plan.phase_bytes("forward") - self.plan.phase_bytes("always")
         self.guard.check(need_bytes, "the longest micro-batch")
+        # Before the first probe there was nothing but inference in this process: loading, and this.
+        before_bytes = peak_rss_bytes()
+        self._plain_forward(longest)
+        peak_bytes = peak_rss_bytes()
+        if (
+            peak_bytes == before_bytes
+        ):  # loading took more, or a resume's replay, which is not inference
+            peak_bytes = max(self.meter.summary()["load_peak_rss_bytes"], rss_bytes())
+        self.inference_peak_rss_bytes = peak_bytes
         batch = collate(longest, range(len(longest)))
         probe = (
             self.model.probe(batch, Key(self.cfg.seed, 0), self.cfg.sigma) if self.probing else None
         )
-        self.model.losses(batch, probe, sides=2 if self.probing else 1)
+        with phase("forward"):
+            self.model.losses(batch, probe, sides=2 if self.probing else 1)
         self.model.take_touched(len(longest))
         self.guard.check(item="training")
 
@@ -419,10 +465,20 @@ class Training:
             self._remember(line)
         return self.known[when, step]
 
+    @phase("save")
     def _save(self, step: int) -> None:
         """Make the state after ``step`` steps durable: the journal first, since a snapshot refers to it."""
         self.journal.sync()
         save_snapshot(self.run, self.model, step)
+
+    def _peaks(self) -> dict[str, int | None]:
+        """The four figures that a run is judged by."""
+        return {
+            "planned_peak_bytes": self.plan.planned_peak_bytes,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "inference_peak_rss_bytes": self.inference_peak_rss_bytes,
+            "max_mem_bytes": self.plan.max_mem_bytes,
+        }
 
     def _summary(
         self,
@@ -450,8 +506,7 @@ class Training:
             "step_s": _median(self.step_times_s),
             "forward_s": _median(self.forward_times_s),
             **memory,
-            "planned_peak_bytes": self.plan.planned_peak_bytes,
-            "max_mem_bytes": self.plan.max_mem_bytes,
+            **self._peaks(),
             "trained_sha256": tensors_sha256(self.model.state()),
             "run": str(self.run.path),
         }

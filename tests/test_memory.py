@@ -43,14 +43,15 @@ def test_status_sizes_are_in_bytes(tmp_path):
     )
     root = tree(tmp_path, {"proc/self/status": text})
     assert memory.rss_bytes(root) == 1600 * 1024
-    assert memory.anon_file_bytes(root) == (100 * 1024, 1500 * 1024)
+    assert memory.resident(root) == (1600 * 1024, 100 * 1024, 1500 * 1024)
 
 
 def test_without_proc_the_readings_come_from_psutil_and_resource(tmp_path):
     rss_bytes, peak_bytes = memory.rss_bytes(tmp_path), memory.peak_rss_bytes(tmp_path)
     assert rss_bytes > 5 * MB and peak_bytes >= rss_bytes
     assert memory.read_status(tmp_path) == {}
-    assert memory.anon_file_bytes(tmp_path)[1] == 0
+    whole = memory.resident(tmp_path)
+    assert whole.file_bytes == 0 and whole.anon_bytes == whole.rss_bytes > 5 * MB
     assert not memory.reset_peak(tmp_path)
 
 
@@ -66,7 +67,7 @@ block = bytearray(80_000_000)
 del block
 meter.mark("load")
 block = bytearray(20_000_000)
-anon = memory.anon_file_bytes()[0]
+anon = memory.resident().anon_bytes
 meter.mark("run")
 can = memory.reset_peak()
 print(json.dumps(meter.summary() | {"can": can, "anon_in_run": anon}))
@@ -120,14 +121,14 @@ from edgezo import memory
 said = memory.allocator_policy() if sys.argv[1:] or POLICY else ""
 import numpy as np
 rng = np.random.default_rng(0)
-before = memory.anon_file_bytes()[0]
+before = memory.resident().anon_bytes
 kept = []
 for layer in range(12):
     layers = [np.ones(int(n), np.uint8) for n in rng.integers(300_000, 6_000_000, 12)]
     kept.append(np.ones(100_000, np.uint8))
     del layers
 kept_bytes = sum(a.nbytes for a in kept)
-grown = memory.anon_file_bytes()[0] - before - kept_bytes
+grown = memory.resident().anon_bytes - before - kept_bytes
 print(json.dumps({"grown": grown, "said": said}))
 """
     without = in_subprocess("POLICY = False\n" + code)
