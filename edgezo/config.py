@@ -41,8 +41,11 @@ ALTERNATIVES = (("steps", "for_s"), ("data", "task"))
 # Friendlier spellings in a TOML file; "-" may stand for "_".
 ALIASES = {"max_mem": "max_mem_bytes", "for": "for_s"}
 # What may differ when a run is resumed; everything else would change the numbers. Files may have moved: the
-# journal knows the weights and the training rows.
-FREE_ON_RESUME = ("max_mem_bytes", "threads", "profile", "out", "model", "data", "data_root")
+# journal knows the weights and the training rows. Another micro-batch changes losses in their rounding.
+FREE_ON_RESUME = (
+    *("max_mem_bytes", "micro_batch", "threads", "profile"),
+    *("out", "model", "data", "data_root"),
+)
 
 
 @dataclass(frozen=True)

@@ -275,6 +275,15 @@ class Guard:
         """What may still be allocated; negative once the margin is being eaten."""
         return self.cap_bytes - self.margin_bytes - self._rss()
 
+    def check_again(self, need_bytes: int, item: str) -> None:
+        """`check` for what has run before: most of what it needs is still in the heap, and not asked for again.
+
+        Only once the margin is being eaten is the heap emptied, and the whole need counts.
+        """
+        if self.room_bytes() < 0:
+            malloc_trim()
+            self.check(need_bytes, item)
+
     def check(self, need_bytes: int = 0, item: str = "the next step") -> None:
         """Raise BudgetExceeded if `need_bytes` more for `item` would go above cap - margin.
 
@@ -293,6 +302,5 @@ class Guard:
             f"{format_bytes(held_bytes)} are resident, {item} needs {format_bytes(need_bytes)} "
             f"and {format_bytes(self.margin_bytes)} are kept free: "
             f"{format_bytes(over_bytes)} too much. Go on with --resume and --max-mem "
-            f"{-(-(self.cap_bytes + over_bytes) // 1_000_000)}MB or more, or with a smaller "
-            "--micro-batch or --max-length."
+            f"{-(-(self.cap_bytes + over_bytes) // 1_000_000)}MB or more."
         )

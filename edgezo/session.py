@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from edgezo.layouts import DENSE_DTYPES
 from edgezo.machine import Machine
 from edgezo.memory import malloc_trim
 from edgezo.model import Model, ModelSpec, assemble
-from edgezo.planner import Plan, TokenStats, make_plan
+from edgezo.planner import Plan, PlanDoesNotFit, TokenStats, default_budget, make_plan, mb
 from edgezo.profiler import phase
 
 if TYPE_CHECKING:
@@ -75,6 +76,34 @@ def settle(opened: Opened, machine: Machine, base_bytes: int) -> Plan:
     plan = make_plan(opened.files.shape, opened.cfg, machine, tokens, base_bytes=base_bytes)
     opened.cfg = plan.settle(opened.cfg)
     return plan
+
+
+def settle_again(opened: Opened, machine: Machine, base_bytes: int) -> Plan:
+    """`settle` for a run that goes on, which can be split further and that is all.
+
+    Raises PlanDoesNotFit with the ways to go on.
+    """
+    try:
+        return settle(opened, machine, base_bytes)
+    except PlanDoesNotFit as problem:
+        cfg = opened.cfg
+        cap_bytes = cfg.max_mem_bytes or default_budget(machine)[0]
+        ways = [f"--max-mem {mb(problem.smallest_bytes)} or more"]
+        micro_batch = cfg.micro_batch or 1
+        while micro_batch > 1:
+            micro_batch = (micro_batch + 1) // 2
+            with suppress(PlanDoesNotFit):
+                split = replace(opened, cfg=replace(cfg, micro_batch=micro_batch))
+                settle(split, machine, base_bytes)
+                ways.append(f"with --micro-batch {micro_batch} (losses are equal up to rounding)")
+                break
+        raise PlanDoesNotFit(
+            f"{cfg.out} needs {mb(problem.smallest_bytes)} to go on as it is, but --max-mem is "
+            f"{mb(cap_bytes)}. Nothing in it has changed.\n"
+            f"Go on with --resume and {', or '.join(ways)}.",
+            problem.smallest_bytes,
+            problem.items,
+        ) from problem
 
 
 @phase("load")

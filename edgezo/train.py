@@ -15,12 +15,13 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -58,8 +59,11 @@ from edgezo.session import (
     replay_into,
     save_snapshot,
     settle,
+    settle_again,
 )
 from edgezo.weights import tensors_sha256
+
+Result = TypeVar("Result")
 
 PLAIN_FORWARDS = 8  # plain forwards timed in a run, for summary.json's forward_s
 
@@ -69,9 +73,12 @@ def finetune(
 ) -> dict[str, Any]:
     """Run, or go on with, a fine-tune in ``cfg.out``; returns what summary.json holds.
 
+    A resume without a micro-batch takes the run's, which may have shrunk since the run began.
     Raises UsageError, DoesNotFit (before anything is written), BudgetExceeded and Interrupted (state saved),
     BaseMismatch, EdgezoError.
     """
+    if resume and cfg.micro_batch is None and cfg.out is not None:
+        cfg = replace(cfg, micro_batch=RunFiles(Path(cfg.out)).read_config().micro_batch)
     with profiling(cfg.profile):
         return _finetune(cfg, resume, progress or Silent())
 
@@ -84,7 +91,7 @@ def _finetune(cfg: RunConfig, resume: bool, progress: RunProgress) -> dict[str, 
         progress.note(note)
     host = machine()
     base = meter.mark("base")
-    plan = settle(opened, host, base.rss_bytes)
+    plan = (settle_again if resume else settle)(opened, host, base.rss_bytes)
     progress.plan(plan)
     cfg = opened.cfg
     assert cfg.out is not None, "the command line names a run directory"
@@ -234,9 +241,9 @@ class Training:
     def run_all(self) -> dict[str, Any]:
         run = self.run
         self.guard = Guard(self.plan.max_mem_bytes, GUARD_MARGIN_BYTES)
-        begun = len(self.journal) > 0
         done, planned = self._restore()
-        if begun:  # a resume may name other places; nothing is written before the state was read
+        saved = run.read_config() if run.config.exists() else None
+        if saved != self.cfg:  # by a resume; nothing is written before the state was read
             atomic_write(run.config, self.cfg.to_toml().encode())
         # "before" is written before the first step, so a run without steps has no lines worth keeping.
         self.metrics = MetricsLog(run.metrics, keep_through=done if done else None)
@@ -246,7 +253,9 @@ class Training:
             if finished.get("steps") == done > 0:
                 if finished["trained_sha256"] == tensors_sha256(self.model.state()):
                     return finished
-            self._longest_first()
+            if saved is not None and saved.micro_batch != self.cfg.micro_batch:
+                self._note_split(done, saved.micro_batch, "as asked")
+            self._fitting(done, self._longest_first)
             before = self.known.get(("before", 0)) if done else self._evaluate("before")
             step, train_s = self._loop(done, planned)
             self._save(step)
@@ -281,7 +290,7 @@ class Training:
                     excluded_s += time.monotonic() - begun_s
                     begun_s = time.monotonic()
                 step_size = planned.get(step, cfg.step * schedule(cfg.schedule, fraction))
-                record = self._step(step, step_size)
+                record = self._fitting(step, partial(self._step, step, step_size))
                 took_s = time.monotonic() - begun_s
                 step += 1
                 line = {**self._line(record), "step_s": took_s, "rss_bytes": rss_bytes()}
@@ -329,7 +338,7 @@ class Training:
         learn = 1.0 / (sides * len(group)) if model.exact is not None else 0.0
         try:
             for slots in micro_batches(group, cfg.micro_batch):
-                self.guard.check(item="the next micro-batch")
+                self.guard.check_again(self._need_bytes(cfg.micro_batch), "the next micro-batch")
                 batch = collate([group[s] for s in slots], slots)
                 probe = model.probe(batch, Key(cfg.seed, step), cfg.sigma) if self.probing else None
                 with phase("forward"):
@@ -353,6 +362,50 @@ class Training:
         if model.exact is not None and (step + 1) % cfg.snapshot_every == 0:
             self._save(step + 1)
         return record
+
+    # -- when memory is short -----------------------------------------------------------------------------
+
+    def _fitting(self, step: int, work: Callable[[], Result]) -> Result:
+        """``work()``, begun anew with a smaller micro-batch as often as memory is short and that helps."""
+        while True:
+            try:
+                return work()
+            except BudgetExceeded:
+                if not self._shrink(step):
+                    raise
+
+    def _need_bytes(self, micro_batch: int) -> int:
+        """About what a micro-batch takes while it runs: its part of the plan's. What does not shrink is small."""
+        forward_bytes = self.plan.phase_bytes("forward") - self.plan.phase_bytes("always")
+        return forward_bytes * micro_batch // self.plan.micro_batch
+
+    def _shrink(self, step: int) -> bool:
+        """Halve the micro-batch until it has room, for this run and its resumes; False: not even one example has.
+
+        The directions stay, but losses of another split are equal to rounding only. What a resume computes again, it
+        must split as the run did: so the state is saved first, and from here on nothing before it is computed again.
+        """
+        assert self.cfg.micro_batch is not None
+        before = smaller = self.cfg.micro_batch
+        room_bytes = self.guard.room_bytes()
+        while smaller > 1:
+            smaller = (smaller + 1) // 2
+            if self._need_bytes(smaller) <= room_bytes:
+                break
+        else:
+            return False
+        self._save(step)
+        self.cfg = replace(self.cfg, micro_batch=smaller)
+        atomic_write(self.run.config, self.cfg.to_toml().encode())
+        self._note_split(step, before, "memory is short")
+        return True
+
+    def _note_split(self, step: int, before: int | None, why: str) -> None:
+        now = self.cfg.micro_batch
+        self.progress.note(
+            f"micro-batch {before} -> {now} after step {step}, {why}: losses are equal up to rounding"
+        )
+        self.metrics.write({"step": step, "micro_batch": now})
 
     def _group(self, step: int) -> list[Example]:
         assert self.cfg.batch_size is not None
@@ -437,8 +490,7 @@ class Training:
         """Run the longest possible micro-batch once, changing nothing: what does not fit shows now, not late."""
         assert self.cfg.micro_batch is not None
         longest = sorted(self.examples, key=tokens_of, reverse=True)[: self.cfg.micro_batch]
-        need_bytes = self.plan.phase_bytes("forward") - self.plan.phase_bytes("always")
-        self.guard.check(need_bytes, "the longest micro-batch")
+        self.guard.check(self._need_bytes(self.cfg.micro_batch), "the longest micro-batch")
         # Before the first probe there was nothing but inference in this process: loading, and this.
         before_bytes = peak_rss_bytes()
         self._plain_forward(longest)
