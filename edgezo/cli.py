@@ -112,6 +112,9 @@ def cli() -> None:
 @cli.command()
 @_model
 @_options(*_DATA, *_MEMORY, *_RUN, _THREADS)
+@click.option(
+    "--profile/--no-profile", default=None, help="Record memory by phase: RUN/profile.json."
+)
 @click.option("--out", metavar="RUN", help="Run directory.  [default: runs/MODEL-DATA]")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
@@ -124,10 +127,10 @@ def finetune(
     show_batch: bool,
     config_file: str | None,
     as_json: bool,
-    **said: str | None,
+    **said: Any,
 ) -> None:
     """Fine-tune a model under --max-mem."""
-    from edgezo import preview, report
+    from edgezo import preview, profiler, report
 
     progress = report.TerminalProgress()
     cfg, resuming = _finetune_config(said, config_file, resume, progress.note)
@@ -142,12 +145,14 @@ def finetune(
         return
     cfg = cfg if cfg.out is not None else replace(cfg, out=_free_run_directory(cfg))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from edgezo.train import finetune as run_finetune
+    with profiler.profiling(cfg.profile):
+        with profiler.phase("import"):
+            from edgezo.train import finetune as run_finetune
 
-    try:
-        summary = run_finetune(cfg, resume=resuming, progress=progress)
-    finally:
-        progress.close()
+        try:
+            summary = run_finetune(cfg, resume=resuming, progress=progress)
+        finally:
+            progress.close()
     _emit(as_json, summary, report.verdict(summary))
     if not as_json:
         click.echo(f"run {cfg.out}")
@@ -267,7 +272,7 @@ def bench_memory(
 ) -> None:
     """Peak memory of inference, GRZO, MeZO, LoRA and AdamW on the same rows: table, JSON, chart."""
     from edgezo import bench, report
-    from edgezo.memory import parse_bytes
+    from edgezo.machine import parse_bytes
 
     if model is None:
         raise UsageError("--model is needed: a card, a directory, a .gguf file or a hub id")

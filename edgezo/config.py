@@ -42,13 +42,16 @@ ALTERNATIVES = (("steps", "for_s"), ("data", "task"))
 # Friendlier spellings in a TOML file; "-" may stand for "_".
 ALIASES = {"max_mem": "max_mem_bytes", "for": "for_s"}
 # What may differ when a run is resumed; everything else would change the numbers. Files may have moved: the
-# journal knows the weights and the training rows.
-FREE_ON_RESUME = ("max_mem_bytes", "residency", "threads", "out", "model", "data", "data_root")
+# journal knows the weights and the training rows. Another micro-batch changes losses in their rounding.
+FREE_ON_RESUME = (
+    *("max_mem_bytes", "micro_batch", "residency", "threads", "profile"),
+    *("out", "model", "data", "data_root"),
+)
 
 
 @dataclass(frozen=True)
 class Field:
-    """The law of one field: ``kind`` is str, int, float, duration, bytes, choice or train."""
+    """The law of one field: ``kind`` is str, int, float, bool, duration, bytes, choice or train."""
 
     kind: str
     default: Any = None
@@ -89,6 +92,7 @@ FIELDS: dict[str, Field] = {
     "eval_limit": Field("int", low=1),  # None: every validation row
     "snapshot_every": Field("int", 25, low=1),
     "threads": Field("int", low=1, high=4096),  # None: what PyTorch picks
+    "profile": Field("bool", False),  # profile.json: where the memory goes (profiler.py)
     "out": Field("str"),
 }
 
@@ -127,6 +131,7 @@ class RunConfig:
     eval_limit: int | None
     snapshot_every: int
     threads: int | None
+    profile: bool
     out: str | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -245,12 +250,16 @@ def _coerce(spec: Field, value: Any) -> Any:
             if value not in spec.choices:
                 raise ValueError(f"{value!r} is not one of {', '.join(spec.choices)}")
             return value
+        case "bool":
+            if not isinstance(value, bool):
+                raise ValueError(f"needs true or false, not {value!r}")
+            return value
         case "train":
             return _coerce_train(spec, value)
         case "duration" if isinstance(value, str):
             value = parse_duration(value)
         case "bytes" if isinstance(value, str):
-            from edgezo.memory import parse_bytes  # reads the machine elsewhere; not needed before
+            from edgezo.machine import parse_bytes  # reads the machine elsewhere; not needed before
 
             value = parse_bytes(value)
         case _ if isinstance(value, str):

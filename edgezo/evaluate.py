@@ -19,7 +19,8 @@ from edgezo.data import Dataset
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.files import atomic_path, atomic_write
 from edgezo.journal import check_base, open_journal
-from edgezo.memory import Meter, allocator_reuse, machine, rss_bytes
+from edgezo.machine import machine
+from edgezo.memory import Meter, allocator_reuse, rss_bytes
 from edgezo.model import Model
 from edgezo.readers import SAFETENSORS_NAMES
 from edgezo.report import to_json

@@ -28,7 +28,7 @@ from edgezo.footprint import (
 
 if TYPE_CHECKING:
     from edgezo.cards import Card, Shape
-    from edgezo.memory import Machine
+    from edgezo.machine import Machine
 
 __all__ = [
     "Decision",

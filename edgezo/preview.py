@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from edgezo import cards
 from edgezo.config import RunConfig
 from edgezo.errors import EdgezoError, UsageError
-from edgezo.memory import machine
+from edgezo.machine import machine
 from edgezo.planner import DEFAULT_BATCH, Plan, TokenStats, largest_card, make_plan
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edgezo.errors import EdgezoError
-from edgezo.memory import format_bytes
+from edgezo.machine import format_bytes
 
 if TYPE_CHECKING:
     from edgezo.cards import Card
@@ -141,7 +141,7 @@ def memory_table(found: Mapping[str, Any]) -> RenderableType:
 
 
 def verdict(summary: Mapping[str, Any]) -> RenderableType:
-    """The end of a run: what it reached, how long a step took, planned against measured memory."""
+    """The end of a run: what it reached, how long a step took, what memory it planned and took."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column("what", no_wrap=True)
     table.add_column("value")
@@ -158,12 +158,15 @@ def verdict(summary: Mapping[str, Any]) -> RenderableType:
             ratio = summary["step_s"] / summary["forward_s"] if summary["forward_s"] else math.nan
             line += f", {ratio:.2f} x a plain forward over the same rows"
         table.add_row("time", line)
-    if _has(summary, "peak_rss_bytes"):
-        table.add_row("memory", _memory_line(summary))
     if _has(summary, "base_rss_bytes", "load_peak_rss_bytes"):
         base, load = summary["base_rss_bytes"], summary["load_peak_rss_bytes"]
         parts = f"process alone {format_bytes(base)}, while loading {format_bytes(load)}"
-        table.add_row("", parts)
+        table.add_row("memory", parts)
+    if phases := summary.get("phases"):
+        peaks = (f"{name} {format_bytes(p['peak_rss_bytes'])}" for name, p in phases.items())
+        table.add_row("as sampled", ", ".join(peaks))
+    if _has(summary, "peak_rss_bytes"):
+        table.add_row("peak memory", peaks_line(summary))
     return table
 
 
@@ -171,11 +174,15 @@ def _has(summary: Mapping[str, Any], *names: str) -> bool:
     return all(summary.get(name) is not None for name in names)
 
 
-def _memory_line(summary: Mapping[str, Any]) -> str:
+def peaks_line(summary: Mapping[str, Any]) -> str:
+    """Planned, measured, inference, cap: the peaks by which a run is judged."""
     peak = summary["peak_rss_bytes"]
-    parts = [f"measured peak {format_bytes(peak)}"]
+    parts = [f"measured {format_bytes(peak)}"]
     if _has(summary, "planned_peak_bytes"):
-        parts.insert(0, f"planned peak {format_bytes(summary['planned_peak_bytes'])}")
+        parts.insert(0, f"planned {format_bytes(summary['planned_peak_bytes'])}")
+    if _has(summary, "inference_peak_rss_bytes"):
+        inference = summary["inference_peak_rss_bytes"]
+        parts.append(f"{peak / inference:.2f} x inference {format_bytes(inference)}")
     if _has(summary, "max_mem_bytes"):
         cap = summary["max_mem_bytes"]
         kept = "kept" if peak <= cap else "NOT kept"

@@ -8,7 +8,8 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,11 @@ from edgezo.files import atomic_path
 from edgezo.footprint import compute_dtype
 from edgezo.journal import Journal, StepRecord
 from edgezo.layouts import DENSE_DTYPES
-from edgezo.memory import Machine, format_bytes, malloc_trim
+from edgezo.machine import Machine, format_bytes
+from edgezo.memory import malloc_trim
 from edgezo.model import Model, ModelSpec, assemble
-from edgezo.planner import Plan, TokenStats, make_plan
+from edgezo.planner import Plan, PlanDoesNotFit, TokenStats, default_budget, make_plan, mb
+from edgezo.profiler import phase
 
 if TYPE_CHECKING:
     from edgezo.loader import ModelFiles
@@ -81,6 +84,35 @@ def settle(opened: Opened, machine: Machine, base_bytes: int) -> Plan:
     return plan
 
 
+def settle_again(opened: Opened, machine: Machine, base_bytes: int) -> Plan:
+    """`settle` for a run that goes on, which can be split further and that is all.
+
+    Raises PlanDoesNotFit with the ways to go on.
+    """
+    try:
+        return settle(opened, machine, base_bytes)
+    except PlanDoesNotFit as problem:
+        cfg = opened.cfg
+        cap_bytes = cfg.max_mem_bytes or default_budget(machine)[0]
+        ways = [f"--max-mem {mb(problem.smallest_bytes)} or more"]
+        micro_batch = cfg.micro_batch or 1
+        while micro_batch > 1:
+            micro_batch = (micro_batch + 1) // 2
+            with suppress(PlanDoesNotFit):
+                split = replace(opened, cfg=replace(cfg, micro_batch=micro_batch))
+                settle(split, machine, base_bytes)
+                ways.append(f"with --micro-batch {micro_batch} (losses are equal up to rounding)")
+                break
+        raise PlanDoesNotFit(
+            f"{cfg.out} needs {mb(problem.smallest_bytes)} to go on as it is, but --max-mem is "
+            f"{mb(cap_bytes)}. Nothing in it has changed.\n"
+            f"Go on with --resume and {', or '.join(ways)}.",
+            problem.smallest_bytes,
+            problem.items,
+        ) from problem
+
+
+@phase("load")
 def load_model(opened: Opened, machine: Machine, overlay: Overlay | None = None) -> Model:
     """Stream the weights into memory, and into ``overlay`` what the plan has no room for.
 
@@ -151,6 +183,7 @@ def follow(model: Model, cfg: RunConfig, journal: Journal) -> None:
     model.store.history = recipes
 
 
+@phase("update")
 def replay_into(model: Model, cfg: RunConfig, journal: Journal, stop: int) -> None:
     """Apply the journal's records before step ``stop``, many a sweep; blocks on disk take them when they are bound."""
     follow(model, cfg, journal)
@@ -196,6 +229,10 @@ class RunFiles:
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile.json"
 
     @property
     def snapshot(self) -> Path:
@@ -309,6 +346,7 @@ def load_snapshot(run: RunFiles, model: Model) -> int:
 # Evaluation
 
 
+@phase("eval")
 def evaluate_model(model: Model, dataset: Dataset) -> dict[str, Any]:
     """Metric over the validation rows: accuracy where there is a right answer, else the mean loss."""
     examples = dataset.validation

@@ -15,12 +15,13 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,11 +32,13 @@ from edgezo.estimators import ESTIMATORS, Estimator, schedule
 from edgezo.files import atomic_write, remove_leftovers
 from edgezo.footprint import GUARD_MARGIN_BYTES
 from edgezo.journal import Journal, StepRecord, check_base, create_journal, open_journal
-from edgezo.memory import Guard, Meter, allocator_reuse, machine, rss_bytes
+from edgezo.machine import machine
+from edgezo.memory import Guard, Meter, allocator_reuse, peak_rss_bytes, rss_bytes
 from edgezo.model import Model
 from edgezo.noise import Key
 from edgezo.planner import Plan
-from edgezo.report import MetricsLog, RunProgress, Silent, to_json
+from edgezo.profiler import phase, profiling, running
+from edgezo.report import MetricsLog, RunProgress, Silent, peaks_line, to_json
 from edgezo.session import (
     Opened,
     Overlay,
@@ -51,8 +54,11 @@ from edgezo.session import (
     replay_into,
     save_snapshot,
     settle,
+    settle_again,
 )
 from edgezo.weights import saved_sha256
+
+Result = TypeVar("Result")
 
 PLAIN_FORWARDS = 8  # plain forwards timed in a run, for summary.json's forward_s
 
@@ -62,17 +68,25 @@ def finetune(
 ) -> dict[str, Any]:
     """Run, or go on with, a fine-tune in ``cfg.out``; returns what summary.json holds.
 
+    A resume without a micro-batch takes the run's, which may have shrunk since the run began.
     Raises UsageError, DoesNotFit (before anything is written), BudgetExceeded and Interrupted (state saved),
     BaseMismatch, EdgezoError.
     """
-    progress = progress or Silent()
+    if resume and cfg.micro_batch is None and cfg.out is not None:
+        cfg = replace(cfg, micro_batch=RunFiles(Path(cfg.out)).read_config().micro_batch)
+    with profiling(cfg.profile):
+        return _finetune(cfg, resume, progress or Silent())
+
+
+def _finetune(cfg: RunConfig, resume: bool, progress: RunProgress) -> dict[str, Any]:
     meter = Meter()
-    opened = open_request(cfg)
+    with phase("import"):
+        opened = open_request(cfg)
     for note in opened.dataset.notes:
         progress.note(note)
     host = machine()
     base = meter.mark("base")
-    plan = settle(opened, host, base.rss_bytes)
+    plan = (settle_again if resume else settle)(opened, host, base.rss_bytes)
     progress.plan(plan)
     cfg = opened.cfg
     assert cfg.out is not None, "the command line names a run directory"
@@ -84,6 +98,7 @@ def finetune(
             _prepare(run)
             atomic_write(run.config, cfg.to_toml().encode())
         atomic_write(run.plan, to_json(plan.to_dict()).encode())
+        held.callback(_save_profile, run, progress)
         overlay = Overlay(run.overlay, _header(opened))
         if not resume or not plan.blocks_on_disk:
             overlay.remove()
@@ -105,9 +120,23 @@ def finetune(
             return training.run_all()
 
 
+def _save_profile(run: RunFiles, progress: RunProgress) -> None:
+    """profile.json of this process, however the run ends. A measurement that cannot be written fails no run."""
+    profiler = running()
+    if profiler is None:
+        return
+    found = profiler.report()
+    if "forward" not in found["phases"] and run.summary.exists():
+        return  # the run was over before: what it measured stays
+    try:
+        atomic_write(run.profile, (to_json(found) + "\n").encode())
+    except EdgezoError as problem:
+        progress.note(f"no profile of this run: {problem}")
+
+
 def _header(opened: Opened) -> dict[str, Any]:
     """What the journal remembers of a request: enough to replay it, and to refuse another one."""
-    free = ("out", "max_mem_bytes", "threads")  # nothing that replay needs
+    free = ("out", "max_mem_bytes", "threads", "profile")  # nothing that replay needs
     return {
         "content_hash": opened.files.content_hash,
         "data_hash": data_hash(opened.dataset.train),
@@ -198,6 +227,7 @@ class Training:
     step_times_s: list[float] = field(default_factory=list)
     forward_times_s: list[float] = field(default_factory=list)
     moved: dict[str, list[int]] = field(default_factory=dict)  # bytes of weights on disk, a step
+    inference_peak_rss_bytes: int | None = None
     known: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)  # evaluations
 
     @property
@@ -216,12 +246,12 @@ class Training:
     def run_all(self) -> dict[str, Any]:
         run = self.run
         self.guard = Guard(self.plan.max_mem_bytes, GUARD_MARGIN_BYTES)
-        begun = len(self.journal) > 0
         follow(self.model, self.cfg, self.journal)
         if self.model.store.residency is not None:
             self.model.store.residency.note = self.progress.note
         done, planned = self._restore()
-        if begun:  # a resume may name other places; nothing is written before the state was read
+        saved = run.read_config() if run.config.exists() else None
+        if saved != self.cfg:  # by a resume; nothing is written before the state was read
             atomic_write(run.config, self.cfg.to_toml().encode())
         # "before" is written before the first step, so a run without steps has no lines worth keeping.
         self.metrics = MetricsLog(run.metrics, keep_through=done if done else None)
@@ -231,7 +261,9 @@ class Training:
             if finished.get("steps") == done > 0:
                 if finished["trained_sha256"] == saved_sha256(self.model.saved()):
                     return finished
-            self._longest_first()
+            if saved is not None and saved.micro_batch != self.cfg.micro_batch:
+                self._note_split(done, saved.micro_batch, "as asked")
+            self._fitting(done, self._longest_first)
             before = self.known.get(("before", 0)) if done else self._evaluate("before")
             step, train_s = self._loop(done, planned)
             self._save(step)
@@ -240,6 +272,8 @@ class Training:
             after = self._evaluate("after", step)
             self.meter.mark("run")
             summary = self._summary(step, train_s, before, after)
+            if (profiler := running()) is not None:
+                summary["phases"] = profiler.phases()
         atomic_write(run.summary, (to_json(summary) + "\n").encode())
         return summary
 
@@ -267,7 +301,7 @@ class Training:
                     begun_s = time.monotonic()
                 moved = self._moved()
                 step_size = planned.get(step, cfg.step * schedule(cfg.schedule, fraction))
-                record = self._step(step, step_size)
+                record = self._fitting(step, partial(self._step, step, step_size))
                 took_s = time.monotonic() - begun_s
                 step += 1
                 line = {**self._line(record), "step_s": took_s, "rss_bytes": rss_bytes()}
@@ -287,12 +321,12 @@ class Training:
                     rss_bytes=line["rss_bytes"],
                 )
         except BudgetExceeded as problem:
-            self._save(step)
+            self._stopped(step)
             raise BudgetExceeded(
                 f"{problem}\nThe state after step {step} is saved in {self.run.path}."
             ) from problem
         except Interrupted:
-            self._save(step)
+            self._stopped(step)
             raise
         finally:
             self.progress.close()
@@ -304,6 +338,11 @@ class Training:
             return {}
         traffic = residency.traffic
         return {"disk_read_bytes": traffic.read_bytes, "disk_written_bytes": traffic.written_bytes}
+
+    def _stopped(self, step: int) -> None:
+        """What a run that ends early leaves: its state, and the verdict on its memory so far."""
+        self._save(step)
+        self.progress.note(f"peak memory: {peaks_line(self._peaks())}")
 
     def _fraction(self, step: int, train_s: float) -> float:
         """How much of the run is over, by steps or by time."""
@@ -321,10 +360,11 @@ class Training:
         learn = 1.0 / (sides * len(group)) if model.exact is not None else 0.0
         try:
             for slots in micro_batches(group, cfg.micro_batch):
-                self.guard.check(item="the next micro-batch")
+                self.guard.check_again(self._need_bytes(cfg.micro_batch), "the next micro-batch")
                 batch = collate([group[s] for s in slots], slots)
                 probe = model.probe(batch, Key(cfg.seed, step), cfg.sigma) if self.probing else None
-                found, _ = model.losses(batch, probe, sides=sides, learn=learn)
+                with phase("forward"):
+                    found, _ = model.losses(batch, probe, sides=sides, learn=learn)
                 losses[:, slots] = found.numpy()
         except BaseException:
             if model.exact is not None:
@@ -336,13 +376,58 @@ class Training:
             step, cfg.sigma, step_size, skipped, losses, credit, model.take_touched(len(group))
         )
         self.journal.append(record)
-        model.store.apply([recipe_of(cfg, record)])
-        if model.exact is not None:
-            # The head follows the same schedule as the step.
-            model.exact.update(cfg.head_lr * step_size / cfg.step)
-            if (step + 1) % cfg.snapshot_every == 0:
-                self._save(step + 1)
+        with phase("update"):
+            model.store.apply([recipe_of(cfg, record)])
+            if model.exact is not None:
+                # The head follows the same schedule as the step.
+                model.exact.update(cfg.head_lr * step_size / cfg.step)
+        if model.exact is not None and (step + 1) % cfg.snapshot_every == 0:
+            self._save(step + 1)
         return record
+
+    # -- when memory is short -----------------------------------------------------------------------------
+
+    def _fitting(self, step: int, work: Callable[[], Result]) -> Result:
+        """``work()``, begun anew with a smaller micro-batch as often as memory is short and that helps."""
+        while True:
+            try:
+                return work()
+            except BudgetExceeded:
+                if not self._shrink(step):
+                    raise
+
+    def _need_bytes(self, micro_batch: int) -> int:
+        """About what a micro-batch takes while it runs: its part of the plan's. What does not shrink is small."""
+        forward_bytes = self.plan.phase_bytes("forward") - self.plan.phase_bytes("always")
+        return forward_bytes * micro_batch // self.plan.micro_batch
+
+    def _shrink(self, step: int) -> bool:
+        """Halve the micro-batch until it has room, for this run and its resumes; False: not even one example has.
+
+        The directions stay, but losses of another split are equal to rounding only. What a resume computes again, it
+        must split as the run did: so the state is saved first, and from here on nothing before it is computed again.
+        """
+        assert self.cfg.micro_batch is not None
+        before = smaller = self.cfg.micro_batch
+        room_bytes = self.guard.room_bytes()
+        while smaller > 1:
+            smaller = (smaller + 1) // 2
+            if self._need_bytes(smaller) <= room_bytes:
+                break
+        else:
+            return False
+        self._save(step)
+        self.cfg = replace(self.cfg, micro_batch=smaller)
+        atomic_write(self.run.config, self.cfg.to_toml().encode())
+        self._note_split(step, before, "memory is short")
+        return True
+
+    def _note_split(self, step: int, before: int | None, why: str) -> None:
+        now = self.cfg.micro_batch
+        self.progress.note(
+            f"micro-batch {before} -> {now} after step {step}, {why}: losses are equal up to rounding"
+        )
+        self.metrics.write({"step": step, "micro_batch": now})
 
     def _group(self, step: int) -> list[Example]:
         assert self.cfg.batch_size is not None
@@ -358,8 +443,13 @@ class Training:
         assert self.cfg.micro_batch is not None
         begun_s = time.monotonic()
         for slots in micro_batches(group, self.cfg.micro_batch):
-            self.model.losses(collate([group[s] for s in slots], slots), sides=2)
+            self._plain_forward([group[s] for s in slots])
         return time.monotonic() - begun_s
+
+    @phase("forward")
+    def _plain_forward(self, examples: Sequence[Example]) -> None:
+        """Both sides of a micro-batch with no probe: what running the model takes."""
+        self.model.losses(collate(examples, range(len(examples))), sides=2)
 
     # -- beginning and end --------------------------------------------------------------------------------
 
@@ -422,13 +512,22 @@ class Training:
         """Run the longest possible micro-batch once, changing nothing: what does not fit shows now, not late."""
         assert self.cfg.micro_batch is not None
         longest = sorted(self.examples, key=tokens_of, reverse=True)[: self.cfg.micro_batch]
-        need_bytes = self.plan.phase_bytes("forward") - self.plan.phase_bytes("always")
-        self.guard.check(need_bytes, "the longest micro-batch")
+        self.guard.check(self._need_bytes(self.cfg.micro_batch), "the longest micro-batch")
+        # Before the first probe there was nothing but inference in this process: loading, and this.
+        before_bytes = peak_rss_bytes()
+        self._plain_forward(longest)
+        peak_bytes = peak_rss_bytes()
+        if (
+            peak_bytes == before_bytes
+        ):  # loading took more, or a resume's replay, which is not inference
+            peak_bytes = max(self.meter.summary()["load_peak_rss_bytes"], rss_bytes())
+        self.inference_peak_rss_bytes = peak_bytes
         batch = collate(longest, range(len(longest)))
         probe = (
             self.model.probe(batch, Key(self.cfg.seed, 0), self.cfg.sigma) if self.probing else None
         )
-        self.model.losses(batch, probe, sides=2 if self.probing else 1)
+        with phase("forward"):
+            self.model.losses(batch, probe, sides=2 if self.probing else 1)
         self.model.take_touched(len(longest))
         self.guard.check(item="training")
 
@@ -440,10 +539,20 @@ class Training:
             self._remember(line)
         return self.known[when, step]
 
+    @phase("save")
     def _save(self, step: int) -> None:
         """Make the state after ``step`` steps durable: the journal first, since a snapshot refers to it."""
         self.journal.sync()
         save_snapshot(self.run, self.model, step)
+
+    def _peaks(self) -> dict[str, int | None]:
+        """The four figures that a run is judged by."""
+        return {
+            "planned_peak_bytes": self.plan.planned_peak_bytes,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "inference_peak_rss_bytes": self.inference_peak_rss_bytes,
+            "max_mem_bytes": self.plan.max_mem_bytes,
+        }
 
     def _summary(
         self,
@@ -473,8 +582,7 @@ class Training:
             **memory,
             "residency": self.plan.residency,
             **{name: int(statistics.median(values)) for name, values in self.moved.items()},
-            "planned_peak_bytes": self.plan.planned_peak_bytes,
-            "max_mem_bytes": self.plan.max_mem_bytes,
+            **self._peaks(),
             "trained_sha256": saved_sha256(self.model.saved()),
             "run": str(self.run.path),
         }

@@ -228,8 +228,3 @@ def saved_sha256(saved: Iterable[Saved]) -> str:
         for piece in tensor.bytes():
             digest.update(piece)
     return digest.hexdigest()
-
-
-def tensors_sha256(tensors: dict[str, Tensor]) -> str:
-    """``saved_sha256`` of tensors in memory."""
-    return saved_sha256(Saved.of(name, tensor) for name, tensor in tensors.items())

@@ -52,6 +52,15 @@ def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
     return file
 
 
+def tree(root: Path, files: dict[str, str]) -> Path:
+    """Small files under ``root``: a /proc and /sys for readers that take the root."""
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
 def _rows(kind: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for i in range(40):

@@ -28,6 +28,7 @@ SUMMARY = {
     "base_rss_bytes": 371_000_000,
     "load_peak_rss_bytes": 640_000_000,
     "peak_rss_bytes": 700_000_000,
+    "inference_peak_rss_bytes": 650_000_000,
     "planned_peak_bytes": 720_000_000,
     "max_mem_bytes": 900_000_000,
 }
@@ -163,7 +164,11 @@ def test_finetune_ends_with_a_verdict_or_its_summary(finetune, capsys, tmp_path)
     args = ("finetune", "--model", SMOL, "--task", "sst2", "--out", tmp_path / "run")
     code, out, _ = run(*args, capsys=capsys)
     assert code == 0
-    for part in ("0.2500 -> 0.7500", "planned peak 720.0 MB", "measured peak 700.0 MB", "1.20 x"):
+    for part in (
+        "0.2500 -> 0.7500",
+        "1.20 x a plain forward",
+        "planned 720.0 MB, measured 700.0 MB, 1.08 x inference 650.0 MB, cap 900.0 MB kept",
+    ):
         assert part in out
     code, found = run_json(*args, capsys=capsys)
     assert code == 0 and found["loss_last"] is None and found["steps"] == 3

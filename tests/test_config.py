@@ -90,6 +90,7 @@ def test_all_problems_are_reported_together():
         ({"train": "lowrank+tail"}, "'tail' is not one of"),
         ({"max_mem_bytes": "12 bananas"}, "--max-mem"),
         ({"seed": 1.5}, "whole number"),
+        ({"profile": "yes"}, "true or false"),
         ({"step": "nan"}, "finite"),
     ],
 )

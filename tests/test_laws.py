@@ -31,7 +31,7 @@ from edgezo.head import ExactHead
 from edgezo.loader import open_model
 from edgezo.model import Model, ModelSpec, assemble
 from edgezo.noise import Key, exact_grid
-from edgezo.weights import tensors_sha256
+from edgezo.weights import Saved, saved_sha256
 
 LABEL_IDS = (7, 31, 200)
 MASK_ID = 3
@@ -536,14 +536,14 @@ def test_many_recipes_at_once_give_the_bits_of_one_by_one_for_any_tile(
     skipped = Recipe(9, np.zeros(len(bench.examples), np.float32), 0.0)
     for recipe in recipes:
         store.apply([recipe])
-    one_by_one = tensors_sha256(store.trained_tensors())
+    one_by_one = saved_sha256(store.saved())
     bench.restore()
-    assert tensors_sha256(store.trained_tensors()) != one_by_one
+    assert saved_sha256(store.saved()) != one_by_one
     for tile_bytes in (layouts.TILE_BYTES, 3000):
         monkeypatch.setattr(layouts, "TILE_BYTES", tile_bytes)
         bench.restore()
         store.apply([*recipes[:2], skipped, *recipes[2:]])
-        assert tensors_sha256(store.trained_tensors()) == one_by_one, tile_bytes
+        assert saved_sha256(store.saved()) == one_by_one, tile_bytes
 
 
 @cases([*pick(kind="completion"), *pick(family="phi3"), *pick(precision="int4")])
@@ -765,6 +765,10 @@ def test_a_gradient_that_is_not_finite_leaves_the_head_as_it_was(bad: float) -> 
     assert not head.gradient.any()
 
 
+def _bits(head: ExactHead) -> str:
+    return saved_sha256(Saved.of(name, tensor) for name, tensor in head.tensors().items())
+
+
 def test_a_saved_head_goes_on_with_the_same_bits() -> None:
     def steps(head: ExactHead, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -777,7 +781,7 @@ def test_a_saved_head_goes_on_with_the_same_bits() -> None:
     second.load({name: tensor.clone() for name, tensor in first.tensors().items()})
     steps(first, seed=1)
     steps(second, seed=1)
-    assert tensors_sha256(first.tensors()) == tensors_sha256(second.tensors())
+    assert _bits(first) == _bits(second)
 
 
 # ----------------------------------------------------------------------------- (h) bad losses
@@ -807,7 +811,7 @@ def test_a_probe_that_blows_up_leaves_every_weight_finite(
     model.store.apply([Recipe(0, c, 0.01, touched)])
     if model.exact is not None:
         model.exact.update(0.01)
-    assert all(torch.isfinite(t.float()).all() for t in model.state().values())
+    assert all(torch.isfinite(t.float()).all() for kept in model.saved() for t in kept.pieces())
 
 
 # ----------------------------------------------------------------------------- compute dtype
@@ -837,6 +841,4 @@ def test_bf16_arithmetic_gives_near_losses_and_the_same_updates(
     assert all(np.array_equal(a, b) for a, b in zip(touched, recipe.touched, strict=True))
     wide.store.apply([recipe])
     low.store.apply([recipe])
-    assert tensors_sha256(low.store.trained_tensors()) == tensors_sha256(
-        wide.store.trained_tensors()
-    )
+    assert saved_sha256(low.store.saved()) == saved_sha256(wide.store.saved())

@@ -23,7 +23,6 @@ from edgezo.errors import EdgezoError
 from edgezo.overlay import PAGE_BYTES
 from edgezo.report import Silent
 from edgezo.train import Training, finetune
-from edgezo.weights import tensors_sha256
 
 
 @pytest.fixture(scope="module")

@@ -271,27 +271,6 @@ def test_a_run_of_a_given_time_ends_and_goes_on_after_a_signal(bench, tmp_path):
     assert json.loads(out)["steps"] >= steps > 0
 
 
-def test_the_guard_stops_with_the_state_saved_and_more_memory_goes_on(
-    bench, edgezo, edgezo_json, monkeypatch, tmp_path
-):
-    run = tmp_path / "run"
-    whole = run_of(bench, tmp_path / "whole", steps=6, eval_every=2)
-    resident = iter([10**9] * 8 + [10**11] * 2)  # the third step needs too much
-    with monkeypatch.context() as patch:
-        real = training.Guard
-        patch.setattr(training, "Guard", lambda cap, margin: real(cap, margin, resident.__next__))
-        args = bench.arguments(steps=6, eval_every=2, out=run)
-        code, out, err = edgezo("finetune", *args)
-    assert (code, out) == (4, "") and "Traceback" not in err
-    assert "is saved" in err and "--resume" in err
-    done = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert 0 < done[-1]["step"] < 6
-    code, summary = edgezo_json("finetune", "--resume", "--out", run, "--max-mem", "9GB")
-    assert code == 0 and summary["max_mem_bytes"] == 9 * 10**9
-    assert summary["trained_sha256"] == whole["trained_sha256"]
-    assert summary["eval_before"] == whole["eval_before"]
-
-
 # ---------------------------------------------------------------------------------------------
 # Tasks
 

@@ -1,0 +1,296 @@
+"""What the machine has: memory, cores, how fast it multiplies; and sizes as people write them.
+
+RAM is what psutil says, or less where a control group (version 1, version 2 or both) limits this
+process. Every reader of ``/proc`` and ``/sys`` takes the root of the tree, so that tests can hand in
+one made on disk. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+import psutil
+
+from edgezo.errors import UsageError
+
+ROOT = Path("/")
+
+# ---------------------------------------------------------------------------------------------
+# Sizes as people write them
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{p}{s}": 1000**i for i, p in enumerate("kmgt", 1) for s in ("", "b")},
+    **{f"{p}i{s}": 1024**i for i, p in enumerate("kmgt", 1) for s in ("", "b")},
+}
+_SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})\s*([a-zA-Z]*)", re.ASCII)
+_SIZE_FORMS = "use a size such as 12GB, 700MB, 1.5g (powers of 1000) or 12GiB (powers of 1024)"
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes from ``12GB``, ``12GiB``, ``700MB``, ``1.5g``, ``700000000`` or an int; any case.
+
+    K, M, G, T with or without B are powers of 1000; with ``i`` (KiB, Gi) powers of 1024. A fraction
+    of a byte is dropped. Raises UsageError for anything else, and for less than one byte.
+    """
+    if isinstance(text, bool) or not isinstance(text, (str, int)):
+        raise UsageError(f"{text!r} is not a size in bytes; {_SIZE_FORMS}")
+    match = _SIZE.fullmatch(str(text).strip())
+    unit = match.group(2).lower() if match else None
+    if match is None or unit not in _UNITS or (unit == "" and "." in match.group(1)):
+        raise UsageError(f"'{text}' is not a size in bytes; {_SIZE_FORMS}")
+    n_bytes = int(Decimal(match.group(1)) * _UNITS[unit])
+    if n_bytes < 1:
+        raise UsageError(f"'{text}' is less than one byte; {_SIZE_FORMS}")
+    return n_bytes
+
+
+def format_bytes(n_bytes: int) -> str:
+    """``512 B``, ``12.3 KB``, ``700.0 MB``, ``1.50 GB``: powers of 1000, as ``--max-mem`` reads."""
+    sign, size = ("-", -n_bytes) if n_bytes < 0 else ("", n_bytes)
+    if size < 1000:
+        return f"{sign}{size} B"
+    for power, unit, digits in ((1, "KB", 1), (2, "MB", 1), (3, "GB", 2)):
+        # compared after rounding, so that 999,999 bytes are 1.0 MB and not 1000.0 KB
+        if round(size / 1000**power, digits) < 1000:
+            return f"{sign}{size / 1000**power:.{digits}f} {unit}"
+    return f"{sign}{size / 1000**4:.2f} TB"
+
+
+# ---------------------------------------------------------------------------------------------
+# The machine
+
+
+@dataclass(frozen=True)
+class CgroupMemory:
+    """The tightest memory limit on the way from this process's group to the top."""
+
+    limit_bytes: int
+    usage_bytes: int
+    reclaimable_bytes: int  # file pages the kernel drops before it kills
+    path: str
+
+    @property
+    def available_bytes(self) -> int:
+        return max(0, self.limit_bytes - self.usage_bytes + self.reclaimable_bytes)
+
+
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+
+
+@dataclass(frozen=True)
+class Machine:
+    total_bytes: int  # RAM, or the group's limit where that is smaller
+    available_bytes: int  # what can be taken now without swapping or being killed
+    cores: int  # usable at once: affinity and CPU quota
+    bf16_fast: bool  # bf16 matrix products in hardware; without them bf16 is slower than fp32
+    flops_s: float  # of fp32 matrix products on all cores, estimated from clock and vector width
+    cgroup: CgroupMemory | None
+    notes: tuple[str, ...]  # where each number comes from, for people
+
+
+def machine(root: Path = ROOT) -> Machine:
+    """Read now; ``available_bytes`` is of this moment."""
+    ram = psutil.virtual_memory()
+    total_bytes, available_bytes = ram.total, ram.available
+    notes = [
+        f"memory: {format_bytes(ram.total)} of RAM, {format_bytes(ram.available)} of it available"
+    ]
+    limit = cgroup_memory(root)
+    if limit is not None and limit.limit_bytes < ram.total:
+        total_bytes = limit.limit_bytes
+        available_bytes = min(available_bytes, limit.available_bytes)
+        notes.append(
+            f"memory: the control group {limit.path} is limited to "
+            f"{format_bytes(limit.limit_bytes)}, {format_bytes(limit.available_bytes)} available"
+        )
+    else:
+        limit = None  # a limit above the RAM limits nothing
+    cores = usable = _affinity_cores()
+    notes.append(f"cores: {cores} in this process's affinity")
+    quota = cgroup_cpu_quota(root)
+    if quota is not None and quota < cores:
+        # rounded up: with 1.5 cores' time, two threads get all of it and one thread two thirds
+        usable = max(1, -int(-quota // 1))
+        notes.append(f"cores: the control group's quota is {quota:g}")
+    flags = _cpu_flags(root)
+    fast = not BF16_FLAGS.isdisjoint(flags)
+    notes.append(
+        f"bf16: {'' if fast else 'no '}matrix instructions (avx512_bf16 or amx_bf16) in this CPU"
+    )
+    flops_s = usable * _clock_hz() * _flops_per_cycle(flags)
+    notes.append(f"speed: about {flops_s / 1e9:.0f} GFLOP/s, from clock and vector width")
+    return Machine(total_bytes, available_bytes, usable, fast, flops_s, limit, tuple(notes))
+
+
+def _affinity_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_flags(root: Path) -> frozenset[str]:
+    """Of ``/proc/cpuinfo``; empty where there is none."""
+    for line in read_text(root / "proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def bf16_fast(root: Path = ROOT) -> bool:
+    """True if ``/proc/cpuinfo`` lists avx512_bf16 or amx_bf16; False where it is not known."""
+    return not BF16_FLAGS.isdisjoint(_cpu_flags(root))
+
+
+def _clock_hz() -> float:
+    try:
+        found = psutil.cpu_freq()
+    except (OSError, RuntimeError):  # not on every system, nor in every container
+        found = None
+    clock_mhz = (found.max or found.current) if found is not None else 0
+    return 1e6 * clock_mhz if clock_mhz > 100 else 2.5e9
+
+
+def _flops_per_cycle(flags: frozenset[str]) -> int:
+    """Of one core in fp32: two fused multiply-adds of a vector."""
+    return 64 if "avx512f" in flags else 32 if "avx2" in flags else 16
+
+
+def cgroup_memory(root: Path = ROOT) -> CgroupMemory | None:
+    """The level with the least memory left, in version 2, version 1 or both; None: no limit."""
+    found: list[CgroupMemory] = []
+    for version, directories in _cgroup_directories(root, "memory"):
+        read = _memory_v2 if version == 2 else _memory_v1
+        found.extend(level for d in directories if (level := read(d)) is not None)
+    return min(found, key=lambda level: level.available_bytes, default=None)
+
+
+def cgroup_cpu_quota(root: Path = ROOT) -> float | None:
+    """Cores' worth of time the group may use (the least on the way up); None: no quota."""
+    quotas: list[float] = []
+    for version, directories in _cgroup_directories(root, "cpu"):
+        for d in directories:
+            if version == 2:
+                words = read_text(d / "cpu.max").split()
+            else:
+                words = [read_text(d / f"cpu.cfs_{w}_us").strip() for w in ("quota", "period")]
+            if len(words) == 2 and all(w.isdecimal() and int(w) > 0 for w in words):
+                quotas.append(int(words[0]) / int(words[1]))
+    return min(quotas, default=None)
+
+
+def cgroup_peak_bytes(root: Path = ROOT) -> int | None:
+    """The most that this process's group has held, its page cache and other processes included.
+
+    None where the kernel does not say: version 2 has it since Linux 5.19, and never for the root.
+    """
+    for version, directories in _cgroup_directories(root, "memory"):
+        name = "memory.peak" if version == 2 else "memory.max_usage_in_bytes"
+        for d in directories:
+            if (peak_bytes := _number(d / name)) is not None:
+                return peak_bytes
+    return None
+
+
+_NO_LIMIT_BYTES = 1 << 60  # version 1 says "none" by 2**63 rounded down to a page
+
+
+def _memory_v2(directory: Path) -> CgroupMemory | None:
+    # memory.high does not kill, but a process above it is slowed until it is of no use
+    limits = [_number(directory / name) for name in ("memory.max", "memory.high")]
+    return _level(directory, limits, "memory.current", prefix="")
+
+
+def _memory_v1(directory: Path) -> CgroupMemory | None:
+    stat = _table(directory / "memory.stat")
+    # the hierarchical limit counts parents that a container cannot see
+    limits = [
+        _number(directory / "memory.limit_in_bytes"),
+        stat.get("hierarchical_memory_limit"),
+    ]
+    return _level(directory, limits, "memory.usage_in_bytes", prefix="total_")
+
+
+def _level(
+    directory: Path, limits: list[int | None], usage: str, prefix: str
+) -> CgroupMemory | None:
+    real = [limit for limit in limits if limit is not None and limit < _NO_LIMIT_BYTES]
+    if not real:
+        return None
+    stat = _table(directory / "memory.stat")
+    usage_bytes = _number(directory / usage) or 0
+    file_bytes = stat.get(f"{prefix}inactive_file", 0) + stat.get(f"{prefix}active_file", 0)
+    return CgroupMemory(min(real), usage_bytes, min(file_bytes, usage_bytes), str(directory))
+
+
+def _cgroup_directories(root: Path, controller: str) -> list[tuple[int, list[Path]]]:
+    """(version, own directory and its parents up to the mount) of each tree with `controller`.
+
+    Hybrid hosts mount both versions, and only one of the two has the controller's files.
+    """
+    mounts = _cgroup_mounts(root)
+    found = []
+    for line in read_text(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        names, _, path = rest.partition(":")
+        if names and controller not in names.split(","):
+            continue
+        key = controller if names else ""
+        if key not in mounts:
+            continue
+        mounted, mount_point = mounts[key]
+        # Without a namespace of its own a container reads the host's path here and has only its
+        # own part of the tree mounted; a path outside the mount leaves the mount itself.
+        prefix = mounted.rstrip("/")
+        inside = path.removeprefix(prefix) if f"{path}/".startswith(f"{prefix}/") else "/"
+        parts = [part for part in inside.split("/") if part]
+        if ".." in parts:
+            parts = []
+        top = root / mount_point.lstrip("/")
+        levels = [top.joinpath(*parts[:n]) for n in range(len(parts), -1, -1)]
+        found.append((1 if names else 2, [d for d in levels if d.is_dir()]))
+    return found
+
+
+def _cgroup_mounts(root: Path) -> dict[str, tuple[str, str]]:
+    """Version 1 controller name, or "" for version 2 -> (part that is mounted, mount point)."""
+    mounts: dict[str, tuple[str, str]] = {}
+    for line in read_text(root / "proc/self/mountinfo").splitlines():
+        left, separator, right = line.partition(" - ")
+        fields, kinds = left.split(), right.split()
+        if not separator or len(fields) < 5 or len(kinds) < 3:
+            continue
+        if kinds[0] == "cgroup2":
+            mounts.setdefault("", (fields[3], fields[4]))
+        elif kinds[0] == "cgroup":
+            for name in kinds[2].split(","):
+                mounts.setdefault(name, (fields[3], fields[4]))
+    return mounts
+
+
+# ---------------------------------------------------------------------------------------------
+# Small files of the kernel's
+
+
+def read_text(path: Path) -> str:
+    """The text, or "" where the file is absent or may not be read."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _number(path: Path) -> int | None:
+    text = read_text(path).strip()
+    return int(text) if text.isdecimal() else None
+
+
+def _table(path: Path) -> dict[str, int]:
+    rows = (line.split() for line in read_text(path).splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdecimal()}
