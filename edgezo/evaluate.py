@@ -24,18 +24,8 @@ from edgezo.memory import Meter, allocator_reuse, rss_bytes
 from edgezo.model import Model
 from edgezo.readers import SAFETENSORS_NAMES
 from edgezo.report import to_json
-from edgezo.session import (
-    Opened,
-    RunFiles,
-    evaluate_model,
-    load_model,
-    load_snapshot,
-    lost_head,
-    open_request,
-    replay_into,
-    settle,
-    temporary_overlay,
-)
+from edgezo.rundir import RunFiles, load_snapshot, lost_head, temporary_overlay
+from edgezo.session import Opened, evaluate_model, load_model, open_request, replay_into, settle
 from edgezo.weights import Saved, saved_sha256
 
 

@@ -214,7 +214,7 @@ class _Builder:
                 self._linear(name, sub)
         if disk is not None:
             disk.enter(-1)
-            disk.residency.attach(disk.layers[disk.first :])
+            disk.residency.attach(list(disk.layers)[disk.first :])
         left = [n for n, p in self.module.named_parameters() if p.is_meta]
         left += [n for n, b in self.module.named_buffers() if b.is_meta]
         if left:

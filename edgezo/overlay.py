@@ -177,7 +177,7 @@ class OverlayFile:
 
 
 def _bytes_of(data: Tensor, nbytes: int) -> memoryview:
-    return memoryview(data.numpy())[:nbytes]
+    return data.numpy().data[:nbytes]
 
 
 def _checksum(view: memoryview) -> int:
@@ -317,7 +317,7 @@ class DiskTable:
         """Move the rows of ``runs`` between ``tensor`` and the file."""
         part = next(p for p in self.file.parts if p.suffix == suffix)
         stride, at = part.nbytes // self.shape[0], 0
-        view = memoryview(tensor.view(torch.uint8).numpy().reshape(-1))
+        view = tensor.view(torch.uint8).numpy().reshape(-1).data
         for a, b in runs:
             piece = view[at : at + (b - a) * stride]
             at += len(piece)

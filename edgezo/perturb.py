@@ -158,7 +158,7 @@ class PerturbedLinear(nn.Module):
             for left, right in thin:
                 y.addmm_(left, right)
             thin = []
-            gain = self.gain_row.layout.values.T.to(y.dtype) + 1
+            gain = self.gain_row.values.T.to(y.dtype) + 1
             y.mul_(
                 gain
                 if probe is None
@@ -167,7 +167,7 @@ class PerturbedLinear(nn.Module):
         if self.lowrank_row is not None:
             thin += self._lowrank(x, y)
         if self.bias_row is not None:
-            y.add_(self.bias_row.layout.values.T.to(y.dtype))
+            y.add_(self.bias_row.values.T.to(y.dtype))
             if probe is not None:
                 thin.append((probe.mask, probe.vector(self.bias_row)))
         elif self.bias_vector is not None:
@@ -180,7 +180,7 @@ class PerturbedLinear(nn.Module):
         row, probe = self.lowrank_row, self.context.probe
         assert row is not None and self.basis is not None
         u = x @ self.basis.T  # (n, rank)
-        thin = [(u, row.layout.values.T.to(y.dtype))]
+        thin = [(u, row.values.T.to(y.dtype))]
         if probe is None:
             return thin
         if not probe.directions.factored:
@@ -222,7 +222,7 @@ class PerturbedHead(nn.Module):
                 spun = (hidden * probe.cols(full)[probe.example]) @ u.T
                 y.addcmul_(spun, probe.mask @ probe.rows(full)[:, rows])
         if self.bias_row is not None:
-            y.add_(self.bias_row.layout.values[rows].T.to(y.dtype))
+            y.add_(self.bias_row.values[rows].T.to(y.dtype))
             if probe is not None:
                 y.addmm_(probe.mask, probe.vector(self.bias_row)[:, rows])
         elif self.bias_vector is not None:
@@ -273,7 +273,7 @@ class PerturbedNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hat = self.normalise(x)
-        weight = self.weight_row.layout.values[:, 0].to(hat.dtype) + self.offset
+        weight = self.weight_row.values[:, 0].to(hat.dtype) + self.offset
         probe = self.context.probe
         if probe is None:
             y = hat * weight
@@ -281,7 +281,7 @@ class PerturbedNorm(nn.Module):
             moved = (probe.mask @ probe.vector(self.weight_row)).to(hat.dtype).add_(weight)
             y = hat * self._as_tokens(moved, x)
         if self.bias_row is not None:
-            y = y + self.bias_row.layout.values[:, 0].to(hat.dtype)
+            y = y + self.bias_row.values[:, 0].to(hat.dtype)
             if probe is not None:
                 y = y + self._as_tokens(probe.mask @ probe.vector(self.bias_row), x)
         return y.to(x.dtype)

@@ -200,8 +200,8 @@ class Residency:
 
     def close(self) -> None:
         self._thread.shutdown(wait=True)
-        for held in (*self.blocks, *self.tables):
-            held.file.close()
+        for file in (*(b.file for b in self.blocks), *(t.file for t in self.tables)):
+            file.close()
 
     def _fetch(self, block: Block) -> None:
         slot = self._free.pop()
@@ -258,7 +258,7 @@ class Residency:
             write.result()
 
 
-class _Visit(ModelHook):  # type: ignore[misc]
+class _Visit(ModelHook):
     """Binds one block for the time of its layer's forward."""
 
     def __init__(self, residency: Residency, index: int):

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file, save_file
-
 from edgezo import cards, loader
-from edgezo.config import RunConfig, from_toml
-from edgezo.data import DataRequest, Dataset, Example, collate, evaluation_batches, load_dataset
-from edgezo.errors import DoesNotFit, EdgezoError
+from edgezo.config import RunConfig
+from edgezo.data import DataRequest, Dataset, collate, evaluation_batches, load_dataset
+from edgezo.errors import EdgezoError
 from edgezo.estimators import ESTIMATORS, Recipe
-from edgezo.files import atomic_path
 from edgezo.footprint import compute_dtype
 from edgezo.journal import Journal, StepRecord
 from edgezo.layouts import DENSE_DTYPES
-from edgezo.machine import Machine, format_bytes
+from edgezo.machine import Machine
 from edgezo.memory import malloc_trim
 from edgezo.model import Model, ModelSpec, assemble
 from edgezo.planner import Plan, PlanDoesNotFit, TokenStats, default_budget, make_plan, mb
@@ -32,7 +23,7 @@ from edgezo.profiler import phase
 
 if TYPE_CHECKING:
     from edgezo.loader import ModelFiles
-    from edgezo.residency import DiskSpec
+    from edgezo.rundir import Overlay
 
 
 @dataclass
@@ -144,15 +135,6 @@ def load_model(opened: Opened, machine: Machine, overlay: Overlay | None = None)
     return model
 
 
-def data_hash(examples: Sequence[Example]) -> str:
-    """SHA-256 (hex) of the tokens, targets and labels that training sees."""
-    digest = hashlib.sha256()
-    for example in examples:
-        rows = [[list(r.ids), list(r.score_at), list(r.score_ids)] for r in example.rows]
-        digest.update(json.dumps([rows, example.label]).encode())
-    return digest.hexdigest()
-
-
 # ---------------------------------------------------------------------------------------------
 # Steps from records
 
@@ -198,148 +180,6 @@ def replay_into(model: Model, cfg: RunConfig, journal: Journal, stop: int) -> No
     model.store.apply(chunk)
     if model.store.residency is not None:
         model.store.residency.begin(stop)
-
-
-# ---------------------------------------------------------------------------------------------
-# The run directory
-
-
-@dataclass(frozen=True)
-class RunFiles:
-    """Names inside a run directory."""
-
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.toml"
-
-    @property
-    def plan(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
-    def journal(self) -> Path:
-        return self.path / "journal.bin"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
-
-    @property
-    def profile(self) -> Path:
-        return self.path / "profile.json"
-
-    @property
-    def snapshot(self) -> Path:
-        return self.path / "head.safetensors"
-
-    @property
-    def overlay(self) -> Path:
-        """Weights on disk of a model that does not fit; can be deleted whenever no run is going."""
-        return self.path / "overlay"
-
-    @property
-    def trained(self) -> Path:
-        """What ``replay`` writes: every trained tensor."""
-        return self.path / "trained.safetensors"
-
-    def read_config(self) -> RunConfig:
-        try:
-            return from_toml(self.config.read_text(encoding="utf-8"))
-        except FileNotFoundError as problem:
-            raise EdgezoError(
-                f"{self.path} is no run: it has no config.toml.\n"
-                "Give the --out directory of an edgezo finetune, or one that edgezo replay wrote."
-            ) from problem
-
-
-@dataclass(frozen=True)
-class Overlay:
-    """Where weights on disk go, and of what they have to be to be used again."""
-
-    directory: Path
-    run: Mapping[str, Any]
-
-    def spec(self, resident_blocks: int) -> DiskSpec:
-        from edgezo.residency import DiskSpec
-
-        return DiskSpec(self.directory, self.run, resident_blocks)
-
-    def check_room(self, needed_bytes: int) -> None:
-        """DoesNotFit unless the disk has room for what is not there yet."""
-        held = sum(f.stat().st_size for f in self.directory.glob("*.overlay"))
-        existing = next(p for p in (self.directory, *self.directory.parents) if p.exists())
-        free = shutil.disk_usage(existing).free
-        if needed_bytes - held > free:
-            raise DoesNotFit(
-                f"the weights on disk take {format_bytes(needed_bytes)} in {self.directory}, "
-                f"but only {format_bytes(free + held)} are free there.\n"
-                "Free some space, give an --out on another disk, or more --max-mem."
-            )
-
-    def remove(self) -> None:
-        """Delete it: base and journal are enough to make it again."""
-        for file in self.directory.glob("*.overlay"):
-            file.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # not there, or not ours alone
-            self.directory.rmdir()
-
-
-@contextlib.contextmanager
-def temporary_overlay(opened: Opened) -> Iterator[Overlay]:
-    """A place in the cache for weights on disk, for as long as a model is evaluated or replayed."""
-    if opened.plan is None or not opened.plan.blocks_on_disk:
-        yield Overlay(cards.cache_dir(), {})
-        return
-    folder = cards.cache_dir() / "overlay"
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        yield Overlay(Path(name), {})
-
-
-def save_snapshot(run: RunFiles, model: Model, step: int) -> None:
-    """State without a seed form (the exact head) after ``step`` steps, atomically."""
-    if model.exact is None:
-        return
-    tensors = {k: v.contiguous() for k, v in model.exact.tensors().items()}
-    with atomic_path(run.snapshot) as temporary:
-        save_file(tensors, temporary, {"step": str(step)})
-
-
-def lost_head(run: RunFiles, cfg: RunConfig, steps: int) -> EdgezoError:
-    """The error of a run of ``steps`` steps whose snapshot is not there: removed, or not yet written."""
-    again = (
-        f"Compute it again with: edgezo finetune --resume --out {run.path}"
-        if cfg.steps is not None
-        else "Restore it from a copy: a run of a given time cannot be computed again to the same end."
-    )
-    return EdgezoError(
-        f"{run.path} has {steps} steps in its journal, but {run.snapshot.name}, the head after them, "
-        f"is not there.\n{again}"
-    )
-
-
-def load_snapshot(run: RunFiles, model: Model) -> int:
-    """Read the snapshot into ``model``; the number of steps that it stands after (0 where there is none)."""
-    if model.exact is None or not run.snapshot.exists():
-        return 0
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(run.snapshot, "pt") as file:
-            step = int(file.metadata()["step"])
-        model.exact.load(load_file(run.snapshot))
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as problem:
-        raise EdgezoError(
-            f"{run.snapshot} is damaged ({problem}).\n"
-            "It holds the trained head of the run; restore it from a copy, or start again."
-        ) from problem
-    return step
 
 
 # ---------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ needs recomputing.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import statistics
 import threading
@@ -25,13 +24,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from edgezo.config import FREE_ON_RESUME, RunConfig, flag
+from edgezo.config import RunConfig
 from edgezo.data import Example, batch_indices, collate, micro_batches, tokens_of
-from edgezo.errors import BudgetExceeded, EdgezoError, Interrupted, UsageError
+from edgezo.errors import BudgetExceeded, EdgezoError, Interrupted
 from edgezo.estimators import ESTIMATORS, Estimator, schedule
 from edgezo.files import atomic_write, remove_leftovers
 from edgezo.footprint import GUARD_MARGIN_BYTES
-from edgezo.journal import Journal, StepRecord, check_base, create_journal, open_journal
+from edgezo.journal import Journal, StepRecord, create_journal
 from edgezo.machine import machine
 from edgezo.memory import Guard, Meter, allocator_reuse, peak_rss_bytes, rss_bytes
 from edgezo.model import Model
@@ -39,20 +38,24 @@ from edgezo.noise import Key
 from edgezo.planner import Plan
 from edgezo.profiler import phase, profiling, running
 from edgezo.report import MetricsLog, RunProgress, Silent, peaks_line, to_json
-from edgezo.session import (
-    Opened,
+from edgezo.rundir import (
     Overlay,
     RunFiles,
-    data_hash,
+    header_of,
+    load_snapshot,
+    lost_head,
+    prepare,
+    reopen,
+    save_snapshot,
+)
+from edgezo.session import (
+    Opened,
     evaluate_model,
     follow,
     load_model,
-    load_snapshot,
-    lost_head,
     open_request,
     recipe_of,
     replay_into,
-    save_snapshot,
     settle,
     settle_again,
 )
@@ -93,13 +96,13 @@ def _finetune(cfg: RunConfig, resume: bool, progress: RunProgress) -> dict[str, 
     run = RunFiles(Path(cfg.out))
     with ExitStack() as held:
         if resume:
-            journal = held.enter_context(_open_journal(run, opened, progress))
+            journal = held.enter_context(reopen(run, opened, progress))
         else:
-            _prepare(run)
+            prepare(run)
             atomic_write(run.config, cfg.to_toml().encode())
         atomic_write(run.plan, to_json(plan.to_dict()).encode())
         held.callback(_save_profile, run, progress)
-        overlay = Overlay(run.overlay, _header(opened))
+        overlay = Overlay(run.overlay, header_of(opened))
         if not resume or not plan.blocks_on_disk:
             overlay.remove()
         try:
@@ -110,7 +113,7 @@ def _finetune(cfg: RunConfig, resume: bool, progress: RunProgress) -> dict[str, 
             raise
         held.callback(model.close)
         if not resume:  # last, so that a model that cannot be loaded leaves no run behind
-            journal = held.enter_context(create_journal(run.journal, _header(opened)))
+            journal = held.enter_context(create_journal(run.journal, header_of(opened)))
         remove_leftovers(run.path)
         run.trained.unlink(missing_ok=True)  # what a replay left would be older than what follows
         allocator_reuse()
@@ -132,63 +135,6 @@ def _save_profile(run: RunFiles, progress: RunProgress) -> None:
         atomic_write(run.profile, (to_json(found) + "\n").encode())
     except EdgezoError as problem:
         progress.note(f"no profile of this run: {problem}")
-
-
-def _header(opened: Opened) -> dict[str, Any]:
-    """What the journal remembers of a request: enough to replay it, and to refuse another one."""
-    free = ("out", "max_mem_bytes", "threads", "profile")  # nothing that replay needs
-    return {
-        "content_hash": opened.files.content_hash,
-        "data_hash": data_hash(opened.dataset.train),
-        "dataset": {
-            "kind": opened.dataset.kind,
-            "label_ids": list(opened.dataset.label_ids),
-            "label_names": list(opened.dataset.label_names),
-        },
-        "config": {k: v for k, v in opened.cfg.to_dict().items() if k not in free},
-    }
-
-
-def _prepare(run: RunFiles) -> None:
-    """The directory of a new run. Refused where a run is: not one byte of it changes."""
-    if os.path.lexists(run.journal):
-        raise UsageError(
-            f"{run.path} already holds a run. Go on with it (--resume --out {run.path}), "
-            "or give another --out."
-        )
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise EdgezoError(
-            f"the run directory {run.path} cannot be made ({problem.strerror}).\nGive another --out."
-        ) from problem
-
-
-def _open_journal(run: RunFiles, opened: Opened, progress: RunProgress) -> Journal:
-    """The journal of a run to go on with, if it is the same run: base, rows and settings."""
-    journal = open_journal(run.journal, resume=True)
-    try:
-        given, began = _header(opened), journal.header
-        check_base(began, given["content_hash"])
-        if began.get("data_hash") != given["data_hash"]:
-            raise EdgezoError(
-                f"{run.path} was trained on other rows than the ones that the data gives now.\n"
-                "Restore the data files, or start a new run with another --out."
-            )
-        changed = [
-            f"{flag(name)} was {began['config'].get(name)} when the run began, not {value}; "
-            "a resumed run goes on as it began"
-            for name, value in given["config"].items()
-            if name not in FREE_ON_RESUME and began["config"].get(name) != value
-        ]
-        if changed:
-            raise UsageError(changed)
-    except BaseException:
-        journal.close()
-        raise
-    if journal.note:
-        progress.note(journal.note)
-    return journal
 
 
 @contextmanager

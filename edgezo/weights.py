@@ -47,6 +47,12 @@ class Trainable:
     )
     on_disk: bool = False  # in a block that is elsewhere: updated when it is next bound
 
+    @property
+    def values(self) -> Tensor:
+        """A vector or factor, which always stays in memory: (rows, cols), the tensor itself."""
+        assert isinstance(self.layout, Dense)
+        return self.layout.values
+
 
 @dataclass
 class WeightStore:

@@ -82,7 +82,7 @@ def _half_line(write: Callable[..., None], part: float, log: Any, record: Any) -
 
 
 def _arm(blow: Blow) -> None:
-    from edgezo import report, session, weights
+    from edgezo import report, rundir, weights
     from edgezo.head import ExactHead
 
     if blow.point == "record":  # the journal's one write a step
@@ -109,7 +109,7 @@ def _arm(blow: Blow) -> None:
     elif blow.point == "head":
         _strike(ExactHead, "update", blow)
     elif blow.point == "snapshot":
-        _strike(session, "save_file", blow, torn=_half_file)
+        _strike(rundir, "save_file", blow, torn=_half_file)
     elif blow.point == "metrics":
         _strike(report.MetricsLog, "write", blow, torn=_half_line)
     else:  # the rename that gives a file its name

@@ -23,6 +23,7 @@ from edgezo.errors import EdgezoError
 from edgezo.overlay import PAGE_BYTES
 from edgezo.report import Silent
 from edgezo.train import Training, finetune
+from edgezo.weights import Saved, saved_sha256
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +92,8 @@ def test_replay_and_evaluation_take_weights_from_disk_too(deep, tmp_path, edgezo
         code, found = edgezo_json("eval", "--model", tmp_path / place)
         assert (code, found["loss"]) == (0, summary["eval_after"]["loss"])
     with safe_open(tmp_path / "again" / "trained.safetensors", "pt") as file:
-        saved = {name: file.get_tensor(name) for name in file.keys()}
-    assert tensors_sha256(saved) == summary["trained_sha256"]
+        saved = [Saved.of(name, file.get_tensor(name)) for name in file.keys()]
+    assert saved_sha256(saved) == summary["trained_sha256"]
     left = list((cache_dir() / "overlay").iterdir())
     assert left == [], "temporary overlays are removed"
 

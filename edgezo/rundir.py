@@ -1,0 +1,234 @@
+"""The run directory: its files, its snapshot, its weights on disk, and what may go on in it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file, save_file
+
+from edgezo import cards
+from edgezo.config import FREE_ON_RESUME, RunConfig, flag, from_toml
+from edgezo.data import Example
+from edgezo.errors import DoesNotFit, EdgezoError, UsageError
+from edgezo.files import atomic_path
+from edgezo.journal import Journal, check_base, open_journal
+from edgezo.machine import format_bytes
+from edgezo.model import Model
+from edgezo.report import RunProgress
+
+if TYPE_CHECKING:
+    from edgezo.residency import DiskSpec
+    from edgezo.session import Opened
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Names inside a run directory."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.bin"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile.json"
+
+    @property
+    def snapshot(self) -> Path:
+        return self.path / "head.safetensors"
+
+    @property
+    def overlay(self) -> Path:
+        """Weights on disk of a model that does not fit; can be deleted whenever no run is going."""
+        return self.path / "overlay"
+
+    @property
+    def trained(self) -> Path:
+        """What ``replay`` writes: every trained tensor."""
+        return self.path / "trained.safetensors"
+
+    def read_config(self) -> RunConfig:
+        try:
+            return from_toml(self.config.read_text(encoding="utf-8"))
+        except FileNotFoundError as problem:
+            raise EdgezoError(
+                f"{self.path} is no run: it has no config.toml.\n"
+                "Give the --out directory of an edgezo finetune, or one that edgezo replay wrote."
+            ) from problem
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """Where weights on disk go, and of what they have to be to be used again."""
+
+    directory: Path
+    run: Mapping[str, Any]
+
+    def spec(self, resident_blocks: int) -> DiskSpec:
+        from edgezo.residency import DiskSpec
+
+        return DiskSpec(self.directory, self.run, resident_blocks)
+
+    def check_room(self, needed_bytes: int) -> None:
+        """DoesNotFit unless the disk has room for what is not there yet."""
+        held = sum(f.stat().st_size for f in self.directory.glob("*.overlay"))
+        existing = next(p for p in (self.directory, *self.directory.parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        if needed_bytes - held > free:
+            raise DoesNotFit(
+                f"the weights on disk take {format_bytes(needed_bytes)} in {self.directory}, "
+                f"but only {format_bytes(free + held)} are free there.\n"
+                "Free some space, give an --out on another disk, or more --max-mem."
+            )
+
+    def remove(self) -> None:
+        """Delete it: base and journal are enough to make it again."""
+        for file in self.directory.glob("*.overlay"):
+            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there, or not ours alone
+            self.directory.rmdir()
+
+
+@contextlib.contextmanager
+def temporary_overlay(opened: Opened) -> Iterator[Overlay]:
+    """A place in the cache for weights on disk, for as long as a model is evaluated or replayed."""
+    if opened.plan is None or not opened.plan.blocks_on_disk:
+        yield Overlay(cards.cache_dir(), {})
+        return
+    folder = cards.cache_dir() / "overlay"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        yield Overlay(Path(name), {})
+
+
+def save_snapshot(run: RunFiles, model: Model, step: int) -> None:
+    """State without a seed form (the exact head) after ``step`` steps, atomically."""
+    if model.exact is None:
+        return
+    tensors = {k: v.contiguous() for k, v in model.exact.tensors().items()}
+    with atomic_path(run.snapshot) as temporary:
+        save_file(tensors, temporary, {"step": str(step)})
+
+
+def lost_head(run: RunFiles, cfg: RunConfig, steps: int) -> EdgezoError:
+    """The error of a run of ``steps`` steps whose snapshot is not there: removed, or not yet written."""
+    again = (
+        f"Compute it again with: edgezo finetune --resume --out {run.path}"
+        if cfg.steps is not None
+        else "Restore it from a copy: a run of a given time cannot be computed again to the same end."
+    )
+    return EdgezoError(
+        f"{run.path} has {steps} steps in its journal, but {run.snapshot.name}, the head after them, "
+        f"is not there.\n{again}"
+    )
+
+
+def load_snapshot(run: RunFiles, model: Model) -> int:
+    """Read the snapshot into ``model``; the number of steps that it stands after (0 where there is none)."""
+    if model.exact is None or not run.snapshot.exists():
+        return 0
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(run.snapshot, "pt") as file:
+            step = int(file.metadata()["step"])
+        model.exact.load(load_file(run.snapshot))
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as problem:
+        raise EdgezoError(
+            f"{run.snapshot} is damaged ({problem}).\n"
+            "It holds the trained head of the run; restore it from a copy, or start again."
+        ) from problem
+    return step
+
+
+def data_hash(examples: Sequence[Example]) -> str:
+    """SHA-256 (hex) of the tokens, targets and labels that training sees."""
+    digest = hashlib.sha256()
+    for example in examples:
+        rows = [[list(r.ids), list(r.score_at), list(r.score_ids)] for r in example.rows]
+        digest.update(json.dumps([rows, example.label]).encode())
+    return digest.hexdigest()
+
+
+def header_of(opened: Opened) -> dict[str, Any]:
+    """What the journal remembers of a request: enough to replay it, and to refuse another one."""
+    free = ("out", "max_mem_bytes", "threads", "profile")  # nothing that replay needs
+    return {
+        "content_hash": opened.files.content_hash,
+        "data_hash": data_hash(opened.dataset.train),
+        "dataset": {
+            "kind": opened.dataset.kind,
+            "label_ids": list(opened.dataset.label_ids),
+            "label_names": list(opened.dataset.label_names),
+        },
+        "config": {k: v for k, v in opened.cfg.to_dict().items() if k not in free},
+    }
+
+
+def prepare(run: RunFiles) -> None:
+    """The directory of a new run. Refused where a run is: not one byte of it changes."""
+    if os.path.lexists(run.journal):
+        raise UsageError(
+            f"{run.path} already holds a run. Go on with it (--resume --out {run.path}), "
+            "or give another --out."
+        )
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise EdgezoError(
+            f"the run directory {run.path} cannot be made ({problem.strerror}).\nGive another --out."
+        ) from problem
+
+
+def reopen(run: RunFiles, opened: Opened, progress: RunProgress) -> Journal:
+    """The journal of a run to go on with, if it is the same run: base, rows and settings."""
+    journal = open_journal(run.journal, resume=True)
+    try:
+        given, began = header_of(opened), journal.header
+        check_base(began, given["content_hash"])
+        if began.get("data_hash") != given["data_hash"]:
+            raise EdgezoError(
+                f"{run.path} was trained on other rows than the ones that the data gives now.\n"
+                "Restore the data files, or start a new run with another --out."
+            )
+        changed = [
+            f"{flag(name)} was {began['config'].get(name)} when the run began, not {value}; "
+            "a resumed run goes on as it began"
+            for name, value in given["config"].items()
+            if name not in FREE_ON_RESUME and began["config"].get(name) != value
+        ]
+        if changed:
+            raise UsageError(changed)
+    except BaseException:
+        journal.close()
+        raise
+    if journal.note:
+        progress.note(journal.note)
+    return journal
