@@ -29,14 +29,14 @@ BASE_BYTES = 380 * MB
 TOKENIZER_BYTES_PER_WORD = 500
 BASE_VOCAB = 50_000
 # Freed blocks below the mmap threshold stay in the heap (calibrated).
-SLACK_BYTES = 8 * MB
+SLACK_BYTES = 4 * MB
 # The model's own class, quanto where it quantises, and what the first forward touches: imported after
 # the base process was measured (18 MB for bf16, 25 MB for int8).
 LIBRARY_BYTES = 25 * MB
 # memory.Guard stops a run that comes nearer to the cap than this.
 GUARD_MARGIN_BYTES = 16 << 20
 # Journal buffers, metrics, step records.
-RUN_BYTES = 4 * MB
+RUN_BYTES = 2 * MB
 # No temporary of the weights is larger, whatever the largest matrix.
 TILE_BYTES = 16 << 20
 # An update holds a tile of weights, one of the direction and one of the change.
@@ -45,14 +45,19 @@ UPDATE_TILES = 3
 READ_PIECE_BYTES = 4 * MB
 # A chunk of full-vocabulary logits, its copy and its error.
 LOGITS_BYTES = 24 << 20
-# Residual stream, its norm, the block's output.
-HIDDEN_COPIES = 3
-# Gate, up, their product, the activation function's result.
-MLP_COPIES = 4
-# Attention's output and its contiguous copy.
-ATTENTION_OUT_COPIES = 2
-# Blocks of many sizes come and go in a heap that is not trimmed between steps (calibrated).
-HEAP_HOLES = 1.5
+# The embedded tokens, the block's input, the residual after attention, its norm.
+HIDDEN_COPIES = 4
+# Gate's activation, up, their product; without a gate the temporaries of a GELU.
+MLP_COPIES = {True: 3, False: 4}
+# Rotated queries, the same in rows, the result in rows, packed again, and put out.
+QUERY_COPIES = 5
+# Keys and values, rotated, in rows, and the temporaries of the rotation.
+KEY_COPIES = 7
+ROTARY_WIDTH = 256  # cosines and sines of a token
+# From this size on the allocator maps a temporary and gives it back; smaller ones stay in the heap, where what
+# attention has left is used again in part only (calibrated).
+MAPPED_BYTES = 32 << 20
+HEAP_LEFT = 0.6
 # Slots that blocks on disk are read into: one computes or is written back, the other is read into.
 SLOTS = 2
 PAGE_BYTES = 4096
@@ -106,6 +111,7 @@ class ModelShape:
     tied: bool
     attention_width: int  # heads * head_dim: what attention puts out
     qkv_width: int  # queries, keys and values together
+    gated: bool  # the MLP's activation multiplies a second product
     block: tuple[MatrixShape, ...]  # the matrices of one block
     outside: tuple[MatrixShape, ...]  # linears beside the blocks (OPT's and RoBERTa's)
     tables: tuple[MatrixShape, ...]  # embeddings, and the head where it is not tied
@@ -140,6 +146,7 @@ class ModelShape:
             tied=shape.tied,
             attention_width=shape.heads * shape.head_dim,
             qkv_width=(shape.heads + 2 * shape.kv_heads) * shape.head_dim,
+            gated=shape.gated,
             block=block,
             outside=tuple(outside),
             tables=tuple(tables),
@@ -411,10 +418,6 @@ class Footprint:
         training = 2 * tokens.longest(micro_batch)
         evaluating = min(EVAL_TOKENS, tokens.longest(KEPT_LENGTHS))
         rows = max(training, evaluating)
-        width = HIDDEN_COPIES * shape.hidden + max(
-            shape.qkv_width + ATTENTION_OUT_COPIES * shape.attention_width,
-            MLP_COPIES * shape.intermediate,
-        )
         if training >= evaluating:
             source = (
                 "the longest of the data" if tokens.known else "no data given: --max-length each"
@@ -423,9 +426,7 @@ class Footprint:
         else:
             what = "an evaluation batch, more than a micro-batch of training"
         reason = f"{rows:,} tokens of {what}, one block at a time"
-        items = [
-            Item("activations", int(rows * width * compute_bytes * HEAP_HOLES), reason, "forward")
-        ]
+        items = [Item("activations", self._activations(rows, compute_bytes), reason, "forward")]
         if BYTES_PER_WEIGHT.get(precision) != compute_bytes:
             largest = max(m.numel for m in shape.matrices) * compute_bytes
             compute = compute_dtype(precision, self.bf16_fast)[0]
@@ -443,6 +444,26 @@ class Footprint:
         reason = f"hidden states and logits of {scored:,} scored positions; {what}"
         items.append(Item("scores", logits + 4 * scored * shape.hidden, reason, "forward"))
         return items
+
+    def _activations(self, rows: int, compute_bytes: int) -> int:
+        """Bytes of one block's temporaries over ``rows`` tokens: while it attends, or while its MLP runs.
+
+        What attention leaves in the heap is still there beside the MLP's, unless it was large enough to be mapped.
+        """
+        shape = self.shape
+        hidden, mlp = shape.hidden, MLP_COPIES[shape.gated] * shape.intermediate
+        keys = (shape.qkv_width - shape.attention_width) // 2
+        parts = ((QUERY_COPIES, shape.attention_width), (KEY_COPIES, keys))
+        attending = hidden * (HIDDEN_COPIES - 1) + sum(copies * width for copies, width in parts)
+
+        def mapped(width: int) -> bool:
+            return rows * width * compute_bytes >= MAPPED_BYTES
+
+        left = sum(copies * width for copies, width in parts if not mapped(width))
+        if not mapped(shape.intermediate):
+            left = int(left * HEAP_LEFT)
+        width = max(attending, hidden * HIDDEN_COPIES + mlp + left) + ROTARY_WIDTH
+        return rows * width * compute_bytes
 
     def _update(self, on_disk: int) -> Item:
         shape, cfg = self.shape, self.cfg

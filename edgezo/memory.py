@@ -265,11 +265,17 @@ class Guard:
     """
 
     def __init__(
-        self, cap_bytes: int, margin_bytes: int, rss: Callable[[], int] = rss_bytes
+        self,
+        cap_bytes: int,
+        margin_bytes: int,
+        rss: Callable[[], int] = rss_bytes,
+        planned_bytes: int | None = None,
     ) -> None:
         self.cap_bytes = cap_bytes
         self.margin_bytes = margin_bytes
         self._rss = rss
+        # The peak of the plan: temporaries of many sizes leave holes in the heap, which would exceed it.
+        self._planned_bytes = cap_bytes if planned_bytes is None else planned_bytes
 
     def room_bytes(self) -> int:
         """What may still be allocated; negative once the margin is being eaten."""
@@ -278,11 +284,14 @@ class Guard:
     def check_again(self, need_bytes: int, item: str) -> None:
         """`check` for what has run before: most of what it needs is still in the heap, and not asked for again.
 
-        Only once the margin is being eaten is the heap emptied, and the whole need counts.
+        Only once the margin is being eaten, the heap is emptied and the whole need counts; the heap is also emptied
+        of its holes where they have taken the process near its planned peak.
         """
         if self.room_bytes() < 0:
             malloc_trim()
             self.check(need_bytes, item)
+        elif self._rss() + self.margin_bytes > self._planned_bytes:
+            malloc_trim()
 
     def check(self, need_bytes: int = 0, item: str = "the next step") -> None:
         """Raise BudgetExceeded if `need_bytes` more for `item` would go above cap - margin.

@@ -191,7 +191,11 @@ class Training:
 
     def run_all(self) -> dict[str, Any]:
         run = self.run
-        self.guard = Guard(self.plan.max_mem_bytes, GUARD_MARGIN_BYTES)
+        self.guard = Guard(
+            self.plan.max_mem_bytes,
+            GUARD_MARGIN_BYTES,
+            planned_bytes=self.plan.planned_peak_bytes,
+        )
         follow(self.model, self.cfg, self.journal)
         if self.model.store.residency is not None:
             self.model.store.residency.note = self.progress.note
