@@ -52,12 +52,14 @@ MLP_COPIES = {True: 3, False: 4}
 # Rotated queries, the same in rows, the result in rows, packed again, and put out.
 QUERY_COPIES = 5
 # Keys and values, rotated, in rows, and the temporaries of the rotation.
-KEY_COPIES = 7
+KEY_COPIES = 6
 ROTARY_WIDTH = 256  # cosines and sines of a token
 # From this size on the allocator maps a temporary and gives it back; smaller ones stay in the heap, where what
 # attention has left is used again in part only (calibrated).
 MAPPED_BYTES = 32 << 20
 HEAP_LEFT = 0.6
+# Ten mapped temporaries, each from a huge page's border on.
+MAPPED_ROUNDING_BYTES = 10 * (2 << 20)
 # Slots that blocks on disk are read into: one computes or is written back, the other is read into.
 SLOTS = 2
 PAGE_BYTES = 4096
@@ -269,9 +271,8 @@ class Footprint:
     def items(self, precision: str, micro_batch: int, on_disk: int = 0) -> tuple[Item, ...]:
         """Every item, with the last ``on_disk`` blocks, and then the tables too, on disk."""
         compute_bytes = {"fp32": 4, "bf16": 2}[compute_dtype(precision, self.bf16_fast)[0]]
-        base = self._base()
         always = [
-            base,
+            self._base(),
             *self._weights(precision, on_disk),
             *self._trained(compute_bytes),
             Item("journal and metrics", RUN_BYTES, "buffers; the records are on disk"),
@@ -285,7 +286,7 @@ class Footprint:
         ]
         return (
             *always,
-            self._load(base.bytes, sum(item.bytes for item in always), precision, on_disk),
+            self._load(precision, on_disk),
             *self._forward(precision, micro_batch, compute_bytes),
             self._update(on_disk),
         )
@@ -390,28 +391,17 @@ class Footprint:
         size = 4 * rank * (HEAD_COPIES * shape.vocab + shape.hidden)
         return Item("exact head", size, f"{shape.vocab:,} words x rank {rank}: {what}")
 
-    def _load(self, base: int, steady: int, precision: str, on_disk: int) -> Item:
-        """Loading goes from the largest tensor down: its copy stands before the rest is there."""
+    def _load(self, precision: str, on_disk: int) -> Item:
         if on_disk:  # tables go tile by tile, blocks through what is there for them
             reason = "rows of a table as they are read, converted and written"
             return Item("load staging", 3 * TILE_BYTES, reason, "load")
-        quantized = precision in QUANTIZED
-        table = max(self.shape.tables, key=lambda t: t.numel)
-        linear = max(self.shape.matrices, key=lambda m: m.numel)
-
-        def staged(matrix: MatrixShape) -> int:
-            # Codes are made from fp32, a tile with its copies (layouts._QUANTISE_BYTES) at a time.
-            return 4 * matrix.numel + TILE_BYTES if quantized else READ_PIECE_BYTES
-
-        stored = table.stored_bytes("int8" if quantized else precision)
-        with_table = base + stored + staged(table)
-        with_linear = steady + staged(linear)
-        reason = (
-            "one tensor in fp32 beside its codes, and a tile being quantised"
-            if quantized
-            else "a piece of one tensor, as it is read"
-        )
-        return Item("load staging", max(with_table, with_linear) - steady, reason, "load")
+        if precision not in QUANTIZED:
+            reason = "a piece of one tensor, as it is read"
+            return Item("load staging", READ_PIECE_BYTES, reason, "load")
+        # Codes are made from fp32, a tile with its copies (layouts._QUANTISE_BYTES) at a time; tables are read so.
+        largest = max(m.numel for m in self.shape.matrices)
+        reason = "one matrix in fp32 beside its codes, and a tile being quantised"
+        return Item("load staging", 4 * largest + TILE_BYTES, reason, "load")
 
     def _forward(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
         shape, tokens = self.shape, self.tokens
@@ -434,7 +424,8 @@ class Footprint:
             items.append(Item("expanded weights", min(largest, TILE_BYTES), reason, "forward"))
         widest = max(m.d_out + m.d_in for m in shape.matrices)
         reason = f"signs of {micro_batch} examples for the widest matrix; who is probed how"
-        size = micro_batch * (rows + widest) * compute_bytes
+        # A mask, its making from 64-bit integers, and the thin products that go with it.
+        size = micro_batch * (4 * rows + widest) * compute_bytes
         items.append(Item("directions", size, reason, "forward"))
         scored = 2 * micro_batch * tokens.scored
         if tokens.kind == "label":
@@ -453,7 +444,9 @@ class Footprint:
         shape = self.shape
         hidden, mlp = shape.hidden, MLP_COPIES[shape.gated] * shape.intermediate
         keys = (shape.qkv_width - shape.attention_width) // 2
-        parts = ((QUERY_COPIES, shape.attention_width), (KEY_COPIES, keys))
+        queries = shape.attention_width
+        # Half of the queries are negated to rotate them: a temporary of its own size.
+        parts = ((QUERY_COPIES, queries), (KEY_COPIES, keys), (1, queries // 2))
         attending = hidden * (HIDDEN_COPIES - 1) + sum(copies * width for copies, width in parts)
 
         def mapped(width: int) -> bool:
@@ -463,7 +456,8 @@ class Footprint:
         if not mapped(shape.intermediate):
             left = int(left * HEAP_LEFT)
         width = max(attending, hidden * HIDDEN_COPIES + mlp + left) + ROTARY_WIDTH
-        return rows * width * compute_bytes
+        rounded = MAPPED_ROUNDING_BYTES if mapped(shape.intermediate) else 0
+        return rows * width * compute_bytes + rounded
 
     def _update(self, on_disk: int) -> Item:
         shape, cfg = self.shape, self.cfg

@@ -36,6 +36,15 @@ def tiles(rows: int, cols: int, bytes_per_element: int = 4) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
+class Rows(Protocol):
+    """A matrix whose rows can be had: a tensor, or one that is read as it is used."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+
 class Layout(Protocol):
     """One matrix in memory."""
 
@@ -150,7 +159,7 @@ class Int8:
         self.shape = (codes.shape[0], codes.shape[1])
 
     @staticmethod
-    def quantise(weight: Tensor) -> Int8:
+    def quantise(weight: Rows) -> Int8:
         from optimum.quanto import AbsmaxOptimizer, qint8
 
         rows, cols = weight.shape

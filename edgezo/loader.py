@@ -256,8 +256,18 @@ def build_meta(files: ModelFiles, attn_implementation: str | None = None) -> nn.
     return module
 
 
+def _auto(files: ModelFiles) -> Any:
+    return AutoModelForMaskedLM if files.kind == "masked" else AutoModelForCausalLM
+
+
+def model_class(files: ModelFiles) -> type[nn.Module]:
+    """transformers' class of the model, imported (80 MB with all that it imports, unless that was done before)."""
+    found: type[nn.Module] = _auto(files)._model_mapping[type(files.config)]
+    return found
+
+
 def _build(files: ModelFiles, attn_implementation: str | None) -> nn.Module:
-    auto = AutoModelForMaskedLM if files.kind == "masked" else AutoModelForCausalLM
+    auto = _auto(files)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         with _EmptyOnMeta():

@@ -26,7 +26,7 @@ from edgezo.data import Batch
 from edgezo.directions import DIRECTIONS
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.head import ExactHead
-from edgezo.layouts import DENSE_DTYPES, Dense, Layout, place, vacant
+from edgezo.layouts import DENSE_DTYPES, Dense, Int8, Layout, place, vacant
 from edgezo.noise import Key
 from edgezo.objective import Scorer
 from edgezo.overlay import DiskTable
@@ -44,6 +44,7 @@ from edgezo.weights import Saved, Trainable, WeightStore
 
 if TYPE_CHECKING:
     from edgezo.loader import ModelFiles
+    from edgezo.readers import TensorSource
     from edgezo.residency import DiskSpec
 
 
@@ -266,8 +267,12 @@ class _Builder:
 
         def make(rows: slice | None = None) -> Layout:
             # A dense store is read in its own dtype, piece by piece; codes are made from the source's values.
-            dtype = DENSE_DTYPES.get(recipe.precision)
-            weight = self.files.source.read(self.names[name], dtype, rows)
+            source, stored, dtype = self.files.source, self.names[name], None
+            if recipe.precision in DENSE_DTYPES:
+                dtype = DENSE_DTYPES[recipe.precision]
+            elif table and rows is None:  # the largest tensor is never whole beside its codes
+                return Int8.quantise(_Rows(source, stored))
+            weight = source.read(stored, dtype, rows)
             if transpose:
                 weight = weight.T.contiguous()
             return place(weight, recipe.precision, **how)
@@ -397,6 +402,21 @@ class _Builder:
             "bias_row": rows.get("bias"),
         }
         _become(sub, PerturbedNorm, fields)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A matrix of a checkpoint, of which rows are read when they are asked for."""
+
+    source: TensorSource
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape(self.name)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.source.read(self.name, None, rows)
 
 
 class _OnDisk:

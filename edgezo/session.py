@@ -40,6 +40,7 @@ class Opened:
 def open_request(cfg: RunConfig) -> Opened:
     """Resolve the model, check its files, read and tokenise the data."""
     files = loader.open_model(cards.resolve(cfg.model))
+    loader.model_class(files)  # its code is part of the process that a plan starts from
     tokenizer = loader.load_tokenizer(files.path)
     return Opened(cfg, files, tokenizer, read_data(cfg, files, tokenizer))
 
