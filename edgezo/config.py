@@ -32,9 +32,9 @@ ROUNDINGS = ("plane", "stochastic")
 SCHEDULES = ("linear", "constant")
 
 DEFAULT_STEPS = 400
-EVAL_TOKENS = 1024  # packed tokens of an evaluation batch, unless one example is longer
+EVAL_TOKENS = 512  # packed tokens of an evaluation batch, unless one example is longer
 # The meaning of --step differs: a fraction of the probe (kappa) for GRZO, a learning rate for MeZO.
-DEFAULT_STEP = {"grzo": 0.1, "mezo": 1e-5}
+DEFAULT_STEP = {"grzo": 0.1, "mezo": 1e-4}
 DEFAULT_DIRECTIONS = {"grzo": "signs", "mezo": "shared"}
 
 # Fields of which one replaces the other: said in a higher layer, it removes the lower layers'.

@@ -96,7 +96,7 @@ ESTIMATORS = {
             credit=mean_credit,
             scale=lambda step, sigma, batch: step / (2 * sigma * batch),
             directions=("shared",),
-            step=1e-5,
+            step=1e-4,
             sigma=2e-3,
             step_meaning="the learning rate of MeZO's update",
         ),

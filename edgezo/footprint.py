@@ -257,6 +257,24 @@ class Footprint:
         stored = "int8" if precision in QUANTIZED else precision
         return sum(t.stored_bytes(stored) + t.numel * plane for t in self.shape.tables)
 
+    def first_order_bytes(self, batch_size: int) -> int:
+        """About the peak of first-order LoRA as people write it: bf16 base, AdamW, the whole batch at once.
+
+        Backpropagation keeps, of each token in each block, both norms' inputs in fp32 and their results, what
+        attention read and gave, and gate, activation, up and their product; and at the end logits over the whole
+        vocabulary, in bf16 and twice in fp32, with their gradient.
+        """
+        shape = self.shape
+        matrices = (*shape.matrices, *shape.tables)
+        weights = 2 * sum(m.numel for m in matrices) + 2 * shape.vector_elements
+        factors = sum(m.d_out + m.d_in for m in shape.matrices) * self.cfg.rank
+        kept = (
+            16 * shape.hidden + 4 * shape.qkv_width + (8 if shape.gated else 6) * shape.intermediate
+        )
+        tokens = self.tokens.longest(batch_size)
+        logits = 14 * shape.vocab
+        return self._base().bytes + weights + 16 * factors + tokens * (shape.layers * kept + logits)
+
     def _plane_bytes(self, precision: str) -> int:
         """Of the low-order plane, a weight."""
         return 1 if rounding_of(self.cfg, precision)[0] == "plane" else 0

@@ -206,6 +206,7 @@ def make_plan(
             "residency", "disk" if on_disk else "resident", _residency_reason(footprint, chosen)
         ),
     ]
+    decisions.append(_first_order(footprint, batch_size, cap))
     if rounding is not None:
         decisions.append(Decision("rounding", rounding, rounding_reason))
     trained, frozen = _groups(footprint.shape, cfg)
@@ -377,6 +378,16 @@ def _residency_reason(footprint: Footprint, option: Option) -> str:
         )
         why = f"in memory it would need {mb(least)}; "
     return f"{why}{blocks}: {moved}"
+
+
+def _first_order(footprint: Footprint, batch_size: int, cap: int) -> Decision:
+    """What first-order LoRA would take: where it fits it reaches more, and the user should know."""
+    needed = footprint.first_order_bytes(batch_size)
+    if needed <= cap:
+        reason = "would fit as well, and reaches a higher accuracy: see What it is not, in README"
+    else:
+        reason = f"does not fit: bf16 base, AdamW, {batch_size} examples at once, about"
+    return Decision("first-order LoRA", mb(needed), reason)
 
 
 def _trained_reason(cfg: RunConfig) -> str:

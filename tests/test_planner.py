@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -100,7 +101,8 @@ def test_longer_and_more_examples_take_more_activations():
         item(plan(TokenStats("label", (n,), 1, 2), max_mem_bytes=90_000 * MB), "activations")
         for n in (64, 128, 256)
     ]
-    assert sizes[0] < sizes[1] < sizes[2] == 2 * sizes[1]
+    assert sizes[0] < sizes[1] < 2.6 * sizes[0]
+    assert sizes[1] < sizes[2] < 2.6 * sizes[1], "in proportion, but for what the heap keeps"
 
 
 def test_lengths_of_the_data_bound_the_longest_micro_batch():
@@ -122,9 +124,7 @@ def test_the_largest_card_fits_and_no_larger_one_does(cap):
     for card in causal:
         if card.parameters > own.parameters:
             with pytest.raises(PlanDoesNotFit):
-                make_plan(
-                    card, request(model=card.name, max_mem_bytes=cap * MB, max_length=128), MACHINE
-                )
+                make_plan(card, replace(cfg, model=card.name, residency="resident"), MACHINE)
     assert planner.largest_card(causal, request(max_mem_bytes=MB), MACHINE) is None
 
 
@@ -149,18 +149,18 @@ def test_without_data_rows_of_max_length_are_assumed_and_said():
 
 def test_a_refusal_names_the_number_the_items_and_a_budget_that_works():
     with pytest.raises(PlanDoesNotFit) as caught:
-        plan(precision="bf16", max_mem_bytes=600 * MB)
+        plan(precision="bf16", residency="resident", max_mem_bytes=600 * MB)
     error = caught.value
     assert isinstance(error, DoesNotFit) and error.exit_code == 3
     text = str(error)
     assert "600MB" in text and "linear weights" in text and "--precision int4 would need" in text
     smallest = planner.mb(error.smallest_bytes)
     assert f"--max-mem {smallest}" in text
-    fits = plan(precision="bf16", max_mem_bytes=smallest)
+    fits = plan(precision="bf16", residency="resident", max_mem_bytes=smallest)
     assert f"--precision bf16 --micro-batch {fits.micro_batch}" in text
     assert fits.smallest_flags in text
     with pytest.raises(PlanDoesNotFit):
-        plan(precision="bf16", max_mem_bytes=error.smallest_bytes - 1)
+        plan(precision="bf16", residency="resident", max_mem_bytes=error.smallest_bytes - 1)
 
 
 def test_a_cap_below_the_process_says_so():
@@ -193,7 +193,8 @@ def test_more_memory_never_gives_less(low, more, train, length):
             return (-1, 0)
         assert found.smallest_bytes <= found.planned_peak_bytes <= cap * MB
         assert found.micro_batch <= found.batch_size
-        return (len(PRECISIONS_TRIED) - PRECISIONS_TRIED.index(found.precision), found.micro_batch)
+        precision = len(PRECISIONS_TRIED) - PRECISIONS_TRIED.index(found.precision)
+        return (precision, found.residency == "resident", found.micro_batch)
 
     assert rank(low) <= rank(low + more)
 
@@ -250,3 +251,61 @@ def test_the_default_budget_leaves_room_and_is_never_more_than_there_is(total, s
     )
     assert free // 2 <= budget <= free * 0.8 + 1
     assert "--max-mem not given" in reason
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights on disk
+
+
+def test_disk_is_used_only_where_memory_is_too_small_and_keeps_what_fits():
+    asked = {"precision": "bf16", "train": "full", "micro_batch": 16}
+    resident = plan(**asked, max_mem_bytes=2000 * MB)
+    assert (resident.residency, resident.disk_bytes) == ("resident", 0)
+    least = plan(**asked, residency="disk", max_mem_bytes=2000 * MB)
+    assert least.blocks_on_disk == 30
+    previous = 31
+    for cap in range(least.planned_peak_bytes, resident.planned_peak_bytes, 10 * MB):
+        found = plan(**asked, max_mem_bytes=cap)
+        assert found.residency == "disk" and found.planned_peak_bytes <= cap
+        assert found.blocks_on_disk <= previous, "more memory never sends more to disk"
+        previous = found.blocks_on_disk
+    assert previous < 10
+
+
+def test_the_overlay_holds_every_weight_with_its_plane():
+    found = plan(precision="bf16", train="full", residency="disk", max_mem_bytes=2000 * MB)
+    weights = 106_168_320 + 49152 * 576
+    assert 3 * weights < found.disk_bytes < 3 * weights + 3 * MB
+    frozen = plan(precision="int8", train="lowrank", residency="disk", max_mem_bytes=2000 * MB)
+    assert weights < frozen.disk_bytes < 1.01 * weights + 3 * MB
+
+
+def test_a_model_much_larger_than_the_cap_has_a_plan_from_disk():
+    found = make_plan(
+        cards()["smollm2-1.7b-instruct"],
+        request(train="full", precision="bf16", max_mem_bytes=1100 * MB),
+        MACHINE,
+        SST2,
+    )
+    assert found.residency == "disk"
+    with pytest.raises(planner.PlanDoesNotFit, match="--residency disk"):
+        make_plan(
+            cards()["smollm2-1.7b-instruct"],
+            request(train="full", precision="bf16", residency="resident", max_mem_bytes=1100 * MB),
+            MACHINE,
+            SST2,
+        )
+
+
+def test_the_largest_card_is_one_that_stays_in_memory():
+    found = planner.largest_card(cards().values(), request(max_mem_bytes=900 * MB), MACHINE)
+    assert found is not None and found.residency == "resident"
+
+
+def test_first_order_lora_is_named_where_it_fits():
+    def decision(cap: int) -> planner.Decision:
+        found = plan(max_mem_bytes=cap)
+        return next(d for d in found.decisions if d.name == "first-order LoRA")
+
+    assert "does not fit" in decision(900 * MB).reason
+    assert "would fit as well" in decision(20_000 * MB).reason

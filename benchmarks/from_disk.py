@@ -1,0 +1,74 @@
+"""A model whose bf16 weights are several times the cap: full-weight training from disk beside the same in memory.
+
+    python benchmarks/from_disk.py --out DIR [--model smollm2-1.7b] [--layers N] [--max-mem 1100MB] [--steps 10]
+
+Random weights of the card's shape, 40 to 64 tokens a row, B = 16. Prints the ratio of the weights to the cap, whether
+the bits are equal, the ratio of the step times (median), and what a step reads and writes. Then the int4 store with
+low-rank factors, of which nothing may be written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from plan_grid import CONFIGS, make_model, make_rows
+
+
+def run(request: list[str], out: Path) -> dict[str, Any]:
+    if not (out / "summary.json").exists():
+        command = [sys.executable, "-m", "edgezo", "finetune", *request, "--out", str(out)]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr[-1500:])
+    found: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step_s"] for line in lines if line.get("step_s")]
+    found["step_s"] = statistics.median(steps[1:])  # the first has nothing to write back
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", choices=CONFIGS, default="smollm2-1.7b")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--max-mem", default="1100MB")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    model = make_model(args.model, args.layers, args.out)
+    weights = sum(f.stat().st_size for f in model.glob("*.safetensors"))
+    common = ["--model", str(model), "--data", str(make_rows(args.tokens, "label", args.out))]
+    common += ["--template", "{text} It was", "--labels", "0=bad,1=good", "--eval-limit", "4"]
+    common += ["--steps", str(args.steps), "--threads", str(args.threads), "--batch-size", "16"]
+    full = [*common, "--train", "full", "--precision", "bf16"]
+    disk = run([*full, "--max-mem", args.max_mem], args.out / "disk")
+    memory = run([*full, "--max-mem", "22GB"], args.out / "memory")
+    codes = [*common, "--train", "lowrank", "--precision", "int4", "--residency", "disk"]
+    frozen = run([*codes, "--max-mem", args.max_mem], args.out / "int4")
+    cap = disk["max_mem_bytes"]
+    print(f"bf16 weights {weights / 1e6:,.0f} MB, cap {cap / 1e6:,.0f} MB: {weights / cap:.2f} x")
+    print(f"residency {disk['residency']} and {memory['residency']}")
+    print(
+        f"bits equal after {args.steps} steps: {disk['trained_sha256'] == memory['trained_sha256']}"
+    )
+    for name, found in (("disk", disk), ("memory", memory), ("int4 from disk", frozen)):
+        moved = [found.get(f"disk_{way}_bytes", 0) / 1e6 for way in ("read", "written")]
+        print(
+            f"{name:16} step {found['step_s']:.2f} s  peak {found['peak_rss_bytes'] / 1e6:,.0f} MB"
+            f"  planned {found['planned_peak_bytes'] / 1e6:,.0f} MB"
+            f"  reads {moved[0]:,.0f} MB, writes {moved[1]:,.0f} MB a step"
+        )
+    print(f"step from disk / step in memory: {disk['step_s'] / memory['step_s']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
