@@ -193,6 +193,18 @@ def quantised_file(kind: str, file: Path, rows: int, columns: int) -> tuple[Gguf
     return GgufSource(file), dequantize(stored, gguf.GGMLQuantizationType[kind])
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "F16", "Q8_0", "Q4_1"])
+def test_rows_of_an_embedding_are_those_of_the_whole(kind: str, tmp_path: Path) -> None:
+    name = "model.embed_tokens.weight"
+    if kind == "safetensors":
+        source = open_tensors(tiny_models.make("llama", tmp_path / "model"))
+    else:
+        source, _ = quantised_file(kind, tmp_path / "m.gguf", 37, 64)
+    whole = source.read(name, torch.bfloat16)
+    for rows in (slice(0, 3), slice(7, 8), slice(len(whole) - 5, len(whole))):
+        assert torch.equal(source.read(name, torch.bfloat16, rows), whole[rows])
+
+
 @pytest.mark.parametrize("kind", (*PLAIN_TYPES, *BLOCK_TYPES))
 def test_every_type_reads_as_gguf_decodes_it(kind: str, tmp_path: Path) -> None:
     columns = 256 if kind.endswith("_K") else 64

@@ -13,6 +13,7 @@ from typing import Any
 
 import forks
 import pytest
+import torch
 from conftest import Bench, make_model
 from forks import Blow
 from safetensors import safe_open
@@ -20,7 +21,9 @@ from safetensors import safe_open
 from edgezo.cards import cache_dir
 from edgezo.config import make_config
 from edgezo.errors import EdgezoError
-from edgezo.overlay import PAGE_BYTES
+from edgezo.layouts import Dense, place, vacant
+from edgezo.noise import Key
+from edgezo.overlay import PAGE_BYTES, DiskTable, OverlayFile, Traffic
 from edgezo.report import Silent
 from edgezo.train import Training, finetune
 from edgezo.weights import Saved, saved_sha256
@@ -35,6 +38,41 @@ def deep(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 def run_of(deep: Bench, out: Path, kind: str = "label", **changes: Any) -> dict[str, Any]:
     return finetune(make_config(deep.settings(kind, out=str(out), **changes)))
+
+
+@pytest.mark.parametrize(
+    ("precision", "rounding"),
+    [("fp32", None), ("bf16", "plane"), ("fp16", "stochastic"), ("int8", None)],
+)
+def test_a_table_on_disk_reads_and_writes_like_one_in_memory(tmp_path, precision, rounding):
+    weight = torch.randn(23, 10, generator=torch.Generator().manual_seed(0))
+    how = {"table": True, "rounding": rounding, "trained": True}
+    memory = place(weight, precision, **how)
+    empty = vacant((23, 10), precision, **how)
+    file = OverlayFile(tmp_path / "t.overlay", "run", {"t": empty}, Traffic())
+    file.open()
+    table = DiskTable(file, empty)
+    table.fill(lambda rows: place(weight[rows], precision, **how))
+    every, some = slice(0, 23), torch.tensor([9, 3, 22, 9, 10])
+    assert torch.equal(_expanded(table, every, 23), _expanded(memory, every, 23))
+    assert torch.equal(_expanded(table, some, 5), _expanded(memory, some, 5))
+    if not isinstance(memory, Dense):
+        return
+    for number, rows in enumerate((torch.tensor([20, 4, 5, 0]), slice(8, 12))):
+        key = Key(0, number)
+        moved = [layout.snap(layout.read(rows) + 0.01, key, 1, rows) for layout in (memory, table)]
+        assert torch.equal(*moved)
+        for layout, values in zip((memory, table), moved, strict=True):
+            layout.write(rows, values)
+    raw = table.raw(every)
+    assert all(torch.equal(raw[s], tensor) for s, tensor in memory.tensors().items())
+    os.truncate(file.path, file.size_bytes - PAGE_BYTES)
+    with pytest.raises(EdgezoError, match="--resume"):
+        table.raw(every)
+
+
+def _expanded(layout: Any, rows: Any, count: int) -> torch.Tensor:
+    return layout.expand(rows, torch.empty(count, 10))
 
 
 STORES = [("full", "fp32"), ("full", "bf16"), ("lowrank+head", "int8"), ("lowrank", "int4")]
@@ -88,8 +126,8 @@ def test_replay_and_evaluation_take_weights_from_disk_too(deep, tmp_path, edgezo
     summary = run_of(deep, tmp_path / "run", **request)
     code, found = edgezo_json("replay", tmp_path / "run", "--out", tmp_path / "again")
     assert (code, found["trained_sha256"]) == (0, summary["trained_sha256"])
-    for place in ("run", "again"):
-        code, found = edgezo_json("eval", "--model", tmp_path / place)
+    for made in ("run", "again"):
+        code, found = edgezo_json("eval", "--model", tmp_path / made)
         assert (code, found["loss"]) == (0, summary["eval_after"]["loss"])
     with safe_open(tmp_path / "again" / "trained.safetensors", "pt") as file:
         saved = [Saved.of(name, file.get_tensor(name)) for name in file.keys()]
