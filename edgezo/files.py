@@ -10,8 +10,14 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from edgezo.errors import EdgezoError
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock against a second writer there
+    fcntl = None  # type: ignore[assignment]
 
 _TEMP_SUFFIX = ".edgezo-tmp"
 
@@ -90,3 +96,16 @@ def write_error(path: Path, what: str, error: OSError) -> EdgezoError:
         f"({error.strerror or error}; {free}). Nothing half-written is kept. Free some space, "
         "then go on with --resume."
     )
+
+
+def locked(file: int | BinaryIO) -> bool:
+    """Lock an open file for this process, until it is closed; False if another one holds it."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks (some network ones)
+    return True

@@ -39,8 +39,10 @@ GUARD_MARGIN_BYTES = 16 << 20
 RUN_BYTES = 2 * MB
 # No temporary of the weights is larger, whatever the largest matrix.
 TILE_BYTES = 16 << 20
-# An update holds a tile of weights, one of the direction and one of the change.
-UPDATE_TILES = 3
+# An update holds a tile of weights, one of the direction, one of the change and their product; where it rounds, the
+# high part, its spacing and the low part.
+UPDATE_TILES = 4
+ROUNDED_UPDATE_TILES = 5
 # A dense tensor is read piece by piece in its own dtype (readers), so only a piece is staged.
 READ_PIECE_BYTES = 4 * MB
 # A chunk of full-vocabulary logits, its copy and its error.
@@ -306,7 +308,7 @@ class Footprint:
             *always,
             self._load(precision, on_disk),
             *self._forward(precision, micro_batch, compute_bytes),
-            self._update(on_disk),
+            self._update(precision, on_disk),
         )
 
     def _base(self) -> Item:
@@ -373,7 +375,7 @@ class Footprint:
         reason = f"the tables are on disk: a checksum for each of {rows:,} rows, and rows in use"
         items.append(Item("embedding", 16 * rows + TILE_BYTES, reason))
         largest = max(m.numel for m in shape.matrices)
-        staged = 4 * largest + TILE_BYTES
+        staged = 5 * largest + TILE_BYTES
         if precision not in QUANTIZED:
             staged = largest * (BYTES_PER_WEIGHT[precision] + 1)
         reason = "one matrix as the base gives it, to make a block (again)"
@@ -477,14 +479,16 @@ class Footprint:
         rounded = MAPPED_ROUNDING_BYTES if mapped(shape.intermediate) else 0
         return rows * width * compute_bytes + rounded
 
-    def _update(self, on_disk: int) -> Item:
+    def _update(self, precision: str, on_disk: int) -> Item:
         shape, cfg = self.shape, self.cfg
         sizes = [shape.hidden]
         if "lowrank" in cfg.train:
             sizes += [m.d_out * cfg.rank for m in shape.matrices]
         if "full" in cfg.train:
             sizes += [m.numel for m in (*shape.matrices, *shape.tables)]
-        size = UPDATE_TILES * min(TILE_BYTES, 4 * max(sizes))
+        rounds = "full" in cfg.train and precision != "fp32"
+        copies = ROUNDED_UPDATE_TILES if rounds else UPDATE_TILES
+        size = copies * min(TILE_BYTES, 4 * max(sizes))
         reason = "weights, direction and change of one tile, in fp32"
         # A block on disk is updated when the forward comes to it, beside the activations.
         return Item("update tiles", size, reason, "forward" if on_disk else "update")

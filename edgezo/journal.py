@@ -59,12 +59,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from edgezo.errors import BaseMismatch, EdgezoError
-from edgezo.files import atomic_write, write_error
-
-try:
-    import fcntl
-except ImportError:  # Windows: no lock against a second writer there
-    fcntl = None  # type: ignore[assignment]
+from edgezo.files import atomic_write, locked, write_error
 
 MAGIC = b"\x89EZJ\r\n\x1a\n"
 VERSION = 1
@@ -288,17 +283,11 @@ def open_journal(path: Path, *, resume: bool) -> Journal:
     return journal
 
 
-def _lock(fd: int, path: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+def _lock(file: int, path: Path) -> None:
+    if not locked(file):
         raise EdgezoError(
             f"{path}: another process is writing this run. Wait for it or stop it, then resume."
-        ) from None
-    except OSError:
-        pass  # a file system without locks (some network ones)
+        )
 
 
 def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int, int, int]:

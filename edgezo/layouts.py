@@ -148,7 +148,7 @@ class Dense:
     @staticmethod
     def _low_codes(values: Tensor, high: Tensor, ulp: Tensor) -> Tensor:
         # Half a step would lie between two high parts and be read back from the other one.
-        return ((values - high) * 256 / ulp).round_().clamp_(-127, 127)
+        return values.sub(high).mul_(256).div_(ulp).round_().clamp_(-127, 127)
 
 
 class Int8:

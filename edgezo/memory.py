@@ -287,10 +287,11 @@ class Guard:
         Only once the margin is being eaten, the heap is emptied and the whole need counts; the heap is also emptied
         of its holes where they have taken the process near its planned peak.
         """
-        if self.room_bytes() < 0:
+        room_bytes = self.room_bytes()
+        if room_bytes < 0:
             malloc_trim()
             self.check(need_bytes, item)
-        elif self._rss() + self.margin_bytes > self._planned_bytes:
+        elif self.cap_bytes - room_bytes > self._planned_bytes:
             malloc_trim()
 
     def check(self, need_bytes: int = 0, item: str = "the next step") -> None:

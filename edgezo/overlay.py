@@ -108,9 +108,12 @@ class OverlayFile:
             self._fd = os.open(self.path, flags, 0o600)
         except OSError as problem:
             raise write_error(self.path, self.path.name, problem) from problem
-        if os.fstat(self._fd).st_size != self.size_bytes:
+        try:
+            if os.fstat(self._fd).st_size != self.size_bytes:
+                return False
+            head = _read(self._fd, bytearray(_HEAD.size + _CRC.size), 0)
+        except OSError:
             return False
-        head = _read(self._fd, bytearray(_HEAD.size + _CRC.size), 0)
         fixed, crc = bytes(head[: _HEAD.size]), bytes(head[_HEAD.size :])
         if crc != _CRC.pack(zlib.crc32(fixed)):
             return False
@@ -333,7 +336,8 @@ class DiskTable:
     def _damaged(self, why: str) -> EdgezoError:
         return EdgezoError(
             f"{self.file.path} was changed on disk while it was in use: {why}.\n"
-            "It is a copy that is made again at every start, and nothing is lost: go on with --resume."
+            "It is a copy that is made again at every start, and nothing is lost: give the command again, "
+            "with --resume where a run was going."
         )
 
 

@@ -367,7 +367,7 @@ def _residency_reason(footprint: Footprint, option: Option) -> str:
         return "all weights stay in memory"
     cfg, block = footprint.cfg, footprint.block_bytes(option.precision)
     passes = math.ceil(_batch(cfg)[0] / option.micro_batch)
-    moved = f"a step reads {mb(passes * option.on_disk * block)}"
+    moved = f"a step reads at least {mb(passes * option.on_disk * block)}"
     if "full" in cfg.train:
         moved += f" and writes {mb(option.on_disk * block)}"
     blocks = f"{option.on_disk} of {footprint.shape.layers} blocks and the tables are on disk"

@@ -5,7 +5,8 @@ layer's forward and releases them after it, while a thread reads the next block 
 step t is applied to a block when it is bound at step t + 1, and the slot is written back while the layer computes:
 one read and one write of each block a step. Frozen blocks are never written.
 
-    bind(i)      wait for block i; apply what it lacks; queue its write; queue the read of block i + 1
+    bind(i)      wait for block i; apply what it lacks, make it again if it is ahead or damaged; queue its write;
+                 queue the read of block i + 1
     release(i)   its matrices are empty again; the slot may be read into
 
 One thread does all reads and writes in the order in which they were queued, so a slot is never overwritten before
@@ -27,6 +28,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 
 from edgezo.errors import EdgezoError
+from edgezo.files import write_error
 from edgezo.layouts import Layout
 from edgezo.overlay import Damaged, DiskTable, OverlayFile, Traffic
 
@@ -38,7 +40,7 @@ class DiskSpec:
     """Where the overlay lies, and which decoder layers stay in memory: the first ones."""
 
     directory: Path
-    run: Mapping[str, Any]  # what the files must be of: the journal's header
+    run: Mapping[str, Any]  # what the files must be of
     resident_blocks: int = 0
 
     @property
@@ -56,7 +58,7 @@ class Block:
     make: dict[str, Callable[[], Layout]]  # each matrix anew, from the base
     vacant: dict[str, dict[str, Tensor]]
     trained: bool
-    applied: int | None = None  # updates of steps before this one are in; None: to be made again
+    applied: int = 0  # updates of steps before this one are in
 
     def adopt(self, data: Tensor) -> None:
         raw: dict[str, dict[str, Tensor]] = {owner: {} for owner in self.layouts}
@@ -95,7 +97,14 @@ class Residency:
     _writes: list[Future[None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.spec.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self.spec.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise write_error(self.spec.directory, "the overlay", problem) from problem
+        for file in self.spec.directory.glob("block-*.overlay"):
+            # Of a layer that stays in memory now: what it holds would be outdated when it is wanted again.
+            if int(file.name.split("-")[1].split(".")[0]) < self.spec.resident_blocks:
+                file.unlink(missing_ok=True)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="overlay")
 
     # -- building -----------------------------------------------------------------------------------------
@@ -118,7 +127,7 @@ class Residency:
     ) -> Block:
         """Put a decoder layer on disk; a file of it that an earlier process of this run left is used as it is."""
         index = len(self.blocks)
-        file = self._file(f"block-{index:04}", layouts)
+        file = self._file(f"block-{index + self.spec.resident_blocks:04}", layouts)
         vacant = {owner: layout.tensors() for owner, layout in layouts.items()}
         block = Block(index, file, layouts, make, vacant, trained)
         self.blocks.append(block)
@@ -152,13 +161,6 @@ class Residency:
 
     # -- running ------------------------------------------------------------------------------------------
 
-    def begin(self, target: int) -> None:
-        """Weights are wanted as they are after ``target`` steps; blocks that are ahead are made again."""
-        self.target = target
-        for block in self.blocks:
-            if block.applied is not None and block.applied > target:
-                block.applied = None
-
     def bind(self, index: int) -> None:
         """Let block ``index`` be in memory with every update before ``target``. EdgezoError if the disk fails."""
         if self._bound is not None:
@@ -169,7 +171,6 @@ class Residency:
         slot, changed = self._arrived(block)
         block.adopt(slot.data)
         self._bound = block, slot
-        assert block.applied is not None
         if block.trained and block.applied < self.target:
             self.catch_up(list(block.layouts), block.applied)
             block.applied, changed = self.target, True
@@ -223,7 +224,7 @@ class Residency:
         except Damaged as problem:
             damage = str(problem)
         self._check_writes()
-        if damage is None and block.applied is not None:
+        if damage is None and block.applied <= self.target:
             return slot, False
         if damage is not None:
             self.note(f"{block.file.path} was damaged ({damage}); made again from base and journal")
@@ -238,11 +239,11 @@ class Residency:
             for part in block.file.parts:
                 if part.owner == owner:
                     part.view(slot.data).copy_(made[part.suffix])
+            del made  # before the next one is read
         block.applied = 0
 
     def _write(self, block: Block, slot: _Slot) -> None:
         """Queue the write of a block that is as of step ``block.applied``."""
-        assert block.applied is not None
         self.traffic.written_bytes += block.file.data_bytes
         self._writes = [w for w in self._writes if not w.done() or w.exception()]
         self._writes.append(self._thread.submit(block.file.write, slot.data, block.applied))

@@ -19,7 +19,7 @@ from edgezo import cards
 from edgezo.config import FREE_ON_RESUME, RunConfig, flag, from_toml
 from edgezo.data import Example
 from edgezo.errors import DoesNotFit, EdgezoError, UsageError
-from edgezo.files import atomic_path
+from edgezo.files import atomic_path, locked
 from edgezo.journal import Journal, check_base, open_journal
 from edgezo.machine import format_bytes
 from edgezo.model import Model
@@ -90,6 +90,13 @@ class Overlay:
 
     directory: Path
     run: Mapping[str, Any]
+    way_out: str = "give an --out on another disk, or more --max-mem"
+
+    @staticmethod
+    def of(run: RunFiles, header: Mapping[str, Any]) -> Overlay:
+        """That of a run: what may change when it goes on does not make its files foreign."""
+        config = {k: v for k, v in header["config"].items() if k not in FREE_ON_RESUME}
+        return Overlay(run.overlay, {**header, "config": config})
 
     def spec(self, resident_blocks: int) -> DiskSpec:
         from edgezo.residency import DiskSpec
@@ -105,7 +112,7 @@ class Overlay:
             raise DoesNotFit(
                 f"the weights on disk take {format_bytes(needed_bytes)} in {self.directory}, "
                 f"but only {format_bytes(free + held)} are free there.\n"
-                "Free some space, give an --out on another disk, or more --max-mem."
+                f"Free some space, {self.way_out}."
             )
 
     def remove(self) -> None:
@@ -124,8 +131,13 @@ def temporary_overlay(opened: Opened) -> Iterator[Overlay]:
         return
     folder = cards.cache_dir() / "overlay"
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        yield Overlay(Path(name), {})
+    for left in folder.glob("*/lock"):  # by processes that were killed
+        with open(left, "wb") as lock:
+            if locked(lock):
+                shutil.rmtree(left.parent, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder) as name, open(Path(name, "lock"), "wb") as lock:
+        locked(lock)
+        yield Overlay(Path(name), {}, "or set EDGEZO_CACHE to a folder on another disk")
 
 
 def save_snapshot(run: RunFiles, model: Model, step: int) -> None:

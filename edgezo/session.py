@@ -20,6 +20,7 @@ from edgezo.memory import malloc_trim
 from edgezo.model import Model, ModelSpec, assemble
 from edgezo.planner import Plan, PlanDoesNotFit, TokenStats, default_budget, make_plan, mb
 from edgezo.profiler import phase
+from edgezo.weights import RECIPES_AT_ONCE
 
 if TYPE_CHECKING:
     from edgezo.loader import ModelFiles
@@ -175,12 +176,10 @@ def replay_into(model: Model, cfg: RunConfig, journal: Journal, stop: int) -> No
         if record.step >= stop:
             break
         chunk.append(recipe_of(cfg, record))
-        if len(chunk) == 64:
+        if len(chunk) == RECIPES_AT_ONCE:
             model.store.apply(chunk)
             chunk = []
     model.store.apply(chunk)
-    if model.store.residency is not None:
-        model.store.residency.begin(stop)
 
 
 # ---------------------------------------------------------------------------------------------

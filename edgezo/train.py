@@ -102,7 +102,7 @@ def _finetune(cfg: RunConfig, resume: bool, progress: RunProgress) -> dict[str, 
             atomic_write(run.config, cfg.to_toml().encode())
         atomic_write(run.plan, to_json(plan.to_dict()).encode())
         held.callback(_save_profile, run, progress)
-        overlay = Overlay(run.overlay, header_of(opened))
+        overlay = Overlay.of(run, header_of(opened))
         if not resume or not plan.blocks_on_disk:
             overlay.remove()
         try:

@@ -15,6 +15,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -27,6 +28,8 @@ from edgezo.errors import EdgezoError
 from edgezo.estimators import Recipe
 from edgezo.layouts import Dense, Layout, tiles
 from edgezo.noise import Key
+
+RECIPES_AT_ONCE = 64  # of a replay: one pass over the weights for so many steps
 
 if TYPE_CHECKING:
     from edgezo.overlay import DiskTable
@@ -110,8 +113,11 @@ class WeightStore:
     def catch_up(self, names: Sequence[str], first: int) -> None:
         """Apply the updates from step ``first`` on to matrices of a block that has just been bound."""
         assert self.residency is not None and self.history is not None
-        recipes = list(self.history(first, self.residency.target))
-        self._apply_to([self.trainables[name] for name in names], recipes)
+        rows = [self.trainables[name] for name in names]
+        lacking = iter(self.history(first, self.residency.target))
+        # Blocks have no rows that only some examples touch.
+        while chunk := [r._replace(touched=()) for r in islice(lacking, RECIPES_AT_ONCE)]:
+            self._apply_to(rows, chunk)
 
     def _apply_to(self, rows: Sequence[Trainable], recipes: Sequence[Recipe]) -> None:
         live = [r for r in recipes if r.decay or np.any(r.coefficients)]

@@ -203,6 +203,15 @@ def test_the_guard_hands_free_heap_back_before_it_gives_up(monkeypatch):
 
 
 @linux
+def test_the_heap_is_emptied_of_holes_near_the_plan_and_not_before(monkeypatch):
+    trimmed: list[int] = []
+    monkeypatch.setattr(memory, "malloc_trim", lambda: trimmed.append(1))
+    for held, wanted in ((60, 0), (75, 1)):
+        guard = Guard(100 * MB, 10 * MB, rss=lambda: held * MB, planned_bytes=80 * MB)  # noqa: B023
+        guard.check_again(5 * MB, "a layer")
+        assert len(trimmed) == wanted
+
+
 def test_a_process_that_asks_the_guard_never_crosses_its_cap():
     out = in_subprocess(
         """

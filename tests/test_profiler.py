@@ -343,7 +343,7 @@ def test_the_profile_of_a_run_that_the_guard_stops_is_written_and_a_resume_may_e
     with monkeypatch.context() as patch:
         real = training.Guard
         late = lambda: 10**9 if next(calls) < 8 else 10**11  # noqa: E731
-        patch.setattr(training, "Guard", lambda cap, margin: real(cap, margin, late))
+        patch.setattr(training, "Guard", lambda cap, margin, **_: real(cap, margin, late))
         code, _, err = edgezo("finetune", *bench.arguments(steps=6, out=run), "--profile")
     assert code == 4 and "peak memory: planned" in err and " x inference " in err
     check_profile(json.loads((run / "profile.json").read_text()))

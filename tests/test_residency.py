@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from conftest import Bench, make_model
 from forks import Blow
 from safetensors import safe_open
 
+from edgezo import session
 from edgezo.cards import cache_dir
 from edgezo.config import make_config
 from edgezo.errors import EdgezoError
@@ -119,6 +121,54 @@ def test_a_run_goes_on_where_there_is_more_or_less_room(deep, tmp_path, first, e
     code, summary = edgezo_json("finetune", "--resume", "--out", run, "--residency", other)
     assert (code, summary["trained_sha256"]) == (0, whole["trained_sha256"])
     assert (run / "overlay").exists() == (other == "disk")
+
+
+def test_blocks_ahead_of_a_journal_that_was_cut_are_made_again(deep, tmp_path, edgezo_json):
+    """Without a snapshot a resume begins at step 0, and may itself be interrupted before its first step."""
+    request = {"train": "full+head", "precision": "bf16", "steps": 6, "snapshot_every": 100}
+    whole = run_of(deep, tmp_path / "whole", **request)
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        _after_step(patch, 4, _interrupt)
+        run_of(deep, run, **request, residency="disk")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "_longest_first", lambda self: _interrupt(run))
+        assert edgezo_json("finetune", "--resume", "--out", run)[0] == 130
+    code, found = edgezo_json("finetune", "--resume", "--out", run)
+    assert (code, found["trained_sha256"]) == (0, whole["trained_sha256"])
+
+
+def test_a_block_that_stays_in_memory_for_a_while_is_not_taken_from_an_old_file(deep, tmp_path):
+    settings = deep.settings(train="full", precision="bf16", out=str(tmp_path / "run"))
+    run_of(deep, tmp_path / "run", train="full", precision="bf16", residency="disk")
+    files = sorted(file.name for file in (tmp_path / "run" / "overlay").glob("block-*"))
+    assert files == [f"block-{i:04}.overlay" for i in range(4)]
+    with pytest.MonkeyPatch.context() as patch:
+        _keep(patch, 3)
+        found = finetune(make_config(settings, {"residency": "disk"}), resume=True)
+    assert found["steps"] == 3
+    files = [file.name for file in (tmp_path / "run" / "overlay").glob("block-*")]
+    assert files == ["block-0003.overlay"]
+
+
+def _keep(patch: pytest.MonkeyPatch, blocks: int) -> None:
+    """Let the plan keep some blocks in memory although disk was asked for."""
+    real = session.make_plan
+    patch.setattr(
+        session,
+        "make_plan",
+        lambda *args, **more: replace(real(*args, **more), blocks_on_disk=4 - blocks),
+    )
+
+
+def test_folders_that_a_killed_evaluation_left_are_removed_by_the_next(deep, tmp_path, edgezo_json):
+    run_of(deep, tmp_path / "run", train="full", precision="bf16", residency="disk")
+    left = cache_dir() / "overlay" / "tmpleft"
+    left.mkdir(parents=True)
+    for name in ("lock", "block-0000.overlay"):
+        (left / name).touch()
+    assert edgezo_json("eval", "--model", tmp_path / "run")[0] == 0
+    assert not left.exists()
 
 
 def test_replay_and_evaluation_take_weights_from_disk_too(deep, tmp_path, edgezo_json):

@@ -78,7 +78,9 @@ def short(monkeypatch):
 
     def begin(examples: float, after: int = LONGEST_FIRST + SHORT_AT * A_STEP + 1) -> Shortage:
         found, real = Shortage(examples, after), memory.Guard
-        monkeypatch.setattr(training, "Guard", lambda cap, margin: real(cap, margin, found.rss))
+        monkeypatch.setattr(
+            training, "Guard", lambda cap, margin, **_: real(cap, margin, found.rss)
+        )
         monkeypatch.setattr(memory, "malloc_trim", found.trim)
         return found
 
