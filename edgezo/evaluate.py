@@ -18,14 +18,22 @@ from edgezo.config import RunConfig
 from edgezo.data import Dataset
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.files import atomic_path, atomic_write
-from edgezo.journal import check_base, open_journal
+from edgezo.journal import Journal, check_base, open_journal
 from edgezo.machine import machine
 from edgezo.memory import Meter, allocator_reuse, rss_bytes
 from edgezo.model import Model
 from edgezo.readers import SAFETENSORS_NAMES
 from edgezo.report import to_json
 from edgezo.rundir import RunFiles, load_snapshot, lost_head, temporary_overlay
-from edgezo.session import Opened, evaluate_model, load_model, open_request, replay_into, settle
+from edgezo.session import (
+    Opened,
+    evaluate_model,
+    follow,
+    load_model,
+    open_request,
+    replay_into,
+    settle,
+)
 from edgezo.weights import Saved, saved_sha256
 
 
@@ -40,9 +48,13 @@ def evaluate(target: str, cfg: RunConfig) -> dict[str, Any]:
     opened = open_request(cfg)
     base = meter.mark("base")
     settle(opened, machine(), base.rss_bytes)
-    with loaded(opened) as model, ExitStack() as journal:
+    with ExitStack() as held:
+        model = held.enter_context(loaded(opened))
         allocator_reuse()
-        steps = restore(run, trained, opened, model, journal) if trained is not None else 0
+        steps = 0
+        if trained is not None:
+            journal = held.enter_context(open_journal(run.journal, resume=False))
+            steps = restore(run, trained, opened, model, journal)
         meter.mark("load")
         found = evaluate_model(model, opened.dataset)
     return {"model": target, "steps": steps, **found, **meter.summary()}
@@ -51,18 +63,18 @@ def evaluate(target: str, cfg: RunConfig) -> dict[str, Any]:
 @contextmanager
 def loaded(opened: Opened) -> Iterator[Model]:
     """The model in memory; what does not fit lies in the cache until the end of the block."""
-    with temporary_overlay(opened) as overlay:
-        model = load_model(opened, machine(), overlay)
-        with closing(model):
-            yield model
+    with ExitStack() as held:
+        overlay = None
+        if opened.plan is not None and opened.plan.blocks_on_disk:
+            overlay = held.enter_context(temporary_overlay())
+        yield held.enter_context(closing(load_model(opened, machine(), overlay)))
 
 
-def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model, held: ExitStack) -> int:
+def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model, journal: Journal) -> int:
     """Bring ``model`` to the end of a run or of what replay wrote; returns the steps. Checks the base.
 
-    The journal stays open in ``held``: blocks on disk read it when they are bound.
+    ``journal`` has to stay open as long as the model is used: blocks on disk read it when they are bound.
     """
-    journal = held.enter_context(open_journal(run.journal, resume=False))
     check_base(journal.header, opened.files.content_hash)
     _check_task(journal.header, cfg, opened.dataset)
     stop = journal.next_step
@@ -75,7 +87,8 @@ def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model, held: E
         if stop and not run.snapshot.exists():
             raise lost_head(run, cfg, stop)
         stop = load_snapshot(run, model)
-    replay_into(model, cfg, journal, stop)
+    follow(model, cfg, journal)
+    replay_into(model, stop)
     return stop
 
 
@@ -128,7 +141,7 @@ def replay(source: Path, out: Path) -> dict[str, Any]:
         opened = Opened(cfg, files, None, _shape_of_data(journal.header))
         settle(opened, machine(), rss_bytes())
         model = held.enter_context(loaded(opened))
-        steps = restore(run, cfg, opened, model, held)
+        steps = restore(run, cfg, opened, model, journal)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as problem:

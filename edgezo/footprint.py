@@ -227,6 +227,11 @@ def compute_dtype(precision: str, bf16_fast: bool) -> tuple[str, str]:
     return "fp32", "this CPU has no bf16 matrix instructions; weights are expanded tile by tile"
 
 
+def _of_tables(precision: str) -> str:
+    """What embedding tables are stored in where linears are in ``precision``."""
+    return "int8" if precision in QUANTIZED else precision
+
+
 def rounding_of(cfg: RunConfig, precision: str) -> tuple[str | None, str]:
     """(how full weights keep small steps, reason); None where nothing is rounded."""
     if "full" not in cfg.train or precision not in ("bf16", "fp16"):
@@ -249,15 +254,14 @@ class Footprint:
     def peak_bytes(self, precision: str, micro_batch: int, on_disk: int = 0) -> int:
         return peak_bytes(self.items(precision, micro_batch, on_disk))
 
-    def block_bytes(self, precision: str) -> int:
-        """One decoder layer as it is stored."""
+    def stored_bytes(self, matrices: Sequence[MatrixShape], precision: str) -> int:
+        """Matrices as they are stored, with their low-order plane where there is one."""
         plane = self._plane_bytes(precision)
-        return sum(m.stored_bytes(precision) + m.numel * plane for m in self.shape.block)
+        return sum(m.stored_bytes(precision) + m.numel * plane for m in matrices)
 
-    def table_bytes(self, precision: str) -> int:
-        plane = self._plane_bytes(precision)
-        stored = "int8" if precision in QUANTIZED else precision
-        return sum(t.stored_bytes(stored) + t.numel * plane for t in self.shape.tables)
+    def block_bytes(self, precision: str) -> int:
+        """One decoder layer."""
+        return self.stored_bytes(self.shape.block, precision)
 
     def first_order_bytes(self, batch_size: int) -> int:
         """About the peak of first-order LoRA as people write it: bf16 base, AdamW, the whole batch at once.
@@ -286,7 +290,8 @@ class Footprint:
         if not on_disk:
             return 0
         pages = PAGE_BYTES * (1 + 3 * len(self.shape.block))
-        return on_disk * (self.block_bytes(precision) + pages) + self.table_bytes(precision)
+        tables = self.stored_bytes(self.shape.tables, _of_tables(precision))
+        return on_disk * (self.block_bytes(precision) + pages) + tables
 
     def items(self, precision: str, micro_batch: int, on_disk: int = 0) -> tuple[Item, ...]:
         """Every item, with the last ``on_disk`` blocks, and then the tables too, on disk."""
@@ -323,10 +328,7 @@ class Footprint:
     def _weights(self, precision: str, on_disk: int) -> list[Item]:
         shape = self.shape
         plane = self._plane_bytes(precision)
-        table_precision = "int8" if precision in QUANTIZED else precision
-
-        def stored(matrices: Sequence[MatrixShape], precision: str) -> int:
-            return sum(m.stored_bytes(precision) + m.numel * plane for m in matrices)
+        table_precision = _of_tables(precision)
 
         def detail(precision: str) -> str:
             if precision in QUANTIZED:
@@ -348,12 +350,12 @@ class Footprint:
         return [
             Item(
                 "linear weights",
-                stored(shape.matrices, precision),
+                self.stored_bytes(shape.matrices, precision),
                 f"{count:,} weights in {shape.layers} blocks: {detail(precision)}",
             ),
             Item(
                 "embedding",
-                stored(shape.tables, table_precision),
+                self.stored_bytes(shape.tables, table_precision),
                 f"{words:,} weights, {tied}: {detail(table_precision)}",
             ),
             vectors,
@@ -363,7 +365,7 @@ class Footprint:
         """The weights where blocks and tables are on disk."""
         shape = self.shape
         here, block = shape.layers - on_disk, self.block_bytes(precision)
-        outside = sum(m.stored_bytes(precision) for m in shape.outside)
+        outside = self.stored_bytes(shape.outside, precision)
         items = []
         if here or outside:
             reason = f"the first {here} blocks, and what is beside the blocks: {precision}"

@@ -38,9 +38,9 @@ from torch import Tensor
 
 from edgezo.errors import EdgezoError
 from edgezo.files import write_error
+from edgezo.footprint import PAGE_BYTES
 from edgezo.layouts import Dense, Layout, tiles
 
-PAGE_BYTES = 4096
 MAGIC = b"\x89EZO\r\n\x1a\n"
 VERSION = 1
 _HEAD = struct.Struct("<8sIIII32s")
@@ -94,15 +94,14 @@ class OverlayFile:
         told = [identity, [(p.owner, p.suffix, str(p.dtype), p.shape) for p in self.parts]]
         self._digest = hashlib.sha256(json.dumps(told).encode()).digest()
         self._fd = -1
-        self.applied = 0
         self._crc = 0
 
     @property
     def size_bytes(self) -> int:
         return PAGE_BYTES + self.data_bytes
 
-    def open(self) -> bool:
-        """Open for reading and writing, made if need be; True if it is whole and of this run."""
+    def open(self) -> int | None:
+        """Open for reading and writing, made if need be; its applied step if it is whole and of this run."""
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
         try:
             self._fd = os.open(self.path, flags, 0o600)
@@ -110,15 +109,16 @@ class OverlayFile:
             raise write_error(self.path, self.path.name, problem) from problem
         try:
             if os.fstat(self._fd).st_size != self.size_bytes:
-                return False
+                return None
             head = _read(self._fd, bytearray(_HEAD.size + _CRC.size), 0)
         except OSError:
-            return False
+            return None
         fixed, crc = bytes(head[: _HEAD.size]), bytes(head[_HEAD.size :])
         if crc != _CRC.pack(zlib.crc32(fixed)):
-            return False
-        magic, version, whole, self.applied, self._crc, digest = _HEAD.unpack(fixed)
-        return (magic, version, whole, digest) == (MAGIC, VERSION, 1, self._digest)
+            return None
+        magic, version, whole, applied, self._crc, digest = _HEAD.unpack(fixed)
+        sound = (magic, version, whole, digest) == (MAGIC, VERSION, 1, self._digest)
+        return int(applied) if sound else None
 
     def reserve(self) -> None:
         """Give the file its full size now, so that no later write finds the disk full."""
@@ -151,7 +151,6 @@ class OverlayFile:
             self.mark(whole=True, applied=applied)
         except OSError as problem:
             raise write_error(self.path, f"{self.data_bytes:,} bytes", problem) from problem
-        self.applied = applied
 
     def mark(self, *, whole: bool, applied: int) -> None:
         fixed = _HEAD.pack(MAGIC, VERSION, whole, applied, self._crc, self._digest)

@@ -15,10 +15,8 @@ its block is on disk. Two slots are all the memory that the blocks take, however
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +27,9 @@ from torch import Tensor, nn
 
 from edgezo.errors import EdgezoError
 from edgezo.files import write_error
+from edgezo.footprint import SLOTS
 from edgezo.layouts import Layout
 from edgezo.overlay import Damaged, DiskTable, OverlayFile, Traffic
-
-SLOTS = 2  # one computes or is written back, the other is read into
 
 
 @dataclass(frozen=True)
@@ -40,12 +37,8 @@ class DiskSpec:
     """Where the overlay lies, and which decoder layers stay in memory: the first ones."""
 
     directory: Path
-    run: Mapping[str, Any]  # what the files must be of
+    identity: str  # of the run that the files must be of
     resident_blocks: int = 0
-
-    @property
-    def identity(self) -> str:
-        return hashlib.sha256(json.dumps(self.run, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass
@@ -73,11 +66,6 @@ class Block:
 
 
 @dataclass
-class _Slot:
-    data: Tensor  # flat uint8
-
-
-@dataclass
 class Residency:
     """The blocks and tables of one model that are on disk.
 
@@ -91,9 +79,10 @@ class Residency:
     traffic: Traffic = field(default_factory=Traffic)
     blocks: list[Block] = field(default_factory=list)
     tables: list[DiskTable] = field(default_factory=list)
-    _free: list[_Slot] = field(default_factory=list)
-    _ahead: dict[int, tuple[_Slot, Future[None]]] = field(default_factory=dict)
-    _bound: tuple[Block, _Slot] | None = None
+    # A slot is flat uint8, as long as the largest block.
+    _free: list[Tensor] = field(default_factory=list)
+    _ahead: dict[int, tuple[Tensor, Future[None]]] = field(default_factory=dict)
+    _bound: tuple[Block, Tensor] | None = None
     _writes: list[Future[None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -131,14 +120,14 @@ class Residency:
         vacant = {owner: layout.tensors() for owner, layout in layouts.items()}
         block = Block(index, file, layouts, make, vacant, trained)
         self.blocks.append(block)
-        if file.open():
-            block.applied = file.applied
+        if (applied := file.open()) is not None:
+            block.applied = applied
             return block
         file.reserve()
         self._widen(file.data_bytes)
         slot = self._free.pop()
         self._make_again(block, slot)
-        file.write(slot.data, 0)
+        file.write(slot, 0)
         block.empty()
         self._free.append(slot)
         return block
@@ -155,9 +144,9 @@ class Residency:
 
     def _widen(self, nbytes: int) -> None:
         """Slots of at least that size."""
-        if not self._free or len(self._free[0].data) < nbytes:
+        if not self._free or len(self._free[0]) < nbytes:
             self._free = []  # before the new ones are made
-            self._free = [_Slot(torch.zeros(nbytes, dtype=torch.uint8)) for _ in range(SLOTS)]
+            self._free = [torch.zeros(nbytes, dtype=torch.uint8) for _ in range(SLOTS)]
 
     # -- running ------------------------------------------------------------------------------------------
 
@@ -169,7 +158,7 @@ class Residency:
             self.release()  # a forward that was interrupted left it
         block = self.blocks[index]
         slot, changed = self._arrived(block)
-        block.adopt(slot.data)
+        block.adopt(slot)
         self._bound = block, slot
         if block.trained and block.applied < self.target:
             self.catch_up(list(block.layouts), block.applied)
@@ -197,7 +186,8 @@ class Residency:
             if block.trained and block.applied != self.target:
                 self.bind(block.index)
                 self.release()
-        self._settle()
+        wait(self._writes)
+        self._check_writes()
 
     def close(self) -> None:
         self._thread.shutdown(wait=True)
@@ -207,9 +197,9 @@ class Residency:
     def _fetch(self, block: Block) -> None:
         slot = self._free.pop()
         self.traffic.read_bytes += block.file.data_bytes
-        self._ahead[block.index] = slot, self._thread.submit(block.file.read, slot.data)
+        self._ahead[block.index] = slot, self._thread.submit(block.file.read, slot)
 
-    def _arrived(self, block: Block) -> tuple[_Slot, bool]:
+    def _arrived(self, block: Block) -> tuple[Tensor, bool]:
         """The slot that holds ``block`` as it is on disk; or, and True, made again where that is not to be trusted."""
         if block.index not in self._ahead:
             if not self._free:  # read ahead for another order of layers
@@ -231,32 +221,27 @@ class Residency:
         self._make_again(block, slot)
         return slot, True
 
-    def _make_again(self, block: Block, slot: _Slot) -> None:
+    def _make_again(self, block: Block, slot: Tensor) -> None:
         """The block from the base, with no update, into ``slot``."""
-        slot.data.zero_()
+        slot.zero_()
         for owner, make in block.make.items():
             made = make().tensors()
             for part in block.file.parts:
                 if part.owner == owner:
-                    part.view(slot.data).copy_(made[part.suffix])
+                    part.view(slot).copy_(made[part.suffix])
             del made  # before the next one is read
         block.applied = 0
 
-    def _write(self, block: Block, slot: _Slot) -> None:
+    def _write(self, block: Block, slot: Tensor) -> None:
         """Queue the write of a block that is as of step ``block.applied``."""
         self.traffic.written_bytes += block.file.data_bytes
-        self._writes = [w for w in self._writes if not w.done() or w.exception()]
-        self._writes.append(self._thread.submit(block.file.write, slot.data, block.applied))
+        self._writes.append(self._thread.submit(block.file.write, slot, block.applied))
 
     def _check_writes(self) -> None:
+        """Forget the writes that have ended. EdgezoError if one of them failed."""
         for done in [w for w in self._writes if w.done()]:
             self._writes.remove(done)
             done.result()
-
-    def _settle(self) -> None:
-        writes, self._writes = self._writes, []
-        for write in writes:
-            write.result()
 
 
 class _Visit(ModelHook):

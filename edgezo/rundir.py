@@ -101,7 +101,8 @@ class Overlay:
     def spec(self, resident_blocks: int) -> DiskSpec:
         from edgezo.residency import DiskSpec
 
-        return DiskSpec(self.directory, self.run, resident_blocks)
+        identity = hashlib.sha256(json.dumps(self.run, sort_keys=True).encode()).hexdigest()
+        return DiskSpec(self.directory, identity, resident_blocks)
 
     def check_room(self, needed_bytes: int) -> None:
         """DoesNotFit unless the disk has room for what is not there yet."""
@@ -124,11 +125,8 @@ class Overlay:
 
 
 @contextlib.contextmanager
-def temporary_overlay(opened: Opened) -> Iterator[Overlay]:
+def temporary_overlay() -> Iterator[Overlay]:
     """A place in the cache for weights on disk, for as long as a model is evaluated or replayed."""
-    if opened.plan is None or not opened.plan.blocks_on_disk:
-        yield Overlay(cards.cache_dir(), {})
-        return
     folder = cards.cache_dir() / "overlay"
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob("*/lock"):  # by processes that were killed
@@ -219,11 +217,11 @@ def prepare(run: RunFiles) -> None:
         ) from problem
 
 
-def reopen(run: RunFiles, opened: Opened, progress: RunProgress) -> Journal:
-    """The journal of a run to go on with, if it is the same run: base, rows and settings."""
+def reopen(run: RunFiles, given: Mapping[str, Any], progress: RunProgress) -> Journal:
+    """The journal of a run to go on with, if it is the run of the header ``given``: base, rows and settings."""
     journal = open_journal(run.journal, resume=True)
     try:
-        given, began = header_of(opened), journal.header
+        began = journal.header
         check_base(began, given["content_hash"])
         if began.get("data_hash") != given["data_hash"]:
             raise EdgezoError(

@@ -20,7 +20,6 @@ from edgezo.memory import malloc_trim
 from edgezo.model import Model, ModelSpec, assemble
 from edgezo.planner import Plan, PlanDoesNotFit, TokenStats, default_budget, make_plan, mb
 from edgezo.profiler import phase
-from edgezo.weights import RECIPES_AT_ONCE
 
 if TYPE_CHECKING:
     from edgezo.loader import ModelFiles
@@ -156,7 +155,7 @@ def recipe_of(cfg: RunConfig, record: StepRecord) -> Recipe:
 
 
 def follow(model: Model, cfg: RunConfig, journal: Journal) -> None:
-    """Let blocks on disk take the updates that they lack from ``journal``."""
+    """Let ``replay_into``, and blocks on disk that lack updates, take them from ``journal``."""
 
     def recipes(first: int, stop: int) -> Iterator[Recipe]:
         for record in journal.records(first):
@@ -168,18 +167,10 @@ def follow(model: Model, cfg: RunConfig, journal: Journal) -> None:
 
 
 @phase("update")
-def replay_into(model: Model, cfg: RunConfig, journal: Journal, stop: int) -> None:
-    """Apply the journal's records before step ``stop``, many a sweep; blocks on disk take them when they are bound."""
-    follow(model, cfg, journal)
-    chunk: list[Recipe] = []
-    for record in journal.records():
-        if record.step >= stop:
-            break
-        chunk.append(recipe_of(cfg, record))
-        if len(chunk) == RECIPES_AT_ONCE:
-            model.store.apply(chunk)
-            chunk = []
-    model.store.apply(chunk)
+def replay_into(model: Model, stop: int) -> None:
+    """Apply the updates before step ``stop`` of the journal that the model follows, many a sweep."""
+    for recipes in model.store.past(0, stop):
+        model.store.apply(recipes)
 
 
 # ---------------------------------------------------------------------------------------------

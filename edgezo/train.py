@@ -93,16 +93,16 @@ def _finetune(cfg: RunConfig, resume: bool, progress: RunProgress) -> dict[str, 
     progress.plan(plan)
     cfg = opened.cfg
     assert cfg.out is not None, "the command line names a run directory"
-    run = RunFiles(Path(cfg.out))
+    run, header = RunFiles(Path(cfg.out)), header_of(opened)
     with ExitStack() as held:
         if resume:
-            journal = held.enter_context(reopen(run, opened, progress))
+            journal = held.enter_context(reopen(run, header, progress))
         else:
             prepare(run)
             atomic_write(run.config, cfg.to_toml().encode())
         atomic_write(run.plan, to_json(plan.to_dict()).encode())
         held.callback(_save_profile, run, progress)
-        overlay = Overlay.of(run, header_of(opened))
+        overlay = Overlay.of(run, header)
         if not resume or not plan.blocks_on_disk:
             overlay.remove()
         try:
@@ -113,7 +113,7 @@ def _finetune(cfg: RunConfig, resume: bool, progress: RunProgress) -> dict[str, 
             raise
         held.callback(model.close)
         if not resume:  # last, so that a model that cannot be loaded leaves no run behind
-            journal = held.enter_context(create_journal(run.journal, header_of(opened)))
+            journal = held.enter_context(create_journal(run.journal, header))
         remove_leftovers(run.path)
         run.trained.unlink(missing_ok=True)  # what a replay left would be older than what follows
         allocator_reuse()
@@ -424,7 +424,7 @@ class Training:
                 )
             planned = {r.step: r.step_size for r in journal.records(stop)}
             journal.truncate_to(stop)
-        replay_into(model, self.cfg, journal, stop)
+        replay_into(model, stop)
         return stop, planned
 
     def _recall(self, done: int) -> None:
@@ -467,9 +467,8 @@ class Training:
         before_bytes = peak_rss_bytes()
         self._plain_forward(longest)
         peak_bytes = peak_rss_bytes()
-        if (
-            peak_bytes == before_bytes
-        ):  # loading took more, or a resume's replay, which is not inference
+        if peak_bytes == before_bytes:
+            # Loading took more, or a resume's replay, which is not inference.
             peak_bytes = max(self.meter.summary()["load_peak_rss_bytes"], rss_bytes())
         self.inference_peak_rss_bytes = peak_bytes
         batch = collate(longest, range(len(longest)))

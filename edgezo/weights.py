@@ -29,7 +29,7 @@ from edgezo.estimators import Recipe
 from edgezo.layouts import Dense, Layout, tiles
 from edgezo.noise import Key
 
-RECIPES_AT_ONCE = 64  # of a replay: one pass over the weights for so many steps
+RECIPES_AT_ONCE = 64  # one sweep over the weights for so many past steps
 
 if TYPE_CHECKING:
     from edgezo.overlay import DiskTable
@@ -68,7 +68,7 @@ class WeightStore:
     vectors: dict[str, Tensor] = field(default_factory=dict)
     trainables: dict[str, Trainable] = field(default_factory=dict)
     residency: Residency | None = None  # where there are blocks on disk
-    # The recipes of steps [first, stop), for blocks on disk that lack them.
+    # The recipes of steps [first, stop), for a replay and for blocks on disk that lack them.
     history: Callable[[int, int], Iterable[Recipe]] | None = None
 
     def train(
@@ -112,12 +112,17 @@ class WeightStore:
 
     def catch_up(self, names: Sequence[str], first: int) -> None:
         """Apply the updates from step ``first`` on to matrices of a block that has just been bound."""
-        assert self.residency is not None and self.history is not None
+        assert self.residency is not None
         rows = [self.trainables[name] for name in names]
-        lacking = iter(self.history(first, self.residency.target))
-        # Blocks have no rows that only some examples touch.
-        while chunk := [r._replace(touched=()) for r in islice(lacking, RECIPES_AT_ONCE)]:
-            self._apply_to(rows, chunk)
+        for recipes in self.past(first, self.residency.target):
+            self._apply_to(rows, recipes)
+
+    def past(self, first: int, stop: int) -> Iterator[list[Recipe]]:
+        """The recipes of steps [first, stop), as many at once as one sweep over the weights takes."""
+        assert self.history is not None
+        recipes = iter(self.history(first, stop))
+        while some := list(islice(recipes, RECIPES_AT_ONCE)):
+            yield some
 
     def _apply_to(self, rows: Sequence[Trainable], recipes: Sequence[Recipe]) -> None:
         live = [r for r in recipes if r.decay or np.any(r.coefficients)]

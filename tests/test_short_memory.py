@@ -73,7 +73,7 @@ class Shortage(Silent):
 
 
 @pytest.fixture
-def short(monkeypatch):
+def short(monkeypatch, enough):  # which keeps the real guard before this replaces it
     """``short(examples)`` -> the progress object of a run in which memory gets short."""
 
     def begin(examples: float, after: int = LONGEST_FIRST + SHORT_AT * A_STEP + 1) -> Shortage:
@@ -187,31 +187,29 @@ def resumed(edgezo_json, run: Path, *more: object) -> dict[str, Any]:
     return summary
 
 
-def test_a_run_killed_after_it_shrank_ends_with_the_bits_of_the_one_that_was_not(
-    bench, edgezo_json, short, enough, shrunk, tmp_path
-):
+@pytest.fixture
+def cut(bench, short, enough, tmp_path) -> Path:
+    """A run that was killed some steps after it shrank, and enough memory again."""
     run = tmp_path / "run"
     progress = short(1)
     progress.kill_after = SHORT_AT + 3
     with pytest.raises(Killed):
         finetune(request(bench, run), progress=progress)
     enough()
-    summary = resumed(edgezo_json, run)
+    return run
+
+
+def test_a_run_killed_after_it_shrank_ends_with_the_bits_of_the_one_that_was_not(
+    edgezo_json, shrunk, cut, tmp_path
+):
+    summary = resumed(edgezo_json, cut)
     assert summary["trained_sha256"] == shrunk["trained_sha256"]
     assert summary["micro_batch"] == 1
-    assert (run / "journal.bin").read_bytes() == (tmp_path / "shrunk/journal.bin").read_bytes()
+    assert (cut / "journal.bin").read_bytes() == (tmp_path / "shrunk/journal.bin").read_bytes()
 
 
-def test_a_resume_from_python_that_names_no_micro_batch_takes_the_run_s(
-    bench, short, enough, shrunk, tmp_path
-):
-    run = tmp_path / "run"
-    progress = short(1)
-    progress.kill_after = SHORT_AT + 3
-    with pytest.raises(Killed):
-        finetune(request(bench, run), progress=progress)
-    enough()
-    summary = finetune(request(bench, run, micro_batch=None), resume=True)
+def test_a_resume_from_python_that_names_no_micro_batch_takes_the_run_s(bench, shrunk, cut):
+    summary = finetune(request(bench, cut, micro_batch=None), resume=True)
     assert summary["trained_sha256"] == shrunk["trained_sha256"]
 
 
@@ -311,7 +309,7 @@ except EdgezoError as error:
 print(json.dumps(found | {"peak_rss_bytes": memory.peak_rss_bytes()}))
 """
     run = tmp_path / "run"
-    cap_bytes = 700 * 10**6
+    cap_bytes = 1100 * 10**6  # PyTorch's CUDA build alone takes 741 MB
     whole = finetune(request(bench, tmp_path / "whole"))
     asked = bench.settings(
         out=str(run), steps=STEPS, train="lowrank+head", snapshot_every=100, max_mem_bytes=cap_bytes
