@@ -204,10 +204,10 @@ def inference(request: dict[str, Any]) -> dict[str, Any]:
     meter = Meter(reset=True)
     opened = open_request(make_config({**request, "train": "head"}))  # nothing beside the weights
     base = meter.mark("base")
-    settle(opened, machine(), base.rss_bytes)
+    plan = settle(opened, machine(), base.rss_bytes)
     model = load_model(opened, machine())
     model.scorer.exact = None  # a forward that learns nothing has no head beside the head
-    allocator_reuse()
+    allocator_reuse(plan.map_from_bytes)
     meter.mark("load")
     examples = opened.dataset.train
     size = int(request["batch_size"])

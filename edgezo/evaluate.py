@@ -47,10 +47,10 @@ def evaluate(target: str, cfg: RunConfig) -> dict[str, Any]:
         cfg = replace(cfg, train=("head",))  # the smallest: nothing is trained
     opened = open_request(cfg)
     base = meter.mark("base")
-    settle(opened, machine(), base.rss_bytes)
+    plan = settle(opened, machine(), base.rss_bytes)
     with ExitStack() as held:
         model = held.enter_context(loaded(opened))
-        allocator_reuse()
+        allocator_reuse(plan.map_from_bytes)
         steps = 0
         if trained is not None:
             journal = held.enter_context(open_journal(run.journal, resume=False))

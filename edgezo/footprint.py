@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgezo.data import Dataset
 
 MB = 1_000_000
+ACTIVATIONS = "activations"  # the item's name
 
 # ---------------------------------------------------------------------------------------------
 # The coefficients, all in one place. "calibrated" ones are set against a measured VmHWM.
@@ -30,9 +31,12 @@ TOKENIZER_BYTES_PER_WORD = 500
 BASE_VOCAB = 50_000
 # Freed blocks below the mmap threshold stay in the heap (calibrated).
 SLACK_BYTES = 4 * MB
-# The model's own class, quanto where it quantises, and what the first forward touches: imported after
-# the base process was measured (18 MB for bf16, 25 MB for int8).
-LIBRARY_BYTES = 25 * MB
+# The model's own class and what the first forward touches, and quanto where it quantises: imported after the base
+# process was measured (calibrated).
+LIBRARY_BYTES = 24 * MB
+QUANTO_BYTES = 4 * MB
+# Panels that the matrix library packs, for each column of the widest product (calibrated).
+PANEL_BYTES = 2800
 # memory.Guard stops a run that comes nearer to the cap than this.
 GUARD_MARGIN_BYTES = 16 << 20
 # Journal buffers, metrics, step records.
@@ -55,13 +59,14 @@ MLP_COPIES = {True: 3, False: 4}
 QUERY_COPIES = 5
 # Keys and values, rotated, in rows, and the temporaries of the rotation.
 KEY_COPIES = 6
-ROTARY_WIDTH = 256  # cosines and sines of a token
-# From this size on the allocator maps a temporary and gives it back; smaller ones stay in the heap, where what
-# attention has left is used again in part only (calibrated).
-MAPPED_BYTES = 32 << 20
+# Activations of this size in all stay in the heap, which saves their page faults; what attention has left there is
+# used again in part only (calibrated). Larger ones are mapped and given back one by one, from MAPPED_BYTES on.
+REUSED_BYTES = 40 * MB
 HEAP_LEFT = 0.6
-# Ten mapped temporaries, each from a huge page's border on.
-MAPPED_ROUNDING_BYTES = 10 * (2 << 20)
+MAPPED_BYTES = 256 << 10
+NEVER_MAPPED_BYTES = 32 << 20  # the highest threshold that glibc takes
+# Padded groups that attend one after the other (packing._GROUP_TOKENS).
+ATTENDING_TOKENS = 4096
 # Slots that blocks on disk are read into: one computes or is written back, the other is read into.
 SLOTS = 2
 PAGE_BYTES = 4096
@@ -113,6 +118,7 @@ class ModelShape:
     intermediate: int
     vocab: int
     tied: bool
+    head_dim: int
     attention_width: int  # heads * head_dim: what attention puts out
     qkv_width: int  # queries, keys and values together
     gated: bool  # the MLP's activation multiplies a second product
@@ -148,6 +154,7 @@ class ModelShape:
             intermediate=shape.intermediate,
             vocab=shape.vocab,
             tied=shape.tied,
+            head_dim=shape.head_dim,
             attention_width=shape.heads * shape.head_dim,
             qkv_width=(shape.heads + 2 * shape.kv_heads) * shape.head_dim,
             gated=shape.gated,
@@ -250,6 +257,7 @@ class Footprint:
     tokens: TokenStats
     bf16_fast: bool
     base_bytes: int | None  # the process as measured; None: the constant above
+    correction_bytes: int = 0  # of a forward, by a measurement
 
     def peak_bytes(self, precision: str, micro_batch: int, on_disk: int = 0) -> int:
         return peak_bytes(self.items(precision, micro_batch, on_disk))
@@ -296,6 +304,9 @@ class Footprint:
     def items(self, precision: str, micro_batch: int, on_disk: int = 0) -> tuple[Item, ...]:
         """Every item, with the last ``on_disk`` blocks, and then the tables too, on disk."""
         compute_bytes = {"fp32": 4, "bf16": 2}[compute_dtype(precision, self.bf16_fast)[0]]
+        code = LIBRARY_BYTES + PANEL_BYTES * max(m.d_out for m in self.shape.matrices)
+        if precision in QUANTIZED:
+            code += QUANTO_BYTES
         always = [
             self._base(),
             *self._weights(precision, on_disk),
@@ -303,8 +314,8 @@ class Footprint:
             Item("journal and metrics", RUN_BYTES, "buffers; the records are on disk"),
             Item(
                 "model code",
-                LIBRARY_BYTES,
-                "classes and kernels that loading and a first step touch",
+                code,
+                "classes and kernels that loading and a first step touch, their packed panels",
             ),
             Item("guard margin", GUARD_MARGIN_BYTES, "kept free: nearer to the cap, a run stops"),
             Item("allocator slack", SLACK_BYTES, "freed small blocks that stay in the heap"),
@@ -313,7 +324,7 @@ class Footprint:
             *always,
             self._load(precision, on_disk),
             *self._forward(precision, micro_batch, compute_bytes),
-            self._update(precision, on_disk),
+            self._update(precision, micro_batch, compute_bytes, on_disk),
         )
 
     def _base(self) -> Item:
@@ -376,12 +387,14 @@ class Footprint:
         rows = sum(t.d_out for t in shape.tables)
         reason = f"the tables are on disk: a checksum for each of {rows:,} rows, and rows in use"
         items.append(Item("embedding", 16 * rows + TILE_BYTES, reason))
-        largest = max(m.numel for m in shape.matrices)
-        staged = 5 * largest + TILE_BYTES
-        if precision not in QUANTIZED:
-            staged = largest * (BYTES_PER_WEIGHT[precision] + 1)
-        reason = "one matrix as the base gives it, to make a block (again)"
-        return [*items, Item("block staging", staged, reason)]
+        return items
+
+    def _staged_bytes(self, precision: str) -> int:
+        """One matrix as the base gives it, to make a block on disk (again)."""
+        largest = max(m.numel for m in self.shape.matrices)
+        if precision in QUANTIZED:  # in fp32 beside its codes, and a tile being quantised
+            return 5 * largest + TILE_BYTES
+        return largest * (BYTES_PER_WEIGHT[precision] + 1)
 
     def _trained(self, compute_bytes: int) -> list[Item]:
         """What training keeps beside the weights; ``full`` is in the weights themselves."""
@@ -414,9 +427,13 @@ class Footprint:
         return Item("exact head", size, f"{shape.vocab:,} words x rank {rank}: {what}")
 
     def _load(self, precision: str, on_disk: int) -> Item:
-        if on_disk:  # tables go tile by tile, blocks through what is there for them
-            reason = "rows of a table as they are read, converted and written"
-            return Item("load staging", 3 * TILE_BYTES, reason, "load")
+        if on_disk:
+            reason = (
+                "rows of a table, or a matrix of a block, as they are read, converted and written"
+            )
+            return Item(
+                "load staging", max(3 * TILE_BYTES, self._staged_bytes(precision)), reason, "load"
+            )
         if precision not in QUANTIZED:
             reason = "a piece of one tensor, as it is read"
             return Item("load staging", READ_PIECE_BYTES, reason, "load")
@@ -425,12 +442,15 @@ class Footprint:
         reason = "one matrix in fp32 beside its codes, and a tile being quantised"
         return Item("load staging", 4 * largest + TILE_BYTES, reason, "load")
 
+    def _rows(self, micro_batch: int) -> int:
+        """Tokens of the longest batch that runs at once: of training on both sides, or of an evaluation."""
+        evaluating = min(EVAL_TOKENS, self.tokens.longest(KEPT_LENGTHS))
+        return max(2 * self.tokens.longest(micro_batch), evaluating)
+
     def _forward(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
         shape, tokens = self.shape, self.tokens
-        training = 2 * tokens.longest(micro_batch)
-        evaluating = min(EVAL_TOKENS, tokens.longest(KEPT_LENGTHS))
-        rows = max(training, evaluating)
-        if training >= evaluating:
+        rows = self._rows(micro_batch)
+        if rows == 2 * tokens.longest(micro_batch):
             source = (
                 "the longest of the data" if tokens.known else "no data given: --max-length each"
             )
@@ -438,7 +458,7 @@ class Footprint:
         else:
             what = "an evaluation batch, more than a micro-batch of training"
         reason = f"{rows:,} tokens of {what}, one block at a time"
-        items = [Item("activations", self._activations(rows, compute_bytes), reason, "forward")]
+        items = [Item(ACTIVATIONS, self._activations(rows, compute_bytes), reason, "forward")]
         if BYTES_PER_WEIGHT.get(precision) != compute_bytes:
             largest = max(m.numel for m in shape.matrices) * compute_bytes
             compute = compute_dtype(precision, self.bf16_fast)[0]
@@ -456,32 +476,34 @@ class Footprint:
             logits, what = LOGITS_BYTES, "the vocabulary in chunks"
         reason = f"hidden states and logits of {scored:,} scored positions; {what}"
         items.append(Item("scores", logits + 4 * scored * shape.hidden, reason, "forward"))
+        if self.correction_bytes:
+            reason = "the longest batch, measured, beside what is counted"
+            items.append(Item("correction", self.correction_bytes, reason, "forward"))
         return items
 
     def _activations(self, rows: int, compute_bytes: int) -> int:
         """Bytes of one block's temporaries over ``rows`` tokens: while it attends, or while its MLP runs.
 
-        What attention leaves in the heap is still there beside the MLP's, unless it was large enough to be mapped.
+        In the heap, what attention leaves is still there beside the MLP's.
         """
         shape = self.shape
-        hidden, mlp = shape.hidden, MLP_COPIES[shape.gated] * shape.intermediate
         keys = (shape.qkv_width - shape.attention_width) // 2
         queries = shape.attention_width
         # Half of the queries are negated to rotate them: a temporary of its own size.
-        parts = ((QUERY_COPIES, queries), (KEY_COPIES, keys), (1, queries // 2))
-        attending = hidden * (HIDDEN_COPIES - 1) + sum(copies * width for copies, width in parts)
+        at_once = QUERY_COPIES * queries + KEY_COPIES * keys + queries // 2
+        attending = at_once * min(rows, ATTENDING_TOKENS)
+        # Beyond a padded group only what is there before and after it: rotated, and put out.
+        attending += (4 * queries + 2 * keys) * max(0, rows - ATTENDING_TOKENS)
+        attending += rows * shape.hidden * (HIDDEN_COPIES - 1)
+        mlp = rows * (HIDDEN_COPIES * shape.hidden + MLP_COPIES[shape.gated] * shape.intermediate)
+        rotary = 2 * shape.head_dim  # cosine and sine
+        size = (max(attending, mlp) + rows * rotary) * compute_bytes
+        if size > REUSED_BYTES:
+            return size
+        left = int(HEAP_LEFT * rows * at_once)
+        return (max(attending, mlp + left) + rows * rotary) * compute_bytes
 
-        def mapped(width: int) -> bool:
-            return rows * width * compute_bytes >= MAPPED_BYTES
-
-        left = sum(copies * width for copies, width in parts if not mapped(width))
-        if not mapped(shape.intermediate):
-            left = int(left * HEAP_LEFT)
-        width = max(attending, hidden * HIDDEN_COPIES + mlp + left) + ROTARY_WIDTH
-        rounded = MAPPED_ROUNDING_BYTES if mapped(shape.intermediate) else 0
-        return rows * width * compute_bytes + rounded
-
-    def _update(self, precision: str, on_disk: int) -> Item:
+    def _update(self, precision: str, micro_batch: int, compute_bytes: int, on_disk: int) -> Item:
         shape, cfg = self.shape, self.cfg
         sizes = [shape.hidden]
         if "lowrank" in cfg.train:
@@ -492,5 +514,9 @@ class Footprint:
         copies = ROUNDED_UPDATE_TILES if rounds else UPDATE_TILES
         size = copies * min(TILE_BYTES, 4 * max(sizes))
         reason = "weights, direction and change of one tile, in fp32"
-        # A block on disk is updated when the forward comes to it, beside the activations.
-        return Item("update tiles", size, reason, "forward" if on_disk else "update")
+        if on_disk:
+            # A block is updated, or made again, between two blocks' forwards.
+            hidden = HIDDEN_COPIES * self._rows(micro_batch) * shape.hidden * compute_bytes
+            size = hidden + max(size, self._staged_bytes(precision))
+            reason += "; the hidden states, since a block is updated when the forward comes to it"
+        return Item("update tiles", size, reason, "update")

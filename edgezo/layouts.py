@@ -173,11 +173,8 @@ class Int8:
         return Int8(codes, scale)
 
     def expand(self, rows: slice | Tensor, out: Tensor) -> Tensor:
-        return (
-            torch.mul(self.codes[rows], self.scale[rows], out=out)
-            if (out.dtype == torch.float32)
-            else out.copy_(self.codes[rows]).mul_(self.scale[rows])
-        )
+        # Not torch.mul(codes, scale, out=out): that converts the codes into a temporary of their own first.
+        return out.copy_(self.codes[rows]).mul_(self.scale[rows])
 
     def direct(self, dtype: torch.dtype) -> Tensor | None:
         return None

@@ -104,20 +104,22 @@ def allocator_policy(
     return "glibc: " + ", ".join(done)
 
 
-def allocator_reuse(keep_bytes: int = 1 << 30) -> bool:
-    """Keep freed temporaries in the heap from now on; True if the C library took it.
+def allocator_reuse(map_from_bytes: int = 32 << 20, keep_bytes: int = 1 << 30) -> bool:
+    """Keep freed temporaries below ``map_from_bytes`` in the heap from now on; True if the C library took it.
 
     For the steps after loading: they ask for the same activations again and again, and a fresh map
     costs a page fault every 4 KiB (5 us each on a virtual machine: more than the arithmetic of an
     elementwise pass). What is kept is bounded by what was in use at once, and `Guard` trims it near
-    the cap. Weights were mapped one by one before this and stay so.
+    the cap; but large temporaries of many sizes leave holes, so a plan with large activations maps
+    them (`Plan.map_from_bytes`). Weights were mapped one by one before this and stay so.
     """
     libc = _glibc()
     if libc is None or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return False
     # 32 MiB is the highest threshold that glibc takes.
     return bool(
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20) and libc.mallopt(_M_TRIM_THRESHOLD, keep_bytes)
+        libc.mallopt(_M_MMAP_THRESHOLD, map_from_bytes)
+        and libc.mallopt(_M_TRIM_THRESHOLD, keep_bytes)
     )
 
 

@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from edgezo.config import RunConfig
 from edgezo.errors import DoesNotFit
 from edgezo.footprint import (
+    ACTIVATIONS,
+    MAPPED_BYTES,
     MB,
+    NEVER_MAPPED_BYTES,
+    REUSED_BYTES,
     Footprint,
     Item,
     ModelShape,
@@ -85,6 +89,12 @@ class Plan:
     def phase_bytes(self, phase: str) -> int:
         """What is held while ``phase`` (load, forward or update) lasts."""
         return phase_bytes(self.items, phase)
+
+    @property
+    def map_from_bytes(self) -> int:
+        """From which size on a temporary of a step is mapped by itself (`memory.allocator_reuse`)."""
+        activations = sum(item.bytes for item in self.items if item.name == ACTIVATIONS)
+        return MAPPED_BYTES if activations > REUSED_BYTES else NEVER_MAPPED_BYTES
 
     @property
     def load_peak_bytes(self) -> int:
@@ -164,11 +174,13 @@ def make_plan(
     tokens: TokenStats | None = None,
     *,
     base_bytes: int | None = None,
+    correction_bytes: int = 0,
 ) -> Plan:
     """Fit the request into its budget; more memory never gives a lower precision.
 
     ``shape`` is a card or that of opened files. Without ``tokens`` every row is taken to be as long
-    as --max-length. ``base_bytes`` is the resident process as measured, if it was.
+    as --max-length. ``base_bytes`` is the resident process as measured, if it was; ``correction_bytes`` what a
+    forward took more than planned (or less, where negative).
     Raises PlanDoesNotFit with the smallest budget that would work and the flags that would help.
     """
     if cfg.max_mem_bytes is None:
@@ -182,6 +194,7 @@ def make_plan(
         tokens=tokens or TokenStats.assumed(cfg),
         bf16_fast=machine.bf16_fast,
         base_bytes=base_bytes,
+        correction_bytes=correction_bytes,
     )
     layers = footprint.shape.layers
     options = list(_options(cfg, layers))

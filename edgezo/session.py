@@ -12,7 +12,7 @@ from edgezo.config import RunConfig
 from edgezo.data import DataRequest, Dataset, collate, evaluation_batches, load_dataset
 from edgezo.errors import EdgezoError
 from edgezo.estimators import ESTIMATORS, Recipe
-from edgezo.footprint import compute_dtype
+from edgezo.footprint import GUARD_MARGIN_BYTES, compute_dtype
 from edgezo.journal import Journal, StepRecord
 from edgezo.layouts import DENSE_DTYPES
 from edgezo.machine import Machine
@@ -42,7 +42,9 @@ def open_request(cfg: RunConfig) -> Opened:
     files = loader.open_model(cards.resolve(cfg.model))
     loader.model_class(files)  # its code is part of the process that a plan starts from
     tokenizer = loader.load_tokenizer(files.path)
-    return Opened(cfg, files, tokenizer, read_data(cfg, files, tokenizer))
+    opened = Opened(cfg, files, tokenizer, read_data(cfg, files, tokenizer))
+    malloc_trim()  # what parsing has left in the heap is no part of the process that a plan starts from
+    return opened
 
 
 def read_data(cfg: RunConfig, files: ModelFiles, tokenizer: Any) -> Dataset:
@@ -68,12 +70,36 @@ def read_data(cfg: RunConfig, files: ModelFiles, tokenizer: Any) -> Dataset:
     return dataset
 
 
-def settle(opened: Opened, machine: Machine, base_bytes: int) -> Plan:
+def settle(opened: Opened, machine: Machine, base_bytes: int, correction_bytes: int = 0) -> Plan:
     """Plan the request against this machine; afterwards ``opened.cfg`` has nothing left open."""
     tokens = TokenStats.of(opened.dataset)
-    plan = make_plan(opened.files.shape, opened.cfg, machine, tokens, base_bytes=base_bytes)
+    plan = make_plan(
+        opened.files.shape,
+        opened.cfg,
+        machine,
+        tokens,
+        base_bytes=base_bytes,
+        correction_bytes=correction_bytes,
+    )
     opened.cfg, opened.plan = plan.settle(opened.cfg), plan
     return plan
+
+
+def split_less(opened: Opened, machine: Machine, base_bytes: int, peak_bytes: int) -> Plan | None:
+    """The plan with a larger micro-batch, if ``peak_bytes``, measured over the longest one, leave room for it.
+
+    A plan is corrected once: where memory allows less than planned, the guard sees to it.
+    """
+    before = opened.plan
+    assert before is not None
+    planned_bytes = before.phase_bytes("forward") - GUARD_MARGIN_BYTES
+    free = replace(opened, cfg=replace(opened.cfg, micro_batch=None))
+    with suppress(PlanDoesNotFit):
+        plan = settle(free, machine, base_bytes, min(0, peak_bytes - planned_bytes))
+        if plan.micro_batch > before.micro_batch and plan.blocks_on_disk == before.blocks_on_disk:
+            opened.cfg, opened.plan = free.cfg, plan
+            return plan
+    return None
 
 
 def settle_again(opened: Opened, machine: Machine, base_bytes: int) -> Plan:

@@ -58,6 +58,7 @@ from edgezo.session import (
     replay_into,
     settle,
     settle_again,
+    split_less,
 )
 from edgezo.weights import saved_sha256
 
@@ -89,6 +90,7 @@ def _finetune(cfg: RunConfig, resume: bool, progress: RunProgress) -> dict[str, 
         progress.note(note)
     host = machine()
     base = meter.mark("base")
+    split_is_free = cfg.micro_batch is None
     plan = (settle_again if resume else settle)(opened, host, base.rss_bytes)
     progress.plan(plan)
     cfg = opened.cfg
@@ -116,9 +118,10 @@ def _finetune(cfg: RunConfig, resume: bool, progress: RunProgress) -> dict[str, 
             journal = held.enter_context(create_journal(run.journal, header))
         remove_leftovers(run.path)
         run.trained.unlink(missing_ok=True)  # what a replay left would be older than what follows
-        allocator_reuse()
+        allocator_reuse(plan.map_from_bytes)
         meter.mark("load")
         training = Training(run, cfg, opened, plan, model, journal, meter, progress)
+        training.split_is_free = split_is_free
         with _signals(training):
             return training.run_all()
 
@@ -170,6 +173,9 @@ class Training:
     meter: Meter
     progress: RunProgress
     stop_asked: bool = False
+    split_is_free: bool = (
+        False  # the plan chose the micro-batch, and nothing has been computed with it
+    )
     step_times_s: list[float] = field(default_factory=list)
     forward_times_s: list[float] = field(default_factory=list)
     moved: dict[str, list[int]] = field(default_factory=dict)  # bytes of weights on disk, a step
@@ -191,11 +197,7 @@ class Training:
 
     def run_all(self) -> dict[str, Any]:
         run = self.run
-        self.guard = Guard(
-            self.plan.max_mem_bytes,
-            GUARD_MARGIN_BYTES,
-            planned_bytes=self.plan.planned_peak_bytes,
-        )
+        self._guard()
         follow(self.model, self.cfg, self.journal)
         if self.model.store.residency is not None:
             self.model.store.residency.note = self.progress.note
@@ -214,6 +216,9 @@ class Training:
             if saved is not None and saved.micro_batch != self.cfg.micro_batch:
                 self._note_split(done, saved.micro_batch, "as asked")
             self._fitting(done, self._longest_first)
+            unshrunk = self.cfg.micro_batch == self.plan.micro_batch
+            if self.split_is_free and unshrunk and self._split_less():
+                self._fitting(done, self._longest_first)
             before = self.known.get(("before", 0)) if done else self._evaluate("before")
             step, train_s = self._loop(done, planned)
             self._save(step)
@@ -386,7 +391,9 @@ class Training:
 
     def _time_plain_forward(self, step: int) -> float | None:
         """Now and then the seconds of a plain forward over the 2B rows of the step that has just run."""
-        every = max(1, (self.cfg.steps or 100) // PLAIN_FORWARDS)
+        # With weights on disk only once: a plain forward there does the next step's updates and writes.
+        wanted = PLAIN_FORWARDS if self.model.store.residency is None else 1
+        every = max(1, (self.cfg.steps or 100) // wanted)
         if step % every != every // 2:
             return None
         group = self._group(step)
@@ -479,6 +486,26 @@ class Training:
             self.model.losses(batch, probe, sides=2 if self.probing else 1)
         self.model.take_touched(len(longest))
         self.guard.check(item="training")
+
+    def _guard(self) -> None:
+        self.guard = Guard(
+            self.plan.max_mem_bytes,
+            GUARD_MARGIN_BYTES,
+            planned_bytes=self.plan.planned_peak_bytes,
+        )
+
+    def _split_less(self) -> bool:
+        """Correct the plan once by what the longest micro-batch took; True if a larger one fits now."""
+        base_bytes, planned = self.meter.summary()["base_rss_bytes"], self.plan
+        plan = split_less(self.opened, machine(), base_bytes, peak_rss_bytes())
+        if plan is None:
+            return False
+        self.plan, self.cfg = plan, self.opened.cfg
+        atomic_write(self.run.plan, to_json(plan.to_dict()).encode())
+        atomic_write(self.run.config, self.cfg.to_toml().encode())
+        self._guard()
+        self._note_split(0, planned.micro_batch, "the longest batch took less than planned")
+        return True
 
     def _evaluate(self, when: str, step: int = 0) -> dict[str, Any]:
         """Evaluate once: a resumed run knows what was evaluated before."""
