@@ -22,6 +22,7 @@ from edgezo.journal import Journal, check_base, open_journal
 from edgezo.machine import machine
 from edgezo.memory import Meter, allocator_reuse, rss_bytes
 from edgezo.model import Model
+from edgezo.planner import portable
 from edgezo.readers import SAFETENSORS_NAMES
 from edgezo.report import to_json
 from edgezo.rundir import RunFiles, load_snapshot, lost_head, temporary_overlay
@@ -62,7 +63,7 @@ def evaluate(target: str, cfg: RunConfig) -> dict[str, Any]:
 
 @contextmanager
 def loaded(opened: Opened) -> Iterator[Model]:
-    """The model in memory; what does not fit lies in the cache until the end of the block."""
+    """The model in memory; what does not fit lies elsewhere until the end of the block."""
     with ExitStack() as held:
         overlay = None
         if opened.plan is not None and opened.plan.blocks_on_disk:
@@ -73,7 +74,7 @@ def loaded(opened: Opened) -> Iterator[Model]:
 def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model, journal: Journal) -> int:
     """Bring ``model`` to the end of a run or of what replay wrote; returns the steps. Checks the base.
 
-    ``journal`` has to stay open as long as the model is used: blocks on disk read it when they are bound.
+    ``journal`` has to stay open as long as the model is used: blocks elsewhere read it when they are bound.
     """
     check_base(journal.header, opened.files.content_hash)
     _check_task(journal.header, cfg, opened.dataset)
@@ -107,7 +108,7 @@ def _check_task(header: dict[str, Any], cfg: RunConfig, dataset: Dataset) -> Non
 
 
 def _load_trained(run: RunFiles, model: Model) -> int:
-    """Read what replay wrote; where blocks are on disk only the head, for the rest is in the journal."""
+    """Read what replay wrote; where blocks are elsewhere only the head, for the rest is in the journal."""
     try:
         with safe_open(run.trained, "pt") as file:
             steps = int(file.metadata()["steps"])
@@ -134,6 +135,7 @@ def replay(source: Path, out: Path) -> dict[str, Any]:
     cfg = run.read_config()
     if made.journal.exists() and not made.trained.exists():
         raise UsageError(f"{out} holds a run, which a replay would overwrite. Give another --out.")
+    cfg = portable(cfg, machine())
     files = loader.open_model(cards.resolve(cfg.model))
     with ExitStack() as held:
         journal = held.enter_context(open_journal(run.journal, resume=False))
