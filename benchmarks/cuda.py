@@ -3,8 +3,8 @@
     python benchmarks/cuda.py grid --out DIR --tokenizer MODEL_OR_CARD
     python benchmarks/cuda.py host --out DIR --tokenizer MODEL_OR_CARD --layers 40
 
-``grid``: random weights of a published shape (fewer blocks with --layers), planned and measured peaks. ``host``: a model
-whose weights are three times the cap and more, every weight trained, against the same run with all of them on the GPU.
+``grid``: random weights of a published shape (fewer blocks with --layers), planned and measured peaks. ``host``: a
+model whose weights are three times the cap, every weight trained, against the same run with all of them on the GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ def run(out: Path, model: Path, rows: Path, **said: object) -> dict:
     gc.collect()
     torch.cuda.empty_cache()
     request = {"model": str(model), "data": str(rows), "out": str(out), "eval_limit": 20}
-    if rows.name.startswith("label"):
+    if rows.name.startswith("text"):
+        texts = [{"text": json.loads(line)["text"]} for line in rows.read_text().splitlines()]
+        rows.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    else:
         request |= {"template": "{text} It was", "labels": "0=bad,1=good"}
     return finetune(make_config(request | {"device": "cuda"} | said))
 
@@ -100,7 +103,6 @@ def host(args: argparse.Namespace) -> None:
     for name, said in (
         ("resident", {"max_mem_bytes": 60 * 10**9}),
         ("host", {"max_mem_bytes": cap}),
-        ("host, none kept", {"max_mem_bytes": cap, "residency": "host"}),
     ):
         found[name] = one = run(
             args.out / "runs" / f"{model.name}-{name}", model, rows, **request, **said
@@ -110,7 +112,10 @@ def host(args: argparse.Namespace) -> None:
             f"{name:18} weights {weights / MB:.0f} MB, cap {one['max_mem_bytes'] / MB:.0f}, planned "
             f"{one['planned_peak_bytes'] / MB:.0f}, peak {one['cuda_peak_bytes'] / MB:.0f}, step "
             f"{one['step_s']:.3f} s, forward {one['forward_s']:.3f} s, read {moved[0] / MB:.0f}, "
-            f"written {moved[1] / MB:.0f} MB, host peak {one['peak_rss_bytes'] / MB:.0f} MB",
+            f"written {moved[1] / MB:.0f} MB, micro-batch {one['micro_batch']}, losses "
+            f"{one['loss_first']:.6f} {one['loss_last']:.6f}, reserved "
+            f"{one['cuda_peak_reserved_bytes'] / MB:.0f}, allocated "
+            f"{one['cuda_peak_allocated_bytes'] / MB:.0f}, host peak {one['peak_rss_bytes'] / MB:.0f} MB",
             flush=True,
         )
     same = {one["trained_sha256"] for one in found.values()}

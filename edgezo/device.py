@@ -168,7 +168,9 @@ def _grow_by_pages() -> None:
     """Let the allocator grow one segment by pages: fixed segments leave holes that no plan could count."""
     if "PYTORCH_CUDA_ALLOC_CONF" in os.environ or "PYTORCH_ALLOC_CONF" in os.environ:
         return  # the user's choice
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    newer = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    set_allocator = newer or torch.cuda.memory._set_allocator_settings
+    set_allocator("expandable_segments:True")
 
 
 def open_memory(device: str, cap_bytes: int, machine: Machine) -> Memory:

@@ -57,8 +57,9 @@ def evaluate(target: str, cfg: RunConfig) -> dict[str, Any]:
             journal = held.enter_context(open_journal(run.journal, resume=False))
             steps = restore(run, trained, opened, model, journal)
         meter.mark("load")
-        found = evaluate_model(model, opened.dataset)
-    return {"model": target, "steps": steps, **found, **meter.summary()}
+        with opened.memory.short("an evaluation"):
+            found = evaluate_model(model, opened.dataset)
+    return {"model": target, "steps": steps, **found, **meter.summary(), **opened.memory.figures()}
 
 
 @contextmanager

@@ -505,5 +505,10 @@ class Footprint:
         if "lowrank" in cfg.train:
             sizes += [m.d_out * cfg.rank for m in shape.matrices]
         if "full" in cfg.train:
-            sizes += [m.numel for m in (*shape.matrices, *shape.tables)]
+            sizes += [m.numel for m in shape.matrices]
+            sizes += [self._moved_rows(t) * t.d_in for t in shape.tables]
         return 4 * max(sizes)
+
+    def _moved_rows(self, table: MatrixShape) -> int:
+        """Rows of a table that one update may move."""
+        return table.d_out

@@ -31,15 +31,15 @@ from edgezo.footprint import (
 )
 
 # The driver's context with the kernels of a run, cuBLAS's among them (calibrated on one GPU, an H100).
-CONTEXT_BYTES = 640 * MB
+CONTEXT_BYTES = 736 * MB
 # cuBLAS's own, inside the allocator.
 WORKSPACE_BYTES = 33 * MB
-# The last page of the large blocks' segment and of the small ones', and holes between blocks (calibrated).
+# The last page of the large blocks' segment and of the small ones'; and holes between temporaries (calibrated).
 SLACK_BYTES = 24 << 20
+HOLES = 1 / 8
 # A chunk of full-vocabulary logits with what is made of it (objective.py).
 LOGITS_BYTES = 48 << 20
-# Rows of a table on their way, and who is probed how, before the first block.
-ROUNDING = 512  # a block of the allocator's
+ROUNDING_BYTES = 512  # of a block of the allocator's
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class CudaFootprint(Footprint):
 
     def stored_bytes(self, matrices: Sequence[MatrixShape], precision: str) -> int:
         found = super().stored_bytes(matrices, precision)
-        return found + 3 * ROUNDING * len(matrices)
+        return found + 3 * ROUNDING_BYTES * len(matrices)
 
     def disk_bytes(self, precision: str, on_disk: int) -> int:
         return 0
@@ -77,10 +77,23 @@ class CudaFootprint(Footprint):
             *self._weights(precision, on_disk),
             *self._trained(compute_bytes),
             Item("cuBLAS workspace", WORKSPACE_BYTES, "taken at the first matrix product"),
-            Item("allocator slack", SLACK_BYTES, "pages of its segments that are not full"),
+            Item(
+                "allocator slack",
+                self._slack(micro_batch, compute_bytes),
+                "pages of its segments that are not full",
+            ),
             *self._forward(precision, micro_batch, compute_bytes),
-            self._update(precision, on_disk),
+            self._update_of(precision, micro_batch, compute_bytes, on_disk),
         )
+
+    def _rows(self, micro_batch: int) -> int:
+        """The most tokens that one forward runs over."""
+        tokens = self.tokens
+        return max(2 * tokens.longest(micro_batch), min(EVAL_TOKENS, tokens.longest(KEPT_LENGTHS)))
+
+    def _slack(self, micro_batch: int, compute_bytes: int) -> int:
+        temporaries = self._activations(self._rows(micro_batch), compute_bytes)
+        return SLACK_BYTES + int(HOLES * temporaries)
 
     def _slots(self, precision: str, on_disk: int) -> list[Item]:
         shape = self.shape
@@ -96,7 +109,7 @@ class CudaFootprint(Footprint):
 
     def _forward(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
         shape, tokens = self.shape, self.tokens
-        rows = max(2 * tokens.longest(micro_batch), min(EVAL_TOKENS, tokens.longest(KEPT_LENGTHS)))
+        rows = self._rows(micro_batch)
         reason = f"{rows:,} tokens of {micro_batch} examples x 2 sides, one block at a time"
         items = [Item("activations", self._activations(rows, compute_bytes), reason, "forward")]
         if BYTES_PER_WEIGHT.get(precision) != compute_bytes:
@@ -131,9 +144,19 @@ class CudaFootprint(Footprint):
         )
         return rows * (width + ROTARY_WIDTH) * compute_bytes
 
-    def _update(self, precision: str, on_disk: int) -> Item:
+    def _moved_rows(self, table: MatrixShape) -> int:
+        # A task with label words moves the rows that its examples used, and those of the words.
+        used = self.tokens.longest(self.cfg.batch_size or KEPT_LENGTHS) + self.tokens.label_words
+        return min(table.d_out, used) if self.tokens.kind == "label" else table.d_out
+
+    def _update_of(
+        self, precision: str, micro_batch: int, compute_bytes: int, on_disk: int
+    ) -> Item:
         rounds = "full" in self.cfg.train and precision != "fp32"
         copies = (ROUNDED_UPDATE_TILES if rounds else UPDATE_TILES) + 1
         size = copies * min(TILE_BYTES, self._largest_trained())
         reason = "weights, direction and change of one tile, in fp32"
-        return Item("update tiles", size, reason, "forward" if on_disk else "update")
+        if on_disk:  # a block is updated between two layers
+            size += self._rows(micro_batch) * self.shape.hidden * compute_bytes
+            reason += "; beside the hidden states"
+        return Item("update tiles", size, reason, "update")

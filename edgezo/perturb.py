@@ -68,7 +68,7 @@ class Probe:
 
     def _here(self, noise: Tensor) -> Tensor:
         """Moved as it was made, signs as bytes, and only then widened."""
-        return noise.to(self.mask.device, non_blocking=True).to(self.mask.dtype)
+        return noise.to(self.mask.device).to(self.mask.dtype)
 
 
 @dataclass

@@ -44,9 +44,9 @@ __all__ = [
 DEFAULT_BATCH = 16  # directions a step: more take too long on a small machine, fewer are noisy
 SHARE_OF_PEAK = 0.6  # of the estimated speed that a whole step reaches
 BF16_SPEED_UP = 4  # of products in hardware over fp32; between 2 (AVX-512) and 16 (AMX)
-# On a GPU: what a step takes a block, however small (about what launching its kernels takes), and how fast it
-# multiplies and copies from the RAM (calibrated on one GPU, an H100).
-GPU_BLOCK_S, GPU_FLOPS_S, GPU_COPY_BYTES_S = 3e-3, 2e14, 2e10
+# On a GPU: what a step takes a block, however small (noise is made on the CPU), and how fast it multiplies and copies
+# from the RAM (roughly, by three short runs on an H100).
+GPU_BLOCK_S, GPU_FLOPS_S, GPU_COPY_BYTES_S = 1.2e-2, 2e14, 2e10
 PRECISIONS_TRIED = ("bf16", "int8", "int4")  # from the left; fp32 and fp16 only when asked for
 
 

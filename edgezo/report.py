@@ -94,7 +94,7 @@ def plan_table(plan: Plan, largest: Plan | None = None) -> RenderableType:
         what = f"{largest.model} in {largest.precision}: the largest card that fits, rows of --max-length"
         items.add_row("largest", format_bytes(largest.planned_peak_bytes), "", what)
     time = f"{plan.step_s:.2g} s"
-    basis = {"cpu": "this machine's clock and vector width", "cuda": "what an H100 did"}
+    basis = {"cpu": "this machine's clock and vector width", "cuda": "a few steps on an H100"}
     items.add_row("step", time, "", f"about, from {basis[plan.device]}")
 
     decisions = Table(title="decisions", title_justify="left", box=None, pad_edge=False)
@@ -169,6 +169,8 @@ def verdict(summary: Mapping[str, Any]) -> RenderableType:
     if _has(summary, "peak_rss_bytes"):
         where = "GPU memory" if _has(summary, "cuda_peak_bytes") else "peak memory"
         table.add_row(where, peaks_line(summary))
+        if where == "GPU memory":
+            table.add_row("RAM", f"measured {format_bytes(summary['peak_rss_bytes'])}, not capped")
     return table
 
 

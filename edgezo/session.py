@@ -127,22 +127,21 @@ def load_model(opened: Opened, machine: Machine, overlay: Overlay | None = None)
         away = overlay.medium(layers - plan.blocks_on_disk)
     elif plan.blocks_in_host:
         away = HostMedium(device, layers - plan.blocks_in_host)
-    model = assemble(
-        opened.files,
-        ModelSpec(
-            precision=cfg.precision,
-            train=cfg.train,
-            directions=cfg.directions,
-            seed=cfg.seed,
-            rank=cfg.rank,
-            rounding=cfg.rounding or "plane",
-            kind=opened.dataset.kind,
-            label_ids=opened.dataset.label_ids,
-            dtype=DENSE_DTYPES[plan.compute_dtype],
-            device=device,
-            away=away,
-        ),
+    spec = ModelSpec(
+        precision=cfg.precision,
+        train=cfg.train,
+        directions=cfg.directions,
+        seed=cfg.seed,
+        rank=cfg.rank,
+        rounding=cfg.rounding or "plane",
+        kind=opened.dataset.kind,
+        label_ids=opened.dataset.label_ids,
+        dtype=DENSE_DTYPES[plan.compute_dtype],
+        device=device,
+        away=away,
     )
+    with opened.memory.short("loading"):
+        model = assemble(opened.files, spec)
     malloc_trim()
     return model
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +12,12 @@ import pytest
 import torch
 from conftest import Bench, make_model
 
-from edgezo import session
+from edgezo import host, session
 from edgezo.config import make_config
 from edgezo.device import CudaMemory, ProcessMemory
 from edgezo.errors import BudgetExceeded
 from edgezo.model import Model
+from edgezo.residency import Home
 from edgezo.train import Training, finetune
 from edgezo.weights import WeightStore
 
@@ -60,6 +61,46 @@ def test_a_run_with_blocks_in_the_ram_has_the_bits_of_one_without(
     assert parted["residency"] == "host"
     for name in ("trained_sha256", "eval_before", "eval_after", "loss_first", "loss_last"):
         assert parted[name] == whole[name], name
+
+
+class _Late:
+    """Copies as late as a GPU may make them: a read when it is waited for, a write before the next read."""
+
+    def __init__(self) -> None:
+        self.writes: list[Callable[[], None]] = []
+
+    def read(self, home: Home, slot: torch.Tensor) -> _Late.Waiting:
+        before, self.writes = self.writes, []
+        return _Late.Waiting([*before, lambda: home.read(slot)])
+
+    def write(self, home: Home, slot: torch.Tensor, applied: int) -> _Late.Waiting:
+        waiting = _Late.Waiting([lambda: home.write(slot, applied)])
+        self.writes.append(waiting.result)
+        return waiting
+
+    def close(self) -> None: ...
+
+    class Waiting:
+        def __init__(self, work: list[Callable[[], None]]):
+            self.work = work
+
+        def done(self) -> bool:
+            return not self.work
+
+        def result(self) -> None:
+            while self.work:
+                self.work.pop(0)()
+
+
+@pytest.mark.parametrize("blocks", [4, 3, 2, 1])
+def test_copies_may_be_as_late_as_their_order_allows(deep, tmp_path, monkeypatch, blocks):
+    request = {"train": "full", "precision": "bf16", "steps": 5, "eval_every": 2, "micro_batch": 2}
+    whole = run_of(deep, tmp_path / "whole", **request)
+    monkeypatch.setattr(host, "_Thread", _Late)
+    with blocks_in_host(blocks):
+        parted = run_of(deep, tmp_path / "parted", **request)
+    assert parted["trained_sha256"] == whole["trained_sha256"]
+    assert parted["eval_after"] == whole["eval_after"]
 
 
 def test_a_step_moves_each_block_once_and_frozen_ones_only_there(deep, tmp_path):
