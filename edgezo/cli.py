@@ -196,8 +196,8 @@ def plan(config_file: str | None, as_json: bool, **said: str | None) -> None:
 def evaluate(config_file: str | None, as_json: bool, **said: str | None) -> None:
     """Evaluate a model, or a run (--model RUN) on its own data or other data."""
     from edgezo import report
+    from edgezo.budget import portable
     from edgezo.machine import machine
-    from edgezo.planner import portable
 
     model = said["model"]
     saved = _saved_config(Path(model)) if model is not None else None

@@ -14,15 +14,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from edgezo import cards, loader
+from edgezo.budget import portable
 from edgezo.config import RunConfig
 from edgezo.data import Dataset
+from edgezo.device import confirmed
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.files import atomic_path, atomic_write
 from edgezo.journal import Journal, check_base, open_journal
 from edgezo.machine import machine
 from edgezo.memory import Meter, allocator_reuse, rss_bytes
 from edgezo.model import Model
-from edgezo.planner import portable
 from edgezo.readers import SAFETENSORS_NAMES
 from edgezo.report import to_json
 from edgezo.rundir import RunFiles, load_snapshot, lost_head, temporary_overlay
@@ -48,7 +49,7 @@ def evaluate(target: str, cfg: RunConfig) -> dict[str, Any]:
         cfg = replace(cfg, train=("head",))  # the smallest: nothing is trained
     opened = open_request(cfg)
     base = meter.mark("base")
-    settle(opened, machine(), base.rss_bytes)
+    settle(opened, confirmed(machine()), base.rss_bytes)
     with ExitStack() as held:
         model = held.enter_context(loaded(opened))
         allocator_reuse()
@@ -136,13 +137,13 @@ def replay(source: Path, out: Path) -> dict[str, Any]:
     cfg = run.read_config()
     if made.journal.exists() and not made.trained.exists():
         raise UsageError(f"{out} holds a run, which a replay would overwrite. Give another --out.")
-    cfg = portable(cfg, machine())
+    cfg = portable(cfg, confirmed(machine()))
     files = loader.open_model(cards.resolve(cfg.model))
     with ExitStack() as held:
         journal = held.enter_context(open_journal(run.journal, resume=False))
         check_base(journal.header, files.content_hash)
         opened = Opened(cfg, files, None, _shape_of_data(journal.header))
-        settle(opened, machine(), rss_bytes())
+        settle(opened, confirmed(machine()), rss_bytes())
         model = held.enter_context(loaded(opened))
         steps = restore(run, cfg, opened, model, journal)
         try:

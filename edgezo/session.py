@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from edgezo import cards, loader
+from edgezo.budget import budget, mb
 from edgezo.config import RunConfig
 from edgezo.data import DataRequest, Dataset, collate, evaluation_batches, load_dataset
-from edgezo.device import Memory, ProcessMemory, confirmed, open_memory
+from edgezo.device import Memory, ProcessMemory, open_memory
 from edgezo.errors import EdgezoError
 from edgezo.estimators import ESTIMATORS, Recipe
 from edgezo.host import HostMedium
@@ -21,7 +22,7 @@ from edgezo.layouts import DENSE_DTYPES
 from edgezo.machine import Machine
 from edgezo.memory import malloc_trim
 from edgezo.model import Model, ModelSpec, assemble
-from edgezo.planner import Plan, PlanDoesNotFit, TokenStats, budget, make_plan, mb
+from edgezo.planner import Plan, PlanDoesNotFit, TokenStats, make_plan
 from edgezo.profiler import phase
 
 if TYPE_CHECKING:
@@ -75,7 +76,6 @@ def read_data(cfg: RunConfig, files: ModelFiles, tokenizer: Any) -> Dataset:
 
 def settle(opened: Opened, machine: Machine, base_bytes: int) -> Plan:
     """Plan the request against this machine; afterwards ``opened.cfg`` has nothing left open."""
-    machine = confirmed(machine)
     tokens = TokenStats.of(opened.dataset)
     plan = make_plan(opened.files.shape, opened.cfg, machine, tokens, base_bytes=base_bytes)
     opened.cfg, opened.plan = plan.settle(opened.cfg), plan
@@ -91,7 +91,7 @@ def settle_again(opened: Opened, machine: Machine, base_bytes: int) -> Plan:
         return settle(opened, machine, base_bytes)
     except PlanDoesNotFit as problem:
         cfg = opened.cfg
-        cap_bytes = budget(cfg, confirmed(machine))[0]
+        cap_bytes = budget(cfg, machine)[0]
         ways = [f"--max-mem {mb(problem.smallest_bytes)} or more"]
         micro_batch = cfg.micro_batch or 1
         while micro_batch > 1:

@@ -26,6 +26,7 @@ import numpy as np
 
 from edgezo.config import RunConfig
 from edgezo.data import Example, batch_indices, collate, micro_batches, tokens_of
+from edgezo.device import confirmed
 from edgezo.errors import BudgetExceeded, EdgezoError, Interrupted
 from edgezo.estimators import ESTIMATORS, Estimator, schedule
 from edgezo.files import atomic_write, remove_leftovers
@@ -86,7 +87,7 @@ def _finetune(cfg: RunConfig, resume: bool, progress: RunProgress) -> dict[str, 
         opened = open_request(cfg)
     for note in opened.dataset.notes:
         progress.note(note)
-    host = machine()
+    host = confirmed(machine())
     base = meter.mark("base")
     plan = (settle_again if resume else settle)(opened, host, base.rss_bytes)
     progress.plan(plan)
@@ -195,9 +196,9 @@ class Training:
         self.guard = Guard(
             self.plan.max_mem_bytes,
             self.memory.margin_bytes,
-            self.memory.held_bytes,
-            self.plan.planned_peak_bytes,
-            self.memory.trim,
+            rss=self.memory.held_bytes,
+            planned_bytes=self.plan.planned_peak_bytes,
+            trim=self.memory.trim,
         )
         follow(self.model, self.cfg, self.journal)
         if self.model.store.residency is not None:
