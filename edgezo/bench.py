@@ -136,6 +136,7 @@ def _measure(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
             "max_length": length,
             "batch_size": batch_size,
             "micro_batch": batch_size,
+            "device": "cpu",  # whose peaks are compared
             "max_mem_bytes": UNLIMITED_BYTES,
             "threads": threads,
             "train": "lowrank",

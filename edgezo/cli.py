@@ -41,7 +41,12 @@ _DATA = (
     ("seed", "N", "Of the data order, the directions and the low-rank basis.  [default: 0]"),
 )
 _MEMORY = (
-    ("max_mem_bytes", "SIZE", "Cap on peak resident memory: 2GB, 700MB.  [default: most of RAM]"),
+    (
+        "max_mem_bytes",
+        "SIZE",
+        "Cap on peak memory, with cuda the GPU's: 2GB.  [default: most of it]",
+    ),
+    ("device", None, "Where to compute.  [default: auto, cuda where there is one]"),
     ("precision", None, "Store of the weights.  [default: the highest that fits]"),
     ("batch_size", "N", "Examples, that is directions, a step.  [default: 16]"),
     ("micro_batch", "N", "Examples at once in memory.  [default: as many as fit]"),
@@ -51,7 +56,7 @@ _MEMORY = (
     (
         "residency",
         None,
-        "Keep all weights in memory, or blocks on disk.  [default: disk if need be]",
+        "Keep all weights in memory, or blocks on disk (CPU) or in RAM (GPU).  [default: as need be]",
     ),
     ("estimator", None, "[default: grzo]"),
     ("directions", None, "[default: signs; shared for mezo]"),
@@ -176,7 +181,7 @@ def plan(config_file: str | None, as_json: bool, **said: str | None) -> None:
         if (largest := preview.largest(cfg)) is not None:
             note(f"the largest card that fits: {largest.model} in {largest.precision}")
         raise
-    largest = preview.largest(replace(cfg, max_mem_bytes=found.max_mem_bytes))
+    largest = preview.largest(replace(cfg, device=found.device, max_mem_bytes=found.max_mem_bytes))
     named = largest and {
         k: getattr(largest, k) for k in ("model", "precision", "planned_peak_bytes")
     }
@@ -185,12 +190,14 @@ def plan(config_file: str | None, as_json: bool, **said: str | None) -> None:
 
 @cli.command("eval")
 @_model
-@_options(*_DATA, *_MEMORY[:2], _THREADS)
+@_options(*_DATA, *_MEMORY[:3], _THREADS)
 @_config
 @_json
 def evaluate(config_file: str | None, as_json: bool, **said: str | None) -> None:
     """Evaluate a model, or a run (--model RUN) on its own data or other data."""
     from edgezo import report
+    from edgezo.budget import portable
+    from edgezo.machine import machine
 
     model = said["model"]
     saved = _saved_config(Path(model)) if model is not None else None
@@ -200,7 +207,7 @@ def evaluate(config_file: str | None, as_json: bool, **said: str | None) -> None
     else:
         target = str(model)
         said["model"] = None
-        lower = saved.to_dict()
+        lower = _saved_layer(portable(saved, machine()), said)
         if said["data"] is not None or said["task"] is not None:
             for name in ("data_root", "template", "labels", "label_field"):
                 del lower[name]
@@ -339,7 +346,8 @@ def _finetune_config(
             raise UsageError(f"there is nothing to resume in {out}: it has no config.toml")
         note(f"there is nothing to resume in {out}; starting from the first step")
         return _merge(said, config_file), False
-    cfg = config.make_config({**said, "model": said["model"] or saved.model}, saved.to_dict())
+    layer = _saved_layer(saved, said)
+    cfg = config.make_config({**said, "model": said["model"] or saved.model}, layer)
     cfg = replace(cfg, out=out)
     changed = [
         f"{config.flag(f.name)} was {getattr(saved, f.name)} when the run began, "
@@ -350,6 +358,14 @@ def _finetune_config(
     if changed:
         raise UsageError(changed)
     return cfg, begun
+
+
+def _saved_layer(saved: RunConfig, said: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's settings below what is said now. Its cap and residency go with its device."""
+    layer = saved.to_dict()
+    if said["device"] not in (None, saved.device):
+        layer |= {"max_mem_bytes": None, "residency": None}
+    return layer
 
 
 def _saved_config(run: Path) -> RunConfig | None:

@@ -27,7 +27,8 @@ DIRECTIONS = ("signs", "rademacher", "gaussian", "shared")
 TRAINABLE = ("lowrank", "full", "norms", "scales", "head")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 QUANTIZED = ("int8", "int4")
-RESIDENCIES = ("resident", "disk")
+RESIDENCIES = ("resident", "host", "disk")
+DEVICES = ("auto", "cpu", "cuda")
 ROUNDINGS = ("plane", "stochastic")
 SCHEDULES = ("linear", "constant")
 
@@ -42,9 +43,9 @@ ALTERNATIVES = (("steps", "for_s"), ("data", "task"))
 # Friendlier spellings in a TOML file; "-" may stand for "_".
 ALIASES = {"max_mem": "max_mem_bytes", "for": "for_s"}
 # What may differ when a run is resumed; everything else would change the numbers. Files may have moved: the
-# journal knows the weights and the training rows. Another micro-batch changes losses in their rounding.
+# journal knows the weights and the training rows. Another micro-batch or device changes losses in their rounding.
 FREE_ON_RESUME = (
-    *("max_mem_bytes", "micro_batch", "residency", "threads", "profile"),
+    *("max_mem_bytes", "micro_batch", "residency", "device", "threads", "profile"),
     *("out", "model", "data", "data_root"),
 )
 
@@ -77,7 +78,9 @@ FIELDS: dict[str, Field] = {
     "train": Field("train", ("lowrank", "head"), choices=TRAINABLE),
     "precision": Field("choice", choices=PRECISIONS),
     "rounding": Field("choice", choices=ROUNDINGS),
-    "residency": Field("choice", choices=RESIDENCIES),  # None: disk where memory is too small
+    # None: on the disk (CPU) or in host memory (GPU) where memory is too small
+    "residency": Field("choice", choices=RESIDENCIES),
+    "device": Field("choice", "auto", choices=DEVICES),
     "rank": Field("int", 8, low=1, high=256),
     "batch_size": Field("int", low=1, high=1024),
     "micro_batch": Field("int", low=1, high=1024),
@@ -117,6 +120,7 @@ class RunConfig:
     precision: str | None
     rounding: str | None
     residency: str | None
+    device: str
     rank: int
     batch_size: int | None
     micro_batch: int | None
@@ -181,7 +185,8 @@ def make_config(*layers: Mapping[str, Any], need_data: bool = True) -> RunConfig
 
 def from_toml(text: str) -> RunConfig:
     """The inverse of :meth:`RunConfig.to_toml`. Raises UsageError for any other text."""
-    return make_config({}, parse_toml(text, "the configuration"), need_data=False)
+    before = {"device": "cpu"}  # of a run from before there was a choice
+    return make_config({}, parse_toml(text, "the configuration"), before, need_data=False)
 
 
 def read_toml(path: Path | str) -> dict[str, Any]:
@@ -354,6 +359,15 @@ def _combinations(v: Mapping[str, Any], need_data: bool) -> list[str]:
                 else "nothing is rounded there"
             )
             problems.append(f"--rounding with --precision {v['precision']}: {why}")
+    if v["residency"] == "host" and v["device"] == "cpu":
+        problems.append(
+            "--residency host keeps blocks in the RAM beside a GPU; with --device cpu use disk"
+        )
+    if v["residency"] == "disk" and v["device"] == "cuda":
+        problems.append(
+            "--residency disk with --device cuda: blocks reach a GPU from the RAM; "
+            "use --residency host, or --device cpu"
+        )
     if v["batch_size"] is not None and v["micro_batch"] is not None:
         if v["micro_batch"] > v["batch_size"]:
             problems.append(

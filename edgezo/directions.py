@@ -81,16 +81,17 @@ class Directions(NamedTuple):
         tile, the device or the order in which a matrix product adds.
         """
         n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        device = coefficients.device
         if self.factored:
             slots = range(len(coefficients))
-            left = self.row_signs(key, target, slots)[:, rows].float()  # (B, n)
+            left = self.row_signs(key, target, slots).to(device)[:, rows].float()  # (B, n)
             if member is not None:
                 left = left * member
             left = left * coefficients[:, None]
             if target.vector:
                 total = left.sum(0)[:, None]
             else:
-                total = left.T @ self.col_signs(key, target, slots).float()
+                total = left.T @ self.col_signs(key, target, slots).to(device).float()
         else:
             if member is not None:
                 total = (coefficients[:, None] * member).sum(0)[:, None]
@@ -98,10 +99,11 @@ class Directions(NamedTuple):
                 total = coefficients.sum().expand(n, 1)
             total = total.expand(n, target.cols)
         if self.dense is not None:
-            total = total * self.dense_at(key, target, rows)
+            total = total * self.dense_at(key, target, rows).to(device)
         return total
 
     def dense_at(self, key: Key, target: Target, rows: slice | Tensor) -> Tensor:
+        """Rows of U, (n, cols) fp32 on the CPU."""
         if isinstance(rows, slice):
             return self.dense_rows(key, target, rows)
         return torch.cat([self.dense_rows(key, target, slice(r, r + 1)) for r in rows.tolist()])

@@ -14,8 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from edgezo import cards, loader
+from edgezo.budget import portable
 from edgezo.config import RunConfig
 from edgezo.data import Dataset
+from edgezo.device import confirmed
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.files import atomic_path, atomic_write
 from edgezo.journal import Journal, check_base, open_journal
@@ -47,7 +49,7 @@ def evaluate(target: str, cfg: RunConfig) -> dict[str, Any]:
         cfg = replace(cfg, train=("head",))  # the smallest: nothing is trained
     opened = open_request(cfg)
     base = meter.mark("base")
-    plan = settle(opened, machine(), base.rss_bytes)
+    plan = settle(opened, confirmed(machine()), base.rss_bytes)
     with ExitStack() as held:
         model = held.enter_context(loaded(opened))
         allocator_reuse(plan.map_from_bytes)
@@ -56,13 +58,14 @@ def evaluate(target: str, cfg: RunConfig) -> dict[str, Any]:
             journal = held.enter_context(open_journal(run.journal, resume=False))
             steps = restore(run, trained, opened, model, journal)
         meter.mark("load")
-        found = evaluate_model(model, opened.dataset)
-    return {"model": target, "steps": steps, **found, **meter.summary()}
+        with opened.memory.short("an evaluation"):
+            found = evaluate_model(model, opened.dataset)
+    return {"model": target, "steps": steps, **found, **meter.summary(), **opened.memory.figures()}
 
 
 @contextmanager
 def loaded(opened: Opened) -> Iterator[Model]:
-    """The model in memory; what does not fit lies in the cache until the end of the block."""
+    """The model in memory; what does not fit lies elsewhere until the end of the block."""
     with ExitStack() as held:
         overlay = None
         if opened.plan is not None and opened.plan.blocks_on_disk:
@@ -73,7 +76,7 @@ def loaded(opened: Opened) -> Iterator[Model]:
 def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model, journal: Journal) -> int:
     """Bring ``model`` to the end of a run or of what replay wrote; returns the steps. Checks the base.
 
-    ``journal`` has to stay open as long as the model is used: blocks on disk read it when they are bound.
+    ``journal`` has to stay open as long as the model is used: blocks elsewhere read it when they are bound.
     """
     check_base(journal.header, opened.files.content_hash)
     _check_task(journal.header, cfg, opened.dataset)
@@ -107,7 +110,7 @@ def _check_task(header: dict[str, Any], cfg: RunConfig, dataset: Dataset) -> Non
 
 
 def _load_trained(run: RunFiles, model: Model) -> int:
-    """Read what replay wrote; where blocks are on disk only the head, for the rest is in the journal."""
+    """Read what replay wrote; where blocks are elsewhere only the head, for the rest is in the journal."""
     try:
         with safe_open(run.trained, "pt") as file:
             steps = int(file.metadata()["steps"])
@@ -134,12 +137,13 @@ def replay(source: Path, out: Path) -> dict[str, Any]:
     cfg = run.read_config()
     if made.journal.exists() and not made.trained.exists():
         raise UsageError(f"{out} holds a run, which a replay would overwrite. Give another --out.")
+    cfg = portable(cfg, confirmed(machine()))
     files = loader.open_model(cards.resolve(cfg.model))
     with ExitStack() as held:
         journal = held.enter_context(open_journal(run.journal, resume=False))
         check_base(journal.header, files.content_hash)
         opened = Opened(cfg, files, None, _shape_of_data(journal.header))
-        settle(opened, machine(), rss_bytes())
+        settle(opened, confirmed(machine()), rss_bytes())
         model = held.enter_context(loaded(opened))
         steps = restore(run, cfg, opened, model, journal)
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from edgezo.config import EVAL_TOKENS, QUANTIZED, RunConfig
 
@@ -259,6 +259,12 @@ class Footprint:
     base_bytes: int | None  # the process as measured; None: the constant above
     correction_bytes: int = 0  # of a forward, by a measurement
 
+    elsewhere: ClassVar[str] = "disk"  # where blocks are that do not stay in memory
+
+    def compute_dtype(self, precision: str) -> tuple[str, str]:
+        """(dtype of activations and products, reason)."""
+        return compute_dtype(precision, self.bf16_fast)
+
     def peak_bytes(self, precision: str, micro_batch: int, on_disk: int = 0) -> int:
         return peak_bytes(self.items(precision, micro_batch, on_disk))
 
@@ -301,9 +307,13 @@ class Footprint:
         tables = self.stored_bytes(self.shape.tables, _of_tables(precision))
         return on_disk * (self.block_bytes(precision) + pages) + tables
 
+    def host_bytes(self, precision: str, on_disk: int) -> int:
+        """What blocks take of the RAM beside the memory that is planned."""
+        return 0
+
     def items(self, precision: str, micro_batch: int, on_disk: int = 0) -> tuple[Item, ...]:
         """Every item, with the last ``on_disk`` blocks, and then the tables too, on disk."""
-        compute_bytes = {"fp32": 4, "bf16": 2}[compute_dtype(precision, self.bf16_fast)[0]]
+        compute_bytes = {"fp32": 4, "bf16": 2}[self.compute_dtype(precision)[0]]
         code = LIBRARY_BYTES + PANEL_BYTES * max(m.d_out for m in self.shape.matrices)
         if precision in QUANTIZED:
             code += QUANTO_BYTES
@@ -338,18 +348,7 @@ class Footprint:
 
     def _weights(self, precision: str, on_disk: int) -> list[Item]:
         shape = self.shape
-        plane = self._plane_bytes(precision)
-        table_precision = _of_tables(precision)
-
-        def detail(precision: str) -> str:
-            if precision in QUANTIZED:
-                scales = {"int8": "a scale per row", "int4": "scale and shift per group"}[precision]
-                return f"{precision} codes, {scales}"
-            size = BYTES_PER_WEIGHT[precision]
-            return f"{precision}, {size} bytes each" + (" + 1 for the low plane" if plane else "")
-
         count = sum(m.numel for m in shape.matrices)
-        words = sum(t.numel for t in shape.tables)
         vectors = Item(
             "norms and biases",
             4 * shape.vector_elements,
@@ -357,20 +356,30 @@ class Footprint:
         )
         if on_disk:
             return [*self._slots(precision, on_disk), vectors]
-        tied = "tied with the head" if shape.tied else "with the untied head"
         return [
             Item(
                 "linear weights",
                 self.stored_bytes(shape.matrices, precision),
-                f"{count:,} weights in {shape.layers} blocks: {detail(precision)}",
+                f"{count:,} weights in {shape.layers} blocks: {self._detail(precision)}",
             ),
-            Item(
-                "embedding",
-                self.stored_bytes(shape.tables, table_precision),
-                f"{words:,} weights, {tied}: {detail(table_precision)}",
-            ),
+            self._tables(precision),
             vectors,
         ]
+
+    def _tables(self, precision: str) -> Item:
+        tables, stored = self.shape.tables, _of_tables(precision)
+        words = sum(t.numel for t in tables)
+        tied = "tied with the head" if self.shape.tied else "with the untied head"
+        reason = f"{words:,} weights, {tied}: {self._detail(stored)}"
+        return Item("embedding", self.stored_bytes(tables, stored), reason)
+
+    def _detail(self, precision: str) -> str:
+        """How a weight is stored."""
+        if precision in QUANTIZED:
+            scales = {"int8": "a scale per row", "int4": "scale and shift per group"}[precision]
+            return f"{precision} codes, {scales}"
+        plane = " + 1 for the low plane" if self._plane_bytes(precision) else ""
+        return f"{precision}, {BYTES_PER_WEIGHT[precision]} bytes each{plane}"
 
     def _slots(self, precision: str, on_disk: int) -> list[Item]:
         """The weights where blocks and tables are on disk."""
@@ -461,7 +470,7 @@ class Footprint:
         items = [Item(ACTIVATIONS, self._activations(rows, compute_bytes), reason, "forward")]
         if BYTES_PER_WEIGHT.get(precision) != compute_bytes:
             largest = max(m.numel for m in shape.matrices) * compute_bytes
-            compute = compute_dtype(precision, self.bf16_fast)[0]
+            compute = self.compute_dtype(precision)[0]
             reason = f"{precision} weights become {compute} a tile at a time"
             items.append(Item("expanded weights", min(largest, TILE_BYTES), reason, "forward"))
         widest = max(m.d_out + m.d_in for m in shape.matrices)
@@ -504,19 +513,28 @@ class Footprint:
         return (max(attending, mlp + left) + rows * rotary) * compute_bytes
 
     def _update(self, precision: str, micro_batch: int, compute_bytes: int, on_disk: int) -> Item:
+        rounds = "full" in self.cfg.train and precision != "fp32"
+        copies = ROUNDED_UPDATE_TILES if rounds else UPDATE_TILES
+        size = copies * min(TILE_BYTES, self._largest_trained())
+        reason = "weights, direction and change of one tile, in fp32"
+        if on_disk:
+            # A block is updated, or made again, between two blocks' forwards.
+            hidden = HIDDEN_COPIES * self._rows(micro_batch) * self.shape.hidden * compute_bytes
+            size = hidden + max(size, self._staged_bytes(precision))
+            reason += "; the hidden states, since a block is updated when the forward comes to it"
+        return Item("update tiles", size, reason, "update")
+
+    def _largest_trained(self) -> int:
+        """Bytes in fp32 of the largest tensor that an update moves."""
         shape, cfg = self.shape, self.cfg
         sizes = [shape.hidden]
         if "lowrank" in cfg.train:
             sizes += [m.d_out * cfg.rank for m in shape.matrices]
         if "full" in cfg.train:
-            sizes += [m.numel for m in (*shape.matrices, *shape.tables)]
-        rounds = "full" in cfg.train and precision != "fp32"
-        copies = ROUNDED_UPDATE_TILES if rounds else UPDATE_TILES
-        size = copies * min(TILE_BYTES, 4 * max(sizes))
-        reason = "weights, direction and change of one tile, in fp32"
-        if on_disk:
-            # A block is updated, or made again, between two blocks' forwards.
-            hidden = HIDDEN_COPIES * self._rows(micro_batch) * shape.hidden * compute_bytes
-            size = hidden + max(size, self._staged_bytes(precision))
-            reason += "; the hidden states, since a block is updated when the forward comes to it"
-        return Item("update tiles", size, reason, "update")
+            sizes += [m.numel for m in shape.matrices]
+            sizes += [self._moved_rows(t) * t.d_in for t in shape.tables]
+        return 4 * max(sizes)
+
+    def _moved_rows(self, table: MatrixShape) -> int:
+        """Rows of a table that one update may move."""
+        return table.d_out

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from edgezo import noise
+from edgezo.layouts import CPU
 from edgezo.noise import Key
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
@@ -48,14 +49,17 @@ class ExactHead:
         self._seen: list[Tensor] = []
 
     @staticmethod
-    def for_labels(count: int, hidden: int) -> ExactHead:
-        return ExactHead(torch.zeros(count, hidden), None)
+    def for_labels(count: int, hidden: int, device: torch.device = CPU) -> ExactHead:
+        return ExactHead(torch.zeros(count, hidden, device=device), None)
 
     @staticmethod
-    def for_vocabulary(vocab: int, hidden: int, rank: int, seed: int) -> ExactHead:
+    def for_vocabulary(
+        vocab: int, hidden: int, rank: int, seed: int, device: torch.device = CPU
+    ) -> ExactHead:
         key, tensor = Key(seed, 0), noise.tensor_id("head")
         signs = noise.signs(key, tensor, noise.BASIS, slice(0, rank), hidden).float()
-        return ExactHead(torch.zeros(vocab, rank), signs / hidden**0.5, VOCABULARY_PACE)
+        basis = (signs / hidden**0.5).to(device)
+        return ExactHead(torch.zeros(vocab, rank, device=device), basis, VOCABULARY_PACE)
 
     def features(self, hidden: Tensor) -> Tensor:
         """What delta multiplies, (n, width) fp32."""

@@ -20,6 +20,7 @@ from edgezo import noise
 from edgezo.footprint import TILE_BYTES, int4_group
 from edgezo.noise import Key
 
+CPU = torch.device("cpu")
 DENSE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _QUANTISE_BYTES = 16  # an element being quantised: in fp32, with the copies that rounding it takes
@@ -126,6 +127,7 @@ class Dense:
             dither = torch.cat(
                 [noise.uniform(key, tensor, noise.ROUNDING, line, self.shape[1]) for line in lines]
             )
+        dither = dither.to(values.device)
         # Compared, not added: values / ulp + dither would round, and lift values that lie on the grid.
         steps = values / ulp
         below = torch.floor(steps)
@@ -269,6 +271,12 @@ def place(
         case dense:
             values = weight.to(DENSE_DTYPES[dense]).contiguous()
             return Dense(values, rounding=rounding if trained else None)
+
+
+def moved(layout: Layout, device: torch.device) -> Layout:
+    """The layout with its raw tensors on ``device``."""
+    layout.adopt({name: tensor.to(device) for name, tensor in layout.tensors().items()})
+    return layout
 
 
 def vacant(

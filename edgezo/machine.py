@@ -2,13 +2,17 @@
 
 RAM is what psutil says, or less where a control group (version 1, version 2 or both) limits this
 process. Every reader of ``/proc`` and ``/sys`` takes the root of the tree, so that tests can hand in
-one made on disk. Nothing here imports torch.
+one made on disk. GPUs are what ``nvidia-smi`` says. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import platform
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -80,6 +84,17 @@ class CgroupMemory:
         return max(0, self.limit_bytes - self.usage_bytes + self.reclaimable_bytes)
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA GPU, with what ``nvidia-smi`` says of its memory."""
+
+    index: int
+    name: str
+    total_bytes: int
+    available_bytes: int  # free at this moment
+    uuid: str
+
+
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
 
@@ -91,6 +106,7 @@ class Machine:
     bf16_fast: bool  # bf16 matrix products in hardware; without them bf16 is slower than fp32
     flops_s: float  # of fp32 matrix products on all cores, estimated from clock and vector width
     cgroup: CgroupMemory | None
+    gpu: Gpu | None  # the first that this process may use; None also where PyTorch could not use it
     notes: tuple[str, ...]  # where each number comes from, for people
 
 
@@ -125,7 +141,71 @@ def machine(root: Path = ROOT) -> Machine:
     )
     flops_s = usable * _clock_hz() * _flops_per_cycle(flags)
     notes.append(f"speed: about {flops_s / 1e9:.0f} GFLOP/s, from clock and vector width")
-    return Machine(total_bytes, available_bytes, usable, fast, flops_s, limit, tuple(notes))
+    gpu, about_gpu = _usable_gpu()
+    notes.append(about_gpu)
+    return Machine(total_bytes, available_bytes, usable, fast, flops_s, limit, gpu, tuple(notes))
+
+
+# ---------------------------------------------------------------------------------------------
+# GPUs
+
+_QUERY = "--query-gpu=index,name,memory.total,memory.free,uuid"
+_QUERY_TIMEOUT_S = 10  # without a persistent driver the first answer takes seconds
+
+
+def nvidia_gpus() -> tuple[Gpu, ...]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves to this process, in its order; () where there are none."""
+    command = ["nvidia-smi", _QUERY, "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    found = [gpu for line in done.stdout.splitlines() if (gpu := _gpu(line)) is not None]
+    wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if wanted is None:
+        return tuple(found)
+    visible = []
+    for word in map(str.strip, wanted.split(",")):
+        named = [g for g in found if word == str(g.index) or (word[4:] and g.uuid.startswith(word))]
+        if not named:
+            break  # CUDA too takes nothing from the first name on that it does not know
+        visible.append(named[0])
+    return tuple(visible)
+
+
+def _gpu(line: str) -> Gpu | None:
+    """One line of the query; None where a size is not known ("[N/A]": the GPU shares the RAM)."""
+    words = [word.strip() for word in line.split(",")]
+    if len(words) != 5 or not all(words[i].isdecimal() for i in (0, 2, 3)):
+        return None
+    index, name, total_mib, free_mib, uuid = words
+    return Gpu(int(index), name, int(total_mib) << 20, int(free_mib) << 20, uuid)
+
+
+def torch_has_cuda() -> bool:
+    """Whether the installed PyTorch is built for CUDA, by its version file: importing it takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    text = read_text(Path(spec.origin).with_name("version.py"))
+    said = re.search(r"^cuda\b[^=\n]*=\s*(\S+)", text, re.MULTILINE)
+    return said is not None and said[1] != "None"
+
+
+def _usable_gpu() -> tuple[Gpu | None, str]:
+    """(the GPU that a run would use, a note)."""
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        return None, "GPU: it shares the RAM, which is the figure that counts; edgezo uses the CPU"
+    found = nvidia_gpus()
+    if not found:
+        return None, "GPU: none that nvidia-smi shows to this process"
+    gpu = found[0]
+    if not torch_has_cuda():
+        return None, f"GPU: {gpu.name}, of no use: the PyTorch that is installed is for CPUs only"
+    free, total = format_bytes(gpu.available_bytes), format_bytes(gpu.total_bytes)
+    return gpu, f"GPU: {gpu.name}, {free} of its {total} free"
 
 
 def _affinity_cores() -> int:

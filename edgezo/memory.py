@@ -272,10 +272,11 @@ class Guard:
         margin_bytes: int,
         rss: Callable[[], int] = rss_bytes,
         planned_bytes: int | None = None,
+        trim: Callable[[], object] = lambda: malloc_trim(),
     ) -> None:
         self.cap_bytes = cap_bytes
         self.margin_bytes = margin_bytes
-        self._rss = rss
+        self._rss, self._trim = rss, trim  # what is held, and giving back what is not in use
         # The peak of the plan: temporaries of many sizes leave holes in the heap, which would exceed it.
         self._planned_bytes = cap_bytes if planned_bytes is None else planned_bytes
 
@@ -291,10 +292,10 @@ class Guard:
         """
         room_bytes = self.room_bytes()
         if room_bytes < 0:
-            malloc_trim()
+            self._trim()
             self.check(need_bytes, item)
         elif self.cap_bytes - room_bytes > self._planned_bytes:
-            malloc_trim()
+            self._trim()
 
     def check(self, need_bytes: int = 0, item: str = "the next step") -> None:
         """Raise BudgetExceeded if `need_bytes` more for `item` would go above cap - margin.
@@ -303,7 +304,7 @@ class Guard:
         """
         if need_bytes <= self.room_bytes():
             return
-        malloc_trim()
+        self._trim()
         room_bytes = self.room_bytes()
         if need_bytes <= room_bytes:
             return

@@ -26,7 +26,7 @@ from edgezo.data import Batch
 from edgezo.directions import DIRECTIONS
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.head import ExactHead
-from edgezo.layouts import DENSE_DTYPES, Dense, Int8, Layout, place, vacant
+from edgezo.layouts import CPU, DENSE_DTYPES, Dense, Int8, Layout, moved, place, vacant
 from edgezo.noise import Key
 from edgezo.objective import Scorer
 from edgezo.overlay import DiskTable
@@ -45,7 +45,7 @@ from edgezo.weights import Saved, Trainable, WeightStore
 if TYPE_CHECKING:
     from edgezo.loader import ModelFiles
     from edgezo.readers import TensorSource
-    from edgezo.residency import DiskSpec
+    from edgezo.residency import Medium
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class ModelSpec:
     kind: str = "label"  # the dataset's kind
     label_ids: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32  # compute dtype
-    disk: DiskSpec | None = None  # where blocks that do not stay in memory lie
+    device: torch.device = CPU
+    away: Medium | None = None  # where blocks that do not stay in memory lie
 
 
 @dataclass
@@ -84,8 +85,9 @@ class Model:
     def probe(self, batch: Batch, key: Key, sigma: float) -> Probe:
         """The two-sided probe of a batch's packed tokens."""
         lengths = torch.tensor(batch.lengths)
-        example = batch.row_example.repeat_interleave(lengths).repeat(2)
-        side = torch.ones(len(example), dtype=self.context.dtype)
+        device = self.context.device
+        example = batch.row_example.repeat_interleave(lengths).repeat(2).to(device)
+        side = torch.ones(len(example), dtype=self.context.dtype, device=device)
         side[len(side) // 2 :] = -1
         return Probe(self.store.directions, key, sigma, batch.slots, example, side)
 
@@ -93,14 +95,15 @@ class Model:
     def losses(
         self, batch: Batch, probe: Probe | None = None, *, sides: int = 1, learn: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Losses (sides, b) fp32 and predictions (sides, b) of a packed batch.
+        """Losses (sides, b) fp32 and predictions (sides, b) of a packed batch, on the CPU.
 
         With a probe ``sides`` is 2: the + side of every row, then the - side. ``learn``: see ``Scorer``.
         """
-        plan = packing.Packing.of(batch.lengths * sides)
-        ids, at = batch.ids.repeat(sides)[None], batch.score_index
-        index = torch.cat([at + side * len(batch.ids) for side in range(sides)])
-        positions = (plan.positions() + self.position_offset)[None]
+        device, at = self.context.device, batch.score_index
+        plan = packing.Packing.of(batch.lengths * sides, device)
+        ids = batch.ids.repeat(sides)[None].to(device)
+        index = torch.cat([at + side * len(batch.ids) for side in range(sides)]).to(device)
+        positions = (plan.positions() + self.position_offset)[None].to(device)
         self.context.probe = probe
         try:
             with packing.packed(plan):
@@ -111,7 +114,8 @@ class Model:
                 # From here on an operation's tokens are the scored positions (RoBERTa's head has linears too).
                 self.context.probe = probe = probe.at(index)
             hidden = self.module.lm_head(hidden[index])  # type: ignore[operator]
-            return self.scorer(hidden, batch, probe, sides, learn)
+            losses, predicted = self.scorer(hidden, batch, probe, sides, learn)
+            return losses.cpu(), predicted.cpu()
         finally:
             self.context.probe = None
 
@@ -141,7 +145,7 @@ class Model:
         return found
 
     def close(self) -> None:
-        """End the thread and files of weights on disk."""
+        """Let go of what weights elsewhere hold: files, threads, locked memory."""
         if self.store.residency is not None:
             self.store.residency.close()
 
@@ -173,8 +177,10 @@ class _Builder:
     def __init__(self, files: ModelFiles, module: nn.Module, recipe: ModelSpec):
         self.files, self.module, self.recipe = files, module, recipe
         self.names = loader.source_names(files, module)
-        self.store = WeightStore(recipe.seed, recipe.rank, DIRECTIONS[recipe.directions])
-        self.context = Context(recipe.dtype)
+        self.device = recipe.device
+        directions = DIRECTIONS[recipe.directions]
+        self.store = WeightStore(recipe.seed, recipe.rank, directions, self.device)
+        self.context = Context(recipe.dtype, self.device)
         self.train = set(recipe.train)
         self.table_rows = 0  # rows of all embedding tables seen so far, for `touched` numbering
         self.frozen: list[str] = []
@@ -183,7 +189,7 @@ class _Builder:
         self.input = module.get_input_embeddings()  # type: ignore[operator]
         self.tied = self.output.weight is self.input.weight
         self.head: PerturbedHead | None = None
-        self.disk = _OnDisk(self, recipe.disk) if recipe.disk is not None else None
+        self.away = _Away(self, recipe.away) if recipe.away is not None else None
 
     def run(self) -> None:
         owners = [
@@ -191,20 +197,20 @@ class _Builder:
             for name, sub in self.module.named_modules()
             if isinstance(getattr(sub, "weight", None), nn.Parameter)
         ]
-        # Largest first, blocks that go to disk after that and one by one; the output embedding last, because
+        # Largest first, blocks that go elsewhere after that and one by one; the output embedding last, because
         # a tied one is its input embedding.
-        disk = self.disk
+        away = self.away
         owners.sort(
             key=lambda item: (
                 item[1] is self.output,
-                disk.block_of(item[0]) if disk is not None else -1,
+                away.block_of(item[0]) if away is not None else -1,
                 -item[1].weight.numel(),
                 item[0],
             )
         )
         for name, sub in owners:
-            if disk is not None:
-                disk.enter(disk.block_of(name))
+            if away is not None:
+                away.enter(away.block_of(name))
             if sub is self.output:
                 self._head(name, sub)
             elif sub.weight.dim() == 1:
@@ -213,9 +219,13 @@ class _Builder:
                 self._embedding(name, sub)
             else:
                 self._linear(name, sub)
-        if disk is not None:
-            disk.enter(-1)
-            disk.residency.attach(list(disk.layers)[disk.first :])
+        if away is not None:
+            away.enter(-1)
+            away.residency.attach(list(away.layers)[away.first :])
+        for sub in self.module.modules():
+            for name, buffer in sub._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    sub._buffers[name] = buffer.to(self.device)
         left = [n for n, p in self.module.named_parameters() if p.is_meta]
         left += [n for n, b in self.module.named_buffers() if b.is_meta]
         if left:
@@ -230,15 +240,15 @@ class _Builder:
         exact = None
         if "head" in self.train:
             exact = (
-                ExactHead.for_labels(len(recipe.label_ids), hidden)
+                ExactHead.for_labels(len(recipe.label_ids), hidden, self.device)
                 if recipe.kind == "label"
                 else ExactHead.for_vocabulary(
-                    self.output.out_features, hidden, recipe.rank, recipe.seed
+                    self.output.out_features, hidden, recipe.rank, recipe.seed, self.device
                 )
             )
         assert self.head is not None
         softcap = getattr(config.get_text_config(), "final_logit_softcapping", None)
-        labels = torch.tensor(recipe.label_ids, dtype=torch.int64)
+        labels = torch.tensor(recipe.label_ids, dtype=torch.int64, device=self.device)
         masked = self.files.kind == "masked"
         return Model(
             module=self.module,
@@ -277,16 +287,17 @@ class _Builder:
                 weight = weight.T.contiguous()
             return place(weight, recipe.precision, **how)
 
-        if self.disk is None or (not table and self.disk.block_of(name) < 0):
-            layout: Layout | DiskTable = make()
-        else:
+        layout: Layout | DiskTable | None = None
+        if self.away is not None:
             rows, cols = self.files.source.shape(self.names[name])
             shape = (cols, rows) if transpose else (rows, cols)
             empty = vacant(shape, recipe.precision, **how)
             if table:
-                layout = self.disk.residency.table(name, empty, make)
-            else:
-                layout = self.disk.hold(name, empty, make)
+                layout = self.away.residency.medium.table(empty, make)
+            elif self.away.block_of(name) >= 0:
+                layout = self.away.hold(name, empty, make)
+        if layout is None:
+            layout = moved(make(), self.device)
         self.store.layouts[name] = layout
         return layout
 
@@ -296,7 +307,7 @@ class _Builder:
         if self.train & {"norms", "full"}:
             return None, self.store.train_vector(name, values)
         self.frozen.append(name)
-        held = self.store.vectors[name] = values.to(self.recipe.dtype)
+        held = self.store.vectors[name] = values.to(self.device, self.recipe.dtype)
         return held, None
 
     def _matrix(
@@ -335,9 +346,9 @@ class _Builder:
         if "scales" in self.train:
             fields["gain_row"] = self.store.train_vector(f"{weight}#gain", torch.zeros(rows))
         if "lowrank" in self.train:
-            factor = Dense(torch.zeros(rows, self.recipe.rank))
+            factor = Dense(torch.zeros(rows, self.recipe.rank, device=self.device))
             fields["lowrank_row"] = self.store.train(f"{weight}#lowrank", factor)
-            fields["basis"] = self.store.basis(weight, cols).to(self.recipe.dtype)
+            fields["basis"] = self.store.basis(weight, cols).to(self.device, self.recipe.dtype)
         _become(sub, PerturbedLinear, fields)
 
     def _embedding(self, name: str, sub: nn.Embedding) -> None:
@@ -366,7 +377,7 @@ class _Builder:
         else:
             layout = self._layout(weight, table=True)
             labels = self.recipe.kind == "label"
-            fixed = torch.tensor(self.recipe.label_ids) if labels else None
+            fixed = torch.tensor(self.recipe.label_ids, device=self.device) if labels else None
             matrix = self._matrix(weight, layout, fixed=fixed)
         fields: dict[str, object] = {
             "matrix": matrix,
@@ -419,22 +430,22 @@ class _Rows:
         return self.source.read(self.name, None, rows)
 
 
-class _OnDisk:
-    """The builder's part that sends tables and the last blocks to disk, one block at a time."""
+class _Away:
+    """The builder's part that gives the last blocks a home elsewhere, one block at a time."""
 
-    def __init__(self, builder: _Builder, spec: DiskSpec):
+    def __init__(self, builder: _Builder, medium: Medium):
         from edgezo.residency import Residency, decoder_layers
 
-        self.store, self.first = builder.store, spec.resident_blocks
+        self.store, self.first = builder.store, medium.resident_blocks
         count = builder.files.shape.layers
         self.prefix, self.layers = decoder_layers(builder.module, count)
-        self.residency = self.store.residency = Residency(spec, self.store.catch_up)
+        self.residency = self.store.residency = Residency(medium, self.store.catch_up)
         self._index = -1  # the block that is being put together, and its matrices
         self._layouts: dict[str, Layout] = {}
         self._make: dict[str, Callable[[], Layout]] = {}
 
     def block_of(self, name: str) -> int:
-        """Which block a parameter or module is of, if that goes to disk; else -1."""
+        """Which block a parameter or module is of, if that goes elsewhere; else -1."""
         if not name.startswith(self.prefix + "."):
             return -1
         index = int(name[len(self.prefix) + 1 :].partition(".")[0])
@@ -445,11 +456,11 @@ class _OnDisk:
         return empty
 
     def enter(self, index: int) -> None:
-        """The next module is of block ``index``: whatever was held of another block goes to disk."""
+        """The next module is of block ``index``: whatever was held of another block goes there."""
         if index != self._index and self._layouts:
             rows = [self.store.trainables[n] for n in self._layouts if n in self.store.trainables]
             for row in rows:
-                row.on_disk = True
+                row.away = True
             self.residency.block(self._layouts, self._make, trained=bool(rows))
             self._layouts, self._make = {}, {}
         self._index = index
@@ -465,7 +476,7 @@ def _become(sub: nn.Module, kind: type, fields: dict[str, object]) -> None:
     for name in list(sub._parameters):
         sub._parameters[name] = None
     sub._parameters["weight"] = nn.Parameter(
-        torch.empty(0, dtype=context.dtype), requires_grad=False
+        torch.empty(0, dtype=context.dtype, device=context.device), requires_grad=False
     )
     sub.__class__ = kind
     for name, value in fields.items():

@@ -45,8 +45,10 @@ class Scorer:
         """
         if self.kind == "label":
             return self._labels(hidden, batch, probe, sides, learn)
-        nll_of, gradient_of = self._vocabulary(hidden, batch.score_ids.repeat(sides), probe)
-        nll = nll_of()
+        ids = batch.score_ids.repeat(sides).to(hidden.device)
+        nll_of, gradient_of = self._vocabulary(hidden, ids, probe)
+        # A few numbers; added up on the CPU, because a GPU adds to one place in any order.
+        nll = nll_of().cpu()
         row = torch.cat([batch.score_row + side * len(batch.lengths) for side in range(sides)])
         rows = sides * len(batch.lengths)
         count = torch.zeros(rows).index_add_(0, row, torch.ones(len(row)))
@@ -57,7 +59,7 @@ class Scorer:
             losses, weight = mean.view(sides, -1), torch.ones(rows)
             predicted = torch.full(losses.shape, -1)
         if learn and self.exact is not None:
-            gradient_of((weight / count)[row] * learn)
+            gradient_of(((weight / count)[row] * learn).to(hidden.device))
         return losses, predicted
 
     def _labels(
@@ -68,7 +70,7 @@ class Scorer:
         if self.exact is not None and features is not None:
             logits = logits + features @ self.exact.delta.T
         capped = self._cap(logits)
-        labels = batch.labels.repeat(sides)
+        labels = batch.labels.repeat(sides).to(hidden.device)
         losses = F.cross_entropy(capped, labels, reduction="none")
         if learn and self.exact is not None and features is not None:
             error = torch.softmax(capped, -1) - F.one_hot(labels, capped.shape[1])
@@ -96,8 +98,8 @@ class Scorer:
     ) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
         """Two passes over vocabulary tiles: negative log-likelihoods (m,), then the head's weighted gradient."""
         features = self.exact.features(hidden) if self.exact is not None else None
-        lse = torch.full((len(hidden),), float("-inf"))
-        target = torch.zeros(len(hidden))
+        lse = torch.full((len(hidden),), float("-inf"), device=hidden.device)
+        target = torch.zeros(len(hidden), device=hidden.device)
 
         def pieces() -> Iterator[tuple[slice, slice, Tensor]]:
             vocab, d = self.head.matrix.layout.shape
@@ -107,7 +109,8 @@ class Scorer:
                 rows = slice(start, min(start + step, vocab))
                 for first in range(0, len(hidden), part):
                     chunk = slice(first, min(first + part, len(hidden)))
-                    own = None if probe is None else probe.at(torch.arange(chunk.start, chunk.stop))
+                    at = torch.arange(chunk.start, chunk.stop, device=hidden.device)
+                    own = None if probe is None else probe.at(at)
                     logits = self.head.logits(hidden[chunk], rows, own).float()
                     if features is not None and self.exact is not None:
                         logits = logits.addmm(features[chunk], self.exact.delta[rows].T)

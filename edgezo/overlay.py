@@ -28,9 +28,10 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +41,9 @@ from edgezo.errors import EdgezoError
 from edgezo.files import write_error
 from edgezo.footprint import PAGE_BYTES
 from edgezo.layouts import Dense, Layout, tiles
+
+if TYPE_CHECKING:
+    from edgezo.residency import Home
 
 MAGIC = b"\x89EZO\r\n\x1a\n"
 VERSION = 1
@@ -53,7 +57,7 @@ class Damaged(Exception):
 
 @dataclass
 class Traffic:
-    """Bytes of overlay files that a running model has read and written, counted when they are asked for."""
+    """Bytes of blocks elsewhere that a running model has read and written, counted when they are asked for."""
 
     read_bytes: int = 0
     written_bytes: int = 0
@@ -89,7 +93,7 @@ class OverlayFile:
     """One file: head page and data. Raises EdgezoError where the disk refuses, OSError never."""
 
     def __init__(self, path: Path, identity: str, layouts: Mapping[str, Layout], traffic: Traffic):
-        self.path, self.traffic = path, traffic
+        self.path, self.name, self.traffic = path, str(path), traffic
         self.parts, self.data_bytes = parts_of(layouts)
         told = [identity, [(p.owner, p.suffix, str(p.dtype), p.shape) for p in self.parts]]
         self._digest = hashlib.sha256(json.dumps(told).encode()).digest()
@@ -211,6 +215,61 @@ def _write(fd: int, data: bytes | memoryview, offset: int) -> None:
         else:
             os.lseek(fd, offset + at, os.SEEK_SET)
             at += os.write(fd, view[at : at + (1 << 24)])
+
+
+@dataclass
+class DiskMedium:
+    """Where an overlay lies, and which decoder layers stay in memory: the first ones.
+
+    One thread does all reads and writes of blocks, in the order in which they were queued.
+    """
+
+    directory: Path
+    identity: str  # of the run that the files must be of
+    resident_blocks: int = 0
+    kind: str = "disk"
+    traffic: Traffic = field(default_factory=Traffic)
+    _files: list[OverlayFile] = field(default_factory=list)
+    _tables: int = 0
+
+    def __post_init__(self) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise write_error(self.directory, "the overlay", problem) from problem
+        for file in self.directory.glob("block-*.overlay"):
+            # Of a layer that stays in memory now: what it holds would be outdated when it is wanted again.
+            if int(file.name.split("-")[1].split(".")[0]) < self.resident_blocks:
+                file.unlink(missing_ok=True)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="overlay")
+
+    def home(self, name: str, layouts: Mapping[str, Layout]) -> OverlayFile:
+        file = OverlayFile(self.directory / f"{name}.overlay", self.identity, layouts, self.traffic)
+        self._files.append(file)
+        return file
+
+    def table(self, vacant: Layout, make: Callable[[slice], Layout]) -> DiskTable:
+        file = self.home(f"table-{self._tables}", {"table": vacant})
+        self._tables += 1
+        file.open()
+        held = DiskTable(file, vacant)
+        held.fill(make)
+        return held
+
+    def slot(self, nbytes: int) -> Tensor:
+        return torch.zeros(nbytes, dtype=torch.uint8)
+
+    def read(self, home: Home, slot: Tensor) -> Future[None]:
+        return self._thread.submit(home.read, slot)
+
+    def write(self, home: Home, slot: Tensor, applied: int) -> Future[None]:
+        return self._thread.submit(home.write, slot, applied)
+
+    def close(self) -> None:
+        """Wait for what is queued and close the files."""
+        self._thread.shutdown(wait=True)
+        for file in self._files:
+            file.close()
 
 
 class DiskTable:

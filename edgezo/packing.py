@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgezo.layouts import CPU
+
 ATTENTION = "edgezo_packed"
 _GROUP_TOKENS = 4096  # bound of one padded group: its scores and copies stay a tile
 _WASTE = 1.15  # padded tokens of a group over real ones
@@ -26,6 +28,7 @@ class Group:
 
     index: Tensor  # (R, T) int64; padding repeats the row's first token
     valid: Tensor  # (R, T) bool
+    at: tuple[Tensor, Tensor]  # (tokens,) int64 each: where ``valid`` is true
     full: bool  # no padding at all
 
 
@@ -37,7 +40,7 @@ class Packing:
     groups: tuple[Group, ...]
 
     @staticmethod
-    def of(lengths: tuple[int, ...]) -> Packing:
+    def of(lengths: tuple[int, ...], device: torch.device = CPU) -> Packing:
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
@@ -50,10 +53,10 @@ class Packing:
                 tokens = sum(lengths[m] for m in members) + lengths[row]
                 padded = longest * (len(members) + 1)
                 if padded > _WASTE * tokens or padded > _GROUP_TOKENS:
-                    groups.append(_group(members, lengths, starts))
+                    groups.append(_group(members, lengths, starts, device))
                     members = []
             members.append(row)
-        groups.append(_group(members, lengths, starts))
+        groups.append(_group(members, lengths, starts, device))
         return Packing(tuple(lengths), tuple(groups))
 
     def positions(self) -> Tensor:
@@ -61,12 +64,16 @@ class Packing:
         return torch.cat([torch.arange(length) for length in self.lengths])
 
 
-def _group(members: list[int], lengths: tuple[int, ...], starts: list[int]) -> Group:
+def _group(
+    members: list[int], lengths: tuple[int, ...], starts: list[int], device: torch.device
+) -> Group:
     own = torch.tensor([lengths[m] for m in members])[:, None]
     begin = torch.tensor([starts[m] for m in members])[:, None]
     column = torch.arange(int(own.max()))[None]
     valid = column < own
-    return Group(begin + torch.where(valid, column, 0), valid, bool(valid.all()))
+    index = (begin + torch.where(valid, column, 0)).to(device)
+    row, column = (at.to(device) for at in valid.nonzero(as_tuple=True))
+    return Group(index, valid.to(device), (row, column), bool(valid.all()))
 
 
 _current: ContextVar[Packing] = ContextVar("packing")
@@ -98,7 +105,7 @@ def packed_attention(
     """Attention within rows; (1, n, heads, head_dim) and no weights, as transformers' interface asks."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     q, k, v = query[0], key[0], value[0]
-    out = torch.empty(q.shape[1], q.shape[0], q.shape[2], dtype=q.dtype)
+    out = torch.empty(q.shape[1], q.shape[0], q.shape[2], dtype=q.dtype, device=q.device)
     for group in _current.get().groups:
         # (R, heads, T, head_dim) each
         in_rows = [part[:, group.index].transpose(0, 1) for part in (q, k, v)]
@@ -107,7 +114,7 @@ def packed_attention(
         if group.full:
             out[group.index.reshape(-1)] = found.reshape(-1, *out.shape[1:])
         else:
-            out[group.index[group.valid]] = found[group.valid]
+            out[group.index[group.at]] = found[group.at]
     return out[None], None
 
 
@@ -128,7 +135,8 @@ def _attend(
     if not plain or softcap is not None:
         mask = group.valid[:, None, None, :].expand(-1, 1, length, -1)
         if causal or windowed:
-            distance = torch.arange(length)[:, None] - torch.arange(length)[None]
+            at = torch.arange(length, device=q.device)
+            distance = at[:, None] - at[None]
             near = torch.ones_like(distance, dtype=torch.bool)
             if causal:
                 near &= distance >= 0
@@ -143,6 +151,8 @@ def _attend(
         scores = torch.tanh(scores / softcap) * softcap
         assert mask is not None
         return torch.softmax(scores.masked_fill(~mask, float("-inf")), -1) @ v
+    if mask is not None and q.is_cuda:  # the fused kernels take a mask or grouped keys, not both
+        k, v, repeat = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), 1
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=plain, scale=scaling, enable_gqa=repeat > 1
     )

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgezo.directions import Directions
-from edgezo.layouts import Layout, tiles
+from edgezo.layouts import CPU, Layout, tiles
 from edgezo.noise import Key
 from edgezo.weights import Trainable
 
@@ -54,18 +54,21 @@ class Probe:
         return Probe(self.directions, self.key, self.sigma, self.slots, self.example[index], sign)
 
     def rows(self, row: Trainable) -> Tensor:
-        return self.directions.row_signs(self.key, row.target, self.slots).to(self.mask.dtype)
+        return self._here(self.directions.row_signs(self.key, row.target, self.slots))
 
     def cols(self, row: Trainable) -> Tensor:
-        return self.directions.col_signs(self.key, row.target, self.slots).to(self.mask.dtype)
+        return self._here(self.directions.col_signs(self.key, row.target, self.slots))
 
-    def dense(self, row: Trainable, rows: slice) -> Tensor:
-        return self.directions.dense_rows(self.key, row.target, rows).to(self.mask.dtype)
+    def dense(self, row: Trainable, rows: slice | Tensor) -> Tensor:
+        return self._here(self.directions.dense_at(self.key, row.target, rows))
 
     def vector(self, row: Trainable) -> Tensor:
         """D_i of a vector, (b, rows)."""
-        found = self.directions.vectors(self.key, row.target, self.slots)
-        return found.to(self.mask.dtype)
+        return self._here(self.directions.vectors(self.key, row.target, self.slots))
+
+    def _here(self, noise: Tensor) -> Tensor:
+        """Moved as it was made, signs as bytes, and only then widened."""
+        return noise.to(self.mask.device).to(self.mask.dtype)
 
 
 @dataclass
@@ -73,6 +76,7 @@ class Context:
     """What every perturbed module of one model shares."""
 
     dtype: torch.dtype  # compute dtype
+    device: torch.device = CPU
     probe: Probe | None = None
     scratch: dict[str, Tensor] = field(default_factory=dict)
     touched: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # (slot, row) pairs
@@ -81,15 +85,17 @@ class Context:
         """A reused (rows, cols) tile of the compute dtype."""
         held = self.scratch.get(name)
         if held is None or held.numel() < rows * cols:
-            self.scratch[name] = held = torch.empty(rows * cols, dtype=self.dtype)
+            self.scratch[name] = held = torch.empty(
+                rows * cols, dtype=self.dtype, device=self.device
+            )
         return held[: rows * cols].view(rows, cols)
 
     def note_touched(self, ids: Tensor, offset: int) -> None:
         """Remember which rows of an embedding table each example used."""
         assert self.probe is not None
         half = len(ids) // 2  # both sides read the same rows
-        slot = torch.tensor(self.probe.slots)[self.probe.example[:half]]
-        self.touched.append((slot.numpy(), ids[:half].numpy() + offset))
+        slot = torch.tensor(self.probe.slots)[self.probe.example[:half].cpu()]
+        self.touched.append((slot.numpy(), ids[:half].cpu().numpy() + offset))
 
 
 @dataclass
@@ -150,7 +156,7 @@ class PerturbedLinear(nn.Module):
         shape, probe = x.shape, self.context.probe
         x = x.reshape(-1, shape[-1])
         rows, cols = self.matrix.layout.shape
-        y = torch.empty(len(x), rows, dtype=self.context.dtype)
+        y = torch.empty(len(x), rows, dtype=self.context.dtype, device=x.device)
         for tile in tiles(rows, cols, y.element_size()):
             self.matrix.product(x, tile, y[:, tile])
         thin = self.matrix.thin(x)
@@ -212,7 +218,7 @@ class PerturbedHead(nn.Module):
         full = self.matrix.full
         if full is not None and probe is not None:
             if probe.directions.dense is not None:
-                u = probe.directions.dense_at(probe.key, full.target, rows).to(y.dtype)
+                u = probe.dense(full, rows)
             if not probe.directions.factored:
                 y.addmm_(hidden * probe.side[:, None], u.T)
             elif probe.directions.dense is None:
@@ -239,7 +245,7 @@ class PerturbedEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         ids = input.reshape(-1)
         cols = self.matrix.layout.shape[1]
-        out = torch.empty(len(ids), cols, dtype=self.context.dtype)
+        out = torch.empty(len(ids), cols, dtype=self.context.dtype, device=ids.device)
         self.matrix.layout.expand(ids, out)
         full, probe = self.matrix.full, self.context.probe
         if full is not None and probe is not None:
@@ -257,8 +263,7 @@ class PerturbedEmbedding(nn.Embedding):
             moved = probe.side[:, None].expand(out.shape)
         if probe.directions.dense is not None:
             unique, inverse = torch.unique(ids, return_inverse=True)
-            dense = probe.directions.dense_at(probe.key, full.target, unique).to(out.dtype)
-            moved = moved * dense[inverse]
+            moved = moved * probe.dense(full, unique)[inverse]
         out.add_(moved)
 
 

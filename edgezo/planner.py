@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from edgezo.budget import budget, choose_device, default_budget, mb
 from edgezo.config import RunConfig
 from edgezo.errors import DoesNotFit
 from edgezo.footprint import (
@@ -24,11 +25,11 @@ from edgezo.footprint import (
     Item,
     ModelShape,
     TokenStats,
-    compute_dtype,
     peak_bytes,
     phase_bytes,
     rounding_of,
 )
+from edgezo.footprint_cuda import CudaFootprint
 
 if TYPE_CHECKING:
     from edgezo.cards import Card, Shape
@@ -43,11 +44,15 @@ __all__ = [
     "default_budget",
     "largest_card",
     "make_plan",
+    "mb",
 ]
 
 DEFAULT_BATCH = 16  # directions a step: more take too long on a small machine, fewer are noisy
 SHARE_OF_PEAK = 0.6  # of the estimated speed that a whole step reaches
 BF16_SPEED_UP = 4  # of products in hardware over fp32; between 2 (AVX-512) and 16 (AMX)
+# On a GPU: what a step takes a block, however small (noise is made on the CPU), and how fast it multiplies and copies
+# from the RAM (roughly, by three short runs on an H100).
+GPU_BLOCK_S, GPU_FLOPS_S, GPU_COPY_BYTES_S = 1.2e-2, 2e14, 2e10
 PRECISIONS_TRIED = ("bf16", "int8", "int4")  # from the left; fp32 and fp16 only when asked for
 
 
@@ -66,6 +71,7 @@ class Decision:
 @dataclass(frozen=True)
 class Plan:
     model: str
+    device: str  # cpu or cuda: whose memory is planned
     max_mem_bytes: int
     precision: str
     rounding: str | None
@@ -81,10 +87,12 @@ class Plan:
     step_s: float  # about how long a step takes, from the machine's estimated speed
     blocks_on_disk: int  # the last ones, and the tables with them; 0: everything stays in memory
     disk_bytes: int  # what the overlay takes on disk
+    blocks_in_host: int = 0  # the last ones, on a GPU that has no room for them
+    host_bytes: int = 0  # what those take of the RAM
 
     @property
     def residency(self) -> str:
-        return "disk" if self.blocks_on_disk else "resident"
+        return "disk" if self.blocks_on_disk else "host" if self.blocks_in_host else "resident"
 
     def phase_bytes(self, phase: str) -> int:
         """What is held while ``phase`` (load, forward or update) lasts."""
@@ -108,6 +116,7 @@ class Plan:
         """The request with everything decided that it left open."""
         return replace(
             cfg,
+            device=self.device,
             max_mem_bytes=self.max_mem_bytes,
             precision=self.precision,
             rounding=self.rounding,
@@ -119,6 +128,7 @@ class Plan:
         """The content of plan.json."""
         return {
             "model": self.model,
+            "device": self.device,
             "max_mem_bytes": self.max_mem_bytes,
             "planned_peak_bytes": self.planned_peak_bytes,
             "load_peak_bytes": self.load_peak_bytes,
@@ -128,6 +138,8 @@ class Plan:
             "residency": self.residency,
             "blocks_on_disk": self.blocks_on_disk,
             "disk_bytes": self.disk_bytes,
+            "blocks_in_host": self.blocks_in_host,
+            "host_bytes": self.host_bytes,
             "precision": self.precision,
             "rounding": self.rounding,
             "compute_dtype": self.compute_dtype,
@@ -155,18 +167,6 @@ class PlanDoesNotFit(DoesNotFit):
         }
 
 
-def default_budget(machine: Machine) -> tuple[int, str]:
-    """``--max-mem`` where it is not given: 80 % of what is free, leaving others 2 GB or 10 %.
-
-    On a machine with little free memory the headroom yields: half of what is free is always used.
-    """
-    free = machine.available_bytes
-    headroom = max(2000 * MB, machine.total_bytes // 10)
-    budget = max(free // 2, min(free * 8 // 10, free - headroom))
-    share = round(100 * budget / free) if free else 0
-    return budget, f"--max-mem not given: {share} % of the {free // MB}MB available now"
-
-
 def make_plan(
     shape: Shape,
     cfg: RunConfig,
@@ -181,14 +181,13 @@ def make_plan(
     ``shape`` is a card or that of opened files. Without ``tokens`` every row is taken to be as long
     as --max-length. ``base_bytes`` is the resident process as measured, if it was; ``correction_bytes`` what a
     forward took more than planned (or less, where negative).
-    Raises PlanDoesNotFit with the smallest budget that would work and the flags that would help.
+    Raises PlanDoesNotFit with the smallest budget that would work and the flags that would help, UsageError where
+    the device that is asked for is not there.
     """
-    if cfg.max_mem_bytes is None:
-        cap, cap_reason = default_budget(machine)
-    else:
-        cap, cap_reason = cfg.max_mem_bytes, "as given"
+    device, device_reason = choose_device(cfg, machine)
+    cap, cap_reason = budget(cfg, machine)
     name = cfg.model.rstrip("/").rsplit("/", 1)[-1]
-    footprint = Footprint(
+    footprint = {"cpu": Footprint, "cuda": CudaFootprint}[device](
         shape=ModelShape.of(shape, name),
         cfg=cfg,
         tokens=tokens or TokenStats.assumed(cfg),
@@ -204,11 +203,21 @@ def make_plan(
         raise _refusal(footprint, cap, smallest_bytes)
 
     chosen = _keep_blocks(footprint, chosen, cap)
-    precision, micro_batch, on_disk = chosen
+    precision, micro_batch, away = chosen
+    host_bytes = footprint.host_bytes(precision, away)
+    if host_bytes > machine.available_bytes:
+        raise PlanDoesNotFit(
+            f"{name}: blocks that the GPU has no room for take {mb(host_bytes)} of RAM, but only "
+            f"{mb(machine.available_bytes)} are free. Give the GPU more (--max-mem), or use a lower --precision.",
+            smallest_bytes,
+            footprint.items(*chosen),
+        )
+    on_disk = away if footprint.elsewhere == "disk" else 0
     batch_size, batch_reason = _batch(cfg)
-    compute, compute_reason = compute_dtype(precision, machine.bf16_fast)
+    compute, compute_reason = footprint.compute_dtype(precision)
     rounding, rounding_reason = rounding_of(cfg, precision)
     decisions = [
+        Decision("device", device, device_reason),
         Decision("max_mem_bytes", cap, cap_reason),
         Decision("precision", precision, _precision_reason(footprint, precision)),
         Decision("compute_dtype", compute, compute_reason),
@@ -216,7 +225,9 @@ def make_plan(
         Decision("batch_size", batch_size, batch_reason),
         Decision("micro_batch", micro_batch, _micro_reason(footprint, chosen)),
         Decision(
-            "residency", "disk" if on_disk else "resident", _residency_reason(footprint, chosen)
+            "residency",
+            footprint.elsewhere if away else "resident",
+            _residency_reason(footprint, chosen),
         ),
     ]
     decisions.append(_first_order(footprint, batch_size, cap))
@@ -225,6 +236,7 @@ def make_plan(
     trained, frozen = _groups(footprint.shape, cfg)
     return Plan(
         model=name,
+        device=device,
         max_mem_bytes=cap,
         precision=precision,
         rounding=rounding,
@@ -236,10 +248,12 @@ def make_plan(
         items=footprint.items(*chosen),
         decisions=tuple(decisions),
         smallest_bytes=smallest_bytes,
-        smallest_flags=_flags(_best_within(footprint, smallest_bytes)),
-        step_s=_step_s(footprint, machine, precision, batch_size),
+        smallest_flags=_flags(_best_within(footprint, smallest_bytes), footprint.elsewhere),
+        step_s=_step_s(footprint, machine, chosen, batch_size),
         blocks_on_disk=on_disk,
         disk_bytes=footprint.disk_bytes(precision, on_disk),
+        blocks_in_host=away - on_disk,
+        host_bytes=host_bytes,
     )
 
 
@@ -259,7 +273,7 @@ def largest_card(cards: Iterable[Card], cfg: RunConfig, machine: Machine) -> Pla
     return None
 
 
-def _step_s(footprint: Footprint, machine: Machine, precision: str, batch_size: int) -> float:
+def _step_s(footprint: Footprint, machine: Machine, chosen: Option, batch_size: int) -> float:
     """Two floating-point operations a weight and token, on both sides of every example."""
     shape, cfg, tokens = footprint.shape, footprint.cfg, footprint.tokens
     sides = 1 if cfg.train == ("head",) else 2
@@ -269,17 +283,21 @@ def _step_s(footprint: Footprint, machine: Machine, precision: str, batch_size: 
         # The whole vocabulary is scored, once more for the exact head's gradient.
         passes = 2 if "head" in cfg.train else 1
         operations += passes * shape.tables[0].numel * min(tokens.scored, length)
+    if isinstance(footprint, CudaFootprint):
+        passes = math.ceil(batch_size / chosen.micro_batch)
+        copied = passes * _moved_bytes(footprint, chosen)
+        launching = passes * shape.layers * GPU_BLOCK_S
+        return (
+            launching
+            + 2 * sides * batch_size * operations / GPU_FLOPS_S
+            + copied / GPU_COPY_BYTES_S
+        )
     speed = machine.flops_s * SHARE_OF_PEAK
-    if compute_dtype(precision, machine.bf16_fast)[0] == "bf16":
+    if footprint.compute_dtype(chosen.precision)[0] == "bf16":
         speed *= BF16_SPEED_UP
     if cfg.threads is not None:
         speed *= min(1.0, cfg.threads / machine.cores)
     return 2 * sides * batch_size * operations / speed
-
-
-def mb(n_bytes: int) -> str:
-    """Rounded up, so that the number printed is enough when it is given back as --max-mem."""
-    return f"{math.ceil(n_bytes / MB)}MB"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -289,12 +307,12 @@ def mb(n_bytes: int) -> str:
 class Option(NamedTuple):
     precision: str
     micro_batch: int
-    on_disk: int  # blocks
+    on_disk: int  # blocks; of a GPU's plan, those in the RAM
 
 
 def _options(cfg: RunConfig, layers: int) -> Iterator[Option]:
     """The most wanted first: memory before disk, precision before speed."""
-    if cfg.residency != "disk":
+    if cfg.residency in (None, "resident"):
         for precision in _precisions(cfg):
             for micro_batch in _micro_batches(cfg):
                 yield Option(precision, micro_batch, 0)
@@ -306,8 +324,8 @@ def _options(cfg: RunConfig, layers: int) -> Iterator[Option]:
 
 
 def _keep_blocks(footprint: Footprint, option: Option, cap: int) -> Option:
-    """As many blocks in memory as there is room for; with --residency disk none."""
-    if not option.on_disk or footprint.cfg.residency == "disk":
+    """As many blocks in memory as there is room for; with --residency disk or host none."""
+    if not option.on_disk or footprint.cfg.residency == footprint.elsewhere:
         return option
     layers = footprint.shape.layers
     fewer = (option._replace(on_disk=n) for n in range(1, layers))
@@ -344,9 +362,9 @@ def _best_within(footprint: Footprint, n_bytes: int) -> Option:
     return next(o for o in options if footprint.peak_bytes(*o) <= cap)
 
 
-def _flags(option: Option) -> str:
-    disk = " --residency disk" if option.on_disk else ""
-    return f"--precision {option.precision} --micro-batch {option.micro_batch}{disk}"
+def _flags(option: Option, elsewhere: str) -> str:
+    away = f" --residency {elsewhere}" if option.on_disk else ""
+    return f"--precision {option.precision} --micro-batch {option.micro_batch}{away}"
 
 
 def _precision_reason(footprint: Footprint, precision: str) -> str:
@@ -375,15 +393,16 @@ def _micro_reason(footprint: Footprint, option: Option) -> str:
 
 
 def _residency_reason(footprint: Footprint, option: Option) -> str:
-    """Where the weights are, and what a step reads and writes where that is the disk."""
+    """Where the weights are, and what a step moves where that is not the memory."""
     if not option.on_disk:
         return "all weights stay in memory"
-    cfg, block = footprint.cfg, footprint.block_bytes(option.precision)
+    cfg, moved_bytes = footprint.cfg, _moved_bytes(footprint, option)
     passes = math.ceil(_batch(cfg)[0] / option.micro_batch)
-    moved = f"a step reads at least {mb(passes * option.on_disk * block)}"
+    moved = f"a step reads at least {mb(passes * moved_bytes)}"
     if "full" in cfg.train:
-        moved += f" and writes {mb(option.on_disk * block)}"
-    blocks = f"{option.on_disk} of {footprint.shape.layers} blocks and the tables are on disk"
+        moved += f" and writes {mb(moved_bytes)}"
+    where = {"disk": "and the tables are on disk", "host": "are in the RAM"}[footprint.elsewhere]
+    blocks = f"{option.on_disk} of {footprint.shape.layers} blocks {where}"
     why = ""
     if cfg.residency is None:
         least = min(
@@ -391,6 +410,11 @@ def _residency_reason(footprint: Footprint, option: Option) -> str:
         )
         why = f"in memory it would need {mb(least)}; "
     return f"{why}{blocks}: {moved}"
+
+
+def _moved_bytes(footprint: Footprint, option: Option) -> int:
+    """Of one pass over the blocks that are not in memory."""
+    return option.on_disk * footprint.block_bytes(option.precision)
 
 
 def _first_order(footprint: Footprint, batch_size: int, cap: int) -> Decision:
@@ -445,7 +469,7 @@ def _refusal(footprint: Footprint, cap: int, smallest_bytes: int) -> PlanDoesNot
     items = footprint.items(*best)
     base = items[0]
     lines = [
-        f"{footprint.shape.name} needs at least {mb(smallest_bytes)} ({_flags(best)}), "
+        f"{footprint.shape.name} needs at least {mb(smallest_bytes)} ({_flags(best, footprint.elsewhere)}), "
         f"but --max-mem is {mb(cap)}."
     ]
     if cap < base.bytes:
@@ -485,7 +509,8 @@ def _alternatives(footprint: Footprint) -> Iterator[tuple[str, Footprint]]:
             if precision != cfg.precision:
                 yield f"--precision {precision}", changed(precision=precision)
     if cfg.residency == "resident":
-        yield "--residency disk", changed(residency="disk")
+        away = footprint.elsewhere
+        yield f"--residency {away}", changed(residency=away)
     if cfg.micro_batch is not None and cfg.micro_batch > 1:
         yield "--micro-batch 1", changed(micro_batch=1)
     tokens = footprint.tokens

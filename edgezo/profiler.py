@@ -18,7 +18,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -31,6 +31,13 @@ MAX_SAMPLES = 4096
 OUTSIDE = "other"
 
 
+class CudaBytes(NamedTuple):
+    """Of CUDA's allocator."""
+
+    reserved: int
+    allocated: int
+
+
 @dataclass
 class PhaseFigures:
     """One phase so far, without the phases inside it."""
@@ -41,6 +48,7 @@ class PhaseFigures:
     peak_anon_bytes: int = 0
     peak_file_bytes: int = 0
     cuda_reserved_bytes: int | None = None  # None: no CUDA in this process
+    cuda_allocated_bytes: int | None = None  # of what is reserved, in use
 
 
 class Profiler:
@@ -68,7 +76,7 @@ class Profiler:
         self.interval_s = INTERVAL_S
         self.cost_s = 0.0  # CPU seconds that sampling has taken
         self._readings = 0
-        self._cuda_peak_bytes = 0
+        self._cuda_peaks = CudaBytes(0, 0)
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="edgezo-profiler", daemon=True)
@@ -142,9 +150,9 @@ class Profiler:
         own.peak_rss_bytes = max(own.peak_rss_bytes, found.rss_bytes)
         own.peak_anon_bytes = max(own.peak_anon_bytes, found.anon_bytes)
         own.peak_file_bytes = max(own.peak_file_bytes, found.file_bytes)
-        cuda_bytes = self._cuda_bytes()
-        if cuda_bytes is not None:
-            own.cuda_reserved_bytes = max(own.cuda_reserved_bytes or 0, cuda_bytes)
+        if (cuda := self._cuda_bytes()) is not None:
+            own.cuda_reserved_bytes = max(own.cuda_reserved_bytes or 0, cuda.reserved)
+            own.cuda_allocated_bytes = max(own.cuda_allocated_bytes or 0, cuda.allocated)
         self._keep(now_s - self._begun_s, found)
 
     def _keep(self, t_s: float, found: Resident) -> None:
@@ -175,16 +183,16 @@ class Profiler:
                 column[to] = column[source]
         self.interval_s *= 2
 
-    def _cuda_bytes(self) -> int | None:
-        """What CUDA's allocator holds on the present device: its peak where that has just risen, else as of now."""
+    def _cuda_bytes(self) -> CudaBytes | None:
+        """What CUDA's allocator holds on the present device: a peak where that has just risen, else as of now."""
         cuda = sys.modules.get("torch.cuda")
         initialized = getattr(cuda, "is_initialized", None)  # absent while torch is being imported
         if cuda is None or initialized is None or not initialized():
             return None
-        peak_bytes = int(cuda.max_memory_reserved())
-        risen = peak_bytes > self._cuda_peak_bytes
-        self._cuda_peak_bytes = peak_bytes
-        return peak_bytes if risen else int(cuda.memory_reserved())
+        peaks = CudaBytes(int(cuda.max_memory_reserved()), int(cuda.max_memory_allocated()))
+        now = CudaBytes(int(cuda.memory_reserved()), int(cuda.memory_allocated()))
+        before, self._cuda_peaks = self._cuda_peaks, peaks
+        return CudaBytes(*(p if p > b else n for p, b, n in zip(peaks, before, now, strict=True)))
 
     # -- what was found -----------------------------------------------------------------------------------
 
@@ -223,7 +231,8 @@ class Profiler:
             "overhead": {"cpu_s": self.cost_s, "share": share},
             "peak_rss_bytes": peak_rss_bytes(),
             "cgroup_peak_bytes": cgroup_peak_bytes(),
-            "cuda_peak_reserved_bytes": self._cuda_peak_bytes if cuda else None,
+            "cuda_peak_reserved_bytes": self._cuda_peaks.reserved if cuda else None,
+            "cuda_peak_allocated_bytes": self._cuda_peaks.allocated if cuda else None,
         }
 
 

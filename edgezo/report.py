@@ -94,7 +94,8 @@ def plan_table(plan: Plan, largest: Plan | None = None) -> RenderableType:
         what = f"{largest.model} in {largest.precision}: the largest card that fits, rows of --max-length"
         items.add_row("largest", format_bytes(largest.planned_peak_bytes), "", what)
     time = f"{plan.step_s:.2g} s"
-    items.add_row("step", time, "", "about, from this machine's clock and vector width")
+    basis = {"cpu": "this machine's clock and vector width", "cuda": "a few steps on an H100"}
+    items.add_row("step", time, "", f"about, from {basis[plan.device]}")
 
     decisions = Table(title="decisions", title_justify="left", box=None, pad_edge=False)
     decisions.add_column("what")
@@ -166,7 +167,10 @@ def verdict(summary: Mapping[str, Any]) -> RenderableType:
         peaks = (f"{name} {format_bytes(p['peak_rss_bytes'])}" for name, p in phases.items())
         table.add_row("as sampled", ", ".join(peaks))
     if _has(summary, "peak_rss_bytes"):
-        table.add_row("peak memory", peaks_line(summary))
+        where = "GPU memory" if _has(summary, "cuda_peak_bytes") else "peak memory"
+        table.add_row(where, peaks_line(summary))
+        if where == "GPU memory":
+            table.add_row("RAM", f"measured {format_bytes(summary['peak_rss_bytes'])}, not capped")
     return table
 
 
@@ -176,12 +180,13 @@ def _has(summary: Mapping[str, Any], *names: str) -> bool:
 
 def peaks_line(summary: Mapping[str, Any]) -> str:
     """Planned, measured, inference, cap: the peaks by which a run is judged."""
-    peak = summary["peak_rss_bytes"]
+    unit = "cuda" if _has(summary, "cuda_peak_bytes") else "rss"
+    peak = summary["cuda_peak_bytes" if unit == "cuda" else "peak_rss_bytes"]
     parts = [f"measured {format_bytes(peak)}"]
     if _has(summary, "planned_peak_bytes"):
         parts.insert(0, f"planned {format_bytes(summary['planned_peak_bytes'])}")
-    if _has(summary, "inference_peak_rss_bytes"):
-        inference = summary["inference_peak_rss_bytes"]
+    if _has(summary, f"inference_peak_{unit}_bytes"):
+        inference = summary[f"inference_peak_{unit}_bytes"]
         parts.append(f"{peak / inference:.2f} x inference {format_bytes(inference)}")
     if _has(summary, "max_mem_bytes"):
         cap = summary["max_mem_bytes"]

@@ -26,7 +26,7 @@ from edgezo.model import Model
 from edgezo.report import RunProgress
 
 if TYPE_CHECKING:
-    from edgezo.residency import DiskSpec
+    from edgezo.overlay import DiskMedium
     from edgezo.session import Opened
 
 
@@ -98,11 +98,11 @@ class Overlay:
         config = {k: v for k, v in header["config"].items() if k not in FREE_ON_RESUME}
         return Overlay(run.overlay, {**header, "config": config})
 
-    def spec(self, resident_blocks: int) -> DiskSpec:
-        from edgezo.residency import DiskSpec
+    def medium(self, resident_blocks: int) -> DiskMedium:
+        from edgezo.overlay import DiskMedium
 
         identity = hashlib.sha256(json.dumps(self.run, sort_keys=True).encode()).hexdigest()
-        return DiskSpec(self.directory, identity, resident_blocks)
+        return DiskMedium(self.directory, identity, resident_blocks)
 
     def check_room(self, needed_bytes: int) -> None:
         """DoesNotFit unless the disk has room for what is not there yet."""
@@ -189,7 +189,7 @@ def data_hash(examples: Sequence[Example]) -> str:
 
 def header_of(opened: Opened) -> dict[str, Any]:
     """What the journal remembers of a request: enough to replay it, and to refuse another one."""
-    free = ("out", "max_mem_bytes", "threads", "profile")  # nothing that replay needs
+    free = ("out", "max_mem_bytes", "device", "threads", "profile")  # nothing that replay needs
     return {
         "content_hash": opened.files.content_hash,
         "data_hash": data_hash(opened.dataset.train),

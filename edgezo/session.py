@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from edgezo import cards, loader
+from edgezo.budget import budget, mb
 from edgezo.config import RunConfig
 from edgezo.data import DataRequest, Dataset, collate, evaluation_batches, load_dataset
+from edgezo.device import Memory, ProcessMemory, open_memory
 from edgezo.errors import EdgezoError
 from edgezo.estimators import ESTIMATORS, Recipe
-from edgezo.footprint import GUARD_MARGIN_BYTES, compute_dtype
+from edgezo.host import HostMedium
 from edgezo.journal import Journal, StepRecord
 from edgezo.layouts import DENSE_DTYPES
 from edgezo.machine import Machine
 from edgezo.memory import malloc_trim
 from edgezo.model import Model, ModelSpec, assemble
-from edgezo.planner import Plan, PlanDoesNotFit, TokenStats, default_budget, make_plan, mb
+from edgezo.planner import Plan, PlanDoesNotFit, TokenStats, make_plan
 from edgezo.profiler import phase
 
 if TYPE_CHECKING:
     from edgezo.loader import ModelFiles
+    from edgezo.residency import Medium
     from edgezo.rundir import Overlay
 
 
@@ -35,6 +40,7 @@ class Opened:
     tokenizer: Any
     dataset: Dataset
     plan: Plan | None = None  # once settled
+    memory: Memory = field(default_factory=ProcessMemory)  # once loaded: where the cap is
 
 
 def open_request(cfg: RunConfig) -> Opened:
@@ -92,7 +98,7 @@ def split_less(opened: Opened, machine: Machine, base_bytes: int, peak_bytes: in
     """
     before = opened.plan
     assert before is not None
-    planned_bytes = before.phase_bytes("forward") - GUARD_MARGIN_BYTES
+    planned_bytes = before.phase_bytes("forward") - opened.memory.margin_bytes
     free = replace(opened, cfg=replace(opened.cfg, micro_batch=None))
     with suppress(PlanDoesNotFit):
         plan = settle(free, machine, base_bytes, min(0, peak_bytes - planned_bytes))
@@ -111,7 +117,7 @@ def settle_again(opened: Opened, machine: Machine, base_bytes: int) -> Plan:
         return settle(opened, machine, base_bytes)
     except PlanDoesNotFit as problem:
         cfg = opened.cfg
-        cap_bytes = cfg.max_mem_bytes or default_budget(machine)[0]
+        cap_bytes = budget(cfg, machine)[0]
         ways = [f"--max-mem {mb(problem.smallest_bytes)} or more"]
         micro_batch = cfg.micro_batch or 1
         while micro_batch > 1:
@@ -137,27 +143,31 @@ def load_model(opened: Opened, machine: Machine, overlay: Overlay | None = None)
     Raises DoesNotFit where the disk has no room for the overlay; then nothing was written.
     """
     cfg, plan = opened.cfg, opened.plan
-    assert cfg.precision is not None
-    disk = None
-    if plan is not None and plan.blocks_on_disk:
+    assert cfg.precision is not None and plan is not None, "a plan says where weights go"
+    opened.memory = open_memory(plan.device, plan.max_mem_bytes, machine)
+    device, layers = torch.device(plan.device), opened.files.shape.layers
+    away: Medium | None = None
+    if plan.blocks_on_disk:
         assert overlay is not None, "weights on disk need a place"
         overlay.check_room(plan.disk_bytes)
-        disk = overlay.spec(opened.files.shape.layers - plan.blocks_on_disk)
-    model = assemble(
-        opened.files,
-        ModelSpec(
-            precision=cfg.precision,
-            train=cfg.train,
-            directions=cfg.directions,
-            seed=cfg.seed,
-            rank=cfg.rank,
-            rounding=cfg.rounding or "plane",
-            kind=opened.dataset.kind,
-            label_ids=opened.dataset.label_ids,
-            dtype=DENSE_DTYPES[compute_dtype(cfg.precision, machine.bf16_fast)[0]],
-            disk=disk,
-        ),
+        away = overlay.medium(layers - plan.blocks_on_disk)
+    elif plan.blocks_in_host:
+        away = HostMedium(device, layers - plan.blocks_in_host)
+    spec = ModelSpec(
+        precision=cfg.precision,
+        train=cfg.train,
+        directions=cfg.directions,
+        seed=cfg.seed,
+        rank=cfg.rank,
+        rounding=cfg.rounding or "plane",
+        kind=opened.dataset.kind,
+        label_ids=opened.dataset.label_ids,
+        dtype=DENSE_DTYPES[plan.compute_dtype],
+        device=device,
+        away=away,
     )
+    with opened.memory.short("loading"):
+        model = assemble(opened.files, spec)
     malloc_trim()
     return model
 
@@ -181,7 +191,7 @@ def recipe_of(cfg: RunConfig, record: StepRecord) -> Recipe:
 
 
 def follow(model: Model, cfg: RunConfig, journal: Journal) -> None:
-    """Let ``replay_into``, and blocks on disk that lack updates, take them from ``journal``."""
+    """Let ``replay_into``, and blocks elsewhere that lack updates, take them from ``journal``."""
 
     def recipes(first: int, stop: int) -> Iterator[Recipe]:
         for record in journal.records(first):

@@ -26,10 +26,10 @@ import numpy as np
 
 from edgezo.config import RunConfig
 from edgezo.data import Example, batch_indices, collate, micro_batches, tokens_of
+from edgezo.device import confirmed
 from edgezo.errors import BudgetExceeded, EdgezoError, Interrupted
 from edgezo.estimators import ESTIMATORS, Estimator, schedule
 from edgezo.files import atomic_write, remove_leftovers
-from edgezo.footprint import GUARD_MARGIN_BYTES
 from edgezo.journal import Journal, StepRecord, create_journal
 from edgezo.machine import machine
 from edgezo.memory import Guard, Meter, allocator_reuse, peak_rss_bytes, rss_bytes
@@ -88,7 +88,7 @@ def _finetune(cfg: RunConfig, resume: bool, progress: RunProgress) -> dict[str, 
         opened = open_request(cfg)
     for note in opened.dataset.notes:
         progress.note(note)
-    host = machine()
+    host = confirmed(machine())
     base = meter.mark("base")
     split_is_free = cfg.micro_batch is None
     plan = (settle_again if resume else settle)(opened, host, base.rss_bytes)
@@ -120,6 +120,7 @@ def _finetune(cfg: RunConfig, resume: bool, progress: RunProgress) -> dict[str, 
         run.trained.unlink(missing_ok=True)  # what a replay left would be older than what follows
         allocator_reuse(plan.map_from_bytes)
         meter.mark("load")
+        opened.memory.loaded()
         training = Training(run, cfg, opened, plan, model, journal, meter, progress)
         training.split_is_free = split_is_free
         with _signals(training):
@@ -178,8 +179,8 @@ class Training:
     )
     step_times_s: list[float] = field(default_factory=list)
     forward_times_s: list[float] = field(default_factory=list)
-    moved: dict[str, list[int]] = field(default_factory=dict)  # bytes of weights on disk, a step
-    inference_peak_rss_bytes: int | None = None
+    moved: dict[str, list[int]] = field(default_factory=dict)  # bytes of weights elsewhere, a step
+    inference_peak_bytes: int | None = None
     known: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)  # evaluations
 
     @property
@@ -197,6 +198,7 @@ class Training:
 
     def run_all(self) -> dict[str, Any]:
         run = self.run
+        self.memory = self.opened.memory
         self._guard()
         follow(self.model, self.cfg, self.journal)
         if self.model.store.residency is not None:
@@ -215,6 +217,11 @@ class Training:
                     return finished
             if saved is not None and saved.micro_batch != self.cfg.micro_batch:
                 self._note_split(done, saved.micro_batch, "as asked")
+            if done and saved is not None and saved.device != self.cfg.device:
+                self.progress.note(
+                    f"on {self.cfg.device} after step {done}, before on {saved.device}: "
+                    "updates are equal, losses up to rounding"
+                )
             self._fitting(done, self._longest_first)
             unshrunk = self.cfg.micro_batch == self.plan.micro_batch
             if self.split_is_free and unshrunk and self._split_less():
@@ -256,7 +263,8 @@ class Training:
                     begun_s = time.monotonic()
                 moved = self._moved()
                 step_size = planned.get(step, cfg.step * schedule(cfg.schedule, fraction))
-                record = self._fitting(step, partial(self._step, step, step_size))
+                with self.memory.short("an update"):  # or what else nothing smaller stands for
+                    record = self._fitting(step, partial(self._step, step, step_size))
                 took_s = time.monotonic() - begun_s
                 step += 1
                 line = {**self._line(record), "step_s": took_s, "rss_bytes": rss_bytes()}
@@ -273,7 +281,7 @@ class Training:
                     fraction=min(1.0, step / cfg.steps if cfg.steps else fraction),
                     loss=line["loss"],
                     step_s=took_s,
-                    rss_bytes=line["rss_bytes"],
+                    rss_bytes=self.memory.held_bytes(),
                 )
         except BudgetExceeded as problem:
             self._stopped(step)
@@ -287,12 +295,15 @@ class Training:
             self.progress.close()
 
     def _moved(self) -> dict[str, int]:
-        """Bytes of weights on disk read and written so far; nothing where all are in memory."""
+        """Bytes of weights elsewhere read and written so far; nothing where all are in memory."""
         residency = self.model.store.residency
         if residency is None:
             return {}
-        traffic = residency.traffic
-        return {"disk_read_bytes": traffic.read_bytes, "disk_written_bytes": traffic.written_bytes}
+        kind, traffic = residency.medium.kind, residency.medium.traffic
+        return {
+            f"{kind}_read_bytes": traffic.read_bytes,
+            f"{kind}_written_bytes": traffic.written_bytes,
+        }
 
     def _stopped(self, step: int) -> None:
         """What a run that ends early leaves: its state, and the verdict on its memory so far."""
@@ -318,7 +329,7 @@ class Training:
                 self.guard.check_again(self._need_bytes(cfg.micro_batch), "the next micro-batch")
                 batch = collate([group[s] for s in slots], slots)
                 probe = model.probe(batch, Key(cfg.seed, step), cfg.sigma) if self.probing else None
-                with phase("forward"):
+                with phase("forward"), self.memory.short("a micro-batch"):
                     found, _ = model.losses(batch, probe, sides=sides, learn=learn)
                 losses[:, slots] = found.numpy()
         except BaseException:
@@ -406,7 +417,8 @@ class Training:
     @phase("forward")
     def _plain_forward(self, examples: Sequence[Example]) -> None:
         """Both sides of a micro-batch with no probe: what running the model takes."""
-        self.model.losses(collate(examples, range(len(examples))), sides=2)
+        with self.memory.short("a plain forward"):
+            self.model.losses(collate(examples, range(len(examples))), sides=2)
 
     # -- beginning and end --------------------------------------------------------------------------------
 
@@ -471,33 +483,36 @@ class Training:
         longest = sorted(self.examples, key=tokens_of, reverse=True)[: self.cfg.micro_batch]
         self.guard.check(self._need_bytes(self.cfg.micro_batch), "the longest micro-batch")
         # Before the first probe there was nothing but inference in this process: loading, and this.
-        before_bytes = peak_rss_bytes()
+        before_bytes = self.memory.peak_bytes()
         self._plain_forward(longest)
-        peak_bytes = peak_rss_bytes()
+        peak_bytes = self.memory.peak_bytes()
         if peak_bytes == before_bytes:
             # Loading took more, or a resume's replay, which is not inference.
-            peak_bytes = max(self.meter.summary()["load_peak_rss_bytes"], rss_bytes())
-        self.inference_peak_rss_bytes = peak_bytes
+            peak_bytes = max(self.memory.load_peak_bytes, self.memory.held_bytes())
+        self.inference_peak_bytes = peak_bytes
         batch = collate(longest, range(len(longest)))
         probe = (
             self.model.probe(batch, Key(self.cfg.seed, 0), self.cfg.sigma) if self.probing else None
         )
-        with phase("forward"):
+        with phase("forward"), self.memory.short("the longest micro-batch"):
             self.model.losses(batch, probe, sides=2 if self.probing else 1)
         self.model.take_touched(len(longest))
+        self.memory.look_again()
         self.guard.check(item="training")
 
     def _guard(self) -> None:
         self.guard = Guard(
             self.plan.max_mem_bytes,
-            GUARD_MARGIN_BYTES,
+            self.memory.margin_bytes,
+            rss=self.memory.held_bytes,
             planned_bytes=self.plan.planned_peak_bytes,
+            trim=self.memory.trim,
         )
 
     def _split_less(self) -> bool:
         """Correct the plan once by what the longest micro-batch took; True if a larger one fits now."""
         base_bytes, planned = self.meter.summary()["base_rss_bytes"], self.plan
-        plan = split_less(self.opened, machine(), base_bytes, peak_rss_bytes())
+        plan = split_less(self.opened, confirmed(machine()), base_bytes, self.memory.peak_bytes())
         if plan is None:
             return False
         self.plan, self.cfg = plan, self.opened.cfg
@@ -510,7 +525,9 @@ class Training:
     def _evaluate(self, when: str, step: int = 0) -> dict[str, Any]:
         """Evaluate once: a resumed run knows what was evaluated before."""
         if (when, step) not in self.known:
-            line = {"step": step, "eval": when, **evaluate_model(self.model, self.opened.dataset)}
+            with self.memory.short("an evaluation"):
+                found = evaluate_model(self.model, self.opened.dataset)
+            line = {"step": step, "eval": when, **found}
             self.metrics.write(line)
             self._remember(line)
         return self.known[when, step]
@@ -526,8 +543,9 @@ class Training:
         return {
             "planned_peak_bytes": self.plan.planned_peak_bytes,
             "peak_rss_bytes": peak_rss_bytes(),
-            "inference_peak_rss_bytes": self.inference_peak_rss_bytes,
+            f"inference_peak_{self.memory.unit}_bytes": self.inference_peak_bytes,
             "max_mem_bytes": self.plan.max_mem_bytes,
+            **self.memory.figures(),
         }
 
     def _summary(
@@ -541,6 +559,7 @@ class Training:
         memory = self.meter.summary()
         return {
             "model": cfg.model,
+            "device": cfg.device,
             "estimator": cfg.estimator,
             "directions": cfg.directions,
             "trained": "+".join(cfg.train),

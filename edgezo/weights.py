@@ -26,7 +26,7 @@ from edgezo import noise
 from edgezo.directions import Directions, Target
 from edgezo.errors import EdgezoError
 from edgezo.estimators import Recipe
-from edgezo.layouts import Dense, Layout, tiles
+from edgezo.layouts import CPU, Dense, Layout, tiles
 from edgezo.noise import Key
 
 RECIPES_AT_ONCE = 64  # one sweep over the weights for so many past steps
@@ -48,7 +48,7 @@ class Trainable:
     fixed_rows: Tensor | None = (
         None  # only these rows are ever probed (label words of an untied head)
     )
-    on_disk: bool = False  # in a block that is elsewhere: updated when it is next bound
+    away: bool = False  # in a block that is elsewhere: updated when it is next bound
 
     @property
     def values(self) -> Tensor:
@@ -64,11 +64,12 @@ class WeightStore:
     seed: int
     rank: int
     directions: Directions
+    device: torch.device = CPU
     layouts: dict[str, Layout] = field(default_factory=dict)
     vectors: dict[str, Tensor] = field(default_factory=dict)
     trainables: dict[str, Trainable] = field(default_factory=dict)
-    residency: Residency | None = None  # where there are blocks on disk
-    # The recipes of steps [first, stop), for a replay and for blocks on disk that lack them.
+    residency: Residency | None = None  # where there are blocks elsewhere
+    # The recipes of steps [first, stop), for a replay and for blocks elsewhere that lack them.
     history: Callable[[int, int], Iterable[Recipe]] | None = None
 
     def train(
@@ -88,10 +89,12 @@ class WeightStore:
 
     def train_vector(self, name: str, start: Tensor) -> Trainable:
         """Register a 1-D tensor, trained in fp32 from ``start`` (n,)."""
-        return self.train(name, Dense(start.float().reshape(-1, 1).clone()), vector=True)
+        return self.train(
+            name, Dense(start.to(self.device, torch.float32, copy=True).reshape(-1, 1)), vector=True
+        )
 
     def basis(self, name: str, cols: int) -> Tensor:
-        """V of a low-rank factor, (rank, cols) fp32: signs over sqrt(rank), a function of the seed alone.
+        """V of a low-rank factor, (rank, cols) fp32 on the CPU: signs over sqrt(rank), a function of the seed alone.
 
         With this scale sigma * r t^T V has the same Frobenius norm as the full-weight direction sigma * r s^T.
         """
@@ -103,9 +106,9 @@ class WeightStore:
     def apply(self, recipes: Sequence[Recipe]) -> None:
         """Apply consecutive steps' updates, tile by tile; several at once give the same bits as one by one.
 
-        A block on disk takes them when it is next bound, from ``history``.
+        A block that is elsewhere takes them when it is next bound, from ``history``.
         """
-        here = [row for row in self.trainables.values() if not row.on_disk]
+        here = [row for row in self.trainables.values() if not row.away]
         self._apply_to(here, recipes)
         if self.residency is not None and recipes:
             self.residency.target = recipes[-1].step + 1
@@ -126,7 +129,7 @@ class WeightStore:
 
     def _apply_to(self, rows: Sequence[Trainable], recipes: Sequence[Recipe]) -> None:
         live = [r for r in recipes if r.decay or np.any(r.coefficients)]
-        coefficients = [torch.from_numpy(r.coefficients) for r in live]
+        coefficients = [torch.from_numpy(r.coefficients).to(self.device) for r in live]
         for row in rows if live else ():
             if row.touched_offset is not None:
                 for recipe, c in zip(live, coefficients, strict=True):
@@ -162,7 +165,8 @@ class WeightStore:
         for tile in tiles(len(union), row.target.cols):
             rows = union[tile]
             member = torch.from_numpy(np.stack([np.isin(rows, ids) for ids in own])).float()
-            index = torch.from_numpy(rows.astype(np.int64))
+            member = member.to(self.device)
+            index = torch.from_numpy(rows.astype(np.int64)).to(self.device)
             values = row.layout.read(index)
             values = self._move(row, recipe, coefficients, index, values, member)
             row.layout.write(index, values)
@@ -186,14 +190,14 @@ class WeightStore:
         ]
 
     def _pieces(self, row: Trainable, suffix: str) -> Iterator[Tensor]:
-        if row.on_disk:
+        if row.away:
             assert self.residency is not None
             self.residency.bind_owner(row.target.name)
         for rows in tiles(*row.layout.shape):
             yield row.layout.raw(rows)[suffix]
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        """The same in memory, by name; not for blocks on disk."""
+        """The same in memory, by name; not for blocks elsewhere."""
         return {
             row.target.name + suffix: tensor
             for row in self.trainables.values()
@@ -234,7 +238,7 @@ class Saved(NamedTuple):
 
     def bytes(self) -> Iterator[memoryview]:
         for piece in self.pieces():
-            yield piece.contiguous().reshape(-1).view(torch.uint8).numpy().data
+            yield piece.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
 
 
 def saved_sha256(saved: Iterable[Saved]) -> str:

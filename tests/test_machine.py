@@ -304,3 +304,83 @@ def test_this_machine_can_be_read():
     here = machine.machine()
     assert 0 < here.available_bytes <= here.total_bytes
     assert 1 <= here.cores <= (os.cpu_count() or 1)
+
+
+# ---------------------------------------------------------------------------------------------
+# GPUs
+
+TWO_GPUS = """0, NVIDIA H100 80GB HBM3, 81559, 81078, GPU-11111111-aaaa
+1, NVIDIA A2, 15356, 14000, GPU-22222222-bbbb
+2, NVIDIA GB10, [N/A], [N/A], GPU-33333333-cccc
+"""
+
+
+@pytest.fixture
+def smi(tmp_path, monkeypatch):
+    """A fake nvidia-smi on the PATH that prints what it is given, and a PyTorch that would use its GPUs."""
+
+    def give(text: str, status: int = 0) -> None:
+        script = tmp_path / "nvidia-smi"
+        script.write_text(f"#!/bin/sh\ncat <<'END'\n{text}END\nexit {status}\n")
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(machine, "torch_has_cuda", lambda: True)
+    return give
+
+
+def test_gpus_are_what_nvidia_smi_says(smi):
+    smi(TWO_GPUS)
+    first, second = machine.nvidia_gpus()
+    assert (first.index, first.name, first.total_bytes) == (0, "NVIDIA H100 80GB HBM3", 81559 << 20)
+    assert second.available_bytes == 14000 << 20
+    found = machine.machine()
+    assert found.gpu == first
+    assert any("H100" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("visible", "indices"),
+    [
+        ("1", [1]),
+        ("1,0", [1, 0]),
+        ("GPU-22222222-bbbb", [1]),
+        ("GPU-2", [1]),
+        ("", []),
+        ("-1", []),
+        ("0,7,1", [0]),
+        ("GPU-", []),
+    ],
+)
+def test_only_visible_gpus_count_in_their_order(smi, monkeypatch, visible, indices):
+    smi(TWO_GPUS)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [gpu.index for gpu in machine.nvidia_gpus()] == indices
+
+
+@pytest.mark.parametrize("text", ["", "No devices were found\n", "0, H100, lots, of, it\n"])
+def test_an_answer_that_is_none_gives_no_gpu(smi, text):
+    smi(text)
+    assert machine.machine().gpu is None
+
+
+def test_an_nvidia_smi_that_fails_or_is_not_there_gives_no_gpu(smi, monkeypatch, tmp_path):
+    smi(TWO_GPUS, status=9)
+    assert machine.nvidia_gpus() == ()
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert machine.nvidia_gpus() == ()
+
+
+def test_a_gpu_that_pytorch_is_not_built_for_is_named_and_not_used(smi, monkeypatch):
+    smi(TWO_GPUS)
+    monkeypatch.setattr(machine, "torch_has_cuda", lambda: False)
+    found = machine.machine()
+    assert found.gpu is None
+    assert any("H100" in note and "CPUs only" in note for note in found.notes)
+
+
+def test_what_pytorch_is_built_for_is_known_without_importing_it():
+    import torch
+
+    assert machine.torch_has_cuda() == (torch.version.cuda is not None)

@@ -20,7 +20,12 @@ MB = 1_000_000
 SMOL = "smollm2-135m-instruct"
 SST2 = TokenStats("label", (70, 69, 66, *[60] * 61), 1, 2)
 MACHINE = SimpleNamespace(
-    total_bytes=8000 * MB, available_bytes=6000 * MB, cores=2, bf16_fast=False, flops_s=1.5e11
+    total_bytes=8000 * MB,
+    available_bytes=6000 * MB,
+    cores=2,
+    bf16_fast=False,
+    flops_s=1.5e11,
+    gpu=None,
 )
 FAST = SimpleNamespace(**{**vars(MACHINE), "bf16_fast": True})
 

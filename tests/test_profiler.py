@@ -235,7 +235,11 @@ def test_the_group_s_own_peak_is_read_where_the_kernel_keeps_it(files, peak_byte
 
 def test_cuda_s_peak_goes_to_the_phase_that_raised_it(monkeypatch):
     cuda = SimpleNamespace(
-        is_initialized=lambda: True, max_memory_reserved=lambda: 0, memory_reserved=lambda: 0
+        is_initialized=lambda: True,
+        max_memory_reserved=lambda: 0,
+        memory_reserved=lambda: 0,
+        max_memory_allocated=lambda: 50,
+        memory_allocated=lambda: 40,
     )
     monkeypatch.setitem(sys.modules, "torch.cuda", cuda)
     world = World()
@@ -248,6 +252,8 @@ def test_cuda_s_peak_goes_to_the_phase_that_raised_it(monkeypatch):
     report = found.report()
     assert report["phases"]["forward"]["cuda_reserved_bytes"] == 900
     assert report["phases"]["update"]["cuda_reserved_bytes"] == 100
+    assert report["phases"]["update"]["cuda_allocated_bytes"] == 40
+    assert report["cuda_peak_allocated_bytes"] == 50
     assert report["cuda_peak_reserved_bytes"] == 900
 
 
@@ -288,6 +294,7 @@ def check_profile(found: dict) -> None:
         "peak_rss_bytes",
         "cgroup_peak_bytes",
         "cuda_peak_reserved_bytes",
+        "cuda_peak_allocated_bytes",
     }
     samples = found["samples"]
     assert set(samples) == {"t_s", "phase", "rss_bytes", "anon_bytes", "file_bytes"}

@@ -19,9 +19,9 @@ import torch
 from conftest import make_model, write_rows
 from safetensors.torch import load_file
 
-from edgezo import train as training
 from edgezo.config import make_config
 from edgezo.errors import UsageError
+from edgezo.footprint import GUARD_MARGIN_BYTES
 from edgezo.layouts import Dense
 from edgezo.noise import Key
 from edgezo.train import finetune
@@ -381,7 +381,7 @@ def test_a_budget_just_above_the_smallest_that_is_named_is_enough_and_is_kept(be
     assert refused["code"] == 3 and not run.exists()
     # What the guard keeps free, and imports that the base does not count, are on top for a model
     # as small as this one, where nothing else is.
-    enough_bytes = refused["smallest_bytes"] + 2 * training.GUARD_MARGIN_BYTES
+    enough_bytes = refused["smallest_bytes"] + 2 * GUARD_MARGIN_BYTES
     assert f"--max-mem {-(-refused['smallest_bytes'] // 10**6)}MB" in refused["error"]
     summary = program(*args, "--max-mem", str(enough_bytes))
     assert summary["code"] == 0, summary

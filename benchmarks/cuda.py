@@ -1,0 +1,148 @@
+"""A GPU's memory against its plan, what a probe costs there, and models that do not fit.
+
+    python benchmarks/cuda.py grid --out DIR --tokenizer MODEL_OR_CARD
+    python benchmarks/cuda.py host --out DIR --tokenizer MODEL_OR_CARD --layers 40
+
+``grid``: random weights of a published shape (fewer blocks with --layers), planned and measured peaks. ``host``: a
+model whose weights are three times the cap, every weight trained, against the same run with all of them on the GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from pathlib import Path
+
+import plan_grid
+import torch
+
+from edgezo.config import make_config
+from edgezo.train import finetune
+
+MB = 1e6
+
+
+def run(out: Path, model: Path, rows: Path, **said: object) -> dict:
+    """One run in this process, its peaks its own."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    request = {"model": str(model), "data": str(rows), "out": str(out), "eval_limit": 20}
+    if rows.name.startswith("text"):
+        texts = [{"text": json.loads(line)["text"]} for line in rows.read_text().splitlines()]
+        rows.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    else:
+        request |= {"template": "{text} It was", "labels": "0=bad,1=good"}
+    return finetune(make_config(request | {"device": "cuda"} | said))
+
+
+def grid(args: argparse.Namespace) -> None:
+    columns = ("planned", "peak", "context", "reserved", "allocated")
+    head = f"{'model':28}{'store':>6}{'tokens':>7}{'train':>8}{'kind':>6}"
+    print(head + "".join(f"{c:>10}" for c in columns) + "   over  step_s forward_s")
+    for shape in args.models:
+        name, _, layers = shape.partition(":")
+        model = plan_grid.make_model(name, int(layers) if layers else None, args.out)
+        for precision in args.precisions:
+            for tokens in args.tokens:
+                for kind, train in (part.split("/") for part in args.requests):
+                    if train == "full" and precision not in ("fp32", "bf16"):
+                        continue
+                    rows = plan_grid.make_rows(tokens, kind, args.out)
+                    made = args.out / "runs" / f"{model.name}-{precision}-{tokens}-{kind}-{train}"
+                    found = run(
+                        made,
+                        model,
+                        rows,
+                        precision=precision,
+                        train=train,
+                        batch_size=args.batch_size,
+                        micro_batch=args.batch_size,
+                        max_length=tokens,
+                        steps=args.steps,
+                        max_mem_bytes=60 * 10**9,
+                        profile=True,
+                    )
+                    planned, peak = found["planned_peak_bytes"], found["cuda_peak_bytes"]
+                    sizes = [planned, peak, found["cuda_context_bytes"]]
+                    sizes += [found[f"cuda_peak_{n}_bytes"] for n in ("reserved", "allocated")]
+                    over = planned - peak
+                    kept = 0 <= over <= max(40e6, 0.05 * peak)
+                    print(
+                        f"{model.name:28}{precision:>6}{tokens:>7}{train:>8.8}{kind:>6.6}"
+                        + "".join(f"{size / MB:>10.1f}" for size in sizes)
+                        + f"{over / MB:>7.0f}{found['step_s']:>8.3f}{found['forward_s']:>10.3f}"
+                        + ("" if kept else "  MISSED"),
+                        flush=True,
+                    )
+                    if args.detail:
+                        _detail(made, found)
+
+
+def _detail(made: Path, found: dict) -> None:
+    items = json.loads((made / "plan.json").read_text())["items"]
+    print("   ", {f"{i['name']} ({i['phase']})": round(i["bytes"] / MB, 1) for i in items})
+    phases = found["phases"]
+    print("   ", {n: round(p.get("cuda_allocated_bytes", 0) / MB, 1) for n, p in phases.items()})
+
+
+def host(args: argparse.Namespace) -> None:
+    model = plan_grid.make_model(args.models[0], args.layers, args.out)
+    rows = plan_grid.make_rows(args.tokens[0], "label", args.out)
+    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    request = {
+        "train": "full",
+        "precision": "bf16",
+        "batch_size": args.batch_size,
+        "micro_batch": args.batch_size,
+        "max_length": args.tokens[0],
+        "steps": args.steps,
+    }
+    cap = int(weights / 3)
+    found = {}
+    for name, said in (
+        ("resident", {"max_mem_bytes": 60 * 10**9}),
+        ("host", {"max_mem_bytes": cap}),
+    ):
+        found[name] = one = run(
+            args.out / "runs" / f"{model.name}-{name}", model, rows, **request, **said
+        )
+        moved = one.get("host_read_bytes", 0), one.get("host_written_bytes", 0)
+        print(
+            f"{name:18} weights {weights / MB:.0f} MB, cap {one['max_mem_bytes'] / MB:.0f}, planned "
+            f"{one['planned_peak_bytes'] / MB:.0f}, peak {one['cuda_peak_bytes'] / MB:.0f}, step "
+            f"{one['step_s']:.3f} s, forward {one['forward_s']:.3f} s, read {moved[0] / MB:.0f}, "
+            f"written {moved[1] / MB:.0f} MB, micro-batch {one['micro_batch']}, losses "
+            f"{one['loss_first']:.6f} {one['loss_last']:.6f}, reserved "
+            f"{one['cuda_peak_reserved_bytes'] / MB:.0f}, allocated "
+            f"{one['cuda_peak_allocated_bytes'] / MB:.0f}, host peak {one['peak_rss_bytes'] / MB:.0f} MB",
+            flush=True,
+        )
+    same = {one["trained_sha256"] for one in found.values()}
+    ratio = found["host"]["step_s"] / found["resident"]["step_s"]
+    print(f"{'equal bits' if len(same) == 1 else 'DIFFERENT BITS'}, {ratio:.2f} x the step")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["grid", "host"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokenizer", default=plan_grid.TOKENIZER)
+    parser.add_argument(
+        "--models", nargs="+", default=["smollm2-1.7b"], help="SHAPE or SHAPE:LAYERS"
+    )
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--precisions", nargs="+", default=["bf16", "int8", "int4"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[64, 512])
+    parser.add_argument("--requests", nargs="+", default=["label/lowrank+head"], help="KIND/TRAIN")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--detail", action="store_true")
+    args = parser.parse_args()
+    plan_grid.TOKENIZER = args.tokenizer
+    (args.out / "runs").mkdir(parents=True, exist_ok=True)
+    {"grid": grid, "host": host}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()
