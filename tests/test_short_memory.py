@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from edgezo.config import from_toml, make_config
 from edgezo.errors import BudgetExceeded, EdgezoError
 from edgezo.footprint import GUARD_MARGIN_BYTES
 from edgezo.journal import StepRecord, open_journal
+from edgezo.machine import machine
 from edgezo.planner import PlanDoesNotFit
 from edgezo.report import MetricsLog, Silent
-from edgezo.session import Opened, settle_again
+from edgezo.session import Opened, open_request, settle, settle_again, split_less
 from edgezo.train import finetune
 
 STEPS, SHORT_AT = 8, 3  # the step, counted from 0, in whose second micro-batch memory is short
@@ -170,6 +172,69 @@ def test_memory_that_gets_shorter_shrinks_it_again(bench, short, tmp_path):
     assert summary["micro_batch"] == 1
     changes = [(line["step"], line["micro_batch"]) for line in lines(run) if "micro_batch" in line]
     assert changes == [(3, 2), (6, 1)]
+
+
+# --- it grows, once ---------------------------------------------------------------------------------
+
+BASE_BYTES = 400_000_000
+
+
+def split_plan(bench, out: Path) -> tuple[Opened, Any]:
+    """A request that is one byte short of running its group at once, and its plan."""
+    whole = open_request(request(bench, out, batch_size=128, micro_batch=128))
+    cap_bytes = settle(whole, machine(), BASE_BYTES).planned_peak_bytes - 1
+    changes = {"batch_size": 128, "micro_batch": None, "max_mem_bytes": cap_bytes}
+    opened = open_request(request(bench, out, **changes))
+    return opened, settle(opened, machine(), BASE_BYTES)
+
+
+def test_a_plan_is_corrected_by_what_the_longest_batch_took(bench, tmp_path):
+    opened, plan = split_plan(bench, tmp_path / "run")
+    assert plan.micro_batch < 128
+    as_planned = plan.phase_bytes("forward") - GUARD_MARGIN_BYTES
+    assert split_less(opened, machine(), BASE_BYTES, as_planned) is None
+    assert split_less(opened, machine(), BASE_BYTES, as_planned + 10**7) is None
+    less = split_less(opened, machine(), BASE_BYTES, as_planned - 10**7)
+    assert less is not None and less.micro_batch == 128 == opened.cfg.micro_batch
+    assert less.planned_peak_bytes <= less.max_mem_bytes == plan.max_mem_bytes
+    found = {item.name: item.bytes for item in less.items}
+    assert found["correction"] == -(10**7)
+
+
+def test_a_corrected_plan_is_the_runs(bench, edgezo_json, monkeypatch, tmp_path):
+    def correct(opened: Opened, host: Any, base_bytes: int, peak_bytes: int) -> Any:
+        opened.cfg = replace(opened.cfg, micro_batch=4)
+        opened.plan = replace(opened.plan, micro_batch=4)
+        return opened.plan
+
+    monkeypatch.setattr(training, "split_less", correct)
+    pinned = finetune(request(bench, tmp_path / "pinned", micro_batch=2))
+    assert pinned["micro_batch"] == 2  # what is asked for is not corrected
+
+    def planned_in_twos(opened: Opened, *rest: Any) -> Any:
+        plan = replace(settle(opened, *rest), micro_batch=2)
+        opened.cfg, opened.plan = plan.settle(opened.cfg), plan
+        return plan
+
+    monkeypatch.setattr(training, "settle", planned_in_twos)
+    progress, run = Notes(), tmp_path / "run"
+    summary = finetune(request(bench, run, micro_batch=None), progress=progress)
+    assert summary["micro_batch"] == 4 == micro_batch_of(run)
+    assert json.loads((run / "plan.json").read_text())["micro_batch"] == 4
+    assert [note for note in progress.notes if "2 -> 4 after step 0" in note]
+    for own, same in zip(records(run), records(tmp_path / "pinned"), strict=True):
+        np.testing.assert_allclose(own.losses, same.losses, rtol=1e-5, atol=1e-6)
+    monkeypatch.undo()
+    code, replayed = edgezo_json("replay", run, "--out", tmp_path / "copy")
+    assert code == 0 and replayed["trained_sha256"] == summary["trained_sha256"]
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 # --- it shrinks, and is killed ---------------------------------------------------------------------
