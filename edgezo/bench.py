@@ -2,7 +2,7 @@
 
     edgezo's methods    the command itself: ``edgezo finetune`` on the rows, at full micro-batch, without a cap
     inference           edgezo's plain forward over the 2B rows of a step
-    first order         first_order.py: transformers, peft and torch
+    baselines           baselines.py: transformers, peft and torch; MeZO in place
 
 All learn to predict every token of the rows. Finished points are kept in ``points.jsonl`` and not measured again.
 """
@@ -34,7 +34,7 @@ STEPS = 2  # an optimizer's state stands from the second step on
 
 
 class Method(NamedTuple):
-    """One row of the table. ``request`` are fields of edgezo's configuration; None: a first-order baseline."""
+    """One row of the table. ``request`` are fields of edgezo's configuration; None: a baseline."""
 
     title: str
     request: dict[str, Any] | None
@@ -47,7 +47,10 @@ METHODS = {
         "GRZO, rademacher, bf16", {"precision": "bf16", "directions": "rademacher"}
     ),
     "grzo-int4": Method("GRZO, signs, int4", {"precision": "int4"}),
-    "mezo": Method("MeZO, bf16", {"precision": "bf16", "estimator": "mezo"}),
+    "mezo": Method(
+        "MeZO, bf16, noise a tile at a time", {"precision": "bf16", "estimator": "mezo"}
+    ),
+    "mezo-in-place": Method("MeZO in place, bf16, as published", None),
     "lora": Method("LoRA, bf16 base", None),
     "lora-checkpoint": Method("LoRA + gradient checkpointing, bf16 base", None),
     "lora-checkpoint-int4": Method("LoRA + gradient checkpointing, int4 base", None),
@@ -129,7 +132,7 @@ def _measure(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
         if method.request is None:
             rows = str(data / "train.jsonl")
             spec = asked | {"model": str(path), "rows": rows, "steps": STEPS}
-            return _child(threads, "-m", "edgezo.first_order", json.dumps(spec))
+            return _child(threads, "-m", "edgezo.baselines", json.dumps(spec))
         request = {
             "model": str(path),
             "data": str(data),

@@ -14,7 +14,7 @@ MB = 1_000_000
 def test_every_method_is_measured_once_and_its_point_is_kept(edgezo_json, tmp_path):
     model = make_model(tmp_path / "model")
     out = tmp_path / "out"
-    methods = ("inference", "grzo", "lora-checkpoint-int4")
+    methods = ("inference", "grzo", "mezo-in-place", "lora-checkpoint-int4")
     args = ("--model", model, "--tokens", "16", "--threads", "1", "--out", out)
     code, found = edgezo_json(
         "bench", "memory", *args, "--batch-sizes", "2", "--methods", ",".join(methods)
@@ -24,9 +24,10 @@ def test_every_method_is_measured_once_and_its_point_is_kept(edgezo_json, tmp_pa
         assert "error" not in point, point
         assert 50 * MB < point["base_rss_bytes"] <= point["train_peak_rss_bytes"] < 2000 * MB
         assert point["step_s"] > 0
-    inference, grzo, lora = found["points"]
+    inference, grzo, mezo, lora = found["points"]
     assert inference["train_peak_rss_bytes"] < 1.1 * grzo["train_peak_rss_bytes"]
-    assert lora["trained_parameters"] > 0 and all(loss > 0 for loss in lora["losses"])
+    for baseline in (mezo, lora):
+        assert baseline["trained_parameters"] > 0 and all(loss > 0 for loss in baseline["losses"])
     assert (out / "memory.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "memory.json").read_text()) == found
     before = (out / "points.jsonl").read_bytes()

@@ -1,6 +1,6 @@
-"""First-order baselines for ``edgezo bench``: transformers, peft and torch as people use them.
+"""Baselines for ``edgezo bench``: transformers, peft and torch as people use them, and MeZO as published.
 
-Runs as a process of its own: ``python -m edgezo.first_order '{"method": "lora", ...}'`` prints one JSON object. Of
+Runs as a process of its own: ``python -m edgezo.baselines '{"method": "lora", ...}'`` prints one JSON object. Of
 edgezo only the meter is shared, which imports neither torch nor transformers, so that all methods are measured with
 the same instrument.
 """
@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,18 +22,21 @@ class Recipe(NamedTuple):
     """How a baseline is set up; the field's names."""
 
     dtype: str
-    lora: bool
+    lora: bool = False
     checkpointing: bool = False  # activations of a block are computed again in the backward pass
     int4: bool = False  # the base in quanto qint4
+    forwards_only: bool = False  # MeZO: the weights move there and back in place
 
 
 RECIPES = {
     "lora": Recipe("bfloat16", lora=True),
     "lora-checkpoint": Recipe("bfloat16", lora=True, checkpointing=True),
     "lora-checkpoint-int4": Recipe("bfloat16", lora=True, checkpointing=True, int4=True),
-    "adamw": Recipe("float32", lora=False),
+    "adamw": Recipe("float32"),
+    "mezo-in-place": Recipe("bfloat16", forwards_only=True),
 }
 RANK = 8
+SIGMA = 1e-3
 
 
 def run(spec: dict[str, Any]) -> dict[str, Any]:
@@ -77,18 +81,15 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     rows = tokenizer(texts, truncation=True, max_length=spec["tokens"])["input_ids"]
     ids = torch.tensor([row for row in rows if len(row) == spec["tokens"]])
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    make_step = _mezo if recipe.forwards_only else _backward
+    one_step = make_step(model, trained)
     losses, times_s = [], []
     for step in range(spec["steps"]):
         begun_s = time.monotonic()
         picked = torch.arange(spec["batch_size"]).add(step * spec["batch_size"]) % len(ids)
         batch = ids[picked]
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        losses.append(one_step(batch))
         times_s.append(time.monotonic() - begun_s)
-        losses.append(loss.item())
     meter.mark("train")
     found = meter.summary()
     return {
@@ -99,6 +100,49 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         "load_peak_rss_bytes": found["load_peak_rss_bytes"],
         "train_peak_rss_bytes": found["train_peak_rss_bytes"],
     }
+
+
+def _backward(model: Any, trained: list[Any]) -> Callable[[Any], float]:
+    """AdamW's step on a batch (B, T)."""
+    import torch
+
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+
+    def step(batch: Any) -> float:
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss)
+
+    return step
+
+
+def _mezo(model: Any, trained: list[Any]) -> Callable[[Any], float]:
+    """MeZO's step (arXiv 2305.17333, algorithm 1): one direction for the batch, drawn again from its seed."""
+    import torch
+
+    generator = torch.Generator()
+
+    @torch.no_grad()
+    def step(batch: Any) -> float:
+        seed = generator.seed()
+
+        def move(scale: float) -> None:
+            generator.manual_seed(seed)
+            for weight in trained:
+                noise = torch.empty_like(weight).normal_(generator=generator)
+                weight.add_(noise, alpha=scale)
+
+        losses = []
+        for there in (SIGMA, -2 * SIGMA):
+            move(there)
+            losses.append(float(model(input_ids=batch, labels=batch).loss))
+        move(SIGMA)
+        move(-1e-6 * (losses[0] - losses[1]) / (2 * SIGMA))
+        return sum(losses) / 2
+
+    return step
 
 
 if __name__ == "__main__":
