@@ -423,8 +423,8 @@ def _first_order(footprint: Footprint, batch_size: int, cap: int) -> Decision:
     if needed <= cap:
         reason = "would fit as well, and reaches a higher accuracy: see What it is not, in README"
     else:
-        reason = f"does not fit: bf16 base, AdamW, {batch_size} examples at once, about"
-    return Decision("first-order LoRA", mb(needed), reason)
+        reason = f"does not fit: bf16 base, AdamW, {batch_size} examples at once"
+    return Decision("first-order LoRA", f"about {mb(needed)}", reason)
 
 
 def _trained_reason(cfg: RunConfig) -> str:
