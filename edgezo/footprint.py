@@ -506,11 +506,12 @@ class Footprint:
         attending += rows * shape.hidden * (HIDDEN_COPIES - 1)
         mlp = rows * (HIDDEN_COPIES * shape.hidden + MLP_COPIES[shape.gated] * shape.intermediate)
         rotary = 2 * shape.head_dim  # cosine and sine
-        size = (max(attending, mlp) + rows * rotary) * compute_bytes
-        if size > REUSED_BYTES:
-            return size
         left = int(HEAP_LEFT * rows * at_once)
-        return (max(attending, mlp + left) + rows * rotary) * compute_bytes
+        kept = (max(attending, mlp + left) + rows * rotary) * compute_bytes
+        if kept <= REUSED_BYTES:
+            return kept
+        # Mapped, and said to be more than what is kept, so that Plan.map_from_bytes tells the two apart.
+        return max((max(attending, mlp) + rows * rotary) * compute_bytes, REUSED_BYTES + 1)
 
     def _update(self, precision: str, micro_batch: int, compute_bytes: int, on_disk: int) -> Item:
         rounds = "full" in self.cfg.train and precision != "fp32"
