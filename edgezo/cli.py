@@ -51,20 +51,26 @@ _MEMORY = (
     ("batch_size", "N", "Examples, that is directions, a step.  [default: 16]"),
     ("micro_batch", "N", "Examples at once in memory.  [default: as many as fit]"),
     ("train", "PARTS", "What is trained, joined by +: lowrank, full, norms, scales, head."),
-    ("rank", "N", "Of the low-rank factors.  [default: 8]"),
+    ("rank", "N", "Of low-rank factors and directions.  [default: 8]"),
     ("rounding", None, "How full bf16 weights keep small steps.  [default: plane]"),
     (
         "residency",
         None,
         "Keep all weights in memory, or blocks on disk (CPU) or in RAM (GPU).  [default: as need be]",
     ),
-    ("estimator", None, "[default: grzo]"),
-    ("directions", None, "[default: signs; shared for mezo]"),
+    ("estimator", "NAME", "A row of edgezo estimators; what follows changes it.  [default: grzo]"),
+    ("directions", "NAME", "What an example is perturbed along: signs, gaussian, shared, ..."),
+    ("mask", None, "What is left of a direction."),
+    ("credit", None, "How losses weigh directions."),
+    ("rule", None, "What is done with the weighted sum."),
+    ("keep", "X", "Share of the weights or blocks that a mask leaves.  [default: 0.25]"),
+    ("refresh", "N", "Steps between two bases of low-rank directions."),
+    ("candidates", "N", "Directions of --credit candidates.  [default: 8]"),
 )
 _RUN = (
     ("steps", "N", "[default: 400]"),
     ("for_s", "TIME", "Instead of --steps: 120s, 10m, 1.5h."),
-    ("step", "X", "Step: a fraction of the probe (grzo) or a learning rate (mezo)."),
+    ("step", "X", "Step: a fraction of the probe (grzo), a learning rate (mezo), ..."),
     ("sigma", "X", "Size of the probe."),
     ("schedule", None, "[default: linear]"),
     ("weight_decay", "X", "[default: 0]"),
@@ -319,8 +325,9 @@ def _merge(
     card = find_card(model) if isinstance(model, str) else None
     settings = dict(card.settings) if card is not None else {}
     estimator = said.get("estimator") or from_file.get("estimator") or "grzo"
-    if estimator != settings.get("estimator", "grzo"):
-        for name in ("step", "sigma", "directions"):  # they were found for the card's estimator
+    by_hand = any(said.get(name) or from_file.get(name) for name in ("mask", "credit", "rule"))
+    if by_hand or estimator != settings.get("estimator", "grzo"):
+        for name in config.OF_PRESET:  # they were found for the card's estimator
             settings.pop(name, None)
     return config.make_config(said, from_file, settings, need_data=need_data)
 

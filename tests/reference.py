@@ -9,6 +9,8 @@ updates              - sum_i c_i D_i, matrix by matrix
 from __future__ import annotations
 
 import functools
+import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import NormalDist
@@ -76,21 +78,80 @@ def normal_levels() -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=512)
-def direction(kind: str, key: Key, target: Target, slot: int) -> Tensor:
+def direction(
+    kind: str, key: Key, target: Target, slot: int, rank: int = 8, refresh: int = 50
+) -> Tensor:
     """D_i of the example in ``slot``, (rows, cols) float64; not to be written to."""
     rows, cols = target.rows, target.cols
     every = slice(0, rows)
+    normals = noise.normals(key, target.id, noise.DENSE, every, cols).double()
+    epoch = Key(key.seed, key.step // refresh)
     if kind == "shared":
-        return noise.normals(key, target.id, noise.DENSE, every, cols).double()
+        return normals
+    if kind == "centred":
+        return centred(key, target)[0]
+    if kind in ("lowrank-shared", "subspace") and target.vector:
+        return normals
+    if kind == "subspace":
+        k = min(rank, rows, cols)
+        z = noise.normals(key, target.id, noise.LEFT, slice(0, k), k).double()
+        p = dealt(epoch, target, noise.SPAN, rows, k)
+        q = dealt(epoch, target, noise.BASIS, cols, k)
+        return math.sqrt(rows * cols) / k * p @ z @ q.T
+    a = noise.signs(key, target.id, noise.LEFT, slice(0, rank), rows).double()
+    v = noise.signs(epoch, target.id, noise.SPAN, slice(0, rank), cols).double()
+    low = sum(torch.outer(x, y) for x, y in zip(a, v, strict=True)) / math.sqrt(rank)
+    if kind == "lowrank-shared":
+        return low
     one = slice(slot, slot + 1)
     d = noise.signs(key, target.id, noise.ROW, one, rows)[0].double()[:, None].expand(rows, cols)
-    if not target.vector:
+    if not target.vector and kind != "lowrank-strict":
         d = d * noise.signs(key, target.id, noise.COLUMN, one, cols)[0].double()
+    if kind in ("lowrank", "lowrank-strict"):
+        d = d * (normals if target.vector else low)
     if kind == "rademacher":
         d = d * noise.signs(key, target.id, noise.DENSE, every, cols).double()
     if kind == "gaussian":
-        d = d * noise.normals(key, target.id, noise.DENSE, every, cols).double()
+        d = d * normals
     return d.clone()
+
+
+def dealt(key: Key, target: Target, stream: int, size: int, k: int) -> Tensor:
+    """(size, k) float64 with orthonormal columns, one entry a row."""
+    found = torch.zeros(size, k, dtype=torch.float64)
+    signs = noise.signs(key, target.id, noise.CHOICE + stream, slice(0, 1), size)[0]
+    for place, row in enumerate(noise.permutation(key, target.id, stream, size).tolist()):
+        found[row, place % k] = signs[row].double()
+    return found / found.norm(dim=0)
+
+
+def centred(key: Key, target: Target) -> tuple[Tensor, Tensor]:
+    """ZO-AdaMU's (m, v) from further back than a float shows, (rows, cols) float64."""
+    every, m = slice(0, target.rows), torch.zeros(target.rows, target.cols, dtype=torch.float64)
+    v = m
+    for step in range(max(0, key.step - 15), key.step + 1):
+        then = Key(key.seed, step)
+        z1, z2 = (
+            noise.normals(then, target.id, stream, every, target.cols).double() * math.sqrt(0.5)
+            for stream in (noise.DENSE, noise.CENTRE)
+        )
+        z2 = z2 + m
+        m, v = 0.9 * z1 + 0.1 * z2, 0.9 * z1**2 + 0.1 * z2**2
+    return m, v
+
+
+def masked(store: WeightStore, row: Trainable, key: Key, slot: int, seen: Tensor) -> Tensor:
+    """D_i as the mask leaves it, (rows, cols) float64; ``seen``: the weights as the forward reads them."""
+    d = store.directions
+    found = direction(d.name, key, row.target, slot, d.rank, d.refresh)
+    block = re.search(r"[.]([0-9]+)[.]", row.target.name)
+    if store.mask.name == "sparse" and row.threshold is not None:
+        found = found * (seen.abs() < row.threshold)
+    if store.mask.name == "layers" and block is not None:
+        found = found * (int(block[1]) in store.mask.chosen(key))
+    if store.mask.name == "hessian":
+        found = found / row.state["hessian"].double().sqrt()
+    return found
 
 
 def update(store: WeightStore, recipe: Recipe, name: str, used: Sequence[Tensor]) -> Tensor:
@@ -98,9 +159,21 @@ def update(store: WeightStore, recipe: Recipe, name: str, used: Sequence[Tensor]
     target = store.trainables[name].target
     total = torch.zeros(target.rows, target.cols, dtype=torch.float64)
     for slot, c in enumerate(recipe.coefficients.tolist()):
-        d = direction(store.directions.name, Key(store.seed, recipe.step), target, slot)
+        d = masked(
+            store,
+            store.trainables[name],
+            Key(store.seed, recipe.step),
+            slot,
+            seen_values(store.trainables[name]),
+        )
         total[used[slot]] -= c * d[used[slot]]
     return total
+
+
+def seen_values(row: Trainable) -> Tensor:
+    """A trained tensor as the forward reads it, (rows, cols) float64."""
+    held: Any = row.layout
+    return held.values.double()
 
 
 # ----------------------------------------------------------------------------- explicit weights
@@ -115,7 +188,7 @@ def explicit_weights(
     def moved(row: Trainable, seen: Tensor) -> Tensor:
         values = seen.double()
         if key is not None:
-            values = values + sigma * direction(store.directions.name, key, row.target, slot)
+            values = values + sigma * masked(store, row, key, slot, values)
         return values
 
     weights = {name: held.double() for name, held in store.vectors.items()}
