@@ -115,6 +115,9 @@ GRZO = "GRZO, arXiv 2606.02857"
 MEZO = "MeZO, arXiv 2305.17333"
 LOZO = "LOZO, arXiv 2410.07698"
 SPARSE = "Sparse-MeZO, arXiv 2402.15751"
+SIGNS = "both factors are signs, where the paper draws normals: their products are exact"
+LOW_BIT = "8-bit directions and stochastic rounding on dense weights; codes stay frozen"
+GAINS = "gains relative to a row's scales, where the paper moves the scales themselves"
 
 PRESETS = {
     row.name: row
@@ -124,6 +127,101 @@ PRESETS = {
         Preset("grzo-one-sided", "signs", "one-sided", f"{GRZO}, its mode 'one'", 0.05),
         Preset("grzo-uniform", "signs", "uniform", f"{GRZO}, an ablation: no signal", 0.05),
         Preset("mezo", "shared", "mean", MEZO, 1e-4),
+        Preset("mezo-adam", "shared", "mean", f"{MEZO}, appendix B", 1e-3, rule="adam"),
+        Preset(
+            "zo-adamu",
+            "centred",
+            "mean",
+            "ZO-AdaMU, arXiv 2312.15184",
+            1e-4,
+            rule="centred",
+            note="fresh share 0.5 and weight 0.9 stay as they are, where the paper anneals them; "
+            "both moments come from the seeds of 8 steps, so that none is stored",
+        ),
+        Preset(
+            "fzoo",
+            "rademacher",
+            "candidates",
+            "FZOO, arXiv 2506.09034",
+            0.05,
+            note="the N directions share U and differ by r_j s_j^T: one pass serves them all",
+        ),
+        Preset("lezo", "shared", "mean", "LeZO, arXiv 2410.09823", 1e-4, mask="layers", keep=0.25),
+        Preset(
+            "hizoo",
+            "shared",
+            "mean",
+            "HiZOO, arXiv 2402.15173",
+            1e-4,
+            mask="hessian",
+            note="the update takes the curvature that was probed, where the release takes the new one",
+        ),
+        Preset("lozo", "lowrank-shared", "mean", LOZO, 1e-4, train=FULL, note=SIGNS),
+        Preset(
+            "lozo-m", "lowrank-shared", "mean", LOZO, 1e-4, rule="momentum", train=FULL, note=SIGNS
+        ),
+        Preset("lo-grzo", "lowrank", "group", f"{GRZO} on LOZO", 0.1, train=FULL, note=SIGNS),
+        Preset(
+            "lo-grzo-strict",
+            "lowrank-strict",
+            "group",
+            f"{GRZO} on LOZO, s = 1",
+            0.1,
+            train=FULL,
+            note=SIGNS,
+        ),
+        Preset(
+            "subzero",
+            "subspace",
+            "mean",
+            "SubZero, arXiv 2410.08989",
+            1e-4,
+            train=FULL,
+            refresh=1000,
+            note="orthonormal columns by dealing rows out to them, where the paper decomposes normals",
+        ),
+        Preset("sparse-mezo", "shared", "mean", SPARSE, 1e-4, mask="sparse", train=FULL),
+        Preset(
+            "sparse-grzo",
+            "gaussian",
+            "group",
+            f"{GRZO} on {SPARSE}",
+            0.1,
+            mask="sparse",
+            train=FULL,
+        ),
+        Preset(
+            "quzo",
+            "shared",
+            "mean",
+            "QuZO, arXiv 2502.12346",
+            1e-4,
+            mask="quantized",
+            train=FULL,
+            rounding="stochastic",
+            note=LOW_BIT,
+        ),
+        Preset(
+            "qu-grzo",
+            "gaussian",
+            "group",
+            f"{GRZO} on QuZO",
+            0.1,
+            mask="quantized",
+            train=FULL,
+            rounding="stochastic",
+            note=LOW_BIT,
+        ),
+        Preset(
+            "qzo",
+            "shared",
+            "clipped",
+            "QZO, arXiv 2505.13430",
+            1e-5,
+            train=("scales",),
+            note=GAINS,
+        ),
+        Preset("qzo-grzo", "signs", "group", f"{GRZO} on QZO", 0.1, train=("scales",), note=GAINS),
     )
 }
 

@@ -315,3 +315,58 @@ def _lookups() -> Iterator[list[tuple[Tensor, Tensor]]]:
 
     with mock.patch.object(F, "embedding", recording):
         yield seen
+
+
+# ----------------------------------------------------------------------------- published steps
+
+
+def published_step(
+    cfg: Any,
+    step: int,
+    theta: Tensor,
+    directions: Sequence[Tensor],
+    losses: np.ndarray,
+    state: dict[str, Any],
+) -> Tensor:
+    """One step of ``cfg.estimator`` on one tensor as its paper has it, in float64: the new theta.
+
+    ``directions``: the D_i that were probed, as each example moves them; ``losses`` (S, B). ``state`` is the tensor's
+    own and is changed. Written from the papers' formulas, not from edgezo's tables.
+    """
+    lr, sigma, b = cfg.step, cfg.sigma, losses.shape[1]
+    losses = losses.astype(np.float64)
+    name = cfg.estimator
+    if name == "fzoo":
+        base, tried = losses[0].mean(), losses[1:].mean(1)
+        # theta -= lr/(eps N std) sum_j (l_j - l_0) u_j, with lr = kappa eps^2 N
+        rate = lr * sigma**2 * len(tried) / (sigma * len(tried) * tried.std())
+        parts = [(x - base) * d for x, d in zip(tried, directions, strict=True)]
+        return theta - rate * _total(parts)
+    if name == "grzo-one-sided":
+        a = (losses[0] - losses[0].mean()) / losses[0].std()
+        return theta - lr * sigma * _total([x * d for x, d in zip(a, directions, strict=True)])
+    if name == "grzo-uniform":
+        return theta - lr * sigma * _total(list(directions))
+    delta = losses[0] - losses[1]
+    weighted = [x * d for x, d in zip(delta, directions, strict=True)]
+    if (
+        cfg.credit == "group"
+    ):  # GRZO and the drop-ins: 1/(2 sigma B) sum a_i D_i, lr = 2 kappa sigma^2 B
+        rate = 2 * lr * sigma**2 * b
+        return theta - rate / (2 * sigma * b) * _total(weighted) / delta.std()
+    g = _total(weighted) / (2 * sigma * b)  # of MeZO and what is built on it; grzo-raw
+    if name == "mezo-adam":
+        state["m"] = 0.9 * state.get("m", 0.0) + 0.1 * g
+        state["v"] = 0.999 * state.get("v", 0.0) + 0.001 * g**2
+        m, v = state["m"] / (1 - 0.9 ** (step + 1)), state["v"] / (1 - 0.999 ** (step + 1))
+        return theta - lr * m / (torch.sqrt(v) + 1e-8)
+    if name == "zo-adamu":
+        return theta - lr * g / torch.sqrt(state["moment"] ** 2 + 1e-8)
+    if name == "qzo":
+        slope = abs(float(delta.mean()) / (2 * sigma))
+        return torch.clamp(theta - lr * g * min(1.0, 100 / max(slope, 1e-30)), min=-1.0)
+    return theta - lr * g
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(parts)).sum(0)

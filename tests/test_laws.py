@@ -591,7 +591,10 @@ def test_the_two_sided_estimate_of_a_quadratic_averages_to_its_gradient(
         key = Key(3, step)
         delta = np.empty(per_key)
         for slot in range(per_key):
-            d = sigma * reference.direction(name, key, target, slot, directions.rank).numpy().ravel()
+            d = (
+                sigma
+                * reference.direction(name, key, target, slot, directions.rank).numpy().ravel()
+            )
             delta[slot] = loss(theta + d) - loss(theta - d)
         c = torch.from_numpy(delta / (2 * sigma * per_key)).float()
         total += directions.weighted_sum(key, target, c, slice(0, target.rows))
