@@ -259,6 +259,16 @@ def models(as_json: bool) -> None:
     _emit(as_json, {"models": rows}, report.models_table(found))
 
 
+@cli.command()
+@_json
+def estimators(as_json: bool) -> None:
+    """List the rows of the family: equation, forwards, state and noise of each."""
+    from edgezo import presets, report
+
+    rows = [row.describe() for row in presets.PRESETS.values()]
+    _emit(as_json, {"estimators": rows}, report.estimators_list(rows))
+
+
 @cli.group()
 def bench() -> None:
     """Compare with other ways to train, each measured in a process of its own."""

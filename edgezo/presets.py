@@ -88,12 +88,12 @@ RULES = {
     "momentum": Rule("m = 0.9 m + 0.1 g", 1),
     "adam": Rule("m/(sqrt(v) + 1e-8), betas 0.9 and 0.999", 2, PER_WEIGHT),
     "sign": Rule("sign(g)", 0, PER_WEIGHT),
-    "centred": Rule("g/sqrt(v^2 + 1e-8), v of the probe's own parts"),
+    "centred": Rule("g/sqrt(v + 1e-8), v of the probe's own parts"),
 }
 
 
 class Preset(NamedTuple):
-    """A row of the family."""
+    """A row of the family. ``describe`` says its equation, forwards, state and memory, which follow from the axes."""
 
     name: str
     directions: str
@@ -108,6 +108,47 @@ class Preset(NamedTuple):
     keep: float = 0.25
     refresh: int = 50
     note: str = ""  # where it differs from the paper
+
+    def describe(self) -> dict[str, Any]:
+        """What ``edgezo estimators`` prints of a row; costs are for its own settings."""
+        mask, rule = MASKS[self.mask], RULES[self.rule]
+        return {
+            "name": self.name,
+            "paper": self.paper,
+            "directions": self.directions,
+            "mask": self.mask,
+            "credit": self.credit,
+            "rule": self.rule,
+            "train": list(self.train),
+            "step": self.step,
+            "sigma": self.sigma,
+            "step_meaning": step_meaning(self.credit, self.rule),
+            "equation": self.equation,
+            "forwards": forwards(self.credit, self.mask, 8),
+            "state_values": mask.state + rule.state,
+            "state": self.state,
+            "noise": "a tile" if DIRECTIONS[self.directions].dense or mask.dense else "none",
+            "note": self.note,
+        }
+
+    @property
+    def equation(self) -> str:
+        """D, credit and rule in the module's symbols."""
+        parts = [f"D = {DIRECTIONS[self.directions].text}"]
+        if self.mask != "none":
+            parts.append(f"mask: {MASKS[self.mask].text}")
+        return "; ".join(
+            [*parts, f"a = {CREDITS[self.credit].text}", f"step: {RULES[self.rule].text}"]
+        )
+
+    @property
+    def state(self) -> str:
+        """What is kept beside the weights, in fp32."""
+        kept = MASKS[self.mask].state + RULES[self.rule].state
+        if not kept:
+            return "none"
+        per = "row and rank" if in_span(self.directions) else "trained value"
+        return f"{kept} per {per}"
 
 
 FULL = ("full",)
@@ -127,7 +168,7 @@ PRESETS = {
         Preset("grzo-one-sided", "signs", "one-sided", f"{GRZO}, its mode 'one'", 0.05),
         Preset("grzo-uniform", "signs", "uniform", f"{GRZO}, an ablation: no signal", 0.05),
         Preset("mezo", "shared", "mean", MEZO, 1e-4),
-        Preset("mezo-adam", "shared", "mean", f"{MEZO}, appendix B", 1e-3, rule="adam"),
+        Preset("mezo-adam", "shared", "mean", f"{MEZO}, with Adam", 1e-3, rule="adam"),
         Preset(
             "zo-adamu",
             "centred",
@@ -136,7 +177,8 @@ PRESETS = {
             1e-4,
             rule="centred",
             note="fresh share 0.5 and weight 0.9 stay as they are, where the paper anneals them; "
-            "both moments come from the seeds of 8 steps, so that none is stored",
+            "both moments come from the seeds of 8 steps, so that none is stored; over the root of v, "
+            "where the paper has v^2 below it: m/v has no finite variance",
         ),
         Preset(
             "fzoo",

@@ -10,11 +10,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     Progress,
@@ -209,6 +210,18 @@ def models_table(cards: Iterable[Card]) -> RenderableType:
         sources = "; ".join(str(source) for source in card.sources)
         table.add_row(card.name, card.family, card.kind, f"{card.parameters / 1e6:,.0f} M", sources)
     return table
+
+
+def estimators_list(rows: Sequence[dict[str, Any]]) -> RenderableType:
+    parts: list[RenderableType] = []
+    for row in rows:
+        costs = (
+            f"{row['forwards']} forwards, state {row['state']}, weight-sized noise {row['noise']}"
+        )
+        lines = [f"{row['paper']}", f"{costs}; trains {'+'.join(row['train'])}"]
+        lines += [row["equation"], *([f"({row['note']})"] if row["note"] else [])]
+        parts += [Text(row["name"], style="bold"), Padding(Text("\n".join(lines)), (0, 0, 0, 4))]
+    return Group(*parts)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
     momentum   m <- 0.9 m + 0.1 g;  lr m                               (LOZO-M: in the coordinates of its basis)
     adam       m <- 0.9 m + 0.1 g,  v <- 0.999 v + 0.001 g^2;  lr m'/(sqrt(v') + 1e-8), ' without the start's bias
     sign       lr sign(g)
-    centred    lr g/sqrt(v^2 + 1e-8), v of the parts that ZO-AdaMU's direction is made of (directions.centred)
+    centred    lr g/sqrt(v + 1e-8), v of the parts that ZO-AdaMU's direction is made of (directions.centred)
 
 State is a function of the base, the seed and the journal: a replay goes through the steps and has it again, to the
 bit, so none of it is saved. That takes arithmetic whose rounding depends on no tile: every operation below rounds

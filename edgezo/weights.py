@@ -226,7 +226,7 @@ class WeightStore:
         key, target = Key(self.seed, recipe.step), row.target
         lines = [rows] if isinstance(rows, slice) else [slice(r, r + 1) for r in rows.tolist()]
         v = torch.cat([centred(key, target, line)[1] for line in lines]).to(self.device)
-        return v.square_().add_(1e-8).sqrt_()
+        return v.add_(1e-8).sqrt_()
 
     def _in_basis(
         self,

@@ -84,35 +84,35 @@ def direction(
     """D_i of the example in ``slot``, (rows, cols) float64; not to be written to."""
     rows, cols = target.rows, target.cols
     every = slice(0, rows)
-    normals = noise.normals(key, target.id, noise.DENSE, every, cols).double()
     epoch = Key(key.seed, key.step // refresh)
-    if kind == "shared":
-        return normals
     if kind == "centred":
         return centred(key, target)[0]
-    if kind in ("lowrank-shared", "subspace") and target.vector:
-        return normals
+    if kind == "shared" or (kind in ("lowrank-shared", "subspace") and target.vector):
+        return noise.normals(key, target.id, noise.DENSE, every, cols).double()
     if kind == "subspace":
         k = min(rank, rows, cols)
         z = noise.normals(key, target.id, noise.LEFT, slice(0, k), k).double()
         p = dealt(epoch, target, noise.SPAN, rows, k)
         q = dealt(epoch, target, noise.BASIS, cols, k)
         return math.sqrt(rows * cols) / k * p @ z @ q.T
-    a = noise.signs(key, target.id, noise.LEFT, slice(0, rank), rows).double()
-    v = noise.signs(epoch, target.id, noise.SPAN, slice(0, rank), cols).double()
-    low = sum(torch.outer(x, y) for x, y in zip(a, v, strict=True)) / math.sqrt(rank)
+    low = torch.zeros(rows, cols, dtype=torch.float64)
+    if kind.startswith("lowrank") and not target.vector:
+        a = noise.signs(key, target.id, noise.LEFT, slice(0, rank), rows).double()
+        v = noise.signs(epoch, target.id, noise.SPAN, slice(0, rank), cols).double()
+        low = a.T @ v / math.sqrt(rank)
     if kind == "lowrank-shared":
         return low
     one = slice(slot, slot + 1)
     d = noise.signs(key, target.id, noise.ROW, one, rows)[0].double()[:, None].expand(rows, cols)
     if not target.vector and kind != "lowrank-strict":
         d = d * noise.signs(key, target.id, noise.COLUMN, one, cols)[0].double()
-    if kind in ("lowrank", "lowrank-strict"):
-        d = d * (normals if target.vector else low)
+    of_rank = kind in ("lowrank", "lowrank-strict")
+    if of_rank and not target.vector:
+        d = d * low
     if kind == "rademacher":
         d = d * noise.signs(key, target.id, noise.DENSE, every, cols).double()
-    if kind == "gaussian":
-        d = d * normals
+    if kind == "gaussian" or (of_rank and target.vector):
+        d = d * noise.normals(key, target.id, noise.DENSE, every, cols).double()
     return d.clone()
 
 
@@ -361,7 +361,7 @@ def published_step(
         m, v = state["m"] / (1 - 0.9 ** (step + 1)), state["v"] / (1 - 0.999 ** (step + 1))
         return theta - lr * m / (torch.sqrt(v) + 1e-8)
     if name == "zo-adamu":
-        return theta - lr * g / torch.sqrt(state["moment"] ** 2 + 1e-8)
+        return theta - lr * g / torch.sqrt(state["moment"] + 1e-8)
     if name == "qzo":
         slope = abs(float(delta.mean()) / (2 * sigma))
         return torch.clamp(theta - lr * g * min(1.0, 100 / max(slope, 1e-30)), min=-1.0)

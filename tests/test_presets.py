@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,21 +22,28 @@ import torch
 from test_laws import LABEL_IDS, make_examples
 from torch import Tensor
 
-from edgezo import layouts, masks
+from edgezo import layouts, masks, rules
 from edgezo.config import RunConfig, make_config
 from edgezo.data import collate, micro_batches
+from edgezo.directions import DIRECTIONS
+from edgezo.errors import DoesNotFit
 from edgezo.estimators import Estimator, Recipe
 from edgezo.journal import Journal, StepRecord, open_journal
 from edgezo.layouts import Dense
 from edgezo.loader import open_model
 from edgezo.model import Model, ModelSpec, assemble
 from edgezo.noise import Key
-from edgezo.presets import PRESETS, forwards
+from edgezo.planner import make_plan
+from edgezo.presets import CREDITS, PRESETS, forwards
+from edgezo.presets import DIRECTIONS as DIRECTION_LAWS
 from edgezo.session import recipe_of
 from edgezo.train import finetune
-from edgezo.weights import saved_sha256
+from edgezo.weights import WeightStore, saved_sha256
 
 SEED, SIGMA, STEPS = 11, 0.01, 4
+MACHINE: Any = SimpleNamespace(
+    total_bytes=8 * 10**9, available_bytes=6 * 10**9, cores=2, bf16_fast=False, flops_s=1.5e11
+)
 # What a preset does not keep to the letter, and why (the rest is exact).
 UPDATED_ALONG_ANOTHER = ("quzo", "qu-grzo")  # an independent rounding of what was probed
 
@@ -132,10 +140,13 @@ class Maker:
         )
         return assemble(open_model(self.path), spec)
 
-    def trial(self, name: str, precision: str = "fp32", **changes: Any) -> Trial:
+    def config(self, name: str, precision: str = "fp32", **changes: Any) -> RunConfig:
         said = {"model": "m", "task": "t", "estimator": name, "precision": precision}
         train = tuple(part for part in PRESETS[name].train if part != "head")
-        cfg = make_config({**said, "sigma": SIGMA, "train": train, **changes})
+        return make_config({**said, "sigma": SIGMA, "train": train, **changes})
+
+    def trial(self, name: str, precision: str = "fp32", **changes: Any) -> Trial:
+        cfg = self.config(name, precision, **changes)
         module = tiny_models.random_model("llama", attn_implementation="eager")
         return Trial(
             cfg, self.model(cfg), reference.Twin(module, kind="label", label_ids=LABEL_IDS)
@@ -347,9 +358,7 @@ def test_many_steps_at_once_give_the_bits_of_one_by_one_for_any_tile(
 
 def refreshed(name: str) -> dict[str, int]:
     """A basis that is drawn anew within the few steps of a test."""
-    from edgezo.presets import DIRECTIONS
-
-    return {"refresh": 2} if DIRECTIONS[PRESETS[name].directions].refreshed else {}
+    return {"refresh": 2} if DIRECTION_LAWS[PRESETS[name].directions].refreshed else {}
 
 
 @presets
@@ -432,3 +441,141 @@ def test_a_run_that_was_cut_goes_on_and_replays_with_the_same_bits(
     assert skipped == [False] * 5
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert all(json.loads(line)["loss"] > 0 for line in lines)
+
+
+# ----------------------------------------------------------------------------- progress on a quadratic
+
+ROWS, COLS, BLOCKS, GROUP = 5, 8, 4, 6
+KAPPA_RATE, SLOPE_RATE, DESCENT = 1.0, 0.004, 20
+
+
+def descend(name: str, seed: int) -> tuple[float, float, int]:
+    """(|theta|^2 at the end, at the start, values of theta) on l(theta) = |theta|^2/2, the same for every example.
+
+    Four matrices in four blocks; the losses come from the reference's own directions. Of a sparse mask only what it
+    leaves counts.
+    """
+    cfg = make_config({"model": "m", "task": "t", "estimator": name, "precision": "fp32"})
+    estimator = Estimator.of(cfg)
+    rate = SLOPE_RATE if cfg.credit in ("raw", "mean", "clipped") else KAPPA_RATE
+    rate = 0.01 if cfg.rule == "adam" else rate
+    cfg = replace(cfg, step=rate, sigma=1e-3, seed=seed)
+    directions = DIRECTIONS[cfg.directions]._replace(rank=4, refresh=20)
+    mask = masks.mask_of(cfg.mask, cfg.keep)
+    store = WeightStore(seed, 8, directions, mask, rules.RULES[cfg.rule])
+    generator = torch.Generator().manual_seed(seed)
+    for block in range(BLOCKS):
+        store.train(f"h.{block}.w", Dense(torch.randn(ROWS, COLS, generator=generator)))
+    store.prepare()
+    rows = list(store.trainables.values())
+    whole = math.inf
+    left = [r.values.abs() < (whole if r.threshold is None else r.threshold) for r in rows]
+
+    def square() -> float:
+        return sum(float(r.values[m].square().sum()) for r, m in zip(rows, left, strict=True))
+
+    masked = probed_of_quantized if cfg.mask == "quantized" else reference.masked
+    many, start = CREDITS[cfg.credit].per_example, square()
+    losses = np.empty((len(estimator.evaluations), GROUP if many else 1))
+    number = max(losses.shape[1], *((e.candidate or 0) + 1 for e in estimator.evaluations), 1)
+    for step in range(DESCENT):
+        key, at = Key(seed, step), [r.values.double() for r in rows]
+        along = [
+            [masked(store, r, key, slot, a) for r, a in zip(rows, at, strict=True)]
+            for slot in range(number)
+        ]
+        for side, e in enumerate(estimator.evaluations):
+            for slot in range(losses.shape[1]):
+                d = along[slot if e.candidate is None else e.candidate]
+                parts = [a + e.sign * cfg.sigma * b for a, b in zip(at, d, strict=True)]
+                losses[side, slot] = sum(float(p.square().sum()) for p in parts) / 2
+        record = StepRecord(step, cfg.sigma, cfg.step, False, losses, estimator.credit(losses))
+        store.apply([recipe_of(cfg, record)])
+    return square(), start, sum(int(m.sum()) for m in left)
+
+
+def predicted(name: str, start: float, values: int, tries: int = 300) -> float:
+    """The mean of |theta|^2 at the end, if each D.theta/|theta| is N(0,1) and the rest of D only adds noise.
+
+    An isotropic quadratic knows nothing but the radius: r^2 <- (r - sum_i c_i x_i)^2 + (d - 1) sum_i c_i^2.
+    """
+    rng, row, sigma = np.random.default_rng(0), PRESETS[name], 1e-3
+    shares = BLOCKS if row.mask == "layers" else 1  # one block of the four moves
+    d, r2 = values // shares, np.full(tries, start)
+    group = {"mean": 1, "clipped": 1, "candidates": 8}.get(row.credit, GROUP)
+    for _ in range(DESCENT):
+        r = np.sqrt(r2 / shares)
+        x = rng.standard_normal((tries, group))
+        spread = x.std(1, keepdims=True) if group > 1 else 1.0
+        centre = x.mean(1, keepdims=True) if row.credit == "one-sided" else 0.0
+        if row.credit in ("mean", "clipped", "raw"):
+            c = SLOPE_RATE * x * r[:, None] / group
+        elif row.credit == "uniform":
+            c = KAPPA_RATE * sigma * np.ones_like(x)
+        else:
+            c = KAPPA_RATE * sigma * (x - centre) / spread
+        r2 += (r - (c * x).sum(1)) ** 2 + (d - 1) * (c**2).sum(1) - r**2
+    return float(r2.mean())
+
+
+# Rows whose pace no radius tells: what they keep from step to step turns their steps.
+OTHER_PACE = {"mezo-adam": 0.985, "lozo-m": 0.95, "zo-adamu": 0.95}
+
+
+@presets
+def test_a_quadratic_is_descended_at_the_predicted_rate(name: str) -> None:
+    tries = 3 if name in OTHER_PACE else 5
+    ends, starts, values = (
+        np.array(a) for a in zip(*(descend(name, s) for s in range(tries)), strict=True)
+    )
+    left = ends / starts
+    if name in OTHER_PACE:
+        assert left.mean() < OTHER_PACE[name]
+        return
+    wanted = predicted(name, starts.mean(), int(values.mean())) / starts.mean()
+    error = 4 * left.std() / math.sqrt(tries) + 0.1 * abs(1 - wanted)
+    assert abs(left.mean() - wanted) < error
+    assert (wanted < 0.99) == (name != "grzo-uniform")
+    assert (left.mean() < 0.99) == (name != "grzo-uniform")
+
+
+# ----------------------------------------------------------------------------- what it costs
+
+
+@presets
+def test_the_plan_counts_the_state_to_the_byte(name: str, maker: Maker) -> None:
+    trial = maker.trial(name)
+    rows = trial.model.store.trainables.values()
+    held = sum(t.nbytes for row in rows for t in row.state.values())
+    plan = make_plan(open_model(maker.path).shape, trial.cfg, MACHINE, base_bytes=0)
+    counted = {item.name: item.bytes for item in plan.items}
+    assert counted.get("rule state", 0) + counted.get("mask state", 0) == held
+    assert PRESETS[name].describe()["state_values"] == 0 or held
+
+
+@presets
+def test_more_forwards_take_more_activations(name: str, maker: Maker) -> None:
+    sides = forwards(PRESETS[name].credit, PRESETS[name].mask, 8)
+    plans = [
+        make_plan(open_model(maker.path).shape, maker.config(n), MACHINE, base_bytes=0)
+        for n in (name, "mezo")
+    ]
+    own, of_two = (next(i for i in p.items if i.name == "activations").bytes for p in plans)
+    assert (own - of_two) * (sides - 2) >= 0 and (own == of_two) == (sides == 2)
+
+
+def test_state_beside_full_weights_is_never_planned_on_disk(maker: Maker) -> None:
+    cfg = maker.config("mezo-adam", train="full", max_mem_bytes=10_000_000)
+    with pytest.raises(DoesNotFit) as refused:
+        make_plan(open_model(maker.path).shape, cfg, MACHINE, base_bytes=0)
+    assert "--residency disk (" not in str(refused.value)
+
+
+def test_the_list_of_estimators_says_what_each_costs(edgezo: Any, edgezo_json: Any) -> None:
+    code, found = edgezo_json("estimators")
+    assert code == 0 and [row["name"] for row in found["estimators"]] == list(PRESETS)
+    for row in found["estimators"]:
+        assert row["equation"] and row["step_meaning"] and row["paper"]
+    assert {r["name"]: r["forwards"] for r in found["estimators"]}["fzoo"] == 9
+    code, out, _ = edgezo("estimators")
+    assert code == 0 and all(name in out for name in PRESETS)
