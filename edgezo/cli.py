@@ -313,6 +313,40 @@ def bench_memory(
     _emit(as_json, found, report.memory_table(found))
 
 
+@bench.command("alignment")
+@_model
+@_options(*_DATA, *_MEMORY[1:2], *_MEMORY[4:6], ("sigma", "X", "Size of the probe."), _THREADS)
+@click.option(
+    "--estimators",
+    metavar="NAMES",
+    help="Joined by commas, name or name:directions. [default: all]",
+)
+@click.option("--batch-sizes", metavar="N,N", default="16", show_default=True)
+@click.option("--tries", metavar="N", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--out", metavar="DIR", default="runs/bench-alignment", show_default=True)
+@_json
+def bench_alignment(
+    estimators: str | None, batch_sizes: str, tries: int, out: str, as_json: bool, **said: Any
+) -> None:
+    """Cosine of one step's estimate to the true gradient, beside theory: table, JSON, chart."""
+    if said["threads"] is not None:
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ[name] = str(said["threads"])
+    from edgezo import alignment, presets, report
+
+    progress = report.TerminalProgress()
+    names = tuple(presets.PRESETS)
+    found = alignment.bench_alignment(
+        said,
+        estimators=[n.strip() for n in estimators.split(",")] if estimators else names,
+        batch_sizes=_integers("--batch-sizes", batch_sizes),
+        tries=tries,
+        out=Path(out),
+        note=progress.note,
+    )
+    _emit(as_json, found, report.alignment_table(found))
+
+
 def _integers(name: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]

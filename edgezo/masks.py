@@ -114,7 +114,7 @@ class Layers(Mask):
         self.blocks: Collection[int] = set()
 
     def prepare(self, row: Trainable) -> None:
-        block = _block_of(row.target.name)
+        block = block_of(row.target.name)
         self.blocks = set(self.blocks) | ({block} if block is not None else set())
 
     def chosen(self, key: Key) -> set[int]:
@@ -124,11 +124,11 @@ class Layers(Mask):
         return {blocks[i] for i in order[:count]}
 
     def scale(self, key: Key, row: Trainable) -> float:
-        block = _block_of(row.target.name)
+        block = block_of(row.target.name)
         return 1.0 if block is None or block in self.chosen(key) else 0.0
 
 
-def _block_of(name: str) -> int | None:
+def block_of(name: str) -> int | None:
     found = re.search(r"\.(\d+)\.", name)
     return int(found[1]) if found else None
 

@@ -142,6 +142,40 @@ def memory_table(found: Mapping[str, Any]) -> RenderableType:
     return Group(table, *failed)
 
 
+def alignment_table(found: Mapping[str, Any]) -> RenderableType:
+    """Rows of ``edgezo bench alignment``; cosines times the root of the coordinates, to be compared."""
+    table = Table(
+        title=f"{found['model']}: alignment", title_justify="left", box=None, pad_edge=False
+    )
+    for name in (
+        "estimator",
+        "B",
+        "train",
+        "d",
+        "cos",
+        "x sqrt(d)",
+        "+-",
+        "theory",
+        "signal/noise",
+    ):
+        table.add_column(name, justify="left" if name in ("estimator", "train") else "right")
+    for row in found["rows"]:
+        scale = math.sqrt(row["coordinates"])
+        theory, signal = row["cosine_theory"], row["signal_to_noise"]
+        table.add_row(
+            row["estimator"],
+            str(row["batch_size"]),
+            row["train"],
+            f"{row['coordinates']:,.0f}",
+            f"{row['cosine_mean']:.2e}",
+            f"{row['cosine_mean'] * scale:.2f}",
+            f"{row['cosine_error'] * scale:.2f}",
+            "" if theory is None else f"{theory * scale:.2f}",
+            "" if signal is None else f"{signal:.1f}",
+        )
+    return table
+
+
 def verdict(summary: Mapping[str, Any]) -> RenderableType:
     """The end of a run: what it reached, how long a step took, what memory it planned and took."""
     table = Table(box=None, pad_edge=False, show_header=False)

@@ -168,7 +168,7 @@ class WeightStore:
                     if row.touched_offset is not None:  # with a state, untouched rows move as well
                         assert isinstance(part, slice)
                         member = self._membership(
-                            self._own(row, recipe), np.arange(part.start, part.stop)
+                            self.own_rows(row, recipe), np.arange(part.start, part.stop)
                         )
                     values = self._move(row, recipe, c, part, values, member)
                 row.layout.write(part, values)
@@ -186,7 +186,37 @@ class WeightStore:
         scale = self.mask.scale(key, row)
         if scale == 0.0:
             return values
-        before: list[Tensor] = []  # rows of U that the mask has seen
+        if self._in_span(row):
+            u, change = None, self._in_basis(row, recipe, coefficients, rows, member)
+        else:
+            change, u = self._sum(row, recipe, coefficients, rows, values, member)
+            if self.rule.name != "sgd":
+                change = self._ruled(row, recipe, change, rows)
+        if self.mask.states:
+            told = torch.full((1, 1), recipe.curvature, device=self.device)
+            if member is not None:
+                told = told * member.amax(0)[:, None]
+            assert u is not None
+            self.mask.learn(row, rows, u, told)
+        if recipe.decay:
+            values.mul_(1.0 - recipe.decay)
+        values.sub_(change if scale == 1.0 else change * scale)
+        if row.least is not None:
+            values.clamp_(min=row.least)
+        return row.layout.snap(values, key, target.id, rows)
+
+    def _sum(
+        self,
+        row: Trainable,
+        recipe: Recipe,
+        coefficients: Tensor,
+        rows: slice | Tensor,
+        values: Tensor,
+        member: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """sum_i c_i D_i of some rows, and the rows of U that the mask has seen."""
+        key = Key(self.seed, recipe.step)
+        before: list[Tensor] = []
 
         def shape(u: Tensor) -> Tensor:
             before.append(u)
@@ -194,23 +224,24 @@ class WeightStore:
             return self.mask.shape(u, key, row, rows, seen, probing=False)
 
         shaped = shape if self.mask.shapes(row) else None
-        if self._in_span(row):
-            change = self._in_basis(row, recipe, coefficients, rows, member)
-        else:
-            change = self.directions.weighted_sum(key, target, coefficients, rows, member, shaped)
-            if self.rule.name != "sgd":
-                change = self._ruled(row, recipe, change, rows)
-        if self.mask.states:
-            told = torch.full((1, 1), recipe.curvature, device=self.device)
-            if member is not None:
-                told = told * member.amax(0)[:, None]
-            self.mask.learn(row, rows, before[0], told)
-        if recipe.decay:
-            values.mul_(1.0 - recipe.decay)
-        values.sub_(change if scale == 1.0 else change * scale)
-        if row.least is not None:
-            values.clamp_(min=row.least)
-        return row.layout.snap(values, key, target.id, rows)
+        g = self.directions.weighted_sum(key, row.target, coefficients, rows, member, shaped)
+        return g, before[0] if before else None
+
+    @torch.no_grad()
+    def estimate(self, recipe: Recipe) -> Iterator[tuple[Trainable, slice | Tensor, Tensor]]:
+        """sum_i c_i D_i tile by tile, before any rule; nothing changes. Not for blocks on disk."""
+        c = torch.from_numpy(recipe.coefficients).to(self.device)
+        for row in self.trainables.values():
+            scale = self.mask.scale(Key(self.seed, recipe.step), row)
+            for part in _row_sets(row) if scale else ():
+                member = None
+                if row.touched_offset is not None:
+                    assert isinstance(part, slice)
+                    member = self._membership(
+                        self.own_rows(row, recipe), np.arange(part.start, part.stop)
+                    )
+                found, _ = self._sum(row, recipe, c, part, row.layout.read(part), member)
+                yield row, part, found * scale
 
     def _ruled(self, row: Trainable, recipe: Recipe, g: Tensor, rows: slice | Tensor) -> Tensor:
         """The rule's step for the estimate ``g`` of some rows, whose state it changes."""
@@ -255,7 +286,7 @@ class WeightStore:
         )
 
     @staticmethod
-    def _own(row: Trainable, recipe: Recipe) -> list[np.ndarray]:
+    def own_rows(row: Trainable, recipe: Recipe) -> list[np.ndarray]:
         """Rows of this table that each direction moves."""
         assert row.touched_offset is not None
         start, stop = row.touched_offset, row.touched_offset + row.target.rows
@@ -268,7 +299,7 @@ class WeightStore:
 
     def _apply_touched(self, row: Trainable, recipe: Recipe, coefficients: Tensor) -> None:
         """Embedding tables: example i moves only the rows that it used."""
-        own = self._own(row, recipe)
+        own = self.own_rows(row, recipe)
         union = np.unique(np.concatenate(own)) if own else np.empty(0, np.int64)
         for tile in tiles(len(union), row.target.cols):
             rows = union[tile]
