@@ -315,7 +315,11 @@ def bench_memory(
 
 @bench.command("alignment")
 @_model
-@_options(*_DATA, *_MEMORY[1:2], *_MEMORY[4:6], ("sigma", "X", "Size of the probe."), _THREADS)
+@_options(
+    *_DATA,
+    *(row for row in (*_MEMORY, *_RUN) if row[0] in ("precision", "train", "rank", "sigma")),
+    _THREADS,
+)
 @click.option(
     "--estimators",
     metavar="NAMES",

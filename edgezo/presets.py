@@ -198,9 +198,9 @@ PRESETS = {
             mask="hessian",
             note="the update takes the curvature that was probed, where the release takes the new one",
         ),
-        Preset("lozo", "lowrank-shared", "mean", LOZO, 1e-4, train=FULL, note=SIGNS),
+        Preset("lozo", "lowrank-shared", "mean", LOZO, 1e-6, train=FULL, note=SIGNS),
         Preset(
-            "lozo-m", "lowrank-shared", "mean", LOZO, 1e-4, rule="momentum", train=FULL, note=SIGNS
+            "lozo-m", "lowrank-shared", "mean", LOZO, 1e-6, rule="momentum", train=FULL, note=SIGNS
         ),
         Preset("lo-grzo", "lowrank", "group", f"{GRZO} on LOZO", 0.1, train=FULL, note=SIGNS),
         Preset(
@@ -217,12 +217,12 @@ PRESETS = {
             "subspace",
             "mean",
             "SubZero, arXiv 2410.08989",
-            1e-4,
+            1e-6,
             train=FULL,
             refresh=1000,
             note="orthonormal columns by dealing rows out to them, where the paper decomposes normals",
         ),
-        Preset("sparse-mezo", "shared", "mean", SPARSE, 1e-4, mask="sparse", train=FULL),
+        Preset("sparse-mezo", "shared", "mean", SPARSE, 1e-6, mask="sparse", train=FULL),
         Preset(
             "sparse-grzo",
             "gaussian",
@@ -237,7 +237,7 @@ PRESETS = {
             "shared",
             "mean",
             "QuZO, arXiv 2502.12346",
-            1e-4,
+            1e-6,
             mask="quantized",
             train=FULL,
             rounding="stochastic",

@@ -462,7 +462,7 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
     cfg = replace(cfg, step=rate, sigma=1e-3, seed=seed)
     directions = DIRECTIONS[cfg.directions]._replace(rank=4, refresh=20)
     mask = masks.mask_of(cfg.mask, cfg.keep)
-    store = WeightStore(seed, 8, directions, mask, rules.RULES[cfg.rule])
+    store = WeightStore(seed, 8, directions, mask=mask, rule=rules.RULES[cfg.rule])
     generator = torch.Generator().manual_seed(seed)
     for block in range(BLOCKS):
         store.train(f"h.{block}.w", Dense(torch.randn(ROWS, COLS, generator=generator)))
