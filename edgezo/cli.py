@@ -51,20 +51,26 @@ _MEMORY = (
     ("batch_size", "N", "Examples, that is directions, a step.  [default: 16]"),
     ("micro_batch", "N", "Examples at once in memory.  [default: as many as fit]"),
     ("train", "PARTS", "What is trained, joined by +: lowrank, full, norms, scales, head."),
-    ("rank", "N", "Of the low-rank factors.  [default: 8]"),
+    ("rank", "N", "Of low-rank factors and directions.  [default: 8]"),
     ("rounding", None, "How full bf16 weights keep small steps.  [default: plane]"),
     (
         "residency",
         None,
         "Keep all weights in memory, or blocks on disk (CPU) or in RAM (GPU).  [default: as need be]",
     ),
-    ("estimator", None, "[default: grzo]"),
-    ("directions", None, "[default: signs; shared for mezo]"),
+    ("estimator", "NAME", "A row of edgezo estimators; what follows changes it.  [default: grzo]"),
+    ("directions", "NAME", "What an example is perturbed along: signs, gaussian, shared, ..."),
+    ("mask", None, "What is left of a direction."),
+    ("credit", None, "How losses weigh directions."),
+    ("rule", None, "What is done with the weighted sum."),
+    ("keep", "X", "Share of the weights or blocks that a mask leaves.  [default: 0.25]"),
+    ("refresh", "N", "Steps between two bases of low-rank directions."),
+    ("candidates", "N", "Directions of --credit candidates.  [default: 8]"),
 )
 _RUN = (
     ("steps", "N", "[default: 400]"),
     ("for_s", "TIME", "Instead of --steps: 120s, 10m, 1.5h."),
-    ("step", "X", "Step: a fraction of the probe (grzo) or a learning rate (mezo)."),
+    ("step", "X", "Step: a fraction of the probe (grzo), a learning rate (mezo), ..."),
     ("sigma", "X", "Size of the probe."),
     ("schedule", None, "[default: linear]"),
     ("weight_decay", "X", "[default: 0]"),
@@ -253,6 +259,16 @@ def models(as_json: bool) -> None:
     _emit(as_json, {"models": rows}, report.models_table(found))
 
 
+@cli.command()
+@_json
+def estimators(as_json: bool) -> None:
+    """List the rows of the family: equation, forwards, state and noise of each."""
+    from edgezo import presets, report
+
+    rows = [row.describe() for row in presets.PRESETS.values()]
+    _emit(as_json, {"estimators": rows}, report.estimators_list(rows))
+
+
 @cli.group()
 def bench() -> None:
     """Compare with other ways to train, each measured in a process of its own."""
@@ -297,6 +313,44 @@ def bench_memory(
     _emit(as_json, found, report.memory_table(found))
 
 
+@bench.command("alignment")
+@_model
+@_options(
+    *_DATA,
+    *(row for row in (*_MEMORY, *_RUN) if row[0] in ("precision", "train", "rank", "sigma")),
+    _THREADS,
+)
+@click.option(
+    "--estimators",
+    metavar="NAMES",
+    help="Joined by commas, name or name:directions. [default: all]",
+)
+@click.option("--batch-sizes", metavar="N,N", default="16", show_default=True)
+@click.option("--tries", metavar="N", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--out", metavar="DIR", default="runs/bench-alignment", show_default=True)
+@_json
+def bench_alignment(
+    estimators: str | None, batch_sizes: str, tries: int, out: str, as_json: bool, **said: Any
+) -> None:
+    """Cosine of one step's estimate to the true gradient, beside theory: table, JSON, chart."""
+    if said["threads"] is not None:
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ[name] = str(said["threads"])
+    from edgezo import alignment, presets, report
+
+    progress = report.TerminalProgress()
+    names = tuple(presets.PRESETS)
+    found = alignment.bench_alignment(
+        said,
+        estimators=[n.strip() for n in estimators.split(",")] if estimators else names,
+        batch_sizes=_integers("--batch-sizes", batch_sizes),
+        tries=tries,
+        out=Path(out),
+        note=progress.note,
+    )
+    _emit(as_json, found, report.alignment_table(found))
+
+
 def _integers(name: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
@@ -319,8 +373,9 @@ def _merge(
     card = find_card(model) if isinstance(model, str) else None
     settings = dict(card.settings) if card is not None else {}
     estimator = said.get("estimator") or from_file.get("estimator") or "grzo"
-    if estimator != settings.get("estimator", "grzo"):
-        for name in ("step", "sigma", "directions"):  # they were found for the card's estimator
+    by_hand = any(said.get(name) or from_file.get(name) for name in ("mask", "credit", "rule"))
+    if by_hand or estimator != settings.get("estimator", "grzo"):
+        for name in config.OF_PRESET:  # they were found for the card's estimator
             settings.pop(name, None)
     return config.make_config(said, from_file, settings, need_data=need_data)
 

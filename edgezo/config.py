@@ -21,9 +21,8 @@ from typing import Any
 import tomli_w
 
 from edgezo.errors import UsageError
+from edgezo.presets import CREDITS, DIRECTIONS, MASKS, PRESETS, RULES, default_step, refusals
 
-ESTIMATORS = ("grzo", "mezo")
-DIRECTIONS = ("signs", "rademacher", "gaussian", "shared")
 TRAINABLE = ("lowrank", "full", "norms", "scales", "head")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 QUANTIZED = ("int8", "int4")
@@ -34,9 +33,9 @@ SCHEDULES = ("linear", "constant")
 
 DEFAULT_STEPS = 400
 EVAL_TOKENS = 512  # packed tokens of an evaluation batch, unless one example is longer
-# The meaning of --step differs: a fraction of the probe (kappa) for GRZO, a learning rate for MeZO.
-DEFAULT_STEP = {"grzo": 0.1, "mezo": 1e-4}
-DEFAULT_DIRECTIONS = {"grzo": "signs", "mezo": "shared"}
+# What an estimator's row of the table decides where the request does not.
+AXES = ("directions", "mask", "credit", "rule", "train")
+OF_PRESET = (*AXES, "step", "sigma", "keep", "refresh")
 
 # Fields of which one replaces the other: said in a higher layer, it removes the lower layers'.
 ALTERNATIVES = (("steps", "for_s"), ("data", "task"))
@@ -73,20 +72,26 @@ FIELDS: dict[str, Field] = {
     "max_mem_bytes": Field("bytes", low=1),
     "steps": Field("int", low=1, high=10_000_000),
     "for_s": Field("duration", low=0, open_low=True),
-    "estimator": Field("choice", "grzo", choices=ESTIMATORS),
-    "directions": Field("choice", choices=DIRECTIONS),
-    "train": Field("train", ("lowrank", "head"), choices=TRAINABLE),
+    "estimator": Field("choice", "grzo", choices=tuple(PRESETS)),
+    "directions": Field("choice", choices=tuple(DIRECTIONS)),
+    "mask": Field("choice", choices=tuple(MASKS)),
+    "credit": Field("choice", choices=tuple(CREDITS)),
+    "rule": Field("choice", choices=tuple(RULES)),
+    "train": Field("train", choices=TRAINABLE),
     "precision": Field("choice", choices=PRECISIONS),
     "rounding": Field("choice", choices=ROUNDINGS),
     # None: on the disk (CPU) or in host memory (GPU) where memory is too small
     "residency": Field("choice", choices=RESIDENCIES),
     "device": Field("choice", "auto", choices=DEVICES),
     "rank": Field("int", 8, low=1, high=256),
+    "keep": Field("float", low=0, high=1, open_low=True),
+    "refresh": Field("int", low=1),
+    "candidates": Field("int", 8, low=1, high=256),
     "batch_size": Field("int", low=1, high=1024),
     "micro_batch": Field("int", low=1, high=1024),
     "max_length": Field("int", 512, low=8, high=1_048_576),
     "step": Field("float", low=0, open_low=True),
-    "sigma": Field("float", 2e-3, low=0, high=1, open_low=True),
+    "sigma": Field("float", low=0, high=1, open_low=True),
     "schedule": Field("choice", "linear", choices=SCHEDULES),
     "weight_decay": Field("float", 0.0, low=0, high=1),
     "head_lr": Field("float", 2.0, low=0, open_low=True),
@@ -114,18 +119,24 @@ class RunConfig:
     max_mem_bytes: int | None
     steps: int | None  # None where for_s bounds the run
     for_s: float | None
-    estimator: str
+    estimator: str  # the row of the table that decides what is not said of the five axes
     directions: str
+    mask: str
+    credit: str
+    rule: str
     train: tuple[str, ...]
     precision: str | None
     rounding: str | None
     residency: str | None
     device: str
-    rank: int
+    rank: int  # of the factors of --train lowrank, and of low-rank directions
+    keep: float  # share of the weights or blocks that a mask leaves
+    refresh: int  # steps between two bases of low-rank directions
+    candidates: int  # directions of credit candidates
     batch_size: int | None
     micro_batch: int | None
     max_length: int  # tokens
-    step: float  # kappa of GRZO; the learning rate of MeZO
+    step: float  # kappa or a learning rate: presets.step_meaning
     sigma: float
     schedule: str
     weight_decay: float
@@ -174,13 +185,33 @@ def make_config(*layers: Mapping[str, Any], need_data: bool = True) -> RunConfig
     values = {name: merged.get(name, spec.default) for name, spec in FIELDS.items()}
     if values["steps"] is None and values["for_s"] is None:
         values["steps"] = DEFAULT_STEPS
-    values["step"] = values["step"] or DEFAULT_STEP[values["estimator"]]
-    values["directions"] = values["directions"] or DEFAULT_DIRECTIONS[values["estimator"]]
+    _fill_from_preset(values)
     problems += _combinations(values, need_data)
     problems += _unused(layers[0] if layers else {}, values)
     if problems:
         raise UsageError(list(dict.fromkeys(problems)))
     return RunConfig(**values)
+
+
+def _fill_from_preset(values: dict[str, Any]) -> None:
+    """What was not said, as the estimator's row of the table has it."""
+    row = PRESETS[values["estimator"]]
+    own_step = values["step"]
+    for name in OF_PRESET:
+        if values[name] is None:
+            values[name] = getattr(row, name)
+    if own_step is None:  # a credit or rule that was chosen by hand may mean another thing by it
+        values["step"] = default_step(row, values["credit"], values["rule"])
+    if values["rounding"] is None and "full" in values["train"]:
+        if values["precision"] not in ("fp32", *QUANTIZED):
+            values["rounding"] = row.rounding
+
+
+def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as an earlier version wrote it, with what that version did not know of."""
+    values = {**{name: spec.default for name, spec in FIELDS.items()}, **saved}
+    _fill_from_preset(values)
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
 def from_toml(text: str) -> RunConfig:
@@ -327,16 +358,7 @@ def _combinations(v: Mapping[str, Any], need_data: bool) -> list[str]:
         problems.append(
             "--data-root is where --task looks for its data; without --task give --data"
         )
-    if v["estimator"] == "grzo" and v["directions"] == "shared":
-        problems.append(
-            "--directions shared with --estimator grzo: GRZO compares one direction per example; "
-            "one direction for the whole batch is --estimator mezo"
-        )
-    if v["estimator"] == "mezo" and v["directions"] != "shared":
-        problems.append(
-            f"--directions {v['directions']} with --estimator mezo: "
-            "MeZO has one direction for the whole batch"
-        )
+    problems += refusals(v)
     if "full" in train and v["precision"] in QUANTIZED:
         problems.append(
             f"--train full with --precision {v['precision']}: its codes are frozen; "
@@ -382,7 +404,16 @@ def _unused(said: Mapping[str, Any], v: Mapping[str, Any]) -> list[str]:
     train = v["train"]
     forward_trained = train != ("head",)
     rules = {
-        "rank": ("lowrank" in train, "it is the rank of --train lowrank"),
+        "rank": (
+            "lowrank" in train or DIRECTIONS[v["directions"]].refreshed,
+            "it is the rank of --train lowrank, and of low-rank directions",
+        ),
+        "keep": (v["mask"] in ("sparse", "layers"), "it is what --mask sparse or layers leaves"),
+        "refresh": (
+            DIRECTIONS[v["directions"]].refreshed,
+            "only low-rank directions have a basis that is drawn anew",
+        ),
+        "candidates": (v["credit"] == "candidates", "only --credit candidates draws them"),
         "head_lr": ("head" in train, "it is the learning rate of --train head"),
         "sigma": (forward_trained, "--train head alone perturbs nothing"),
         "step": (forward_trained, "--train head alone perturbs nothing; its rate is --head-lr"),

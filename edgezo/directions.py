@@ -2,25 +2,43 @@
 
 A trained tensor is a matrix (rows, cols) or a vector (rows,). Example i of the group perturbs it along D_i:
 
-    signs        D_i = r_i s_i^T              no weight-sized noise at all (a vector: r_i)
-    rademacher   D_i = U * (r_i s_i^T)        U of +-1, one for the group
-    gaussian     D_i = U * (r_i s_i^T)        U of N(0,1): GRZO as published, arXiv 2606.02857
-    shared       D_i = U of N(0,1)            one direction for the whole batch: MeZO, arXiv 2305.17333
+    signs            D_i = r_i s_i^T                    no weight-sized noise at all (a vector: r_i)
+    rademacher       D_i = U * (r_i s_i^T)              U of +-1, one for the group
+    gaussian         D_i = U * (r_i s_i^T)              U of N(0,1): GRZO as published, arXiv 2606.02857
+    shared           D   = U of N(0,1)                  one direction for the whole batch: MeZO, arXiv 2305.17333
+    lowrank          D_i = (A V^T)/sqrt(k) * (r_i s_i^T)    LO-GRZO
+    lowrank-strict   D_i = diag(r_i) A V^T / sqrt(k)        LO-GRZO with s = 1: every update lies in span V
+    lowrank-shared   D   = A V^T / sqrt(k)                  LOZO, arXiv 2410.07698
+    subspace         D   = sqrt(rows*cols)/k P Z Q^T        SubZero, arXiv 2410.08989
+    centred          D   = m, their own moving average      ZO-AdaMU, arXiv 2312.15184
 
-with r_i in {-1,+1}^rows and s_i in {-1,+1}^cols. All have E[D_jk D_lm] = [j=l][k=m], so (D.g)D is an unbiased
-estimate of g. Everything here is pure: a direction is a function of (key, tensor, example slot).
+with r_i in {-1,+1}^rows and s_i in {-1,+1}^cols. But for ``centred`` all have E[D_jk D_lm] = [j=l][k=m], so (D.g)D
+is an unbiased estimate of g. Everything here is pure: a direction is a function of (key, tensor, example slot).
+
+Of rank k: A (rows, k) is drawn every step, V (cols, k) every ``refresh`` steps. Both are signs, not normals, so that
+A V^T is a sum of integers and has the same bits from every tile. P (rows, k) and Q (cols, k) are orthonormal and
+drawn every ``refresh`` steps, Z of N(0,1) every step. Each row of P has one entry: rows are dealt out to the k columns
+in a random order, with a random sign over the root of the column's count (a sparse embedding, in place of a QR
+decomposition, whose last bits differ between libraries). Vectors have no low rank; they take U of N(0,1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from edgezo import noise
 from edgezo.noise import Key
+
+# ZO-AdaMU's constants: share of fresh noise, and the weight of its centred part in the average.
+FRESH, KEPT = 0.5, 0.1
+_MEMORY_STEPS = 8  # KEPT ** 8 is below fp32's resolution
+
+Shape = Callable[[Tensor], Tensor]  # what a mask makes of rows of U
 
 
 class Target(NamedTuple):
@@ -36,12 +54,23 @@ class Target(NamedTuple):
         return noise.tensor_id(self.name)
 
 
+class Factors(NamedTuple):
+    """U = scale * left @ right^T without ever being made."""
+
+    left: Tensor  # (rows, k) fp32
+    right: Tensor  # (cols, k) fp32
+    scale: float
+
+
 class Directions(NamedTuple):
-    """One kind of direction. ``dense`` names the weight-sized factor U, ``factored`` says whether r and s exist."""
+    """One kind of direction: ``dense`` names the weight-sized factor U, ``factored`` says whether r and s exist."""
 
     name: str
     factored: bool
-    dense: str | None  # None, "signs" or "normals"
+    dense: str | None  # None, "signs", "normals", "lowrank", "subspace" or "centred"
+    strict: bool = False  # s = 1
+    rank: int = 8
+    refresh: int = 50
 
     def row_signs(self, key: Key, target: Target, slots: Sequence[int]) -> Tensor:
         """r_i of the group's examples ``slots``, (len(slots), rows) int8."""
@@ -49,13 +78,48 @@ class Directions(NamedTuple):
 
     def col_signs(self, key: Key, target: Target, slots: Sequence[int]) -> Tensor:
         """s_i of the group's examples ``slots``, (len(slots), cols) int8."""
+        if self.strict:
+            return torch.ones(len(slots), target.cols, dtype=torch.int8)
         return _of_slots(key, target.id, noise.COLUMN, slots, target.cols)
 
     def dense_rows(self, key: Key, target: Target, rows: slice) -> Tensor:
         """Rows of U, (n, cols) fp32."""
-        if self.dense == "normals":
-            return noise.normals(key, target.id, noise.DENSE, rows, target.cols)
-        return noise.signs(key, target.id, noise.DENSE, rows, target.cols).float()
+        kind = "normals" if target.vector and self.of_rank else self.dense
+        if self.of_rank and not target.vector:
+            left, right, scale = self.factors(key, target)
+            return (left[rows] @ right.T).mul_(scale)
+        if kind == "centred":
+            return centred(key, target, rows)[0]
+        draw = noise.normals if kind == "normals" else noise.signs
+        return draw(key, target.id, noise.DENSE, rows, target.cols).float()
+
+    @property
+    def of_rank(self) -> bool:
+        """Whether a matrix's U is a product of thin factors."""
+        return self.dense in ("lowrank", "subspace")
+
+    def basis(self, key: Key, target: Target) -> Tensor:
+        """V, (cols, k) fp32 signs: what updates of strict and shared low-rank directions are combinations of."""
+        epoch = Key(key.seed, key.step // self.refresh)
+        rank = slice(0, self.rank)
+        return noise.signs(epoch, target.id, noise.SPAN, rank, target.cols).T.float()
+
+    def coordinates(self, key: Key, target: Target) -> Tensor:
+        """A, (rows, k) fp32 signs."""
+        rank = slice(0, self.rank)
+        return noise.signs(key, target.id, noise.LEFT, rank, target.rows).T.float()
+
+    def factors(self, key: Key, target: Target) -> Factors:
+        if self.dense == "lowrank":
+            left, right = self.coordinates(key, target), self.basis(key, target)
+            return Factors(left, right, self.rank**-0.5)
+        rank = min(self.rank, target.rows, target.cols)
+        epoch = Key(key.seed, key.step // self.refresh)
+        p = _dealt(epoch, target.id, noise.SPAN, target.rows, rank)
+        q = _dealt(epoch, target.id, noise.BASIS, target.cols, rank)
+        z = noise.normals(key, target.id, noise.LEFT, slice(0, rank), rank)
+        # Rows of P and Q have one entry each, so neither product adds anything up.
+        return Factors(p @ z, q, 1.0)
 
     def vectors(self, key: Key, target: Target, slots: Sequence[int]) -> Tensor:
         """D_i of a vector target, (len(slots), rows) fp32."""
@@ -73,7 +137,8 @@ class Directions(NamedTuple):
         target: Target,
         coefficients: Tensor,  # (B,) fp32 on noise.exact_grid
         rows: slice | Tensor,
-        member: Tensor | None = None,  # (B, n) 0/1: which examples touched which of the rows
+        member: Tensor | None = None,  # (B or 1, n) 0/1: which examples touched which of the rows
+        shape: Shape | None = None,
     ) -> Tensor:
         """sum_i c_i D_i on ``rows``, (n, cols) fp32.
 
@@ -82,37 +147,97 @@ class Directions(NamedTuple):
         """
         n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
         device = coefficients.device
-        if self.factored:
-            slots = range(len(coefficients))
-            left = self.row_signs(key, target, slots).to(device)[:, rows].float()  # (B, n)
-            if member is not None:
-                left = left * member
-            left = left * coefficients[:, None]
-            if target.vector:
-                total = left.sum(0)[:, None]
-            else:
-                total = left.T @ self.col_signs(key, target, slots).to(device).float()
-        else:
-            if member is not None:
-                total = (coefficients[:, None] * member).sum(0)[:, None]
-            else:
-                total = coefficients.sum().expand(n, 1)
-            total = total.expand(n, target.cols)
-        if self.dense is not None:
-            total = total * self.dense_at(key, target, rows).to(device)
+        total = self._outer(key, target, coefficients, rows, member).expand(n, target.cols)
+        if self.dense is not None or shape is not None:
+            u = self.dense_at(key, target, rows).to(device)
+            total = total * (u if shape is None else shape(u))
         return total
 
+    def _outer(
+        self,
+        key: Key,
+        target: Target,
+        coefficients: Tensor,
+        rows: slice | Tensor,
+        member: Tensor | None,
+    ) -> Tensor:
+        """sum_i c_i r_i s_i^T on ``rows``, (n, cols) or (n, 1) where all columns are the same."""
+        if not self.factored:
+            if member is None:
+                return coefficients.sum().reshape(1, 1)
+            return (coefficients[:, None] * member).sum(0)[:, None]
+        slots, device = range(len(coefficients)), coefficients.device
+        left = self.row_signs(key, target, slots).to(device)[:, rows].float()  # (B, n)
+        if member is not None:
+            left = left * member
+        left = left * coefficients[:, None]
+        if target.vector or self.strict:
+            return left.sum(0)[:, None]
+        return left.T @ self.col_signs(key, target, slots).to(device).float()
+
+    def weighted_coordinates(
+        self,
+        key: Key,
+        target: Target,
+        coefficients: Tensor,
+        rows: slice | Tensor,
+        member: Tensor | None,
+    ) -> Tensor:
+        """The sum's coordinates in ``basis``, (n, k) fp32, for directions that are in its span."""
+        total = self._outer(key, target, coefficients, rows, member)
+        return total * self.coordinates(key, target).to(total.device)[rows]
+
     def dense_at(self, key: Key, target: Target, rows: slice | Tensor) -> Tensor:
-        """Rows of U, (n, cols) fp32 on the CPU."""
+        """Rows of U in any order, (n, cols) fp32 on the CPU; ones where there is no U."""
+        if self.dense is None:
+            n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+            return torch.ones(n, target.cols)
         if isinstance(rows, slice):
             return self.dense_rows(key, target, rows)
-        return torch.cat([self.dense_rows(key, target, slice(r, r + 1)) for r in rows.tolist()])
+        if self.of_rank and not target.vector:
+            left, right, scale = self.factors(key, target)
+            return (left[rows.cpu()] @ right.T).mul_(scale)
+        lines = [self.dense_rows(key, target, slice(r, r + 1)) for r in rows.tolist()]
+        return torch.cat(lines) if lines else torch.zeros(0, target.cols)
 
 
 def _of_slots(key: Key, tensor: int, stream: int, slots: Sequence[int], width: int) -> Tensor:
     last = max(slots) + 1
     table = noise.signs(key, tensor, stream, slice(0, last), width)
     return table if list(slots) == list(range(last)) else table[list(slots)]
+
+
+def _dealt(key: Key, tensor: int, stream: int, size: int, rank: int) -> Tensor:
+    """(size, rank) fp32 with orthogonal columns of length sqrt(size/rank), one entry in each row."""
+    order = noise.permutation(key, tensor, stream, size)
+    column = np.empty(size, np.int64)
+    column[order] = np.arange(size) % rank
+    sign = noise.signs(key, tensor, noise.CHOICE + stream, slice(0, 1), size)[0].float()
+    count = np.bincount(column, minlength=rank)[column]
+    length = torch.from_numpy(np.sqrt(size / (rank * count)).astype(np.float32))
+    found = torch.zeros(size, rank)
+    found[torch.arange(size), torch.from_numpy(column)] = sign * length
+    return found
+
+
+def centred(key: Key, target: Target, rows: slice) -> tuple[Tensor, Tensor]:
+    """ZO-AdaMU's (m, v) of a step on ``rows``, each (n, cols) fp32, from the seeds of the last steps alone.
+
+        z1 ~ N(0, a)    z2 ~ N(m, 1 - a)    m <- (1-b) z1 + b z2    v <- (1-b) z1^2 + b z2^2
+
+    with variances a = FRESH and 1 - a, and b = KEPT. What is older than ``_MEMORY_STEPS`` no longer shows in m.
+    """
+    n = rows.stop - rows.start
+    m = torch.zeros(n, target.cols)
+    v = m
+    for step in range(max(0, key.step + 1 - _MEMORY_STEPS), key.step + 1):
+        then = Key(key.seed, step)
+        z1 = noise.normals(then, target.id, noise.DENSE, rows, target.cols).mul_(FRESH**0.5)
+        z2 = noise.normals(then, target.id, noise.CENTRE, rows, target.cols)
+        z2 = z2.mul_((1 - FRESH) ** 0.5).add_(m)
+        v = z1.square().mul_(1 - KEPT).add_(z2.square().mul_(KEPT))
+        m = z1.mul_(1 - KEPT).add_(z2.mul_(KEPT))
+    return m, v
 
 
 DIRECTIONS = {
@@ -122,5 +247,10 @@ DIRECTIONS = {
         Directions("rademacher", factored=True, dense="signs"),
         Directions("gaussian", factored=True, dense="normals"),
         Directions("shared", factored=False, dense="normals"),
+        Directions("lowrank", factored=True, dense="lowrank"),
+        Directions("lowrank-strict", factored=True, dense="lowrank", strict=True),
+        Directions("lowrank-shared", factored=False, dense="lowrank"),
+        Directions("subspace", factored=False, dense="subspace"),
+        Directions("centred", factored=False, dense="centred"),
     )
 }

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from edgezo.config import EVAL_TOKENS, QUANTIZED, RunConfig
+from edgezo.presets import DIRECTIONS, MASKS, RULES, forwards, in_span
 
 if TYPE_CHECKING:
     from edgezo.cards import Shape
@@ -423,7 +424,39 @@ class Footprint:
             items.append(Item("trained scales", 4 * n, f"a gain per output row: {n:,} in fp32"))
         if "head" in cfg.train:
             items.append(self._head())
+        return [*items, *self._state()]
+
+    def _state(self) -> list[Item]:
+        """What mask and rule keep beside each trained value."""
+        shape, cfg, items = self.shape, self.cfg, []
+        matrices: list[tuple[int, int]] = []
+        vectors = 0
+        if "full" in cfg.train:
+            matrices += [(m.d_out, m.d_in) for m in (*shape.matrices, *shape.tables)]
+        if "lowrank" in cfg.train:
+            matrices += [(m.d_out, cfg.rank) for m in shape.matrices]
+        if {"full", "norms"} & set(cfg.train):
+            vectors += shape.vector_elements
+        if "scales" in cfg.train:
+            vectors += sum(m.d_out for m in shape.matrices)
+        values = vectors + sum(rows * cols for rows, cols in matrices)
+        if (n := MASKS[cfg.mask].state) and values:
+            reason = f"--mask {cfg.mask}: {n} in fp32 for each of {values:,} trained values"
+            items.append(Item("mask state", 4 * n * values, reason))
+        if n := RULES[cfg.rule].state:
+            reason = f"--rule {cfg.rule}: {n} in fp32 for each of {values:,} trained values"
+            if in_span(cfg.directions):  # coordinates, and which basis they are in
+                values = vectors + sum(rows * (cfg.rank + 1) for rows, _ in matrices)
+                reason = f"--rule {cfg.rule}: {values:,} coordinates in rank {cfg.rank}, fp32"
+            if values:
+                items.append(Item("rule state", 4 * n * values, reason))
         return items
+
+    @property
+    def sides(self) -> int:
+        """Forwards over the batch in a step, all in one pass."""
+        cfg = self.cfg
+        return 2 if cfg.train == ("head",) else forwards(cfg.credit, cfg.mask, cfg.candidates)
 
     def _head(self) -> Item:
         shape, what = self.shape, "change, gradient and Adam's moments"
@@ -454,16 +487,16 @@ class Footprint:
     def _rows(self, micro_batch: int) -> int:
         """Tokens of the longest batch that runs at once: of training on both sides, or of an evaluation."""
         evaluating = min(EVAL_TOKENS, self.tokens.longest(KEPT_LENGTHS))
-        return max(2 * self.tokens.longest(micro_batch), evaluating)
+        return max(self.sides * self.tokens.longest(micro_batch), evaluating)
 
     def _forward(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
         shape, tokens = self.shape, self.tokens
-        rows = self._rows(micro_batch)
-        if rows == 2 * tokens.longest(micro_batch):
+        rows, sides = self._rows(micro_batch), self.sides
+        if rows == sides * tokens.longest(micro_batch):
             source = (
                 "the longest of the data" if tokens.known else "no data given: --max-length each"
             )
-            what = f"{micro_batch} examples x 2 sides ({source})"
+            what = f"{micro_batch} examples x {sides} sides ({source})"
         else:
             what = "an evaluation batch, more than a micro-batch of training"
         reason = f"{rows:,} tokens of {what}, one block at a time"
@@ -476,9 +509,13 @@ class Footprint:
         widest = max(m.d_out + m.d_in for m in shape.matrices)
         reason = f"signs of {micro_batch} examples for the widest matrix; who is probed how"
         # A mask, its making from 64-bit integers, and the thin products that go with it.
-        size = micro_batch * (4 * rows + widest) * compute_bytes
+        drawn = self.cfg.candidates if self.cfg.credit == "candidates" else micro_batch
+        size = drawn * (4 * rows + widest) * compute_bytes
         items.append(Item("directions", size, reason, "forward"))
-        scored = 2 * micro_batch * tokens.scored
+        if noise := self._noise_tile():
+            reason = "weight-sized noise of one tile, with what it is made from"
+            items.append(Item("noise", noise, reason, "forward"))
+        scored = sides * micro_batch * tokens.scored
         if tokens.kind == "label":
             logits, what = 4 * scored * tokens.label_words, "label words only"
         else:
@@ -489,6 +526,19 @@ class Footprint:
             reason = "the longest batch, measured, beside what is counted"
             items.append(Item("correction", self.correction_bytes, reason, "forward"))
         return items
+
+    def _noise_tile(self) -> int:
+        """Rows of U beside a tile of weights: its bits, fp32 values and what a mask makes of them."""
+        shape, cfg = self.shape, self.cfg
+        low = "lowrank" in cfg.train or "full" in cfg.train
+        if not low or not (DIRECTIONS[cfg.directions].dense or MASKS[cfg.mask].dense):
+            return 0
+        largest = max(m.d_out for m in shape.matrices) * cfg.rank
+        if "full" in cfg.train:
+            largest = max(m.numel for m in (*shape.matrices, *shape.tables))
+        copies = 3 + (2 if MASKS[cfg.mask].dense else 0) + (3 if cfg.directions == "centred" else 0)
+        # Tiles of the forward are cut in the compute dtype: in fp32 they are up to twice as large.
+        return copies * min(2 * TILE_BYTES, 4 * largest)
 
     def _activations(self, rows: int, compute_bytes: int) -> int:
         """Bytes of one block's temporaries over ``rows`` tokens: while it attends, or while its MLP runs.

@@ -103,7 +103,8 @@ class CudaFootprint(Footprint):
     def _forward(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
         shape, tokens = self.shape, self.tokens
         rows = self._rows(micro_batch)
-        reason = f"{rows:,} tokens of {micro_batch} examples x 2 sides, one block at a time"
+        sides = self.sides
+        reason = f"{rows:,} tokens of {micro_batch} examples x {sides} sides, one block at a time"
         items = [Item("activations", self._activations(rows, compute_bytes), reason, "forward")]
         if BYTES_PER_WEIGHT.get(precision) != compute_bytes:
             largest = max(m.numel for m in shape.matrices) * compute_bytes
@@ -115,9 +116,13 @@ class CudaFootprint(Footprint):
             items.append(Item("expanded weights", size, reason, "forward"))
         widest = max(m.d_out + m.d_in for m in shape.matrices)
         reason = f"signs of {micro_batch} examples for the widest matrix; who is probed how"
-        size = micro_batch * (4 * rows + 3 * widest) * compute_bytes + 16 * rows
+        drawn = self.cfg.candidates if self.cfg.credit == "candidates" else micro_batch
+        size = drawn * (4 * rows + 3 * widest) * compute_bytes + 16 * rows
         items.append(Item("directions", size, reason, "forward"))
-        scored = 2 * micro_batch * tokens.scored
+        if noise := self._noise_tile():
+            reason = "weight-sized noise of one tile, with what it is made from"
+            items.append(Item("noise", noise, reason, "forward"))
+        scored = sides * micro_batch * tokens.scored
         if tokens.kind == "label":
             logits, what = 8 * scored * tokens.label_words, "label words only"
         else:

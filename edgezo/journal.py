@@ -8,7 +8,7 @@ Header, written once, whole, before the file has its name:
 offset  type        field
 ======  ==========  ===========================================================================
 0       8 bytes     magic ``89 45 5A 4A 0D 0A 1A 0A`` (a copy in text mode breaks it)
-8       u32         format version, 1
+8       u32         format version: 1, or 2 where records have a shape of their own
 12      u32         number of the first step
 16      u32         n, length of the JSON in bytes
 20      n bytes     header as canonical JSON: UTF-8, sorted keys, no spaces, no NaN
@@ -23,16 +23,18 @@ step, steps consecutive; 40 bytes + 12 B (B directions in the group) without tou
 offset  type        field
 ======  ==========  ===========================================================================
 0       2 bytes     mark ``45 5A``
-2       u16         flags: 1 the step was skipped, 2 touched tokens follow
+2       u16         flags: 1 the step was skipped, 2 touched tokens follow, 4 a shape follows
 4       u32         length of the record in bytes, this head and the last CRC included
 8       u32         step
 12      u32         B
 16      u32         CRC of bytes 0..15: a damaged length is told from a record cut short
 20      f64         sigma
 28      f64         step size
-36      2 B f32     losses, +sigma side then -sigma side
-...     B f32       credit
-...     varints     touched tokens, if flagged: for each of the B examples the count, the first id
+36      3 u32       shape, if flagged: S evaluations, K credits, T lists of touched tokens; else
+                    2, B and B
+...     S B f32     losses of the evaluations in turn: +sigma side then -sigma side
+...     K f32       credit
+...     varints     touched tokens, if flagged: for each of the T examples the count, the first id
                     and the differences of the sorted ids (LEB128, 7 bits a byte, low bits first)
 end-4   u32         CRC of the record before it
 ======  ==========  ===========================================================================
@@ -62,13 +64,14 @@ from edgezo.errors import BaseMismatch, EdgezoError
 from edgezo.files import atomic_write, locked, write_error
 
 MAGIC = b"\x89EZJ\r\n\x1a\n"
-VERSION = 1
+VERSION = 2  # the latest that is read
 _PREFIX = struct.Struct("<8sIII")  # magic, version, first step, JSON length
 _HEAD = struct.Struct("<2sHIII")  # mark, flags, record length, step, B
 _SIZES = struct.Struct("<dd")  # sigma, step size
+_SHAPE = struct.Struct("<III")  # evaluations, credits, lists of touched tokens
 _CRC = struct.Struct("<I")
 _MARK = b"EZ"
-_SKIPPED, _TOUCHED = 1, 2
+_SKIPPED, _TOUCHED, _SHAPED = 1, 2, 4
 _HEAD_BYTES = _HEAD.size + _CRC.size
 _FIXED_BYTES = _HEAD_BYTES + _SIZES.size + _CRC.size
 _MAX_STEP = 2**32 - 1
@@ -82,9 +85,11 @@ class StepRecord:
     sigma: float
     step_size: float
     skipped: bool
-    losses: np.ndarray  # (2, B) float32: +sigma side, -sigma side
-    credit: np.ndarray  # (B,) float32
-    touched: tuple[np.ndarray, ...] = ()  # B sorted unique token id arrays; () if not recorded
+    losses: np.ndarray  # (S, B) float32: +sigma side, -sigma side
+    credit: (
+        np.ndarray
+    )  # (K,) float32; K = B but where the whole batch is tried along each direction
+    touched: tuple[np.ndarray, ...] = ()  # K or 1 sorted unique token id arrays; () if not recorded
 
 
 def check_base(header: Mapping[str, Any], content_hash: str) -> None:
@@ -118,9 +123,11 @@ class Journal:
         first_step: int,
         start: int,
         crc: int,
+        version: int,
     ):
         self.path = path
         self.header = header
+        self.version = version
         self.first_step = first_step
         self.cut_bytes = 0
         self.note = ""
@@ -185,6 +192,8 @@ class Journal:
         self._check_writable()
         if record.step != self.next_step:
             raise ValueError(f"step {record.step} after step {self.next_step - 1}")
+        if self.version < 2 and _is_shaped(record):
+            raise ValueError("format 1 has two losses and one credit an example")
         data = encode_record(record, self._crc)
         try:
             os.lseek(self._fd, self.valid_bytes, os.SEEK_SET)
@@ -226,8 +235,11 @@ class Journal:
             raise ValueError("the journal is closed" if self._fd < 0 else "opened for replay only")
 
 
-def create_journal(path: Path, header: Mapping[str, Any], first_step: int = 0) -> Journal:
+def create_journal(
+    path: Path, header: Mapping[str, Any], first_step: int = 0, *, shaped: bool = False
+) -> Journal:
     """Start a journal. `header` needs ``content_hash`` (of the base) and must be plain JSON.
+    `shaped`: records may have other than two losses and one credit an example.
 
     Raises EdgezoError if the file exists, or cannot be written; then nothing is left behind.
     """
@@ -241,7 +253,7 @@ def create_journal(path: Path, header: Mapping[str, Any], first_step: int = 0) -
     text = json.dumps(
         header, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     ).encode()
-    data = _PREFIX.pack(MAGIC, VERSION, first_step, len(text)) + text
+    data = _PREFIX.pack(MAGIC, 2 if shaped else 1, first_step, len(text)) + text
     atomic_write(path, data + _CRC.pack(zlib.crc32(data)))
     return open_journal(path, resume=True)
 
@@ -272,8 +284,8 @@ def open_journal(path: Path, *, resume: bool) -> Journal:
         if resume:
             _lock(fd, path)
         with os.fdopen(fd, "rb", closefd=False) as file:
-            header, first_step, start, crc = _read_header(file, path)
-            journal = Journal(path, fd, resume, header, first_step, start, crc)
+            header, first_step, start, crc, version = _read_header(file, path)
+            journal = Journal(path, fd, resume, header, first_step, start, crc, version)
             _scan(journal, file, start, crc, lenient=resume)
         if resume and journal.cut_bytes:
             os.ftruncate(fd, journal.valid_bytes)
@@ -290,8 +302,8 @@ def _lock(file: int, path: Path) -> None:
         )
 
 
-def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int, int, int]:
-    """(header, first step, offset of the first record, CRC that the records start from)."""
+def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int, int, int, int]:
+    """(header, first step, offset of the first record, CRC that the records start from, version)."""
     damaged = EdgezoError(
         f"{path}: the journal's header is damaged or cut short (the file has "
         f"{os.fstat(file.fileno()).st_size} bytes). Nothing can be read without it: restore the "
@@ -315,9 +327,9 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int, int, 
     crc = zlib.crc32(prefix + text)
     if file.read(_CRC.size) != _CRC.pack(crc):
         raise damaged
-    if version != VERSION:
+    if not 1 <= version <= VERSION:
         raise EdgezoError(
-            f"{path}: format {version} of the journal; this edgezo reads format {VERSION}. "
+            f"{path}: format {version} of the journal; this edgezo reads formats up to {VERSION}. "
             "Install the version of edgezo that wrote it, or a later one."
         )
     try:
@@ -326,7 +338,7 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int, int, 
         raise damaged from None
     if not isinstance(header, dict):
         raise damaged
-    return header, first_step, _PREFIX.size + n + _CRC.size, crc
+    return header, first_step, _PREFIX.size + n + _CRC.size, crc, version
 
 
 def _scan(journal: Journal, file: BinaryIO, start: int, crc: int, lenient: bool) -> None:
@@ -396,29 +408,40 @@ def _holds_record(data: bytes, crc: int) -> bool:
     return False
 
 
+def _is_shaped(record: StepRecord) -> bool:
+    """Whether a record says how many losses, credits and lists of tokens it has."""
+    k, lists = len(record.credit), len(record.touched)
+    return record.losses.shape != (2, k) or lists not in (0, k)
+
+
 def encode_record(record: StepRecord, crc: int) -> bytes:
     """One record in the layout of the module's table; `crc` is the header's. ValueError if the
     arrays have not the shapes and types of `StepRecord` (rounding here would break replay)."""
-    b = record.credit.shape[0] if record.credit.ndim == 1 else -1
-    if record.losses.shape != (2, b):
+    if record.credit.ndim != 1 or record.losses.ndim != 2:
         raise ValueError(f"losses {record.losses.shape}, credit {record.credit.shape}")
     if record.losses.dtype != np.float32 or record.credit.dtype != np.float32:
         raise ValueError(f"losses {record.losses.dtype}, credit {record.credit.dtype}, not float32")
-    if len(record.touched) not in (0, b):
-        raise ValueError(f"touched tokens of {len(record.touched)} examples, not of {b}")
+    sides, b = record.losses.shape
+    k, lists = len(record.credit), len(record.touched)
+    if lists not in (0, 1, k):
+        raise ValueError(f"touched tokens of {lists} examples, not of {k}")
+    shaped = _is_shaped(record)
     if not 0 <= record.step <= _MAX_STEP:
         raise ValueError(f"step {record.step} is not in 0 to {_MAX_STEP}")
     flags = (_SKIPPED if record.skipped else 0) | (_TOUCHED if record.touched else 0)
+    flags |= _SHAPED if shaped else 0
     touched = bytearray()
     for ids in record.touched:
         _put_ids(touched, ids)
-    length = _FIXED_BYTES + 12 * b + len(touched)
+    shape = _SHAPE.pack(sides, k, lists) if shaped else b""
+    length = _FIXED_BYTES + len(shape) + 4 * (sides * b + k) + len(touched)
     head = _HEAD.pack(_MARK, flags, length, record.step, b)
     body = b"".join(
         (
             head,
             _CRC.pack(zlib.crc32(head, crc)),
             _SIZES.pack(record.sigma, record.step_size),
+            shape,
             record.losses.astype("<f4", order="C", copy=False).tobytes(),
             record.credit.astype("<f4", order="C", copy=False).tobytes(),
             touched,
@@ -436,14 +459,21 @@ def decode_record(data: bytes, crc: int) -> StepRecord | None:
         return None
     _, flags, _, step, b = _HEAD.unpack_from(data)
     at = _HEAD_BYTES + _SIZES.size
-    if at + 12 * b > end:
+    sides, k, lists = 2, b, b
+    if flags & _SHAPED:
+        if at + _SHAPE.size > end:
+            return None
+        sides, k, lists = _SHAPE.unpack_from(data, at)
+        at += _SHAPE.size
+    after = at + 4 * (sides * b + k)
+    if after > end:
         return None
     sigma, step_size = _SIZES.unpack_from(data, _HEAD_BYTES)
-    losses = np.frombuffer(data, "<f4", 2 * b, at).astype(np.float32).reshape(2, b)
-    credit = np.frombuffer(data, "<f4", b, at + 8 * b).astype(np.float32)
+    losses = np.frombuffer(data, "<f4", sides * b, at).astype(np.float32).reshape(sides, b)
+    credit = np.frombuffer(data, "<f4", k, at + 4 * sides * b).astype(np.float32)
     touched: tuple[np.ndarray, ...] = ()
     if flags & _TOUCHED:
-        touched = _get_all_ids(data[at + 12 * b : end], b)
+        touched = _get_all_ids(data[after:end], lists)
     return StepRecord(step, sigma, step_size, bool(flags & _SKIPPED), losses, credit, touched)
 
 

@@ -120,13 +120,7 @@ class Dense:
             ulp = self._ulp(high)
             return high.addcmul_(self._low_codes(values, high, ulp), ulp, value=1 / 256)
         ulp = self._ulp(values)
-        if isinstance(rows, slice):
-            dither = noise.uniform(key, tensor, noise.ROUNDING, rows, self.shape[1])
-        else:
-            lines = [slice(r, r + 1) for r in rows.tolist()]
-            dither = torch.cat(
-                [noise.uniform(key, tensor, noise.ROUNDING, line, self.shape[1]) for line in lines]
-            )
+        dither = noise.uniform_at(key, tensor, noise.ROUNDING, rows, self.shape[1])
         dither = dither.to(values.device)
         # Compared, not added: values / ulp + dither would round, and lift values that lie on the grid.
         steps = values / ulp

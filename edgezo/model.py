@@ -25,8 +25,10 @@ from edgezo import loader, packing
 from edgezo.data import Batch
 from edgezo.directions import DIRECTIONS
 from edgezo.errors import EdgezoError, UsageError
+from edgezo.estimators import TWO_SIDED, Evaluation
 from edgezo.head import ExactHead
 from edgezo.layouts import CPU, DENSE_DTYPES, Dense, Int8, Layout, moved, place, vacant
+from edgezo.masks import mask_of
 from edgezo.noise import Key
 from edgezo.objective import Scorer
 from edgezo.overlay import DiskTable
@@ -40,6 +42,7 @@ from edgezo.perturb import (
     Probe,
     norm_role,
 )
+from edgezo.rules import RULES
 from edgezo.weights import Saved, Trainable, WeightStore
 
 if TYPE_CHECKING:
@@ -63,6 +66,11 @@ class ModelSpec:
     dtype: torch.dtype = torch.float32  # compute dtype
     device: torch.device = CPU
     away: Medium | None = None  # where blocks that do not stay in memory lie
+    mask: str = "none"
+    rule: str = "sgd"
+    keep: float = 0.25
+    refresh: int = 50
+    evaluations: tuple[Evaluation, ...] = TWO_SIDED  # of a step
 
 
 @dataclass
@@ -75,6 +83,7 @@ class Model:
     scorer: Scorer
     masked: bool
     position_offset: int
+    evaluations: tuple[Evaluation, ...] = TWO_SIDED
     label_rows: np.ndarray | None = None  # rows that every example of a tied label task touches
     frozen: list[str] = field(default_factory=list)
 
@@ -83,13 +92,25 @@ class Model:
         return self.scorer.exact
 
     def probe(self, batch: Batch, key: Key, sigma: float) -> Probe:
-        """The two-sided probe of a batch's packed tokens."""
+        """The probe of a batch's packed tokens, laid end to end once for each evaluation."""
         lengths = torch.tensor(batch.lengths)
-        device = self.context.device
-        example = batch.row_example.repeat_interleave(lengths).repeat(2).to(device)
-        side = torch.ones(len(example), dtype=self.context.dtype, device=device)
-        side[len(side) // 2 :] = -1
-        return Probe(self.store.directions, key, sigma, batch.slots, example, side)
+        own, device = batch.row_example.repeat_interleave(lengths), self.context.device
+        drawn = self.drawn
+        example = [
+            torch.full_like(own, e.candidate or 0) if drawn else own for e in self.evaluations
+        ]
+        side = torch.ones(len(own), dtype=self.context.dtype, device=device)
+        return Probe(
+            self.store.directions,
+            key,
+            sigma,
+            range(drawn) if drawn else batch.slots,
+            torch.cat(example).to(device),
+            torch.cat([side * e.sign for e in self.evaluations]),
+            mask=self.store.mask,
+            signs=[e.sign for e in self.evaluations],
+            owners=() if drawn else None,
+        )
 
     @torch.no_grad()
     def losses(
@@ -97,7 +118,8 @@ class Model:
     ) -> tuple[Tensor, Tensor]:
         """Losses (sides, b) fp32 and predictions (sides, b) of a packed batch, on the CPU.
 
-        With a probe ``sides`` is 2: the + side of every row, then the - side. ``learn``: see ``Scorer``.
+        With a probe ``sides`` are the evaluations: the + side of every row, then the - side. ``learn``: see
+        ``Scorer``.
         """
         device, at = self.context.device, batch.score_index
         plan = packing.Packing.of(batch.lengths * sides, device)
@@ -122,8 +144,17 @@ class Model:
     def _extra(self) -> dict[str, object]:
         return {} if self.masked else {"use_cache": False}
 
+    @property
+    def drawn(self) -> int:
+        """Directions that the whole batch is tried along; 0 where each example has its own."""
+        return sum(e.candidate is not None for e in self.evaluations)
+
     def take_touched(self, group: int) -> tuple[np.ndarray, ...]:
-        """Rows of embedding tables that each of the ``group`` examples used since the last call, sorted."""
+        """Rows of embedding tables that each of the ``group`` examples used since the last call, sorted.
+
+        One array for all where every direction is tried on every example.
+        """
+        group = 1 if self.drawn else group
         pairs, self.context.touched = self.context.touched, []
         if not pairs:
             return ()
@@ -178,8 +209,11 @@ class _Builder:
         self.files, self.module, self.recipe = files, module, recipe
         self.names = loader.source_names(files, module)
         self.device = recipe.device
-        directions = DIRECTIONS[recipe.directions]
-        self.store = WeightStore(recipe.seed, recipe.rank, directions, self.device)
+        directions = DIRECTIONS[recipe.directions]._replace(
+            rank=recipe.rank, refresh=recipe.refresh
+        )
+        mask, rule = mask_of(recipe.mask, recipe.keep), RULES[recipe.rule]
+        self.store = WeightStore(recipe.seed, recipe.rank, directions, self.device, mask, rule)
         self.context = Context(recipe.dtype, self.device)
         self.train = set(recipe.train)
         self.table_rows = 0  # rows of all embedding tables seen so far, for `touched` numbering
@@ -222,6 +256,7 @@ class _Builder:
         if away is not None:
             away.enter(-1)
             away.residency.attach(list(away.layers)[away.first :])
+        self.store.prepare()
         for sub in self.module.modules():
             for name, buffer in sub._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -258,6 +293,7 @@ class _Builder:
             masked=masked,
             # RoBERTa numbers positions from padding_idx + 1.
             position_offset=int(config.pad_token_id) + 1 if masked else 0,
+            evaluations=recipe.evaluations,
             label_rows=self.label_rows,
             frozen=self.frozen,
         )
@@ -344,7 +380,9 @@ class _Builder:
             fields["bias_vector"], fields["bias_row"] = self._vector(f"{name}.bias")
         rows, cols = layout.shape
         if "scales" in self.train:
-            fields["gain_row"] = self.store.train_vector(f"{weight}#gain", torch.zeros(rows))
+            gain = self.store.train_vector(f"{weight}#gain", torch.zeros(rows))
+            gain.least = -1.0  # a scale of quantisation is never negative
+            fields["gain_row"] = gain
         if "lowrank" in self.train:
             factor = Dense(torch.zeros(rows, self.recipe.rank, device=self.device))
             fields["lowrank_row"] = self.store.train(f"{weight}#lowrank", factor)

@@ -36,6 +36,7 @@ _U64 = (1 << 64) - 1
 
 # Streams: independent uses of one tensor's noise within a step.
 ROW, COLUMN, DENSE, ROUNDING, BASIS, ORDER = range(6)
+LEFT, SPAN, CENTRE, PROBE_GRID, UPDATE_GRID, CHOICE = range(6, 12)
 
 
 class Key(NamedTuple):
@@ -106,6 +107,20 @@ def uniform(key: Key, tensor: int, stream: int, rows: slice, width: int) -> Tens
     raw, count = _row_words(key, tensor, stream, rows, 16 * width)
     codes = raw.view("<u2").reshape(count, -1)[:, :width]
     return torch.from_numpy((codes.astype(np.float32) + 0.5) / 65536)
+
+
+def uniform_at(key: Key, tensor: int, stream: int, rows: slice | Tensor, width: int) -> Tensor:
+    """``uniform`` of rows in any order."""
+    if isinstance(rows, slice):
+        return uniform(key, tensor, stream, rows, width)
+    lines = [uniform(key, tensor, stream, slice(r, r + 1), width) for r in rows.tolist()]
+    return torch.cat(lines) if lines else torch.zeros(0, width)
+
+
+def permutation(key: Key, tensor: int, stream: int, size: int) -> np.ndarray:
+    """A random order of ``range(size)``, (size,) int64."""
+    drawn = words(key, tensor, stream, 0, -(-size // 4))[:size]
+    return np.argsort(drawn, kind="stable")
 
 
 def exact_grid(coefficients: np.ndarray) -> np.ndarray:

@@ -17,8 +17,9 @@ that scales or offsets its embedding (Gemma, OPT) keeps doing so through ``super
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgezo.directions import Directions
-from edgezo.layouts import CPU, Layout, tiles
+from edgezo.layouts import CPU, Dense, Layout, tiles
+from edgezo.masks import Mask
 from edgezo.noise import Key
 from edgezo.weights import Trainable
 
@@ -39,11 +41,17 @@ class Probe:
         directions: Directions,
         key: Key,
         sigma: float,
-        slots: Sequence[int],  # (b,) group slots of the examples in this micro-batch
+        slots: Sequence[int],  # (b,) slots of the directions in this micro-batch
         example: Tensor,  # (n,) int64 index into slots of each token
-        side: Tensor,  # (n,) compute dtype, +1 or -1; the first half is the + side
+        side: Tensor,  # (n,) compute dtype, +1, -1 or 0
+        *,
+        mask: Mask | None = None,
+        signs: Sequence[int] = (1, -1),  # of the equal consecutive parts that the tokens are in
+        owners: Sequence[int] | None = None,  # slots of the batch's examples; () for all of them
     ):
         self.directions, self.key, self.sigma, self.slots = directions, key, sigma, tuple(slots)
+        self.mask_of, self.signs = mask or Mask(), tuple(signs)
+        self.owners = self.slots if owners is None else tuple(owners)
         self.example, self.side = example, side * sigma
         one_hot = F.one_hot(example, len(self.slots)).to(side.dtype)
         self.mask = one_hot.mul_(self.side[:, None])  # (n, b)
@@ -51,20 +59,78 @@ class Probe:
     def at(self, index: Tensor) -> Probe:
         """The same probe for the tokens ``index``."""
         sign = torch.sign(self.side[index])
-        return Probe(self.directions, self.key, self.sigma, self.slots, self.example[index], sign)
+        return Probe(
+            self.directions,
+            self.key,
+            self.sigma,
+            self.slots,
+            self.example[index],
+            sign,
+            mask=self.mask_of,
+            signs=self.signs,
+            owners=self.owners,
+        )
+
+    def moves(self, row: Trainable | None) -> TypeGuard[Trainable]:
+        """Whether a trained tensor is perturbed in this step."""
+        return row is not None and self.mask_of.scale(self.key, row) != 0.0
+
+    def parts(self, n: int) -> Iterator[tuple[slice, int]]:
+        """The tokens of each part, and its sign."""
+        size = n // len(self.signs)
+        for number, sign in enumerate(self.signs):
+            yield slice(number * size, (number + 1) * size), sign
 
     def rows(self, row: Trainable) -> Tensor:
-        return self._here(self.directions.row_signs(self.key, row.target, self.slots))
+        found = self._here(self.directions.row_signs(self.key, row.target, self.slots))
+        scale = self.mask_of.scale(self.key, row)
+        return found if scale == 1.0 else found * scale
 
     def cols(self, row: Trainable) -> Tensor:
         return self._here(self.directions.col_signs(self.key, row.target, self.slots))
 
+    def spread(self, row: Trainable) -> bool:
+        """Whether the direction has a factor of the weight's size."""
+        return self.directions.dense is not None or self.mask_of.shapes(row)
+
+    def thin(self, row: Trainable) -> bool:
+        """Whether that factor is a product of thin ones, which need not be multiplied out."""
+        return self.directions.of_rank and not self.mask_of.shapes(row)
+
     def dense(self, row: Trainable, rows: slice | Tensor) -> Tensor:
-        return self._here(self.directions.dense_at(self.key, row.target, rows))
+        """Rows of U as the mask leaves them."""
+        return self._scaled(row, self._masked(row, rows))
+
+    def factors(self, row: Trainable) -> tuple[Tensor, Tensor]:
+        """U = left @ right^T, (rows, k) and (cols, k)."""
+        left, right, scale = self.directions.factors(self.key, row.target)
+        return self._scaled(row, left * scale), self._here(right)
 
     def vector(self, row: Trainable) -> Tensor:
         """D_i of a vector, (b, rows)."""
-        return self._here(self.directions.vectors(self.key, row.target, self.slots))
+        if not self.mask_of.shapes(row):
+            found = self._here(self.directions.vectors(self.key, row.target, self.slots))
+            scale = self.mask_of.scale(self.key, row)
+            return found if scale == 1.0 else found * scale
+        u = self.dense(row, slice(0, row.target.rows)).T
+        return u * self.rows(row) if self.directions.factored else u.expand(len(self.slots), -1)
+
+    def _scaled(self, row: Trainable, u: Tensor) -> Tensor:
+        """U in the compute dtype; where there is an r_i, that has the mask's scale."""
+        scale = 1.0 if self.directions.factored else self.mask_of.scale(self.key, row)
+        return self._here(u if scale == 1.0 else u * scale)
+
+    def _masked(self, row: Trainable, rows: slice | Tensor) -> Tensor:
+        u = self.directions.dense_at(self.key, row.target, rows)
+        if not self.mask_of.shapes(row):
+            return u
+
+        def seen() -> Tensor:
+            assert isinstance(row.layout, Dense)
+            return row.layout.values[rows].float()
+
+        u = u.to(self.mask.device)
+        return self.mask_of.shape(u, self.key, row, rows, seen, probing=True)
 
     def _here(self, noise: Tensor) -> Tensor:
         """Moved as it was made, signs as bytes, and only then widened."""
@@ -93,9 +159,11 @@ class Context:
     def note_touched(self, ids: Tensor, offset: int) -> None:
         """Remember which rows of an embedding table each example used."""
         assert self.probe is not None
-        half = len(ids) // 2  # both sides read the same rows
-        slot = torch.tensor(self.probe.slots)[self.probe.example[:half].cpu()]
-        self.touched.append((slot.numpy(), ids[:half].cpu().numpy() + offset))
+        once = ids[: len(ids) // len(self.probe.signs)].cpu()  # all parts read the same rows
+        slot = torch.zeros_like(once)
+        if self.probe.owners:
+            slot = torch.tensor(self.probe.owners)[self.probe.example[: len(once)].cpu()]
+        self.touched.append((slot.numpy(), once.numpy() + offset))
 
 
 @dataclass
@@ -116,27 +184,37 @@ class Matrix:
 
     def product(self, x: Tensor, rows: slice, out: Tensor) -> None:
         """out (n, k) = x (n, cols) @ W[rows]^T, dense factors of a probe included."""
-        probe, w = self.context.probe, self.tile(rows)
-        if self.full is None or probe is None or probe.directions.dense is None:
+        probe, w, full = self.context.probe, self.tile(rows), self.full
+        if probe is None or not probe.moves(full) or not probe.spread(full):
             torch.mm(x, w.T, out=out)
             return
-        u = probe.dense(self.full, rows)
+        if probe.thin(full):
+            torch.mm(x, w.T, out=out)
+            left, right = probe.factors(full)
+            if probe.directions.factored:
+                turned = x if probe.directions.strict else x * probe.cols(full)[probe.example]
+                out.addcmul_(
+                    (turned @ right) @ left[rows].T, probe.mask @ probe.rows(full)[:, rows]
+                )
+            else:
+                out.addmm_((x @ right).mul_(probe.side[:, None]), left[rows].T)
+            return
+        u = probe.dense(full, rows)
         if not probe.directions.factored:
             # One direction for all: W + sigma*U and W - sigma*U, each for its side, at no extra product.
-            half = len(x) // 2
             moved = self.context.buffer("moved", *w.shape)
-            for part, sign in ((slice(0, half), 1), (slice(half, None), -1)):
+            for part, sign in probe.parts(len(x)):
                 torch.add(w, u, alpha=sign * probe.sigma, out=moved)
                 torch.mm(x[part], moved.T, out=out[part])
             return
         torch.mm(x, w.T, out=out)
-        spun = (x * probe.cols(self.full)[probe.example]) @ u.T
-        out.addcmul_(spun, probe.mask @ probe.rows(self.full)[:, rows])
+        spun = (x * probe.cols(full)[probe.example]) @ u.T
+        out.addcmul_(spun, probe.mask @ probe.rows(full)[:, rows])
 
     def thin(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Rank-b factors ((n, b), (b, rows)) that sign directions add to the product."""
         probe = self.context.probe
-        if self.full is None or probe is None or probe.directions.dense is not None:
+        if probe is None or not probe.moves(self.full) or probe.spread(self.full):
             return []
         return [((x @ probe.cols(self.full).T).mul_(probe.mask), probe.rows(self.full))]
 
@@ -166,15 +244,15 @@ class PerturbedLinear(nn.Module):
             thin = []
             gain = self.gain_row.values.T.to(y.dtype) + 1
             y.mul_(
-                gain
-                if probe is None
-                else torch.addmm(gain, probe.mask, probe.vector(self.gain_row))
+                torch.addmm(gain, probe.mask, probe.vector(self.gain_row))
+                if probe is not None and probe.moves(self.gain_row)
+                else gain
             )
         if self.lowrank_row is not None:
             thin += self._lowrank(x, y)
         if self.bias_row is not None:
             y.add_(self.bias_row.values.T.to(y.dtype))
-            if probe is not None:
+            if probe is not None and probe.moves(self.bias_row):
                 thin.append((probe.mask, probe.vector(self.bias_row)))
         elif self.bias_vector is not None:
             y.add_(self.bias_vector)
@@ -187,12 +265,12 @@ class PerturbedLinear(nn.Module):
         assert row is not None and self.basis is not None
         u = x @ self.basis.T  # (n, rank)
         thin = [(u, row.values.T.to(y.dtype))]
-        if probe is None:
+        if probe is None or not probe.moves(row):
             return thin
         if not probe.directions.factored:
             dense = probe.dense(row, slice(0, row.target.rows))
             return [*thin, (u * probe.side[:, None], dense.T)]
-        if probe.directions.dense is None:
+        if not probe.spread(row):
             return [*thin, ((u @ probe.cols(row).T).mul_(probe.mask), probe.rows(row))]
         dense = probe.dense(row, slice(0, row.target.rows))
         spun = (u * probe.cols(row)[probe.example]) @ dense.T
@@ -216,20 +294,18 @@ class PerturbedHead(nn.Module):
         w = self.matrix.tile(rows)
         y = hidden @ w.T
         full = self.matrix.full
-        if full is not None and probe is not None:
-            if probe.directions.dense is not None:
-                u = probe.dense(full, rows)
+        if probe is not None and probe.moves(full):
             if not probe.directions.factored:
-                y.addmm_(hidden * probe.side[:, None], u.T)
-            elif probe.directions.dense is None:
+                y.addmm_(hidden * probe.side[:, None], probe.dense(full, rows).T)
+            elif not probe.spread(full):
                 left = (hidden @ probe.cols(full).T).mul_(probe.mask)
                 y.addmm_(left, probe.rows(full)[:, rows])
             else:
-                spun = (hidden * probe.cols(full)[probe.example]) @ u.T
+                spun = (hidden * probe.cols(full)[probe.example]) @ probe.dense(full, rows).T
                 y.addcmul_(spun, probe.mask @ probe.rows(full)[:, rows])
         if self.bias_row is not None:
             y.add_(self.bias_row.values[rows].T.to(y.dtype))
-            if probe is not None:
+            if probe is not None and probe.moves(self.bias_row):
                 y.addmm_(probe.mask, probe.vector(self.bias_row)[:, rows])
         elif self.bias_vector is not None:
             y.add_(self.bias_vector[rows])
@@ -248,10 +324,11 @@ class PerturbedEmbedding(nn.Embedding):
         out = torch.empty(len(ids), cols, dtype=self.context.dtype, device=ids.device)
         self.matrix.layout.expand(ids, out)
         full, probe = self.matrix.full, self.context.probe
-        if full is not None and probe is not None:
+        if probe is not None and full is not None:
             if full.touched_offset is not None:
                 self.context.note_touched(ids, full.touched_offset)
-            self._perturb(ids, out, full, probe)
+            if probe.moves(full):
+                self._perturb(ids, out, full, probe)
         return out.view(*input.shape, cols)
 
     @staticmethod
@@ -261,7 +338,7 @@ class PerturbedEmbedding(nn.Embedding):
             moved = weight @ probe.cols(full)
         else:
             moved = probe.side[:, None].expand(out.shape)
-        if probe.directions.dense is not None:
+        if probe.spread(full):
             unique, inverse = torch.unique(ids, return_inverse=True)
             moved = moved * probe.dense(full, unique)[inverse]
         out.add_(moved)
@@ -280,14 +357,14 @@ class PerturbedNorm(nn.Module):
         hat = self.normalise(x)
         weight = self.weight_row.values[:, 0].to(hat.dtype) + self.offset
         probe = self.context.probe
-        if probe is None:
+        if probe is None or not probe.moves(self.weight_row):
             y = hat * weight
         else:
             moved = (probe.mask @ probe.vector(self.weight_row)).to(hat.dtype).add_(weight)
             y = hat * self._as_tokens(moved, x)
         if self.bias_row is not None:
             y = y + self.bias_row.values[:, 0].to(hat.dtype)
-            if probe is not None:
+            if probe is not None and probe.moves(self.bias_row):
                 y = y + self._as_tokens(probe.mask @ probe.vector(self.bias_row), x)
         return y.to(x.dtype)
 

@@ -30,6 +30,7 @@ from edgezo.footprint import (
     rounding_of,
 )
 from edgezo.footprint_cuda import CudaFootprint
+from edgezo.presets import needs_memory, step_meaning
 
 if TYPE_CHECKING:
     from edgezo.cards import Card, Shape
@@ -221,6 +222,7 @@ def make_plan(
         Decision("max_mem_bytes", cap, cap_reason),
         Decision("precision", precision, _precision_reason(footprint, precision)),
         Decision("compute_dtype", compute, compute_reason),
+        Decision("estimator", cfg.estimator, _estimator_reason(cfg)),
         Decision("train", "+".join(cfg.train), _trained_reason(cfg)),
         Decision("batch_size", batch_size, batch_reason),
         Decision("micro_batch", micro_batch, _micro_reason(footprint, chosen)),
@@ -276,7 +278,7 @@ def largest_card(cards: Iterable[Card], cfg: RunConfig, machine: Machine) -> Pla
 def _step_s(footprint: Footprint, machine: Machine, chosen: Option, batch_size: int) -> float:
     """Two floating-point operations a weight and token, on both sides of every example."""
     shape, cfg, tokens = footprint.shape, footprint.cfg, footprint.tokens
-    sides = 1 if cfg.train == ("head",) else 2
+    sides = 1 if cfg.train == ("head",) else footprint.sides
     length = tokens.mean or tokens.tokens[0]
     operations = sum(m.numel for m in shape.matrices) * length
     if not tokens.label_words:
@@ -316,7 +318,7 @@ def _options(cfg: RunConfig, layers: int) -> Iterator[Option]:
         for precision in _precisions(cfg):
             for micro_batch in _micro_batches(cfg):
                 yield Option(precision, micro_batch, 0)
-    if cfg.residency != "resident":
+    if cfg.residency != "resident" and not needs_memory(cfg.to_dict()):
         # From disk the smallest precision that is tried, so that less memory never gives a higher one.
         precision = _precisions(cfg)[-1]
         for micro_batch in _micro_batches(cfg):
@@ -425,6 +427,14 @@ def _first_order(footprint: Footprint, batch_size: int, cap: int) -> Decision:
     else:
         reason = f"does not fit: bf16 base, AdamW, {batch_size} examples at once"
     return Decision("first-order LoRA", f"about {mb(needed)}", reason)
+
+
+def _estimator_reason(cfg: RunConfig) -> str:
+    """Its choices on the axes, and what the step means with them."""
+    chosen = [f"{cfg.directions} directions", f"{cfg.credit} credit", f"rule {cfg.rule}"]
+    if cfg.mask != "none":
+        chosen.insert(1, f"mask {cfg.mask}")
+    return f"{', '.join(chosen)}; --step {cfg.step:g} is {step_meaning(cfg.credit, cfg.rule)}"
 
 
 def _trained_reason(cfg: RunConfig) -> str:

@@ -10,11 +10,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     Progress,
@@ -141,6 +142,40 @@ def memory_table(found: Mapping[str, Any]) -> RenderableType:
     return Group(table, *failed)
 
 
+def alignment_table(found: Mapping[str, Any]) -> RenderableType:
+    """Rows of ``edgezo bench alignment``; cosines times the root of the coordinates, to be compared."""
+    table = Table(
+        title=f"{found['model']}: alignment", title_justify="left", box=None, pad_edge=False
+    )
+    for name in (
+        "estimator",
+        "B",
+        "train",
+        "d",
+        "cos",
+        "x sqrt(d)",
+        "+-",
+        "theory",
+        "signal/noise",
+    ):
+        table.add_column(name, justify="left" if name in ("estimator", "train") else "right")
+    for row in found["rows"]:
+        scale = math.sqrt(row["coordinates"])
+        theory, signal = row["cosine_theory"], row["signal_to_noise"]
+        table.add_row(
+            row["estimator"],
+            str(row["batch_size"]),
+            row["train"],
+            f"{row['coordinates']:,.0f}",
+            f"{row['cosine_mean']:.2e}",
+            f"{row['cosine_mean'] * scale:.2f}",
+            f"{row['cosine_error'] * scale:.2f}",
+            "" if theory is None else f"{theory * scale:.2f}",
+            "" if signal is None else f"{signal:.1f}",
+        )
+    return table
+
+
 def verdict(summary: Mapping[str, Any]) -> RenderableType:
     """The end of a run: what it reached, how long a step took, what memory it planned and took."""
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -209,6 +244,18 @@ def models_table(cards: Iterable[Card]) -> RenderableType:
         sources = "; ".join(str(source) for source in card.sources)
         table.add_row(card.name, card.family, card.kind, f"{card.parameters / 1e6:,.0f} M", sources)
     return table
+
+
+def estimators_list(rows: Sequence[dict[str, Any]]) -> RenderableType:
+    parts: list[RenderableType] = []
+    for row in rows:
+        costs = (
+            f"{row['forwards']} forwards, state {row['state']}, weight-sized noise {row['noise']}"
+        )
+        lines = [f"{row['paper']}", f"{costs}; trains {'+'.join(row['train'])}"]
+        lines += [row["equation"], *([f"({row['note']})"] if row["note"] else [])]
+        parts += [Text(row["name"], style="bold"), Padding(Text("\n".join(lines)), (0, 0, 0, 4))]
+    return Group(*parts)
 
 
 # ---------------------------------------------------------------------------------------------

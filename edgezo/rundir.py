@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file, save_file
 
 from edgezo import cards
-from edgezo.config import FREE_ON_RESUME, RunConfig, flag, from_toml
+from edgezo.config import FREE_ON_RESUME, RunConfig, completed, flag, from_toml
 from edgezo.data import Example
 from edgezo.errors import DoesNotFit, EdgezoError, UsageError
 from edgezo.files import atomic_path, locked
@@ -228,11 +228,12 @@ def reopen(run: RunFiles, given: Mapping[str, Any], progress: RunProgress) -> Jo
                 f"{run.path} was trained on other rows than the ones that the data gives now.\n"
                 "Restore the data files, or start a new run with another --out."
             )
+        asked = completed(began["config"])
         changed = [
-            f"{flag(name)} was {began['config'].get(name)} when the run began, not {value}; "
+            f"{flag(name)} was {asked.get(name)} when the run began, not {value}; "
             "a resumed run goes on as it began"
             for name, value in given["config"].items()
-            if name not in FREE_ON_RESUME and began["config"].get(name) != value
+            if name not in FREE_ON_RESUME and asked.get(name) != value
         ]
         if changed:
             raise UsageError(changed)

@@ -15,7 +15,7 @@ from edgezo.config import RunConfig
 from edgezo.data import DataRequest, Dataset, collate, evaluation_batches, load_dataset
 from edgezo.device import Memory, ProcessMemory, open_memory
 from edgezo.errors import EdgezoError
-from edgezo.estimators import ESTIMATORS, Recipe
+from edgezo.estimators import TWO_SIDED, Estimator, Recipe
 from edgezo.host import HostMedium
 from edgezo.journal import Journal, StepRecord
 from edgezo.layouts import DENSE_DTYPES
@@ -165,6 +165,11 @@ def load_model(opened: Opened, machine: Machine, overlay: Overlay | None = None)
         dtype=DENSE_DTYPES[plan.compute_dtype],
         device=device,
         away=away,
+        mask=cfg.mask,
+        rule=cfg.rule,
+        keep=cfg.keep,
+        refresh=cfg.refresh,
+        evaluations=Estimator.of(cfg).evaluations,
     )
     with opened.memory.short("loading"):
         model = assemble(opened.files, spec)
@@ -178,7 +183,7 @@ def load_model(opened: Opened, machine: Machine, overlay: Overlay | None = None)
 
 def recipe_of(cfg: RunConfig, record: StepRecord) -> Recipe:
     """The update that a journal record stands for: all that replay needs."""
-    estimator = ESTIMATORS[cfg.estimator]
+    estimator = Estimator.of(cfg)
     if record.skipped:
         return Recipe(record.step, 0 * record.credit, 0.0, ())
     return Recipe(
@@ -187,7 +192,15 @@ def recipe_of(cfg: RunConfig, record: StepRecord) -> Recipe:
         # The decay follows the schedule of the step.
         cfg.weight_decay * record.step_size / cfg.step,
         record.touched,
+        record.step_size,
+        estimator.curvature(record.losses, record.sigma),
     )
+
+
+def journal_is_shaped(cfg: RunConfig) -> bool:
+    """Whether a step's record holds other than two losses and one credit an example."""
+    evaluations = Estimator.of(cfg).evaluations
+    return evaluations != TWO_SIDED and cfg.train != ("head",)
 
 
 def follow(model: Model, cfg: RunConfig, journal: Journal) -> None:

@@ -28,7 +28,7 @@ from edgezo.config import RunConfig
 from edgezo.data import Example, batch_indices, collate, micro_batches, tokens_of
 from edgezo.device import confirmed
 from edgezo.errors import BudgetExceeded, EdgezoError, Interrupted
-from edgezo.estimators import ESTIMATORS, Estimator, schedule
+from edgezo.estimators import Estimator, schedule
 from edgezo.files import atomic_write, remove_leftovers
 from edgezo.journal import Journal, StepRecord, create_journal
 from edgezo.machine import machine
@@ -52,6 +52,7 @@ from edgezo.session import (
     Opened,
     evaluate_model,
     follow,
+    journal_is_shaped,
     load_model,
     open_request,
     recipe_of,
@@ -115,7 +116,8 @@ def _finetune(cfg: RunConfig, resume: bool, progress: RunProgress) -> dict[str, 
             raise
         held.callback(model.close)
         if not resume:  # last, so that a model that cannot be loaded leaves no run behind
-            journal = held.enter_context(create_journal(run.journal, header))
+            shaped = journal_is_shaped(cfg)
+            journal = held.enter_context(create_journal(run.journal, header, shaped=shaped))
         remove_leftovers(run.path)
         run.trained.unlink(missing_ok=True)  # what a replay left would be older than what follows
         allocator_reuse(plan.map_from_bytes)
@@ -189,12 +191,17 @@ class Training:
 
     @property
     def estimator(self) -> Estimator:
-        return ESTIMATORS[self.cfg.estimator]
+        return Estimator.of(self.cfg)
 
     @property
     def probing(self) -> bool:
         """The exact head alone needs no probe, one side and no update of the store."""
         return bool(self.model.store.trainables)
+
+    @property
+    def sides(self) -> int:
+        """Forwards over the batch in a step."""
+        return len(self.model.evaluations) if self.probing else 1
 
     def run_all(self) -> dict[str, Any]:
         run = self.run
@@ -321,8 +328,8 @@ class Training:
         cfg, model = self.cfg, self.model
         assert cfg.batch_size is not None and cfg.micro_batch is not None
         group = self._group(step)
-        sides = 2 if self.probing else 1
-        losses = np.full((2, len(group)), np.nan, np.float32)
+        sides = self.sides
+        losses = np.full((sides if self.probing else 2, len(group)), np.nan, np.float32)
         learn = 1.0 / (sides * len(group)) if model.exact is not None else 0.0
         try:
             for slots in micro_batches(group, cfg.micro_batch):
@@ -416,9 +423,10 @@ class Training:
 
     @phase("forward")
     def _plain_forward(self, examples: Sequence[Example]) -> None:
-        """Both sides of a micro-batch with no probe: what running the model takes."""
+        """The rows of a step's micro-batch with no probe: what running the model takes."""
+        batch = collate(examples, range(len(examples)))
         with self.memory.short("a plain forward"):
-            self.model.losses(collate(examples, range(len(examples))), sides=2)
+            self.model.losses(batch, sides=self.sides if self.probing else 2)
 
     # -- beginning and end --------------------------------------------------------------------------------
 
@@ -460,11 +468,12 @@ class Training:
     def _line(self, record: StepRecord) -> dict[str, Any]:
         """A step in metrics.jsonl, as far as the journal knows it."""
         both = record.losses[:, np.isfinite(record.losses).all(axis=0)]
+        spread = both[0] - both[1] if len(both) > 1 else both[0]
         return {
             "step": record.step + 1,
             "loss": _mean(record.losses),
             "step_size": record.step_size,
-            "delta_std": float(np.std(both[0] - both[1])) if both.size else None,
+            "delta_std": float(np.std(spread)) if both.size else None,
             "skipped": record.skipped and self.probing,
         }
 
@@ -495,7 +504,7 @@ class Training:
             self.model.probe(batch, Key(self.cfg.seed, 0), self.cfg.sigma) if self.probing else None
         )
         with phase("forward"), self.memory.short("the longest micro-batch"):
-            self.model.losses(batch, probe, sides=2 if self.probing else 1)
+            self.model.losses(batch, probe, sides=self.sides)
         self.model.take_touched(len(longest))
         self.memory.look_again()
         self.guard.check(item="training")
@@ -562,6 +571,9 @@ class Training:
             "device": cfg.device,
             "estimator": cfg.estimator,
             "directions": cfg.directions,
+            "mask": cfg.mask,
+            "credit": cfg.credit,
+            "rule": cfg.rule,
             "trained": "+".join(cfg.train),
             "precision": cfg.precision,
             "steps": steps,

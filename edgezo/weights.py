@@ -6,7 +6,7 @@ its kind, so an update is one loop:
     lowrank   A (d_out, rank) fp32 beside a linear, y += A (V x), V = +-1/sqrt(rank) fixed by the seed
     full      the matrix itself (dense layouts), biases and norms as vectors
     norms     norm weights and all biases, fp32 vectors
-    scales    one relative gain g per output row of a linear, y = (1 + g) * (W x); folds into quantisation scales
+    scales    one relative gain g >= -1 per output row of a linear, y = (1 + g) * (W x); folds into quantisation scales
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 
 from edgezo import noise
-from edgezo.directions import Directions, Target
+from edgezo.directions import Directions, Target, centred
 from edgezo.errors import EdgezoError
 from edgezo.estimators import Recipe
 from edgezo.layouts import CPU, Dense, Layout, tiles
+from edgezo.masks import Mask, as_read
 from edgezo.noise import Key
+from edgezo.rules import RULES, Rule
 
 RECIPES_AT_ONCE = 64  # one sweep over the weights for so many past steps
 
@@ -49,6 +51,10 @@ class Trainable:
         None  # only these rows are ever probed (label words of an untied head)
     )
     away: bool = False  # in a block that is elsewhere: updated when it is next bound
+    least: float | None = None  # no value goes below
+    threshold: float | None = None  # of a sparse mask
+    # Of the rule and the mask, (rows, cols) fp32 each, or (rows, rank) in a basis.
+    state: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def values(self) -> Tensor:
@@ -65,6 +71,8 @@ class WeightStore:
     rank: int
     directions: Directions
     device: torch.device = CPU
+    mask: Mask = field(default_factory=Mask)
+    rule: Rule = RULES["sgd"]
     layouts: dict[str, Layout] = field(default_factory=dict)
     vectors: dict[str, Tensor] = field(default_factory=dict)
     trainables: dict[str, Trainable] = field(default_factory=dict)
@@ -92,6 +100,24 @@ class WeightStore:
         return self.train(
             name, Dense(start.to(self.device, torch.float32, copy=True).reshape(-1, 1)), vector=True
         )
+
+    def prepare(self) -> None:
+        """Make the state of mask and rule, when every trained tensor has the base's values."""
+        for row in self.trainables.values():
+            self.mask.prepare(row)
+            rows, cols = row.layout.shape
+            width = self.directions.rank if self._in_span(row) else cols
+            row.state = {n: torch.ones(rows, cols, device=self.device) for n in self.mask.states}
+            for name in self.rule.states:
+                row.state[name] = torch.zeros(rows, width, device=self.device)
+            if self._in_span(row):  # which basis the coordinates are in
+                row.state["epoch"] = torch.zeros(rows, 1, device=self.device)
+
+    def _in_span(self, row: Trainable) -> bool:
+        """Whether the rule works on coordinates in a basis, not on the weights' own."""
+        d = self.directions
+        in_basis = d.dense == "lowrank" and (d.strict or not d.factored)
+        return bool(self.rule.states) and in_basis and not row.target.vector
 
     def basis(self, name: str, cols: int) -> Tensor:
         """V of a low-rank factor, (rank, cols) fp32 on the CPU: signs over sqrt(rank), a function of the seed alone.
@@ -131,14 +157,20 @@ class WeightStore:
         live = [r for r in recipes if r.decay or np.any(r.coefficients)]
         coefficients = [torch.from_numpy(r.coefficients).to(self.device) for r in live]
         for row in rows if live else ():
-            if row.touched_offset is not None:
+            if row.touched_offset is not None and not row.state:
                 for recipe, c in zip(live, coefficients, strict=True):
                     self._apply_touched(row, recipe, c)
                 continue
             for part in _row_sets(row):
                 values = row.layout.read(part)
                 for recipe, c in zip(live, coefficients, strict=True):
-                    values = self._move(row, recipe, c, part, values)
+                    member = None
+                    if row.touched_offset is not None:  # with a state, untouched rows move as well
+                        assert isinstance(part, slice)
+                        member = self._membership(
+                            self.own_rows(row, recipe), np.arange(part.start, part.stop)
+                        )
+                    values = self._move(row, recipe, c, part, values, member)
                 row.layout.write(part, values)
 
     def _move(
@@ -150,24 +182,130 @@ class WeightStore:
         values: Tensor,
         member: Tensor | None = None,
     ) -> Tensor:
-        key = Key(self.seed, recipe.step)
+        key, target = Key(self.seed, recipe.step), row.target
+        scale = self.mask.scale(key, row)
+        if scale == 0.0:
+            return values
+        if self._in_span(row):
+            u, change = None, self._in_basis(row, recipe, coefficients, rows, member)
+        else:
+            change, u = self._sum(row, recipe, coefficients, rows, values, member)
+            if self.rule.name != "sgd":
+                change = self._ruled(row, recipe, change, rows)
+        if self.mask.states:
+            told = torch.full((1, 1), recipe.curvature, device=self.device)
+            if member is not None:
+                told = told * member.amax(0)[:, None]
+            assert u is not None
+            self.mask.learn(row, rows, u, told)
         if recipe.decay:
             values.mul_(1.0 - recipe.decay)
-        values.sub_(self.directions.weighted_sum(key, row.target, coefficients, rows, member))
-        return row.layout.snap(values, key, row.target.id, rows)
+        values.sub_(change if scale == 1.0 else change * scale)
+        if row.least is not None:
+            values.clamp_(min=row.least)
+        return row.layout.snap(values, key, target.id, rows)
+
+    def _sum(
+        self,
+        row: Trainable,
+        recipe: Recipe,
+        coefficients: Tensor,
+        rows: slice | Tensor,
+        values: Tensor,
+        member: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """sum_i c_i D_i of some rows, and the rows of U that the mask has seen."""
+        key = Key(self.seed, recipe.step)
+        before: list[Tensor] = []
+
+        def shape(u: Tensor) -> Tensor:
+            before.append(u)
+            seen = functools.partial(as_read, row.layout, values)
+            return self.mask.shape(u, key, row, rows, seen, probing=False)
+
+        shaped = shape if self.mask.shapes(row) else None
+        g = self.directions.weighted_sum(key, row.target, coefficients, rows, member, shaped)
+        return g, before[0] if before else None
+
+    @torch.no_grad()
+    def estimate(self, recipe: Recipe) -> Iterator[tuple[Trainable, slice | Tensor, Tensor]]:
+        """sum_i c_i D_i tile by tile, before any rule; nothing changes. Not for blocks on disk."""
+        c = torch.from_numpy(recipe.coefficients).to(self.device)
+        for row in self.trainables.values():
+            scale = self.mask.scale(Key(self.seed, recipe.step), row)
+            for part in _row_sets(row) if scale else ():
+                member = None
+                if row.touched_offset is not None:
+                    assert isinstance(part, slice)
+                    member = self._membership(
+                        self.own_rows(row, recipe), np.arange(part.start, part.stop)
+                    )
+                found, _ = self._sum(row, recipe, c, part, row.layout.read(part), member)
+                yield row, part, found * scale
+
+    def _ruled(self, row: Trainable, recipe: Recipe, g: Tensor, rows: slice | Tensor) -> Tensor:
+        """The rule's step for the estimate ``g`` of some rows, whose state it changes."""
+        state = {name: row.state[name][rows] for name in self.rule.states}
+        found = self.rule.step(state, g, recipe.step + 1) * recipe.rate
+        for name, part in state.items():
+            row.state[name][rows] = part
+        if self.directions.dense == "centred":
+            found = found / self._centred_scale(row, recipe, rows)
+        return found
+
+    def _centred_scale(self, row: Trainable, recipe: Recipe, rows: slice | Tensor) -> Tensor:
+        key, target = Key(self.seed, recipe.step), row.target
+        lines = [rows] if isinstance(rows, slice) else [slice(r, r + 1) for r in rows.tolist()]
+        v = torch.cat([centred(key, target, line)[1] for line in lines]).to(self.device)
+        return v.add_(1e-8).sqrt_()
+
+    def _in_basis(
+        self,
+        row: Trainable,
+        recipe: Recipe,
+        coefficients: Tensor,
+        rows: slice | Tensor,
+        member: Tensor | None,
+    ) -> Tensor:
+        """A rule's step in coordinates: N V^T/sqrt(k), where N is a rule's step for the estimate's coordinates.
+
+        When the basis is drawn anew, N goes with it: N <- N V_old^T V_new/cols (LOZO-M).
+        """
+        key, target, d = Key(self.seed, recipe.step), row.target, self.directions
+        basis, epoch = d.basis(key, target), recipe.step // d.refresh
+        last = int(row.state["epoch"][rows][0])
+        if last != epoch:
+            turn = d.basis(Key(self.seed, last * d.refresh), target).T @ basis / target.cols
+            turn = turn.to(self.device)
+            for name in self.rule.states:
+                row.state[name][rows] = _combination(row.state[name][rows], turn)
+            row.state["epoch"][rows] = epoch
+        g = d.weighted_coordinates(key, target, coefficients, rows, member)
+        return _combination(self._ruled(row, recipe, g, rows), basis.T.to(self.device)).mul_(
+            d.rank**-0.5
+        )
+
+    @staticmethod
+    def own_rows(row: Trainable, recipe: Recipe) -> list[np.ndarray]:
+        """Rows of this table that each direction moves."""
+        assert row.touched_offset is not None
+        start, stop = row.touched_offset, row.touched_offset + row.target.rows
+        return [ids[(ids >= start) & (ids < stop)] - start for ids in recipe.touched]
+
+    def _membership(self, own: Sequence[np.ndarray], rows: np.ndarray) -> Tensor:
+        """(B, n) 0/1: which directions move which of ``rows``."""
+        found = torch.from_numpy(np.stack([np.isin(rows, ids) for ids in own])).float()
+        return found.to(self.device)
 
     def _apply_touched(self, row: Trainable, recipe: Recipe, coefficients: Tensor) -> None:
         """Embedding tables: example i moves only the rows that it used."""
-        assert row.touched_offset is not None
-        start, stop = row.touched_offset, row.touched_offset + row.target.rows
-        own = [ids[(ids >= start) & (ids < stop)] - start for ids in recipe.touched]
+        own = self.own_rows(row, recipe)
         union = np.unique(np.concatenate(own)) if own else np.empty(0, np.int64)
         for tile in tiles(len(union), row.target.cols):
             rows = union[tile]
-            member = torch.from_numpy(np.stack([np.isin(rows, ids) for ids in own])).float()
-            member = member.to(self.device)
             index = torch.from_numpy(rows.astype(np.int64)).to(self.device)
             values = row.layout.read(index)
+            member = self._membership(own, rows)
             values = self._move(row, recipe, coefficients, index, values, member)
             row.layout.write(index, values)
 
@@ -216,6 +354,14 @@ class WeightStore:
                     "The file belongs to another model, precision or --train choice."
                 )
             held.copy_(given)
+
+
+def _combination(coordinates: Tensor, basis: Tensor) -> Tensor:
+    """(n, k) @ (k, cols), one sum at a time: a product's order of adding may depend on the tile."""
+    found = torch.zeros(len(coordinates), basis.shape[1], device=coordinates.device)
+    for k in range(basis.shape[0]):
+        found += coordinates[:, k : k + 1] * basis[k]
+    return found
 
 
 def _row_sets(row: Trainable) -> Iterable[slice | Tensor]:

@@ -9,6 +9,8 @@ updates              - sum_i c_i D_i, matrix by matrix
 from __future__ import annotations
 
 import functools
+import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import NormalDist
@@ -76,21 +78,80 @@ def normal_levels() -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=512)
-def direction(kind: str, key: Key, target: Target, slot: int) -> Tensor:
+def direction(
+    kind: str, key: Key, target: Target, slot: int, rank: int = 8, refresh: int = 50
+) -> Tensor:
     """D_i of the example in ``slot``, (rows, cols) float64; not to be written to."""
     rows, cols = target.rows, target.cols
     every = slice(0, rows)
-    if kind == "shared":
+    epoch = Key(key.seed, key.step // refresh)
+    if kind == "centred":
+        return centred(key, target)[0]
+    if kind == "shared" or (kind in ("lowrank-shared", "subspace") and target.vector):
         return noise.normals(key, target.id, noise.DENSE, every, cols).double()
+    if kind == "subspace":
+        k = min(rank, rows, cols)
+        z = noise.normals(key, target.id, noise.LEFT, slice(0, k), k).double()
+        p = dealt(epoch, target, noise.SPAN, rows, k)
+        q = dealt(epoch, target, noise.BASIS, cols, k)
+        return math.sqrt(rows * cols) / k * p @ z @ q.T
+    low = torch.zeros(rows, cols, dtype=torch.float64)
+    if kind.startswith("lowrank") and not target.vector:
+        a = noise.signs(key, target.id, noise.LEFT, slice(0, rank), rows).double()
+        v = noise.signs(epoch, target.id, noise.SPAN, slice(0, rank), cols).double()
+        low = a.T @ v / math.sqrt(rank)
+    if kind == "lowrank-shared":
+        return low
     one = slice(slot, slot + 1)
     d = noise.signs(key, target.id, noise.ROW, one, rows)[0].double()[:, None].expand(rows, cols)
-    if not target.vector:
+    if not target.vector and kind != "lowrank-strict":
         d = d * noise.signs(key, target.id, noise.COLUMN, one, cols)[0].double()
+    of_rank = kind in ("lowrank", "lowrank-strict")
+    if of_rank and not target.vector:
+        d = d * low
     if kind == "rademacher":
         d = d * noise.signs(key, target.id, noise.DENSE, every, cols).double()
-    if kind == "gaussian":
+    if kind == "gaussian" or (of_rank and target.vector):
         d = d * noise.normals(key, target.id, noise.DENSE, every, cols).double()
     return d.clone()
+
+
+def dealt(key: Key, target: Target, stream: int, size: int, k: int) -> Tensor:
+    """(size, k) float64 with orthonormal columns, one entry a row."""
+    found = torch.zeros(size, k, dtype=torch.float64)
+    signs = noise.signs(key, target.id, noise.CHOICE + stream, slice(0, 1), size)[0]
+    for place, row in enumerate(noise.permutation(key, target.id, stream, size).tolist()):
+        found[row, place % k] = signs[row].double()
+    return found / found.norm(dim=0)
+
+
+def centred(key: Key, target: Target) -> tuple[Tensor, Tensor]:
+    """ZO-AdaMU's (m, v) from further back than a float shows, (rows, cols) float64."""
+    every, m = slice(0, target.rows), torch.zeros(target.rows, target.cols, dtype=torch.float64)
+    v = m
+    for step in range(max(0, key.step - 15), key.step + 1):
+        then = Key(key.seed, step)
+        z1, z2 = (
+            noise.normals(then, target.id, stream, every, target.cols).double() * math.sqrt(0.5)
+            for stream in (noise.DENSE, noise.CENTRE)
+        )
+        z2 = z2 + m
+        m, v = 0.9 * z1 + 0.1 * z2, 0.9 * z1**2 + 0.1 * z2**2
+    return m, v
+
+
+def masked(store: WeightStore, row: Trainable, key: Key, slot: int, seen: Tensor) -> Tensor:
+    """D_i as the mask leaves it, (rows, cols) float64; ``seen``: the weights as the forward reads them."""
+    d = store.directions
+    found = direction(d.name, key, row.target, slot, d.rank, d.refresh)
+    block = re.search(r"[.]([0-9]+)[.]", row.target.name)
+    if store.mask.name == "sparse" and row.threshold is not None:
+        found = found * (seen.abs() < row.threshold)
+    if store.mask.name == "layers" and block is not None:
+        found = found * (int(block[1]) in store.mask.chosen(key))
+    if store.mask.name == "hessian":
+        found = found / row.state["hessian"].double().sqrt()
+    return found
 
 
 def update(store: WeightStore, recipe: Recipe, name: str, used: Sequence[Tensor]) -> Tensor:
@@ -98,9 +159,21 @@ def update(store: WeightStore, recipe: Recipe, name: str, used: Sequence[Tensor]
     target = store.trainables[name].target
     total = torch.zeros(target.rows, target.cols, dtype=torch.float64)
     for slot, c in enumerate(recipe.coefficients.tolist()):
-        d = direction(store.directions.name, Key(store.seed, recipe.step), target, slot)
+        d = masked(
+            store,
+            store.trainables[name],
+            Key(store.seed, recipe.step),
+            slot,
+            seen_values(store.trainables[name]),
+        )
         total[used[slot]] -= c * d[used[slot]]
     return total
+
+
+def seen_values(row: Trainable) -> Tensor:
+    """A trained tensor as the forward reads it, (rows, cols) float64."""
+    held: Any = row.layout
+    return held.values.double()
 
 
 # ----------------------------------------------------------------------------- explicit weights
@@ -115,7 +188,7 @@ def explicit_weights(
     def moved(row: Trainable, seen: Tensor) -> Tensor:
         values = seen.double()
         if key is not None:
-            values = values + sigma * direction(store.directions.name, key, row.target, slot)
+            values = values + sigma * masked(store, row, key, slot, values)
         return values
 
     weights = {name: held.double() for name, held in store.vectors.items()}
@@ -242,3 +315,58 @@ def _lookups() -> Iterator[list[tuple[Tensor, Tensor]]]:
 
     with mock.patch.object(F, "embedding", recording):
         yield seen
+
+
+# ----------------------------------------------------------------------------- published steps
+
+
+def published_step(
+    cfg: Any,
+    step: int,
+    theta: Tensor,
+    directions: Sequence[Tensor],
+    losses: np.ndarray,
+    state: dict[str, Any],
+) -> Tensor:
+    """One step of ``cfg.estimator`` on one tensor as its paper has it, in float64: the new theta.
+
+    ``directions``: the D_i that were probed, as each example moves them; ``losses`` (S, B). ``state`` is the tensor's
+    own and is changed. Written from the papers' formulas, not from edgezo's tables.
+    """
+    lr, sigma, b = cfg.step, cfg.sigma, losses.shape[1]
+    losses = losses.astype(np.float64)
+    name = cfg.estimator
+    if name == "fzoo":
+        base, tried = losses[0].mean(), losses[1:].mean(1)
+        # theta -= lr/(eps N std) sum_j (l_j - l_0) u_j, with lr = kappa eps^2 N
+        rate = lr * sigma**2 * len(tried) / (sigma * len(tried) * tried.std())
+        parts = [(x - base) * d for x, d in zip(tried, directions, strict=True)]
+        return theta - rate * _total(parts)
+    if name == "grzo-one-sided":
+        a = (losses[0] - losses[0].mean()) / losses[0].std()
+        return theta - lr * sigma * _total([x * d for x, d in zip(a, directions, strict=True)])
+    if name == "grzo-uniform":
+        return theta - lr * sigma * _total(list(directions))
+    delta = losses[0] - losses[1]
+    weighted = [x * d for x, d in zip(delta, directions, strict=True)]
+    if (
+        cfg.credit == "group"
+    ):  # GRZO and the drop-ins: 1/(2 sigma B) sum a_i D_i, lr = 2 kappa sigma^2 B
+        rate = 2 * lr * sigma**2 * b
+        return theta - rate / (2 * sigma * b) * _total(weighted) / delta.std()
+    g = _total(weighted) / (2 * sigma * b)  # of MeZO and what is built on it; grzo-raw
+    if name == "mezo-adam":
+        state["m"] = 0.9 * state.get("m", 0.0) + 0.1 * g
+        state["v"] = 0.999 * state.get("v", 0.0) + 0.001 * g**2
+        m, v = state["m"] / (1 - 0.9 ** (step + 1)), state["v"] / (1 - 0.999 ** (step + 1))
+        return theta - lr * m / (torch.sqrt(v) + 1e-8)
+    if name == "zo-adamu":
+        return theta - lr * g / torch.sqrt(state["moment"] + 1e-8)
+    if name == "qzo":
+        slope = abs(float(delta.mean()) / (2 * sigma))
+        return torch.clamp(theta - lr * g * min(1.0, 100 / max(slope, 1e-30)), min=-1.0)
+    return theta - lr * g
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(parts)).sum(0)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from edgezo import config
 from edgezo.config import FIELDS, RunConfig, from_toml, make_config, parse_duration
 from edgezo.errors import UsageError
+from edgezo.presets import PRESETS
 
 BASE = {"model": "m", "task": "sst2"}
 
@@ -37,15 +38,35 @@ def test_defaults_train_low_rank_factors_and_the_head_by_grzo_with_signs():
     assert cfg.precision is None and cfg.batch_size is None and cfg.max_mem_bytes is None
 
 
-def test_defaults_of_step_and_directions_are_those_of_the_estimators():
-    from edgezo.estimators import ESTIMATORS
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_row_of_the_table_is_a_request_that_means_something(name):
+    cfg, row = make_config({**BASE, "estimator": name}), PRESETS[name]
+    for field in config.OF_PRESET:
+        assert getattr(cfg, field) == getattr(row, field)
+    assert (
+        make_config(
+            {},
+            {**BASE, "estimator": name, "train": "scales+norms"}
+            if (row.mask != "sparse")
+            else {**BASE, "estimator": name},
+        ).estimator
+        == name
+    )
 
-    assert tuple(ESTIMATORS) == config.ESTIMATORS
-    for name, estimator in ESTIMATORS.items():
-        cfg = make_config({**BASE, "estimator": name})
-        assert cfg.step == estimator.step
-        assert cfg.sigma == estimator.sigma
-        assert cfg.directions == estimator.directions[0]
+
+def test_choices_by_hand_make_the_row_that_has_a_name():
+    by_hand = {"directions": "shared", "credit": "mean"}
+    cfg, mezo = make_config({**BASE, **by_hand}), make_config({**BASE, "estimator": "mezo"})
+    for field in config.OF_PRESET:
+        assert getattr(cfg, field) == getattr(mezo, field)
+
+
+def test_a_configuration_of_an_earlier_version_is_completed_by_its_row():
+    saved = make_config({**BASE, "estimator": "mezo"}).to_dict()
+    new = ("mask", "credit", "rule", "keep", "refresh", "candidates")
+    old = {k: v for k, v in saved.items() if k not in new}
+    assert config.completed(old) == saved
+    assert make_config({}, old).to_dict() == saved
 
 
 def test_higher_layers_win_and_none_means_not_said():
@@ -78,6 +99,17 @@ def test_all_problems_are_reported_together():
     [
         ({"directions": "shared"}, "one direction per example"),
         ({"estimator": "mezo", "directions": "signs"}, "one direction for the whole batch"),
+        ({"credit": "mean"}, "one direction for the whole batch"),
+        ({"estimator": "mezo", "credit": "group"}, "--credit group: it compares one direction"),
+        ({"mask": "sparse"}, "--train full"),
+        ({"mask": "quantized"}, "every grid already"),
+        ({"mask": "hessian"}, "along one direction of the whole batch"),
+        ({"rule": "centred"}, "two halves of ZO-AdaMU"),
+        ({"directions": "lowrank", "rule": "adam"}, "second moments cannot follow"),
+        ({"keep": 0.5}, "no effect"),
+        ({"refresh": 5}, "no effect"),
+        ({"candidates": 5}, "no effect"),
+        ({"train": "full", "rule": "adam", "residency": "disk"}, "beside the weights"),
         ({"train": "full", "precision": "int8"}, "codes are frozen"),
         ({"train": "full+lowrank"}, "already hold"),
         ({"train": "full", "rounding": "plane", "precision": "fp32"}, "exact"),

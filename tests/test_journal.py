@@ -83,6 +83,25 @@ def test_a_journal_reads_back_bit_for_bit(tmp_path, touched):
         assert_same(journal.record(2), make_record(2, touched=touched))
 
 
+def test_records_of_other_shapes_are_in_a_journal_of_a_later_format(tmp_path):
+    "Format 1, which every version reads, stays as it was."
+    records = [
+        StepRecord(0, 0.1, 0.2, False, np.ones((1, 3), "f4"), np.ones(3, "f4")),
+        StepRecord(
+            1, 0.1, 0.2, False, np.ones((5, 3), "f4"), np.arange(4, dtype="f4"), (np.arange(7),)
+        ),
+        StepRecord(2, 0.1, 0.2, True, np.ones((2, 3), "f4"), np.zeros(3, "f4")),
+    ]
+    with create_journal(tmp_path / "journal.bin", HEADER, shaped=True) as journal:
+        for record in records:
+            journal.append(record)
+    assert (tmp_path / "journal.bin").read_bytes()[8] == 2
+    assert write(tmp_path / "plain", 1)[8] == 1
+    with open_journal(tmp_path / "journal.bin", resume=False) as journal:
+        for found, record in zip(journal.records(), records, strict=True):
+            assert_same(found, record)
+
+
 def test_a_step_of_sixteen_directions_takes_232_bytes(tmp_path):
     "40 bytes and three floats a direction: 1,000 steps are 232 KB."
     write(tmp_path / "journal.bin", 3, b=16)
@@ -108,19 +127,20 @@ id_rows = st.lists(st.integers(0, 2**32 - 1), unique=True, max_size=6).map(
 
 @st.composite
 def any_records(draw) -> StepRecord:
-    b = draw(st.integers(0, 5))
+    b, sides = draw(st.integers(0, 5)), draw(st.integers(0, 4))
+    k = draw(st.sampled_from((b, b, 3)))
+    size = sides * b
+    lists = draw(st.sampled_from((0, 1, k)))
     return StepRecord(
         step=draw(st.integers(0, 2**32 - 1)),
         sigma=draw(st.floats(allow_nan=False)),
         step_size=draw(st.floats(allow_nan=False)),
         skipped=draw(st.booleans()),
-        losses=np.array(draw(st.lists(floats, min_size=2 * b, max_size=2 * b)), "<f4").reshape(
-            2, b
+        losses=np.array(draw(st.lists(floats, min_size=size, max_size=size)), "<f4").reshape(
+            sides, b
         ),
-        credit=np.array(draw(st.lists(floats, min_size=b, max_size=b)), np.float32),
-        touched=tuple(draw(st.lists(id_rows, min_size=b, max_size=b)))
-        if draw(st.booleans())
-        else (),
+        credit=np.array(draw(st.lists(floats, min_size=k, max_size=k)), np.float32),
+        touched=tuple(draw(st.lists(id_rows, min_size=lists, max_size=lists))),
     )
 
 
@@ -376,10 +396,9 @@ def test_a_journal_copied_in_text_mode_is_no_journal(tmp_path):
 
 
 def test_a_later_format_says_which_edgezo_is_needed(tmp_path, monkeypatch):
-    monkeypatch.setattr(j, "VERSION", 2)
-    write(tmp_path / "journal.bin", 1)
-    monkeypatch.undo()
-    with pytest.raises(EdgezoError, match=r"format 2 .* reads format 1\. Install"):
+    create_journal(tmp_path / "journal.bin", HEADER, shaped=True).close()
+    monkeypatch.setattr(j, "VERSION", 1)
+    with pytest.raises(EdgezoError, match=r"format 2 .* reads formats up to 1\. Install"):
         open_journal(tmp_path / "journal.bin", resume=True)
 
 

@@ -1,0 +1,212 @@
+"""Masks and scales: what is left of a direction before it is probed and applied.
+
+    none        D
+    sparse      m * D, m = [|theta| <= h]: the smallest weights of a matrix (Sparse-MeZO, arXiv 2402.15751)
+    layers      D of the blocks of a random subset, drawn every step, else 0 (LeZO, arXiv 2410.09823)
+    hessian     D/sqrt(H), H a running diagonal curvature (HiZOO, arXiv 2402.15173)
+    quantized   Q(D) for the probe, Q'(D) for the update: two independent roundings (QuZO, arXiv 2502.12346)
+
+A mask sees the weights as the forward reads them, at the step's start, so probe and update agree on it. What it
+knows beside them is a function of the base, the seed and the journal: nothing has to be saved.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgezo import noise
+from edgezo.layouts import Dense, tiles
+from edgezo.noise import Key
+
+if TYPE_CHECKING:
+    from edgezo.weights import Trainable
+
+HESSIAN_PACE = 1e-6  # of the running curvature; HiZOO's smooth type
+LEAST_CURVATURE = 1e-8
+LEVELS = 127  # of 8 bits, symmetric, over the range of noise.normals
+_RANGE = 4.25
+
+
+class Mask:
+    """Every trained value is probed. Also what the other masks have in common."""
+
+    name = "none"
+    states: tuple[str, ...] = ()  # fp32 tensors beside a trained one, all ones at the start
+
+    def prepare(self, row: Trainable) -> None:
+        """Look at a trained tensor once, when it has the base's values."""
+
+    def shapes(self, row: Trainable) -> bool:
+        """Whether rows of U have to go through ``shape``."""
+        return False
+
+    def shape(
+        self,
+        u: Tensor,  # (n, cols) fp32 rows of U, or ones
+        key: Key,
+        row: Trainable,
+        rows: slice | Tensor,
+        seen: Callable[[], Tensor],  # (n, cols) the weights there, as the forward reads them
+        *,
+        probing: bool,
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def scale(self, key: Key, row: Trainable) -> float:
+        """Of the tensor's whole direction; 0: it is left alone this step."""
+        return 1.0
+
+    def learn(self, row: Trainable, rows: slice | Tensor, u: Tensor, curvature: Tensor) -> None:
+        """Take in what the step has measured, (n or 1, 1), along unmasked rows ``u`` of U."""
+
+
+class Sparse(Mask):
+    """The ``keep`` smallest of a matrix's weights. The threshold h is the base's; which weights lie below is looked
+    up in the current ones, as published, so a weight that grows past h stays where it is from then on.
+    """
+
+    name = "sparse"
+
+    def __init__(self, keep: float):
+        self.keep = keep
+
+    def shapes(self, row: Trainable) -> bool:
+        return row.threshold is not None
+
+    def prepare(self, row: Trainable) -> None:
+        """h: the ``keep`` quantile of |theta| to bf16's precision, from a histogram made tile by tile."""
+        if row.target.vector or "#" in row.target.name:
+            return
+        count = np.zeros(1 << 15, np.int64)
+        for rows in tiles(*row.layout.shape):
+            bits = row.layout.read(rows).view(torch.int32) >> 16 & 0x7FFF
+            count += np.bincount(bits.cpu().numpy().ravel(), minlength=1 << 15)
+        last = int(np.searchsorted(np.cumsum(count), self.keep * count.sum()))
+        row.threshold = float(np.array((last + 1) << 16, np.uint32).view(np.float32))
+
+    def shape(
+        self,
+        u: Tensor,
+        key: Key,
+        row: Trainable,
+        rows: slice | Tensor,
+        seen: Callable[[], Tensor],
+        *,
+        probing: bool,
+    ) -> Tensor:
+        assert row.threshold is not None
+        return u * (seen().abs() < row.threshold)
+
+
+class Layers(Mask):
+    """A ``keep`` share of the model's blocks, drawn anew every step; what is in no block is always probed."""
+
+    name = "layers"
+
+    def __init__(self, keep: float):
+        self.keep = keep
+        self.blocks: Collection[int] = set()
+
+    def prepare(self, row: Trainable) -> None:
+        block = block_of(row.target.name)
+        self.blocks = set(self.blocks) | ({block} if block is not None else set())
+
+    def chosen(self, key: Key) -> set[int]:
+        blocks = sorted(self.blocks)
+        count = max(1, round(self.keep * len(blocks)))
+        order = noise.permutation(key, noise.tensor_id("layers"), noise.CHOICE, len(blocks))
+        return {blocks[i] for i in order[:count]}
+
+    def scale(self, key: Key, row: Trainable) -> float:
+        block = block_of(row.target.name)
+        return 1.0 if block is None or block in self.chosen(key) else 0.0
+
+
+def block_of(name: str) -> int | None:
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+class Hessian(Mask):
+    """D/sqrt(H): long where the loss is flat. A third, plain forward measures the curvature along the probe.
+
+        H <- (1 - pace) H + pace |l+ + l- - 2 l0|/(2 sigma^2) H z^2
+
+    with D = z/sqrt(H). The update takes the H that was probed, not the one that it becomes (the release mixes them).
+    """
+
+    name = "hessian"
+    states = ("hessian",)
+
+    def shapes(self, row: Trainable) -> bool:
+        return True
+
+    def shape(
+        self,
+        u: Tensor,
+        key: Key,
+        row: Trainable,
+        rows: slice | Tensor,
+        seen: Callable[[], Tensor],
+        *,
+        probing: bool,
+    ) -> Tensor:
+        return u / row.state["hessian"][rows].sqrt()
+
+    def learn(self, row: Trainable, rows: slice | Tensor, u: Tensor, curvature: Tensor) -> None:
+        held = row.state["hessian"]
+        h = held[rows]
+        # One operation at a time: a fused one rounds differently at a vector's end.
+        grown = u.square().mul_(h).mul_(curvature).mul_(HESSIAN_PACE)
+        held[rows] = (
+            (h * (1 - HESSIAN_PACE)).add_(grown).clamp_(LEAST_CURVATURE, 1 / LEAST_CURVATURE)
+        )
+
+
+class Quantized(Mask):
+    """U rounded stochastically to a grid of 255 levels, once for the probe and once more for the update."""
+
+    name = "quantized"
+
+    def shapes(self, row: Trainable) -> bool:
+        return True
+
+    def shape(
+        self,
+        u: Tensor,
+        key: Key,
+        row: Trainable,
+        rows: slice | Tensor,
+        seen: Callable[[], Tensor],
+        *,
+        probing: bool,
+    ) -> Tensor:
+        stream = noise.PROBE_GRID if probing else noise.UPDATE_GRID
+        step = _RANGE / LEVELS
+        whole = u / step
+        below = torch.floor(whole)
+        dither = noise.uniform_at(key, row.target.id, stream, rows, row.target.cols)
+        return below.add_(dither.to(u.device) < whole.sub_(below)).mul_(step)
+
+
+def mask_of(name: str, keep: float) -> Mask:
+    makers: dict[str, Callable[[], Mask]] = {
+        "none": Mask,
+        "sparse": lambda: Sparse(keep),
+        "layers": lambda: Layers(keep),
+        "hessian": Hessian,
+        "quantized": Quantized,
+    }
+    return makers[name]()
+
+
+def as_read(layout: object, values: Tensor) -> Tensor:
+    """fp32 ``values`` of a store's grid as the forward reads them."""
+    assert isinstance(layout, Dense)
+    return values.to(layout.values.dtype).float()

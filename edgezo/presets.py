@@ -1,0 +1,353 @@
+"""The family as a table: a preset is a row, a choice on each of five axes (standard library only).
+
+    losses          L(theta + sigma*D_i ; x), L(theta - sigma*D_i ; x), ...    D_i = mask(directions)
+    a               = credit(losses)
+    g               = sum_i a_i D_i, in the credit's own scale
+    theta          <- (1 - decay)*theta - rule(g)                              of what is trained
+
+What a row costs follows from its choices: forwards from the credit and the mask, state from the rule and the mask.
+``refusals`` says which combinations mean nothing, and why. The functions behind the names are in estimators.py,
+directions.py, masks.py and rules.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Directions(NamedTuple):
+    per_example: bool  # one D_i for each example (or candidate); else one D for the whole batch
+    text: str
+    dense: bool = True  # a factor of the weight's size is made, tile by tile
+    refreshed: bool = False  # its basis is drawn anew every --refresh steps
+
+
+class Mask(NamedTuple):
+    text: str
+    state: int = 0  # fp32 values for each trained one
+    forwards: int = 0  # on top of the credit's
+    dense: bool = False
+
+
+class Credit(NamedTuple):
+    per_example: bool  # which directions it goes with
+    forwards: int
+    text: str
+    step: str  # what --step means with it
+
+
+class Rule(NamedTuple):
+    text: str
+    state: int = 0  # fp32 values for each trained one
+    step: str = ""  # what --step means, where that is no longer the credit's
+
+
+KAPPA = "kappa: the fraction of the probe that one unit of credit moves the weights by"
+RATE = "learning rate of the gradient estimate"
+PER_WEIGHT = "about how far one step moves a weight"
+
+DIRECTIONS = {
+    "signs": Directions(True, "r_i s_i^T, no weight-sized noise", dense=False),
+    "rademacher": Directions(True, "U*(r_i s_i^T), U of +-1"),
+    "gaussian": Directions(True, "U*(r_i s_i^T), U of N(0,1)"),
+    "shared": Directions(False, "U of N(0,1), one for the batch"),
+    "lowrank": Directions(True, "(A V^T)*(r_i s_i^T)/sqrt(rank)", refreshed=True),
+    "lowrank-strict": Directions(
+        True, "diag(r_i) A V^T/sqrt(rank): updates stay in span V", refreshed=True
+    ),
+    "lowrank-shared": Directions(
+        False, "A V^T/sqrt(rank), one for the batch", dense=False, refreshed=True
+    ),
+    "subspace": Directions(
+        False, "P Z Q^T, P and Q with orthonormal columns, Z of N(0,1)", dense=False, refreshed=True
+    ),
+    "centred": Directions(False, "around their own moving average, one for the batch"),
+}
+
+MASKS = {
+    "none": Mask("every trained value"),
+    "sparse": Mask("the --keep smallest of a matrix's weights, by size", dense=True),
+    "layers": Mask("a --keep share of the blocks, drawn every step"),
+    "hessian": Mask("over the root of a running diagonal curvature", 1, 1, dense=True),
+    "quantized": Mask("rounded to 8 bits, once for the probe and again for the update", dense=True),
+}
+
+CREDITS = {
+    "group": Credit(True, 2, "delta_i/std_j(delta_j)", KAPPA),
+    "raw": Credit(True, 2, "delta_i", RATE),
+    "one-sided": Credit(True, 1, "(l+_i - mean_j(l+_j))/std_j(l+_j)", KAPPA),
+    "uniform": Credit(True, 1, "1, whatever the losses are", KAPPA),
+    "mean": Credit(False, 2, "mean_i(delta_i)", RATE),
+    "clipped": Credit(False, 2, "mean_i(delta_i), its slope clipped at 100", RATE),
+    "candidates": Credit(True, 1, "(l_j - l_0)/std_k(l_k) of --candidates directions", KAPPA),
+}
+
+RULES = {
+    "sgd": Rule("g"),
+    "momentum": Rule("m = 0.9 m + 0.1 g", 1),
+    "adam": Rule("m/(sqrt(v) + 1e-8), betas 0.9 and 0.999", 2, PER_WEIGHT),
+    "sign": Rule("sign(g)", 0, PER_WEIGHT),
+    "centred": Rule("g/sqrt(v + 1e-8), v of the probe's own parts"),
+}
+
+
+class Preset(NamedTuple):
+    """A row of the family. ``describe`` says its equation, forwards, state and memory, which follow from the axes."""
+
+    name: str
+    directions: str
+    credit: str
+    paper: str
+    step: float
+    mask: str = "none"
+    rule: str = "sgd"
+    sigma: float = 2e-3
+    train: tuple[str, ...] = ("lowrank", "head")
+    rounding: str | None = None
+    keep: float = 0.25
+    refresh: int = 50
+    note: str = ""  # where it differs from the paper
+
+    def describe(self) -> dict[str, Any]:
+        """What ``edgezo estimators`` prints of a row; costs are for its own settings."""
+        mask, rule = MASKS[self.mask], RULES[self.rule]
+        return {
+            "name": self.name,
+            "paper": self.paper,
+            "directions": self.directions,
+            "mask": self.mask,
+            "credit": self.credit,
+            "rule": self.rule,
+            "train": list(self.train),
+            "step": self.step,
+            "sigma": self.sigma,
+            "step_meaning": step_meaning(self.credit, self.rule),
+            "equation": self.equation,
+            "forwards": forwards(self.credit, self.mask, 8),
+            "state_values": mask.state + rule.state,
+            "state": self.state,
+            "noise": "a tile" if DIRECTIONS[self.directions].dense or mask.dense else "none",
+            "note": self.note,
+        }
+
+    @property
+    def equation(self) -> str:
+        """D, credit and rule in the module's symbols."""
+        parts = [f"D = {DIRECTIONS[self.directions].text}"]
+        if self.mask != "none":
+            parts.append(f"mask: {MASKS[self.mask].text}")
+        return "; ".join(
+            [*parts, f"a = {CREDITS[self.credit].text}", f"step: {RULES[self.rule].text}"]
+        )
+
+    @property
+    def state(self) -> str:
+        """What is kept beside the weights, in fp32."""
+        kept = MASKS[self.mask].state + RULES[self.rule].state
+        if not kept:
+            return "none"
+        per = "row and rank" if in_span(self.directions) else "trained value"
+        return f"{kept} per {per}"
+
+
+FULL = ("full",)
+GRZO = "GRZO, arXiv 2606.02857"
+MEZO = "MeZO, arXiv 2305.17333"
+LOZO = "LOZO, arXiv 2410.07698"
+SPARSE = "Sparse-MeZO, arXiv 2402.15751"
+SIGNS = "both factors are signs, where the paper draws normals: their products are exact"
+LOW_BIT = "8-bit directions and stochastic rounding on dense weights; codes stay frozen"
+GAINS = "gains relative to a row's scales, where the paper moves the scales themselves"
+
+PRESETS = {
+    row.name: row
+    for row in (
+        Preset("grzo", "signs", "group", GRZO, 0.1),
+        Preset("grzo-raw", "signs", "raw", f"{GRZO}, its mode 'two'", 1e-4),
+        Preset("grzo-one-sided", "signs", "one-sided", f"{GRZO}, its mode 'one'", 0.05),
+        Preset("grzo-uniform", "signs", "uniform", f"{GRZO}, an ablation: no signal", 0.05),
+        Preset("mezo", "shared", "mean", MEZO, 1e-4),
+        Preset("mezo-adam", "shared", "mean", f"{MEZO}, with Adam", 1e-3, rule="adam"),
+        Preset(
+            "zo-adamu",
+            "centred",
+            "mean",
+            "ZO-AdaMU, arXiv 2312.15184",
+            1e-4,
+            rule="centred",
+            note="fresh share 0.5 and weight 0.9 stay as they are, where the paper anneals them; "
+            "both moments come from the seeds of 8 steps, so that none is stored; over the root of v, "
+            "where the paper has v^2 below it: m/v has no finite variance",
+        ),
+        Preset(
+            "fzoo",
+            "rademacher",
+            "candidates",
+            "FZOO, arXiv 2506.09034",
+            0.05,
+            note="the N directions share U and differ by r_j s_j^T: one pass serves them all",
+        ),
+        Preset("lezo", "shared", "mean", "LeZO, arXiv 2410.09823", 1e-4, mask="layers", keep=0.25),
+        Preset(
+            "hizoo",
+            "shared",
+            "mean",
+            "HiZOO, arXiv 2402.15173",
+            1e-4,
+            mask="hessian",
+            note="the update takes the curvature that was probed, where the release takes the new one",
+        ),
+        Preset("lozo", "lowrank-shared", "mean", LOZO, 1e-6, train=FULL, note=SIGNS),
+        Preset(
+            "lozo-m", "lowrank-shared", "mean", LOZO, 1e-6, rule="momentum", train=FULL, note=SIGNS
+        ),
+        Preset("lo-grzo", "lowrank", "group", f"{GRZO} on LOZO", 0.1, train=FULL, note=SIGNS),
+        Preset(
+            "lo-grzo-strict",
+            "lowrank-strict",
+            "group",
+            f"{GRZO} on LOZO, s = 1",
+            0.1,
+            train=FULL,
+            note=SIGNS,
+        ),
+        Preset(
+            "subzero",
+            "subspace",
+            "mean",
+            "SubZero, arXiv 2410.08989",
+            1e-6,
+            train=FULL,
+            refresh=1000,
+            note="orthonormal columns by dealing rows out to them, where the paper decomposes normals",
+        ),
+        Preset("sparse-mezo", "shared", "mean", SPARSE, 1e-6, mask="sparse", train=FULL),
+        Preset(
+            "sparse-grzo",
+            "gaussian",
+            "group",
+            f"{GRZO} on {SPARSE}",
+            0.1,
+            mask="sparse",
+            train=FULL,
+        ),
+        Preset(
+            "quzo",
+            "shared",
+            "mean",
+            "QuZO, arXiv 2502.12346",
+            1e-6,
+            mask="quantized",
+            train=FULL,
+            rounding="stochastic",
+            note=LOW_BIT,
+        ),
+        Preset(
+            "qu-grzo",
+            "gaussian",
+            "group",
+            f"{GRZO} on QuZO",
+            0.1,
+            mask="quantized",
+            train=FULL,
+            rounding="stochastic",
+            note=LOW_BIT,
+        ),
+        Preset(
+            "qzo",
+            "shared",
+            "clipped",
+            "QZO, arXiv 2505.13430",
+            1e-5,
+            train=("scales",),
+            note=GAINS,
+        ),
+        Preset("qzo-grzo", "signs", "group", f"{GRZO} on QZO", 0.1, train=("scales",), note=GAINS),
+    )
+}
+
+
+def forwards(credit: str, mask: str, candidates: int) -> int:
+    """Forward passes over the batch in a step."""
+    drawn = candidates if credit == "candidates" else 0
+    return CREDITS[credit].forwards + drawn + MASKS[mask].forwards
+
+
+def in_span(directions: str) -> bool:
+    """Whether every update lies in the span of a basis, so that a rule may keep its state in coordinates."""
+    return directions in ("lowrank-strict", "lowrank-shared")
+
+
+def step_meaning(credit: str, rule: str) -> str:
+    return RULES[rule].step or CREDITS[credit].step
+
+
+def default_step(row: Preset, credit: str, rule: str) -> float:
+    """The row's own where its step means the same with these, else what is usual for the meaning."""
+    meaning = step_meaning(credit, rule)
+    usual = {KAPPA: 0.1, RATE: 1e-4, PER_WEIGHT: 1e-3}
+    return row.step if step_meaning(row.credit, row.rule) == meaning else usual[meaning]
+
+
+def refusals(v: Mapping[str, Any]) -> list[str]:
+    """Choices on the axes that mean nothing together, each with its reason. ``v``: a request by field name."""
+    directions, mask, credit, rule = (v[n] for n in ("directions", "mask", "credit", "rule"))
+    train, found = v["train"], []
+    many = CREDITS[credit].per_example
+    if many and not DIRECTIONS[directions].per_example:
+        found.append(
+            f"--directions {directions} with {_credit(v)}: it compares one direction per example; "
+            "one direction for the whole batch is --estimator mezo, or --credit mean"
+        )
+    if not many and DIRECTIONS[directions].per_example:
+        shared = ", ".join(n for n, d in DIRECTIONS.items() if not d.per_example)
+        found.append(
+            f"--directions {directions} with {_credit(v)}: it has one direction for the whole "
+            f"batch ({shared})"
+        )
+    if mask == "sparse" and "full" not in train:
+        found.append(
+            "--mask sparse chooses among a matrix's own weights by their size; it needs --train full"
+        )
+    if mask == "quantized" and directions not in ("gaussian", "shared"):
+        found.append(
+            f"--mask quantized with --directions {directions}: they lie on every grid already; "
+            "it rounds gaussian or shared ones"
+        )
+    if mask == "hessian" and (credit != "mean" or directions != "shared"):
+        found.append(
+            "--mask hessian measures the curvature along one direction of the whole batch: "
+            "it needs --credit mean and --directions shared"
+        )
+    if rule == "adam" and DIRECTIONS[directions].refreshed:
+        found.append(
+            f"--rule adam with --directions {directions}: second moments cannot follow a basis "
+            "that is drawn anew; use sgd or momentum"
+        )
+    if (rule == "centred") != (directions == "centred"):
+        found.append(
+            "--directions centred and --rule centred are two halves of ZO-AdaMU: "
+            "the rule scales by the parts that the direction is made of"
+        )
+    if v["residency"] in ("disk", "host") and (why := needs_memory(v)):
+        found.append(f"--residency {v['residency']} with --train full: {why}")
+    return found
+
+
+def needs_memory(v: Mapping[str, Any]) -> str:
+    """Why full weights have to stay in memory, or ''."""
+    if "full" not in v["train"]:
+        return ""
+    if RULES[v["rule"]].state or MASKS[v["mask"]].state:
+        name = f"--rule {v['rule']}" if RULES[v["rule"]].state else f"--mask {v['mask']}"
+        return f"the state of {name} is kept beside the weights, in memory"
+    if v["mask"] == "sparse":
+        return "--mask sparse reads the base's weights once more for its thresholds"
+    return ""
+
+
+def _credit(v: Mapping[str, Any]) -> str:
+    """How the credit came to be: by the preset's name or by itself."""
+    own = PRESETS[v["estimator"]].credit == v["credit"]
+    return f"--estimator {v['estimator']}" if own else f"--credit {v['credit']}"

@@ -1,0 +1,55 @@
+"""Rules: what is done with the weighted sum of directions, elementwise, tile by tile.
+
+    sgd        g
+    momentum   m <- 0.9 m + 0.1 g;  lr m                               (LOZO-M: in the coordinates of its basis)
+    adam       m <- 0.9 m + 0.1 g,  v <- 0.999 v + 0.001 g^2;  lr m'/(sqrt(v') + 1e-8), ' without the start's bias
+    sign       lr sign(g)
+    centred    lr g/sqrt(v + 1e-8), v of the parts that ZO-AdaMU's direction is made of (directions.centred)
+
+State is a function of the base, the seed and the journal: a replay goes through the steps and has it again, to the
+bit, so none of it is saved. That takes arithmetic whose rounding depends on no tile: every operation below rounds
+once an element. A skipped step leaves state and weights as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+
+
+class Rule(NamedTuple):
+    name: str
+    states: tuple[str, ...]  # fp32 tensors beside a trained one, all zeros at the start
+    # (state of some rows, changed in place; g there; steps so far, this one included) -> the step at rate 1
+    step: Callable[[Mapping[str, Tensor], Tensor, int], Tensor]
+
+
+def _average(held: Tensor, new: Tensor, beta: float) -> Tensor:
+    return held.mul_(beta).add_(new * (1 - beta))
+
+
+def _momentum(state: Mapping[str, Tensor], g: Tensor, steps: int) -> Tensor:
+    return _average(state["momentum"], g, BETA1).clone()
+
+
+def _adam(state: Mapping[str, Tensor], g: Tensor, steps: int) -> Tensor:
+    first = _average(state["first"], g, BETA1)
+    second = _average(state["second"], g.square(), BETA2)
+    scale = (second / (1 - BETA2**steps)).sqrt_().add_(EPS)
+    return (first / (1 - BETA1**steps)).div_(scale)
+
+
+RULES = {
+    rule.name: rule
+    for rule in (
+        Rule("sgd", (), lambda state, g, steps: g),
+        Rule("momentum", ("momentum",), _momentum),
+        Rule("adam", ("first", "second"), _adam),
+        Rule("sign", (), lambda state, g, steps: g.sign()),
+        Rule("centred", (), lambda state, g, steps: g),
+    )
+}
