@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from edgezo.config import EVAL_TOKENS, QUANTIZED, RunConfig
 from edgezo.presets import DIRECTIONS, MASKS, RULES, forwards, in_span
-
-if TYPE_CHECKING:
-    from edgezo.cards import Shape
-    from edgezo.data import Dataset
+from edgezo.shapes import (
+    BYTES_PER_WEIGHT,
+    KEPT_LENGTHS,
+    MatrixShape,
+    ModelShape,
+    TokenStats,
+)
 
 MB = 1_000_000
 ACTIVATIONS = "activations"  # the item's name
@@ -73,137 +76,6 @@ SLOTS = 2
 PAGE_BYTES = 4096
 # Change, gradient and Adam's two moments, fp32.
 HEAD_COPIES = 4
-
-BYTES_PER_WEIGHT = {"fp32": 4, "bf16": 2, "fp16": 2}
-UNKNOWN_LABEL_WORDS = 16
-KEPT_LENGTHS = 1024  # of the longest examples: as many as a batch can hold
-
-
-def int4_group(cols: int) -> int:
-    """Weights of a row that share a scale and a shift: 32 where it divides the row, else the whole row.
-
-    quanto's default is 128; with 32 they cost 2 bits a weight more, and a base that comes from a GGUF
-    Q4 file, whose blocks are 32 as well, stays as it is.
-    """
-    return 32 if cols % 32 == 0 else cols
-
-
-class MatrixShape(NamedTuple):
-    """One weight matrix, (d_out, d_in) = (out_features, in_features)."""
-
-    name: str
-    d_out: int
-    d_in: int
-
-    @property
-    def numel(self) -> int:
-        return self.d_out * self.d_in
-
-    def stored_bytes(self, precision: str) -> int:
-        """In the layouts of layouts.py; int4 keeps an odd number of rows in int8."""
-        if precision in BYTES_PER_WEIGHT:
-            return self.numel * BYTES_PER_WEIGHT[precision]
-        if precision == "int8" or self.d_out % 2:
-            return self.numel + 4 * self.d_out
-        group = int4_group(self.d_in)
-        return self.numel // 2 + 8 * self.d_out * (self.d_in // group)
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A model as the planner counts it: which matrices there are and how large."""
-
-    name: str
-    layers: int
-    hidden: int
-    intermediate: int
-    vocab: int
-    tied: bool
-    head_dim: int
-    attention_width: int  # heads * head_dim: what attention puts out
-    qkv_width: int  # queries, keys and values together
-    gated: bool  # the MLP's activation multiplies a second product
-    block: tuple[MatrixShape, ...]  # the matrices of one block
-    outside: tuple[MatrixShape, ...]  # linears beside the blocks (OPT's and RoBERTa's)
-    tables: tuple[MatrixShape, ...]  # embeddings, and the head where it is not tied
-    vector_elements: int  # norms and biases of the whole model
-
-    @staticmethod
-    def of(shape: Shape, name: str) -> ModelShape:
-        """From a card, or from ``loader.ModelFiles.shape``."""
-        width = shape.embed_width
-        outside = []
-        tables = [MatrixShape("embedding", shape.vocab, width)]
-        if not shape.tied:
-            tables.append(MatrixShape("head", shape.vocab, width))
-        if shape.positions:
-            tables.append(MatrixShape("positions", shape.positions, shape.hidden))
-        if shape.type_rows:
-            tables.append(MatrixShape("token types", shape.type_rows, shape.hidden))
-        if width != shape.hidden:
-            outside.append(MatrixShape("project_in", shape.hidden, width))
-            outside.append(MatrixShape("project_out", width, shape.hidden))
-        if shape.masked_head:
-            outside.append(MatrixShape("head.dense", shape.hidden, shape.hidden))
-        block = tuple(MatrixShape(*matrix) for matrix in shape.layer_matrices)
-        in_matrices = shape.layers * sum(m.numel for m in block)
-        in_matrices += sum(m.numel for m in (*outside, *tables))
-        return ModelShape(
-            name=name,
-            layers=shape.layers,
-            hidden=shape.hidden,
-            intermediate=shape.intermediate,
-            vocab=shape.vocab,
-            tied=shape.tied,
-            head_dim=shape.head_dim,
-            attention_width=shape.heads * shape.head_dim,
-            qkv_width=(shape.heads + 2 * shape.kv_heads) * shape.head_dim,
-            gated=shape.gated,
-            block=block,
-            outside=tuple(outside),
-            tables=tuple(tables),
-            vector_elements=shape.parameters - in_matrices,
-        )
-
-    @property
-    def matrices(self) -> tuple[MatrixShape, ...]:
-        """Every linear of the model, block by block."""
-        return self.block * self.layers + self.outside
-
-
-@dataclass(frozen=True)
-class TokenStats:
-    """What the planner needs to know about the data."""
-
-    kind: str  # label, choice, completion or text
-    tokens: tuple[int, ...]  # tokens of the longest examples (all rows of each), descending
-    scored: int  # most scored positions of one example
-    label_words: int  # K; 0 where the whole vocabulary is scored
-    mean: float = 0.0  # tokens of an example; 0: as the longest
-    known: bool = True  # False: assumed, because no data was given
-
-    @staticmethod
-    def of(dataset: Dataset) -> TokenStats:
-        """Measured on every example, training and validation."""
-        examples = [*dataset.train, *dataset.validation]
-        tokens = sorted((sum(len(row.ids) for row in e.rows) for e in examples), reverse=True)
-        scored = max((sum(len(row.score_at) for row in e.rows) for e in examples), default=1)
-        longest = tuple(tokens[:KEPT_LENGTHS]) or (1,)
-        mean = sum(tokens) / max(1, len(tokens))
-        return TokenStats(dataset.kind, longest, scored, len(dataset.label_ids), mean)
-
-    @staticmethod
-    def assumed(cfg: RunConfig) -> TokenStats:
-        """Without data: every row as long as --max-length allows."""
-        n = cfg.max_length
-        if cfg.task is not None or cfg.labels is not None:
-            return TokenStats("label", (n,), 1, UNKNOWN_LABEL_WORDS, known=False)
-        return TokenStats("text", (n,), n, 0, known=False)
-
-    def longest(self, examples: int) -> int:
-        """Tokens of that many of the longest examples together; the longest repeats if need be."""
-        found = self.tokens[:examples]
-        return sum(found) + self.tokens[0] * (examples - len(found))
 
 
 @dataclass(frozen=True)
@@ -396,7 +268,9 @@ class Footprint:
         items.append(Item("slots", SLOTS * (block + pages), reason))
         rows = sum(t.d_out for t in shape.tables)
         reason = f"the tables are on disk: a checksum for each of {rows:,} rows, and rows in use"
-        items.append(Item("embedding", 16 * rows + TILE_BYTES, reason))
+        # With label words the rows in use are the hidden states, or among what an update holds.
+        in_use = 0 if self.tokens.kind == "label" else TILE_BYTES
+        items.append(Item("embedding", 16 * rows + in_use, reason))
         return items
 
     def _staged_bytes(self, precision: str) -> int:
@@ -486,7 +360,7 @@ class Footprint:
 
     def _rows(self, micro_batch: int) -> int:
         """Tokens of the longest batch that runs at once: of training on both sides, or of an evaluation."""
-        evaluating = min(EVAL_TOKENS, self.tokens.longest(KEPT_LENGTHS))
+        evaluating = max(min(EVAL_TOKENS, self.tokens.longest(KEPT_LENGTHS)), self.tokens.evaluated)
         return max(self.sides * self.tokens.longest(micro_batch), evaluating)
 
     def _forward(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
@@ -587,5 +461,9 @@ class Footprint:
         return 4 * max(sizes)
 
     def _moved_rows(self, table: MatrixShape) -> int:
-        """Rows of a table that one update may move."""
-        return table.d_out
+        """Rows of a table that one update may move: with label words those that its examples used, and the words'."""
+        tokens, cfg = self.tokens, self.cfg
+        if tokens.kind != "label" or RULES[cfg.rule].state or MASKS[cfg.mask].state:
+            return table.d_out
+        used = tokens.longest(cfg.batch_size or KEPT_LENGTHS) + tokens.label_words
+        return min(table.d_out, used)

@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgezo.footprint import (
-    BYTES_PER_WEIGHT,
     HIDDEN_COPIES,
-    KEPT_LENGTHS,
     KEY_COPIES,
     MB,
     MLP_COPIES,
@@ -25,8 +23,8 @@ from edgezo.footprint import (
     UPDATE_TILES,
     Footprint,
     Item,
-    MatrixShape,
 )
+from edgezo.shapes import BYTES_PER_WEIGHT, MatrixShape
 
 # The driver's context with the kernels of a run, cuBLAS's among them (calibrated on one GPU, an H100).
 CONTEXT_BYTES = 736 * MB
@@ -141,11 +139,6 @@ class CudaFootprint(Footprint):
             shape.hidden * (HIDDEN_COPIES - 1) + attending, HIDDEN_COPIES * shape.hidden + mlp
         )
         return rows * (width + 2 * shape.head_dim) * compute_bytes
-
-    def _moved_rows(self, table: MatrixShape) -> int:
-        # A task with label words moves the rows that its examples used, and those of the words.
-        used = self.tokens.longest(self.cfg.batch_size or KEPT_LENGTHS) + self.tokens.label_words
-        return min(table.d_out, used) if self.tokens.kind == "label" else table.d_out
 
     def _update_of(
         self, precision: str, micro_batch: int, compute_bytes: int, on_disk: int

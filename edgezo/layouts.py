@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from edgezo import noise
-from edgezo.footprint import TILE_BYTES, int4_group
+from edgezo.footprint import TILE_BYTES
 from edgezo.noise import Key
+from edgezo.shapes import int4_group
 
 CPU = torch.device("cpu")
 DENSE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -23,14 +23,13 @@ from edgezo.footprint import (
     REUSED_BYTES,
     Footprint,
     Item,
-    ModelShape,
-    TokenStats,
     peak_bytes,
     phase_bytes,
     rounding_of,
 )
 from edgezo.footprint_cuda import CudaFootprint
 from edgezo.presets import needs_memory, step_meaning
+from edgezo.shapes import ModelShape, TokenStats
 
 if TYPE_CHECKING:
     from edgezo.cards import Card, Shape
@@ -41,7 +40,6 @@ __all__ = [
     "Item",
     "Plan",
     "PlanDoesNotFit",
-    "TokenStats",
     "default_budget",
     "largest_card",
     "make_plan",

@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -27,7 +26,6 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from edgezo.errors import EdgezoError
 from edgezo.machine import format_bytes
 
 if TYPE_CHECKING:
@@ -401,54 +399,3 @@ class TerminalProgress:
 
 # ---------------------------------------------------------------------------------------------
 # metrics.jsonl
-
-
-class MetricsLog:
-    """Appends one JSON object a line; what is written is with the operating system at once."""
-
-    def __init__(self, path: Path, keep_through: int | None = None):
-        """Start anew, or with ``keep_through`` go on: lines of later steps and a torn tail are cut.
-
-        Raises EdgezoError where the file can't be written.
-        """
-        self.path = path
-        try:
-            if keep_through is None:
-                self._file = path.open("w", encoding="utf-8", buffering=1)
-            else:
-                if path.exists():
-                    os.truncate(path, _bytes_through(path, keep_through))
-                self._file = path.open("a", encoding="utf-8", buffering=1)
-        except OSError as error:
-            raise EdgezoError(f"can't write {path}: {error.strerror}") from error
-
-    def lines(self) -> list[dict[str, Any]]:
-        """What the file holds now."""
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """``record`` has a "step": the number of steps done."""
-        try:
-            self._file.write(to_json(record) + "\n")
-        except OSError as error:
-            raise EdgezoError(
-                f"can't write {self.path}: {error.strerror}. The run can go on with --resume."
-            ) from error
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _bytes_through(path: Path, step: int) -> int:
-    """Length of the leading part whose lines are whole and of no later step."""
-    size = 0
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                found = json.loads(line)["step"]
-            except (ValueError, KeyError, TypeError):
-                break
-            if not line.endswith(b"\n") or found > step:
-                break
-            size += len(line)
-    return size

@@ -22,8 +22,9 @@ from edgezo.layouts import DENSE_DTYPES
 from edgezo.machine import Machine
 from edgezo.memory import malloc_trim
 from edgezo.model import Model, ModelSpec, assemble
-from edgezo.planner import Plan, PlanDoesNotFit, TokenStats, make_plan
+from edgezo.planner import Plan, PlanDoesNotFit, make_plan
 from edgezo.profiler import phase
+from edgezo.shapes import TokenStats
 
 if TYPE_CHECKING:
     from edgezo.loader import ModelFiles

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import json
 import signal
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -37,7 +36,7 @@ from edgezo.model import Model
 from edgezo.noise import Key
 from edgezo.planner import Plan
 from edgezo.profiler import phase, profiling, running
-from edgezo.report import MetricsLog, RunProgress, Silent, peaks_line, to_json
+from edgezo.report import RunProgress, Silent, peaks_line, to_json
 from edgezo.rundir import (
     Overlay,
     RunFiles,
@@ -48,6 +47,7 @@ from edgezo.rundir import (
     reopen,
     save_snapshot,
 )
+from edgezo.runlog import RunLog, mean_loss, step_line
 from edgezo.session import (
     Opened,
     evaluate_model,
@@ -176,14 +176,8 @@ class Training:
     meter: Meter
     progress: RunProgress
     stop_asked: bool = False
-    split_is_free: bool = (
-        False  # the plan chose the micro-batch, and nothing has been computed with it
-    )
-    step_times_s: list[float] = field(default_factory=list)
-    forward_times_s: list[float] = field(default_factory=list)
-    moved: dict[str, list[int]] = field(default_factory=dict)  # bytes of weights elsewhere, a step
+    split_is_free: bool = False  # the plan chose the micro-batch, and nothing was computed with it
     inference_peak_bytes: int | None = None
-    known: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)  # evaluations
 
     @property
     def examples(self) -> tuple[Example, ...]:
@@ -215,8 +209,8 @@ class Training:
         if saved != self.cfg:  # by a resume; nothing is written before the state was read
             atomic_write(run.config, self.cfg.to_toml().encode())
         # "before" is written before the first step, so a run without steps has no lines worth keeping.
-        self.metrics = MetricsLog(run.metrics, keep_through=done if done else None)
-        with closing(self.metrics):
+        self.log = RunLog(run.metrics, keep_through=done if done else None)
+        with closing(self.log):
             self._recall(done)
             finished = _saved_summary(run)  # written at the end only
             if finished.get("steps") == done > 0:
@@ -233,7 +227,7 @@ class Training:
             unshrunk = self.cfg.micro_batch == self.plan.micro_batch
             if self.split_is_free and unshrunk and self._split_less():
                 self._fitting(done, self._longest_first)
-            before = self.known.get(("before", 0)) if done else self._evaluate("before")
+            before = self.log.evaluations.get(("before", 0)) if done else self._evaluate("before")
             step, train_s = self._loop(done, planned)
             self._save(step)
             if self.model.store.residency is not None:
@@ -250,7 +244,7 @@ class Training:
         """Steps until the run is over; (steps, seconds of training, those before a resume included)."""
         cfg = self.cfg
         self.progress.begin(done=done, steps=cfg.steps, cap_bytes=self.plan.max_mem_bytes)
-        start_s, excluded_s = time.monotonic() - sum(self.step_times_s), 0.0
+        start_s, excluded_s = time.monotonic() - sum(self.log.step_times_s), 0.0
         step = done
         try:
             while True:
@@ -275,14 +269,11 @@ class Training:
                 took_s = time.monotonic() - begun_s
                 step += 1
                 line = {**self._line(record), "step_s": took_s, "rss_bytes": rss_bytes()}
-                for name, now in self._moved().items():
-                    line[name] = now - moved[name]
-                    self.moved.setdefault(name, []).append(line[name])
+                line |= {name: now - moved[name] for name, now in self._moved().items()}
                 if (forward_s := self._time_plain_forward(record.step)) is not None:
                     line["forward_s"] = forward_s
                     excluded_s += forward_s
-                self.metrics.write(line)
-                self._remember(line)
+                self.log.write(line)
                 self.progress.step(
                     step,
                     fraction=min(1.0, step / cfg.steps if cfg.steps else fraction),
@@ -400,7 +391,7 @@ class Training:
         self.progress.note(
             f"micro-batch {before} -> {now} after step {step}, {why}: losses are equal up to rounding"
         )
-        self.metrics.write({"step": step, "micro_batch": now})
+        self.log.write({"step": step, "micro_batch": now})
 
     def _group(self, step: int) -> list[Example]:
         assert self.cfg.batch_size is not None
@@ -455,36 +446,13 @@ class Training:
         return stop, planned
 
     def _recall(self, done: int) -> None:
-        """What metrics.jsonl knows of the ``done`` steps; steps that a kill left out of it are added."""
-        last = 0
-        for line in self.metrics.lines():
-            self._remember(line)
-            if "eval" not in line:
-                last = line["step"]
-        for record in self.journal.records(last):
+        """Add the steps that a kill left out of metrics.jsonl."""
+        for record in self.journal.records(self.log.last_step):
             if record.step < done:
-                self.metrics.write({**self._line(record), "step_s": None, "rss_bytes": None})
+                self.log.write({**self._line(record), "step_s": None, "rss_bytes": None})
 
     def _line(self, record: StepRecord) -> dict[str, Any]:
-        """A step in metrics.jsonl, as far as the journal knows it."""
-        both = record.losses[:, np.isfinite(record.losses).all(axis=0)]
-        spread = both[0] - both[1] if len(both) > 1 else both[0]
-        return {
-            "step": record.step + 1,
-            "loss": _mean(record.losses),
-            "step_size": record.step_size,
-            "delta_std": float(np.std(spread)) if both.size else None,
-            "skipped": record.skipped and self.probing,
-        }
-
-    def _remember(self, line: dict[str, Any]) -> None:
-        if "eval" in line:
-            found = {k: v for k, v in line.items() if k not in ("step", "eval")}
-            self.known[line["eval"], line["step"]] = found
-            return
-        for name, times_s in (("step_s", self.step_times_s), ("forward_s", self.forward_times_s)):
-            if line.get(name) is not None:
-                times_s.append(line[name])
+        return step_line(record, self.probing)
 
     def _longest_first(self) -> None:
         """Run the longest possible micro-batch once, changing nothing: what does not fit shows now, not late."""
@@ -533,13 +501,11 @@ class Training:
 
     def _evaluate(self, when: str, step: int = 0) -> dict[str, Any]:
         """Evaluate once: a resumed run knows what was evaluated before."""
-        if (when, step) not in self.known:
+        if (when, step) not in self.log.evaluations:
             with self.memory.short("an evaluation"):
                 found = evaluate_model(self.model, self.opened.dataset)
-            line = {"step": step, "eval": when, **found}
-            self.metrics.write(line)
-            self._remember(line)
-        return self.known[when, step]
+            self.log.write({"step": step, "eval": when, **found})
+        return self.log.evaluations[when, step]
 
     @phase("save")
     def _save(self, step: int) -> None:
@@ -579,30 +545,18 @@ class Training:
             "steps": steps,
             "batch_size": cfg.batch_size,
             "micro_batch": cfg.micro_batch,
-            "loss_first": _mean(self.journal.record(0).losses) if steps else None,
-            "loss_last": _mean(self.journal.record(steps - 1).losses) if steps else None,
+            "loss_first": mean_loss(self.journal.record(0).losses) if steps else None,
+            "loss_last": mean_loss(self.journal.record(steps - 1).losses) if steps else None,
             "eval_before": before,
             "eval_after": after,
             "train_s": train_s,
-            "step_s": _median(self.step_times_s),
-            "forward_s": _median(self.forward_times_s),
             **memory,
             "residency": self.plan.residency,
-            **{name: int(statistics.median(values)) for name, values in self.moved.items()},
+            **self.log.figures(),
             **self._peaks(),
             "trained_sha256": saved_sha256(self.model.saved()),
             "run": str(self.run.path),
         }
-
-
-def _median(values: list[float]) -> float | None:
-    return statistics.median(values) if values else None
-
-
-def _mean(losses: np.ndarray) -> float:
-    """Over what is finite of (2, B) losses."""
-    finite = losses[np.isfinite(losses)]
-    return float(finite.mean()) if finite.size else float("nan")
 
 
 def _saved_summary(run: RunFiles) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def _half_line(write: Callable[..., None], part: float, log: Any, record: Any) -
 
 
 def _arm(blow: Blow) -> None:
-    from edgezo import report, rundir, weights
+    from edgezo import rundir, runlog, weights
     from edgezo.head import ExactHead
 
     if blow.point == "record":  # the journal's one write a step
@@ -111,7 +111,7 @@ def _arm(blow: Blow) -> None:
     elif blow.point == "snapshot":
         _strike(rundir, "save_file", blow, torn=_half_file)
     elif blow.point == "metrics":
-        _strike(report.MetricsLog, "write", blow, torn=_half_line)
+        _strike(runlog.MetricsLog, "write", blow, torn=_half_line)
     else:  # the rename that gives a file its name
         named = blow.point
         _strike(os, "replace", blow, wanted=lambda source, goal: Path(goal).name == named)

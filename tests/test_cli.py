@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from edgezo import cli, report
+from edgezo import cli, report, runlog
 from edgezo.config import make_config
 from edgezo.errors import BaseMismatch, BudgetExceeded, EdgezoError, Interrupted
 
@@ -274,13 +274,13 @@ def test_threads_are_set_before_torch_is_imported(finetune, capsys, monkeypatch,
 
 def test_metrics_go_on_where_a_resumed_run_goes_on(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    log = report.MetricsLog(path)
+    log = runlog.MetricsLog(path)
     for step in range(1, 6):
         log.write({"step": step, "loss": float("nan") if step == 2 else 1.0})
     log.close()
     with path.open("a") as file:
         file.write('{"step": 6, "lo')  # killed in the middle of a line
-    log = report.MetricsLog(path, keep_through=3)
+    log = runlog.MetricsLog(path, keep_through=3)
     log.write({"step": 4})
     log.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -290,7 +290,7 @@ def test_metrics_go_on_where_a_resumed_run_goes_on(tmp_path):
 
 def test_metrics_that_cannot_be_written_are_an_error_with_the_place(tmp_path):
     with pytest.raises(EdgezoError, match=r"metrics\.jsonl"):
-        report.MetricsLog(tmp_path / "absent" / "metrics.jsonl")
+        runlog.MetricsLog(tmp_path / "absent" / "metrics.jsonl")
 
 
 def test_progress_without_a_terminal_is_a_bounded_number_of_lines(capsys):

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from optimum.quanto import AbsmaxOptimizer, MaxOptimizer, qint4, qint8, quantize_weight
 
 from edgezo import layouts
-from edgezo.footprint import int4_group
 from edgezo.layouts import Dense, Int4, Int8, place, tiles
 from edgezo.noise import Key
+from edgezo.shapes import int4_group
 
 SHAPES = [(8, 32), (6, 96), (10, 128), (4, 256), (12, 40), (2, 7)]
 KEY = Key(0, 0)

@@ -15,9 +15,9 @@ from edgezo.budget import portable
 from edgezo.cards import cards
 from edgezo.config import RunConfig, from_toml, make_config
 from edgezo.errors import UsageError
-from edgezo.footprint import TokenStats
 from edgezo.machine import Gpu
 from edgezo.planner import Plan, PlanDoesNotFit, make_plan
+from edgezo.shapes import TokenStats
 
 MB = 1_000_000
 SMOL, LARGE = "smollm2-135m-instruct", "smollm2-1.7b-instruct"

@@ -13,8 +13,8 @@ from edgezo import planner
 from edgezo.cards import Shape, cards
 from edgezo.config import RunConfig, make_config
 from edgezo.errors import DoesNotFit
-from edgezo.footprint import MatrixShape, ModelShape, TokenStats
 from edgezo.planner import PRECISIONS_TRIED, Plan, PlanDoesNotFit, make_plan
+from edgezo.shapes import MatrixShape, ModelShape, TokenStats
 
 MB = 1_000_000
 SMOL = "smollm2-135m-instruct"

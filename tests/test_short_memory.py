@@ -21,7 +21,8 @@ from edgezo.footprint import GUARD_MARGIN_BYTES
 from edgezo.journal import StepRecord, open_journal
 from edgezo.machine import machine
 from edgezo.planner import PlanDoesNotFit
-from edgezo.report import MetricsLog, Silent
+from edgezo.report import Silent
+from edgezo.runlog import MetricsLog
 from edgezo.session import Opened, open_request, settle, settle_again, split_less
 from edgezo.train import finetune
 
