@@ -1,7 +1,7 @@
 """A GPU's memory against its plan, what a probe costs there, and models that do not fit.
 
-    python benchmarks/cuda.py grid --out DIR --tokenizer MODEL_OR_CARD
-    python benchmarks/cuda.py host --out DIR --tokenizer MODEL_OR_CARD --layers 40
+    python benchmarks/gpu.py grid --out DIR --tokenizer MODEL_OR_CARD
+    python benchmarks/gpu.py host --out DIR --tokenizer MODEL_OR_CARD --layers 40
 
 ``grid``: random weights of a published shape (fewer blocks with --layers), planned and measured peaks. ``host``: a
 model whose weights are three times the cap, every weight trained, against the same run with all of them on the GPU.
