@@ -42,7 +42,12 @@ from edgezo.weights import WeightStore, saved_sha256
 
 SEED, SIGMA, STEPS = 11, 0.01, 4
 MACHINE: Any = SimpleNamespace(
-    total_bytes=8 * 10**9, available_bytes=6 * 10**9, cores=2, bf16_fast=False, flops_s=1.5e11
+    total_bytes=8 * 10**9,
+    available_bytes=6 * 10**9,
+    cores=2,
+    bf16_fast=False,
+    flops_s=1.5e11,
+    gpu=None,
 )
 # What a preset does not keep to the letter, and why (the rest is exact).
 UPDATED_ALONG_ANOTHER = ("quzo", "qu-grzo")  # an independent rounding of what was probed
