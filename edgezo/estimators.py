@@ -33,6 +33,7 @@ from edgezo.noise import exact_grid
 from edgezo.presets import PRESETS, forwards
 
 CREDIT_CLIP = 8.0  # standard deviations; a lone outlier in a group of 64 already stands at 7.9
+LARGEST = 1e35  # of a coefficient: a sum over a group stays finite in fp32
 SLOPE_CLIP = 100.0  # QZO's C, of the directional derivative
 
 
@@ -81,7 +82,8 @@ class Estimator(NamedTuple):
         if self.slope_clip is not None:
             slope = abs(float(np.sum(credit))) * self.scale(1.0, sigma, len(credit))
             credit = credit * min(1.0, self.slope_clip / slope) if slope else credit
-        return exact_grid(credit * self.scale(step, sigma, len(credit)))
+        found = credit * self.scale(step, sigma, len(credit))
+        return exact_grid(np.clip(found, -LARGEST, LARGEST))
 
     def curvature(self, losses: np.ndarray, sigma: float) -> float:
         """|l+ + l- - 2 l0|/(2 sigma^2) of the batch; 0 where it was not measured or is not finite."""

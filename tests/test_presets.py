@@ -28,7 +28,7 @@ from edgezo.data import collate, micro_batches
 from edgezo.directions import DIRECTIONS
 from edgezo.errors import DoesNotFit
 from edgezo.estimators import Estimator, Recipe
-from edgezo.journal import Journal, StepRecord, open_journal
+from edgezo.journal import Journal, StepRecord, create_journal, open_journal
 from edgezo.layouts import Dense
 from edgezo.loader import open_model
 from edgezo.model import Model, ModelSpec, assemble
@@ -42,7 +42,12 @@ from edgezo.weights import WeightStore, saved_sha256
 
 SEED, SIGMA, STEPS = 11, 0.01, 4
 MACHINE: Any = SimpleNamespace(
-    total_bytes=8 * 10**9, available_bytes=6 * 10**9, cores=2, bf16_fast=False, flops_s=1.5e11
+    total_bytes=8 * 10**9,
+    available_bytes=6 * 10**9,
+    cores=2,
+    bf16_fast=False,
+    flops_s=1.5e11,
+    gpu=None,
 )
 # What a preset does not keep to the letter, and why (the rest is exact).
 UPDATED_ALONG_ANOTHER = ("quzo", "qu-grzo")  # an independent rounding of what was probed
@@ -441,6 +446,30 @@ def test_a_run_that_was_cut_goes_on_and_replays_with_the_same_bits(
     assert skipped == [False] * 5
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert all(json.loads(line)["loss"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("name", ["grzo", "mezo"])
+def test_a_run_from_before_there_were_five_choices_goes_on(
+    name: str, bench: Any, edgezo_json: Any, tmp_path: Path
+) -> None:
+    request = {"estimator": name, "steps": 5, "train": "lowrank"}
+    whole = finetune(make_config(bench.settings(out=str(tmp_path / "whole"), **request)))
+    run = tmp_path / "run"
+    run.mkdir()
+    new = ("mask", "credit", "rule", "keep", "refresh", "candidates")
+    lines = (tmp_path / "whole" / "config.toml").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.split(" ")[0] not in new]
+    assert len(kept) == len(lines) - len(new)
+    (run / "config.toml").write_text("".join(kept).replace("whole", "run"))
+    with open_journal(tmp_path / "whole" / "journal.bin", resume=False) as journal:
+        header = {**journal.header}
+        header["config"] = {k: v for k, v in header["config"].items() if k not in new}
+        with create_journal(run / "journal.bin", header) as old:
+            for step in range(3):
+                old.append(journal.record(step))
+    code, resumed = edgezo_json("finetune", "--resume", "--out", run)
+    assert code == 0, resumed
+    assert resumed["trained_sha256"] == whole["trained_sha256"]
 
 
 # ----------------------------------------------------------------------------- progress on a quadratic
