@@ -22,6 +22,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+
 from edgezo import __version__
 from edgezo.config import FIELDS, flag
 from edgezo.errors import EdgezoError, UsageError
@@ -66,13 +68,15 @@ def bench_memory(
     tokens: Sequence[int] = (128,),
     threads: int | None = None,
     cap_bytes: int | None = None,
+    limit_s: float | None = None,
     out: Path,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Measure every method at every (batch size, tokens); writes points.jsonl, memory.json and memory.png to ``out``.
 
     ``train_peak_rss_bytes`` of a point is the peak of the steps; of edgezo's training methods that of the process,
-    loading included. A method that fails (no memory, a package that is missing) is a point with ``error``.
+    loading included. A method that fails (no memory, a package that is missing) is a point with ``error``; a baseline
+    that takes longer than ``limit_s`` is stopped, and its point holds the peak so far and ``stopped_s``.
     Raises UsageError for unknown methods and sizes, EdgezoError for a model that cannot be had.
     """
     unknown = [m for m in methods if m not in METHODS]
@@ -97,7 +101,7 @@ def bench_memory(
             f"{method}, B = {batch_size}, {length} tokens{': as in points.jsonl' if found else ''}"
         )
         if found is None:
-            found = asked | _measure(path, asked)
+            found = asked | _measure(path, asked, limit_s)
             known.append(found)
             atomic_write(log, "".join(json.dumps(p) + "\n" for p in known).encode())
         points.append(found)
@@ -119,7 +123,7 @@ def _read_points(log: Path) -> list[dict[str, Any]]:
         ) from problem
 
 
-def _measure(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
+def _measure(path: Path, asked: dict[str, Any], limit_s: float | None) -> dict[str, Any]:
     """One point in a process of its own."""
     method = METHODS[asked["method"]]
     with tempfile.TemporaryDirectory(prefix="edgezo-bench-") as folder:
@@ -132,7 +136,8 @@ def _measure(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
         if method.request is None:
             rows = str(data / "train.jsonl")
             spec = asked | {"model": str(path), "rows": rows, "steps": STEPS}
-            return _child(threads, "-m", "edgezo.baselines", json.dumps(spec))
+            command = ("-m", "edgezo.baselines", json.dumps(spec))
+            return _child(threads, *command, limit_s=limit_s)
         request = {
             "model": str(path),
             "data": str(data),
@@ -184,19 +189,42 @@ def _options(request: dict[str, Any]) -> list[str]:
     return [part for name, value in request.items() for part in (flag(name), str(value))]
 
 
-def _child(threads: str, *args: str) -> dict[str, Any]:
-    """The JSON object that a Python process prints; ``error`` where it prints none or fails."""
+def _child(threads: str, *args: str, limit_s: float | None = None) -> dict[str, Any]:
+    """The JSON object that a Python process prints; ``error`` where it prints none or fails.
+
+    After ``limit_s`` seconds it is ended: ``stopped_s``, and the peak of its last phase so far.
+    """
     env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, env=env)
-    lines = done.stdout.strip().splitlines()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, *args], stdout=pipe, stderr=pipe, text=True, env=env
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            peak_bytes = _peak_of(process.pid)
+            process.kill()
+            return {"stopped_s": limit_s, "train_peak_rss_bytes": peak_bytes}
+    lines = out.strip().splitlines()
     try:
         found: dict[str, Any] = json.loads(lines[-1])
     except (IndexError, ValueError):
         found = {}
-    if "error" not in found and (done.returncode or not found):
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        found = {"error": f"exit status {done.returncode}: {last}"}
+    if "error" not in found and (process.returncode or not found):
+        last = (err.strip().splitlines() or ["no message"])[-1]
+        found = {"error": f"exit status {process.returncode}: {last}"}
     return found
+
+
+def _peak_of(pid: int) -> int:
+    """Of another process, since it last reset its peak; its resident memory where no peak is kept."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return int(psutil.Process(pid).memory_info().rss)
 
 
 def inference(request: dict[str, Any]) -> dict[str, Any]:

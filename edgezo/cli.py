@@ -281,6 +281,12 @@ def bench() -> None:
 @click.option("--tokens", metavar="N,N", default="128", show_default=True, help="Of a row.")
 @click.option("--max-mem", metavar="SIZE", help="Drawn into the chart as a line.")
 @click.option("--threads", metavar="N", type=click.IntRange(1), help="[default: every core]")
+@click.option(
+    "--limit",
+    metavar="SECONDS",
+    type=click.FloatRange(min=1),
+    help="End a baseline that takes longer and report its peak so far.  [default: none]",
+)
 @click.option("--out", metavar="DIR", default="runs/bench-memory", show_default=True)
 @_json
 def bench_memory(
@@ -290,6 +296,7 @@ def bench_memory(
     tokens: str,
     max_mem: str | None,
     threads: int | None,
+    limit: float | None,
     out: str,
     as_json: bool,
 ) -> None:
@@ -307,6 +314,7 @@ def bench_memory(
         tokens=_integers("--tokens", tokens),
         threads=threads,
         cap_bytes=parse_bytes(max_mem) if max_mem else None,
+        limit_s=limit,
         out=Path(out),
         note=progress.note,
     )

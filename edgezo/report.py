@@ -135,8 +135,12 @@ def memory_table(found: Mapping[str, Any]) -> RenderableType:
             failed.append(Text(f"{', '.join(row)}: {p['error']}"))
             continue
         peak, base = p["train_peak_rss_bytes"], own.get((p["batch_size"], p["tokens"]))
+        ratio = f"{peak / base:.2f}" if base else ""
+        if "stopped_s" in p:  # its peak so far
+            table.add_row(*row, "", f">= {format_bytes(peak)}", f">= {ratio}", "stopped")
+            continue
         row += [format_bytes(p["load_peak_rss_bytes"]), format_bytes(peak)]
-        table.add_row(*row, f"{peak / base:.2f}" if base else "", f"{p['step_s']:.2f}")
+        table.add_row(*row, ratio, f"{p['step_s']:.2f}")
     return Group(table, *failed)
 
 

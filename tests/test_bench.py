@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 from conftest import make_model
+from rich.console import Console
+
+from edgezo import bench, report
 
 MB = 1_000_000
 
@@ -53,3 +57,13 @@ def test_what_cannot_be_measured_is_refused_at_once(edgezo_json, tmp_path):
         assert code == 2 and word in found["error"]
     assert edgezo_json("bench", "memory")[0] == 2
     assert not out.exists()
+
+
+def test_a_baseline_that_takes_too_long_is_ended_with_its_peak_so_far():
+
+    found = bench._child("1", "-c", "held = b'x' * 50_000_000\nwhile held: pass", limit_s=2)
+    assert found["stopped_s"] == 2 and found["train_peak_rss_bytes"] > 50 * MB
+    point = {"method": "lora", "batch_size": 16, "tokens": 128, **found}
+    console = Console(width=150, file=io.StringIO())
+    console.print(report.memory_table({"model": "m", "points": [point]}))
+    assert ">= " in console.file.getvalue() and "stopped" in console.file.getvalue()
