@@ -394,8 +394,11 @@ class Footprint:
             logits, what = 4 * scored * tokens.label_words, "label words only"
         else:
             logits, what = LOGITS_BYTES, "the vocabulary in chunks"
-        reason = f"hidden states and logits of {scored:,} scored positions; {what}"
-        items.append(Item("scores", logits + 4 * scored * shape.hidden, reason, "forward"))
+        # By then the blocks' temporaries are gone, and what they took is there for the scores.
+        scores = logits + 4 * (scored + 2 * rows) * shape.hidden - items[0].bytes
+        reason = f"hidden states and logits of {scored:,} scored positions, {what}: more than a block takes"
+        if scores > 0:
+            items.append(Item("scores", scores, reason, "forward"))
         if self.correction_bytes:
             reason = "the longest batch, measured, beside what is counted"
             items.append(Item("correction", self.correction_bytes, reason, "forward"))
