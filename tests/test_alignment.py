@@ -33,15 +33,15 @@ def test_the_signal_of_a_probe_is_the_true_gradient_along_it(bench, edgezo_json,
 
 
 def test_cosines_are_those_of_theory_and_grow_with_the_candidates(bench, edgezo_json, tmp_path):
-    names = "grzo,grzo-raw,grzo:gaussian,mezo,fzoo"
-    said = arguments(bench, tmp_path / "out", "--tries", 16, "--batch-sizes", 4)
+    names = "grzo,grzo:gaussian,mezo,fzoo"
+    said = arguments(bench, tmp_path / "out", "--tries", 10, "--batch-sizes", 4)
     code, found = edgezo_json(*said, "--train", "lowrank", "--estimators", names)
     assert code == 0, found
     for row in found["rows"]:
         error = 4.5 * row["cosine_error"] + 0.08 * row["cosine_theory"]
         assert abs(row["cosine_mean"] - row["cosine_theory"]) < error, row
         assert row["blocks"] and all(abs(c) <= 1 for c in row["blocks"].values())
-    fzoo, mezo = found["rows"][4], found["rows"][3]
+    fzoo, mezo = found["rows"][3], found["rows"][2]
     assert fzoo["cosine_theory"] / mezo["cosine_theory"] == pytest.approx(math.sqrt(4 * math.pi))
     assert fzoo["cosine_mean"] > 2 * mezo["cosine_mean"]
 

@@ -40,7 +40,7 @@ from edgezo.session import recipe_of
 from edgezo.train import finetune
 from edgezo.weights import WeightStore, saved_sha256
 
-SEED, SIGMA, STEPS = 11, 0.01, 4
+SEED, SIGMA, STEPS = 11, 0.01, 3
 MACHINE: Any = SimpleNamespace(
     total_bytes=8 * 10**9,
     available_bytes=6 * 10**9,
@@ -347,18 +347,16 @@ def test_many_steps_at_once_give_the_bits_of_one_by_one_for_any_tile(
     trial = maker.trial(name, precision, weight_decay=0.01, **refreshed(name))
     recipes = trial.run()
     whole = saved_sha256(trial.model.store.saved())
-    for tile_bytes in (layouts.TILE_BYTES, 3000):
-        monkeypatch.setattr(layouts, "TILE_BYTES", tile_bytes)
-        again = maker.model(trial.cfg)
-        if "full" in trial.cfg.train or any(np.any(r.coefficients) for r in recipes):
-            assert saved_sha256(again.store.saved()) != whole
-        again.store.apply(recipes)
-        assert saved_sha256(again.store.saved()) == whole, tile_bytes
-        for row, held in zip(
-            again.store.trainables.values(), trial.model.store.trainables.values(), strict=True
-        ):
-            assert row.state.keys() == held.state.keys()
-            assert all(torch.equal(row.state[n], held.state[n]) for n in held.state)
+    again = maker.model(trial.cfg)
+    if any(np.any(r.coefficients) for r in recipes):
+        assert saved_sha256(again.store.saved()) != whole
+    monkeypatch.setattr(layouts, "TILE_BYTES", 3000)
+    again.store.apply(recipes)
+    assert saved_sha256(again.store.saved()) == whole
+    rows = zip(again.store.trainables.values(), trial.model.store.trainables.values(), strict=True)
+    for row, held in rows:
+        assert row.state.keys() == held.state.keys()
+        assert all(torch.equal(row.state[n], held.state[n]) for n in held.state)
 
 
 def refreshed(name: str) -> dict[str, int]:
@@ -379,12 +377,11 @@ def test_micro_batches_see_the_same_directions(name: str, maker: Maker) -> None:
 
 
 @on_stores
-@pytest.mark.parametrize("sigma", (1e30, 3e38))
 def test_a_probe_that_blows_up_leaves_everything_finite(
-    name: str, precision: str, sigma: float, maker: Maker
+    name: str, precision: str, maker: Maker
 ) -> None:
     trial = maker.trial(name, precision)
-    trial.cfg = replace(trial.cfg, sigma=sigma)
+    trial.cfg = replace(trial.cfg, sigma=3e38)
     losses = trial.losses(0)
     assert not np.isfinite(losses).all()
     losses[:, 1] = np.linspace(2.0, 1.0, len(losses))  # one example came through
@@ -553,7 +550,7 @@ OTHER_PACE = {"mezo-adam": 0.985, "lozo-m": 0.95, "zo-adamu": 0.95}
 
 @presets
 def test_a_quadratic_is_descended_at_the_predicted_rate(name: str) -> None:
-    tries = 3 if name in OTHER_PACE else 5
+    tries = 3 if name in OTHER_PACE else 4
     ends, starts, values = (
         np.array(a) for a in zip(*(descend(name, s) for s in range(tries)), strict=True)
     )
