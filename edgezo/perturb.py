@@ -32,6 +32,8 @@ from edgezo.masks import Mask
 from edgezo.noise import Key
 from edgezo.weights import Trainable
 
+SPUN_PIECES = 4  # of a tile: what is added at once
+
 
 class Probe:
     """Who is perturbed how, for the tokens of one packed forward."""
@@ -193,9 +195,7 @@ class Matrix:
             left, right = probe.factors(full)
             if probe.directions.factored:
                 turned = x if probe.directions.strict else x * probe.cols(full)[probe.example]
-                out.addcmul_(
-                    (turned @ right) @ left[rows].T, probe.mask @ probe.rows(full)[:, rows]
-                )
+                _add_spun(out, turned @ right, left[rows], probe.mask, probe.rows(full)[:, rows])
             else:
                 out.addmm_((x @ right).mul_(probe.side[:, None]), left[rows].T)
             return
@@ -208,8 +208,8 @@ class Matrix:
                 torch.mm(x[part], moved.T, out=out[part])
             return
         torch.mm(x, w.T, out=out)
-        spun = (x * probe.cols(full)[probe.example]) @ u.T
-        out.addcmul_(spun, probe.mask @ probe.rows(full)[:, rows])
+        spun = x * probe.cols(full)[probe.example]
+        _add_spun(out, spun, u, probe.mask, probe.rows(full)[:, rows])
 
     def thin(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Rank-b factors ((n, b), (b, rows)) that sign directions add to the product."""
@@ -217,6 +217,12 @@ class Matrix:
         if probe is None or not probe.moves(self.full) or probe.spread(self.full):
             return []
         return [((x @ probe.cols(self.full).T).mul_(probe.mask), probe.rows(self.full))]
+
+
+def _add_spun(y: Tensor, spun: Tensor, dense: Tensor, mask: Tensor, rows: Tensor) -> None:
+    """y (n, k) += (spun @ dense^T) * (mask @ rows), some columns at a time: each factor is as large as y."""
+    for part in tiles(len(dense), SPUN_PIECES * len(y), y.element_size()):
+        y[:, part].addcmul_(spun @ dense[part].T, mask @ rows[:, part])
 
 
 class PerturbedLinear(nn.Module):
@@ -273,8 +279,7 @@ class PerturbedLinear(nn.Module):
         if not probe.spread(row):
             return [*thin, ((u @ probe.cols(row).T).mul_(probe.mask), probe.rows(row))]
         dense = probe.dense(row, slice(0, row.target.rows))
-        spun = (u * probe.cols(row)[probe.example]) @ dense.T
-        y.addcmul_(spun, probe.mask @ probe.rows(row))
+        _add_spun(y, u * probe.cols(row)[probe.example], dense, probe.mask, probe.rows(row))
         return thin
 
 
@@ -301,8 +306,9 @@ class PerturbedHead(nn.Module):
                 left = (hidden @ probe.cols(full).T).mul_(probe.mask)
                 y.addmm_(left, probe.rows(full)[:, rows])
             else:
-                spun = (hidden * probe.cols(full)[probe.example]) @ probe.dense(full, rows).T
-                y.addcmul_(spun, probe.mask @ probe.rows(full)[:, rows])
+                spun = hidden * probe.cols(full)[probe.example]
+                dense = probe.dense(full, rows)
+                _add_spun(y, spun, dense, probe.mask, probe.rows(full)[:, rows])
         if self.bias_row is not None:
             y.add_(self.bias_row.values[rows].T.to(y.dtype))
             if probe is not None and probe.moves(self.bias_row):
