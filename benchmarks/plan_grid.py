@@ -98,7 +98,9 @@ def make_rows(tokens: int, kind: str, folder: Path) -> Path:
     generator = random.Random(0)
     lengths = [tokens] * 4 + [generator.randint(tokens // 4, tokens) for _ in range(196)]
     rest = 2 if kind == "label" else 0  # " It was" behind the text
-    rows = [{"text": " the" * (n - rest), "label": generator.randint(0, 1)} for n in lengths]
+    rows = [{"text": " the" * (n - rest)} for n in lengths]
+    if kind == "label":
+        rows = [{**row, "label": generator.randint(0, 1)} for row in rows]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
