@@ -29,7 +29,7 @@ from edgezo.config import FIELDS, flag
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.files import atomic_write
 from edgezo.machine import machine
-from edgezo.memory import Meter, allocator_policy, allocator_reuse
+from edgezo.memory import Meter, allocator_policy, allocator_reuse, read_status
 
 UNLIMITED_BYTES = 10**15  # what is measured is what a method takes, not what it is held to
 STEPS = 2  # an optimizer's state stands from the second step on
@@ -218,13 +218,8 @@ def _child(threads: str, *args: str, limit_s: float | None = None) -> dict[str, 
 
 def _peak_of(pid: int) -> int:
     """Of another process, since it last reset its peak; its resident memory where no peak is kept."""
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return int(psutil.Process(pid).memory_info().rss)
+    peak_bytes = read_status(process=pid).get("VmHWM")
+    return psutil.Process(pid).memory_info().rss if peak_bytes is None else peak_bytes
 
 
 def inference(request: dict[str, Any]) -> dict[str, Any]:

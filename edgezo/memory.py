@@ -140,10 +140,10 @@ def malloc_trim() -> bool:
 _peak_before_reset_bytes = 0  # the highest peak that a reset has wiped from the kernel's counter
 
 
-def read_status(root: Path = ROOT) -> dict[str, int]:
-    """The sizes in ``/proc/self/status`` in bytes (``VmHWM``, ``VmRSS``, ...); {} elsewhere."""
+def read_status(root: Path = ROOT, process: int | str = "self") -> dict[str, int]:
+    """The sizes in ``/proc/<process>/status`` in bytes (``VmHWM``, ``VmRSS``, ...); {} elsewhere."""
     sizes = {}
-    for line in read_text(root / "proc/self/status").splitlines():
+    for line in read_text(root / f"proc/{process}/status").splitlines():
         key, _, value = line.partition(":")
         words = value.split()
         if len(words) == 2 and words[1] == "kB" and words[0].isdecimal():

@@ -164,12 +164,8 @@ class WeightStore:
             for part in _row_sets(row):
                 values = row.layout.read(part)
                 for recipe, c in zip(live, coefficients, strict=True):
-                    member = None
-                    if row.touched_offset is not None:  # with a state, untouched rows move as well
-                        assert isinstance(part, slice)
-                        member = self._membership(
-                            self.own_rows(row, recipe), np.arange(part.start, part.stop)
-                        )
+                    # With a state, untouched rows move as well.
+                    member = self._members(row, recipe, part)
                     values = self._move(row, recipe, c, part, values, member)
                 row.layout.write(part, values)
 
@@ -234,12 +230,7 @@ class WeightStore:
         for row in self.trainables.values():
             scale = self.mask.scale(Key(self.seed, recipe.step), row)
             for part in _row_sets(row) if scale else ():
-                member = None
-                if row.touched_offset is not None:
-                    assert isinstance(part, slice)
-                    member = self._membership(
-                        self.own_rows(row, recipe), np.arange(part.start, part.stop)
-                    )
+                member = self._members(row, recipe, part)
                 found, _ = self._sum(row, recipe, c, part, row.layout.read(part), member)
                 yield row, part, found * scale
 
@@ -291,6 +282,13 @@ class WeightStore:
         assert row.touched_offset is not None
         start, stop = row.touched_offset, row.touched_offset + row.target.rows
         return [ids[(ids >= start) & (ids < stop)] - start for ids in recipe.touched]
+
+    def _members(self, row: Trainable, recipe: Recipe, part: slice | Tensor) -> Tensor | None:
+        """`_membership` of a tile of rows; None where every direction moves all of them."""
+        if row.touched_offset is None:
+            return None
+        assert isinstance(part, slice)
+        return self._membership(self.own_rows(row, recipe), np.arange(part.start, part.stop))
 
     def _membership(self, own: Sequence[np.ndarray], rows: np.ndarray) -> Tensor:
         """(B, n) 0/1: which directions move which of ``rows``."""
