@@ -109,6 +109,7 @@ class CudaMemory:
 
     def look_again(self) -> None:
         """Measure the context, which grows with the kernels that are loaded, and leave the rest to the allocator."""
+        self.trim()
         self.context_bytes = max(self.context_bytes, _context_bytes())
         total_bytes = torch.cuda.mem_get_info()[1]
         room_bytes = self.cap_bytes - self._kept_bytes

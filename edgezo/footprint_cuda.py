@@ -27,11 +27,14 @@ from edgezo.footprint import (
 from edgezo.shapes import BYTES_PER_WEIGHT, MatrixShape
 
 # The driver's context with the kernels of a run, cuBLAS's among them (calibrated on one GPU, an H100).
-CONTEXT_BYTES = 736 * MB
+CONTEXT_BYTES = 742 * MB
+# With blocks in the RAM: the queues of two more streams, and the GPU's page tables of the locked RAM.
+COPYING_BYTES = 72 * MB
+LOCKED_SHARE = 1 / 500
 # cuBLAS's own, inside the allocator.
 WORKSPACE_BYTES = 33 * MB
 # The last page of the large blocks' segment and of the small ones'; and holes between temporaries (calibrated).
-SLACK_BYTES = 24 << 20
+SLACK_BYTES = 38 << 20
 HOLES = 1 / 8
 # A chunk of full-vocabulary logits with what is made of it (objective.py).
 LOGITS_BYTES = 48 << 20
@@ -79,8 +82,15 @@ class CudaFootprint(Footprint):
                 "pages of its segments that are not full",
             ),
             *self._forward(precision, micro_batch, compute_bytes),
-            self._update_of(precision, micro_batch, compute_bytes, on_disk),
+            *self._update_of(precision, micro_batch, compute_bytes, on_disk),
+            *self._copying(precision, on_disk),
         )
+
+    def _copying(self, precision: str, on_disk: int) -> list[Item]:
+        if not on_disk:
+            return []
+        size = COPYING_BYTES + int(LOCKED_SHARE * self.host_bytes(precision, on_disk))
+        return [Item("copying", size, "two streams, and page tables of the locked RAM")]
 
     def _slack(self, micro_batch: int, compute_bytes: int) -> int:
         temporaries = self._activations(self._rows(micro_batch), compute_bytes)
@@ -126,7 +136,10 @@ class CudaFootprint(Footprint):
         else:
             logits, what = LOGITS_BYTES, "the vocabulary in chunks"
         reason = f"hidden states and logits of {scored:,} scored positions; {what}"
-        items.append(Item("scores", logits + 6 * scored * shape.hidden, reason, "forward"))
+        # By then the blocks' temporaries are gone, and what they took is there for the scores.
+        scores = logits + 6 * scored * shape.hidden - items[0].bytes
+        if scores > 0:
+            items.append(Item("scores", scores, reason, "forward"))
         return items
 
     def _activations(self, rows: int, compute_bytes: int) -> int:
@@ -142,7 +155,7 @@ class CudaFootprint(Footprint):
 
     def _update_of(
         self, precision: str, micro_batch: int, compute_bytes: int, on_disk: int
-    ) -> Item:
+    ) -> list[Item]:
         rounds = "full" in self.cfg.train and precision != "fp32"
         copies = (ROUNDED_UPDATE_TILES if rounds else UPDATE_TILES) + 1
         size = copies * min(TILE_BYTES, self._largest_trained())
@@ -150,4 +163,10 @@ class CudaFootprint(Footprint):
         if on_disk:  # a block is updated between two layers
             size += self._rows(micro_batch) * self.shape.hidden * compute_bytes
             reason += "; beside the hidden states"
-        return Item("update tiles", size, reason, "update")
+        items = [Item("update tiles", size, reason, "update")]
+        temporaries = self._activations(self._rows(micro_batch), compute_bytes)
+        if "full" in self.cfg.train and temporaries > size:
+            holes = min(size, temporaries - size) // 2  # calibrated
+            reason = "what an update's tiles leave behind, too small for a forward's"
+            items.append(Item("holes", holes, reason, "forward"))
+        return items

@@ -502,8 +502,10 @@ class Training:
     def _evaluate(self, when: str, step: int = 0) -> dict[str, Any]:
         """Evaluate once: a resumed run knows what was evaluated before."""
         if (when, step) not in self.log.evaluations:
+            self.memory.trim()  # its batches have other sizes, and would not fit in the holes of a step's
             with self.memory.short("an evaluation"):
                 found = evaluate_model(self.model, self.opened.dataset)
+            self.memory.trim()
             self.log.write({"step": step, "eval": when, **found})
         return self.log.evaluations[when, step]
 
