@@ -3,8 +3,9 @@
     python benchmarks/caps.py --out DIR [--caps 40] [--below 5] [--seed 0] [--steps 2] [-- more options of finetune]
 
 Needs the right to make control groups (version 1 or 2), as root has it. A cap is drawn between the smallest that the
-plan names and 4 GB, with what is asked (precision, what is trained, batch) drawn too; each run must end with exit 0,
-no kill by the kernel, no swap, and a peak within the cap. Below the smallest the exit code must be 3 every time.
+plan names and 4 GB (its logarithm uniformly, so that many are tight), with what is asked (precision, what is trained,
+batch) drawn too; each run must end with exit 0, no kill by the kernel, no swap, and a peak within the cap. Below the
+smallest the exit code must be 3 every time.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ def main() -> None:
         which = draw.randrange(len(WISHES))
         fits = number < args.caps
         if fits:
-            cap = draw.randint(-(-least[which] // 10**6), LARGEST_BYTES // 10**6)
+            cap = -(-least[which] // 10**6)
+            cap = int(cap * (LARGEST_BYTES / 10**6 / cap) ** draw.random())
         else:
             cap = least[which] // 10**6 - draw.randint(1, 5)
         out = args.out / f"run-{args.seed}-{number}"

@@ -74,6 +74,7 @@ def bench_memory(
 ) -> dict[str, Any]:
     """Measure every method at every (batch size, tokens); writes points.jsonl, memory.json and memory.png to ``out``.
 
+    The files hold the points of earlier calls as well, which are not measured again; the result has those asked for.
     ``train_peak_rss_bytes`` of a point is the peak of the steps; of edgezo's training methods that of the process,
     loading included. A method that fails (no memory, a package that is missing) is a point with ``error``; a baseline
     that takes longer than ``limit_s`` is stopped, and its point holds the peak so far and ``stopped_s``.
@@ -101,16 +102,17 @@ def bench_memory(
             f"{method}, B = {batch_size}, {length} tokens{': as in points.jsonl' if found else ''}"
         )
         if found is None:
-            found = asked | _measure(path, asked, limit_s)
-            known.append(found)
+            known = [p for p in known if not asked.items() <= p.items()]  # one that failed
+            known.append(found := asked | _measure(path, asked, limit_s))
             atomic_write(log, "".join(json.dumps(p) + "\n" for p in known).encode())
         points.append(found)
     result = {"model": model, "cap_bytes": cap_bytes, "points": points}
-    atomic_write(out / "memory.json", (json.dumps(result, indent=1) + "\n").encode())
+    together = result | {"points": [p for p in known if always.items() <= p.items()]}
+    atomic_write(out / "memory.json", (json.dumps(together, indent=1) + "\n").encode())
     if find_spec("matplotlib") is None:
         note("no chart: that takes matplotlib, which pip install 'edgezo[bench]' brings")
-    elif any("error" not in p for p in points):
-        chart(result, out / "memory.png")
+    elif any("error" not in p for p in together["points"]):
+        chart(together, out / "memory.png")
     return result
 
 

@@ -468,5 +468,6 @@ class Footprint:
         tokens, cfg = self.tokens, self.cfg
         if tokens.kind != "label" or RULES[cfg.rule].state or MASKS[cfg.mask].state:
             return table.d_out
-        used = tokens.longest(cfg.batch_size or KEPT_LENGTHS) + tokens.label_words
+        assert cfg.batch_size is not None
+        used = tokens.longest(cfg.batch_size) + tokens.label_words
         return min(table.d_out, used)

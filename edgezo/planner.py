@@ -186,6 +186,8 @@ def make_plan(
     device, device_reason = choose_device(cfg, machine)
     cap, cap_reason = budget(cfg, machine)
     name = cfg.model.rstrip("/").rsplit("/", 1)[-1]
+    batch_size, batch_reason = _batch(cfg)
+    cfg = replace(cfg, batch_size=batch_size)
     footprint = {"cpu": Footprint, "cuda": CudaFootprint}[device](
         shape=ModelShape.of(shape, name),
         cfg=cfg,
@@ -212,7 +214,6 @@ def make_plan(
             footprint.items(*chosen),
         )
     on_disk = away if footprint.elsewhere == "disk" else 0
-    batch_size, batch_reason = _batch(cfg)
     compute, compute_reason = footprint.compute_dtype(precision)
     rounding, rounding_reason = rounding_of(cfg, precision)
     decisions = [
