@@ -109,7 +109,7 @@ def bench_memory(
             known.append(found := asked | _measure(path, asked, limit_s))
             atomic_write(log, "".join(json.dumps(p) + "\n" for p in known).encode())
         rows.append(_row(found))
-    result = {"model": model, "cap_bytes": cap_bytes, "rows": rows}
+    result: dict[str, Any] = {"model": model, "cap_bytes": cap_bytes, "rows": rows}
     together = result | {"rows": [_row(p) for p in known if always.items() <= p.items()]}
     atomic_write(out / "memory.json", (json.dumps(together, indent=1) + "\n").encode())
     if find_spec("matplotlib") is None:

@@ -11,9 +11,13 @@ A trained tensor is a matrix (rows, cols) or a vector (rows,). Example i of the 
     lowrank-shared   D   = A V^T / sqrt(k)                  LOZO, arXiv 2410.07698
     subspace         D   = sqrt(rows*cols)/k P Z Q^T        SubZero, arXiv 2410.08989
     centred          D   = m, their own moving average      ZO-AdaMU, arXiv 2312.15184
+    activation       D_i = r_i v_i^T, |v_i| = 1             AGZO, arXiv 2601.17261, for each example
 
 with r_i in {-1,+1}^rows and s_i in {-1,+1}^cols. But for ``centred`` all have E[D_jk D_lm] = [j=l][k=m], so (D.g)D
 is an unbiased estimate of g. Everything here is pure: a direction is a function of (key, tensor, example slot).
+
+``activation`` is the exception: v_i is a random combination of example i's inputs to the layer, which perturb.py
+makes in the forward (a gradient of a linear lies in their span). Sums of them take those vectors as ``guides``.
 
 Of rank k: A (rows, k) is drawn every step, V (cols, k) every ``refresh`` steps. Both are signs, not normals, so that
 A V^T is a sum of integers and has the same bits from every tile. P (rows, k) and Q (cols, k) are orthonormal and
@@ -36,6 +40,8 @@ from edgezo.noise import Key
 
 # ZO-AdaMU's constants: share of fresh noise, and the weight of its centred part in the average.
 FRESH, KEPT = 0.5, 0.1
+EXACT_PIECES = 8  # of a tile that are in fp64 one after the other
+_GRID = 2.0**20
 _MEMORY_STEPS = 8  # KEPT ** 8 is below fp32's resolution
 
 Shape = Callable[[Tensor], Tensor]  # what a mask makes of rows of U
@@ -71,6 +77,7 @@ class Directions(NamedTuple):
     strict: bool = False  # s = 1
     rank: int = 8
     refresh: int = 50
+    guided: bool = False
 
     def row_signs(self, key: Key, target: Target, slots: Sequence[int]) -> Tensor:
         """r_i of the group's examples ``slots``, (len(slots), rows) int8."""
@@ -139,6 +146,7 @@ class Directions(NamedTuple):
         rows: slice | Tensor,
         member: Tensor | None = None,  # (B or 1, n) 0/1: which examples touched which of the rows
         shape: Shape | None = None,
+        guides: Tensor | None = None,  # (B, cols), in place of s_i
     ) -> Tensor:
         """sum_i c_i D_i on ``rows``, (n, cols) fp32.
 
@@ -147,7 +155,8 @@ class Directions(NamedTuple):
         """
         n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
         device = coefficients.device
-        total = self._outer(key, target, coefficients, rows, member).expand(n, target.cols)
+        total = self._outer(key, target, coefficients, rows, member, guides)
+        total = total.expand(n, target.cols)
         if self.dense is not None or shape is not None:
             u = self.dense_at(key, target, rows).to(device)
             total = total * (u if shape is None else shape(u))
@@ -160,6 +169,7 @@ class Directions(NamedTuple):
         coefficients: Tensor,
         rows: slice | Tensor,
         member: Tensor | None,
+        guides: Tensor | None = None,
     ) -> Tensor:
         """sum_i c_i r_i s_i^T on ``rows``, (n, cols) or (n, 1) where all columns are the same."""
         if not self.factored:
@@ -171,6 +181,8 @@ class Directions(NamedTuple):
         if member is not None:
             left = left * member
         left = left * coefficients[:, None]
+        if guides is not None:
+            return _exact_product(left.T, guides)
         if target.vector or self.strict:
             return left.sum(0)[:, None]
         return left.T @ self.col_signs(key, target, slots).to(device).float()
@@ -199,6 +211,22 @@ class Directions(NamedTuple):
             return (left[rows.cpu()] @ right.T).mul_(scale)
         lines = [self.dense_rows(key, target, slice(r, r + 1)) for r in rows.tolist()]
         return torch.cat(lines) if lines else torch.zeros(0, target.cols)
+
+
+def _exact_product(left: Tensor, guides: Tensor) -> Tensor:
+    """left (n, B) @ guides (B, cols), fp32: on the grid of ``on_grid`` fp64 sums have no rounding, in any order."""
+    out = torch.empty(len(left), guides.shape[1], device=left.device)
+    wide = guides.double()
+    pieces = max(1, len(left) // EXACT_PIECES)
+    for start in range(0, len(left), pieces):
+        part = slice(start, start + pieces)
+        out[part] = left[part].double() @ wide
+    return out
+
+
+def on_grid(v: Tensor) -> Tensor:
+    """(n, cols) values of at most 1 as multiples of 2**-20, which bf16 keeps multiples; what is not finite is 0."""
+    return torch.nan_to_num(v, 0.0, 0.0, 0.0).mul_(_GRID).round_().div_(_GRID)
 
 
 def _of_slots(key: Key, tensor: int, stream: int, slots: Sequence[int], width: int) -> Tensor:
@@ -252,5 +280,6 @@ DIRECTIONS = {
         Directions("lowrank-shared", factored=False, dense="lowrank"),
         Directions("subspace", factored=False, dense="subspace"),
         Directions("centred", factored=False, dense="centred"),
+        Directions("activation", factored=True, dense=None, guided=True),
     )
 }

@@ -53,6 +53,8 @@ class Trainable:
     away: bool = False  # in a block that is elsewhere: updated when it is next bound
     least: float | None = None  # no value goes below
     threshold: float | None = None  # of a sparse mask
+    # v_i by slot, of the step that is being probed; None where directions come from seeds alone.
+    guides: dict[int, Tensor] | None = None
     # Of the rule and the mask, (rows, cols) fp32 each, or (rows, rank) in a basis.
     state: dict[str, Tensor] = field(default_factory=dict)
 
@@ -220,7 +222,10 @@ class WeightStore:
             return self.mask.shape(u, key, row, rows, seen, probing=False)
 
         shaped = shape if self.mask.shapes(row) else None
-        g = self.directions.weighted_sum(key, row.target, coefficients, rows, member, shaped)
+        guides = recipe.guides.get(row.target.name)
+        g = self.directions.weighted_sum(
+            key, row.target, coefficients, rows, member, shaped, guides
+        )
         return g, before[0] if before else None
 
     @torch.no_grad()
@@ -331,6 +336,24 @@ class WeightStore:
             self.residency.bind_owner(row.target.name)
         for rows in tiles(*row.layout.shape):
             yield row.layout.raw(rows)[suffix]
+
+    def take_guides(self) -> dict[str, Tensor]:
+        """The v_i of all examples of the step, (B, cols) by trained tensor; what was probed is forgotten."""
+        found = {}
+        for row in self.trainables.values():
+            if row.guides:
+                found[row.target.name] = torch.stack([row.guides[i] for i in sorted(row.guides)])
+                row.guides.clear()
+        return found
+
+    def kept(self) -> dict[str, Tensor]:
+        """All that training has changed, the rule's state included, in memory and by name."""
+        states = {
+            f"{row.target.name}@{name}": tensor
+            for row in self.trainables.values()
+            for name, tensor in row.state.items()
+        }
+        return self.trained_tensors() | states
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """The same in memory, by name; not for blocks elsewhere."""

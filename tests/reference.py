@@ -144,6 +144,9 @@ def masked(store: WeightStore, row: Trainable, key: Key, slot: int, seen: Tensor
     """D_i as the mask leaves it, (rows, cols) float64; ``seen``: the weights as the forward reads them."""
     d = store.directions
     found = direction(d.name, key, row.target, slot, d.rank, d.refresh)
+    if row.guides is not None:  # r_i v_i^T of the step that was probed last
+        r = noise.signs(key, row.target.id, noise.ROW, slice(slot, slot + 1), row.target.rows)
+        found = r[0].double()[:, None] * row.guides[slot].double()
     block = re.search(r"[.]([0-9]+)[.]", row.target.name)
     if store.mask.name == "sparse" and row.threshold is not None:
         found = found * (seen.abs() < row.threshold)
@@ -152,6 +155,12 @@ def masked(store: WeightStore, row: Trainable, key: Key, slot: int, seen: Tensor
     if store.mask.name == "hessian":
         found = found / row.state["hessian"].double().sqrt()
     return found
+
+
+def probed_guides(store: WeightStore) -> dict[str, Tensor]:
+    """The v_i of the step that was probed last, (B, cols) by trained tensor."""
+    rows = ((name, row.guides) for name, row in store.trainables.items() if row.guides)
+    return {name: torch.stack([guides[i] for i in sorted(guides)]) for name, guides in rows}
 
 
 def update(store: WeightStore, recipe: Recipe, name: str, used: Sequence[Tensor]) -> Tensor:
