@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from edgezo import loader, packing
 from edgezo.data import Batch
-from edgezo.directions import DIRECTIONS
+from edgezo.directions import DIRECTIONS, orthonormal
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.estimators import TWO_SIDED, Evaluation
 from edgezo.head import ExactHead
@@ -398,10 +398,14 @@ class _Builder:
             factor = Dense(torch.zeros(rows, self.recipe.rank, device=self.device))
             fields["lowrank_row"] = self.store.train(f"{weight}#lowrank", factor)
             fields["basis"] = self.store.basis(weight, cols).to(self.device, self.recipe.dtype)
-        if self.store.directions.guided:
+        directions = self.store.directions
+        if directions.guided and directions.factored:
             for trained in (full, fields["lowrank_row"]):
                 if isinstance(trained, Trainable):
                     trained.guides = {}
+        elif directions.guided and full is not None:
+            start = directions.basis(Key(self.recipe.seed, 0), full.target)[:, : min(rows, cols)]
+            full.basis = orthonormal(start).to(self.device, self.recipe.dtype)
         _become(sub, PerturbedLinear, fields)
 
     def _embedding(self, name: str, sub: nn.Embedding) -> None:

@@ -104,6 +104,15 @@ class Probe:
         row.guides.update(zip(self.slots, found, strict=True))
         return found
 
+    def learn(self, row: Trainable, x: Tensor) -> None:
+        """One power iteration of a shared basis on what a product reads, ``x`` (n, cols): X^T (X V)."""
+        if row.basis is None:
+            return
+        seen = sum(x[part] for part, _ in self.parts(len(x)))
+        assert isinstance(seen, Tensor)
+        found = (seen.T @ (seen @ row.basis.T)).float()
+        row.sketch = found if row.sketch is None else row.sketch + found
+
     @cached_property
     def tokens(self) -> Tensor:
         """z, (b, n/sides) in the compute dtype: a sign for each token of each example, 0 for those of others.
@@ -137,7 +146,7 @@ class Probe:
 
     def factors(self, row: Trainable) -> tuple[Tensor, Tensor]:
         """U = left @ right^T, (rows, k) and (cols, k)."""
-        left, right, scale = self.directions.factors(self.key, row.target)
+        left, right, scale = self.directions.factors(self.key, row.target, row.basis)
         return self._scaled(row, left * scale), self._here(right)
 
     def vector(self, row: Trainable) -> Tensor:
@@ -155,7 +164,7 @@ class Probe:
         return self._here(u if scale == 1.0 else u * scale)
 
     def _masked(self, row: Trainable, rows: slice | Tensor) -> Tensor:
-        u = self.directions.dense_at(self.key, row.target, rows)
+        u = self.directions.dense_at(self.key, row.target, rows, row.basis)
         if not self.mask_of.shapes(row):
             return u
 
@@ -246,7 +255,10 @@ class Matrix:
     def thin(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Rank-b factors ((n, b), (b, rows)) that sign directions add to the product."""
         probe = self.context.probe
-        if probe is None or not probe.moves(self.full) or probe.spread(self.full):
+        if probe is None or not probe.moves(self.full):
+            return []
+        probe.learn(self.full, x)
+        if probe.spread(self.full):
             return []
         return [((x @ probe.cols(self.full, x).T).mul_(probe.mask), probe.rows(self.full))]
 

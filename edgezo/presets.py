@@ -70,6 +70,12 @@ DIRECTIONS = {
         dense=False,
         guided=True,
     ),
+    "activation-shared": Directions(
+        False,
+        "A V^T, one for the batch, V a basis of the last step's inputs by power iteration",
+        dense=False,
+        guided=True,
+    ),
 }
 
 MASKS = {
@@ -271,6 +277,16 @@ PRESETS = {
             note=GAINS,
         ),
         Preset(
+            "agzo",
+            "activation-shared",
+            "mean",
+            "AGZO, arXiv 2601.17261",
+            1e-5,
+            train=FULL,
+            note="the basis is that of the step before, turned by one power iteration, where the paper makes it in a "
+            "forward of its own; resumed from snapshots",
+        ),
+        Preset(
             "ag-grzo",
             "activation",
             "group",
@@ -355,6 +371,11 @@ def refusals(v: Mapping[str, Any]) -> list[str]:
         if mask not in ("none", "layers"):
             found.append(
                 f"--mask {mask} with --directions {directions}: it shapes weight-sized noise, which they have not"
+            )
+        if not DIRECTIONS[directions].per_example and ("lowrank" in train or RULES[rule].state):
+            found.append(
+                f"--directions {directions} follow a basis that turns at every step: a rule's state cannot, and "
+                "low-rank factors have no use for another one; use --rule sgd and --train full"
             )
         if credit == "candidates":
             found.append(

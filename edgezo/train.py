@@ -475,7 +475,7 @@ class Training:
         with phase("forward"), self.memory.short("the longest micro-batch"):
             self.model.losses(batch, probe, sides=self.sides)
         self.model.take_touched(len(longest))
-        self.model.store.take_guides()
+        self.model.store.take_guides(learn=False)
         self.memory.look_again()
         self.guard.check(item="training")
 

@@ -81,6 +81,31 @@ def test_micro_batches_make_the_same_guides(maker: Maker) -> None:
             torch.testing.assert_close(v, whole[name], atol=1e-4, rtol=0)
 
 
+def test_a_shared_basis_turns_to_what_the_layers_read(maker: Maker) -> None:
+    trial = maker.trial("agzo", rank=4)
+    rows = {n: r for n, r in trial.model.store.trainables.items() if r.basis is not None}
+    assert len(rows) == 14
+    read = inputs_of(trial.model, trial.examples, 0)
+    for step in range(1, 12):
+        trial.model.store.take_guides()
+        read = inputs_of(trial.model, trial.examples, step)
+    for name, row in rows.items():
+        x = sum(read[name].double().chunk(2))
+        before = row.basis.double()
+        torch.testing.assert_close(before @ before.T, torch.eye(4).double(), atol=1e-5, rtol=0)
+        top = torch.linalg.svd(x)[2][:4]
+        # How much of the inputs a basis of four holds: after some turns about as much as any could.
+        held, most = (x @ before.T).square().sum(), (x @ top.T).square().sum()
+        assert float(held / most) > 0.95, name
+    used = trial.model.store.take_guides()
+    for name, row in rows.items():
+        assert not torch.equal(used[name], row.basis)
+    kept = {n: r.basis.clone() for n, r in rows.items()}
+    inputs_of(trial.model, trial.examples, 12)
+    trial.model.store.take_guides(learn=False)  # a forward that is no step's
+    assert all(torch.equal(kept[n], r.basis) for n, r in rows.items())
+
+
 def test_the_grid_of_guides_is_kept_by_bf16_and_holds_only_finite_values() -> None:
     v = torch.randn(40, 700)
     v[0, 0], v[1, 1], v[2, 2] = torch.inf, torch.nan, 0
@@ -121,6 +146,8 @@ def test_a_snapshot_holds_the_weights_and_a_lost_one_is_made_again(
         ({"mask": "sparse"}, "--mask sparse"),
         ({"credit": "candidates"}, "each example's own"),
         ({"residency": "disk"}, "from seeds"),
+        ({"estimator": "agzo", "train": "full+lowrank"}, "turns at every step"),
+        ({"estimator": "agzo", "rule": "momentum"}, "turns at every step"),
     ],
 )
 def test_what_no_guide_can_be_made_for_is_refused(said: dict[str, str], word: str) -> None:

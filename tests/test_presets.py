@@ -26,7 +26,7 @@ from torch import Tensor
 from edgezo import layouts, masks, rules
 from edgezo.config import RunConfig, make_config
 from edgezo.data import collate, micro_batches
-from edgezo.directions import DIRECTIONS, on_grid
+from edgezo.directions import DIRECTIONS, on_grid, orthonormal
 from edgezo.errors import DoesNotFit
 from edgezo.estimators import Estimator, Recipe
 from edgezo.journal import Journal, StepRecord, create_journal, open_journal
@@ -506,7 +506,11 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
     if directions.guided:  # all inputs are the same: the loss is |W v|^2/2, of one value a row
         v = on_grid(F.normalize(torch.randn(1, COLS, generator=generator))).expand(GROUP, -1)
         for r in rows:
-            r.guides = dict(enumerate(v))
+            if directions.factored:
+                r.guides = dict(enumerate(v))
+            else:
+                r.basis = orthonormal(torch.randn(COLS, 4, generator=generator) * 0.5)
+                r.basis = orthonormal(torch.cat([v[:1].T, r.basis.T[:, :3]], 1))
         left, seen = [m[:, :1] for m in left], v[:1].T
     guides = reference.probed_guides(store)
 
