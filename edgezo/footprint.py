@@ -51,6 +51,11 @@ TILE_BYTES = 16 << 20
 # high part, its spacing and the low part.
 UPDATE_TILES = 4
 ROUNDED_UPDATE_TILES = 5
+CODES_UPDATE_TILES = (
+    6  # rounding to codes: what is left of each value, and what it is compared with
+)
+# A tile of the base that is replayed and quantised, and the holes that its temporaries leave (calibrated).
+ANCHOR_TILES = 3
 # A dense tensor is read piece by piece in its own dtype (readers), so only a piece is staged.
 READ_PIECE_BYTES = 4 * MB
 # A chunk of full-vocabulary logits, its copy and its error.
@@ -450,11 +455,13 @@ class Footprint:
     def _update(self, precision: str, micro_batch: int, compute_bytes: int, on_disk: int) -> Item:
         rounds = "full" in self.cfg.train and precision != "fp32"
         copies = ROUNDED_UPDATE_TILES if rounds else UPDATE_TILES
+        if rounds and precision == "int8":
+            copies = CODES_UPDATE_TILES
         size = copies * min(TILE_BYTES, self._largest_trained())
         reason = "weights, direction and change of one tile, in fp32"
         if rounding_of(self.cfg, precision)[0] == "anchored":
             # As the base gives it, beside what a tile of it becomes (layouts._QUANTISE_BYTES).
-            size = max(size, self._largest_base() + 2 * TILE_BYTES)
+            size = max(size, self._largest_base() + ANCHOR_TILES * TILE_BYTES)
             reason += "; or a matrix of the base, and a tile that is replayed and quantised"
         if on_disk:
             # A block is updated, or made again, between two blocks' forwards.

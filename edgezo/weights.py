@@ -338,9 +338,15 @@ class WeightStore:
         return self.membership(self.own_rows(row, recipe), np.arange(part.start, part.stop))
 
     def membership(self, own: Sequence[np.ndarray], rows: np.ndarray) -> Tensor:
-        """(B, n) 0/1: which directions move which of ``rows``."""
-        found = torch.from_numpy(np.stack([np.isin(rows, ids) for ids in own])).float()
-        return found.to(self.device)
+        """(B, n) 0/1: which directions move which of ``rows``, ascending."""
+        found = np.zeros((len(own), len(rows)), np.float32)
+        for line, ids in zip(found, own, strict=True):
+            at = np.searchsorted(rows, ids)
+            at = at[at < len(rows)]
+            line[at[rows[at] == ids[: len(at)]]] = (
+                1.0  # both ascend: what lies behind is at the end
+            )
+        return torch.from_numpy(found).to(self.device)
 
     def _apply_touched(self, row: Trainable, recipe: Recipe, coefficients: Tensor) -> None:
         """Embedding tables: example i moves only the rows that it used."""

@@ -222,12 +222,12 @@ def test_rounding_adds_up_without_anchors_and_not_with_them(tmp_path: Path) -> N
     ratios = {}
     for rounding in ("stochastic", "anchored"):
         pair = Pair(path, "label", "signs", rounding)
-        for _ in range(300):
-            pair.step(1e-3)
-        pair.codes.store.finish(300)
+        for _ in range(70):
+            pair.step(2e-3)
+        pair.codes.store.finish(70)
         ratios[rounding] = pair.distance() / pair.distance(pair.quantised())
     assert ratios["anchored"] == 1.0
-    assert ratios["stochastic"] > 5
+    assert ratios["stochastic"] > 3
 
 
 def test_a_step_moves_codes_by_the_fp32_update_on_average(tmp_path: Path) -> None:
