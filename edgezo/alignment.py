@@ -34,6 +34,7 @@ from edgezo.data import Dataset, Example, batch_indices, collate
 from edgezo.errors import UsageError
 from edgezo.estimators import Estimator, Recipe
 from edgezo.files import atomic_write
+from edgezo.finetuner import Tuner, load_finetuner
 from edgezo.machine import machine
 from edgezo.masks import block_of
 from edgezo.model import Model
@@ -80,6 +81,8 @@ def _config(request: Mapping[str, Any], name: str) -> RunConfig:
     estimator, _, directions = name.partition(":")
     row = PRESETS.get(estimator)
     said = {**request, "estimator": estimator, "directions": directions or None}
+    if row is not None and row.mask != "block":
+        said["finetuner"] = None  # for the rows that ask one
     said |= {"max_mem_bytes": UNLIMITED_BYTES, "residency": "resident", "device": "cpu"}
     if said.get("train") is None and row is not None:  # the head has its exact gradient already
         said["train"] = "+".join(part for part in row.train if part != "head")
@@ -100,6 +103,11 @@ def measure(cfg: RunConfig, tries: int) -> dict[str, Any]:
     model = load_model(opened, machine())
     cfg = opened.cfg
     assert cfg.batch_size is not None
+    scales = None
+    if cfg.finetuner is not None:
+        finetuner = load_finetuner(Path(cfg.finetuner))
+        told = Tuner.of(finetuner, model.store, opened.dataset).tell(None)
+        scales = told[0] * told[1:]
     train = opened.dataset.train
     group = [train[i] for i in batch_indices(len(train), cfg.batch_size, cfg.seed, 0)]
     small = "full" not in cfg.train  # enough to keep every example's gradient
@@ -110,6 +118,7 @@ def measure(cfg: RunConfig, tries: int) -> dict[str, Any]:
     places = 0.0
     for step in range(tries):
         recipe, losses = _step(model, cfg, group, step)
+        recipe = recipe._replace(scales=scales)
         places = _places(model.store, recipe, len(group))
         found = _dots(model.store, recipe, mean)
         cosines.append(_cosine(found.values(), length))
@@ -186,8 +195,8 @@ def _places(store: WeightStore, recipe: Recipe, group: int) -> float:
 
 
 def _theory(cfg: RunConfig, length: float, squares: list[float], places: float) -> float | None:
-    if cfg.mask in ("sparse", "hessian") or not length:
-        return None  # what is left is not drawn at random
+    if cfg.mask in ("sparse", "hessian", "block") or not length:
+        return None  # what is left is not drawn at random, or not as long everywhere
     if cfg.credit in ("mean", "clipped"):
         return math.sqrt(2 / math.pi / places)
     if cfg.credit == "candidates":

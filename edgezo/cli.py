@@ -66,6 +66,7 @@ _MEMORY = (
     ("keep", "X", "Share of the weights or blocks that a mask leaves.  [default: 0.25]"),
     ("refresh", "N", "Steps between two bases of low-rank directions."),
     ("candidates", "N", "Directions of --credit candidates.  [default: 8]"),
+    ("finetuner", "FILE", "Of --mask block: what meta-train or convert-finetuner made."),
 )
 _RUN = (
     ("steps", "N", "[default: 400]"),
@@ -269,6 +270,19 @@ def estimators(as_json: bool) -> None:
     _emit(as_json, {"estimators": rows}, report.estimators_list(rows))
 
 
+@cli.command("convert-finetuner")
+@click.argument("source", metavar="IN.pth")
+@click.argument("out", metavar="OUT.safetensors")
+@_json
+def convert_finetuner(source: str, out: str, as_json: bool) -> None:
+    """Read a published ZO Fine-tuner (pickled networks, none of which is run) into safetensors."""
+    from edgezo.finetuner import convert_finetuner as convert
+
+    found = convert(Path(source), Path(out))
+    result = {"source": source, "out": out, "blocks": len(found.blocks)}
+    _emit(as_json, result, f"{len(found.blocks)} networks of {source} in {out}")
+
+
 @cli.group()
 def bench() -> None:
     """Compare with other ways to train, each measured in a process of its own."""
@@ -325,7 +339,11 @@ def bench_memory(
 @_model
 @_options(
     *_DATA,
-    *(row for row in (*_MEMORY, *_RUN) if row[0] in ("precision", "train", "rank", "sigma")),
+    *(
+        row
+        for row in (*_MEMORY, *_RUN)
+        if row[0] in ("precision", "train", "rank", "sigma", "finetuner")
+    ),
     _THREADS,
 )
 @click.option(
@@ -347,7 +365,9 @@ def bench_alignment(
     from edgezo import alignment, presets, report
 
     progress = report.TerminalProgress()
-    names = tuple(presets.PRESETS)
+    names = [
+        row.name for row in presets.PRESETS.values() if said["finetuner"] or row.mask != "block"
+    ]
     found = alignment.bench_alignment(
         said,
         estimators=[n.strip() for n in estimators.split(",")] if estimators else names,

@@ -40,18 +40,13 @@ def test_defaults_train_low_rank_factors_and_the_head_by_grzo_with_signs():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_row_of_the_table_is_a_request_that_means_something(name):
-    cfg, row = make_config({**BASE, "estimator": name}), PRESETS[name]
+    row, base = PRESETS[name], {**BASE, "estimator": name}
+    base |= {"finetuner": "f"} if row.mask == "block" else {}
+    cfg = make_config(base)
     for field in config.OF_PRESET:
         assert getattr(cfg, field) == getattr(row, field)
-    assert (
-        make_config(
-            {},
-            {**BASE, "estimator": name, "train": "scales+norms"}
-            if (row.mask != "sparse")
-            else {**BASE, "estimator": name},
-        ).estimator
-        == name
-    )
+    other = {"train": "scales+norms"} if row.mask != "sparse" else {}
+    assert make_config({}, {**base, **other}).estimator == name
 
 
 def test_choices_by_hand_make_the_row_that_has_a_name():
