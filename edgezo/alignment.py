@@ -106,8 +106,8 @@ def measure(cfg: RunConfig, tries: int) -> dict[str, Any]:
     scales = None
     if cfg.finetuner is not None:
         finetuner = load_finetuner(Path(cfg.finetuner))
-        told = Tuner.of(finetuner, model.store, opened.dataset).tell(None)
-        scales = told[0] * told[1:]
+        nu_and_sigma = Tuner.of(finetuner, model.store, opened.dataset).tell(None)
+        scales = nu_and_sigma[0] * nu_and_sigma[1:]
     train = opened.dataset.train
     group = [train[i] for i in batch_indices(len(train), cfg.batch_size, cfg.seed, 0)]
     small = "full" not in cfg.train  # enough to keep every example's gradient
@@ -234,7 +234,7 @@ def example_gradients(
     mean: Gradient = {}
     for example in group:
         module.zero_grad()
-        _loss(module, example, opened.dataset).backward()
+        example_loss(module, example, opened.dataset).backward()
         g = in_trained(module, model.store)
         for name, values in g.items():
             mean[name] = mean[name] + values / len(group) if name in mean else values / len(group)
@@ -268,24 +268,27 @@ def plain_module(opened: Opened, model: Model) -> Any:
 
 def in_trained(module: Any, store: WeightStore) -> Gradient:
     """The module's gradients in the coordinates of what the store trains."""
-    found: Gradient = {}
-    for name, row in store.trainables.items():
-        weight, _, kind = name.partition("#")
-        owner = module.get_submodule(weight.rpartition(".")[0])
-        parameter = module.get_parameter(weight)
-        gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-        values = parameter.detach()
-        if isinstance(owner, Conv1D) and gradient.dim() == 2:
-            gradient, values = gradient.T, values.T
-        if kind == "lowrank":
-            gradient = gradient @ store.basis(weight, gradient.shape[1]).T
-        elif kind == "gain":
-            gradient = (gradient * values).sum(1)
-        found[name] = gradient.reshape(row.target.rows, -1).clone()
+    return {name: gradient_of(module, store, name).clone() for name in store.trainables}
+
+
+def gradient_of(module: Any, store: WeightStore, name: str) -> Tensor:
+    """The module's gradient of one trained tensor, (rows, cols); a view where it can be."""
+    weight, _, kind = name.partition("#")
+    owner = module.get_submodule(weight.rpartition(".")[0])
+    parameter = module.get_parameter(weight)
+    gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+    values = parameter.detach()
+    if isinstance(owner, Conv1D) and gradient.dim() == 2:
+        gradient, values = gradient.T, values.T
+    if kind == "lowrank":
+        gradient = gradient @ store.basis(weight, gradient.shape[1]).T
+    elif kind == "gain":
+        gradient = (gradient * values).sum(1)
+    found: Tensor = gradient.reshape(store.trainables[name].target.rows, -1)
     return found
 
 
-def _loss(module: Any, example: Example, dataset: Dataset) -> Tensor:
+def example_loss(module: Any, example: Example, dataset: Dataset) -> Tensor:
     """As objective.Scorer has it, through the plain module."""
     nll = []
     for row in example.rows:

@@ -226,12 +226,13 @@ class Tuner:
         found[self.places, 4] = sigma
         return found
 
-    def tell(self, previous: StepRecord | None) -> np.ndarray:
+    def tell(self, previous: StepRecord | None, features: Tensor | None = None) -> np.ndarray:
         """What the step after ``previous`` is told, (1 + n,) fp32: nu, and sigma of each trained tensor.
 
         The store's directions are from now on as long as that.
         """
-        sigma = self.finetuner.sigma(self.features(previous)).detach().numpy()[self.places]
+        features = self.features(previous) if features is None else features
+        sigma = self.finetuner.sigma(features).detach().numpy()[self.places]
         sigma = sigma.astype(np.float32)
         told = np.concatenate(([self.normaliser(sigma)], sigma)).astype(np.float32)
         self.store.scales = dict(zip(self.names, (told[0] * told[1:]).tolist(), strict=True))
