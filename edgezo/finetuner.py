@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -93,7 +94,9 @@ class Finetuner:
             w1, c, w2, e = (w[place].detach().float().clone() for w in self.weights)
             parts = zip(_PARTS, (w1, c, w2[None], e[None]), strict=True)
             tensors.update({f"{block}.{part}": values for part, values in parts})
-        atomic_write(path, serialise(tensors, {**about, "kind": "zo-finetuner"}))
+        # One entry: several would be written in any order.
+        told = json.dumps(dict(about), sort_keys=True)
+        atomic_write(path, serialise(tensors, {"edgezo-finetuner": told}))
 
 
 def load_finetuner(path: Path) -> Finetuner:
@@ -141,7 +144,9 @@ def _stacked(
     networks: Mapping[str, Mapping[str, np.ndarray]], path: Path, sha256: str
 ) -> Finetuner:
     """One finetuner of networks of one size. Raises EdgezoError for other shapes and values."""
-    blocks = tuple(networks)
+    if not networks:
+        raise EdgezoError(f"{path} is no finetuner: it holds no network.")
+    blocks = tuple(sorted(networks))  # a safetensors file is read in any order
     first = next(iter(networks.values()), {}).get(_PARTS[0], np.empty((0, 0)))
     hidden = first.shape[0]
     shapes = dict(zip(_PARTS, ((hidden, FEATURES), (hidden,), (1, hidden), (1,)), strict=True))

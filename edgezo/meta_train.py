@@ -126,6 +126,7 @@ def _configs(
     said: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]], request: MetaRequest
 ) -> list[RunConfig]:
     """A configuration for each task. Raises UsageError with every problem."""
+    said = {"estimator": "zo-finetuner", **said}
     problems = (
         [] if tasks else ["--task or --data is missing: give one or more tasks to learn from"]
     )
