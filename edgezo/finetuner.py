@@ -1,7 +1,8 @@
 """ZO Fine-tuner (arXiv 2510.00419): how long the noise of each block is at every step, told by small networks.
 
     sigma_b = |w . tanh(W x_b + c) + e|     x_b = (mean theta_b, var theta_b, L+, L-, sigma_b), the last three of the
-                                            step before; at the first step 0, 0 and 1
+                                            step before; at the first step 0, 0 and 1;
+                                            L- is L+ where a step has one side
     nu      = sqrt(sum_b d_b / sum_b d_b sigma_b^2)
     D_b    <- s_b D_b, s_b = nu sigma_b     in the probe and in the update alike, so E|D|^2 stays what it was
 
@@ -40,6 +41,7 @@ from edgezo.pickled import read_networks
 from edgezo.weights import Trainable, WeightStore
 
 FEATURES, HIDDEN = 5, 64  # as published
+LARGEST, LEAST = 1e6, 1e-6  # of a sigma, and of their root mean square before it counts as 0
 _PIECE_BYTES = 16  # of an element: pieces a quarter of a tile, because sums take copies
 _PARTS = ("0.weight", "0.bias", "2.weight", "2.bias")  # of a network in the file
 
@@ -238,15 +240,16 @@ class Tuner:
         """
         features = self.features(previous) if features is None else features
         sigma = self.finetuner.sigma(features).detach().numpy()[self.places]
-        sigma = sigma.astype(np.float32)
+        sigma = np.minimum(sigma, LARGEST).astype(np.float32)
         told = np.concatenate(([self.normaliser(sigma)], sigma)).astype(np.float32)
         self.store.scales = dict(zip(self.names, (told[0] * told[1:]).tolist(), strict=True))
         return told
 
     def normaliser(self, sigma: np.ndarray) -> float:
-        """nu; 1 where every sigma is 0, for then nothing is probed."""
+        """nu; 1 where every sigma is about 0, for then there is nothing to be probed along."""
         squares = math.fsum(d * float(s) ** 2 for d, s in zip(self.sizes, sigma, strict=True))
-        return math.sqrt(math.fsum(self.sizes) / squares) if squares > 0 else 1.0
+        total = math.fsum(self.sizes)
+        return math.sqrt(total / squares) if squares > LEAST**2 * total else 1.0
 
 
 def _size(row: Trainable, tokens: float) -> float:

@@ -12,7 +12,7 @@ Tasks take turns in an order that is shuffled every round, and after ``restart``
 the base. The published code sees nu as a constant and takes the gradient as long as it is; here the step's length
 does not depend on that of the estimate, which the credits differ in, while blocks keep their proportions.
 
-This is the one part of edgezo that runs backward. It holds the weights in fp32 twice, their gradient, and momentum
+Like bench alignment this runs backward. It holds the weights in fp32 twice, their gradient, and momentum
 and start of what is trained: about 20 bytes a trained weight. Example by example, so that activations stay small.
 """
 

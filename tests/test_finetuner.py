@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Bench, make_model
+from conftest import LABELLED, Bench, make_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -197,6 +197,24 @@ def test_no_network_that_gives_anything_leaves_the_scales_finite(bench: Bench) -
     tuner.weights[3].zero_()
     told = Tuner.of(tuner, model.store, DATA).tell(record([[math.inf], [math.nan]]))
     assert told.tolist() == [1.0] + [0.0] * (len(told) - 1)
+    tuner.weights[3][0], tuner.weights[3][1] = 1e38, 1e-38
+    told = Tuner.of(tuner, model.store, DATA).tell(None)
+    assert np.isfinite(told).all() and np.isfinite(list(model.store.scales.values())).all()
+
+
+def test_alignment_compares_with_a_finetuner(
+    bench: Bench, tmp_path: Path, edgezo_json: Any
+) -> None:
+    file = make_finetuner(open_model(bench.model), tmp_path / "f.safetensors")
+    said = ["--model", bench.model, "--data", bench.data / "label.jsonl", "--train", "lowrank"]
+    said += [part for name, value in LABELLED.items() for part in (f"--{name}", value)]
+    said += ["--estimators", "mezo,zo-finetuner,zo-finetuner-grzo", "--finetuner", file]
+    said += ["--batch-sizes", 3, "--tries", 3, "--sigma", 1e-3, "--precision", "fp32"]
+    code, found = edgezo_json("bench", "alignment", *said, "--out", tmp_path / "out")
+    assert code == 0, found
+    assert [row["mask"] for row in found["rows"]] == ["none", "block", "block"]
+    # A scale that were another in the probe than in the estimate would leave a signal of about 1.
+    assert all(row["signal_to_noise"] > 15 for row in found["rows"])
 
 
 # ----------------------------------------------------------------------------- runs
