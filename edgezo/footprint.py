@@ -299,6 +299,12 @@ class Footprint:
             items.append(Item("trained scales", 4 * n, f"a gain per output row: {n:,} in fp32"))
         if "head" in cfg.train:
             items.append(self._head())
+        if DIRECTIONS[cfg.directions].guided:
+            widths = sum(m.d_in for m in shape.matrices) if "full" in cfg.train else 0
+            widths += len(shape.matrices) * cfg.rank if "lowrank" in cfg.train else 0
+            size = (cfg.batch_size or 1) * widths * compute_bytes
+            reason = f"v_i of {cfg.batch_size} examples for each matrix, until the update"
+            items.append(Item("guides", size, reason))
         return [*items, *self._state()]
 
     def _state(self) -> list[Item]:

@@ -221,7 +221,12 @@ def follow(model: Model, cfg: RunConfig, journal: Journal) -> None:
 
 @phase("update")
 def replay_into(model: Model, stop: int) -> None:
-    """Apply the updates before step ``stop`` of the journal that the model follows, many a sweep."""
+    """Apply the updates before step ``stop`` of the journal that the model follows, many a sweep.
+
+    Nothing where a snapshot has the weights.
+    """
+    if model.guided:
+        return
     for recipes in model.store.past(0, stop):
         model.store.apply(recipes)
 

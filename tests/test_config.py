@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgezo import config
+from edgezo import config, presets
 from edgezo.config import FIELDS, RunConfig, from_toml, make_config, parse_duration
 from edgezo.errors import UsageError
 from edgezo.presets import PRESETS
@@ -45,7 +45,8 @@ def test_every_row_of_the_table_is_a_request_that_means_something(name):
     cfg = make_config(base)
     for field in config.OF_PRESET:
         assert getattr(cfg, field) == getattr(row, field)
-    other = {"train": "scales+norms"} if row.mask != "sparse" else {}
+    of_matrices = row.mask == "sparse" or presets.DIRECTIONS[row.directions].guided
+    other = {} if of_matrices else {"train": "scales+norms"}
     assert make_config({}, {**base, **other}).estimator == name
 
 
