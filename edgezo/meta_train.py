@@ -41,6 +41,7 @@ from edgezo.estimators import Estimator, Recipe
 from edgezo.finetuner import Finetuner, Tuner
 from edgezo.journal import StepRecord
 from edgezo.machine import machine
+from edgezo.memory import rss_bytes
 from edgezo.model import Model
 from edgezo.noise import Key
 from edgezo.presets import PRESETS
@@ -399,7 +400,7 @@ def _place(module: Any, model: Model, name: str) -> Place:
 def _check_room(opened: Opened, max_mem_bytes: int | None) -> None:
     """Settle the request, and refuse what the machine or the cap has no room for."""
     host = machine()
-    plan = settle(opened, host, 0)
+    plan = settle(opened, host, rss_bytes())
     shape = ModelShape.of(opened.files.shape, opened.cfg.model)
     weights = sum(m.numel for m in (*shape.matrices, *shape.tables)) + shape.vector_elements
     # Module and gradient; momentum and start of what is trained (of factors that is little).
