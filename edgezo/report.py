@@ -137,7 +137,8 @@ def memory_table(found: Mapping[str, Any]) -> RenderableType:
         peak, base = p["train_peak_rss_bytes"], own.get((p["batch_size"], p["tokens"]))
         ratio = f"{peak / base:.2f}" if base else ""
         if "stopped_s" in p:  # its peak so far
-            table.add_row(*row, "", f">= {format_bytes(peak)}", f">= {ratio}", "stopped")
+            at_least = f">= {ratio}" if ratio else ""
+            table.add_row(*row, "", f">= {format_bytes(peak)}", at_least, "stopped")
             continue
         row += [format_bytes(p["load_peak_rss_bytes"]), format_bytes(peak)]
         table.add_row(*row, ratio, f"{p['step_s']:.2f}")
