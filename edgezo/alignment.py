@@ -38,7 +38,7 @@ from edgezo.machine import machine
 from edgezo.masks import block_of
 from edgezo.model import Model
 from edgezo.noise import Key
-from edgezo.presets import PRESETS
+from edgezo.presets import DIRECTIONS, PRESETS
 from edgezo.session import Opened, load_model, open_request, settle
 from edgezo.weights import Trainable, WeightStore
 
@@ -148,7 +148,8 @@ def _step(
     losses = model.losses(batch, probe, sides=len(model.evaluations))[0].numpy()
     touched = model.take_touched(len(group))
     c = estimator.coefficients(estimator.credit(losses), 1.0, cfg.sigma)
-    return Recipe(step, c, 0.0, touched), losses.astype(np.float64)
+    guides = model.store.take_guides()
+    return Recipe(step, c, 0.0, touched, guides=guides), losses.astype(np.float64)
 
 
 def _dots(store: WeightStore, recipe: Recipe, mean: Gradient) -> dict[int, np.ndarray]:
@@ -186,7 +187,7 @@ def _places(store: WeightStore, recipe: Recipe, group: int) -> float:
 
 
 def _theory(cfg: RunConfig, length: float, squares: list[float], places: float) -> float | None:
-    if cfg.mask in ("sparse", "hessian") or not length:
+    if cfg.mask in ("sparse", "hessian") or DIRECTIONS[cfg.directions].guided or not length:
         return None  # what is left is not drawn at random
     if cfg.credit in ("mean", "clipped"):
         return math.sqrt(2 / math.pi / places)

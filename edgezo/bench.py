@@ -36,27 +36,29 @@ STEPS = 2  # an optimizer's state stands from the second step on
 
 
 class Method(NamedTuple):
-    """One row of the table. ``request`` are fields of edgezo's configuration; None: a baseline."""
+    """What is measured. ``request`` are fields of edgezo's configuration; None: a baseline."""
 
     title: str
-    request: dict[str, Any] | None
+    precision: str
+    request: dict[str, str] | None
 
 
+SIGNS = {"estimator": "grzo", "directions": "signs"}
 METHODS = {
-    "inference": Method("plain forward over 2B rows, bf16", {"precision": "bf16"}),
-    "grzo": Method("GRZO, signs, bf16", {"precision": "bf16"}),
+    "inference": Method("plain forward over 2B rows, bf16", "bf16", {}),
+    "grzo": Method("GRZO, signs, bf16", "bf16", SIGNS),
     "grzo-rademacher": Method(
-        "GRZO, rademacher, bf16", {"precision": "bf16", "directions": "rademacher"}
+        "GRZO, rademacher, bf16", "bf16", {"estimator": "grzo", "directions": "rademacher"}
     ),
-    "grzo-int4": Method("GRZO, signs, int4", {"precision": "int4"}),
+    "grzo-int4": Method("GRZO, signs, int4", "int4", SIGNS),
     "mezo": Method(
-        "MeZO, bf16, noise a tile at a time", {"precision": "bf16", "estimator": "mezo"}
+        "MeZO, bf16, noise a tile at a time", "bf16", {"estimator": "mezo", "directions": "shared"}
     ),
-    "mezo-in-place": Method("MeZO in place, bf16, as published", None),
-    "lora": Method("LoRA, bf16 base", None),
-    "lora-checkpoint": Method("LoRA + gradient checkpointing, bf16 base", None),
-    "lora-checkpoint-int4": Method("LoRA + gradient checkpointing, int4 base", None),
-    "adamw": Method("full AdamW, fp32", None),
+    "mezo-in-place": Method("MeZO in place, bf16, as published", "bf16", None),
+    "lora": Method("LoRA, bf16 base", "bf16", None),
+    "lora-checkpoint": Method("LoRA + gradient checkpointing, bf16 base", "bf16", None),
+    "lora-checkpoint-int4": Method("LoRA + gradient checkpointing, int4 base", "int4", None),
+    "adamw": Method("full AdamW, fp32", "fp32", None),
 }
 
 
@@ -75,9 +77,10 @@ def bench_memory(
     """Measure every method at every (batch size, tokens); writes points.jsonl, memory.json and memory.png to ``out``.
 
     The files hold the points of earlier calls as well, which are not measured again; the result has those asked for.
-    ``train_peak_rss_bytes`` of a point is the peak of the steps; of edgezo's training methods that of the process,
-    loading included. A method that fails (no memory, a package that is missing) is a point with ``error``; a baseline
-    that takes longer than ``limit_s`` is stopped, and its point holds the peak so far and ``stopped_s``.
+    ``peak_rss_bytes`` of a row is the peak of the process, ``train_peak_rss_bytes`` that of the steps (of edgezo's
+    methods: of all that follows loading). A method that fails (no memory, a package that is missing) is a row with
+    ``error``; a baseline that takes longer than ``limit_s`` is stopped, and its row holds the peak so far and
+    ``stopped_s``.
     Raises UsageError for unknown methods and sizes, EdgezoError for a model that cannot be had.
     """
     unknown = [m for m in methods if m not in METHODS]
@@ -93,7 +96,7 @@ def bench_memory(
     out.mkdir(parents=True, exist_ok=True)
     log = out / "points.jsonl"
     known = _read_points(log)
-    points = []
+    rows = []
     always = {"model": model, "edgezo": __version__, "threads": threads or machine().cores}
     for method, batch_size, length in product(methods, batch_sizes, tokens):
         asked = always | {"method": method, "batch_size": batch_size, "tokens": length}
@@ -105,15 +108,25 @@ def bench_memory(
             known = [p for p in known if not asked.items() <= p.items()]  # one that failed
             known.append(found := asked | _measure(path, asked, limit_s))
             atomic_write(log, "".join(json.dumps(p) + "\n" for p in known).encode())
-        points.append(found)
-    result = {"model": model, "cap_bytes": cap_bytes, "points": points}
-    together = result | {"points": [p for p in known if always.items() <= p.items()]}
+        rows.append(_row(found))
+    result: dict[str, Any] = {"model": model, "cap_bytes": cap_bytes, "rows": rows}
+    together = result | {"rows": [_row(p) for p in known if always.items() <= p.items()]}
     atomic_write(out / "memory.json", (json.dumps(together, indent=1) + "\n").encode())
     if find_spec("matplotlib") is None:
         note("no chart: that takes matplotlib, which pip install 'edgezo[bench]' brings")
-    elif any("error" not in p for p in together["points"]):
+    elif any("error" not in p for p in together["rows"]):
         chart(together, out / "memory.png")
     return result
+
+
+def _row(point: dict[str, Any]) -> dict[str, Any]:
+    """A point with what it is a point of."""
+    method = METHODS[point["method"]]
+    chosen = method.request or {}
+    named = {name: chosen.get(name) for name in ("estimator", "directions")}
+    phases = ("load_peak_rss_bytes", "train_peak_rss_bytes")
+    peak_bytes = max((point[phase] for phase in phases if phase in point), default=None)
+    return {**named, "precision": method.precision, "peak_rss_bytes": peak_bytes, **point}
 
 
 def _read_points(log: Path) -> list[dict[str, Any]]:
@@ -150,6 +163,7 @@ def _measure(path: Path, asked: dict[str, Any], limit_s: float | None) -> dict[s
             "max_mem_bytes": UNLIMITED_BYTES,
             "threads": threads,
             "train": "lowrank",
+            "precision": method.precision,
             **method.request,
         }
         if asked["method"] == "inference":
@@ -259,7 +273,7 @@ def chart(result: dict[str, Any], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    points = [p for p in result["points"] if "error" not in p]
+    points = [p for p in result["rows"] if "error" not in p]
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     for panel, across, fixed in zip(
         panels, ("batch_size", "tokens"), ("tokens", "batch_size"), strict=True

@@ -80,7 +80,7 @@ _RUN = (
         "How far a step may move a label's score by the head; a tenth of it for a word's.  [default: 2]",
     ),
     ("eval_every", "N", "Steps between evaluations.  [default: before and after only]"),
-    ("snapshot_every", "N", "Steps between snapshots of the head."),
+    ("snapshot_every", "N", "Steps between snapshots of what no seed has: the head, mostly."),
 )
 _THREADS = ("threads", "N", "CPU threads.  [default: PyTorch's]")
 

@@ -421,14 +421,15 @@ def _unused(said: Mapping[str, Any], v: Mapping[str, Any]) -> list[str]:
     """What the user said in this command and the run would silently ignore."""
     train = v["train"]
     forward_trained = train != ("head",)
+    drawn = DIRECTIONS[v["directions"]]
     rules = {
         "rank": (
-            "lowrank" in train or DIRECTIONS[v["directions"]].refreshed,
+            "lowrank" in train or drawn.refreshed or (drawn.guided and not drawn.per_example),
             "it is the rank of --train lowrank, and of low-rank directions",
         ),
         "keep": (v["mask"] in ("sparse", "layers"), "it is what --mask sparse or layers leaves"),
         "refresh": (
-            DIRECTIONS[v["directions"]].refreshed,
+            drawn.refreshed,
             "only low-rank directions have a basis that is drawn anew",
         ),
         "candidates": (v["credit"] == "candidates", "only --credit candidates draws them"),

@@ -11,9 +11,16 @@ A trained tensor is a matrix (rows, cols) or a vector (rows,). Example i of the 
     lowrank-shared   D   = A V^T / sqrt(k)                  LOZO, arXiv 2410.07698
     subspace         D   = sqrt(rows*cols)/k P Z Q^T        SubZero, arXiv 2410.08989
     centred          D   = m, their own moving average      ZO-AdaMU, arXiv 2312.15184
+    activation       D_i = r_i v_i^T, |v_i| = 1             AGZO with a direction for each example
+    activation-shared    D   = A V^T, V orthonormal         AGZO, arXiv 2601.17261
 
 with r_i in {-1,+1}^rows and s_i in {-1,+1}^cols. But for ``centred`` all have E[D_jk D_lm] = [j=l][k=m], so (D.g)D
 is an unbiased estimate of g. Everything here is pure: a direction is a function of (key, tensor, example slot).
+
+The last two are the exception: v_i is a random combination of example i's inputs to the layer, V a basis of what the
+whole batch gave it in the step before; perturb.py makes them in the forward (a gradient of a linear lies in the span
+of its inputs). They are passed in as ``guides``. Tables read no vectors; along those their directions are ``signs``
+and ``lowrank-shared``.
 
 Of rank k: A (rows, k) is drawn every step, V (cols, k) every ``refresh`` steps. Both are signs, not normals, so that
 A V^T is a sum of integers and has the same bits from every tile. P (rows, k) and Q (cols, k) are orthonormal and
@@ -36,6 +43,8 @@ from edgezo.noise import Key
 
 # ZO-AdaMU's constants: share of fresh noise, and the weight of its centred part in the average.
 FRESH, KEPT = 0.5, 0.1
+EXACT_PIECES = 8  # of a tile that are in fp64 one after the other
+_GRID = 2.0**20
 _MEMORY_STEPS = 8  # KEPT ** 8 is below fp32's resolution
 
 Shape = Callable[[Tensor], Tensor]  # what a mask makes of rows of U
@@ -71,6 +80,7 @@ class Directions(NamedTuple):
     strict: bool = False  # s = 1
     rank: int = 8
     refresh: int = 50
+    guided: bool = False
 
     def row_signs(self, key: Key, target: Target, slots: Sequence[int]) -> Tensor:
         """r_i of the group's examples ``slots``, (len(slots), rows) int8."""
@@ -82,12 +92,13 @@ class Directions(NamedTuple):
             return torch.ones(len(slots), target.cols, dtype=torch.int8)
         return _of_slots(key, target.id, noise.COLUMN, slots, target.cols)
 
-    def dense_rows(self, key: Key, target: Target, rows: slice) -> Tensor:
+    def dense_rows(
+        self, key: Key, target: Target, rows: slice, basis: Tensor | None = None
+    ) -> Tensor:
         """Rows of U, (n, cols) fp32."""
         kind = "normals" if target.vector and self.of_rank else self.dense
         if self.of_rank and not target.vector:
-            left, right, scale = self.factors(key, target)
-            return (left[rows] @ right.T).mul_(scale)
+            return self._low_rank(key, target, rows, basis)
         if kind == "centred":
             return centred(key, target, rows)[0]
         draw = noise.normals if kind == "normals" else noise.signs
@@ -109,7 +120,11 @@ class Directions(NamedTuple):
         rank = slice(0, self.rank)
         return noise.signs(key, target.id, noise.LEFT, rank, target.rows).T.float()
 
-    def factors(self, key: Key, target: Target) -> Factors:
+    def factors(self, key: Key, target: Target, basis: Tensor | None = None) -> Factors:
+        """``basis``: V^T (k, cols) of directions that are not from seeds alone."""
+        if basis is not None:
+            left = self.coordinates(key, target)[:, : len(basis)].to(basis.device)
+            return Factors(left, basis.float().T, 1.0)
         if self.dense == "lowrank":
             left, right = self.coordinates(key, target), self.basis(key, target)
             return Factors(left, right, self.rank**-0.5)
@@ -120,6 +135,14 @@ class Directions(NamedTuple):
         z = noise.normals(key, target.id, noise.LEFT, slice(0, rank), rank)
         # Rows of P and Q have one entry each, so neither product adds anything up.
         return Factors(p @ z, q, 1.0)
+
+    def _low_rank(
+        self, key: Key, target: Target, rows: slice | Tensor, basis: Tensor | None
+    ) -> Tensor:
+        left, right, scale = self.factors(key, target, basis)
+        if isinstance(rows, Tensor):
+            rows = rows.to(left.device)
+        return (left[rows] @ right.T).mul_(scale)
 
     def vectors(self, key: Key, target: Target, slots: Sequence[int]) -> Tensor:
         """D_i of a vector target, (len(slots), rows) fp32."""
@@ -139,6 +162,8 @@ class Directions(NamedTuple):
         rows: slice | Tensor,
         member: Tensor | None = None,  # (B or 1, n) 0/1: which examples touched which of the rows
         shape: Shape | None = None,
+        guides: Tensor
+        | None = None,  # (B, cols) in place of s_i; of a shared direction (k, cols): V^T
     ) -> Tensor:
         """sum_i c_i D_i on ``rows``, (n, cols) fp32.
 
@@ -147,9 +172,10 @@ class Directions(NamedTuple):
         """
         n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
         device = coefficients.device
-        total = self._outer(key, target, coefficients, rows, member).expand(n, target.cols)
+        total = self._outer(key, target, coefficients, rows, member, guides)
+        total = total.expand(n, target.cols)
         if self.dense is not None or shape is not None:
-            u = self.dense_at(key, target, rows).to(device)
+            u = self.dense_at(key, target, rows, guides).to(device)
             total = total * (u if shape is None else shape(u))
         return total
 
@@ -160,6 +186,7 @@ class Directions(NamedTuple):
         coefficients: Tensor,
         rows: slice | Tensor,
         member: Tensor | None,
+        guides: Tensor | None = None,
     ) -> Tensor:
         """sum_i c_i r_i s_i^T on ``rows``, (n, cols) or (n, 1) where all columns are the same."""
         if not self.factored:
@@ -171,6 +198,8 @@ class Directions(NamedTuple):
         if member is not None:
             left = left * member
         left = left * coefficients[:, None]
+        if guides is not None:
+            return _exact_product(left.T, guides)
         if target.vector or self.strict:
             return left.sum(0)[:, None]
         return left.T @ self.col_signs(key, target, slots).to(device).float()
@@ -187,18 +216,40 @@ class Directions(NamedTuple):
         total = self._outer(key, target, coefficients, rows, member)
         return total * self.coordinates(key, target).to(total.device)[rows]
 
-    def dense_at(self, key: Key, target: Target, rows: slice | Tensor) -> Tensor:
+    def dense_at(
+        self, key: Key, target: Target, rows: slice | Tensor, basis: Tensor | None = None
+    ) -> Tensor:
         """Rows of U in any order, (n, cols) fp32 on the CPU; ones where there is no U."""
         if self.dense is None:
             n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
             return torch.ones(n, target.cols)
         if isinstance(rows, slice):
-            return self.dense_rows(key, target, rows)
+            return self.dense_rows(key, target, rows, basis)
         if self.of_rank and not target.vector:
-            left, right, scale = self.factors(key, target)
-            return (left[rows.cpu()] @ right.T).mul_(scale)
+            return self._low_rank(key, target, rows, basis)
         lines = [self.dense_rows(key, target, slice(r, r + 1)) for r in rows.tolist()]
         return torch.cat(lines) if lines else torch.zeros(0, target.cols)
+
+
+def _exact_product(left: Tensor, guides: Tensor) -> Tensor:
+    """left (n, B) @ guides (B, cols), fp32: on the grid of ``on_grid`` fp64 sums have no rounding, in any order."""
+    out = torch.empty(len(left), guides.shape[1], device=left.device)
+    wide = guides.double()
+    pieces = max(1, len(left) // EXACT_PIECES)
+    for start in range(0, len(left), pieces):
+        part = slice(start, start + pieces)
+        out[part] = left[part].double() @ wide
+    return out
+
+
+def orthonormal(columns: Tensor) -> Tensor:
+    """A basis of the span of ``columns`` (n, k), transposed: (k, n) fp32 on the grid of ``on_grid``."""
+    return on_grid(torch.linalg.qr(columns.float())[0].T.contiguous())
+
+
+def on_grid(v: Tensor) -> Tensor:
+    """(n, cols) values of at most 1 as multiples of 2**-20, which bf16 keeps multiples; what is not finite is 0."""
+    return torch.nan_to_num(v, 0.0, 0.0, 0.0).mul_(_GRID).round_().div_(_GRID)
 
 
 def _of_slots(key: Key, tensor: int, stream: int, slots: Sequence[int], width: int) -> Tensor:
@@ -252,5 +303,7 @@ DIRECTIONS = {
         Directions("lowrank-shared", factored=False, dense="lowrank"),
         Directions("subspace", factored=False, dense="subspace"),
         Directions("centred", factored=False, dense="centred"),
+        Directions("activation", factored=True, dense=None, guided=True),
+        Directions("activation-shared", factored=False, dense="lowrank", guided=True),
     )
 }

@@ -23,14 +23,18 @@ no input gives a NaN in an update.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from edgezo.config import RunConfig
 from edgezo.noise import exact_grid
 from edgezo.presets import PRESETS, forwards
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CREDIT_CLIP = 8.0  # standard deviations; a lone outlier in a group of 64 already stands at 7.9
 LARGEST = 1e35  # of a coefficient: a sum over a group stays finite in fp32
@@ -47,6 +51,8 @@ class Recipe(NamedTuple):
     touched: tuple[np.ndarray, ...] = ()
     rate: float = 1.0  # what a rule with a state of its own multiplies its result by
     curvature: float = 0.0  # |l+ + l- - 2 l0|/(2 sigma^2) of the batch, where it was measured
+    # By trained tensor the v_i of its directions, (K, cols): only of directions that no seed has.
+    guides: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Evaluation(NamedTuple):

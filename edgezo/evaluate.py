@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +22,8 @@ from edgezo.journal import Journal, check_base, open_journal
 from edgezo.machine import machine
 from edgezo.memory import Meter, allocator_reuse, rss_bytes
 from edgezo.model import Model
-from edgezo.readers import SAFETENSORS_NAMES
 from edgezo.report import to_json
-from edgezo.rundir import RunFiles, load_snapshot, lost_head, temporary_overlay
+from edgezo.rundir import RunFiles, load_snapshot, lost_head, temporary_overlay, write_saved
 from edgezo.session import (
     Opened,
     evaluate_model,
@@ -36,7 +33,7 @@ from edgezo.session import (
     replay_into,
     settle,
 )
-from edgezo.weights import Saved, saved_sha256
+from edgezo.weights import saved_sha256
 
 
 def evaluate(target: str, cfg: RunConfig) -> dict[str, Any]:
@@ -86,7 +83,7 @@ def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model, journal
         if model.store.residency is None:
             return steps
         stop = steps
-    elif model.exact is not None:
+    elif model.needs_snapshots:
         if stop and not run.snapshot.exists():
             raise lost_head(run, cfg, stop)
         stop = load_snapshot(run, model)
@@ -154,7 +151,7 @@ def replay(source: Path, out: Path) -> dict[str, Any]:
                 f"{out} cannot be made ({problem.strerror}).\nGive another --out."
             ) from problem
         with atomic_path(made.trained) as temporary:
-            _write_safetensors(temporary, model.saved(), {"steps": str(steps)})
+            write_saved(temporary, model.saved(), {"steps": str(steps)})
         digest = saved_sha256(model.saved())
         # The configuration last: with it the directory counts as a run, and is a whole one.
         for own, copy in ((run.journal, made.journal), (run.config, made.config)):
@@ -162,28 +159,6 @@ def replay(source: Path, out: Path) -> dict[str, Any]:
     result = {"run": str(source), "out": str(out), "steps": steps, "trained_sha256": digest}
     atomic_write(out / "replay.json", (to_json(result) + "\n").encode())
     return result
-
-
-def _write_safetensors(path: Path, tensors: Sequence[Saved], metadata: dict[str, str]) -> None:
-    """As safetensors' own save_file, but a piece at a time: trained weights on disk are never in memory together."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    for tensor in tensors:
-        end = offset + math.prod(tensor.shape) * tensor.dtype.itemsize
-        spelling = SAFETENSORS_NAMES[tensor.dtype]
-        header[tensor.name] = {
-            "dtype": spelling,
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            for piece in tensor.bytes():
-                file.write(piece)
 
 
 def _shape_of_data(header: dict[str, Any]) -> Dataset:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from edgezo import loader, packing
 from edgezo.data import Batch
-from edgezo.directions import DIRECTIONS
+from edgezo.directions import DIRECTIONS, orthonormal
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.estimators import TWO_SIDED, Evaluation
 from edgezo.head import ExactHead
@@ -168,6 +168,16 @@ class Model:
                 own = np.union1d(own, self.label_rows)
             found.append(own)
         return tuple(found)
+
+    @property
+    def guided(self) -> bool:
+        """Whether directions come from what the layers read: then a snapshot has the weights, and no replay."""
+        return self.store.directions.guided
+
+    @property
+    def needs_snapshots(self) -> bool:
+        """Whether there is a state that no seed has."""
+        return self.guided or self.exact is not None
 
     def saved(self) -> list[Saved]:
         """Every trained tensor, the exact head's change included."""
@@ -392,6 +402,7 @@ class _Builder:
         if getattr(sub, "bias", None) is not None:
             fields["bias_vector"], fields["bias_row"] = self._vector(f"{name}.bias")
         rows, cols = layout.shape
+        full = fields["matrix"].full  # type: ignore[attr-defined]
         if "scales" in self.train:
             gain = self.store.train_vector(f"{weight}#gain", torch.zeros(rows))
             gain.least = -1.0  # a scale of quantisation is never negative
@@ -400,6 +411,14 @@ class _Builder:
             factor = Dense(torch.zeros(rows, self.recipe.rank, device=self.device))
             fields["lowrank_row"] = self.store.train(f"{weight}#lowrank", factor)
             fields["basis"] = self.store.basis(weight, cols).to(self.device, self.recipe.dtype)
+        directions = self.store.directions
+        if directions.guided and directions.factored:
+            for trained in (full, fields["lowrank_row"]):
+                if isinstance(trained, Trainable):
+                    trained.guides = {}
+        elif directions.guided and full is not None:
+            start = directions.basis(Key(self.recipe.seed, 0), full.target)[:, : min(rows, cols)]
+            full.basis = orthonormal(start).to(self.device, self.recipe.dtype)
         _become(sub, PerturbedLinear, fields)
 
     def _embedding(self, name: str, sub: nn.Embedding) -> None:

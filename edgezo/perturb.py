@@ -6,6 +6,7 @@ Tokens of all rows lie packed in one axis, n = 2N of them: the first N belong to
     Linear       y += c * r_i * (s_i . x)          = ((x S^T) * mask) R         mask (n, b) = c * [example = i]
                  y += c * r_i * (U (s_i * x))      for a dense factor U
     low rank     y += A (V x) + c * r_i * (t_i . V x)
+    activation   the same, with a v_i made from all x (or V x) of example i in place of s_i (or t_i)
     gain         y  = (1 + g + c * r_i) * (W x)
     bias         y += c * r_i
     norm         y += c * r_i * xhat               (r_i the direction of its weight)
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeGuard
 
 import numpy as np
@@ -26,12 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgezo.directions import Directions
+from edgezo.directions import Directions, on_grid
 from edgezo.layouts import CPU, Layout, tiles
 from edgezo.masks import Mask
-from edgezo.noise import Key
+from edgezo.noise import COLUMN, Key, signs, tensor_id
 from edgezo.weights import Trainable
 
+TOKENS = tensor_id("tokens of an example")
+MOST_SLOTS = 1024  # of a group: the noise of a token does not depend on how many there are
 SPUN_PIECES = 4  # of a tile: what is added at once
 
 
@@ -88,8 +92,45 @@ class Probe:
         scale = self.mask_of.scale(self.key, row)
         return found if scale == 1.0 else found * scale
 
-    def cols(self, row: Trainable) -> Tensor:
-        return self._here(self.directions.col_signs(self.key, row.target, self.slots))
+    def cols(self, row: Trainable, x: Tensor | None = None) -> Tensor:
+        """s_i of a tensor, (b, cols); or v_i, made from what its product reads, ``x`` (n, cols)."""
+        if row.guides is None or x is None:
+            return self._here(self.directions.col_signs(self.key, row.target, self.slots))
+        n = len(self.tokens[0])
+        v = sum(torch.mm(self.tokens, x[part]) for part, _ in self.parts(len(x)))
+        assert isinstance(v, Tensor) and n * len(self.signs) == len(x)
+        v = v.float()
+        found = on_grid(v / v.norm(dim=1, keepdim=True)).to(x.dtype)
+        row.guides.update(zip(self.slots, found, strict=True))
+        return found
+
+    def learn(self, row: Trainable, x: Tensor) -> None:
+        """One power iteration of a shared basis on what a product reads, ``x`` (n, cols): X^T (X V)."""
+        if row.basis is None:
+            return
+        seen = sum(x[part] for part, _ in self.parts(len(x)))
+        assert isinstance(seen, Tensor)
+        found = (seen.T @ (seen @ row.basis.T)).float()
+        row.sketch = found if row.sketch is None else row.sketch + found
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """z, (b, n/sides) in the compute dtype: a sign for each token of each example, 0 for those of others.
+
+        A token is known by its example and its place there, so a group may be split in any way.
+        """
+        n = len(self.example) // len(self.signs)
+        example = self.example[:n].cpu()
+        order = torch.argsort(example, stable=True)
+        counts = torch.bincount(example, minlength=len(self.slots))
+        place = torch.empty_like(order)
+        place[order] = torch.arange(n) - (counts.cumsum(0) - counts)[example[order]]
+        longest = int(counts.max())
+        table = signs(self.key, TOKENS, COLUMN, slice(0, longest), MOST_SLOTS)
+        found = torch.zeros(len(self.slots), n, dtype=torch.int8)
+        slot = torch.tensor(self.slots)[example]
+        found[example, torch.arange(n)] = table[place, slot]
+        return self._here(found)
 
     def spread(self, row: Trainable) -> bool:
         """Whether the direction has a factor of the weight's size."""
@@ -105,7 +146,7 @@ class Probe:
 
     def factors(self, row: Trainable) -> tuple[Tensor, Tensor]:
         """U = left @ right^T, (rows, k) and (cols, k)."""
-        left, right, scale = self.directions.factors(self.key, row.target)
+        left, right, scale = self.directions.factors(self.key, row.target, row.basis)
         return self._scaled(row, left * scale), self._here(right)
 
     def vector(self, row: Trainable) -> Tensor:
@@ -123,7 +164,7 @@ class Probe:
         return self._here(u if scale == 1.0 else u * scale)
 
     def _masked(self, row: Trainable, rows: slice | Tensor) -> Tensor:
-        u = self.directions.dense_at(self.key, row.target, rows)
+        u = self.directions.dense_at(self.key, row.target, rows, row.basis)
         if not self.mask_of.shapes(row):
             return u
 
@@ -214,9 +255,12 @@ class Matrix:
     def thin(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Rank-b factors ((n, b), (b, rows)) that sign directions add to the product."""
         probe = self.context.probe
-        if probe is None or not probe.moves(self.full) or probe.spread(self.full):
+        if probe is None or not probe.moves(self.full):
             return []
-        return [((x @ probe.cols(self.full).T).mul_(probe.mask), probe.rows(self.full))]
+        probe.learn(self.full, x)
+        if probe.spread(self.full):
+            return []
+        return [((x @ probe.cols(self.full, x).T).mul_(probe.mask), probe.rows(self.full))]
 
 
 def _add_spun(y: Tensor, spun: Tensor, dense: Tensor, mask: Tensor, rows: Tensor) -> None:
@@ -277,7 +321,7 @@ class PerturbedLinear(nn.Module):
             dense = probe.dense(row, slice(0, row.target.rows))
             return [*thin, (u * probe.side[:, None], dense.T)]
         if not probe.spread(row):
-            return [*thin, ((u @ probe.cols(row).T).mul_(probe.mask), probe.rows(row))]
+            return [*thin, ((u @ probe.cols(row, u).T).mul_(probe.mask), probe.rows(row))]
         dense = probe.dense(row, slice(0, row.target.rows))
         _add_spun(y, u * probe.cols(row)[probe.example], dense, probe.mask, probe.rows(row))
         return thin

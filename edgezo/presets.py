@@ -21,6 +21,7 @@ class Directions(NamedTuple):
     text: str
     dense: bool = True  # a factor of the weight's size is made, tile by tile
     refreshed: bool = False  # its basis is drawn anew every --refresh steps
+    guided: bool = False  # made from what the layer reads: no seed has it, and no journal
 
 
 class Mask(NamedTuple):
@@ -63,6 +64,18 @@ DIRECTIONS = {
         False, "P Z Q^T, P and Q with orthonormal columns, Z of N(0,1)", dense=False, refreshed=True
     ),
     "centred": Directions(False, "around their own moving average, one for the batch"),
+    "activation": Directions(
+        True,
+        "r_i v_i^T, v_i = X_i^T z_i/|X_i^T z_i| of example i's own inputs to the layer",
+        dense=False,
+        guided=True,
+    ),
+    "activation-shared": Directions(
+        False,
+        "A V^T, one for the batch, V a basis of the last step's inputs by power iteration",
+        dense=False,
+        guided=True,
+    ),
 }
 
 MASKS = {
@@ -263,6 +276,26 @@ PRESETS = {
             train=("scales",),
             note=GAINS,
         ),
+        Preset(
+            "agzo",
+            "activation-shared",
+            "mean",
+            "AGZO, arXiv 2601.17261",
+            1e-5,
+            train=FULL,
+            note="the basis is that of the step before, turned by one power iteration, where the paper makes it in a "
+            "forward of its own; resumed from snapshots",
+        ),
+        Preset(
+            "ag-grzo",
+            "activation",
+            "group",
+            f"{GRZO} on AGZO, arXiv 2601.17261",
+            0.1,
+            train=FULL,
+            note="a direction of its own for each example, where AGZO has one basis for the batch; a run is "
+            "resumed from snapshots, for no seed has its directions",
+        ),
         Preset("qzo-grzo", "signs", "group", f"{GRZO} on QZO", 0.1, train=("scales",), note=GAINS),
     )
 }
@@ -330,6 +363,25 @@ def refusals(v: Mapping[str, Any]) -> list[str]:
             "--directions centred and --rule centred are two halves of ZO-AdaMU: "
             "the rule scales by the parts that the direction is made of"
         )
+    if DIRECTIONS[directions].guided:
+        if not {"full", "lowrank"} & set(train):
+            found.append(
+                f"--directions {directions} are made from what matrices read; it needs --train full or lowrank"
+            )
+        if mask not in ("none", "layers"):
+            found.append(
+                f"--mask {mask} with --directions {directions}: it shapes weight-sized noise, which they have not"
+            )
+        if not DIRECTIONS[directions].per_example and ("lowrank" in train or RULES[rule].state):
+            found.append(
+                f"--directions {directions} follow a basis that turns at every step: a rule's state cannot, and "
+                "low-rank factors have no use for another one; use --rule sgd and --train full"
+            )
+        if credit == "candidates":
+            found.append(
+                f"--directions {directions} with {_credit(v)}: it tries a direction on every example, "
+                "but theirs are each example's own"
+            )
     if v["residency"] in ("disk", "host") and (why := needs_memory(v)):
         found.append(f"--residency {v['residency']} with --train full: {why}")
     return found
@@ -342,6 +394,11 @@ def needs_memory(v: Mapping[str, Any]) -> str:
     if RULES[v["rule"]].state or MASKS[v["mask"]].state:
         name = f"--rule {v['rule']}" if RULES[v["rule"]].state else f"--mask {v['mask']}"
         return f"the state of {name} is kept beside the weights, in memory"
+    if DIRECTIONS[v["directions"]].guided:
+        return (
+            f"a block that is elsewhere takes its updates later, from seeds, and --directions {v['directions']} "
+            "have none"
+        )
     if v["mask"] == "sparse":
         return "--mask sparse reads the base's weights once more for its thresholds"
     if v["precision"] == "int8":
@@ -356,6 +413,8 @@ def cannot_anchor(v: Mapping[str, Any]) -> str:
         return f"the state of {name} would have to be made anew with the codes"
     if v["mask"] in ("sparse", "quantized"):
         return f"what --mask {v['mask']} left of a direction depends on the codes of that step"
+    if DIRECTIONS[v["directions"]].guided:
+        return f"no journal has --directions {v['directions']}"
     return ""
 
 

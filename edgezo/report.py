@@ -114,7 +114,7 @@ def plan_table(plan: Plan, largest: Plan | None = None) -> RenderableType:
 
 
 def memory_table(found: Mapping[str, Any]) -> RenderableType:
-    """Points of ``edgezo bench memory``: peaks, and how many times GRZO's (signs, bf16, same sizes) each is."""
+    """Rows of ``edgezo bench memory``: peaks, and how many times GRZO's (signs, bf16, same sizes) each is."""
     from edgezo.bench import METHODS
 
     table = Table(
@@ -124,11 +124,11 @@ def memory_table(found: Mapping[str, Any]) -> RenderableType:
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     own = {
         (p["batch_size"], p["tokens"]): p["train_peak_rss_bytes"]
-        for p in found["points"]
+        for p in found["rows"]
         if p["method"] == "grzo" and "error" not in p
     }
     failed = []
-    for p in found["points"]:
+    for p in found["rows"]:
         row = [METHODS[p["method"]].title, str(p["batch_size"]), str(p["tokens"])]
         if "error" in p:
             table.add_row(*row, "failed")

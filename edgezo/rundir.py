@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 
 from edgezo import cards
 from edgezo.config import FREE_ON_RESUME, RunConfig, completed, flag, from_toml
@@ -21,11 +22,16 @@ from edgezo.data import Example
 from edgezo.errors import DoesNotFit, EdgezoError, UsageError
 from edgezo.files import atomic_path, locked
 from edgezo.journal import Journal, check_base, open_journal
+from edgezo.layouts import tiles
 from edgezo.machine import format_bytes
 from edgezo.model import Model
+from edgezo.readers import SAFETENSORS_NAMES
 from edgezo.report import RunProgress
+from edgezo.weights import Saved
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from edgezo.overlay import DiskMedium
     from edgezo.session import Opened
 
@@ -139,12 +145,37 @@ def temporary_overlay() -> Iterator[Overlay]:
 
 
 def save_snapshot(run: RunFiles, model: Model, step: int) -> None:
-    """State without a seed form (the exact head) after ``step`` steps, atomically."""
-    if model.exact is None:
+    """State without a seed form after ``step`` steps, atomically: the exact head; weights whose directions had none."""
+    if not model.needs_snapshots:
         return
-    tensors = {k: v.contiguous() for k, v in model.exact.tensors().items()}
+    tensors = model.exact.tensors() if model.exact is not None else {}
+    if model.guided:
+        tensors = {**tensors, **model.store.kept()}
+    saved = [Saved.of(name, tensor.contiguous()) for name, tensor in tensors.items()]
     with atomic_path(run.snapshot) as temporary:
-        save_file(tensors, temporary, {"step": str(step)})
+        write_saved(temporary, saved, {"step": str(step)})
+
+
+def write_saved(path: Path, tensors: Sequence[Saved], metadata: dict[str, str]) -> None:
+    """As safetensors' own save_file, but a piece at a time: trained weights on disk are never in memory together."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for tensor in tensors:
+        end = offset + math.prod(tensor.shape) * tensor.dtype.itemsize
+        spelling = SAFETENSORS_NAMES[tensor.dtype]
+        header[tensor.name] = {
+            "dtype": spelling,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            for piece in tensor.bytes():
+                file.write(piece)
 
 
 def lost_head(run: RunFiles, cfg: RunConfig, steps: int) -> EdgezoError:
@@ -162,20 +193,29 @@ def lost_head(run: RunFiles, cfg: RunConfig, steps: int) -> EdgezoError:
 
 def load_snapshot(run: RunFiles, model: Model) -> int:
     """Read the snapshot into ``model``; the number of steps that it stands after (0 where there is none)."""
-    if model.exact is None or not run.snapshot.exists():
+    if not model.needs_snapshots or not run.snapshot.exists():
         return 0
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(run.snapshot, "pt") as file:
             step = int(file.metadata()["step"])
-        model.exact.load(load_file(run.snapshot))
+            if model.exact is not None:
+                model.exact.load({name: file.get_tensor(name) for name in model.exact.tensors()})
+            for name, held in (model.store.kept() if model.guided else {}).items():
+                _read_into(held, file.get_slice(name))
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as problem:
         raise EdgezoError(
             f"{run.snapshot} is damaged ({problem}).\n"
-            "It holds the trained head of the run; restore it from a copy, or start again."
+            "It holds what the run has trained; restore it from a copy, or start again."
         ) from problem
     return step
+
+
+def _read_into(held: Tensor, stored: Any) -> None:
+    """Copy a slice of a file into a tensor, a tile at a time. ValueError for another shape."""
+    if tuple(stored.get_shape()) != tuple(held.shape):
+        raise ValueError(f"{stored.get_shape()} where {list(held.shape)} belong")
+    for rows in tiles(len(held), held[0].numel()):
+        held[rows].copy_(stored[rows])
 
 
 def data_hash(examples: Sequence[Example]) -> str:

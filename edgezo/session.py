@@ -219,8 +219,12 @@ def follow(model: Model, cfg: RunConfig, journal: Journal) -> None:
 
 @phase("update")
 def replay_into(model: Model, stop: int) -> None:
-    """Apply the updates before step ``stop`` of the journal that the model follows to weights as loaded."""
-    model.store.replay(stop)
+    """Apply the updates before step ``stop`` of the journal that the model follows to weights as loaded.
+
+    Nothing where a snapshot has the weights.
+    """
+    if not model.guided:
+        model.store.replay(stop)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -342,13 +342,14 @@ class Training:
         record = StepRecord(
             step, cfg.sigma, step_size, skipped, losses, credit, model.take_touched(len(group))
         )
+        guides = model.store.take_guides()
         self.journal.append(record)
         with phase("update"):
-            model.store.apply([recipe_of(cfg, record)])
+            model.store.apply([recipe_of(cfg, record)._replace(guides=guides)])
             if model.exact is not None:
                 # The head follows the same schedule as the step.
                 model.exact.update(cfg.head_lr * step_size / cfg.step)
-        if model.exact is not None and (step + 1) % cfg.snapshot_every == 0:
+        if model.needs_snapshots and (step + 1) % cfg.snapshot_every == 0:
             self._save(step + 1)
         return record
 
@@ -431,7 +432,7 @@ class Training:
             return 0, {}
         stop = journal.next_step
         planned: dict[int, float] = {}
-        if model.exact is not None:
+        if model.needs_snapshots:
             gone = not self.run.snapshot.exists()
             if gone and self.cfg.steps is None and stop >= self.cfg.snapshot_every:
                 raise lost_head(self.run, self.cfg, stop)
@@ -477,6 +478,7 @@ class Training:
         with phase("forward"), self.memory.short("the longest micro-batch"):
             self.model.losses(batch, probe, sides=self.sides)
         self.model.take_touched(len(longest))
+        self.model.store.take_guides(learn=False)
         self.memory.look_again()
         self.guard.check(item="training")
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from edgezo import anchors, noise
-from edgezo.directions import Directions, Target, centred
+from edgezo.directions import Directions, Target, centred, orthonormal
 from edgezo.errors import EdgezoError
 from edgezo.estimators import Recipe
 from edgezo.layouts import CPU, Dense, Int8, Layout, Rows, tiles
@@ -54,6 +54,10 @@ class Trainable:
     least: float | None = None  # no value goes below
     threshold: float | None = None  # of a sparse mask
     base: Callable[[], Rows] | None = None  # of codes that are anchored: the checkpoint's matrix
+    # v_i by slot, of the step that is being probed; None where directions come from seeds alone.
+    guides: dict[int, Tensor] | None = None
+    basis: Tensor | None = None  # V^T (k, cols) of a shared direction, in the compute dtype
+    sketch: Tensor | None = None  # (cols, k) fp32: what this step's inputs make of it
     # Of the rule and the mask, (rows, cols) fp32 each, or (rows, rank) in a basis.
     state: dict[str, Tensor] = field(default_factory=dict)
 
@@ -267,7 +271,10 @@ class WeightStore:
             return self.mask.shape(u, key, row, rows, seen, probing=False)
 
         shaped = shape if self.mask.shapes(row) else None
-        g = self.directions.weighted_sum(key, row.target, coefficients, rows, member, shaped)
+        guides = recipe.guides.get(row.target.name)
+        g = self.directions.weighted_sum(
+            key, row.target, coefficients, rows, member, shaped, guides
+        )
         return g, before[0] if before else None
 
     @torch.no_grad()
@@ -384,6 +391,34 @@ class WeightStore:
             self.residency.bind_owner(row.target.name)
         for rows in tiles(*row.layout.shape):
             yield row.layout.raw(rows)[suffix]
+
+    def take_guides(self, *, learn: bool = True) -> dict[str, Tensor]:
+        """What the directions of the step were made from, by trained tensor; the next step starts anew.
+
+        The v_i of all examples, (B, cols); of a shared direction its basis, (k, cols), which then turns to the
+        inputs that were seen, unless they were no step's (``learn``).
+        """
+        found = {}
+        for row in self.trainables.values():
+            if row.basis is not None:
+                found[row.target.name] = row.basis
+                if learn and row.sketch is not None and bool(row.sketch.isfinite().all()):
+                    row.basis = orthonormal(row.sketch).to(row.basis.dtype)
+                row.sketch = None
+            if row.guides:
+                found[row.target.name] = torch.stack([row.guides[i] for i in sorted(row.guides)])
+                row.guides.clear()
+        return found
+
+    def kept(self) -> dict[str, Tensor]:
+        """All that training has changed, the rule's state included, in memory and by name."""
+        states = {
+            f"{row.target.name}@{name}": tensor
+            for row in self.trainables.values()
+            for name, tensor in row.state.items()
+        }
+        bases = {f"{r.target.name}@basis": r.basis for r in self.trainables.values()}
+        return self.trained_tensors() | states | {n: b for n, b in bases.items() if b is not None}
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """The same in memory, by name; not for blocks elsewhere."""

@@ -87,7 +87,9 @@ def direction(
     epoch = Key(key.seed, key.step // refresh)
     if kind == "centred":
         return centred(key, target)[0]
-    if kind == "shared" or (kind in ("lowrank-shared", "subspace") and target.vector):
+    if kind == "shared" or (
+        kind in ("lowrank-shared", "activation-shared", "subspace") and target.vector
+    ):
         return noise.normals(key, target.id, noise.DENSE, every, cols).double()
     if kind == "subspace":
         k = min(rank, rows, cols)
@@ -96,11 +98,11 @@ def direction(
         q = dealt(epoch, target, noise.BASIS, cols, k)
         return math.sqrt(rows * cols) / k * p @ z @ q.T
     low = torch.zeros(rows, cols, dtype=torch.float64)
-    if kind.startswith("lowrank") and not target.vector:
+    if (kind.startswith("lowrank") or kind == "activation-shared") and not target.vector:
         a = noise.signs(key, target.id, noise.LEFT, slice(0, rank), rows).double()
         v = noise.signs(epoch, target.id, noise.SPAN, slice(0, rank), cols).double()
         low = a.T @ v / math.sqrt(rank)
-    if kind == "lowrank-shared":
+    if kind in ("lowrank-shared", "activation-shared"):
         return low
     one = slice(slot, slot + 1)
     d = noise.signs(key, target.id, noise.ROW, one, rows)[0].double()[:, None].expand(rows, cols)
@@ -144,6 +146,12 @@ def masked(store: WeightStore, row: Trainable, key: Key, slot: int, seen: Tensor
     """D_i as the mask leaves it, (rows, cols) float64; ``seen``: the weights as the forward reads them."""
     d = store.directions
     found = direction(d.name, key, row.target, slot, d.rank, d.refresh)
+    if row.basis is not None:  # A V^T
+        a = noise.signs(key, row.target.id, noise.LEFT, slice(0, d.rank), row.target.rows)
+        found = a[: len(row.basis)].T.double() @ row.basis.double()
+    if row.guides is not None:  # r_i v_i^T of the step that was probed last
+        r = noise.signs(key, row.target.id, noise.ROW, slice(slot, slot + 1), row.target.rows)
+        found = r[0].double()[:, None] * row.guides[slot].double()
     block = re.search(r"[.]([0-9]+)[.]", row.target.name)
     if store.mask.name == "sparse" and row.threshold is not None:
         found = found * (seen.abs() < row.threshold)
@@ -152,6 +160,13 @@ def masked(store: WeightStore, row: Trainable, key: Key, slot: int, seen: Tensor
     if store.mask.name == "hessian":
         found = found / row.state["hessian"].double().sqrt()
     return found
+
+
+def probed_guides(store: WeightStore) -> dict[str, Tensor]:
+    """What the step that was probed last was guided by, as ``take_guides`` gives it."""
+    rows = ((name, row.guides) for name, row in store.trainables.items() if row.guides)
+    found = {name: torch.stack([guides[i] for i in sorted(guides)]) for name, guides in rows}
+    return found | {n: r.basis for n, r in store.trainables.items() if r.basis is not None}
 
 
 def update(store: WeightStore, recipe: Recipe, name: str, used: Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgezo import config
+from edgezo import config, presets
 from edgezo.config import FIELDS, RunConfig, from_toml, make_config, parse_duration
 from edgezo.errors import UsageError
 from edgezo.presets import PRESETS
@@ -43,15 +43,9 @@ def test_every_row_of_the_table_is_a_request_that_means_something(name):
     cfg, row = make_config({**BASE, "estimator": name}), PRESETS[name]
     for field in config.OF_PRESET:
         assert getattr(cfg, field) == getattr(row, field)
-    assert (
-        make_config(
-            {},
-            {**BASE, "estimator": name, "train": "scales+norms"}
-            if (row.mask != "sparse")
-            else {**BASE, "estimator": name},
-        ).estimator
-        == name
-    )
+    of_matrices = row.mask == "sparse" or presets.DIRECTIONS[row.directions].guided
+    other = {} if of_matrices else {"train": "scales+norms"}
+    assert make_config({}, {**BASE, "estimator": name, **other}).estimator == name
 
 
 def test_choices_by_hand_make_the_row_that_has_a_name():
@@ -117,6 +111,10 @@ def test_all_problems_are_reported_together():
         (
             {"train": "full", "precision": "int8", "rounding": "anchored", "rule": "momentum"},
             "state of --rule momentum",
+        ),
+        (
+            {"estimator": "agzo", "precision": "int8", "rounding": "anchored"},
+            "no journal has --directions activation-shared",
         ),
         (
             {"estimator": "quzo", "precision": "int8", "rounding": "anchored"},

@@ -197,14 +197,17 @@ class Bench:
         self.model.take_touched(len(self.examples))
         return found
 
-    def touched(self) -> tuple[np.ndarray, ...]:
-        self.model.losses(self.batch, self.model.probe(self.batch, KEY, SIGMA), sides=2)
+    def touched(self, step: int = KEY.step) -> tuple[np.ndarray, ...]:
+        probe = self.model.probe(self.batch, Key(KEY.seed, step), SIGMA)
+        self.model.losses(self.batch, probe, sides=2)
         return self.model.take_touched(len(self.examples))
 
     def recipe(self, step: int, decay: float = 0.0) -> Recipe:
         """A recipe with arbitrary coefficients of a size that every store can hold."""
         c = np.random.default_rng(step).standard_normal(len(self.examples)) * 0.01
-        return Recipe(step, exact_grid(c), decay, self.touched())
+        touched = self.touched(step)
+        guides = reference.probed_guides(self.model.store)
+        return Recipe(step, exact_grid(c), decay, touched, guides=guides)
 
     def values(self) -> dict[str, Tensor]:
         """Every trained tensor as the store's grid holds it, (rows, cols) float64."""
@@ -348,8 +351,8 @@ def as_loaded(bench: Bench) -> Model:
 
 @cases()
 def test_perturbed_losses_are_those_of_an_explicit_copy_of_the_weights(bench: Bench) -> None:
-    wanted = bench.twin.losses(bench.model, bench.examples, KEY, SIGMA)
     found = bench.losses()
+    wanted = bench.twin.losses(bench.model, bench.examples, KEY, SIGMA)
     close(found, wanted, atol=1e-4, rtol=1e-5)
     # The two sides differ by far more than what rounding could pretend.
     assert (wanted[0] - wanted[1]).abs().max() > 1e-2

@@ -19,13 +19,14 @@ import pytest
 import reference
 import tiny_models
 import torch
+import torch.nn.functional as F
 from test_laws import LABEL_IDS, code_steps, make_examples
 from torch import Tensor
 
 from edgezo import layouts, masks, rules
 from edgezo.config import RunConfig, make_config
 from edgezo.data import collate, micro_batches
-from edgezo.directions import DIRECTIONS
+from edgezo.directions import DIRECTIONS, on_grid, orthonormal
 from edgezo.errors import DoesNotFit
 from edgezo.estimators import Estimator, Recipe
 from edgezo.journal import Journal, StepRecord, create_journal, open_journal
@@ -94,10 +95,14 @@ class Trial:
             step, self.cfg.sigma, self.cfg.step, not credit.any(), losses, credit, touched
         )
 
+    def recipe(self, step: int, losses: np.ndarray) -> Recipe:
+        guides = self.model.store.take_guides()
+        return recipe_of(self.cfg, self.record(step, losses))._replace(guides=guides)
+
     def run(self, steps: int = STEPS) -> list[Recipe]:
         found = []
         for step in range(steps):
-            found.append(recipe_of(self.cfg, self.record(step, self.losses(step))))
+            found.append(self.recipe(step, self.losses(step)))
             self.model.store.apply(found[-1:])
         return found
 
@@ -230,7 +235,7 @@ def test_steps_are_those_of_the_paper(name: str, precision: str, maker: Maker) -
         losses = trial.losses(step)
         before = {n: v.clone() for n, v in theta.items()}
         along = {n: trial.directions(step, n) for n in theta}
-        trial.model.store.apply([recipe_of(trial.cfg, trial.record(step, losses))])
+        trial.model.store.apply([trial.recipe(step, losses)])
         after = trial.values()
         for n, row in trial.model.store.trainables.items():
             state = states.setdefault(n, {})
@@ -270,7 +275,7 @@ def test_hizoo_divides_by_a_running_curvature_that_it_measures(
     lr = trial.cfg.step
     for step in range(4):
         before, losses = trial.values(), trial.losses(step)
-        trial.model.store.apply([recipe_of(trial.cfg, trial.record(step, losses))])
+        trial.model.store.apply([trial.recipe(step, losses)])
         after = trial.values()
         plus, minus, plain = losses.astype(np.float64).mean(1)
         for n, row in rows.items():
@@ -293,7 +298,7 @@ def test_lozo_m_keeps_its_momentum_in_the_basis_and_takes_it_along(maker: Maker)
     for step in range(5):
         before, losses = trial.values(), trial.losses(step)
         along = {n: trial.directions(step, n) for n in rows}
-        trial.model.store.apply([recipe_of(trial.cfg, trial.record(step, losses))])
+        trial.model.store.apply([trial.recipe(step, losses)])
         after = trial.values()
         c = (losses[0] - losses[1]).astype(np.float64).mean() / (2 * SIGMA)
         for n, row in rows.items():
@@ -391,7 +396,8 @@ def test_a_probe_that_blows_up_leaves_everything_finite(
     with np.errstate(over="ignore"):
         record = trial.record(0, losses)
         record = replace(record, sigma=2e-3)
-        trial.model.store.apply([recipe_of(trial.cfg, record)])
+        recipe = recipe_of(trial.cfg, record)
+        trial.model.store.apply([recipe._replace(guides=trial.model.store.take_guides())])
     for row in trial.model.store.trainables.values():
         held = [*row.layout.tensors().values(), *row.state.values()]
         assert all(torch.isfinite(t.float()).all() for t in held)
@@ -499,9 +505,21 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
     rows = list(store.trainables.values())
     whole = math.inf
     left = [r.values.abs() < (whole if r.threshold is None else r.threshold) for r in rows]
+    seen = torch.eye(COLS)
+    if directions.guided:  # all inputs are the same: the loss is |W v|^2/2, of one value a row
+        v = on_grid(F.normalize(torch.randn(1, COLS, generator=generator))).expand(GROUP, -1)
+        for r in rows:
+            if directions.factored:
+                r.guides = dict(enumerate(v))
+            else:
+                r.basis = orthonormal(torch.randn(COLS, 4, generator=generator) * 0.5)
+                r.basis = orthonormal(torch.cat([v[:1].T, r.basis.T[:, :3]], 1))
+        left, seen = [m[:, :1] for m in left], v[:1].T
+    guides = reference.probed_guides(store)
 
     def square() -> float:
-        return sum(float(r.values[m].square().sum()) for r, m in zip(rows, left, strict=True))
+        parts = [r.values @ seen for r in rows]
+        return sum(float(p[m].square().sum()) for p, m in zip(parts, left, strict=True))
 
     masked = probed_of_quantized if cfg.mask == "quantized" else reference.masked
     many, start = CREDITS[cfg.credit].per_example, square()
@@ -517,9 +535,11 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
             for slot in range(losses.shape[1]):
                 d = along[slot if e.candidate is None else e.candidate]
                 parts = [a + e.sign * cfg.sigma * b for a, b in zip(at, d, strict=True)]
-                losses[side, slot] = sum(float(p.square().sum()) for p in parts) / 2
+                losses[side, slot] = (
+                    sum(float((p @ seen.double()).square().sum()) for p in parts) / 2
+                )
         record = StepRecord(step, cfg.sigma, cfg.step, False, losses, estimator.credit(losses))
-        store.apply([recipe_of(cfg, record)])
+        store.apply([recipe_of(cfg, record)._replace(guides=guides)])
     return square(), start, sum(int(m.sum()) for m in left)
 
 
