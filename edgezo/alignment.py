@@ -34,6 +34,7 @@ from edgezo.data import Dataset, Example, batch_indices, collate
 from edgezo.errors import UsageError
 from edgezo.estimators import Estimator, Recipe
 from edgezo.files import atomic_write
+from edgezo.finetuner import Tuner, load_finetuner
 from edgezo.machine import machine
 from edgezo.masks import block_of
 from edgezo.model import Model
@@ -80,6 +81,8 @@ def _config(request: Mapping[str, Any], name: str) -> RunConfig:
     estimator, _, directions = name.partition(":")
     row = PRESETS.get(estimator)
     said = {**request, "estimator": estimator, "directions": directions or None}
+    if row is not None and row.mask != "block":
+        said["finetuner"] = None  # for the rows that ask one
     said |= {"max_mem_bytes": UNLIMITED_BYTES, "residency": "resident", "device": "cpu"}
     if said.get("train") is None and row is not None:  # the head has its exact gradient already
         said["train"] = "+".join(part for part in row.train if part != "head")
@@ -100,6 +103,11 @@ def measure(cfg: RunConfig, tries: int) -> dict[str, Any]:
     model = load_model(opened, machine())
     cfg = opened.cfg
     assert cfg.batch_size is not None
+    scales = None
+    if cfg.finetuner is not None:
+        finetuner = load_finetuner(Path(cfg.finetuner))
+        nu_and_sigma = Tuner.of(finetuner, model.store, opened.dataset).tell(None)
+        scales = nu_and_sigma[0] * nu_and_sigma[1:]
     train = opened.dataset.train
     group = [train[i] for i in batch_indices(len(train), cfg.batch_size, cfg.seed, 0)]
     small = "full" not in cfg.train  # enough to keep every example's gradient
@@ -110,6 +118,7 @@ def measure(cfg: RunConfig, tries: int) -> dict[str, Any]:
     places = 0.0
     for step in range(tries):
         recipe, losses = _step(model, cfg, group, step)
+        recipe = recipe._replace(scales=scales)
         places = _places(model.store, recipe, len(group))
         found = _dots(model.store, recipe, mean)
         cosines.append(_cosine(found.values(), length))
@@ -187,8 +196,9 @@ def _places(store: WeightStore, recipe: Recipe, group: int) -> float:
 
 
 def _theory(cfg: RunConfig, length: float, squares: list[float], places: float) -> float | None:
-    if cfg.mask in ("sparse", "hessian") or DIRECTIONS[cfg.directions].guided or not length:
-        return None  # what is left is not drawn at random
+    drawn = cfg.mask not in ("sparse", "hessian", "block")
+    if not drawn or DIRECTIONS[cfg.directions].guided or not length:
+        return None  # what is left is not drawn at random, or not as long everywhere
     if cfg.credit in ("mean", "clipped"):
         return math.sqrt(2 / math.pi / places)
     if cfg.credit == "candidates":
@@ -226,7 +236,7 @@ def example_gradients(
     mean: Gradient = {}
     for example in group:
         module.zero_grad()
-        _loss(module, example, opened.dataset).backward()
+        example_loss(module, example, opened.dataset).backward()
         g = in_trained(module, model.store)
         for name, values in g.items():
             mean[name] = mean[name] + values / len(group) if name in mean else values / len(group)
@@ -260,24 +270,27 @@ def plain_module(opened: Opened, model: Model) -> Any:
 
 def in_trained(module: Any, store: WeightStore) -> Gradient:
     """The module's gradients in the coordinates of what the store trains."""
-    found: Gradient = {}
-    for name, row in store.trainables.items():
-        weight, _, kind = name.partition("#")
-        owner = module.get_submodule(weight.rpartition(".")[0])
-        parameter = module.get_parameter(weight)
-        gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-        values = parameter.detach()
-        if isinstance(owner, Conv1D) and gradient.dim() == 2:
-            gradient, values = gradient.T, values.T
-        if kind == "lowrank":
-            gradient = gradient @ store.basis(weight, gradient.shape[1]).T
-        elif kind == "gain":
-            gradient = (gradient * values).sum(1)
-        found[name] = gradient.reshape(row.target.rows, -1).clone()
+    return {name: gradient_of(module, store, name).clone() for name in store.trainables}
+
+
+def gradient_of(module: Any, store: WeightStore, name: str) -> Tensor:
+    """The module's gradient of one trained tensor, (rows, cols); a view where it can be."""
+    weight, _, kind = name.partition("#")
+    owner = module.get_submodule(weight.rpartition(".")[0])
+    parameter = module.get_parameter(weight)
+    gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+    values = parameter.detach()
+    if isinstance(owner, Conv1D) and gradient.dim() == 2:
+        gradient, values = gradient.T, values.T
+    if kind == "lowrank":
+        gradient = gradient @ store.basis(weight, gradient.shape[1]).T
+    elif kind == "gain":
+        gradient = (gradient * values).sum(1)
+    found: Tensor = gradient.reshape(store.trainables[name].target.rows, -1)
     return found
 
 
-def _loss(module: Any, example: Example, dataset: Dataset) -> Tensor:
+def example_loss(module: Any, example: Example, dataset: Dataset) -> Tensor:
     """As objective.Scorer has it, through the plain module."""
     nll = []
     for row in example.rows:

@@ -66,6 +66,7 @@ _MEMORY = (
     ("keep", "X", "Share of the weights or blocks that a mask leaves.  [default: 0.25]"),
     ("refresh", "N", "Steps between two bases of low-rank directions."),
     ("candidates", "N", "Directions of --credit candidates.  [default: 8]"),
+    ("finetuner", "FILE", "Of --mask block: what meta-train or convert-finetuner made."),
 )
 _RUN = (
     ("steps", "N", "[default: 400]"),
@@ -83,6 +84,12 @@ _RUN = (
     ("snapshot_every", "N", "Steps between snapshots of what no seed has: the head, mostly."),
 )
 _THREADS = ("threads", "N", "CPU threads.  [default: PyTorch's]")
+
+# Fields of a request that a meta-training has as well; it is told its tasks in options of their own.
+_OF_META = (
+    *("data_root", "template", "labels", "label_field", "max_length", "seed", "max_mem_bytes"),
+    *("batch_size", "micro_batch", "train", "rank", "step", "sigma"),
+)
 
 Command = Callable[..., Any]
 
@@ -269,6 +276,74 @@ def estimators(as_json: bool) -> None:
     _emit(as_json, {"estimators": rows}, report.estimators_list(rows))
 
 
+@cli.command("convert-finetuner")
+@click.argument("source", metavar="IN.pth")
+@click.argument("out", metavar="OUT.safetensors")
+@_json
+def convert_finetuner(source: str, out: str, as_json: bool) -> None:
+    """Read a published ZO Fine-tuner (pickled networks, none of which is run) into safetensors."""
+    from edgezo.finetuner import convert_finetuner as convert
+
+    found = convert(Path(source), Path(out))
+    result = {"source": source, "out": out, "blocks": len(found.blocks)}
+    _emit(as_json, result, f"{len(found.blocks)} networks of {source} in {out}")
+
+
+@cli.command("meta-train")
+@_model
+@click.option("--task", "tasks", metavar="NAME", multiple=True, help="A built-in task; repeatable.")
+@click.option("--data", "files", metavar="PATH", multiple=True, help="Rows; repeatable.")
+@_options(
+    *(row for row in (*_DATA, *_MEMORY, *_RUN) if row[0] in _OF_META),
+    _THREADS,
+)
+@click.option(
+    "--estimator", default="zo-finetuner", show_default=True, help="Or zo-finetuner-grzo."
+)
+@click.option("--sharing", metavar="[block|layer]", default="block", show_default=True)
+@click.option("--steps", type=int, default=200, show_default=True, help="Of the finetuner.")
+@click.option("--restart", type=int, default=50, show_default=True, help="Steps of a trajectory.")
+@click.option("--rate", type=float, default=0.05, show_default=True, help="Of the networks.")
+@click.option("--lr", type=float, default=0.01, show_default=True, help="Of the trajectory.")
+@click.option("--out", metavar="FILE", required=True, help="A new .safetensors file.")
+@_config
+@_json
+def meta_train(
+    tasks: Sequence[str],
+    files: Sequence[str],
+    sharing: str,
+    steps: int,
+    restart: int,
+    rate: float,
+    lr: float,
+    out: str,
+    config_file: str | None,
+    as_json: bool,
+    **said: Any,
+) -> None:
+    """Learn a ZO Fine-tuner for a model on small tasks: with gradients, so with several times the memory."""
+    from edgezo import report
+    from edgezo.machine import parse_bytes
+
+    if said["threads"] is not None:
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ[name] = str(said["threads"])
+    from edgezo import meta_train as meta
+
+    cap = said.pop("max_mem_bytes")
+    from_file = config.read_toml(config_file) if config_file is not None else {}
+    found = meta.meta_train(
+        {**from_file, **{name: value for name, value in said.items() if value is not None}},
+        [*({"task": task} for task in tasks), *({"data": file} for file in files)],
+        meta.MetaRequest(steps, restart, sharing, rate, lr),
+        Path(out),
+        max_mem_bytes=parse_bytes(cap) if cap else None,
+        note=report.TerminalProgress().note,
+    )
+    shown = f"{found['blocks']} networks in {out}, scales at the base {found['scales']}"
+    _emit(as_json, found, shown)
+
+
 @cli.group()
 def bench() -> None:
     """Compare with other ways to train, each measured in a process of its own."""
@@ -325,7 +400,11 @@ def bench_memory(
 @_model
 @_options(
     *_DATA,
-    *(row for row in (*_MEMORY, *_RUN) if row[0] in ("precision", "train", "rank", "sigma")),
+    *(
+        row
+        for row in (*_MEMORY, *_RUN)
+        if row[0] in ("precision", "train", "rank", "sigma", "finetuner")
+    ),
     _THREADS,
 )
 @click.option(
@@ -347,7 +426,9 @@ def bench_alignment(
     from edgezo import alignment, presets, report
 
     progress = report.TerminalProgress()
-    names = tuple(presets.PRESETS)
+    names = [
+        row.name for row in presets.PRESETS.values() if said["finetuner"] or row.mask != "block"
+    ]
     found = alignment.bench_alignment(
         said,
         estimators=[n.strip() for n in estimators.split(",")] if estimators else names,

@@ -52,10 +52,11 @@ ALTERNATIVES = (("steps", "for_s"), ("data", "task"))
 # Friendlier spellings in a TOML file; "-" may stand for "_".
 ALIASES = {"max_mem": "max_mem_bytes", "for": "for_s"}
 # What may differ when a run is resumed; everything else would change the numbers. Files may have moved: the
-# journal knows the weights and the training rows. Another micro-batch or device changes losses in their rounding.
+# journal knows the weights, the training rows and the finetuner. Another micro-batch or device changes losses in
+# their rounding.
 FREE_ON_RESUME = (
     *("max_mem_bytes", "micro_batch", "residency", "device", "threads", "profile"),
-    *("out", "model", "data", "data_root"),
+    *("out", "model", "data", "data_root", "finetuner"),
 )
 
 
@@ -97,6 +98,7 @@ FIELDS: dict[str, Field] = {
     "keep": Field("float", low=0, high=1, open_low=True),
     "refresh": Field("int", low=1),
     "candidates": Field("int", 8, low=1, high=256),
+    "finetuner": Field("str"),
     "batch_size": Field("int", low=1, high=1024),
     "micro_batch": Field("int", low=1, high=1024),
     "max_length": Field("int", 512, low=8, high=1_048_576),
@@ -143,6 +145,7 @@ class RunConfig:
     keep: float  # share of the weights or blocks that a mask leaves
     refresh: int  # steps between two bases of low-rank directions
     candidates: int  # directions of credit candidates
+    finetuner: str | None  # file of the scales of --mask block
     batch_size: int | None
     micro_batch: int | None
     max_length: int  # tokens
@@ -368,6 +371,11 @@ def _combinations(v: Mapping[str, Any], need_data: bool) -> list[str]:
         problems.append(
             "--data-root is where --task looks for its data; without --task give --data"
         )
+    if need_data and v["mask"] == "block" and v["finetuner"] is None and train != ("head",):
+        problems.append(
+            "--mask block needs --finetuner FILE: edgezo meta-train makes one, and "
+            "edgezo convert-finetuner reads a published one"
+        )
     problems += refusals(v)
     if "full" in train and v["precision"] == "int4":
         problems.append(
@@ -433,6 +441,10 @@ def _unused(said: Mapping[str, Any], v: Mapping[str, Any]) -> list[str]:
             "only low-rank directions have a basis that is drawn anew",
         ),
         "candidates": (v["credit"] == "candidates", "only --credit candidates draws them"),
+        "finetuner": (
+            v["mask"] == "block" and forward_trained,
+            "only --mask block (--estimator zo-finetuner) asks one for scales",
+        ),
         "head_lr": ("head" in train, "it is the learning rate of --train head"),
         "sigma": (forward_trained, "--train head alone perturbs nothing"),
         "step": (forward_trained, "--train head alone perturbs nothing; its rate is --head-lr"),

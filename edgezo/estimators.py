@@ -51,6 +51,7 @@ class Recipe(NamedTuple):
     touched: tuple[np.ndarray, ...] = ()
     rate: float = 1.0  # what a rule with a state of its own multiplies its result by
     curvature: float = 0.0  # |l+ + l- - 2 l0|/(2 sigma^2) of the batch, where it was measured
+    scales: np.ndarray | None = None  # (n,) fp32 of mask block, of the trained tensors by name
     # By trained tensor the v_i of its directions, (K, cols): only of directions that no seed has.
     guides: Mapping[str, Tensor] = MappingProxyType({})
 

@@ -81,6 +81,7 @@ SLOTS = 2
 PAGE_BYTES = 4096
 # Change, gradient and Adam's two moments, fp32.
 HEAD_COPIES = 4
+NETWORK = 449  # values of a finetuner's network for one block
 
 
 @dataclass(frozen=True)
@@ -330,6 +331,10 @@ class Footprint:
         if "scales" in cfg.train:
             vectors += sum(m.d_out for m in shape.matrices)
         values = vectors + sum(rows * cols for rows, cols in matrices)
+        if cfg.mask == "block":
+            blocks = len(shape.matrices) + len(shape.tables) + shape.vector_elements // shape.hidden
+            reason = f"--finetuner: {blocks} networks of {NETWORK} values, float64"
+            items.append(Item("finetuner", 8 * NETWORK * blocks, reason))
         if (n := MASKS[cfg.mask].state) and values:
             reason = f"--mask {cfg.mask}: {n} in fp32 for each of {values:,} trained values"
             items.append(Item("mask state", 4 * n * values, reason))

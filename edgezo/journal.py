@@ -8,7 +8,8 @@ Header, written once, whole, before the file has its name:
 offset  type        field
 ======  ==========  ===========================================================================
 0       8 bytes     magic ``89 45 5A 4A 0D 0A 1A 0A`` (a copy in text mode breaks it)
-8       u32         format version: 1, or 2 where records have a shape of their own
+8       u32         format version: 1, 2 where records have a shape of their own, or 3 where they
+                    hold scales
 12      u32         number of the first step
 16      u32         n, length of the JSON in bytes
 20      n bytes     header as canonical JSON: UTF-8, sorted keys, no spaces, no NaN
@@ -23,7 +24,8 @@ step, steps consecutive; 40 bytes + 12 B (B directions in the group) without tou
 offset  type        field
 ======  ==========  ===========================================================================
 0       2 bytes     mark ``45 5A``
-2       u16         flags: 1 the step was skipped, 2 touched tokens follow, 4 a shape follows
+2       u16         flags: 1 the step was skipped, 2 touched tokens follow, 4 a shape follows,
+                    8 scales follow
 4       u32         length of the record in bytes, this head and the last CRC included
 8       u32         step
 12      u32         B
@@ -34,6 +36,7 @@ offset  type        field
                     2, B and B
 ...     S B f32     losses of the evaluations in turn: +sigma side then -sigma side
 ...     K f32       credit
+...     u32, f32s   scales, if flagged: their number and themselves
 ...     varints     touched tokens, if flagged: for each of the T examples the count, the first id
                     and the differences of the sorted ids (LEB128, 7 bits a byte, low bits first)
 end-4   u32         CRC of the record before it
@@ -64,14 +67,15 @@ from edgezo.errors import BaseMismatch, EdgezoError
 from edgezo.files import atomic_write, locked, write_error
 
 MAGIC = b"\x89EZJ\r\n\x1a\n"
-VERSION = 2  # the latest that is read
+VERSION = 3  # the latest that is read
 _PREFIX = struct.Struct("<8sIII")  # magic, version, first step, JSON length
 _HEAD = struct.Struct("<2sHIII")  # mark, flags, record length, step, B
 _SIZES = struct.Struct("<dd")  # sigma, step size
 _SHAPE = struct.Struct("<III")  # evaluations, credits, lists of touched tokens
+_COUNT = struct.Struct("<I")
 _CRC = struct.Struct("<I")
 _MARK = b"EZ"
-_SKIPPED, _TOUCHED, _SHAPED = 1, 2, 4
+_SKIPPED, _TOUCHED, _SHAPED, _SCALED = 1, 2, 4, 8
 _HEAD_BYTES = _HEAD.size + _CRC.size
 _FIXED_BYTES = _HEAD_BYTES + _SIZES.size + _CRC.size
 _MAX_STEP = 2**32 - 1
@@ -90,6 +94,8 @@ class StepRecord:
         np.ndarray
     )  # (K,) float32; K = B but where the whole batch is tried along each direction
     touched: tuple[np.ndarray, ...] = ()  # K or 1 sorted unique token id arrays; () if not recorded
+    # (1 + n,) float32: a factor, then a number for each trained tensor by name (finetuner.py)
+    scales: np.ndarray | None = None
 
 
 def check_base(header: Mapping[str, Any], content_hash: str) -> None:
@@ -194,6 +200,8 @@ class Journal:
             raise ValueError(f"step {record.step} after step {self.next_step - 1}")
         if self.version < 2 and _is_shaped(record):
             raise ValueError("format 1 has two losses and one credit an example")
+        if self.version < 3 and record.scales is not None:
+            raise ValueError("only format 3 has scales")
         data = encode_record(record, self._crc)
         try:
             os.lseek(self._fd, self.valid_bytes, os.SEEK_SET)
@@ -236,10 +244,15 @@ class Journal:
 
 
 def create_journal(
-    path: Path, header: Mapping[str, Any], first_step: int = 0, *, shaped: bool = False
+    path: Path,
+    header: Mapping[str, Any],
+    first_step: int = 0,
+    *,
+    shaped: bool = False,
+    scaled: bool = False,
 ) -> Journal:
     """Start a journal. `header` needs ``content_hash`` (of the base) and must be plain JSON.
-    `shaped`: records may have other than two losses and one credit an example.
+    `shaped`: records may have other than two losses and one credit an example. `scaled`: and scales.
 
     Raises EdgezoError if the file exists, or cannot be written; then nothing is left behind.
     """
@@ -253,7 +266,8 @@ def create_journal(
     text = json.dumps(
         header, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     ).encode()
-    data = _PREFIX.pack(MAGIC, 2 if shaped else 1, first_step, len(text)) + text
+    version = 3 if scaled else 2 if shaped else 1
+    data = _PREFIX.pack(MAGIC, version, first_step, len(text)) + text
     atomic_write(path, data + _CRC.pack(zlib.crc32(data)))
     return open_journal(path, resume=True)
 
@@ -430,11 +444,17 @@ def encode_record(record: StepRecord, crc: int) -> bytes:
         raise ValueError(f"step {record.step} is not in 0 to {_MAX_STEP}")
     flags = (_SKIPPED if record.skipped else 0) | (_TOUCHED if record.touched else 0)
     flags |= _SHAPED if shaped else 0
+    scales = b""
+    if record.scales is not None:
+        if record.scales.ndim != 1 or record.scales.dtype != np.float32:
+            raise ValueError(f"scales {record.scales.shape} {record.scales.dtype}")
+        flags |= _SCALED
+        scales = _COUNT.pack(len(record.scales)) + record.scales.astype("<f4", copy=False).tobytes()
     touched = bytearray()
     for ids in record.touched:
         _put_ids(touched, ids)
     shape = _SHAPE.pack(sides, k, lists) if shaped else b""
-    length = _FIXED_BYTES + len(shape) + 4 * (sides * b + k) + len(touched)
+    length = _FIXED_BYTES + len(shape) + 4 * (sides * b + k) + len(scales) + len(touched)
     head = _HEAD.pack(_MARK, flags, length, record.step, b)
     body = b"".join(
         (
@@ -444,6 +464,7 @@ def encode_record(record: StepRecord, crc: int) -> bytes:
             shape,
             record.losses.astype("<f4", order="C", copy=False).tobytes(),
             record.credit.astype("<f4", order="C", copy=False).tobytes(),
+            scales,
             touched,
         )
     )
@@ -471,10 +492,20 @@ def decode_record(data: bytes, crc: int) -> StepRecord | None:
     sigma, step_size = _SIZES.unpack_from(data, _HEAD_BYTES)
     losses = np.frombuffer(data, "<f4", sides * b, at).astype(np.float32).reshape(sides, b)
     credit = np.frombuffer(data, "<f4", k, at + 4 * sides * b).astype(np.float32)
+    scales = None
+    if flags & _SCALED:
+        if after + _COUNT.size > end:
+            return None
+        (n,) = _COUNT.unpack_from(data, after)
+        start, after = after + _COUNT.size, after + _COUNT.size + 4 * n
+        if after > end:
+            return None
+        scales = np.frombuffer(data, "<f4", n, start).astype(np.float32)
     touched: tuple[np.ndarray, ...] = ()
     if flags & _TOUCHED:
         touched = _get_all_ids(data[after:end], lists)
-    return StepRecord(step, sigma, step_size, bool(flags & _SKIPPED), losses, credit, touched)
+    skipped = bool(flags & _SKIPPED)
+    return StepRecord(step, sigma, step_size, skipped, losses, credit, touched, scales)
 
 
 def _put_ids(out: bytearray, ids: np.ndarray) -> None:

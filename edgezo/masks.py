@@ -6,6 +6,7 @@
     hessian     D/sqrt(H), H a running diagonal curvature (HiZOO, arXiv 2402.15173)
     quantized   Q(D) for the probe, Q'(D) for the update: two independent roundings (QuZO, arXiv 2502.12346);
                 of int8 weights to the codes' own grid, so that every probed weight is a code times its scale
+    block       s_b * D_b of tensor b, as a finetuner tells at every step (ZO Fine-tuner, arXiv 2510.00419)
 
 A mask sees the weights as the forward reads them, at the step's start, so probe and update agree on it. What it
 knows beside them is a function of the base, the seed and the journal: nothing has to be saved.
@@ -59,8 +60,8 @@ class Mask:
     ) -> Tensor:
         raise NotImplementedError
 
-    def scale(self, key: Key, row: Trainable) -> float:
-        """Of the tensor's whole direction; 0: it is left alone this step."""
+    def scale(self, key: Key, row: Trainable, told: float = 1.0) -> float:
+        """Of the tensor's whole direction; 0: it is left alone this step. ``told``: what a finetuner makes of it."""
         return 1.0
 
     def learn(self, row: Trainable, rows: slice | Tensor, u: Tensor, curvature: Tensor) -> None:
@@ -124,7 +125,7 @@ class Layers(Mask):
         order = noise.permutation(key, noise.tensor_id("layers"), noise.CHOICE, len(blocks))
         return {blocks[i] for i in order[:count]}
 
-    def scale(self, key: Key, row: Trainable) -> float:
+    def scale(self, key: Key, row: Trainable, told: float = 1.0) -> float:
         block = block_of(row.target.name)
         return 1.0 if block is None or block in self.chosen(key) else 0.0
 
@@ -211,6 +212,15 @@ class Quantized(Mask):
         return below.mul_(step)
 
 
+class Block(Mask):
+    """Each tensor's direction as long as a finetuner tells (finetuner.py); steps and their records carry the scales."""
+
+    name = "block"
+
+    def scale(self, key: Key, row: Trainable, told: float = 1.0) -> float:
+        return told
+
+
 def mask_of(name: str, keep: float, sigma: float) -> Mask:
     makers: dict[str, Callable[[], Mask]] = {
         "none": Mask,
@@ -218,6 +228,7 @@ def mask_of(name: str, keep: float, sigma: float) -> Mask:
         "layers": lambda: Layers(keep),
         "hessian": Hessian,
         "quantized": lambda: Quantized(sigma),
+        "block": Block,
     }
     return makers[name]()
 

@@ -111,6 +111,7 @@ class Model:
             mask=self.store.mask,
             signs=[e.sign for e in self.evaluations],
             owners=() if drawn else None,
+            scales=self.store.scales,
         )
 
     @torch.no_grad()

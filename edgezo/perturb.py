@@ -18,9 +18,10 @@ that scales or offsets its embedding (Gemma, OPT) keeps doing so through ``super
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import TypeGuard
 
 import numpy as np
@@ -37,6 +38,7 @@ from edgezo.weights import Trainable
 TOKENS = tensor_id("tokens of an example")
 MOST_SLOTS = 1024  # of a group: the noise of a token does not depend on how many there are
 SPUN_PIECES = 4  # of a tile: what is added at once
+UNSCALED: Mapping[str, float] = MappingProxyType({})
 
 
 class Probe:
@@ -54,10 +56,12 @@ class Probe:
         mask: Mask | None = None,
         signs: Sequence[int] = (1, -1),  # of the equal consecutive parts that the tokens are in
         owners: Sequence[int] | None = None,  # slots of the batch's examples; () for all of them
+        scales: Mapping[str, float] = UNSCALED,  # of the tensors, where the mask takes any
     ):
         self.directions, self.key, self.sigma, self.slots = directions, key, sigma, tuple(slots)
         self.mask_of, self.signs = mask or Mask(), tuple(signs)
         self.owners = self.slots if owners is None else tuple(owners)
+        self.scales = scales
         self.example, self.side = example, side * sigma
         one_hot = F.one_hot(example, len(self.slots)).to(side.dtype)
         self.mask = one_hot.mul_(self.side[:, None])  # (n, b)
@@ -75,11 +79,17 @@ class Probe:
             mask=self.mask_of,
             signs=self.signs,
             owners=self.owners,
+            scales=self.scales,
         )
+
+    def scale(self, row: Trainable) -> float:
+        """What the tensor's direction is multiplied by."""
+        told = self.scales.get(row.target.name, 1.0)
+        return self.mask_of.scale(self.key, row, told)
 
     def moves(self, row: Trainable | None) -> TypeGuard[Trainable]:
         """Whether a trained tensor is perturbed in this step."""
-        return row is not None and self.mask_of.scale(self.key, row) != 0.0
+        return row is not None and self.scale(row) != 0.0
 
     def parts(self, n: int) -> Iterator[tuple[slice, int]]:
         """The tokens of each part, and its sign."""
@@ -89,7 +99,7 @@ class Probe:
 
     def rows(self, row: Trainable) -> Tensor:
         found = self._here(self.directions.row_signs(self.key, row.target, self.slots))
-        scale = self.mask_of.scale(self.key, row)
+        scale = self.scale(row)
         return found if scale == 1.0 else found * scale
 
     def cols(self, row: Trainable, x: Tensor | None = None) -> Tensor:
@@ -153,14 +163,14 @@ class Probe:
         """D_i of a vector, (b, rows)."""
         if not self.mask_of.shapes(row):
             found = self._here(self.directions.vectors(self.key, row.target, self.slots))
-            scale = self.mask_of.scale(self.key, row)
+            scale = self.scale(row)
             return found if scale == 1.0 else found * scale
         u = self.dense(row, slice(0, row.target.rows)).T
         return u * self.rows(row) if self.directions.factored else u.expand(len(self.slots), -1)
 
     def _scaled(self, row: Trainable, u: Tensor) -> Tensor:
         """U in the compute dtype; where there is an r_i, that has the mask's scale."""
-        scale = 1.0 if self.directions.factored else self.mask_of.scale(self.key, row)
+        scale = 1.0 if self.directions.factored else self.scale(row)
         return self._here(u if scale == 1.0 else u * scale)
 
     def _masked(self, row: Trainable, rows: slice | Tensor) -> Tensor:

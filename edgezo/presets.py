@@ -84,6 +84,7 @@ MASKS = {
     "layers": Mask("a --keep share of the blocks, drawn every step"),
     "hessian": Mask("over the root of a running diagonal curvature", 1, 1, dense=True),
     "quantized": Mask("rounded to 8 bits, once for the probe and again for the update", dense=True),
+    "block": Mask("times s_b of each tensor from --finetuner, sum_b d_b s_b^2 = sum_b d_b"),
 }
 
 CREDITS = {
@@ -169,8 +170,13 @@ GRZO = "GRZO, arXiv 2606.02857"
 MEZO = "MeZO, arXiv 2305.17333"
 LOZO = "LOZO, arXiv 2410.07698"
 SPARSE = "Sparse-MeZO, arXiv 2402.15751"
+TUNER = "ZO Fine-tuner, arXiv 2510.00419"
 SIGNS = "both factors are signs, where the paper draws normals: their products are exact"
 LOW_BIT = "with --precision int8 all on the codes' own grid; on dense weights directions of 8 bits"
+SCALED = (
+    "an embedding table counts by the tokens of an example, where the release has 15 a row of the batch; "
+    "its hidden factor of 10 on the learning rate is left to --step"
+)
 GAINS = "gains relative to a row's scales, where the paper moves the scales themselves"
 
 PRESETS = {
@@ -297,6 +303,19 @@ PRESETS = {
             "resumed from snapshots, for no seed has its directions",
         ),
         Preset("qzo-grzo", "signs", "group", f"{GRZO} on QZO", 0.1, train=("scales",), note=GAINS),
+        Preset(
+            "zo-finetuner", "shared", "mean", TUNER, 1e-6, mask="block", train=FULL, note=SCALED
+        ),
+        Preset(
+            "zo-finetuner-grzo",
+            "signs",
+            "group",
+            f"{GRZO} on {TUNER}",
+            0.1,
+            mask="block",
+            train=FULL,
+            note=SCALED,
+        ),
     )
 }
 
@@ -348,6 +367,11 @@ def refusals(v: Mapping[str, Any]) -> list[str]:
             f"--mask quantized with --directions {directions}: they lie on every grid already; "
             "it rounds gaussian or shared ones"
         )
+    if mask == "block" and RULES[rule].step == PER_WEIGHT:
+        found.append(
+            f"--mask block with --rule {rule}: how far it moves a weight does not follow from how "
+            "long the direction was, so the scales would be lost; use sgd or momentum"
+        )
     if mask == "hessian" and (credit != "mean" or directions != "shared"):
         found.append(
             "--mask hessian measures the curvature along one direction of the whole batch: "
@@ -394,6 +418,8 @@ def needs_memory(v: Mapping[str, Any]) -> str:
     if RULES[v["rule"]].state or MASKS[v["mask"]].state:
         name = f"--rule {v['rule']}" if RULES[v["rule"]].state else f"--mask {v['mask']}"
         return f"the state of {name} is kept beside the weights, in memory"
+    if v["mask"] == "block":
+        return "--mask block asks for mean and variance of every trained tensor at every step"
     if DIRECTIONS[v["directions"]].guided:
         return (
             f"a block that is elsewhere takes its updates later, from seeds, and --directions {v['directions']} "
@@ -411,10 +437,10 @@ def cannot_anchor(v: Mapping[str, Any]) -> str:
     if RULES[v["rule"]].state or MASKS[v["mask"]].state:
         name = f"--rule {v['rule']}" if RULES[v["rule"]].state else f"--mask {v['mask']}"
         return f"the state of {name} would have to be made anew with the codes"
-    if v["mask"] in ("sparse", "quantized"):
-        return f"what --mask {v['mask']} left of a direction depends on the codes of that step"
     if DIRECTIONS[v["directions"]].guided:
         return f"no journal has --directions {v['directions']}"
+    if v["mask"] in ("sparse", "quantized"):
+        return f"what --mask {v['mask']} left of a direction depends on the codes of that step"
     return ""
 
 

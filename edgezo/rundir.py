@@ -229,8 +229,11 @@ def data_hash(examples: Sequence[Example]) -> str:
 
 def header_of(opened: Opened) -> dict[str, Any]:
     """What the journal remembers of a request: enough to replay it, and to refuse another one."""
-    free = ("out", "max_mem_bytes", "device", "threads", "profile")  # nothing that replay needs
+    # Nothing that replay needs.
+    free = ("out", "max_mem_bytes", "device", "threads", "profile", "finetuner")
+    told = {} if opened.finetuner is None else {"finetuner_hash": opened.finetuner.sha256}
     return {
+        **told,
         "content_hash": opened.files.content_hash,
         "data_hash": data_hash(opened.dataset.train),
         "dataset": {
@@ -267,6 +270,11 @@ def reopen(run: RunFiles, given: Mapping[str, Any], progress: RunProgress) -> Jo
             raise EdgezoError(
                 f"{run.path} was trained on other rows than the ones that the data gives now.\n"
                 "Restore the data files, or start a new run with another --out."
+            )
+        if began.get("finetuner_hash") != given.get("finetuner_hash"):
+            raise EdgezoError(
+                f"{run.path} was trained with another finetuner than the one that --finetuner gives now.\n"
+                "Restore the file, or start a new run with another --out."
             )
         asked = completed(began["config"])
         changed = [

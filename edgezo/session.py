@@ -27,6 +27,7 @@ from edgezo.profiler import phase
 from edgezo.shapes import TokenStats
 
 if TYPE_CHECKING:
+    from edgezo.finetuner import Finetuner
     from edgezo.loader import ModelFiles
     from edgezo.residency import Medium
     from edgezo.rundir import Overlay
@@ -42,6 +43,7 @@ class Opened:
     dataset: Dataset
     plan: Plan | None = None  # once settled
     memory: Memory = field(default_factory=ProcessMemory)  # once loaded: where the cap is
+    finetuner: Finetuner | None = None  # of training with --mask block
 
 
 def open_request(cfg: RunConfig) -> Opened:
@@ -196,6 +198,7 @@ def recipe_of(cfg: RunConfig, record: StepRecord) -> Recipe:
         record.touched,
         record.step_size,
         estimator.curvature(record.losses, record.sigma),
+        None if record.scales is None else record.scales[0] * record.scales[1:],
     )
 
 

@@ -29,6 +29,7 @@ from edgezo.device import confirmed
 from edgezo.errors import BudgetExceeded, EdgezoError, Interrupted
 from edgezo.estimators import Estimator, schedule
 from edgezo.files import atomic_write, remove_leftovers
+from edgezo.finetuner import Tuner, load_finetuner
 from edgezo.journal import Journal, StepRecord, create_journal
 from edgezo.machine import machine
 from edgezo.memory import Guard, Meter, allocator_reuse, peak_rss_bytes, rss_bytes
@@ -87,6 +88,8 @@ def _finetune(cfg: RunConfig, resume: bool, progress: RunProgress) -> dict[str, 
     meter = Meter()
     with phase("import"):
         opened = open_request(cfg)
+    if cfg.finetuner is not None:
+        opened.finetuner = load_finetuner(Path(cfg.finetuner))
     for note in opened.dataset.notes:
         progress.note(note)
     host = confirmed(machine())
@@ -116,8 +119,8 @@ def _finetune(cfg: RunConfig, resume: bool, progress: RunProgress) -> dict[str, 
             raise
         held.callback(model.close)
         if not resume:  # last, so that a model that cannot be loaded leaves no run behind
-            shaped = journal_is_shaped(cfg)
-            journal = held.enter_context(create_journal(run.journal, header, shaped=shaped))
+            kind = {"shaped": journal_is_shaped(cfg), "scaled": cfg.finetuner is not None}
+            journal = held.enter_context(create_journal(run.journal, header, **kind))
         remove_leftovers(run.path)
         run.trained.unlink(missing_ok=True)  # what a replay left would be older than what follows
         allocator_reuse(plan.map_from_bytes)
@@ -202,6 +205,10 @@ class Training:
         self.memory = self.opened.memory
         self._guard()
         follow(self.model, self.cfg, self.journal)
+        finetuner, store = self.opened.finetuner, self.model.store
+        self.tuner = None
+        if finetuner is not None:
+            self.tuner = Tuner.of(finetuner, store, self.opened.dataset)
         if self.model.store.residency is not None:
             self.model.store.residency.note = self.progress.note
         done, planned = self._restore()
@@ -323,6 +330,9 @@ class Training:
         assert cfg.batch_size is not None and cfg.micro_batch is not None
         group = self._group(step)
         sides = self.sides
+        scales = None
+        if self.tuner is not None:
+            scales = self.tuner.tell(self.journal.record(step - 1) if step else None)
         losses = np.full((sides if self.probing else 2, len(group)), np.nan, np.float32)
         learn = 1.0 / (sides * len(group)) if model.exact is not None else 0.0
         try:
@@ -339,9 +349,8 @@ class Training:
             raise
         credit = self.estimator.credit(losses) if self.probing else np.zeros(len(group), np.float32)
         skipped = not bool(credit.any())
-        record = StepRecord(
-            step, cfg.sigma, step_size, skipped, losses, credit, model.take_touched(len(group))
-        )
+        touched = model.take_touched(len(group))
+        record = StepRecord(step, cfg.sigma, step_size, skipped, losses, credit, touched, scales)
         guides = model.store.take_guides()
         self.journal.append(record)
         with phase("update"):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
@@ -82,6 +82,9 @@ class WeightStore:
     vectors: dict[str, Tensor] = field(default_factory=dict)
     trainables: dict[str, Trainable] = field(default_factory=dict)
     residency: Residency | None = None  # where there are blocks elsewhere
+    # Of mask block, in the step that is being probed: what each tensor's direction is multiplied by. Updates have
+    # the scales of their own step in the recipe.
+    scales: Mapping[str, float] = field(default_factory=dict)
     # The recipes of steps [first, stop), for a replay and for blocks elsewhere that lack them.
     history: Callable[[int, int], Iterable[Recipe]] | None = None
 
@@ -216,7 +219,7 @@ class WeightStore:
         member: Tensor | None = None,
     ) -> Tensor:
         key = Key(self.seed, recipe.step)
-        if self.mask.scale(key, row) == 0.0:
+        if self._scale(row, recipe) == 0.0:
             return values
         self.moved(row, recipe, coefficients, rows, values, member)
         return row.layout.snap(values, key, row.target.id, rows)
@@ -231,13 +234,14 @@ class WeightStore:
         member: Tensor | None = None,
     ) -> None:
         """Take ``values``, (n, cols) fp32 of some rows, one step on, in place and with no rounding to a grid."""
-        scale = self.mask.scale(Key(self.seed, recipe.step), row)
+        scale = self._scale(row, recipe)
         if scale == 0.0:
             return
         if self._in_span(row):
-            u, change = None, self._in_basis(row, recipe, coefficients, rows, member)
+            u, change = None, self._in_basis(row, recipe, coefficients * scale, rows, member)
         else:
             change, u = self._sum(row, recipe, coefficients, rows, values, member)
+            change = change if scale == 1.0 else change * scale
             if self.rule.name != "sgd":
                 change = self._ruled(row, recipe, change, rows)
         if self.mask.states:
@@ -248,9 +252,19 @@ class WeightStore:
             self.mask.learn(row, rows, u, told)
         if recipe.decay:
             values.mul_(1.0 - recipe.decay)
-        values.sub_(change if scale == 1.0 else change * scale)
+        values.sub_(change)
         if row.least is not None:
             values.clamp_(min=row.least)
+
+    def _scale(self, row: Trainable, recipe: Recipe) -> float:
+        """What a tensor's direction was multiplied by in the recipe's step."""
+        told = 1.0 if recipe.scales is None else float(recipe.scales[self._places[row.target.name]])
+        return self.mask.scale(Key(self.seed, recipe.step), row, told)
+
+    @functools.cached_property
+    def _places(self) -> dict[str, int]:
+        """Places of the trained tensors in a recipe's scales: by name, wherever they lie."""
+        return {name: place for place, name in enumerate(sorted(self.trainables))}
 
     def _sum(
         self,
@@ -282,7 +296,7 @@ class WeightStore:
         """sum_i c_i D_i tile by tile, before any rule; nothing changes. Not for blocks on disk."""
         c = torch.from_numpy(recipe.coefficients).to(self.device)
         for row in self.trainables.values():
-            scale = self.mask.scale(Key(self.seed, recipe.step), row)
+            scale = self._scale(row, recipe)
             for part in _row_sets(row) if scale else ():
                 member = self._members(row, recipe, part)
                 found, _ = self._sum(row, recipe, c, part, row.layout.read(part), member)
@@ -326,6 +340,8 @@ class WeightStore:
                 row.state[name][rows] = _combination(row.state[name][rows], turn)
             row.state["epoch"][rows] = epoch
         g = d.weighted_coordinates(key, target, coefficients, rows, member)
+        if (scale := self._scale(row, recipe)) != 1.0:
+            g = g * scale
         return _combination(self._ruled(row, recipe, g, rows), basis.T.to(self.device)).mul_(
             d.rank**-0.5
         )

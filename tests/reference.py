@@ -159,7 +159,7 @@ def masked(store: WeightStore, row: Trainable, key: Key, slot: int, seen: Tensor
         found = found * (int(block[1]) in store.mask.chosen(key))
     if store.mask.name == "hessian":
         found = found / row.state["hessian"].double().sqrt()
-    return found
+    return found * store.scales.get(row.target.name, 1.0)
 
 
 def probed_guides(store: WeightStore) -> dict[str, Tensor]:

@@ -40,12 +40,14 @@ def test_defaults_train_low_rank_factors_and_the_head_by_grzo_with_signs():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_row_of_the_table_is_a_request_that_means_something(name):
-    cfg, row = make_config({**BASE, "estimator": name}), PRESETS[name]
+    row, base = PRESETS[name], {**BASE, "estimator": name}
+    base |= {"finetuner": "f"} if row.mask == "block" else {}
+    cfg = make_config(base)
     for field in config.OF_PRESET:
         assert getattr(cfg, field) == getattr(row, field)
     of_matrices = row.mask == "sparse" or presets.DIRECTIONS[row.directions].guided
     other = {} if of_matrices else {"train": "scales+norms"}
-    assert make_config({}, {**BASE, "estimator": name, **other}).estimator == name
+    assert make_config({}, {**base, **other}).estimator == name
 
 
 def test_choices_by_hand_make_the_row_that_has_a_name():

@@ -20,6 +20,7 @@ import reference
 import tiny_models
 import torch
 import torch.nn.functional as F
+from test_finetuner import make_finetuner
 from test_laws import LABEL_IDS, code_steps, make_examples
 from torch import Tensor
 
@@ -80,6 +81,7 @@ class Trial:
 
     def losses(self, step: int, size: int = 4) -> np.ndarray:
         """(S, B) of a step, in micro-batches of ``size``."""
+        self.scales = told(self.cfg, self.model.store, step)
         found = np.empty((len(self.model.evaluations), len(self.examples)), np.float32)
         for slots in micro_batches(self.examples, size):
             batch = collate([self.examples[s] for s in slots], slots)
@@ -91,8 +93,9 @@ class Trial:
     def record(self, step: int, losses: np.ndarray) -> StepRecord:
         credit = self.estimator.credit(losses)
         touched = self.model.take_touched(len(self.examples))
+        skipped = not credit.any()
         return StepRecord(
-            step, self.cfg.sigma, self.cfg.step, not credit.any(), losses, credit, touched
+            step, self.cfg.sigma, self.cfg.step, skipped, losses, credit, touched, self.scales
         )
 
     def recipe(self, step: int, losses: np.ndarray) -> Recipe:
@@ -128,6 +131,18 @@ class Trial:
         return found
 
 
+def told(cfg: RunConfig, store: WeightStore, step: int) -> np.ndarray | None:
+    """What a finetuner might tell the store at a step: other scales for every tensor and step."""
+    if cfg.mask != "block":
+        return None
+    names = sorted(store.trainables)
+    sigma = np.random.default_rng(step).uniform(0.6, 1.4, len(names)).astype(np.float32)
+    sizes = np.array([math.prod(store.trainables[n].layout.shape) for n in names])
+    nu = np.float32(np.sqrt(sizes.sum() / (sizes * sigma**2).sum()))
+    store.scales = dict(zip(names, (nu * sigma).tolist(), strict=True))
+    return np.concatenate(([nu], sigma)).astype(np.float32)
+
+
 class Maker:
     def __init__(self, folder: Path):
         self.path = tiny_models.make("llama", folder)
@@ -153,6 +168,7 @@ class Maker:
 
     def config(self, name: str, precision: str = "fp32", **changes: Any) -> RunConfig:
         said = {"model": "m", "task": "t", "estimator": name, "precision": precision}
+        said |= {"finetuner": "f"} if PRESETS[name].mask == "block" else {}
         train = tuple(part for part in PRESETS[name].train if part != "head")
         return make_config({**said, "sigma": SIGMA, "train": train, **changes})
 
@@ -429,6 +445,8 @@ def test_a_run_that_was_cut_goes_on_and_replays_with_the_same_bits(
 ) -> None:
     request = {"estimator": name, "steps": 5, "snapshot_every": 2, "precision": None}
     request |= {"weight_decay": 0.01, **refreshed(name)}
+    if PRESETS[name].mask == "block":
+        request["finetuner"] = make_finetuner(open_model(bench.model), tmp_path / "f.safetensors")
     whole = finetune(make_config(bench.settings(out=str(tmp_path / "whole"), **request)))
     assert math.isfinite(whole["loss_last"]) and whole["steps"] == 5
     run, plain = tmp_path / "run", Journal.append
@@ -490,7 +508,9 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
     Four matrices in four blocks; the losses come from the reference's own directions. Of a sparse mask only what it
     leaves counts.
     """
-    cfg = make_config({"model": "m", "task": "t", "estimator": name, "precision": "fp32"})
+    said = {"model": "m", "task": "t", "estimator": name, "precision": "fp32"}
+    said |= {"finetuner": "f"} if PRESETS[name].mask == "block" else {}
+    cfg = make_config(said)
     estimator = Estimator.of(cfg)
     rate = SLOPE_RATE if cfg.credit in ("raw", "mean", "clipped") else KAPPA_RATE
     rate = 0.01 if cfg.rule == "adam" else rate
@@ -527,6 +547,7 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
     number = max(losses.shape[1], *((e.candidate or 0) + 1 for e in estimator.evaluations), 1)
     for step in range(DESCENT):
         key, at = Key(seed, step), [r.values.double() for r in rows]
+        scales = told(cfg, store, step)
         along = [
             [masked(store, r, key, slot, a) for r, a in zip(rows, at, strict=True)]
             for slot in range(number)
@@ -538,7 +559,8 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
                 losses[side, slot] = (
                     sum(float((p @ seen.double()).square().sum()) for p in parts) / 2
                 )
-        record = StepRecord(step, cfg.sigma, cfg.step, False, losses, estimator.credit(losses))
+        credit = estimator.credit(losses)
+        record = StepRecord(step, cfg.sigma, cfg.step, False, losses, credit, (), scales)
         store.apply([recipe_of(cfg, record)._replace(guides=guides)])
     return square(), start, sum(int(m.sum()) for m in left)
 

@@ -1,0 +1,274 @@
+"""Small networks out of a file that ``torch.save`` made of pickled modules, without unpickling anything.
+
+Such a file is a zip of a pickle and of raw storages. The pickle is a program; here its opcodes are read as data by a
+small machine that knows those which ``torch.save`` writes and nothing else. No name in the file is ever looked up,
+imported or called: a name is a name, and what may be done with it is in the tables below. Everything else is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import pickletools
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from edgezo.errors import EdgezoError
+
+LARGEST_BYTES = 64 * 10**6  # of a file of small networks
+MODULES = {
+    f"torch.nn.modules.{name}"
+    for name in ("container Sequential", "linear Linear", "activation Tanh")
+}
+STORAGES = {
+    "torch FloatStorage": "<f4",
+    "torch DoubleStorage": "<f8",
+    "torch HalfStorage": "<f2",
+}
+CONTAINERS: dict[str, Callable[[], Any]] = {
+    "collections OrderedDict": dict,
+    "__builtin__ set": set,
+    "builtins set": set,
+}
+TENSORS = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
+
+
+class _Refused(Exception):
+    """What a file of small networks has no use for."""
+
+
+# What reading a file that is not what it should be may raise.
+_WRONG = (
+    *(_Refused, zipfile.BadZipFile, LookupError, ValueError, TypeError),
+    *(AttributeError, RuntimeError, ArithmeticError),
+)
+
+
+class _Name(NamedTuple):
+    name: str
+
+
+class _Storage(NamedTuple):
+    dtype: str
+    key: str
+    numel: int
+
+
+class _Array(NamedTuple):
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class _Module:
+    kind: str  # Sequential, Linear or Tanh
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+Layers = list[dict[str, np.ndarray]]  # of a network in turn: weight and bias, {} for a Tanh
+
+
+def read_networks(path: Path) -> dict[str, Layers]:
+    """By name, networks of Linear and Tanh layers in sequence; arrays fp32.
+
+    Raises EdgezoError for any other file; nothing of a file is ever run.
+    """
+    try:
+        if path.stat().st_size > LARGEST_BYTES:
+            raise _Refused(f"it has {path.stat().st_size:,} bytes, small networks at most 64 MB")
+        with zipfile.ZipFile(path) as archive:
+            return _networks(archive)
+    except _WRONG as problem:
+        raise EdgezoError(
+            f"{path} is not a file of small networks that edgezo reads: {problem}.\n"
+            "Nothing of it was run. A published finetuner is a dictionary of Linear, Tanh, Linear, "
+            "as torch.save writes it."
+        ) from problem
+
+
+def _networks(archive: zipfile.ZipFile) -> dict[str, Layers]:
+    names = [i.filename for i in archive.infolist()]
+    if any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist()):
+        raise _Refused("its parts are compressed, which torch.save never does")
+    pickles = [n for n in names if n.endswith("/data.pkl") and n.count("/") == 1]
+    if len(pickles) != 1:
+        raise _Refused(f"it holds {len(pickles)} pickles at its top, not one")
+    root = pickles[0].removesuffix("data.pkl")
+    if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+        raise _Refused("its numbers are not little-endian")
+    found = _Machine(archive.read(pickles[0])).run()
+    if not isinstance(found, dict) or not found:
+        raise _Refused("it is no dictionary of networks")
+
+    def array(of: Any) -> np.ndarray:
+        if not isinstance(of, _Array):
+            raise _Refused("a layer's weight is no tensor")
+        contiguous = tuple(math.prod(of.shape[i + 1 :]) for i in range(len(of.shape)))
+        if of.stride != contiguous or min((of.offset, *of.shape)) < 0:
+            raise _Refused(f"a tensor has shape {of.shape} and strides {of.stride}")
+        raw = archive.read(f"{root}data/{of.storage.key}")
+        held = np.frombuffer(raw, of.storage.dtype)
+        stop = of.offset + math.prod(of.shape)
+        if len(held) != of.storage.numel or stop > len(held):
+            raise _Refused(f"storage {of.storage.key} holds {len(held)} values, fewer than it says")
+        return held[of.offset : stop].reshape(of.shape).astype(np.float32)
+
+    networks: dict[str, Layers] = {}
+    for name, module in found.items():
+        if not isinstance(name, str) or not isinstance(module, _Module):
+            raise _Refused("its dictionary holds more than named networks")
+        networks[name] = [
+            {own: array(of) for own, of in layer.state.get("_parameters", {}).items()}
+            for layer in _in_sequence(name, module)
+        ]
+    return networks
+
+
+def _in_sequence(name: str, module: _Module) -> list[_Module]:
+    layers = module.state.get("_modules")
+    if module.kind != "Sequential" or not isinstance(layers, dict):
+        raise _Refused(f"{name} is a {module.kind}, not a sequence of layers")
+    if list(layers) != [str(i) for i in range(len(layers))]:
+        raise _Refused(f"the layers of {name} are not numbered from 0")
+    for layer in layers.values():
+        wanted = {"Linear": {"weight", "bias"}, "Tanh": set()}.get(getattr(layer, "kind", ""))
+        if wanted is None or set(layer.state.get("_parameters", {})) != wanted:
+            raise _Refused(f"{name} has a layer that is neither Linear with a bias nor Tanh")
+    return list(layers.values())
+
+
+class _Machine:
+    """The opcodes of a protocol-2 pickle, as far as ``torch.save`` needs them for modules."""
+
+    def __init__(self, program: bytes):
+        self.program = program
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+        self.marks: list[int] = []
+
+    def run(self) -> Any:
+        for opcode, argument, _ in pickletools.genops(self.program):
+            if opcode.name == "STOP":
+                (result,) = self.stack
+                return result
+            step = getattr(self, f"_{opcode.name.lower()}", None)
+            if step is not None:
+                step(argument)
+            elif opcode.name in _PUSHED:
+                self.stack.append(argument)
+            elif opcode.name in _EMPTY:
+                self.stack.append(_EMPTY[opcode.name]())
+            elif opcode.name != "PROTO":
+                raise _Refused(f"the opcode {opcode.name} has no place in it")
+        raise _Refused("its pickle has no end")
+
+    def _since_mark(self) -> list[Any]:
+        start = self.marks.pop()
+        found = self.stack[start:]
+        del self.stack[start:]
+        return found
+
+    def _global(self, name: str) -> None:
+        allowed = name in MODULES or name in STORAGES or name in CONTAINERS or name in TENSORS
+        if not allowed:
+            raise _Refused(f"it names {name.replace(' ', '.')}, which may do anything")
+        self.stack.append(_Name(name))
+
+    def _mark(self, _: Any) -> None:
+        self.marks.append(len(self.stack))
+
+    def _binput(self, place: int) -> None:
+        self.memo[place] = self.stack[-1]
+
+    _long_binput = _binput
+
+    def _binget(self, place: int) -> None:
+        self.stack.append(self.memo[place])
+
+    _long_binget = _binget
+
+    def _tuple(self, _: Any) -> None:
+        self.stack.append(tuple(self._since_mark()))
+
+    def _tuple_of(self, count: int) -> None:
+        found = tuple(self.stack[-count:])
+        if len(found) < count:
+            raise _Refused("its pickle takes what is not there")
+        del self.stack[-count:]
+        self.stack.append(found)
+
+    def _tuple1(self, _: Any) -> None:
+        self._tuple_of(1)
+
+    def _tuple2(self, _: Any) -> None:
+        self._tuple_of(2)
+
+    def _tuple3(self, _: Any) -> None:
+        self._tuple_of(3)
+
+    def _setitem(self, _: Any) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._fill([key, value])
+
+    def _setitems(self, _: Any) -> None:
+        self._fill(self._since_mark())
+
+    def _fill(self, pairs: list[Any]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, dict):
+            raise _Refused("it sets an item of what is no dictionary")
+        target.update(zip(pairs[::2], pairs[1::2], strict=True))
+
+    def _newobj(self, _: Any) -> None:
+        arguments, of = self.stack.pop(), self.stack.pop()
+        if not isinstance(of, _Name) or of.name not in MODULES or arguments != ():
+            raise _Refused("it makes an object that is no layer")
+        self.stack.append(_Module(of.name.split()[-1]))
+
+    def _build(self, _: Any) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if not isinstance(target, _Module) or not isinstance(state, dict):
+            raise _Refused("it sets the state of what is no layer")
+        target.state = state
+
+    def _binpersid(self, _: Any) -> None:
+        match self.stack.pop():
+            case ("storage", _Name(name), str(key), str(), int(numel)) if name in STORAGES:
+                self.stack.append(_Storage(STORAGES[name], key, numel))
+            case _:
+                raise _Refused("it refers to what is no storage of fp32, fp64 or fp16")
+
+    def _reduce(self, _: Any) -> None:
+        arguments, of = self.stack.pop(), self.stack.pop()
+        name = of.name if isinstance(of, _Name) else None
+        match name, arguments:
+            case "torch._utils _rebuild_parameter", (_Array() as tensor, bool(), dict()):
+                self.stack.append(tensor)
+            case (
+                "torch._utils _rebuild_tensor_v2",
+                (_Storage() as storage, int(offset), tuple(shape), tuple(stride), bool(), dict()),
+            ):
+                if not all(type(n) is int for n in (*shape, *stride)):
+                    raise _Refused("a tensor's shape is no tuple of whole numbers")
+                self.stack.append(_Array(storage, offset, shape, stride))
+            case _ if name in CONTAINERS and arguments in ((), ([],)):
+                self.stack.append(CONTAINERS[name]())
+            case _:
+                raise _Refused("it calls something that makes no tensor")
+
+
+_PUSHED = ("BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1")
+_EMPTY: dict[str, Callable[[], Any]] = {
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+}
