@@ -178,7 +178,7 @@ def by_training(run: RunFiles, files: ModelFiles, journal: Journal, out: Path) -
         place = out / rounding
         request = {**cfg.to_dict(), "precision": "int8", "rounding": rounding, "out": str(place)}
         if not (place / "summary.json").exists():
-            finetune(make_config({k: v for k, v in request.items() if v is not None}))
+            finetune(make_config({}, request))  # a lower layer may say what goes unused
         own = of_run(RunFiles(place))
         store = store_of(files, own, "int8", cfg.mask, rounding)
         store.replay(len(own.recipes))

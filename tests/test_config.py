@@ -115,6 +115,10 @@ def test_all_problems_are_reported_together():
             "state of --rule momentum",
         ),
         (
+            {"estimator": "agzo", "precision": "int8", "rounding": "anchored"},
+            "no journal has --directions activation-shared",
+        ),
+        (
             {"estimator": "quzo", "precision": "int8", "rounding": "anchored"},
             "depends on the codes",
         ),
