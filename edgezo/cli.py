@@ -52,7 +52,7 @@ _MEMORY = (
     ("micro_batch", "N", "Examples at once in memory.  [default: as many as fit]"),
     ("train", "PARTS", "What is trained, joined by +: lowrank, full, norms, scales, head."),
     ("rank", "N", "Of low-rank factors and directions.  [default: 8]"),
-    ("rounding", None, "How full bf16 weights keep small steps.  [default: plane]"),
+    ("rounding", None, "How full weights keep small steps.  [default: plane; of int8 anchored]"),
     (
         "residency",
         None,

@@ -21,14 +21,24 @@ from typing import Any
 import tomli_w
 
 from edgezo.errors import UsageError
-from edgezo.presets import CREDITS, DIRECTIONS, MASKS, PRESETS, RULES, default_step, refusals
+from edgezo.presets import (
+    CREDITS,
+    DIRECTIONS,
+    MASKS,
+    PRESETS,
+    RULES,
+    cannot_anchor,
+    default_step,
+    refusals,
+)
 
 TRAINABLE = ("lowrank", "full", "norms", "scales", "head")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 QUANTIZED = ("int8", "int4")
+UNROUNDED = {"fp32": "updates are exact there", "int4": "nothing is rounded there"}
 RESIDENCIES = ("resident", "host", "disk")
 DEVICES = ("auto", "cpu", "cuda")
-ROUNDINGS = ("plane", "stochastic")
+ROUNDINGS = ("plane", "stochastic", "anchored")
 SCHEDULES = ("linear", "constant")
 
 DEFAULT_STEPS = 400
@@ -206,7 +216,7 @@ def _fill_from_preset(values: dict[str, Any]) -> None:
     if own_step is None:  # a credit or rule that was chosen by hand may mean another thing by it
         values["step"] = default_step(row, values["credit"], values["rule"])
     if values["rounding"] is None and "full" in values["train"]:
-        if values["precision"] not in ("fp32", *QUANTIZED):
+        if values["precision"] not in UNROUNDED:
             values["rounding"] = row.rounding
 
 
@@ -367,10 +377,10 @@ def _combinations(v: Mapping[str, Any], need_data: bool) -> list[str]:
             "edgezo convert-finetuner reads a published one"
         )
     problems += refusals(v)
-    if "full" in train and v["precision"] in QUANTIZED:
+    if "full" in train and v["precision"] == "int4":
         problems.append(
-            f"--train full with --precision {v['precision']}: its codes are frozen; "
-            "train lowrank, norms, scales or head there, or use bf16"
+            "--train full with --precision int4: its codes are frozen; "
+            "train lowrank, norms, scales or head there, or use int8 or bf16"
         )
     for part in ("lowrank", "norms", "scales"):
         if "full" in train and part in train:
@@ -382,13 +392,21 @@ def _combinations(v: Mapping[str, Any], need_data: bool) -> list[str]:
             problems.append(
                 "--rounding says how full weights keep small steps; it needs --train full"
             )
-        if v["precision"] in ("fp32", *QUANTIZED):
-            why = (
-                "updates are exact there"
-                if v["precision"] == "fp32"
-                else "nothing is rounded there"
+        if v["precision"] in UNROUNDED:
+            problems.append(
+                f"--rounding with --precision {v['precision']}: {UNROUNDED[v['precision']]}"
             )
-            problems.append(f"--rounding with --precision {v['precision']}: {why}")
+        elif v["rounding"] == "plane" and v["precision"] == "int8":
+            problems.append(
+                "--rounding plane adds 8 bits to bf16 or fp16 weights; "
+                "with --precision int8 use anchored, or stochastic"
+            )
+        elif v["rounding"] == "anchored" and v["precision"] != "int8":
+            problems.append(
+                "--rounding anchored makes int8 codes anew from base and journal; it needs --precision int8"
+            )
+        elif v["rounding"] == "anchored" and (why := cannot_anchor(v)):
+            problems.append(f"--rounding anchored: {why}; use --rounding stochastic")
     if v["residency"] == "host" and v["device"] == "cpu":
         problems.append(
             "--residency host keeps blocks in the RAM beside a GPU; with --device cpu use disk"

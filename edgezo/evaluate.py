@@ -89,6 +89,7 @@ def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model, journal
         stop = load_snapshot(run, model)
     follow(model, cfg, journal)
     replay_into(model, stop)
+    model.store.finish(stop)
     return stop
 
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from edgezo.config import EVAL_TOKENS, QUANTIZED, RunConfig
-from edgezo.presets import DIRECTIONS, MASKS, RULES, forwards, in_span
+from edgezo.config import EVAL_TOKENS, QUANTIZED, UNROUNDED, RunConfig
+from edgezo.presets import DIRECTIONS, MASKS, RULES, cannot_anchor, forwards, in_span
 from edgezo.shapes import (
     BYTES_PER_WEIGHT,
     KEPT_LENGTHS,
@@ -51,6 +51,11 @@ TILE_BYTES = 16 << 20
 # high part, its spacing and the low part.
 UPDATE_TILES = 4
 ROUNDED_UPDATE_TILES = 5
+CODES_UPDATE_TILES = (
+    6  # rounding to codes: what is left of each value, and what it is compared with
+)
+# A tile of the base that is replayed and quantised, and the holes that its temporaries leave (calibrated).
+ANCHOR_TILES = 3
 # A dense tensor is read piece by piece in its own dtype (readers), so only a piece is staged.
 READ_PIECE_BYTES = 4 * MB
 # A chunk of full-vocabulary logits, its copy and its error.
@@ -115,10 +120,14 @@ def _of_tables(precision: str) -> str:
 
 def rounding_of(cfg: RunConfig, precision: str) -> tuple[str | None, str]:
     """(how full weights keep small steps, reason); None where nothing is rounded."""
-    if "full" not in cfg.train or precision not in ("bf16", "fp16"):
+    if "full" not in cfg.train or precision in UNROUNDED:
         return None, ""
     if cfg.rounding is not None:
         return cfg.rounding, "as given"
+    if precision == "int8":
+        if why := cannot_anchor(cfg.to_dict()):
+            return "stochastic", f"rounding adds up, but {why}"
+        return "anchored", "codes are made anew from base and journal, before rounding adds up"
     return "plane", "8 more bits beside each weight; rounding alone would lose small steps"
 
 
@@ -366,9 +375,12 @@ class Footprint:
             reason = "a piece of one tensor, as it is read"
             return Item("load staging", READ_PIECE_BYTES, reason, "load")
         # Codes are made from fp32, a tile with its copies (layouts._QUANTISE_BYTES) at a time; tables are read so.
-        largest = max(m.numel for m in self.shape.matrices)
         reason = "one matrix in fp32 beside its codes, and a tile being quantised"
-        return Item("load staging", 4 * largest + TILE_BYTES, reason, "load")
+        return Item("load staging", self._largest_base() + TILE_BYTES, reason, "load")
+
+    def _largest_base(self) -> int:
+        """A matrix of a block as a checkpoint gives it: fp32 at most."""
+        return 4 * max(m.numel for m in self.shape.matrices)
 
     def _rows(self, micro_batch: int) -> int:
         """Tokens of the longest batch that runs at once: of training on both sides, or of an evaluation."""
@@ -455,8 +467,14 @@ class Footprint:
     def _update(self, precision: str, micro_batch: int, compute_bytes: int, on_disk: int) -> Item:
         rounds = "full" in self.cfg.train and precision != "fp32"
         copies = ROUNDED_UPDATE_TILES if rounds else UPDATE_TILES
+        if rounds and precision == "int8":
+            copies = CODES_UPDATE_TILES
         size = copies * min(TILE_BYTES, self._largest_trained())
         reason = "weights, direction and change of one tile, in fp32"
+        if rounding_of(self.cfg, precision)[0] == "anchored":
+            # As the base gives it, beside what a tile of it becomes (layouts._QUANTISE_BYTES).
+            size = max(size, self._largest_base() + ANCHOR_TILES * TILE_BYTES)
+            reason += "; or a matrix of the base, and a tile that is replayed and quantised"
         if on_disk:
             # A block is updated, or made again, between two blocks' forwards.
             hidden = HIDDEN_COPIES * self._rows(micro_batch) * self.shape.hidden * compute_bytes

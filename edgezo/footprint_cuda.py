@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgezo.footprint import (
+    CODES_UPDATE_TILES,
     HIDDEN_COPIES,
     KEY_COPIES,
     MB,
@@ -158,6 +159,8 @@ class CudaFootprint(Footprint):
     ) -> list[Item]:
         rounds = "full" in self.cfg.train and precision != "fp32"
         copies = (ROUNDED_UPDATE_TILES if rounds else UPDATE_TILES) + 1
+        if rounds and precision == "int8":
+            copies = CODES_UPDATE_TILES + 1
         size = copies * min(TILE_BYTES, self._largest_trained())
         reason = "weights, direction and change of one tile, in fp32"
         if on_disk:  # a block is updated between two layers

@@ -24,6 +24,8 @@ from edgezo.shapes import int4_group
 CPU = torch.device("cpu")
 DENSE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+MOST_CODE = 127  # symmetric: a direction's two sides have the same room
+
 _QUANTISE_BYTES = 16  # an element being quantised: in fp32, with the copies that rounding it takes
 
 # Bits of the significand after the leading one, and the smallest positive step of the format.
@@ -149,7 +151,11 @@ class Dense:
 
 
 class Int8:
-    """quanto qint8: codes (rows, cols) int8 and one fp32 scale a row, symmetric."""
+    """quanto qint8: codes (rows, cols) int8 and one fp32 scale a row, symmetric.
+
+    A trained one moves on its own grid: ``snap`` rounds stochastically to the codes' multiples of the row's scale.
+    Scales stay as they are until ``fill`` makes the codes anew (anchors.py).
+    """
 
     def __init__(self, codes: Tensor, scale: Tensor):
         self.codes, self.scale = codes, scale  # (rows, cols) int8, (rows, 1) fp32
@@ -157,17 +163,21 @@ class Int8:
 
     @staticmethod
     def quantise(weight: Rows) -> Int8:
+        rows, cols = weight.shape
+        made = Int8(torch.empty(rows, cols, dtype=torch.int8), torch.empty(rows, 1))
+        made.fill(weight)
+        return made
+
+    def fill(self, weight: Rows) -> None:
+        """Make codes and scales anew, in place, from rows of ``weight`` on the same device."""
         from optimum.quanto import AbsmaxOptimizer, qint8
 
-        rows, cols = weight.shape
-        codes = torch.empty(rows, cols, dtype=torch.int8)
-        scale = torch.empty(rows, 1)
         optimizer = AbsmaxOptimizer()
-        for tile in tiles(rows, cols, _QUANTISE_BYTES):
+        for tile in tiles(*self.shape, _QUANTISE_BYTES):
             part = weight[tile].to(torch.float32, copy=True)
-            scale[tile] = optimizer(part, qint8, 0).clamp_(min=torch.finfo(torch.float32).tiny)
-            codes[tile] = part.div_(scale[tile]).round_().clamp_(-128, 127).to(torch.int8)
-        return Int8(codes, scale)
+            scale = optimizer(part, qint8, 0).clamp_(min=torch.finfo(torch.float32).tiny)
+            self.scale[tile] = scale
+            self.codes[tile] = part.div_(scale).round_().clamp_(-128, 127).to(torch.int8)
 
     def expand(self, rows: slice | Tensor, out: Tensor) -> Tensor:
         # Not torch.mul(codes, scale, out=out): that converts the codes into a temporary of their own first.
@@ -184,6 +194,29 @@ class Int8:
 
     def adopt(self, tensors: dict[str, Tensor]) -> None:
         self.codes, self.scale = tensors["._data"], tensors["._scale"]
+
+    def raw(self, rows: slice) -> dict[str, Tensor]:
+        """``tensors`` of some rows."""
+        return {suffix: tensor[rows] for suffix, tensor in self.tensors().items()}
+
+    def read(self, rows: slice | Tensor) -> Tensor:
+        """The values of ``rows``, (n, cols) fp32, freshly owned."""
+        return self.codes[rows].float().mul_(self.scale[rows])
+
+    def snap(self, values: Tensor, key: Key, tensor: int, rows: slice | Tensor) -> Tensor:
+        """Round (n, cols) fp32 ``values`` to multiples of the row's scale, unbiased up to the ends of the range."""
+        scale = self.scale[rows]
+        codes = (values / scale).round_().clamp_(-MOST_CODE, MOST_CODE)
+        # What is left is measured from the grid as ``read`` gives it: a value that lies on it has nothing left.
+        left = values.sub(codes * scale).div_(scale)
+        dither = noise.uniform_at(key, tensor, noise.ROUNDING, rows, self.shape[1])
+        up = left.abs() > dither.to(values.device)
+        codes.add_(left.sign_().mul_(up)).clamp_(-MOST_CODE, MOST_CODE)
+        return codes.mul_(scale)
+
+    def write(self, rows: slice | Tensor, values: Tensor) -> None:
+        """Store (n, cols) fp32 values that ``snap`` gave."""
+        self.codes[rows] = (values / self.scale[rows]).round_().to(torch.int8)
 
 
 class Int4:

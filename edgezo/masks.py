@@ -4,7 +4,8 @@
     sparse      m * D, m = [|theta| <= h]: the smallest weights of a matrix (Sparse-MeZO, arXiv 2402.15751)
     layers      D of the blocks of a random subset, drawn every step, else 0 (LeZO, arXiv 2410.09823)
     hessian     D/sqrt(H), H a running diagonal curvature (HiZOO, arXiv 2402.15173)
-    quantized   Q(D) for the probe, Q'(D) for the update: two independent roundings (QuZO, arXiv 2502.12346)
+    quantized   Q(D) for the probe, Q'(D) for the update: two independent roundings (QuZO, arXiv 2502.12346);
+                of int8 weights to the codes' own grid, so that every probed weight is a code times its scale
     block       s_b * D_b of tensor b, as a finetuner tells at every step (ZO Fine-tuner, arXiv 2510.00419)
 
 A mask sees the weights as the forward reads them, at the step's start, so probe and update agree on it. What it
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from edgezo import noise
-from edgezo.layouts import Dense, tiles
+from edgezo.layouts import MOST_CODE, Dense, Int8, tiles
 from edgezo.noise import Key
 
 if TYPE_CHECKING:
@@ -171,9 +172,16 @@ class Hessian(Mask):
 
 
 class Quantized(Mask):
-    """U rounded stochastically to a grid of 255 levels, once for the probe and once more for the update."""
+    """U rounded stochastically, once for the probe and once more for the update.
+
+    To a grid of 255 levels; of int8 weights to one on which theta +- sigma*U has whole codes. There a change that would
+    leave the codes' range on either side is cut to what has room on both, for probe and update alike.
+    """
 
     name = "quantized"
+
+    def __init__(self, sigma: float):
+        self.sigma = sigma
 
     def shapes(self, row: Trainable) -> bool:
         return True
@@ -189,11 +197,19 @@ class Quantized(Mask):
         probing: bool,
     ) -> Tensor:
         stream = noise.PROBE_GRID if probing else noise.UPDATE_GRID
-        step = _RANGE / LEVELS
+        step: float | Tensor = _RANGE / LEVELS
+        room = None
+        if isinstance(row.layout, Int8):
+            scale = row.layout.scale[rows]
+            step = scale / self.sigma
+            room = MOST_CODE - (seen() / scale).round_().abs_()
         whole = u / step
         below = torch.floor(whole)
         dither = noise.uniform_at(key, row.target.id, stream, rows, row.target.cols)
-        return below.add_(dither.to(u.device) < whole.sub_(below)).mul_(step)
+        below.add_(dither.to(u.device) < whole.sub_(below))
+        if room is not None:
+            below = torch.minimum(torch.maximum(below, -room), room)
+        return below.mul_(step)
 
 
 class Block(Mask):
@@ -205,13 +221,13 @@ class Block(Mask):
         return told
 
 
-def mask_of(name: str, keep: float) -> Mask:
+def mask_of(name: str, keep: float, sigma: float) -> Mask:
     makers: dict[str, Callable[[], Mask]] = {
         "none": Mask,
         "sparse": lambda: Sparse(keep),
         "layers": lambda: Layers(keep),
         "hessian": Hessian,
-        "quantized": Quantized,
+        "quantized": lambda: Quantized(sigma),
         "block": Block,
     }
     return makers[name]()
@@ -219,5 +235,4 @@ def mask_of(name: str, keep: float) -> Mask:
 
 def as_read(layout: object, values: Tensor) -> Tensor:
     """fp32 ``values`` of a store's grid as the forward reads them."""
-    assert isinstance(layout, Dense)
-    return values.to(layout.values.dtype).float()
+    return values.to(layout.values.dtype).float() if isinstance(layout, Dense) else values

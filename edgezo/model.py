@@ -27,7 +27,7 @@ from edgezo.directions import DIRECTIONS, orthonormal
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.estimators import TWO_SIDED, Evaluation
 from edgezo.head import ExactHead
-from edgezo.layouts import CPU, DENSE_DTYPES, Dense, Int8, Layout, moved, place, vacant
+from edgezo.layouts import CPU, DENSE_DTYPES, Dense, Int8, Layout, Rows, moved, place, vacant
 from edgezo.masks import mask_of
 from edgezo.noise import Key
 from edgezo.objective import Scorer
@@ -69,6 +69,7 @@ class ModelSpec:
     mask: str = "none"
     rule: str = "sgd"
     keep: float = 0.25
+    sigma: float = 2e-3
     refresh: int = 50
     evaluations: tuple[Evaluation, ...] = TWO_SIDED  # of a step
 
@@ -199,10 +200,10 @@ def assemble(files: ModelFiles, recipe: ModelSpec) -> Model:
     that do not hold what the architecture needs.
     """
     train = set(recipe.train)
-    if "full" in train and recipe.precision in ("int8", "int4"):
+    if "full" in train and recipe.precision == "int4":
         raise UsageError(
-            f"--train full needs dense weights, but --precision is {recipe.precision} (frozen codes).\n"
-            "Train lowrank, scales, norms or head beside the codes, or use --precision bf16."
+            "--train full needs dense weights or int8 codes, but --precision is int4 (frozen codes).\n"
+            "Train lowrank, scales, norms or head beside the codes, or use --precision int8 or bf16."
         )
     packing.register()
     module = loader.build_meta(files)
@@ -223,10 +224,12 @@ class _Builder:
         directions = DIRECTIONS[recipe.directions]._replace(
             rank=recipe.rank, refresh=recipe.refresh
         )
-        mask, rule = mask_of(recipe.mask, recipe.keep), RULES[recipe.rule]
+        mask = mask_of(recipe.mask, recipe.keep, recipe.sigma)
+        rule = RULES[recipe.rule]
         self.store = WeightStore(recipe.seed, recipe.rank, directions, self.device, mask, rule)
         self.context = Context(recipe.dtype, self.device)
         self.train = set(recipe.train)
+        self.bases: dict[str, Callable[[], Rows]] = {}  # where each matrix came from
         self.table_rows = 0  # rows of all embedding tables seen so far, for `touched` numbering
         self.frozen: list[str] = []
         self.label_rows: np.ndarray | None = None
@@ -334,6 +337,14 @@ class _Builder:
                 weight = weight.T.contiguous()
             return place(weight, recipe.precision, **how)
 
+        def base() -> Rows:
+            source, stored = self.files.source, self.names[name]
+            if table:
+                return _Rows(source, stored)
+            weight = source.read(stored)
+            return weight.T.contiguous() if transpose else weight
+
+        self.bases[name] = base
         layout: Layout | DiskTable | None = None
         if self.away is not None:
             rows, cols = self.files.source.shape(self.names[name])
@@ -367,8 +378,10 @@ class _Builder:
     ) -> Matrix:
         full = None
         if "full" in self.train:
-            assert isinstance(layout, Dense | DiskTable)
+            assert isinstance(layout, Dense | Int8 | DiskTable)
             full = self.store.train(name, layout, touched_offset=touched_offset, fixed_rows=fixed)
+            if isinstance(layout, Int8) and self.recipe.rounding == "anchored":
+                full.base = self.bases[name]
         else:
             self.frozen.append(name)
         return Matrix(layout, self.context, full)

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgezo.directions import Directions, on_grid
-from edgezo.layouts import CPU, Dense, Layout, tiles
+from edgezo.layouts import CPU, Layout, tiles
 from edgezo.masks import Mask
 from edgezo.noise import COLUMN, Key, signs, tensor_id
 from edgezo.weights import Trainable
@@ -178,11 +178,11 @@ class Probe:
         if not self.mask_of.shapes(row):
             return u
 
-        def seen() -> Tensor:
-            assert isinstance(row.layout, Dense)
-            return row.layout.values[rows].float()
-
         u = u.to(self.mask.device)
+
+        def seen() -> Tensor:
+            return row.layout.expand(rows, torch.empty_like(u))
+
         return self.mask_of.shape(u, self.key, row, rows, seen, probing=True)
 
     def _here(self, noise: Tensor) -> Tensor:

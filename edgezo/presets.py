@@ -172,7 +172,7 @@ LOZO = "LOZO, arXiv 2410.07698"
 SPARSE = "Sparse-MeZO, arXiv 2402.15751"
 TUNER = "ZO Fine-tuner, arXiv 2510.00419"
 SIGNS = "both factors are signs, where the paper draws normals: their products are exact"
-LOW_BIT = "8-bit directions and stochastic rounding on dense weights; codes stay frozen"
+LOW_BIT = "with --precision int8 all on the codes' own grid; on dense weights directions of 8 bits"
 SCALED = (
     "an embedding table counts by the tokens of an example, where the release has 15 a row of the batch; "
     "its hidden factor of 10 on the learning rate is left to --step"
@@ -427,6 +427,20 @@ def needs_memory(v: Mapping[str, Any]) -> str:
         )
     if v["mask"] == "sparse":
         return "--mask sparse reads the base's weights once more for its thresholds"
+    if v["precision"] == "int8":
+        return "int8 codes that are trained stay in memory; with bf16 they need not"
+    return ""
+
+
+def cannot_anchor(v: Mapping[str, Any]) -> str:
+    """Why int8 codes cannot be made anew from base and journal alone, or ''."""
+    if RULES[v["rule"]].state or MASKS[v["mask"]].state:
+        name = f"--rule {v['rule']}" if RULES[v["rule"]].state else f"--mask {v['mask']}"
+        return f"the state of {name} would have to be made anew with the codes"
+    if DIRECTIONS[v["directions"]].guided:
+        return f"no journal has --directions {v['directions']}"
+    if v["mask"] in ("sparse", "quantized"):
+        return f"what --mask {v['mask']} left of a direction depends on the codes of that step"
     return ""
 
 

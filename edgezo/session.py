@@ -171,6 +171,7 @@ def load_model(opened: Opened, machine: Machine, overlay: Overlay | None = None)
         mask=cfg.mask,
         rule=cfg.rule,
         keep=cfg.keep,
+        sigma=cfg.sigma,
         refresh=cfg.refresh,
         evaluations=Estimator.of(cfg).evaluations,
     )
@@ -221,14 +222,12 @@ def follow(model: Model, cfg: RunConfig, journal: Journal) -> None:
 
 @phase("update")
 def replay_into(model: Model, stop: int) -> None:
-    """Apply the updates before step ``stop`` of the journal that the model follows, many a sweep.
+    """Apply the updates before step ``stop`` of the journal that the model follows to weights as loaded.
 
     Nothing where a snapshot has the weights.
     """
-    if model.guided:
-        return
-    for recipes in model.store.past(0, stop):
-        model.store.apply(recipes)
+    if not model.guided:
+        model.store.replay(stop)
 
 
 # ---------------------------------------------------------------------------------------------

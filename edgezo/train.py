@@ -221,6 +221,7 @@ class Training:
             self._recall(done)
             finished = _saved_summary(run)  # written at the end only
             if finished.get("steps") == done > 0:
+                self.model.store.finish(done)
                 if finished["trained_sha256"] == saved_sha256(self.model.saved()):
                     return finished
             if saved is not None and saved.micro_batch != self.cfg.micro_batch:
@@ -237,6 +238,8 @@ class Training:
             before = self.log.evaluations.get(("before", 0)) if done else self._evaluate("before")
             step, train_s = self._loop(done, planned)
             self._save(step)
+            with phase("update"), self.memory.short("the last anchor"):
+                self.model.store.finish(step)
             if self.model.store.residency is not None:
                 self.model.store.residency.flush()
             after = self._evaluate("after", step)

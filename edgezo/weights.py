@@ -4,7 +4,7 @@ Nothing but ``WeightStore.apply`` changes a weight. What is trained is a flat ta
 its kind, so an update is one loop:
 
     lowrank   A (d_out, rank) fp32 beside a linear, y += A (V x), V = +-1/sqrt(rank) fixed by the seed
-    full      the matrix itself (dense layouts), biases and norms as vectors
+    full      the matrix itself (dense, or int8 codes: anchors.py), biases and norms as vectors
     norms     norm weights and all biases, fp32 vectors
     scales    one relative gain g >= -1 per output row of a linear, y = (1 + g) * (W x); folds into quantisation scales
 """
@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgezo import noise
+from edgezo import anchors, noise
 from edgezo.directions import Directions, Target, centred, orthonormal
 from edgezo.errors import EdgezoError
 from edgezo.estimators import Recipe
-from edgezo.layouts import CPU, Dense, Layout, tiles
+from edgezo.layouts import CPU, Dense, Int8, Layout, Rows, tiles
 from edgezo.masks import Mask, as_read
 from edgezo.noise import Key
 from edgezo.rules import RULES, Rule
@@ -43,7 +43,7 @@ class Trainable:
     """One trained tensor: where it lies and which of its rows an update may move."""
 
     target: Target
-    layout: Dense | DiskTable  # a vector is a (rows, 1) matrix
+    layout: Dense | Int8 | DiskTable  # a vector is a (rows, 1) matrix
     touched_offset: int | None = (
         None  # rows named by the recipe, numbered from here; None: not by example
     )
@@ -53,6 +53,7 @@ class Trainable:
     away: bool = False  # in a block that is elsewhere: updated when it is next bound
     least: float | None = None  # no value goes below
     threshold: float | None = None  # of a sparse mask
+    base: Callable[[], Rows] | None = None  # of codes that are anchored: the checkpoint's matrix
     # v_i by slot, of the step that is being probed; None where directions come from seeds alone.
     guides: dict[int, Tensor] | None = None
     basis: Tensor | None = None  # V^T (k, cols) of a shared direction, in the compute dtype
@@ -90,7 +91,7 @@ class WeightStore:
     def train(
         self,
         name: str,
-        layout: Dense | DiskTable,
+        layout: Dense | Int8 | DiskTable,
         *,
         vector: bool = False,
         touched_offset: int | None = None,
@@ -142,9 +143,41 @@ class WeightStore:
         A block that is elsewhere takes them when it is next bound, from ``history``.
         """
         here = [row for row in self.trainables.values() if not row.away]
-        self._apply_to(here, recipes)
+        anchored = [row for row in here if row.base is not None]
+        for some in anchors.between(recipes) if anchored else (recipes,):
+            self._apply_to(here, some)
+            if anchored and anchors.due(stop := some[-1].step + 1):
+                self._renew(anchored, stop)
         if self.residency is not None and recipes:
             self.residency.target = recipes[-1].step + 1
+
+    @torch.no_grad()
+    def replay(self, stop: int) -> None:
+        """Bring weights that are as loaded to where steps before ``stop`` of ``history`` left them, many a sweep.
+
+        What rounding did to anchored codes before their last anchor is gone by then, so it is not repeated.
+        """
+        here = [row for row in self.trainables.values() if not row.away]
+        anchored = [row for row in here if row.base is not None]
+        at = anchors.last(stop) if anchored else 0
+        for recipes in self.past(0, at):
+            self._apply_to([row for row in here if row.base is None], recipes)
+        self._renew(anchored, at)
+        for recipes in self.past(at, stop):
+            self._apply_to(here, recipes)
+        if self.residency is not None and stop:
+            self.residency.target = stop
+
+    def finish(self, stop: int) -> None:
+        """Anchor codes at ``stop``, the end of a run; not to be trained on from there."""
+        if not anchors.due(stop):  # else they are anchored there already
+            self._renew([row for row in self.trainables.values() if row.base is not None], stop)
+
+    @torch.no_grad()
+    def _renew(self, rows: Sequence[Trainable], stop: int) -> None:
+        for row in rows if stop else ():
+            assert isinstance(row.layout, Int8)
+            row.layout.fill(anchors.Replayed(self, row, stop))
 
     def catch_up(self, names: Sequence[str], first: int) -> None:
         """Apply the updates from step ``first`` on to matrices of a block that has just been bound."""
@@ -185,10 +218,25 @@ class WeightStore:
         values: Tensor,
         member: Tensor | None = None,
     ) -> Tensor:
-        key, target = Key(self.seed, recipe.step), row.target
+        key = Key(self.seed, recipe.step)
+        if self._scale(row, recipe) == 0.0:
+            return values
+        self.moved(row, recipe, coefficients, rows, values, member)
+        return row.layout.snap(values, key, row.target.id, rows)
+
+    def moved(
+        self,
+        row: Trainable,
+        recipe: Recipe,
+        coefficients: Tensor,
+        rows: slice | Tensor,
+        values: Tensor,
+        member: Tensor | None = None,
+    ) -> None:
+        """Take ``values``, (n, cols) fp32 of some rows, one step on, in place and with no rounding to a grid."""
         scale = self._scale(row, recipe)
         if scale == 0.0:
-            return values
+            return
         if self._in_span(row):
             u, change = None, self._in_basis(row, recipe, coefficients, rows, member)
         else:
@@ -207,7 +255,6 @@ class WeightStore:
         values.sub_(change)
         if row.least is not None:
             values.clamp_(min=row.least)
-        return row.layout.snap(values, key, target.id, rows)
 
     def _scale(self, row: Trainable, recipe: Recipe) -> float:
         """What a tensor's direction was multiplied by in the recipe's step."""
@@ -307,16 +354,22 @@ class WeightStore:
         return [ids[(ids >= start) & (ids < stop)] - start for ids in recipe.touched]
 
     def _members(self, row: Trainable, recipe: Recipe, part: slice | Tensor) -> Tensor | None:
-        """`_membership` of a tile of rows; None where every direction moves all of them."""
+        """`membership` of a tile of rows; None where every direction moves all of them."""
         if row.touched_offset is None:
             return None
         assert isinstance(part, slice)
-        return self._membership(self.own_rows(row, recipe), np.arange(part.start, part.stop))
+        return self.membership(self.own_rows(row, recipe), np.arange(part.start, part.stop))
 
-    def _membership(self, own: Sequence[np.ndarray], rows: np.ndarray) -> Tensor:
-        """(B, n) 0/1: which directions move which of ``rows``."""
-        found = torch.from_numpy(np.stack([np.isin(rows, ids) for ids in own])).float()
-        return found.to(self.device)
+    def membership(self, own: Sequence[np.ndarray], rows: np.ndarray) -> Tensor:
+        """(B, n) 0/1: which directions move which of ``rows``, ascending."""
+        found = np.zeros((len(own), len(rows)), np.float32)
+        for line, ids in zip(found, own, strict=True):
+            at = np.searchsorted(rows, ids)
+            at = at[at < len(rows)]
+            line[at[rows[at] == ids[: len(at)]]] = (
+                1.0  # both ascend: what lies behind is at the end
+            )
+        return torch.from_numpy(found).to(self.device)
 
     def _apply_touched(self, row: Trainable, recipe: Recipe, coefficients: Tensor) -> None:
         """Embedding tables: example i moves only the rows that it used."""
@@ -326,7 +379,7 @@ class WeightStore:
             rows = union[tile]
             index = torch.from_numpy(rows.astype(np.int64)).to(self.device)
             values = row.layout.read(index)
-            member = self._membership(own, rows)
+            member = self.membership(own, rows)
             values = self._move(row, recipe, coefficients, index, values, member)
             row.layout.write(index, values)
 

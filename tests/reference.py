@@ -187,8 +187,7 @@ def update(store: WeightStore, recipe: Recipe, name: str, used: Sequence[Tensor]
 
 def seen_values(row: Trainable) -> Tensor:
     """A trained tensor as the forward reads it, (rows, cols) float64."""
-    held: Any = row.layout
-    return held.values.double()
+    return row.layout.expand(slice(0, row.target.rows), torch.empty(row.layout.shape)).double()
 
 
 # ----------------------------------------------------------------------------- explicit weights

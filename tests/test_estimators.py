@@ -167,8 +167,8 @@ def test_the_table_names_what_there_is():
     assert set(presets.DIRECTIONS) == set(directions.DIRECTIONS)
     assert set(presets.RULES) == set(rules.RULES)
     for name, mask in presets.MASKS.items():
-        assert masks.mask_of(name, 0.5).name == name
-        assert len(masks.mask_of(name, 0.5).states) == mask.state
+        assert masks.mask_of(name, 0.5, 2e-3).name == name
+        assert len(masks.mask_of(name, 0.5, 2e-3).states) == mask.state
     for name, rule in presets.RULES.items():
         assert len(rules.RULES[name].states) == rule.state
     for name, credit in presets.CREDITS.items():

@@ -107,6 +107,9 @@ CASES: tuple[Case, ...] = (
     of("llama", "full", precision="fp16"),
     *(of("gpt2", "full", precision=p, rounding="stochastic") for p in ("bf16", "fp16")),
     of("gemma2", "full", precision="bf16", kind="completion"),
+    *(of("llama", "full", d, precision="int8", rounding="anchored") for d in DIRECTIONS),
+    *(of(f, "full", precision="int8", rounding="stochastic") for f in ("gpt2", "phi3")),
+    of("gemma2", "full", precision="int8", kind="completion", rounding="anchored"),
     *(of("llama", BESIDE, d, precision="int4") for d in FIRST),
     *(of("llama", BESIDE, precision=p) for p in ("bf16", "int8")),
     *(of(f, BESIDE, precision=p) for f in ("gpt2", "phi3", "roberta") for p in ("int8", "int4")),
@@ -401,17 +404,27 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(torch.sum(a * b) / (a.norm() * b.norm()))
 
 
-def _coarse(layout: layouts.Dense) -> bool:
+def _coarse(layout: layouts.Dense | layouts.Int8) -> bool:
+    if isinstance(layout, layouts.Int8):
+        return True
     return layout.values.dtype != torch.float32 and layout.low is None
 
 
-def _grid(layout: layouts.Dense) -> Tensor:
+def _grid(layout: layouts.Dense | layouts.Int8) -> Tensor:
     """How far ``snap`` may move each value, (rows, cols) float64."""
+    if isinstance(layout, layouts.Int8):
+        return code_steps(layout)
     if layout.values.dtype == torch.float32:
         return torch.zeros(layout.shape, dtype=torch.float64)
     digits = {torch.bfloat16: 7, torch.float16: 10}[layout.values.dtype]
     ulp = 2.0 ** (torch.floor(torch.log2(layout.values.double().abs() + 1e-30)) - digits)
     return ulp / 128 if layout.low is not None else 2 * ulp
+
+
+def code_steps(layout: layouts.Int8) -> Tensor:
+    """The same for codes: a row's scale; at the ends of their range, which hold a value back, any distance."""
+    at_end = layout.codes.abs() >= layouts.MOST_CODE
+    return torch.where(at_end, math.inf, layout.scale.double())
 
 
 @cases([*pick(family="llama", kind="label"), *pick(kind="completion")])
@@ -447,8 +460,10 @@ class Flipped(Directions):
         found = super().row_signs(key, target, slots)
         return -found if target.name == self.flipped else found
 
-    def dense_rows(self, key: Key, target: Target, rows: slice) -> Tensor:
-        found = super().dense_rows(key, target, rows)
+    def dense_rows(
+        self, key: Key, target: Target, rows: slice, basis: Tensor | None = None
+    ) -> Tensor:
+        found = super().dense_rows(key, target, rows, basis)
         return -found if target.name == self.flipped and not self.factored else found
 
 
@@ -495,10 +510,9 @@ def test_each_choice_trains_what_it_says_and_lists_the_rest_as_frozen(bench: Ben
     assert sorted(bench.model.frozen) == sorted(set(parameters) - wanted)
 
 
-@pytest.mark.parametrize("precision", ("int8", "int4"))
-def test_full_weights_cannot_be_trained_on_frozen_codes(precision: str, workshop: Workshop) -> None:
+def test_full_weights_cannot_be_trained_on_frozen_codes(workshop: Workshop) -> None:
     with pytest.raises(UsageError, match="frozen codes"):
-        workshop.model(of("llama", "full", precision=precision))
+        workshop.model(of("llama", "full", precision="int4"))
 
 
 # ----------------------------------------------------------------------------- (e) splitting changes nothing
@@ -530,7 +544,7 @@ def test_micro_batches_see_the_same_directions(bench: Bench, size: int) -> None:
     [
         *pick(family="llama", kind="label", precision="fp32", train=("full",)),
         *pick(family="gpt2", kind="completion"),
-        *(c for c in CASES if c.precision in ("bf16", "fp16") and "full" in c.train),
+        *(c for c in CASES if c.precision in ("bf16", "fp16", "int8") and "full" in c.train),
         of("llama", ALL, "gaussian"),
         of("llama", BESIDE, precision="int4"),
     ]
@@ -832,6 +846,7 @@ LOW: tuple[Case, ...] = (
     *(of("llama", "full", d, precision="bf16") for d in LATER),
     *(of("gemma3_text", ALL, d, precision="bf16", kind="completion") for d in FIRST),
     *(of("gpt2", BESIDE, precision=p) for p in ("int8", "int4", "fp16")),
+    of("llama", "full", precision="int8", rounding="anchored"),
     of("llama", "lowrank+head", precision="bf16", kind="completion"),
 )
 

@@ -21,7 +21,7 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 from test_finetuner import make_finetuner
-from test_laws import LABEL_IDS, make_examples
+from test_laws import LABEL_IDS, code_steps, make_examples
 from torch import Tensor
 
 from edgezo import layouts, masks, rules
@@ -31,7 +31,7 @@ from edgezo.directions import DIRECTIONS, on_grid, orthonormal
 from edgezo.errors import DoesNotFit
 from edgezo.estimators import Estimator, Recipe
 from edgezo.journal import Journal, StepRecord, create_journal, open_journal
-from edgezo.layouts import Dense
+from edgezo.layouts import Dense, Int8
 from edgezo.loader import open_model
 from edgezo.model import Model, ModelSpec, assemble
 from edgezo.noise import Key
@@ -56,8 +56,8 @@ UPDATED_ALONG_ANOTHER = ("quzo", "qu-grzo")  # an independent rounding of what w
 
 
 def stores(name: str) -> tuple[str, ...]:
-    dense = ("fp32", "bf16")
-    return dense if "full" in PRESETS[name].train else (*dense, "int8", "int4")
+    found = ("fp32", "bf16", "int8")
+    return found if "full" in PRESETS[name].train else (*found, "int4")
 
 
 ON_STORES = [(name, store) for name in PRESETS for store in stores(name)]
@@ -160,6 +160,7 @@ class Maker:
             mask=cfg.mask,
             rule=cfg.rule,
             keep=cfg.keep,
+            sigma=cfg.sigma,
             refresh=cfg.refresh,
             evaluations=Estimator.of(cfg).evaluations,
         )
@@ -229,7 +230,7 @@ def probed_of_quantized(store: Any, row: Any, key: Key, slot: int, seen: Tensor)
     """D_i with U rounded as the probe rounds it."""
     every = slice(0, row.target.rows)
     u = store.directions.dense_at(key, row.target, every)
-    rounded = store.mask.shape(u, key, row, every, lambda: u, probing=True)
+    rounded = store.mask.shape(u, key, row, every, lambda: seen.float(), probing=True)
     d = reference.direction(store.directions.name, key, row.target, slot)
     return d / u.double() * rounded.double()
 
@@ -271,6 +272,8 @@ def moving(trial: Trial, step: int) -> set[str]:
 
 
 def grid(layout: Any) -> Tensor:
+    if isinstance(layout, Int8):
+        return code_steps(layout)
     if not isinstance(layout, Dense) or layout.values.dtype == torch.float32:
         return torch.zeros(layout.shape, dtype=torch.float64)
     ulp = 2.0 ** (torch.floor(torch.log2(layout.values.double().abs() + 1e-30)) - 7)
@@ -513,7 +516,7 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
     rate = 0.01 if cfg.rule == "adam" else rate
     cfg = replace(cfg, step=rate, sigma=1e-3, seed=seed)
     directions = DIRECTIONS[cfg.directions]._replace(rank=4, refresh=20)
-    mask = masks.mask_of(cfg.mask, cfg.keep)
+    mask = masks.mask_of(cfg.mask, cfg.keep, cfg.sigma)
     store = WeightStore(seed, 8, directions, mask=mask, rule=rules.RULES[cfg.rule])
     generator = torch.Generator().manual_seed(seed)
     for block in range(BLOCKS):
