@@ -238,7 +238,7 @@ class WeightStore:
         if scale == 0.0:
             return
         if self._in_span(row):
-            u, change = None, self._in_basis(row, recipe, coefficients * scale, rows, member)
+            u, change = None, self._in_basis(row, recipe, coefficients, rows, member)
         else:
             change, u = self._sum(row, recipe, coefficients, rows, values, member)
             change = change if scale == 1.0 else change * scale

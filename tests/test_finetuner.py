@@ -17,13 +17,19 @@ from torch import nn
 
 from edgezo.config import make_config
 from edgezo.data import Dataset, Example, Row
+from edgezo.directions import DIRECTIONS
 from edgezo.errors import EdgezoError, UsageError
+from edgezo.estimators import Recipe
 from edgezo.finetuner import Finetuner, Tuner, convert_finetuner, load_finetuner
 from edgezo.journal import StepRecord, create_journal, open_journal
+from edgezo.layouts import Dense
 from edgezo.loader import ModelFiles, build_meta, open_model
+from edgezo.masks import mask_of
 from edgezo.model import Model, ModelSpec, assemble
 from edgezo.planner import make_plan
+from edgezo.rules import RULES
 from edgezo.train import finetune
+from edgezo.weights import WeightStore
 
 DATA = Dataset("label", (Example((Row((3, 4, 5, 6, 7), (4,), ()),), 0),) * 3, (), (5, 9), (), ())
 
@@ -215,6 +221,24 @@ def test_alignment_compares_with_a_finetuner(
     assert [row["mask"] for row in found["rows"]] == ["none", "block", "block"]
     # A scale that were another in the probe than in the estimate would leave a signal of about 1.
     assert all(row["signal_to_noise"] > 15 for row in found["rows"])
+
+
+@pytest.mark.parametrize("rule", ["sgd", "momentum"])
+@pytest.mark.parametrize("kind", ["shared", "signs", "lowrank-shared", "lowrank-strict"])
+def test_a_scale_goes_into_an_update_once(kind: str, rule: str) -> None:
+    moved = []
+    for scale in (1.0, 0.5):
+        store = WeightStore(
+            3, 4, DIRECTIONS[kind], mask=mask_of("block", 1.0, 1e-3), rule=RULES[rule]
+        )
+        row = store.train("w", Dense(torch.zeros(6, 8)))
+        store.prepare()
+        c = np.array([0.5, -0.25, 1.0], np.float32)
+        for step in range(2):
+            recipe = Recipe(step, c, 0.0, (), 1.0, scales=np.array([scale], np.float32))
+            store.apply([recipe])
+        moved.append(row.values)
+    assert moved[0].abs().max() > 0 and torch.equal(moved[0] / 2, moved[1])
 
 
 # ----------------------------------------------------------------------------- runs

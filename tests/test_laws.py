@@ -460,8 +460,10 @@ class Flipped(Directions):
         found = super().row_signs(key, target, slots)
         return -found if target.name == self.flipped else found
 
-    def dense_rows(self, key: Key, target: Target, rows: slice) -> Tensor:
-        found = super().dense_rows(key, target, rows)
+    def dense_rows(
+        self, key: Key, target: Target, rows: slice, basis: Tensor | None = None
+    ) -> Tensor:
+        found = super().dense_rows(key, target, rows, basis)
         return -found if target.name == self.flipped and not self.factored else found
 
 
