@@ -69,8 +69,8 @@ def _strike(
     setattr(owner, name, struck)
 
 
-def _half_file(save: Callable[..., None], part: float, tensors: Any, file: Path, more: Any) -> None:
-    save(tensors, file, more)
+def _half_file(save: Callable[..., None], part: float, file: Path, *more: Any) -> None:
+    save(file, *more)
     os.truncate(file, int(os.path.getsize(file) * part))
 
 
@@ -109,7 +109,7 @@ def _arm(blow: Blow) -> None:
     elif blow.point == "head":
         _strike(ExactHead, "update", blow)
     elif blow.point == "snapshot":
-        _strike(rundir, "save_file", blow, torn=_half_file)
+        _strike(rundir, "write_saved", blow, torn=_half_file)
     elif blow.point == "metrics":
         _strike(runlog.MetricsLog, "write", blow, torn=_half_line)
     else:  # the rename that gives a file its name
