@@ -2,9 +2,9 @@
 
     journal first, weights second: a record that is on disk stands for an update that is, or can be, applied.
 
-What has no seed form (the exact head) is snapshotted every ``snapshot_every`` steps. A resume replays the records
-up to the last snapshot and recomputes the steps after it, which gives the same bits; without an exact head nothing
-needs recomputing.
+What has no seed form (the exact head; all that is trained along what the layers read) is snapshotted every
+``snapshot_every`` steps. A resume replays the records up to the last snapshot and recomputes the steps after it, which
+gives the same bits; where all has a seed nothing needs recomputing.
 """
 
 from __future__ import annotations
@@ -238,8 +238,9 @@ class Training:
             before = self.log.evaluations.get(("before", 0)) if done else self._evaluate("before")
             step, train_s = self._loop(done, planned)
             self._save(step)
-            with phase("update"), self.memory.short("the last anchor"):
-                self.model.store.finish(step)
+            if self.cfg.rounding == "anchored":
+                with phase("update"), self.memory.short("the last anchor"):
+                    self.model.store.finish(step)
             if self.model.store.residency is not None:
                 self.model.store.residency.flush()
             after = self._evaluate("after", step)
@@ -531,10 +532,14 @@ class Training:
 
     def _peaks(self) -> dict[str, int | None]:
         """The four figures that a run is judged by."""
+        peak_bytes, inference_bytes = peak_rss_bytes(), self.inference_peak_bytes
+        if inference_bytes is not None and self.memory.unit == "rss":
+            # The kernel counts pages in batches, so that a peak may read lower later on than it did.
+            inference_bytes = min(inference_bytes, peak_bytes)
         return {
             "planned_peak_bytes": self.plan.planned_peak_bytes,
-            "peak_rss_bytes": peak_rss_bytes(),
-            f"inference_peak_{self.memory.unit}_bytes": self.inference_peak_bytes,
+            "peak_rss_bytes": peak_bytes,
+            f"inference_peak_{self.memory.unit}_bytes": inference_bytes,
             "max_mem_bytes": self.plan.max_mem_bytes,
             **self.memory.figures(),
         }
