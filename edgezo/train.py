@@ -345,6 +345,7 @@ class Training:
                     found, _ = model.losses(batch, probe, sides=sides, learn=learn)
                 losses[:, slots] = found.numpy()
         except BaseException:
+            model.store.take_guides(learn=False)
             if model.exact is not None:
                 model.exact.forget()  # half a step's gradient must not leak into a saved state
             raise

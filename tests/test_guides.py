@@ -16,7 +16,7 @@ from edgezo import noise
 from edgezo.config import make_config
 from edgezo.data import collate
 from edgezo.directions import on_grid
-from edgezo.errors import UsageError
+from edgezo.errors import BudgetExceeded, UsageError
 from edgezo.model import Model
 from edgezo.noise import Key
 from edgezo.perturb import MOST_SLOTS, TOKENS, PerturbedLinear
@@ -154,3 +154,31 @@ def test_what_no_guide_can_be_made_for_is_refused(said: dict[str, str], word: st
     request = {"model": "m", "task": "t", "estimator": "ag-grzo"}
     with pytest.raises(UsageError, match=word):
         make_config({**request, **said})
+
+
+@pytest.mark.parametrize("name", ["agzo", "ag-grzo"])
+def test_a_step_that_is_begun_anew_forgets_what_its_first_micro_batch_made(
+    name: str, bench: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends, real = [], Model.losses
+    for struck in (
+        4,
+        5,
+    ):  # the first or the second micro-batch of step 1; before them step 0 and the longest
+        calls = 0
+
+        def losses(self: Model, batch: Any, probe: Any = None, **more: Any) -> Any:
+            nonlocal calls
+            calls += probe is not None
+            if probe is not None and calls == struck:  # noqa: B023
+                raise BudgetExceeded("as if memory were short")
+            return real(self, batch, probe, **more)
+
+        said = bench.settings(estimator=name, train="full", precision="fp32", steps=3)
+        said |= {"batch_size": 4, "micro_batch": 2, "out": str(tmp_path / str(struck))}
+        with monkeypatch.context() as patch:
+            patch.setattr(Model, "losses", losses)
+            found = finetune(make_config(said))
+        assert found["micro_batch"] == 1
+        ends.append(found["trained_sha256"])
+    assert ends[0] == ends[1]
