@@ -218,11 +218,9 @@ class WeightStore:
         values: Tensor,
         member: Tensor | None = None,
     ) -> Tensor:
-        key = Key(self.seed, recipe.step)
-        if self._scale(row, recipe) == 0.0:
+        if not self.moved(row, recipe, coefficients, rows, values, member):
             return values
-        self.moved(row, recipe, coefficients, rows, values, member)
-        return row.layout.snap(values, key, row.target.id, rows)
+        return row.layout.snap(values, Key(self.seed, recipe.step), row.target.id, rows)
 
     def moved(
         self,
@@ -232,11 +230,14 @@ class WeightStore:
         rows: slice | Tensor,
         values: Tensor,
         member: Tensor | None = None,
-    ) -> None:
-        """Take ``values``, (n, cols) fp32 of some rows, one step on, in place and with no rounding to a grid."""
+    ) -> bool:
+        """Take ``values``, (n, cols) fp32 of some rows, one step on, in place and with no rounding to a grid.
+
+        False where the step leaves the tensor alone.
+        """
         scale = self._scale(row, recipe)
         if scale == 0.0:
-            return
+            return False
         if self._in_span(row):
             u, change = None, self._in_basis(row, recipe, coefficients, rows, member)
         else:
@@ -255,6 +256,7 @@ class WeightStore:
         values.sub_(change)
         if row.least is not None:
             values.clamp_(min=row.least)
+        return True
 
     def _scale(self, row: Trainable, recipe: Recipe) -> float:
         """What a tensor's direction was multiplied by in the recipe's step."""
