@@ -152,7 +152,7 @@ def finetune(
 
     progress = report.TerminalProgress()
     cfg, resuming = _finetune_config(said, config_file, resume, progress.note)
-    _use_threads(cfg)
+    _use_threads(cfg.threads)
     if show_batch:
         text = preview.show_batch(cfg)
         _emit(as_json, {"batch": text}, text)
@@ -225,7 +225,7 @@ def evaluate(config_file: str | None, as_json: bool, **said: str | None) -> None
             for name in ("data_root", "template", "labels", "label_field"):
                 del lower[name]
         cfg = config.make_config(said, lower)
-    _use_threads(cfg)
+    _use_threads(cfg.threads)
     from edgezo.evaluate import evaluate as run_evaluation
 
     result = run_evaluation(target, cfg)
@@ -325,9 +325,7 @@ def meta_train(
     from edgezo import report
     from edgezo.machine import parse_bytes
 
-    if said["threads"] is not None:
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-            os.environ[name] = str(said["threads"])
+    _use_threads(said["threads"])
     from edgezo import meta_train as meta
 
     cap = said.pop("max_mem_bytes")
@@ -420,9 +418,7 @@ def bench_alignment(
     estimators: str | None, batch_sizes: str, tries: int, out: str, as_json: bool, **said: Any
 ) -> None:
     """Cosine of one step's estimate to the true gradient, beside theory: table, JSON, chart."""
-    if said["threads"] is not None:
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-            os.environ[name] = str(said["threads"])
+    _use_threads(said["threads"])
     from edgezo import alignment, presets, report
 
     progress = report.TerminalProgress()
@@ -530,11 +526,11 @@ def _free_run_directory(cfg: RunConfig) -> str:
     return str(found)
 
 
-def _use_threads(cfg: RunConfig) -> None:
+def _use_threads(threads: int | None) -> None:
     """Before torch is imported: its thread pools are sized once."""
-    if cfg.threads is not None:
+    if threads is not None:
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-            os.environ[name] = str(cfg.threads)
+            os.environ[name] = str(threads)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -81,6 +81,17 @@ def _rows(kind: str) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Matrices as small as a test's only wait for a second thread."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """edgezo's cache, away from the user's."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,15 +30,8 @@ from edgezo.rules import RULES
 from edgezo.train import finetune
 from edgezo.weights import WeightStore
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = Dataset("label", (Example((Row((3, 4, 5, 6, 7), (4,), ()),), 0),) * 3, (), (5, 9), (), ())
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_finetuner(files: ModelFiles, path: Path, drawn: float = 0.1, **about: str) -> str:

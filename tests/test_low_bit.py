@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from edgezo.train import finetune
 from edgezo.weights import saved_sha256
 
 maker = test_presets.maker
+pytestmark = pytest.mark.usefixtures("one_thread")
 SEED = 11
 
 
@@ -177,14 +178,6 @@ class Pair:
             int8 = isinstance(self.codes.store.trainables[name].layout, Int8)
             found[name] = Int8.quantise(values).read(every) if int8 else values
         return found
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(("family", "kind", "directions", "tied"), DIRECTION_CASES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,8 @@ from edgezo.meta_train import MetaRequest, MetaTrainer, layer_of, meta_train, ta
 from edgezo.session import open_request, recipe_of
 from edgezo.train import finetune
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CREDITS = ("zo-finetuner", "zo-finetuner-grzo")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
