@@ -1,8 +1,8 @@
 """Baselines for ``edgezo bench``: transformers, peft and torch as people use them, and MeZO as published.
 
 Runs as a process of its own: ``python -m edgezo.baselines '{"method": "lora", ...}'`` prints one JSON object. Of
-edgezo only the meter is shared, which imports neither torch nor transformers, so that all methods are measured with
-the same instrument.
+edgezo only the meter and the machine's facts are shared, which import neither torch nor transformers, so that all
+methods are measured with the same instrument.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from edgezo.machine import machine
 from edgezo.memory import Meter
 
 
@@ -42,9 +43,10 @@ SIGMA = 1e-3
 def run(spec: dict[str, Any]) -> dict[str, Any]:
     """Train ``steps`` steps.
 
-    ``spec`` has method, model (a path), rows (a JSONL file), batch_size, tokens and steps.
-    Peaks are by phase, in bytes: importing, loading, training.
+    ``spec`` has method, model (a path), rows (a JSONL file), batch_size, tokens, steps and device (cpu or cuda).
+    Peaks are by phase, in bytes: importing, loading, training; and the GPU's over all.
     """
+    gpu = machine().gpu if spec["device"] == "cuda" else None  # before this process takes any of it
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -73,13 +75,14 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     if recipe.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
+    model.to(spec["device"])
     model.config.use_cache = False
     model.train()
     meter.mark("load")
 
     texts = [json.loads(line)["text"] for line in Path(spec["rows"]).read_text().splitlines()]
     rows = tokenizer(texts, truncation=True, max_length=spec["tokens"])["input_ids"]
-    ids = torch.tensor([row for row in rows if len(row) == spec["tokens"]])
+    ids = torch.tensor([row for row in rows if len(row) == spec["tokens"]], device=spec["device"])
     trained = [p for p in model.parameters() if p.requires_grad]
     make_step = _mezo if recipe.forwards_only else _backward
     one_step = make_step(model, trained)
@@ -92,7 +95,12 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         times_s.append(time.monotonic() - begun_s)
     meter.mark("train")
     found = meter.summary()
-    return {
+    on_gpu = {}
+    if gpu is not None:
+        taken = gpu.available_bytes - torch.cuda.mem_get_info()[0]
+        context = taken - torch.cuda.memory_reserved()
+        on_gpu["cuda_peak_bytes"] = context + torch.cuda.max_memory_reserved()
+    return on_gpu | {
         "step_s": statistics.median(times_s),
         "losses": losses,
         "trained_parameters": sum(p.numel() for p in trained),
@@ -122,7 +130,7 @@ def _mezo(model: Any, trained: list[Any]) -> Callable[[Any], float]:
     """MeZO's step (arXiv 2305.17333, algorithm 1): one direction for the batch, drawn again from its seed."""
     import torch
 
-    generator = torch.Generator()
+    generator = torch.Generator(trained[0].device)
 
     @torch.no_grad()
     def step(batch: Any) -> float:

@@ -69,6 +69,7 @@ def bench_memory(
     batch_sizes: Sequence[int] = (16,),
     tokens: Sequence[int] = (128,),
     threads: int | None = None,
+    device: str = "cpu",
     cap_bytes: int | None = None,
     limit_s: float | None = None,
     out: Path,
@@ -80,7 +81,7 @@ def bench_memory(
     ``peak_rss_bytes`` of a row is the peak of the process, ``train_peak_rss_bytes`` that of the steps (of edgezo's
     methods: of all that follows loading). A method that fails (no memory, a package that is missing) is a row with
     ``error``; a baseline that takes longer than ``limit_s`` is stopped, and its row holds the peak so far and
-    ``stopped_s``.
+    ``stopped_s``. On ``cuda`` the peak is ``cuda_peak_bytes``: what the allocator reserved and the driver's context.
     Raises UsageError for unknown methods and sizes, EdgezoError for a model that cannot be had.
     """
     unknown = [m for m in methods if m not in METHODS]
@@ -97,7 +98,12 @@ def bench_memory(
     log = out / "points.jsonl"
     known = _read_points(log)
     rows = []
-    always = {"model": model, "edgezo": __version__, "threads": threads or machine().cores}
+    always = {
+        "model": model,
+        "edgezo": __version__,
+        "device": device,
+        "threads": threads or machine().cores,
+    }
     for method, batch_size, length in product(methods, batch_sizes, tokens):
         asked = always | {"method": method, "batch_size": batch_size, "tokens": length}
         found = next((p for p in known if asked.items() <= p.items() and "error" not in p), None)
@@ -119,6 +125,12 @@ def bench_memory(
     return result
 
 
+def train_peak_bytes(point: dict[str, Any]) -> int:
+    """Of the training steps, in the memory that the device computes in."""
+    peak_bytes: int = point.get("cuda_peak_bytes", point["train_peak_rss_bytes"])
+    return peak_bytes
+
+
 def _row(point: dict[str, Any]) -> dict[str, Any]:
     """A point with what it is a point of."""
     method = METHODS[point["method"]]
@@ -131,7 +143,8 @@ def _row(point: dict[str, Any]) -> dict[str, Any]:
 
 def _read_points(log: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        lines = log.read_text().splitlines() if log.exists() else []
+        return [{"device": "cpu"} | json.loads(line) for line in lines]
     except ValueError as problem:
         raise EdgezoError(
             f"{log} is damaged ({problem}).\nRemove it, or give another --out."
@@ -159,7 +172,7 @@ def _measure(path: Path, asked: dict[str, Any], limit_s: float | None) -> dict[s
             "max_length": length,
             "batch_size": batch_size,
             "micro_batch": batch_size,
-            "device": "cpu",  # whose peaks are compared
+            "device": asked["device"],
             "max_mem_bytes": UNLIMITED_BYTES,
             "threads": threads,
             "train": "lowrank",
@@ -180,9 +193,11 @@ def _measure(path: Path, asked: dict[str, Any], limit_s: float | None) -> dict[s
             "load_peak_rss_bytes",
             "peak_rss_bytes",
             "planned_peak_bytes",
+            "cuda_peak_bytes",
             "step_s",
         )
-        return {k: found[k] for k in kept} | {"train_peak_rss_bytes": found["run_peak_rss_bytes"]}
+        found["train_peak_rss_bytes"] = found["run_peak_rss_bytes"]
+        return {k: found[k] for k in (*kept, "train_peak_rss_bytes") if k in found}
 
 
 def _write_rows(file: Path, rows: int, tokens: int) -> None:
@@ -251,6 +266,7 @@ def inference(request: dict[str, Any]) -> dict[str, Any]:
     model = load_model(opened, machine())
     model.scorer.exact = None  # a forward that learns nothing has no head beside the head
     allocator_reuse(plan.map_from_bytes)
+    opened.memory.loaded()
     meter.mark("load")
     examples = opened.dataset.train
     size = int(request["batch_size"])
@@ -261,9 +277,10 @@ def inference(request: dict[str, Any]) -> dict[str, Any]:
         model.losses(collate(batch, range(len(batch))), sides=2)
         times_s.append(time.monotonic() - begun_s)
     meter.mark("train")
-    found = meter.summary()
-    kept = ("base_rss_bytes", "load_peak_rss_bytes", "train_peak_rss_bytes")
-    return {k: found[k] for k in kept} | {"step_s": statistics.median(times_s)}
+    opened.memory.look_again()
+    found: dict[str, Any] = meter.summary() | opened.memory.figures()
+    kept = ("base_rss_bytes", "load_peak_rss_bytes", "train_peak_rss_bytes", "cuda_peak_bytes")
+    return {k: found[k] for k in kept if k in found} | {"step_s": statistics.median(times_s)}
 
 
 def chart(result: dict[str, Any], file: Path) -> None:
@@ -281,7 +298,7 @@ def chart(result: dict[str, Any], file: Path) -> None:
         least = min((p[fixed] for p in points), default=0)
         for method in METHODS:
             own = sorted(
-                (p[across], p["train_peak_rss_bytes"] / 1e9)
+                (p[across], train_peak_bytes(p) / 1e9)
                 for p in points
                 if p["method"] == method and p[fixed] == least
             )
@@ -294,7 +311,8 @@ def chart(result: dict[str, Any], file: Path) -> None:
         panel.set_xlabel(f"{across.replace('_', ' ')} ({least} {fixed.replace('_', ' ')})")
         panel.set_yscale("log")
         panel.grid(alpha=0.3, which="both")
-    panels[0].set_ylabel("peak RSS of the training steps, GB")
+    where = "peak GPU memory" if any("cuda_peak_bytes" in p for p in points) else "peak RSS"
+    panels[0].set_ylabel(f"{where} of the training steps, GB")
     panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(f"{result['model']}: peak memory")
     figure.tight_layout()

@@ -353,6 +353,7 @@ def bench() -> None:
 @click.option("--batch-sizes", metavar="N,N", default="16", show_default=True)
 @click.option("--tokens", metavar="N,N", default="128", show_default=True, help="Of a row.")
 @click.option("--max-mem", metavar="SIZE", help="Drawn into the chart as a line.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", metavar="N", type=click.IntRange(1), help="[default: every core]")
 @click.option(
     "--limit",
@@ -368,6 +369,7 @@ def bench_memory(
     batch_sizes: str,
     tokens: str,
     max_mem: str | None,
+    device: str,
     threads: int | None,
     limit: float | None,
     out: str,
@@ -386,6 +388,7 @@ def bench_memory(
         batch_sizes=_integers("--batch-sizes", batch_sizes),
         tokens=_integers("--tokens", tokens),
         threads=threads,
+        device=device,
         cap_bytes=parse_bytes(max_mem) if max_mem else None,
         limit_s=limit,
         out=Path(out),

@@ -47,6 +47,8 @@ GUARD_MARGIN_BYTES = 16 << 20
 RUN_BYTES = 2 * MB
 # No temporary of the weights is larger, whatever the largest matrix.
 TILE_BYTES = 16 << 20
+# A weight being quantised: in fp32, with the copies that rounding it takes; of a tile so many bytes are held.
+QUANTISE_BYTES = 16
 # An update holds a tile of weights, one of the direction, one of the change and their product; where it rounds, the
 # high part, its spacing and the low part.
 UPDATE_TILES = 4
@@ -288,7 +290,7 @@ class Footprint:
         """One matrix as the base gives it, to make a block on disk (again)."""
         largest = max(m.numel for m in self.shape.matrices)
         if precision in QUANTIZED:  # in fp32 beside its codes, and a tile being quantised
-            return 5 * largest + TILE_BYTES
+            return 5 * largest + min(TILE_BYTES, QUANTISE_BYTES * largest)
         return largest * (BYTES_PER_WEIGHT[precision] + 1)
 
     def _trained(self, compute_bytes: int) -> list[Item]:
@@ -369,12 +371,12 @@ class Footprint:
                 "rows of a table, or a matrix of a block, as they are read, converted and written"
             )
             return Item(
-                "load staging", max(3 * TILE_BYTES, self._staged_bytes(precision)), reason, "load"
+                "load staging", max(TILE_BYTES, self._staged_bytes(precision)), reason, "load"
             )
         if precision not in QUANTIZED:
             reason = "a piece of one tensor, as it is read"
             return Item("load staging", READ_PIECE_BYTES, reason, "load")
-        # Codes are made from fp32, a tile with its copies (layouts._QUANTISE_BYTES) at a time; tables are read so.
+        # Codes are made from fp32, a tile with its copies (QUANTISE_BYTES) at a time; tables are read so.
         reason = "one matrix in fp32 beside its codes, and a tile being quantised"
         return Item("load staging", self._largest_base() + TILE_BYTES, reason, "load")
 
@@ -472,7 +474,7 @@ class Footprint:
         size = copies * min(TILE_BYTES, self._largest_trained())
         reason = "weights, direction and change of one tile, in fp32"
         if rounding_of(self.cfg, precision)[0] == "anchored":
-            # As the base gives it, beside what a tile of it becomes (layouts._QUANTISE_BYTES).
+            # As the base gives it, beside what a tile of it becomes (QUANTISE_BYTES).
             size = max(size, self._largest_base() + ANCHOR_TILES * TILE_BYTES)
             reason += "; or a matrix of the base, and a tile that is replayed and quantised"
         if on_disk:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from edgezo import noise
-from edgezo.footprint import TILE_BYTES
+from edgezo.footprint import QUANTISE_BYTES, TILE_BYTES
 from edgezo.noise import Key
 from edgezo.shapes import int4_group
 
@@ -26,7 +26,6 @@ DENSE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 
 MOST_CODE = 127  # symmetric: a direction's two sides have the same room
 
-_QUANTISE_BYTES = 16  # an element being quantised: in fp32, with the copies that rounding it takes
 
 # Bits of the significand after the leading one, and the smallest positive step of the format.
 _MANTISSA = {torch.bfloat16: 7, torch.float16: 10}
@@ -173,7 +172,7 @@ class Int8:
         from optimum.quanto import AbsmaxOptimizer, qint8
 
         optimizer = AbsmaxOptimizer()
-        for tile in tiles(*self.shape, _QUANTISE_BYTES):
+        for tile in tiles(*self.shape, QUANTISE_BYTES):
             part = weight[tile].to(torch.float32, copy=True)
             scale = optimizer(part, qint8, 0).clamp_(min=torch.finfo(torch.float32).tiny)
             self.scale[tile] = scale
@@ -242,7 +241,7 @@ class Int4:
         scale, shift = torch.empty(rows, groups, 1), torch.empty(rows, groups, 1)
         optimizer = MaxOptimizer()
         for start, nibble in ((0, 0), (half, 4)):
-            for tile in tiles(half, cols, _QUANTISE_BYTES):
+            for tile in tiles(half, cols, QUANTISE_BYTES):
                 place = slice(start + tile.start, start + tile.stop)
                 part = weight[place].to(torch.float32, copy=True).reshape(-1, size)
                 # Not optimizer(...): its check of groups takes a lone group's columns for groups.

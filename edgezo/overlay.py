@@ -39,7 +39,7 @@ from torch import Tensor
 
 from edgezo.errors import EdgezoError
 from edgezo.files import write_error
-from edgezo.footprint import PAGE_BYTES
+from edgezo.footprint import PAGE_BYTES, QUANTISE_BYTES
 from edgezo.layouts import Dense, Layout, tiles
 
 if TYPE_CHECKING:
@@ -288,7 +288,7 @@ class DiskTable:
     def fill(self, make: Callable[[slice], Layout]) -> None:
         """Write the table, made some rows at a time. Raises EdgezoError where there is no room."""
         self.file.reserve()
-        for tile in tiles(*self.shape):
+        for tile in tiles(*self.shape, QUANTISE_BYTES):
             self._store(tile, make(tile).tensors())
 
     # -- Layout -------------------------------------------------------------------------------------------

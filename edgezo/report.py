@@ -115,7 +115,7 @@ def plan_table(plan: Plan, largest: Plan | None = None) -> RenderableType:
 
 def memory_table(found: Mapping[str, Any]) -> RenderableType:
     """Rows of ``edgezo bench memory``: peaks, and how many times GRZO's (signs, bf16, same sizes) each is."""
-    from edgezo.bench import METHODS
+    from edgezo.bench import METHODS, train_peak_bytes
 
     table = Table(
         title=f"{found['model']}: peak memory", title_justify="left", box=None, pad_edge=False
@@ -123,7 +123,7 @@ def memory_table(found: Mapping[str, Any]) -> RenderableType:
     for name in ("method", "B", "tokens", "loading", "training", "x grzo", "s a step"):
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     own = {
-        (p["batch_size"], p["tokens"]): p["train_peak_rss_bytes"]
+        (p["batch_size"], p["tokens"]): train_peak_bytes(p)
         for p in found["rows"]
         if p["method"] == "grzo" and "error" not in p
     }
@@ -134,7 +134,7 @@ def memory_table(found: Mapping[str, Any]) -> RenderableType:
             table.add_row(*row, "failed")
             failed.append(Text(f"{', '.join(row)}: {p['error']}"))
             continue
-        peak, base = p["train_peak_rss_bytes"], own.get((p["batch_size"], p["tokens"]))
+        peak, base = train_peak_bytes(p), own.get((p["batch_size"], p["tokens"]))
         ratio = f"{peak / base:.2f}" if base else ""
         if "stopped_s" in p:  # its peak so far
             at_least = f">= {ratio}" if ratio else ""
