@@ -19,106 +19,27 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from edgezo import __version__, config
+from edgezo.cli_bench import bench
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.memory import allocator_policy
+from edgezo.options import (
+    DATA,
+    MEMORY,
+    OF_META,
+    RUN,
+    THREADS,
+    config_option,
+    emit,
+    json_option,
+    model_option,
+    options,
+    use_threads,
+)
 
 if TYPE_CHECKING:
     from edgezo.config import RunConfig
 
 INTERRUPTED = 130
-
-# (field, metavar or None for the field's choices, help). Every value stays text here: config.py
-# reads it and reports all problems of a command together.
-_DATA = (
-    ("data", "PATH", "Rows: a .jsonl or .csv file, or a directory with train/validation files."),
-    ("task", "NAME", "A built-in task instead of --data: sst2, trec, boolq, ..., or example."),
-    ("data_root", "DIR", "Folder that holds the data sets of --task."),
-    ("template", "TEXT", "Prompt of a labelled row; braces name its fields: '{text} It was'."),
-    ("labels", "TEXT", "Label values and their words: '0=bad,1=good'."),
-    ("label_field", "NAME", "Field that holds the label.  [default: label]"),
-    ("max_length", "N", "Longest row in tokens.  [default: 512]"),
-    ("eval_limit", "N", "Evaluate on this many validation rows.  [default: all]"),
-    ("seed", "N", "Of the data order, the directions and the low-rank basis.  [default: 0]"),
-)
-_MEMORY = (
-    (
-        "max_mem_bytes",
-        "SIZE",
-        "Cap on peak memory, with cuda the GPU's: 2GB.  [default: most of it]",
-    ),
-    ("device", None, "Where to compute.  [default: auto, cuda where there is one]"),
-    ("precision", None, "Store of the weights.  [default: the highest that fits]"),
-    ("batch_size", "N", "Examples, that is directions, a step.  [default: 16]"),
-    ("micro_batch", "N", "Examples at once in memory.  [default: as many as fit]"),
-    ("train", "PARTS", "What is trained, joined by +: lowrank, full, norms, scales, head."),
-    ("rank", "N", "Of low-rank factors and directions.  [default: 8]"),
-    ("rounding", None, "How full weights keep small steps.  [default: plane; of int8 anchored]"),
-    (
-        "residency",
-        None,
-        "Keep all weights in memory, or blocks on disk (CPU) or in RAM (GPU).  [default: as need be]",
-    ),
-    ("estimator", "NAME", "A row of edgezo estimators; what follows changes it.  [default: grzo]"),
-    ("directions", "NAME", "What an example is perturbed along: signs, gaussian, shared, ..."),
-    ("mask", None, "What is left of a direction."),
-    ("credit", None, "How losses weigh directions."),
-    ("rule", None, "What is done with the weighted sum."),
-    ("keep", "X", "Share of the weights or blocks that a mask leaves.  [default: 0.25]"),
-    ("refresh", "N", "Steps between two bases of low-rank directions."),
-    ("candidates", "N", "Directions of --credit candidates.  [default: 8]"),
-    ("finetuner", "FILE", "Of --mask block: what meta-train or convert-finetuner made."),
-)
-_RUN = (
-    ("steps", "N", "[default: 400]"),
-    ("for_s", "TIME", "Instead of --steps: 120s, 10m, 1.5h."),
-    ("step", "X", "Step: a fraction of the probe (grzo), a learning rate (mezo), ..."),
-    ("sigma", "X", "Size of the probe."),
-    ("schedule", None, "[default: linear]"),
-    ("weight_decay", "X", "[default: 0]"),
-    (
-        "head_lr",
-        "X",
-        "How far a step may move a label's score by the head; a tenth of it for a word's.  [default: 2]",
-    ),
-    ("eval_every", "N", "Steps between evaluations.  [default: before and after only]"),
-    ("snapshot_every", "N", "Steps between snapshots of what no seed has: the head, mostly."),
-)
-_THREADS = ("threads", "N", "CPU threads.  [default: PyTorch's]")
-
-# Fields of a request that a meta-training has as well; it is told its tasks in options of their own.
-_OF_META = (
-    *("data_root", "template", "labels", "label_field", "max_length", "seed", "max_mem_bytes"),
-    *("batch_size", "micro_batch", "train", "rank", "step", "sigma"),
-)
-
-Command = Callable[..., Any]
-
-
-def _options(*rows: tuple[str, str | None, str]) -> Callable[[Command], Command]:
-    """click options for fields of the configuration, in the order given."""
-
-    def decorate(command: Command) -> Command:
-        for name, metavar, text in reversed(rows):
-            choices = config.FIELDS[name].choices
-            command = click.option(
-                config.flag(name),
-                name,
-                metavar=metavar or "[" + "|".join(choices) + "]",
-                help=text,
-                shell_complete=_complete(choices),
-            )(command)
-        return command
-
-    return decorate
-
-
-def _complete(choices: Sequence[str]) -> Callable[..., list[str]]:
-    return lambda ctx, param, incomplete: [c for c in choices if c.startswith(incomplete)]
-
-
-_model = click.option("--model", metavar="MODEL", help="Card, directory, .gguf file or hub id.")
-_config = click.option("--config", "config_file", metavar="FILE", help="Settings in TOML.")
-_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -127,9 +48,12 @@ def cli() -> None:
     """Fine-tune a language model in about the memory it takes to run it: forward passes only."""
 
 
+cli.add_command(bench)
+
+
 @cli.command()
-@_model
-@_options(*_DATA, *_MEMORY, *_RUN, _THREADS)
+@model_option
+@options(*DATA, *MEMORY, *RUN, THREADS)
 @click.option(
     "--profile/--no-profile", default=None, help="Record memory by phase: RUN/profile.json."
 )
@@ -137,8 +61,8 @@ def cli() -> None:
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--show-batch", is_flag=True, help="Print the tokens of one batch and stop.")
-@_config
-@_json
+@config_option
+@json_option
 def finetune(
     resume: bool,
     dry_run: bool,
@@ -152,14 +76,14 @@ def finetune(
 
     progress = report.TerminalProgress()
     cfg, resuming = _finetune_config(said, config_file, resume, progress.note)
-    _use_threads(cfg.threads)
+    use_threads(cfg.threads)
     if show_batch:
         text = preview.show_batch(cfg)
-        _emit(as_json, {"batch": text}, text)
+        emit(as_json, {"batch": text}, text)
         return
     if dry_run:
         plan = preview.plan(cfg, progress.note)
-        _emit(as_json, plan.to_dict(), report.plan_table(plan))
+        emit(as_json, plan.to_dict(), report.plan_table(plan))
         return
     cfg = cfg if cfg.out is not None else replace(cfg, out=_free_run_directory(cfg))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -171,16 +95,16 @@ def finetune(
             summary = run_finetune(cfg, resume=resuming, progress=progress)
         finally:
             progress.close()
-    _emit(as_json, summary, report.verdict(summary))
+    emit(as_json, summary, report.verdict(summary))
     if not as_json:
         click.echo(f"run {cfg.out}")
 
 
 @cli.command()
-@_model
-@_options(*_DATA, *_MEMORY)
-@_config
-@_json
+@model_option
+@options(*DATA, *MEMORY)
+@config_option
+@json_option
 def plan(config_file: str | None, as_json: bool, **said: str | None) -> None:
     """Show what a fine-tune would take, item by item, without reading a weight."""
     from edgezo import preview, report
@@ -198,14 +122,14 @@ def plan(config_file: str | None, as_json: bool, **said: str | None) -> None:
     named = largest and {
         k: getattr(largest, k) for k in ("model", "precision", "planned_peak_bytes")
     }
-    _emit(as_json, {**found.to_dict(), "largest": named}, report.plan_table(found, largest))
+    emit(as_json, {**found.to_dict(), "largest": named}, report.plan_table(found, largest))
 
 
 @cli.command("eval")
-@_model
-@_options(*_DATA, *_MEMORY[:3], _THREADS)
-@_config
-@_json
+@model_option
+@options(*DATA, *MEMORY[:3], THREADS)
+@config_option
+@json_option
 def evaluate(config_file: str | None, as_json: bool, **said: str | None) -> None:
     """Evaluate a model, or a run (--model RUN) on its own data or other data."""
     from edgezo import report
@@ -225,27 +149,27 @@ def evaluate(config_file: str | None, as_json: bool, **said: str | None) -> None
             for name in ("data_root", "template", "labels", "label_field"):
                 del lower[name]
         cfg = config.make_config(said, lower)
-    _use_threads(cfg.threads)
+    use_threads(cfg.threads)
     from edgezo.evaluate import evaluate as run_evaluation
 
     result = run_evaluation(target, cfg)
-    _emit(as_json, result, report.evaluation_line(result))
+    emit(as_json, result, report.evaluation_line(result))
 
 
 @cli.command()
 @click.argument("run", metavar="RUN")
 @click.option("--out", metavar="DIR", required=True, help="Where the rebuilt run goes.")
-@_json
+@json_option
 def replay(run: str, out: str, as_json: bool) -> None:
     """Rebuild a fine-tuned model from its base and its journal, without data or forwards."""
     from edgezo.evaluate import replay as run_replay
 
     result = run_replay(Path(run), Path(out))
-    _emit(as_json, result, f"replayed {result.get('steps', '?')} steps of {run} into {out}")
+    emit(as_json, result, f"replayed {result.get('steps', '?')} steps of {run} into {out}")
 
 
 @cli.command()
-@_json
+@json_option
 def models(as_json: bool) -> None:
     """List the models that come with a card."""
     from edgezo import report
@@ -263,39 +187,39 @@ def models(as_json: bool) -> None:
         }
         for card in found
     ]
-    _emit(as_json, {"models": rows}, report.models_table(found))
+    emit(as_json, {"models": rows}, report.models_table(found))
 
 
 @cli.command()
-@_json
+@json_option
 def estimators(as_json: bool) -> None:
     """List the rows of the family: equation, forwards, state and noise of each."""
     from edgezo import presets, report
 
     rows = [row.describe() for row in presets.PRESETS.values()]
-    _emit(as_json, {"estimators": rows}, report.estimators_list(rows))
+    emit(as_json, {"estimators": rows}, report.estimators_list(rows))
 
 
 @cli.command("convert-finetuner")
 @click.argument("source", metavar="IN.pth")
 @click.argument("out", metavar="OUT.safetensors")
-@_json
+@json_option
 def convert_finetuner(source: str, out: str, as_json: bool) -> None:
     """Read a published ZO Fine-tuner (pickled networks, none of which is run) into safetensors."""
     from edgezo.finetuner import convert_finetuner as convert
 
     found = convert(Path(source), Path(out))
     result = {"source": source, "out": out, "blocks": len(found.blocks)}
-    _emit(as_json, result, f"{len(found.blocks)} networks of {source} in {out}")
+    emit(as_json, result, f"{len(found.blocks)} networks of {source} in {out}")
 
 
 @cli.command("meta-train")
-@_model
+@model_option
 @click.option("--task", "tasks", metavar="NAME", multiple=True, help="A built-in task; repeatable.")
 @click.option("--data", "files", metavar="PATH", multiple=True, help="Rows; repeatable.")
-@_options(
-    *(row for row in (*_DATA, *_MEMORY, *_RUN) if row[0] in _OF_META),
-    _THREADS,
+@options(
+    *(row for row in (*DATA, *MEMORY, *RUN) if row[0] in OF_META),
+    THREADS,
 )
 @click.option(
     "--estimator", default="zo-finetuner", show_default=True, help="Or zo-finetuner-grzo."
@@ -306,8 +230,8 @@ def convert_finetuner(source: str, out: str, as_json: bool) -> None:
 @click.option("--rate", type=float, default=0.05, show_default=True, help="Of the networks.")
 @click.option("--lr", type=float, default=0.01, show_default=True, help="Of the trajectory.")
 @click.option("--out", metavar="FILE", required=True, help="A new .safetensors file.")
-@_config
-@_json
+@config_option
+@json_option
 def meta_train(
     tasks: Sequence[str],
     files: Sequence[str],
@@ -325,7 +249,7 @@ def meta_train(
     from edgezo import report
     from edgezo.machine import parse_bytes
 
-    _use_threads(said["threads"])
+    use_threads(said["threads"])
     from edgezo import meta_train as meta
 
     cap = said.pop("max_mem_bytes")
@@ -339,115 +263,7 @@ def meta_train(
         note=report.TerminalProgress().note,
     )
     shown = f"{found['blocks']} networks in {out}, scales at the base {found['scales']}"
-    _emit(as_json, found, shown)
-
-
-@cli.group()
-def bench() -> None:
-    """Compare with other ways to train, each measured in a process of its own."""
-
-
-@bench.command("memory")
-@_model
-@click.option("--methods", metavar="NAMES", help="Joined by commas.  [default: all]")
-@click.option("--batch-sizes", metavar="N,N", default="16", show_default=True)
-@click.option("--tokens", metavar="N,N", default="128", show_default=True, help="Of a row.")
-@click.option("--max-mem", metavar="SIZE", help="Drawn into the chart as a line.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--threads", metavar="N", type=click.IntRange(1), help="[default: every core]")
-@click.option(
-    "--limit",
-    metavar="SECONDS",
-    type=click.FloatRange(min=1),
-    help="End a baseline that takes longer and report its peak so far.  [default: none]",
-)
-@click.option("--out", metavar="DIR", default="runs/bench-memory", show_default=True)
-@_json
-def bench_memory(
-    model: str | None,
-    methods: str | None,
-    batch_sizes: str,
-    tokens: str,
-    max_mem: str | None,
-    device: str,
-    threads: int | None,
-    limit: float | None,
-    out: str,
-    as_json: bool,
-) -> None:
-    """Peak memory of inference, GRZO, MeZO, LoRA and AdamW on the same rows: table, JSON, chart."""
-    from edgezo import bench, report
-    from edgezo.machine import parse_bytes
-
-    if model is None:
-        raise UsageError("--model is needed: a card, a directory, a .gguf file or a hub id")
-    progress = report.TerminalProgress()
-    found = bench.bench_memory(
-        model,
-        methods=[m.strip() for m in methods.split(",")] if methods else tuple(bench.METHODS),
-        batch_sizes=_integers("--batch-sizes", batch_sizes),
-        tokens=_integers("--tokens", tokens),
-        threads=threads,
-        device=device,
-        cap_bytes=parse_bytes(max_mem) if max_mem else None,
-        limit_s=limit,
-        out=Path(out),
-        note=progress.note,
-    )
-    _emit(as_json, found, report.memory_table(found))
-
-
-@bench.command("alignment")
-@_model
-@_options(
-    *_DATA,
-    *(
-        row
-        for row in (*_MEMORY, *_RUN)
-        if row[0] in ("precision", "train", "rank", "sigma", "finetuner")
-    ),
-    _THREADS,
-)
-@click.option(
-    "--estimators",
-    metavar="NAMES",
-    help="Joined by commas, name or name:directions. [default: all]",
-)
-@click.option("--batch-sizes", metavar="N,N", default="16", show_default=True)
-@click.option("--tries", metavar="N", type=click.IntRange(1), default=20, show_default=True)
-@click.option("--out", metavar="DIR", default="runs/bench-alignment", show_default=True)
-@_json
-def bench_alignment(
-    estimators: str | None, batch_sizes: str, tries: int, out: str, as_json: bool, **said: Any
-) -> None:
-    """Cosine of one step's estimate to the true gradient, beside theory: table, JSON, chart."""
-    _use_threads(said["threads"])
-    from edgezo import alignment, presets, report
-
-    progress = report.TerminalProgress()
-    names = [
-        row.name for row in presets.PRESETS.values() if said["finetuner"] or row.mask != "block"
-    ]
-    found = alignment.bench_alignment(
-        said,
-        estimators=[n.strip() for n in estimators.split(",")] if estimators else names,
-        batch_sizes=_integers("--batch-sizes", batch_sizes),
-        tries=tries,
-        out=Path(out),
-        note=progress.note,
-    )
-    _emit(as_json, found, report.alignment_table(found))
-
-
-def _integers(name: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as problem:
-        raise UsageError(f"{name} {text!r} is not a list of numbers such as 4,16,64") from problem
-
-
-# ---------------------------------------------------------------------------------------------
-# From options to a configuration
+    emit(as_json, found, shown)
 
 
 def _merge(
@@ -529,24 +345,8 @@ def _free_run_directory(cfg: RunConfig) -> str:
     return str(found)
 
 
-def _use_threads(threads: int | None) -> None:
-    """Before torch is imported: its thread pools are sized once."""
-    if threads is not None:
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-            os.environ[name] = str(threads)
-
-
 # ---------------------------------------------------------------------------------------------
 # Results and errors
-
-
-def _emit(as_json: bool, payload: Mapping[str, Any], shown: Any) -> None:
-    from edgezo import report
-
-    if as_json:
-        click.echo(report.to_json(payload))
-    else:
-        report.stdout().print(shown, markup=False)
 
 
 def _describe(error: BaseException) -> tuple[int, str, Mapping[str, Any]]:

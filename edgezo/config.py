@@ -107,6 +107,7 @@ FIELDS: dict[str, Field] = {
     "schedule": Field("choice", "linear", choices=SCHEDULES),
     "weight_decay": Field("float", 0.0, low=0, high=1),
     "head_lr": Field("float", 2.0, low=0, open_low=True),
+    "held_out": Field("float", low=0, high=0.9, open_low=True),  # None: the validation rows
     "seed": Field("int", 0, low=0, high=2**63 - 1),
     "eval_every": Field("int", 0, low=0),  # 0: before the first and after the last step only
     "eval_limit": Field("int", low=1),  # None: every validation row
@@ -154,6 +155,7 @@ class RunConfig:
     schedule: str
     weight_decay: float
     head_lr: float
+    held_out: float | None  # share of the training rows that is evaluated on instead
     seed: int
     eval_every: int
     eval_limit: int | None

@@ -26,7 +26,7 @@ from edgezo.tasks import TASKS, Task, task_folder
 if TYPE_CHECKING:  # torch is imported where tensors are made; reading data does not need it
     from torch import Tensor
 
-VALIDATION_SHARE = 10  # one row in ten is held out where there is no validation file
+VALIDATION_SHARE = 0.1  # of the rows that is held out where there is no validation file
 ENCODE_ROWS = 256  # texts tokenized at a time: bounds what the tokenizer holds
 
 # Streams of the Philox generator beside the epochs 0, 1, 2, ... Their seed is always 0: every run
@@ -94,6 +94,9 @@ class DataRequest:
     label_field: str = "label"
     max_length: int = 512  # tokens that go through the model in one row
     eval_limit: int | None = None
+    held_out: float | None = (
+        None  # share of the training rows to evaluate on, in place of a validation file
+    )
     seed: int = 0
 
 
@@ -310,7 +313,7 @@ def load_dataset(request: DataRequest, tokenizer: Any, *, masked: bool = False) 
     task = _find_task(request, problems)
     path = _find_path(request, task, problems)
     asked = ask(task, request.template, request.labels, request.label_field, problems)
-    train, validation = _read(path, task, problems, notes) if path else ([], [])
+    train, validation = _read(path, task, request.held_out, problems, notes) if path else ([], [])
     problems.raise_any()
 
     form = plain_form(train[0], asked, tokenizer)
@@ -375,10 +378,12 @@ def _find_path(request: DataRequest, task: Task | None, problems: Problems) -> P
 
 
 def _read(
-    path: Path, task: Task | None, problems: Problems, notes: list[str]
+    path: Path, task: Task | None, held_out: float | None, problems: Problems, notes: list[str]
 ) -> tuple[list[Record], list[Record]]:
-    """Training and validation records; held out of the training rows where there is one file."""
+    """Training and validation records; held out of the training rows where that is asked or there is one file."""
     train_path, validation_path = find_splits(path, problems)
+    if held_out is not None:
+        validation_path = None
     train = read_records(train_path, problems) if train_path else []
     validation = read_records(validation_path, problems) if validation_path else []
     if validation_path and validation_path.stem == "test":
@@ -392,11 +397,12 @@ def _read(
     if train and not validation_path:
         if len(train) < 2:
             problems.add(f"{train_path} has one row; two are the least, one of them to evaluate")
-        n = max(1, len(train) // VALIDATION_SHARE)
+        n = max(1, int(len(train) * (held_out or VALIDATION_SHARE)))
         held = set(_permutation(len(train), 0, _HOLD_OUT)[:n].tolist())
         validation = [r for i, r in enumerate(train) if i in held]
         train = [r for i, r in enumerate(train) if i not in held]
-        notes.append(f"no validation file: {n} of {n + len(train)} rows are held out to evaluate")
+        why = "no validation file" if held_out is None else "--held-out"
+        notes.append(f"{why}: {n} of {n + len(train)} training rows are held out to evaluate")
     return train, validation
 
 

@@ -179,6 +179,34 @@ def alignment_table(found: Mapping[str, Any]) -> RenderableType:
     return table
 
 
+def accuracy_table(found: Mapping[str, Any]) -> RenderableType:
+    """``medians`` of ``edgezo bench accuracy``: a row for each method on each task."""
+    goals = [name for name in found["medians"][0] if name.startswith("seconds_to_")]
+    table = Table(
+        title=f"{found['model']}: held-out rows", title_justify="left", box=None, pad_edge=False
+    )
+    heads = ["task", "method", "median", "least", "most", "seeds", "peak", "train s", "s a step"]
+    for name in (*heads, *(f"s to {goal.removeprefix('seconds_to_')}" for goal in goals)):
+        table.add_column(name, justify="left" if name in ("task", "method") else "right")
+    for row in found["medians"]:
+        if "value" not in row:
+            table.add_row(row["task"], row["method"], "failed")
+            continue
+        values = [f"{row[name]:.4f}" for name in ("value", "least", "most")]
+        seeds = f"{row['seeds']}" + (f" (+{row['failed']} failed)" if row["failed"] else "")
+        peak, times = format_bytes(row["peak_bytes"]), [f"{row['train_s']:.0f}"]
+        times.append(f"{row['step_s']:.2f}")
+        times += ["never" if row.get(goal) is None else f"{row[goal]:.0f}" for goal in goals]
+        table.add_row(row["task"], row["method"], *values, seeds, peak, *times)
+    picked = [
+        f"{row['method']} on {row['task']}: tuned to {to_json(row['settings'])}"
+        + (", an end of its grid: widen it" if row["at_edge"] else "")
+        for row in found["rows"]
+        if any(t["method"] == row["method"] for t in found["tuning"])
+    ]
+    return Group(table, *(Text(line) for line in dict.fromkeys(picked)))
+
+
 def verdict(summary: Mapping[str, Any]) -> RenderableType:
     """The end of a run: what it reached, how long a step took, what memory it planned and took."""
     table = Table(box=None, pad_edge=False, show_header=False)

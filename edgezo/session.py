@@ -66,6 +66,7 @@ def read_data(cfg: RunConfig, files: ModelFiles, tokenizer: Any) -> Dataset:
         label_field=cfg.label_field,
         max_length=cfg.max_length,
         eval_limit=cfg.eval_limit,
+        held_out=cfg.held_out,
         seed=cfg.seed,
     )
     dataset = load_dataset(request, tokenizer, masked=files.kind == "masked")

@@ -1,0 +1,159 @@
+"""``edgezo bench``: comparisons with other ways to train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgezo import config
+from edgezo.errors import UsageError
+from edgezo.options import (
+    DATA,
+    MEMORY,
+    RUN,
+    THREADS,
+    emit,
+    json_option,
+    model_option,
+    options,
+    use_threads,
+)
+
+
+@click.group()
+def bench() -> None:
+    """Compare with other ways to train, each measured in a process of its own."""
+
+
+@bench.command("memory")
+@model_option
+@click.option("--methods", metavar="NAMES", help="Joined by commas.  [default: all]")
+@click.option("--batch-sizes", metavar="N,N", default="16", show_default=True)
+@click.option("--tokens", metavar="N,N", default="128", show_default=True, help="Of a row.")
+@click.option("--max-mem", metavar="SIZE", help="Drawn into the chart as a line.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--threads", metavar="N", type=click.IntRange(1), help="[default: every core]")
+@click.option(
+    "--limit",
+    metavar="SECONDS",
+    type=click.FloatRange(min=1),
+    help="End a baseline that takes longer and report its peak so far.  [default: none]",
+)
+@click.option("--out", metavar="DIR", default="runs/bench-memory", show_default=True)
+@json_option
+def bench_memory(
+    model: str | None,
+    methods: str | None,
+    batch_sizes: str,
+    tokens: str,
+    max_mem: str | None,
+    device: str,
+    threads: int | None,
+    limit: float | None,
+    out: str,
+    as_json: bool,
+) -> None:
+    """Peak memory of inference, GRZO, MeZO, LoRA and AdamW on the same rows: table, JSON, chart."""
+    from edgezo import bench, report
+    from edgezo.machine import parse_bytes
+
+    if model is None:
+        raise UsageError("--model is needed: a card, a directory, a .gguf file or a hub id")
+    progress = report.TerminalProgress()
+    found = bench.bench_memory(
+        model,
+        methods=[m.strip() for m in methods.split(",")] if methods else tuple(bench.METHODS),
+        batch_sizes=_integers("--batch-sizes", batch_sizes),
+        tokens=_integers("--tokens", tokens),
+        threads=threads,
+        device=device,
+        cap_bytes=parse_bytes(max_mem) if max_mem else None,
+        limit_s=limit,
+        out=Path(out),
+        note=progress.note,
+    )
+    emit(as_json, found, report.memory_table(found))
+
+
+@bench.command("alignment")
+@model_option
+@options(
+    *DATA,
+    *(
+        row
+        for row in (*MEMORY, *RUN)
+        if row[0] in ("precision", "train", "rank", "sigma", "finetuner")
+    ),
+    THREADS,
+)
+@click.option(
+    "--estimators",
+    metavar="NAMES",
+    help="Joined by commas, name or name:directions. [default: all]",
+)
+@click.option("--batch-sizes", metavar="N,N", default="16", show_default=True)
+@click.option("--tries", metavar="N", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--out", metavar="DIR", default="runs/bench-alignment", show_default=True)
+@json_option
+def bench_alignment(
+    estimators: str | None, batch_sizes: str, tries: int, out: str, as_json: bool, **said: Any
+) -> None:
+    """Cosine of one step's estimate to the true gradient, beside theory: table, JSON, chart."""
+    use_threads(said["threads"])
+    from edgezo import alignment, presets, report
+
+    progress = report.TerminalProgress()
+    names = [
+        row.name for row in presets.PRESETS.values() if said["finetuner"] or row.mask != "block"
+    ]
+    found = alignment.bench_alignment(
+        said,
+        estimators=[n.strip() for n in estimators.split(",")] if estimators else names,
+        batch_sizes=_integers("--batch-sizes", batch_sizes),
+        tries=tries,
+        out=Path(out),
+        note=progress.note,
+    )
+    emit(as_json, found, report.alignment_table(found))
+
+
+@bench.command("accuracy")
+@click.argument("study_file", metavar="STUDY", type=click.Path(dir_okay=False))
+@click.option("--methods", metavar="NAMES", help="Of the study, joined by commas.  [default: all]")
+@click.option("--data-root", metavar="DIR", help="Folder that holds the data sets of the tasks.")
+@click.option("--threads", metavar="N", type=click.IntRange(1), help="Of each run.")
+@click.option("--parallel", metavar="N", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--out", metavar="DIR", default="runs/bench-accuracy", show_default=True)
+@json_option
+def bench_accuracy(
+    study_file: str,
+    methods: str | None,
+    data_root: str | None,
+    threads: int | None,
+    parallel: int,
+    out: str,
+    as_json: bool,
+) -> None:
+    """Tasks x methods x seeds at equal forwards or seconds, as the file STUDY says: table, JSON, chart."""
+    from edgezo import report, study
+
+    progress = report.TerminalProgress()
+    named = [m.strip() for m in methods.split(",")] if methods else []
+    found = study.bench_accuracy(
+        study.read_study(config.read_toml(study_file), named),
+        data_root=data_root,
+        threads=threads,
+        parallel=parallel,
+        out=Path(out),
+        note=progress.note,
+    )
+    emit(as_json, found, report.accuracy_table(found))
+
+
+def _integers(name: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as problem:
+        raise UsageError(f"{name} {text!r} is not a list of numbers such as 4,16,64") from problem

@@ -1,0 +1,325 @@
+"""``edgezo bench accuracy``: tasks x methods x seeds at equal forwards or equal seconds, as one TOML file describes.
+
+    model = "smollm2-135m"
+    tasks = ["sst2", "trec"]     # or tables of settings: [tasks.mine] data = "rows.jsonl"
+    seeds = [0, 1, 2]
+    forwards = 12800             # examples that pass through the model in a run; or seconds = 120
+    reach = [0.8, 0.85]          # after how many seconds of training each was first reached; needs eval-every
+    [common]                     # settings of finetune for all
+    [methods.grzo]               # a method's own; a list is a grid, of which tuning takes the best
+    step = [0.05, 0.1, 0.2]
+    [tune]                       # settings that differ while a grid is searched
+    held-out = 0.1               # of the training rows, so that no reported row is seen (this is the default)
+    seeds = [3]
+
+Each run is a process of its own. Finished ones are kept, interrupted ones resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from edgezo.config import RunConfig, flag, make_config
+from edgezo.errors import EdgezoError, UsageError
+from edgezo.files import atomic_write
+from edgezo.presets import forwards
+
+Settings = dict[str, Any]
+BUDGETS = ("forwards", "seconds")
+KEYS = ("model", "tasks", "seeds", "reach", "common", "methods", "tune", *BUDGETS)
+DEFAULT_BATCH = 16
+HELD_OUT = 0.1
+FREE = ("threads", "data_root", "out")  # not part of what a run is
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file, checked."""
+
+    model: str
+    tasks: dict[str, Settings]
+    methods: dict[str, list[Settings]]  # every point of the method's grid
+    seeds: list[int]
+    tune_seeds: list[int]
+    budget: tuple[str, float]  # of BUDGETS
+    reach: list[float]
+    common: Settings
+    tune: Settings
+
+    def request(
+        self, task: str, settings: Settings, seed: int, more: Settings, tuning: bool = False
+    ) -> Settings:
+        """Settings of finetune. Raises UsageError where they mean nothing together."""
+        said = {"model": self.model, **more, **self.tasks[task], **self.common, **settings}
+        if tuning:
+            said |= {"held_out": HELD_OUT, **self.tune}
+        said.setdefault("batch_size", DEFAULT_BATCH)
+        what, amount = self.budget
+        if what == "seconds":
+            said["for_s"] = amount
+        else:
+            size = int(said["batch_size"])
+            said["steps"] = max(1, round(amount / (size * sides(make_config(said)))))
+        make_config(said := said | {"seed": seed})
+        return said
+
+
+def sides(cfg: RunConfig) -> int:
+    """Forwards over an example in a step."""
+    return 1 if cfg.train == ("head",) else forwards(cfg.credit, cfg.mask, cfg.candidates)
+
+
+def read_study(found: Mapping[str, Any], methods: Sequence[str] = ()) -> Study:
+    """Check a study; ``methods`` are those wanted of it. Raises UsageError with every problem found."""
+    problems = [f"unknown key {k!r}; there are {', '.join(KEYS)}" for k in found if k not in KEYS]
+    for key in ("model", "tasks", "methods"):
+        if not found.get(key):
+            problems.append(f"{key} is missing")
+    tasks = found.get("tasks", {})
+    if isinstance(tasks, list):
+        tasks = {name: {"task": name} for name in tasks}
+    named = {name: _plain(own) for name, own in found.get("methods", {}).items()}
+    problems += [
+        f"the study has no method {m!r}; it has {', '.join(named)}"
+        for m in methods
+        if m not in named
+    ]
+    budget = [(name, float(found[name])) for name in BUDGETS if name in found]
+    if len(budget) != 1 or budget[0][1] <= 0:
+        problems.append("give one of forwards (of examples, in a run) and seconds, above 0")
+    seeds = list(found.get("seeds", [0]))
+    tune = _plain(found.get("tune", {}))
+    tune_seeds = list(tune.pop("seeds", [max(seeds, default=0) + 1]))
+    if not seeds or not tune_seeds:
+        problems.append("seeds must not be empty")
+    if problems:
+        raise UsageError(problems)
+    study = Study(
+        model=found["model"],
+        tasks={name: _plain(own) for name, own in tasks.items()},
+        methods={n: _points(own) for n, own in named.items() if not methods or n in methods},
+        seeds=seeds,
+        tune_seeds=tune_seeds,
+        budget=budget[0],
+        reach=[float(value) for value in found.get("reach", [])],
+        common=_plain(found.get("common", {})),
+        tune=tune,
+    )
+    for name, points in study.methods.items():
+        for task, (at, point) in product(study.tasks, enumerate(points)):
+            try:
+                study.request(task, point, 0, {}, tuning=bool(at))
+            except UsageError as problem:
+                problems += [f"{name} on {task}: {line}" for line in str(problem).splitlines()]
+    if problems:
+        raise UsageError(list(dict.fromkeys(problems)))
+    return study
+
+
+def _plain(settings: Mapping[str, Any]) -> Settings:
+    return {name.replace("-", "_"): value for name, value in settings.items()}
+
+
+def _points(settings: Settings) -> list[Settings]:
+    """A method's grid: every combination of what is given as a list."""
+    lists = {name: value for name, value in settings.items() if isinstance(value, list)}
+    combined = product(*lists.values())
+    return [settings | dict(zip(lists, values, strict=True)) for values in combined]
+
+
+def bench_accuracy(
+    study: Study,
+    *,
+    data_root: str | None = None,
+    threads: int | None = None,
+    parallel: int = 1,
+    out: Path,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Run what is not there yet, ``parallel`` processes at once; writes accuracy.json and accuracy.png to ``out``.
+
+    The result has ``rows`` (a run each), ``tuning`` (the points of every grid) and ``medians`` (of a method on a
+    task, with the least and the most). A run that fails is a row with ``error`` and is run again the next time.
+    """
+    more = {
+        name: value for name, value in (("data_root", data_root), ("threads", threads)) if value
+    }
+    one = partial(_run, folder=out / "runs", note=note)
+    with ThreadPoolExecutor(parallel) as pool:
+        grids = [
+            (t, m) for t, m in product(study.tasks, study.methods) if len(study.methods[m]) > 1
+        ]
+        asked = [
+            (task, method, point, study.request(task, point, seed, more, tuning=True))
+            for task, method in grids
+            for point in study.methods[method]
+            for seed in study.tune_seeds
+        ]
+        ends = pool.map(lambda job: one(f"tune-{job[0]}-{job[1]}", job[3]), asked)
+        tried = [
+            {"task": task, "method": method, "settings": point, "seed": said["seed"], **end}
+            for (task, method, point, said), end in zip(asked, ends, strict=True)
+        ]
+        chosen = {(t, m): _best(study.methods[m], tried, t, m) for t, m in grids}
+        jobs = [
+            (task, method, chosen.get((task, method), (study.methods[method][0], False)), seed)
+            for task, method, seed in product(study.tasks, study.methods, study.seeds)
+        ]
+        requests = [study.request(task, point[0], seed, more) for task, _, point, seed in jobs]
+        ends = pool.map(
+            lambda job: one(f"{job[0][0]}-{job[0][1]}", job[1]), zip(jobs, requests, strict=True)
+        )
+        rows: list[dict[str, Any]] = [
+            {"task": task, "method": method, "seed": seed, "settings": point, "at_edge": at_edge}
+            | end
+            for (task, method, (point, at_edge), seed), end in zip(jobs, ends, strict=True)
+        ]
+    for row in rows:
+        row["seconds_to"] = {
+            str(goal): _first_above(row.get("curve", []), goal) for goal in study.reach
+        }
+    what, amount = study.budget
+    found = {"model": study.model, what: amount, "rows": rows, "tuning": tried}
+    found["medians"] = [_median(rows, t, m) for t, m in product(study.tasks, study.methods)]
+    atomic_write(out / "accuracy.json", (json.dumps(found, indent=1) + "\n").encode())
+    if find_spec("matplotlib") is None:
+        note("no chart: that takes matplotlib, which pip install 'edgezo[bench]' brings")
+    elif any("error" not in row for row in rows):
+        chart(found, out / "accuracy.png")
+    return found
+
+
+def _run(
+    name: str, request: Settings, *, folder: Path, note: Callable[[str], None]
+) -> dict[str, Any]:
+    """One run, made or finished if need be; its figures, or ``error``."""
+    own = {k: v for k, v in sorted(request.items()) if k not in FREE}
+    digest = hashlib.sha256(json.dumps(own).encode()).hexdigest()[:8]
+    out = folder / f"{name}-{digest}-{request['seed']}"
+    if not (out / "summary.json").exists():
+        said = [part for key, value in request.items() for part in (flag(key), str(value))]
+        if (out / "journal.bin").exists():
+            said = ["--resume"]
+        command = [sys.executable, "-m", "edgezo", "finetune", *said, "--out", str(out), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            try:
+                why = str(json.loads(done.stdout)["error"])
+            except (ValueError, KeyError):
+                why = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+            note(f"{out.name}: {why.splitlines()[0]}")
+            return {"run": str(out), "error": why}
+    found = _figures(out)
+    note(f"{out.name}: {found['metric']} {found['value']:.4f}")
+    return found
+
+
+def _figures(out: Path) -> dict[str, Any]:
+    """What a finished run says. Raises EdgezoError for a damaged one."""
+    try:
+        summary = json.loads((out / "summary.json").read_text())
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        after = summary["eval_after"]
+        kept = ("steps", "batch_size", "train_s", "step_s", "peak_rss_bytes", "cuda_peak_bytes")
+        found = {name: summary[name] for name in (*kept, "max_mem_bytes") if name in summary}
+        before = summary.get("eval_before") or {}
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise EdgezoError(
+            f"{out} is damaged ({problem}).\nRemove it; the same command runs it again."
+        ) from problem
+    curve, spent_s = [], 0.0
+    for line in lines:
+        spent_s += line.get("step_s") or 0.0
+        if "eval" in line:
+            curve.append({"step": line["step"], "seconds": spent_s, "value": line["value"]})
+    figures = {"metric": after["metric"], "value": after["value"], "loss": after["loss"]}
+    return {"run": str(out), **figures, "before": before.get("value"), "curve": curve, **found}
+
+
+def _best(
+    points: list[Settings], tried: list[dict[str, Any]], task: str, method: str
+) -> tuple[Settings, bool]:
+    """The best point of a grid, and whether it is an end of a list that has others: then the grid was too small."""
+
+    def quality(point: Settings) -> tuple[float, float]:
+        own = [t for t in tried if (t["task"], t["method"], t["settings"]) == (task, method, point)]
+        if any("error" in t for t in own):
+            return -float("inf"), -float("inf")
+        loss = statistics.fmean(t["loss"] for t in own)
+        value = statistics.fmean(t["value"] for t in own)
+        return (value if own[0]["metric"] == "accuracy" else -loss), -loss
+
+    best = max(points, key=quality)
+    varied = {
+        name: [p[name] for p in points]
+        for name in best
+        if any(p[name] != best[name] for p in points)
+    }
+    numbers = {n: v for n, v in varied.items() if all(isinstance(x, int | float) for x in v)}
+    return best, any(best[n] in (min(v), max(v)) and len(set(v)) > 2 for n, v in numbers.items())
+
+
+def _first_above(curve: Sequence[Mapping[str, float]], goal: float) -> float | None:
+    return next((point["seconds"] for point in curve if point["value"] >= goal), None)
+
+
+def _median(rows: Sequence[dict[str, Any]], task: str, method: str) -> dict[str, Any]:
+    own = [r for r in rows if (r["task"], r["method"]) == (task, method)]
+    done = [r for r in own if "error" not in r]
+    found: dict[str, Any] = {"task": task, "method": method, "seeds": len(done)}
+    found["failed"] = len(own) - len(done)
+    if done:
+        values = sorted(r["value"] for r in done)
+        found |= {"metric": done[0]["metric"], "value": statistics.median(values)}
+        found |= {"least": values[0], "most": values[-1]}
+        for name in ("loss", "train_s", "step_s"):
+            found[name] = statistics.median(r[name] for r in done if r[name] is not None)
+        found["peak_bytes"] = max(r.get("cuda_peak_bytes", r["peak_rss_bytes"]) for r in done)
+        for goal in done[0].get("seconds_to", {}):
+            times_s = [r["seconds_to"][goal] for r in done]
+            reached = sorted(float("inf") if t is None else t for t in times_s)
+            middle = statistics.median_low(reached)
+            found[f"seconds_to_{goal}"] = None if middle == float("inf") else middle
+    return found
+
+
+def chart(found: Mapping[str, Any], file: Path) -> None:
+    """A panel for each task: value against the examples passed, or seconds where those are equal; seeds thin. PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    done = [row for row in found["rows"] if "error" not in row]
+    tasks = list(dict.fromkeys(row["task"] for row in done))
+    methods = list(dict.fromkeys(row["method"] for row in done))
+    figure, panels = plt.subplots(1, len(tasks), figsize=(1.5 + 4 * len(tasks), 4), squeeze=False)
+    across = "seconds" if "seconds" in found else "step"
+    for panel, task in zip(panels[0], tasks, strict=True):
+        for row in (row for row in done if row["task"] == task):
+            points = [(p[across], p["value"]) for p in row["curve"]]
+            colour = f"C{methods.index(row['method'])}"
+            panel.plot(*zip(*points, strict=True), color=colour, marker=".", lw=0.8)
+        panel.set_title(task)
+        panel.set_xlabel({"seconds": "seconds of training", "step": "steps"}[across])
+        panel.grid(alpha=0.3)
+    for at, method in enumerate(methods):
+        panels[0][-1].plot([], [], color=f"C{at}", label=method)
+    panels[0][0].set_ylabel(done[0]["metric"])
+    panels[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.suptitle(f"{found['model']}: held-out rows, one line a seed")
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
