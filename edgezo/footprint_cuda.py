@@ -36,7 +36,7 @@ LOCKED_SHARE = 1 / 500
 WORKSPACE_BYTES = 33 * MB
 # The last page of the large blocks' segment and of the small ones'; and holes between temporaries (calibrated).
 SLACK_BYTES = 38 << 20
-HOLES = 1 / 8
+HOLES, LARGE_HOLES = 1 / 8, 0.28  # shares of the temporaries: the second once they are all that counts
 # A chunk of full-vocabulary logits with what is made of it (objective.py).
 LOGITS_BYTES = 48 << 20
 ROUNDING_BYTES = 512  # of a block of the allocator's
@@ -95,7 +95,7 @@ class CudaFootprint(Footprint):
 
     def _slack(self, micro_batch: int, compute_bytes: int) -> int:
         temporaries = self._activations(self._rows(micro_batch), compute_bytes)
-        return SLACK_BYTES + int(HOLES * temporaries)
+        return max(SLACK_BYTES + int(HOLES * temporaries), int(LARGE_HOLES * temporaries))
 
     def _slots(self, precision: str, on_disk: int) -> list[Item]:
         shape = self.shape
@@ -169,7 +169,7 @@ class CudaFootprint(Footprint):
         items = [Item("update tiles", size, reason, "update")]
         temporaries = self._activations(self._rows(micro_batch), compute_bytes)
         if "full" in self.cfg.train and temporaries > size:
-            holes = min(size, temporaries - size) // 2  # calibrated
+            holes = min(size, temporaries - size) // 4  # calibrated
             reason = "what an update's tiles leave behind, too small for a forward's"
             items.append(Item("holes", holes, reason, "forward"))
         return items
