@@ -59,7 +59,7 @@ def bench_alignment(
 
     ``request``: fields of a configuration that all have in common. Raises UsageError with every problem found.
     """
-    chosen = [_config(request, name) for name in estimators]
+    chosen = [point_config(request, name) for name in estimators]
     if any(n < 1 for n in (*batch_sizes, tries)):
         raise UsageError("--batch-sizes and --tries are 1 or more")
     rows = []
@@ -77,7 +77,7 @@ def bench_alignment(
     return result
 
 
-def _config(request: Mapping[str, Any], name: str) -> RunConfig:
+def point_config(request: Mapping[str, Any], name: str) -> RunConfig:
     estimator, _, directions = name.partition(":")
     row = PRESETS.get(estimator)
     said = {**request, "estimator": estimator, "directions": directions or None}

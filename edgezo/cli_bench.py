@@ -119,6 +119,65 @@ def bench_alignment(
     emit(as_json, found, report.alignment_table(found))
 
 
+@bench.command("speed")
+@model_option
+@options(*DATA, *(row for row in (*MEMORY, *RUN) if row[0] in ("train", "rank")), THREADS)
+@click.option(
+    "--estimators",
+    metavar="NAMES",
+    default="grzo,grzo:rademacher,grzo:gaussian,mezo",
+    show_default=True,
+    help="Joined by commas, name or name:directions.",
+)
+@click.option("--precisions", metavar="NAMES", default="bf16,int8,int4", show_default=True)
+@click.option("--batch-sizes", metavar="N,N", default="16", show_default=True)
+@click.option(
+    "--tokens",
+    metavar="N,N",
+    default="own,256",
+    show_default=True,
+    help="Of a row: as it is, or repeated up to N.",
+)
+@click.option("--repeats", metavar="N", type=click.IntRange(1), default=5, show_default=True)
+@click.option(
+    "--baselines/--no-baselines",
+    default=True,
+    show_default=True,
+    help="MeZO in place and GRZO in hooks, as published.",
+)
+@click.option("--out", metavar="DIR", default="runs/bench-speed", show_default=True)
+@json_option
+def bench_speed(
+    estimators: str,
+    precisions: str,
+    batch_sizes: str,
+    tokens: str,
+    repeats: int,
+    baselines: bool,
+    out: str,
+    as_json: bool,
+    **said: Any,
+) -> None:
+    """A step beside the plain forward over the same rows, and that beside the machine: table, JSON, chart."""
+    use_threads(said["threads"])
+    from edgezo import report, speed
+
+    progress = report.TerminalProgress()
+    lengths = [n if n == speed.OWN else _integers("--tokens", n)[0] for n in tokens.split(",")]
+    found = speed.bench_speed(
+        said,
+        estimators=[n.strip() for n in estimators.split(",")],
+        precisions=[n.strip() for n in precisions.split(",")],
+        batch_sizes=_integers("--batch-sizes", batch_sizes),
+        tokens=lengths,
+        repeats=repeats,
+        baselines=baselines,
+        out=Path(out),
+        note=progress.note,
+    )
+    emit(as_json, found, report.speed_table(found))
+
+
 @bench.command("accuracy")
 @click.argument("study_file", metavar="STUDY", type=click.Path(dir_okay=False))
 @click.option("--methods", metavar="NAMES", help="Of the study, joined by commas.  [default: all]")

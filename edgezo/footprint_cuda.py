@@ -36,7 +36,10 @@ LOCKED_SHARE = 1 / 500
 WORKSPACE_BYTES = 33 * MB
 # The last page of the large blocks' segment and of the small ones'; and holes between temporaries (calibrated).
 SLACK_BYTES = 38 << 20
-HOLES, LARGE_HOLES = 1 / 8, 0.28  # shares of the temporaries: the second once they are all that counts
+HOLES, LARGE_HOLES = (
+    1 / 8,
+    0.28,
+)  # shares of the temporaries: the second once they are all that counts
 # A chunk of full-vocabulary logits with what is made of it (objective.py).
 LOGITS_BYTES = 48 << 20
 ROUNDING_BYTES = 512  # of a block of the allocator's

@@ -23,6 +23,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -32,6 +35,7 @@ from torch import Tensor
 
 _LAYOUT_VERSION = 1
 _BLOCK_BITS = 256
+_PART_ELEMENTS = 1 << 18
 _U64 = (1 << 64) - 1
 
 # Streams: independent uses of one tensor's noise within a step.
@@ -88,25 +92,71 @@ def _normal_table() -> np.ndarray:
     return np.concatenate([-half[::-1], half]).astype(np.float32)
 
 
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="noise")
+
+
+if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def _in_parts(rows: slice, width: int, fill: Callable[[slice, slice], None]) -> None:
+    """``fill(rows of the matrix, places in the result)``, in parts that a cache holds, on every thread where that pays.
+
+    A row's bits do not depend on which part it is in.
+    """
+    count = rows.stop - rows.start
+    step = max(1, _PART_ELEMENTS // max(1, width))
+    places = [slice(i, min(i + step, count)) for i in range(0, count, step)]
+
+    def run(own: list[slice]) -> None:
+        for place in own:
+            fill(slice(rows.start + place.start, rows.start + place.stop), place)
+
+    threads = min(torch.get_num_threads(), len(places))
+    if threads <= 1:
+        return run(places)
+    share = -(-len(places) // threads)
+    list(_pool(threads).map(run, [places[i : i + share] for i in range(0, len(places), share)]))
+
+
 def signs(key: Key, tensor: int, stream: int, rows: slice, width: int) -> Tensor:
     """Rows ``rows`` of a matrix of independent fair signs, shape (n, width) int8."""
-    raw, count = _row_words(key, tensor, stream, rows, width)
-    table = _sign_table().take(raw.view(np.uint8))
-    return torch.from_numpy(table.view(np.int8).reshape(count, -1))[:, :width]
+    made = np.empty((rows.stop - rows.start, 32 * -(-width // _BLOCK_BITS)), np.uint64)
+
+    def fill(part: slice, place: slice) -> None:
+        raw, count = _row_words(key, tensor, stream, part, width)
+        _sign_table().take(raw.view(np.uint8).reshape(count, -1), out=made[place], mode="clip")
+
+    _in_parts(rows, width, fill)
+    return torch.from_numpy(made.view(np.int8))[:, :width]
 
 
 def normals(key: Key, tensor: int, stream: int, rows: slice, width: int) -> Tensor:
     """Rows ``rows`` of a matrix of independent standard normals, shape (n, width) fp32."""
-    raw, count = _row_words(key, tensor, stream, rows, 16 * width)
-    codes = raw.view("<u2").reshape(count, -1)[:, :width]
-    return torch.from_numpy(_normal_table().take(codes))
+    made = np.empty((rows.stop - rows.start, width), np.float32)
+
+    def fill(part: slice, place: slice) -> None:
+        raw, count = _row_words(key, tensor, stream, part, 16 * width)
+        codes = raw.view("<u2").reshape(count, -1)[:, :width]
+        _normal_table().take(codes, out=made[place], mode="clip")
+
+    _in_parts(rows, width, fill)
+    return torch.from_numpy(made)
 
 
 def uniform(key: Key, tensor: int, stream: int, rows: slice, width: int) -> Tensor:
     """Rows ``rows`` of uniforms in (0, 1), shape (n, width) fp32, a multiple of 2**-17."""
-    raw, count = _row_words(key, tensor, stream, rows, 16 * width)
-    codes = raw.view("<u2").reshape(count, -1)[:, :width]
-    return torch.from_numpy((codes.astype(np.float32) + 0.5) / 65536)
+    made = np.empty((rows.stop - rows.start, width), np.float32)
+
+    def fill(part: slice, place: slice) -> None:
+        raw, count = _row_words(key, tensor, stream, part, 16 * width)
+        codes = raw.view("<u2").reshape(count, -1)[:, :width]
+        np.divide(codes.astype(np.float32) + 0.5, 65536, out=made[place])
+
+    _in_parts(rows, width, fill)
+    return torch.from_numpy(made)
 
 
 def uniform_at(key: Key, tensor: int, stream: int, rows: slice | Tensor, width: int) -> Tensor:

@@ -179,6 +179,40 @@ def alignment_table(found: Mapping[str, Any]) -> RenderableType:
     return table
 
 
+def speed_table(found: Mapping[str, Any]) -> RenderableType:
+    """Rows of ``edgezo bench speed``: medians in seconds, and what the forward reaches of the machine."""
+    table = Table(
+        title=f"{found['model']}: a step, {found['threads']} threads",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    names = ("estimator", "store", "B", "tokens", "forward", "probe", "update", "step", "x")
+    for name in (*names, "spread", "tokens/s", "MM", "BW"):
+        where: Any = "left" if name == "estimator" else "right"
+        table.add_column(name, justify=where, no_wrap=True)
+    for row in found["rows"]:
+        head = (row["estimator"], row["precision"], str(row["batch_size"]), str(row["tokens"]))
+        rate = f"{row['tokens_per_s']:,.0f}"
+        if row["ratio"] is None:  # a baseline
+            table.add_row(*head, "", "", "", f"{row['step_s']:.3f}", "", "", rate)
+            continue
+        times = [f"{row[n]:.3f}" for n in ("forward_s", "perturbed_s", "update_s", "step_s")]
+        spread = f"{row['ratio_least']:.2f}-{row['ratio_most']:.2f}"
+        shares = [f"{row[n]:.0%}" for n in ("share_of_products", "share_of_bandwidth")]
+        table.add_row(*head, *times, f"{row['ratio']:.3f}", spread, rate, *shares)
+    noise = ", ".join(
+        f"{found[name] / 1e9:.2f} G {what} a second"
+        for name, what in (("sign_bits_per_s", "sign bits"), ("normals_per_s", "normals"))
+    )
+    copied = f"{found['copy_bytes_per_s'] / 1e9:.1f} GB/s"
+    about = (
+        "x: step/forward of one round. MM: what the forward reaches of bare matrix products; BW: bytes of its "
+        f"weights, of what a copy moves ({copied}).\nNoise: {noise}."
+    )
+    return Group(table, Text(about))
+
+
 def accuracy_table(found: Mapping[str, Any]) -> RenderableType:
     """``medians`` of ``edgezo bench accuracy``: a row for each method on each task."""
     goals = [name for name in found["medians"][0] if name.startswith("seconds_to_")]

@@ -152,3 +152,13 @@ def test_the_grid_is_near_the_coefficients(values):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_coefficients_that_are_not_finite_move_nothing(bad):
     assert not noise.exact_grid(np.array([1.0, bad])).any()
+
+
+def test_threads_and_parts_change_no_bit(monkeypatch, one_thread):
+    key, rows, width = Key(3, 5), slice(7, 300), 777
+    for make in (noise.signs, noise.normals, noise.uniform):
+        whole = make(key, 11, noise.DENSE, rows, width)
+        for threads, elements in ((1, 1000), (2, 1000), (3, 1), (2, 10**9)):
+            torch.set_num_threads(threads)
+            monkeypatch.setattr(noise, "_PART_ELEMENTS", elements)
+            assert torch.equal(make(key, 11, noise.DENSE, rows, width), whole)
