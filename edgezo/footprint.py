@@ -171,9 +171,9 @@ class Footprint:
         (measured: 5.65 GB for 16 x 128 tokens of SmolLM2-135M).
         """
         shape = self.shape
-        matrices = (*shape.matrices, *shape.tables)
-        weights = 2 * sum(m.numel for m in matrices) + 2 * shape.vector_elements
-        factors = sum(m.d_out + m.d_in for m in shape.matrices) * self.cfg.rank
+        tables = sum(t.numel for t in shape.tables)
+        weights = 2 * (shape.elements + tables + shape.vector_elements)
+        factors = (shape.rows + shape.cols) * self.cfg.rank
         kept = (
             16 * shape.hidden + 4 * shape.qkv_width + (8 if shape.gated else 6) * shape.intermediate
         ) + 4 * sum(m.d_in for m in shape.block)
@@ -200,7 +200,7 @@ class Footprint:
     def items(self, precision: str, micro_batch: int, on_disk: int = 0) -> tuple[Item, ...]:
         """Every item, with the last ``on_disk`` blocks, and then the tables too, on disk."""
         compute_bytes = {"fp32": 4, "bf16": 2}[self.compute_dtype(precision)[0]]
-        code = LIBRARY_BYTES + PANEL_BYTES * max(m.d_out for m in self.shape.matrices)
+        code = LIBRARY_BYTES + PANEL_BYTES * max(m.d_out for m in self.shape.kinds)
         if precision in QUANTIZED:
             code += QUANTO_BYTES
         always = [
@@ -234,7 +234,7 @@ class Footprint:
 
     def _weights(self, precision: str, on_disk: int) -> list[Item]:
         shape = self.shape
-        count = sum(m.numel for m in shape.matrices)
+        count = shape.elements
         vectors = Item(
             "norms and biases",
             4 * shape.vector_elements,
@@ -245,7 +245,8 @@ class Footprint:
         return [
             Item(
                 "linear weights",
-                self.stored_bytes(shape.matrices, precision),
+                shape.layers * self.block_bytes(precision)
+                + self.stored_bytes(shape.outside, precision),
                 f"{count:,} weights in {shape.layers} blocks: {self._detail(precision)}",
             ),
             self._tables(precision),
@@ -288,7 +289,7 @@ class Footprint:
 
     def _staged_bytes(self, precision: str) -> int:
         """One matrix as the base gives it, to make a block on disk (again)."""
-        largest = max(m.numel for m in self.shape.matrices)
+        largest = max(m.numel for m in self.shape.kinds)
         if precision in QUANTIZED:  # in fp32 beside its codes, and a tile being quantised
             return 5 * largest + min(TILE_BYTES, QUANTISE_BYTES * largest)
         return largest * (BYTES_PER_WEIGHT[precision] + 1)
@@ -298,8 +299,8 @@ class Footprint:
         shape, cfg = self.shape, self.cfg
         items = []
         if "lowrank" in cfg.train:
-            factor = sum(m.d_out for m in shape.matrices) * cfg.rank
-            basis = sum(m.d_in for m in shape.matrices) * cfg.rank
+            factor = shape.rows * cfg.rank
+            basis = shape.cols * cfg.rank
             size = 4 * factor + compute_bytes * basis
             reason = f"rank {cfg.rank}: {factor:,} trained values in fp32 and their fixed basis"
             items.append(Item("low-rank factors", size, reason))
@@ -307,12 +308,12 @@ class Footprint:
             n = shape.vector_elements
             items.append(Item("trained norms and biases", 4 * n, f"{n:,} values, fp32 copies"))
         if "scales" in cfg.train:
-            n = sum(m.d_out for m in shape.matrices)
+            n = shape.rows
             items.append(Item("trained scales", 4 * n, f"a gain per output row: {n:,} in fp32"))
         if "head" in cfg.train:
             items.append(self._head())
         if DIRECTIONS[cfg.directions].guided:
-            widths = sum(m.d_in for m in shape.matrices) if "full" in cfg.train else 0
+            widths = shape.cols if "full" in cfg.train else 0
             widths += len(shape.matrices) * cfg.rank if "lowrank" in cfg.train else 0
             size = (cfg.batch_size or 1) * widths * compute_bytes
             reason = f"v_i of {cfg.batch_size} examples for each matrix, until the update"
@@ -322,17 +323,18 @@ class Footprint:
     def _state(self) -> list[Item]:
         """What mask and rule keep beside each trained value."""
         shape, cfg, items = self.shape, self.cfg, []
-        matrices: list[tuple[int, int]] = []
-        vectors = 0
+        rows = in_matrices = vectors = 0
         if "full" in cfg.train:
-            matrices += [(m.d_out, m.d_in) for m in (*shape.matrices, *shape.tables)]
+            rows += shape.rows + sum(t.d_out for t in shape.tables)
+            in_matrices += shape.elements + sum(t.numel for t in shape.tables)
         if "lowrank" in cfg.train:
-            matrices += [(m.d_out, cfg.rank) for m in shape.matrices]
+            rows += shape.rows
+            in_matrices += shape.rows * cfg.rank
         if {"full", "norms"} & set(cfg.train):
             vectors += shape.vector_elements
         if "scales" in cfg.train:
-            vectors += sum(m.d_out for m in shape.matrices)
-        values = vectors + sum(rows * cols for rows, cols in matrices)
+            vectors += shape.rows
+        values = vectors + in_matrices
         if cfg.mask == "block":
             blocks = len(shape.matrices) + len(shape.tables) + shape.vector_elements // shape.hidden
             reason = f"--finetuner: {blocks} networks of {NETWORK} values, float64"
@@ -343,7 +345,7 @@ class Footprint:
         if n := RULES[cfg.rule].state:
             reason = f"--rule {cfg.rule}: {n} in fp32 for each of {values:,} trained values"
             if in_span(cfg.directions):  # coordinates, and which basis they are in
-                values = vectors + sum(rows * (cfg.rank + 1) for rows, _ in matrices)
+                values = vectors + rows * (cfg.rank + 1)
                 reason = f"--rule {cfg.rule}: {values:,} coordinates in rank {cfg.rank}, fp32"
             if values:
                 items.append(Item("rule state", 4 * n * values, reason))
@@ -382,7 +384,7 @@ class Footprint:
 
     def _largest_base(self) -> int:
         """A matrix of a block as a checkpoint gives it: fp32 at most."""
-        return 4 * max(m.numel for m in self.shape.matrices)
+        return 4 * max(m.numel for m in self.shape.kinds)
 
     def _rows(self, micro_batch: int) -> int:
         """Tokens of the longest batch that runs at once: of training on both sides, or of an evaluation."""
@@ -402,11 +404,11 @@ class Footprint:
         reason = f"{rows:,} tokens of {what}, one block at a time"
         items = [Item(ACTIVATIONS, self._activations(rows, compute_bytes), reason, "forward")]
         if BYTES_PER_WEIGHT.get(precision) != compute_bytes:
-            largest = max(m.numel for m in shape.matrices) * compute_bytes
+            largest = max(m.numel for m in shape.kinds) * compute_bytes
             compute = self.compute_dtype(precision)[0]
             reason = f"{precision} weights become {compute} a tile at a time"
             items.append(Item("expanded weights", min(largest, TILE_BYTES), reason, "forward"))
-        widest = max(m.d_out + m.d_in for m in shape.matrices)
+        widest = max(m.d_out + m.d_in for m in shape.kinds)
         reason = f"signs of {micro_batch} examples for the widest matrix; who is probed how"
         # A mask, its making from 64-bit integers, and the thin products that go with it.
         drawn = self.cfg.candidates if self.cfg.credit == "candidates" else micro_batch
@@ -436,9 +438,9 @@ class Footprint:
         low = "lowrank" in cfg.train or "full" in cfg.train
         if not low or not (DIRECTIONS[cfg.directions].dense or MASKS[cfg.mask].dense):
             return 0
-        largest = max(m.d_out for m in shape.matrices) * cfg.rank
+        largest = max(m.d_out for m in shape.kinds) * cfg.rank
         if "full" in cfg.train:
-            largest = max(m.numel for m in (*shape.matrices, *shape.tables))
+            largest = max(m.numel for m in (*shape.kinds, *shape.tables))
         copies = 3 + (2 if MASKS[cfg.mask].dense else 0) + (3 if cfg.directions == "centred" else 0)
         # Tiles of the forward are cut in the compute dtype: in fp32 they are up to twice as large.
         return copies * min(2 * TILE_BYTES, 4 * largest)
@@ -489,9 +491,9 @@ class Footprint:
         shape, cfg = self.shape, self.cfg
         sizes = [shape.hidden]
         if "lowrank" in cfg.train:
-            sizes += [m.d_out * cfg.rank for m in shape.matrices]
+            sizes += [m.d_out * cfg.rank for m in shape.kinds]
         if "full" in cfg.train:
-            sizes += [m.numel for m in shape.matrices]
+            sizes += [m.numel for m in shape.kinds]
             sizes += [self._moved_rows(t) * t.d_in for t in shape.tables]
         return 4 * max(sizes)
 

@@ -119,14 +119,14 @@ class CudaFootprint(Footprint):
         reason = f"{rows:,} tokens of {micro_batch} examples x {sides} sides, one block at a time"
         items = [Item("activations", self._activations(rows, compute_bytes), reason, "forward")]
         if BYTES_PER_WEIGHT.get(precision) != compute_bytes:
-            largest = max(m.numel for m in shape.matrices) * compute_bytes
+            largest = max(m.numel for m in shape.kinds) * compute_bytes
             reason = (
                 f"{precision} weights become {self.compute_dtype(precision)[0]} a tile at a time"
             )
             # The tile, and the codes of one.
             size = 3 * min(largest, TILE_BYTES) // 2
             items.append(Item("expanded weights", size, reason, "forward"))
-        widest = max(m.d_out + m.d_in for m in shape.matrices)
+        widest = max(m.d_out + m.d_in for m in shape.kinds)
         reason = f"signs of {micro_batch} examples for the widest matrix; who is probed how"
         drawn = self.cfg.candidates if self.cfg.credit == "candidates" else micro_batch
         size = drawn * (4 * rows + 3 * widest) * compute_bytes + 16 * rows

@@ -279,7 +279,7 @@ def _step_s(footprint: Footprint, machine: Machine, chosen: Option, batch_size: 
     shape, cfg, tokens = footprint.shape, footprint.cfg, footprint.tokens
     sides = 1 if cfg.train == ("head",) else footprint.sides
     length = tokens.mean or tokens.tokens[0]
-    operations = sum(m.numel for m in shape.matrices) * length
+    operations = shape.elements * length
     if not tokens.label_words:
         # The whole vocabulary is scored, once more for the exact head's gradient.
         passes = 2 if "head" in cfg.train else 1

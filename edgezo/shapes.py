@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgezo.config import RunConfig
@@ -106,6 +107,28 @@ class ModelShape:
     def matrices(self) -> tuple[MatrixShape, ...]:
         """Every linear of the model, block by block."""
         return self.block * self.layers + self.outside
+
+    # A plan is made of thousands of footprints, so what they count with is added up once.
+
+    @property
+    def kinds(self) -> tuple[MatrixShape, ...]:
+        """One of each linear that there is: all that a largest one is looked for in."""
+        return self.block + self.outside
+
+    @cached_property
+    def elements(self) -> int:
+        """Of all linears."""
+        return sum(m.numel for m in self.matrices)
+
+    @cached_property
+    def rows(self) -> int:
+        """d_out of all linears."""
+        return sum(m.d_out for m in self.matrices)
+
+    @cached_property
+    def cols(self) -> int:
+        """d_in of all linears."""
+        return sum(m.d_in for m in self.matrices)
 
 
 @dataclass(frozen=True)
