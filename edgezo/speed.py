@@ -38,6 +38,7 @@ from edgezo.machine import machine
 from edgezo.memory import allocator_reuse
 from edgezo.model import Model
 from edgezo.noise import Key
+from edgezo.perturb import PerturbedLinear
 from edgezo.presets import PRESETS
 from edgezo.session import load_model, open_request, settle
 
@@ -203,7 +204,7 @@ def _measure(
             "ratio_most": ratios[-1],
         }
         row["share_of_products"] = statistics.median(t["products_s"] / t["forward_s"] for t in own)
-        weights = sum(layout_elements(subject.model))
+        weights = sum(rows * cols for rows, cols in product_shapes(subject.model))
         row["forward_flops_per_s"] = 2 * weights * row["rows"] / row["forward_s"]
         row["share_of_bandwidth"] = subject.weight_bytes / row["forward_s"] / copied
         row["train"] = "+".join(subject.cfg.train)
@@ -223,12 +224,10 @@ def _medians(turns: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 # The machine
 
 
-def layout_elements(model: Model) -> list[int]:
-    """Elements of every matrix that a forward multiplies with: those of the blocks."""
-    tables = [m for m in model.module.modules() if isinstance(m, nn.Embedding)]
-    outside = {id(table.matrix.layout) for table in tables}
-    layouts = [x for x in model.store.layouts.values() if id(x) not in outside]
-    return [x.shape[0] * x.shape[1] for x in layouts]
+def product_shapes(model: Model) -> list[tuple[int, int]]:
+    """(d_out, d_in) of every matrix that a forward multiplies all its rows with: the tables are not among them."""
+    linears = [m for m in model.module.modules() if type(m) is PerturbedLinear]
+    return [m.matrix.layout.shape for m in linears]
 
 
 def bare_products(model: Model, rows: int) -> float:
@@ -237,9 +236,7 @@ def bare_products(model: Model, rows: int) -> float:
     One weight for each shape, so that they come from the cache where they fit: more than a forward can have.
     """
     dtype, device = model.context.dtype, model.context.device
-    shapes = [tuple(x.shape) for x in model.store.layouts.values()]
-    largest = max(layout_elements(model))
-    shapes = [s for s in shapes if s[0] * s[1] <= largest]
+    shapes = product_shapes(model)
     weights = {shape: torch.full(shape, 0.01, dtype=dtype, device=device) for shape in set(shapes)}
     inputs = {
         cols: torch.full((rows, cols), 0.01, dtype=dtype, device=device) for _, cols in weights

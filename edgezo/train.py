@@ -181,6 +181,7 @@ class Training:
     stop_asked: bool = False
     split_is_free: bool = False  # the plan chose the micro-batch, and nothing was computed with it
     inference_peak_bytes: int | None = None
+    tuner: Tuner | None = None  # with a finetuner
 
     @property
     def examples(self) -> tuple[Example, ...]:
@@ -206,7 +207,6 @@ class Training:
         self._guard()
         follow(self.model, self.cfg, self.journal)
         finetuner, store = self.opened.finetuner, self.model.store
-        self.tuner = None
         if finetuner is not None:
             self.tuner = Tuner.of(finetuner, store, self.opened.dataset)
         if self.model.store.residency is not None:
