@@ -210,7 +210,12 @@ def speed_table(found: Mapping[str, Any]) -> RenderableType:
         "x: step/forward of one round. MM: what the forward reaches of bare matrix products; BW: bytes of its "
         f"weights, of what a copy moves ({copied}).\nNoise: {noise}."
     )
-    return Group(table, Text(about))
+    lines = [
+        f"{fit['estimator']} {fit['precision']}: a step takes {fit['fixed_s']:.3f} s and {fit['s_a_row'] * 1e3:.3f} ms "
+        f"a row of tokens (R^2 {fit['r2']:.4f} over {fit['sizes']} sizes)"
+        for fit in found["fits"]
+    ]
+    return Group(table, Text("\n".join([about, *lines])))
 
 
 def accuracy_table(found: Mapping[str, Any]) -> RenderableType:

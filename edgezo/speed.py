@@ -23,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -127,7 +128,7 @@ def bench_speed(
             for row in rows[-len(subjects) - 2 * baselines :]:
                 note(line(row))
     result = {"model": request.get("model"), "threads": torch.get_num_threads(), "rows": rows}
-    result |= {"copy_bytes_per_s": copy_rate(), **noise_rates()}
+    result |= {"copy_bytes_per_s": copy_rate(), **noise_rates(), "fits": fits(rows)}
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "speed.json", (json.dumps(result, indent=1) + "\n").encode())
     if find_spec("matplotlib") is None:
@@ -214,6 +215,24 @@ def _measure(
         made.append(row)
     size_of = {"batch_size": size, "tokens": length, "tokens_a_side": statistics.median(packed[1:])}
     return [{**row, **size_of, "tokens_per_s": row["rows"] / row["step_s"]} for row in made]
+
+
+def fits(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Least squares of a step's seconds over the rows of tokens that pass, where there are four sizes or more.
+
+    ``step_s = fixed_s + rows * s_a_row``; ``r2`` is the share of the variance that the line explains.
+    """
+    found = []
+    for name in dict.fromkeys((row["estimator"], row["precision"]) for row in rows):
+        own = [row for row in rows if (row["estimator"], row["precision"]) == name]
+        x, y = (np.array([row[key] for row in own], float) for key in ("rows", "step_s"))
+        if len(set(x)) < 4:
+            continue
+        slope, fixed = np.polyfit(x, y, 1)
+        r2 = 1 - float(np.var(y - slope * x - fixed) / np.var(y))
+        line = {"fixed_s": float(fixed), "s_a_row": float(slope), "r2": r2, "sizes": len(own)}
+        found.append({"estimator": name[0], "precision": name[1], **line})
+    return found
 
 
 def _medians(turns: Sequence[Mapping[str, float]]) -> dict[str, Any]:

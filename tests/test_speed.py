@@ -55,6 +55,17 @@ def test_parts_of_a_step_add_up_and_every_row_is_there(tmp_path, rows, edgezo_js
         assert code == 2 and word in found["error"]
 
 
+def test_a_fit_needs_four_sizes_and_finds_its_line():
+    rows = [
+        {"estimator": "grzo", "precision": "int4", "rows": n, "step_s": 0.25 + 0.002 * n}
+        for n in (10, 20, 40, 80)
+    ]
+    (fit,) = speed.fits(rows)
+    assert fit["fixed_s"] == pytest.approx(0.25) and fit["s_a_row"] == pytest.approx(0.002)
+    assert fit["r2"] == pytest.approx(1.0) and fit["sizes"] == 4
+    assert speed.fits(rows[:3]) == [] and speed.fits([*rows[:3], rows[2]]) == []
+
+
 def test_a_row_is_stretched_at_its_front():
     example = Example((Row([1, 2, 3], (2,), ()),), 1)
     assert speed.stretched(example, speed.OWN) is example
