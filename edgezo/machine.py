@@ -13,6 +13,7 @@ import platform
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -197,7 +198,8 @@ def torch_has_cuda() -> bool:
 def _usable_gpu() -> tuple[Gpu | None, str]:
     """(the GPU that a run would use, a note)."""
     if sys.platform == "darwin" and platform.machine() == "arm64":
-        return None, "GPU: it shares the RAM, which is the figure that counts; edgezo uses the CPU"
+        shared = format_bytes(mps_limit_bytes())
+        return None, f"GPU: it shares the RAM and may take {shared} of it; edgezo uses the CPU"
     found = nvidia_gpus()
     if not found:
         return None, "GPU: none that nvidia-smi shows to this process"
@@ -206,6 +208,20 @@ def _usable_gpu() -> tuple[Gpu | None, str]:
         return None, f"GPU: {gpu.name}, of no use: the PyTorch that is installed is for CPUs only"
     free, total = format_bytes(gpu.available_bytes), format_bytes(gpu.total_bytes)
     return gpu, f"GPU: {gpu.name}, {free} of its {total} free"
+
+
+def mps_limit_bytes() -> int:
+    """What the GPU of an Apple machine may take of the RAM (MPS): as set by ``sysctl``, else Metal's own share.
+
+    That is two thirds up to 36 GB and three quarters above.
+    """
+    command = ["sysctl", "-n", "iogpu.wired_limit_mb"]
+    with suppress(OSError, ValueError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S)
+        if (limit_mb := int(done.stdout)) > 0:  # 0: not set
+            return limit_mb << 20
+    total_bytes = psutil.virtual_memory().total
+    return total_bytes * 3 // 4 if total_bytes > 36 << 30 else total_bytes * 2 // 3
 
 
 def _affinity_cores() -> int:

@@ -384,3 +384,28 @@ def test_what_pytorch_is_built_for_is_known_without_importing_it():
     import torch
 
     assert machine.torch_has_cuda() == (torch.version.cuda is not None)
+
+
+@pytest.mark.parametrize(
+    ("answer", "ram_bytes", "share_bytes"),
+    [
+        ("echo 12000", 16 << 30, 12000 << 20),
+        ("echo 0", 18 << 30, 12 << 30),
+        ("echo 0", 64 << 30, 48 << 30),
+        ("exit 1", 18 << 30, 12 << 30),
+    ],
+)
+def test_what_an_apple_gpu_may_take_of_the_ram(
+    monkeypatch, tmp_path, answer, ram_bytes, share_bytes
+):
+    script = tmp_path / "sysctl"
+    script.write_text(f'#!/bin/sh\n[ "$2" = iogpu.wired_limit_mb ] && {answer}\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    ram = psutil.virtual_memory()._replace(total=ram_bytes)
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: ram)
+    assert machine.mps_limit_bytes() == share_bytes
+    monkeypatch.setattr(machine.sys, "platform", "darwin")
+    monkeypatch.setattr(machine.platform, "machine", lambda: "arm64")
+    gpu, said = machine._usable_gpu()
+    assert gpu is None and format_bytes(share_bytes) in said
