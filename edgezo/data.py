@@ -402,7 +402,7 @@ def _read(
         validation = [r for i, r in enumerate(train) if i in held]
         train = [r for i, r in enumerate(train) if i not in held]
         why = "no validation file" if held_out is None else "--held-out"
-        notes.append(f"{why}: {n} of {n + len(train)} training rows are held out to evaluate")
+        notes.append(f"{why}: {n} of {n + len(train)} rows are held out to evaluate")
     return train, validation
 
 
