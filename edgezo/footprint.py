@@ -220,6 +220,7 @@ class Footprint:
             *always,
             self._load(precision, on_disk),
             *self._forward(precision, micro_batch, compute_bytes),
+            *self._holes(precision, micro_batch, compute_bytes),
             self._update(precision, micro_batch, compute_bytes, on_disk),
         )
 
@@ -468,12 +469,28 @@ class Footprint:
         # Mapped, and said to be more than what is kept, so that Plan.map_from_bytes tells the two apart.
         return max((max(attending, mlp) + rows * rotary) * compute_bytes, REUSED_BYTES + 1)
 
-    def _update(self, precision: str, micro_batch: int, compute_bytes: int, on_disk: int) -> Item:
+    def _update_tiles(self, precision: str) -> int:
         rounds = "full" in self.cfg.train and precision != "fp32"
         copies = ROUNDED_UPDATE_TILES if rounds else UPDATE_TILES
         if rounds and precision == "int8":
             copies = CODES_UPDATE_TILES
-        size = copies * min(TILE_BYTES, self._largest_trained())
+        return copies * min(TILE_BYTES, self._largest_trained())
+
+    def _holes(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
+        """What tiles of full weights leave in the heap, cut otherwise than a forward's temporaries (calibrated).
+
+        In one run of five or so; mapped temporaries leave none.
+        """
+        temporaries = self._activations(self._rows(micro_batch), compute_bytes)
+        if "full" not in self.cfg.train or temporaries > REUSED_BYTES:
+            return []
+        size = min(self._update_tiles(precision), temporaries)
+        return [
+            Item("holes", size, "in the heap, between what updates and forwards take", "forward")
+        ]
+
+    def _update(self, precision: str, micro_batch: int, compute_bytes: int, on_disk: int) -> Item:
+        size = self._update_tiles(precision)
         reason = "weights, direction and change of one tile, in fp32"
         if rounding_of(self.cfg, precision)[0] == "anchored":
             # As the base gives it, beside what a tile of it becomes (QUANTISE_BYTES).
