@@ -13,11 +13,9 @@ memory of a backward pass. It is taken where training starts.
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +26,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from edgezo import loader
-from edgezo.bench import UNLIMITED_BYTES
+from edgezo.bench import UNLIMITED_BYTES, write_results
 from edgezo.config import RunConfig, make_config
 from edgezo.data import Dataset, Example, batch_indices, collate
 from edgezo.errors import UsageError
 from edgezo.estimators import Estimator, Recipe
-from edgezo.files import atomic_write
 from edgezo.finetuner import Tuner, load_finetuner
 from edgezo.machine import machine
 from edgezo.masks import block_of
@@ -68,12 +65,7 @@ def bench_alignment(
             rows.append({"estimator": name, **measure(replace(cfg, batch_size=size), tries)})
             note(line(rows[-1]))
     result = {"model": request.get("model"), "rows": rows}
-    out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / "alignment.json", (json.dumps(result, indent=1) + "\n").encode())
-    if find_spec("matplotlib") is None:
-        note("no chart: that takes matplotlib, which pip install 'edgezo[bench]' brings")
-    else:
-        chart(result, out / "alignment.png")
+    write_results(result, out / "alignment", chart, note)
     return result
 
 

@@ -84,8 +84,11 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     rows = tokenizer(texts, truncation=True, max_length=spec["tokens"])["input_ids"]
     ids = torch.tensor([row for row in rows if len(row) == spec["tokens"]], device=spec["device"])
     trained = [p for p in model.parameters() if p.requires_grad]
-    make_step = _mezo if recipe.forwards_only else _backward
-    one_step = make_step(model, trained)
+
+    def loss_of(batch: Any) -> Any:
+        return model(input_ids=batch, labels=batch).loss
+
+    one_step = (mezo_in_place if recipe.forwards_only else _backward)(trained, loss_of)
     losses, times_s = [], []
     for step in range(spec["steps"]):
         begun_s = time.monotonic()
@@ -110,14 +113,14 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _backward(model: Any, trained: list[Any]) -> Callable[[Any], float]:
-    """AdamW's step on a batch (B, T)."""
+def _backward(trained: list[Any], loss_of: Callable[[Any], Any]) -> Callable[[Any], float]:
+    """AdamW's step on a batch, of which ``loss_of`` gives the mean loss."""
     import torch
 
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
     def step(batch: Any) -> float:
-        loss = model(input_ids=batch, labels=batch).loss
+        loss = loss_of(batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -126,7 +129,7 @@ def _backward(model: Any, trained: list[Any]) -> Callable[[Any], float]:
     return step
 
 
-def _mezo(model: Any, trained: list[Any]) -> Callable[[Any], float]:
+def mezo_in_place(trained: list[Any], loss_of: Callable[[Any], Any]) -> Callable[[Any], float]:
     """MeZO's step (arXiv 2305.17333, algorithm 1): one direction for the batch, drawn again from its seed."""
     import torch
 
@@ -145,7 +148,7 @@ def _mezo(model: Any, trained: list[Any]) -> Callable[[Any], float]:
         losses = []
         for there in (SIGMA, -2 * SIGMA):
             move(there)
-            losses.append(float(model(input_ids=batch, labels=batch).loss))
+            losses.append(float(loss_of(batch)))
         move(SIGMA)
         move(-1e-6 * (losses[0] - losses[1]) / (2 * SIGMA))
         return sum(losses) / 2

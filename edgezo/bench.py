@@ -117,12 +117,23 @@ def bench_memory(
         rows.append(_row(found))
     result: dict[str, Any] = {"model": model, "cap_bytes": cap_bytes, "rows": rows}
     together = result | {"rows": [_row(p) for p in known if always.items() <= p.items()]}
-    atomic_write(out / "memory.json", (json.dumps(together, indent=1) + "\n").encode())
+    write_results(together, out / "memory", chart, note)
+    return result
+
+
+def write_results(
+    result: dict[str, Any],
+    stem: Path,
+    draw: Callable[[dict[str, Any], Path], None],
+    note: Callable[[str], None],
+) -> None:
+    """``stem``.json, and ``stem``.png drawn of it unless every row is an error; says so where nothing can be drawn."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(stem.with_suffix(".json"), (json.dumps(result, indent=1) + "\n").encode())
     if find_spec("matplotlib") is None:
         note("no chart: that takes matplotlib, which pip install 'edgezo[bench]' brings")
-    elif any("error" not in p for p in together["rows"]):
-        chart(together, out / "memory.png")
-    return result
+    elif any("error" not in row for row in result["rows"]):
+        draw(result, stem.with_suffix(".png"))
 
 
 def train_peak_bytes(point: dict[str, Any]) -> int:

@@ -64,7 +64,7 @@ def bench_memory(
     progress = report.TerminalProgress()
     found = bench.bench_memory(
         model,
-        methods=[m.strip() for m in methods.split(",")] if methods else tuple(bench.METHODS),
+        methods=_names(methods) if methods else tuple(bench.METHODS),
         batch_sizes=_integers("--batch-sizes", batch_sizes),
         tokens=_integers("--tokens", tokens),
         threads=threads,
@@ -110,7 +110,7 @@ def bench_alignment(
     ]
     found = alignment.bench_alignment(
         said,
-        estimators=[n.strip() for n in estimators.split(",")] if estimators else names,
+        estimators=_names(estimators) if estimators else names,
         batch_sizes=_integers("--batch-sizes", batch_sizes),
         tries=tries,
         out=Path(out),
@@ -166,8 +166,8 @@ def bench_speed(
     lengths = [n if n == speed.OWN else _integers("--tokens", n)[0] for n in tokens.split(",")]
     found = speed.bench_speed(
         said,
-        estimators=[n.strip() for n in estimators.split(",")],
-        precisions=[n.strip() for n in precisions.split(",")],
+        estimators=_names(estimators),
+        precisions=_names(precisions),
         batch_sizes=_integers("--batch-sizes", batch_sizes),
         tokens=lengths,
         repeats=repeats,
@@ -199,7 +199,7 @@ def bench_accuracy(
     from edgezo import report, study
 
     progress = report.TerminalProgress()
-    named = [m.strip() for m in methods.split(",")] if methods else []
+    named = _names(methods) if methods else []
     found = study.bench_accuracy(
         study.read_study(config.read_toml(study_file), named),
         data_root=data_root,
@@ -209,6 +209,10 @@ def bench_accuracy(
         note=progress.note,
     )
     emit(as_json, found, report.accuracy_table(found))
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def _integers(name: str, text: str) -> list[int]:

@@ -29,6 +29,7 @@ from edgezo.presets import (
     RULES,
     cannot_anchor,
     default_step,
+    forwards,
     refusals,
 )
 
@@ -163,6 +164,13 @@ class RunConfig:
     threads: int | None
     profile: bool
     out: str | None
+
+    @property
+    def passes(self) -> int:
+        """Forwards over an example in a step: the exact head alone needs one."""
+        if self.train == ("head",):
+            return 1
+        return forwards(self.credit, self.mask, self.candidates)
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, with lists for tuples, ready for JSON."""

@@ -94,9 +94,7 @@ class DataRequest:
     label_field: str = "label"
     max_length: int = 512  # tokens that go through the model in one row
     eval_limit: int | None = None
-    held_out: float | None = (
-        None  # share of the training rows to evaluate on, in place of a validation file
-    )
+    held_out: float | None = None  # share of the training rows to evaluate on instead
     seed: int = 0
 
 

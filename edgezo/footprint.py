@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from edgezo.config import EVAL_TOKENS, QUANTIZED, UNROUNDED, RunConfig
-from edgezo.presets import DIRECTIONS, MASKS, RULES, cannot_anchor, forwards, in_span
+from edgezo.presets import DIRECTIONS, MASKS, RULES, cannot_anchor, in_span
 from edgezo.shapes import (
     BYTES_PER_WEIGHT,
     KEPT_LENGTHS,
@@ -356,7 +356,7 @@ class Footprint:
     def sides(self) -> int:
         """Forwards over the batch in a step, all in one pass."""
         cfg = self.cfg
-        return 2 if cfg.train == ("head",) else forwards(cfg.credit, cfg.mask, cfg.candidates)
+        return 2 if cfg.train == ("head",) else cfg.passes
 
     def _head(self) -> Item:
         shape, what = self.shape, "change, gradient and Adam's moments"

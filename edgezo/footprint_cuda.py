@@ -11,17 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgezo.footprint import (
-    CODES_UPDATE_TILES,
     HIDDEN_COPIES,
     KEY_COPIES,
     MB,
     MLP_COPIES,
     PAGE_BYTES,
     QUERY_COPIES,
-    ROUNDED_UPDATE_TILES,
     SLOTS,
     TILE_BYTES,
-    UPDATE_TILES,
     Footprint,
     Item,
 )
@@ -160,11 +157,7 @@ class CudaFootprint(Footprint):
     def _update_of(
         self, precision: str, micro_batch: int, compute_bytes: int, on_disk: int
     ) -> list[Item]:
-        rounds = "full" in self.cfg.train and precision != "fp32"
-        copies = (ROUNDED_UPDATE_TILES if rounds else UPDATE_TILES) + 1
-        if rounds and precision == "int8":
-            copies = CODES_UPDATE_TILES + 1
-        size = copies * min(TILE_BYTES, self._largest_trained())
+        size = self._update_tiles(precision) + min(TILE_BYTES, self._largest_trained())
         reason = "weights, direction and change of one tile, in fp32"
         if on_disk:  # a block is updated between two layers
             size += self._rows(micro_batch) * self.shape.hidden * compute_bytes

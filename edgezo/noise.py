@@ -26,6 +26,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -133,30 +134,33 @@ def signs(key: Key, tensor: int, stream: int, rows: slice, width: int) -> Tensor
     return torch.from_numpy(made.view(np.int8))[:, :width]
 
 
-def normals(key: Key, tensor: int, stream: int, rows: slice, width: int) -> Tensor:
-    """Rows ``rows`` of a matrix of independent standard normals, shape (n, width) fp32."""
+def _of_codes(
+    key: Key, tensor: int, stream: int, rows: slice, width: int, turn: Callable[..., object]
+) -> Tensor:
+    """(n, width) fp32, which ``turn(codes, out=...)`` makes of 16 bits an element."""
     made = np.empty((rows.stop - rows.start, width), np.float32)
 
     def fill(part: slice, place: slice) -> None:
         raw, count = _row_words(key, tensor, stream, part, 16 * width)
-        codes = raw.view("<u2").reshape(count, -1)[:, :width]
-        _normal_table().take(codes, out=made[place], mode="clip")
+        turn(raw.view("<u2").reshape(count, -1)[:, :width], out=made[place])
 
     _in_parts(rows, width, fill)
     return torch.from_numpy(made)
+
+
+def normals(key: Key, tensor: int, stream: int, rows: slice, width: int) -> Tensor:
+    """Rows ``rows`` of a matrix of independent standard normals, shape (n, width) fp32."""
+    take = _normal_table().take
+    return _of_codes(key, tensor, stream, rows, width, partial(take, mode="clip"))
 
 
 def uniform(key: Key, tensor: int, stream: int, rows: slice, width: int) -> Tensor:
     """Rows ``rows`` of uniforms in (0, 1), shape (n, width) fp32, a multiple of 2**-17."""
-    made = np.empty((rows.stop - rows.start, width), np.float32)
 
-    def fill(part: slice, place: slice) -> None:
-        raw, count = _row_words(key, tensor, stream, part, 16 * width)
-        codes = raw.view("<u2").reshape(count, -1)[:, :width]
-        np.divide(codes.astype(np.float32) + 0.5, 65536, out=made[place])
+    def place(codes: np.ndarray, out: np.ndarray) -> None:
+        np.divide(codes.astype(np.float32) + 0.5, 65536, out=out)
 
-    _in_parts(rows, width, fill)
-    return torch.from_numpy(made)
+    return _of_codes(key, tensor, stream, rows, width, place)
 
 
 def uniform_at(key: Key, tensor: int, stream: int, rows: slice | Tensor, width: int) -> Tensor:

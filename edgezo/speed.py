@@ -14,12 +14,10 @@ every position; in-place MeZO, and GRZO in the published form of hooks with weig
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +28,12 @@ from torch import Tensor, nn
 
 from edgezo import noise
 from edgezo.alignment import plain_module, point_config
+from edgezo.baselines import SIGMA, mezo_in_place
+from edgezo.bench import write_results
 from edgezo.config import RunConfig
 from edgezo.data import Dataset, Example, Row, batch_indices, collate
 from edgezo.errors import UsageError
 from edgezo.estimators import Estimator, Recipe
-from edgezo.files import atomic_write
 from edgezo.machine import machine
 from edgezo.memory import allocator_reuse
 from edgezo.model import Model
@@ -45,7 +44,6 @@ from edgezo.session import load_model, open_request, settle
 
 OWN = "own"  # of --tokens: the rows as they are
 COPIED_BYTES = 256 << 20
-SIGMA = 1e-3  # of the baselines
 BASELINES = ("mezo-in-place", "grzo-hooks")
 
 
@@ -62,9 +60,9 @@ class Subject:
 
     @property
     def sides(self) -> int:
-        return len(self.model.evaluations) if self.cfg.train != ("head",) else 1
+        return self.cfg.passes
 
-    def forward(self, group: Sequence[Example], step: int) -> dict[str, float]:
+    def forward(self, group: Sequence[Example]) -> dict[str, float]:
         batch = collate(group, range(len(group)))
         begun_s = time.perf_counter()
         self.model.losses(batch, sides=self.sides)
@@ -124,17 +122,13 @@ def bench_speed(
     rows: list[dict[str, Any]] = []
     for size in batch_sizes:
         for length in tokens:
-            rows += _measure(subjects, plain, size, length, repeats)
-            for row in rows[-len(subjects) - 2 * baselines :]:
+            measured = _measure(subjects, plain, size, length, repeats)
+            for row in measured:
                 note(line(row))
+            rows += measured
     result = {"model": request.get("model"), "threads": torch.get_num_threads(), "rows": rows}
     result |= {"copy_bytes_per_s": copy_rate(), **noise_rates(), "fits": fits(rows)}
-    out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / "speed.json", (json.dumps(result, indent=1) + "\n").encode())
-    if find_spec("matplotlib") is None:
-        note("no chart: that takes matplotlib, which pip install 'edgezo[bench]' brings")
-    else:
-        chart(result, out / "speed.png")
+    write_results(result, out / "speed", chart, note)
     return result
 
 
@@ -183,7 +177,7 @@ def _measure(
         group = [stretched(train[i], length) for i in batch_indices(len(train), size, 0, turn)]
         rows = sum(len(e.rows[0].ids) for e in group)
         for subject in subjects:
-            found = subject.forward(group, turn) | subject.step(group, turn)
+            found = subject.forward(group) | subject.step(group, turn)
             products = bare_products(subject.model, subject.sides * rows)
             own = took.setdefault(f"{subject.name} {subject.precision}", [])
             own.append(found | {"products_s": products, "rows": subject.sides * rows})
@@ -307,7 +301,9 @@ class Plain:
         self.label_ids = torch.tensor(subject.dataset.label_ids)
         self.pad = opened.tokenizer.pad_token_id or 0
         self.linears = [m for n, m in self.module.named_modules() if _is_inner_linear(n, m)]
-        self.trained = list(self.module.parameters())
+        self._mezo = mezo_in_place(
+            list(self.module.parameters()), lambda group: self.losses(group).mean()
+        )
 
     def time(self, name: str, group: Sequence[Example]) -> float:
         begun_s = time.perf_counter()
@@ -323,24 +319,6 @@ class Plain:
         logits = self.module(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
         words = logits[torch.arange(len(rows)), lengths - 1][:, self.label_ids]
         return F.cross_entropy(words, torch.tensor([e.label for e in group]), reduction="none")
-
-    @torch.no_grad()
-    def _mezo(self, group: Sequence[Example]) -> None:
-        """MeZO (arXiv 2305.17333, algorithm 1): one direction, the weights moved there and back."""
-        generator = torch.Generator()
-        seed = generator.seed()
-
-        def move(scale: float) -> None:
-            generator.manual_seed(seed)
-            for weight in self.trained:
-                weight.add_(torch.empty_like(weight).normal_(generator=generator), alpha=scale)
-
-        found = []
-        for there in (SIGMA, -2 * SIGMA):
-            move(there)
-            found.append(float(self.losses(group).mean()))
-        move(SIGMA)
-        move(-1e-9 * (found[0] - found[1]) / (2 * SIGMA))
 
     @torch.no_grad()
     def _hooked(self, group: Sequence[Example]) -> None:

@@ -26,15 +26,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from edgezo.config import RunConfig, flag, make_config
+from edgezo.bench import write_results
+from edgezo.config import flag, make_config
 from edgezo.errors import EdgezoError, UsageError
-from edgezo.files import atomic_write
-from edgezo.presets import forwards
 
 Settings = dict[str, Any]
 BUDGETS = ("forwards", "seconds")
@@ -71,14 +69,9 @@ class Study:
             said["for_s"] = amount
         else:
             size = int(said["batch_size"])
-            said["steps"] = max(1, round(amount / (size * sides(make_config(said)))))
+            said["steps"] = max(1, round(amount / (size * make_config(said).passes)))
         make_config(said := said | {"seed": seed})
         return said
-
-
-def sides(cfg: RunConfig) -> int:
-    """Forwards over an example in a step."""
-    return 1 if cfg.train == ("head",) else forwards(cfg.credit, cfg.mask, cfg.candidates)
 
 
 def read_study(found: Mapping[str, Any], methods: Sequence[str] = ()) -> Study:
@@ -118,9 +111,9 @@ def read_study(found: Mapping[str, Any], methods: Sequence[str] = ()) -> Study:
         tune=tune,
     )
     for name, points in study.methods.items():
-        for task, (at, point) in product(study.tasks, enumerate(points)):
+        for task, point, tuning in product(study.tasks, points, {False, len(points) > 1}):
             try:
-                study.request(task, point, 0, {}, tuning=bool(at))
+                study.request(task, point, 0, {}, tuning)
             except UsageError as problem:
                 problems += [f"{name} on {task}: {line}" for line in str(problem).splitlines()]
     if problems:
@@ -193,11 +186,7 @@ def bench_accuracy(
     what, amount = study.budget
     found = {"model": study.model, what: amount, "rows": rows, "tuning": tried}
     found["medians"] = [_median(rows, t, m) for t, m in product(study.tasks, study.methods)]
-    atomic_write(out / "accuracy.json", (json.dumps(found, indent=1) + "\n").encode())
-    if find_spec("matplotlib") is None:
-        note("no chart: that takes matplotlib, which pip install 'edgezo[bench]' brings")
-    elif any("error" not in row for row in rows):
-        chart(found, out / "accuracy.png")
+    write_results(found, out / "accuracy", chart, note)
     return found
 
 
