@@ -29,7 +29,7 @@ from edgezo.config import FIELDS, flag
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.files import atomic_write
 from edgezo.machine import machine
-from edgezo.memory import Meter, allocator_policy, allocator_reuse, read_status
+from edgezo.memory import Meter, allocator_policy, read_status
 
 UNLIMITED_BYTES = 10**15  # what is measured is what a method takes, not what it is held to
 STEPS = 2  # an optimizer's state stands from the second step on
@@ -273,10 +273,9 @@ def inference(request: dict[str, Any]) -> dict[str, Any]:
     meter = Meter(reset=True)
     opened = open_request(make_config({**request, "train": "head"}))  # nothing beside the weights
     base = meter.mark("base")
-    plan = settle(opened, machine(), base.rss_bytes)
+    settle(opened, machine(), base.rss_bytes)
     model = load_model(opened, machine())
     model.scorer.exact = None  # a forward that learns nothing has no head beside the head
-    allocator_reuse(plan.map_from_bytes)
     opened.memory.loaded()
     meter.mark("load")
     examples = opened.dataset.train

@@ -20,7 +20,7 @@ from edgezo.errors import EdgezoError, UsageError
 from edgezo.files import atomic_path, atomic_write
 from edgezo.journal import Journal, check_base, open_journal
 from edgezo.machine import machine
-from edgezo.memory import Meter, allocator_reuse, rss_bytes
+from edgezo.memory import Meter, rss_bytes
 from edgezo.model import Model
 from edgezo.report import to_json
 from edgezo.rundir import RunFiles, load_snapshot, lost_head, temporary_overlay, write_saved
@@ -46,10 +46,9 @@ def evaluate(target: str, cfg: RunConfig) -> dict[str, Any]:
         cfg = replace(cfg, train=("head",))  # the smallest: nothing is trained
     opened = open_request(cfg)
     base = meter.mark("base")
-    plan = settle(opened, confirmed(machine()), base.rss_bytes)
+    settle(opened, confirmed(machine()), base.rss_bytes)
     with ExitStack() as held:
         model = held.enter_context(loaded(opened))
-        allocator_reuse(plan.map_from_bytes)
         steps = 0
         if trained is not None:
             journal = held.enter_context(open_journal(run.journal, resume=False))
@@ -89,7 +88,8 @@ def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model, journal
         stop = load_snapshot(run, model)
     follow(model, cfg, journal)
     replay_into(model, stop)
-    model.store.finish(stop)
+    with model.heap.updating():
+        model.store.finish(stop)
     return stop
 
 

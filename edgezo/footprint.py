@@ -8,6 +8,7 @@ only in one phase do not add up with those of another:
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -71,11 +72,9 @@ QUERY_COPIES = 5
 # Keys and values, rotated, in rows, and the temporaries of the rotation.
 KEY_COPIES = 6
 # Activations of this size in all stay in the heap, which saves their page faults; what attention has left there is
-# used again in part only (calibrated). Larger ones are mapped and given back one by one, from MAPPED_BYTES on.
+# used again in part only (calibrated). Larger ones are mapped and given back one by one (memory.Heap).
 REUSED_BYTES = 40 * MB
 HEAP_LEFT = 0.6
-MAPPED_BYTES = 256 << 10
-NEVER_MAPPED_BYTES = 32 << 20  # the highest threshold that glibc takes
 # Padded groups that attend one after the other (packing._GROUP_TOKENS).
 ATTENDING_TOKENS = 4096
 # Slots that blocks on disk are read into: one computes or is written back, the other is read into.
@@ -150,6 +149,9 @@ class Footprint:
         """(dtype of activations and products, reason)."""
         return compute_dtype(precision, self.bf16_fast)
 
+    def _compute_bytes(self, precision: str) -> int:
+        return {"fp32": 4, "bf16": 2}[self.compute_dtype(precision)[0]]
+
     def peak_bytes(self, precision: str, micro_batch: int, on_disk: int = 0) -> int:
         return peak_bytes(self.items(precision, micro_batch, on_disk))
 
@@ -199,7 +201,7 @@ class Footprint:
 
     def items(self, precision: str, micro_batch: int, on_disk: int = 0) -> tuple[Item, ...]:
         """Every item, with the last ``on_disk`` blocks, and then the tables too, on disk."""
-        compute_bytes = {"fp32": 4, "bf16": 2}[self.compute_dtype(precision)[0]]
+        compute_bytes = self._compute_bytes(precision)
         code = LIBRARY_BYTES + PANEL_BYTES * max(m.d_out for m in self.shape.kinds)
         if precision in QUANTIZED:
             code += QUANTO_BYTES
@@ -466,8 +468,15 @@ class Footprint:
         kept = (max(attending, mlp + left) + rows * rotary) * compute_bytes
         if kept <= REUSED_BYTES:
             return kept
-        # Mapped, and said to be more than what is kept, so that Plan.map_from_bytes tells the two apart.
+        # Mapped, and said to be more than what is kept, so that Plan.maps tells the two apart.
         return max((max(attending, mlp) + rows * rotary) * compute_bytes, REUSED_BYTES + 1)
+
+    def reused_tokens(self, precision: str) -> int:
+        """Tokens, of all sides, whose temporaries stay in the heap."""
+        compute_bytes = self._compute_bytes(precision)
+        most = range(REUSED_BYTES)
+        over = bisect_right(most, REUSED_BYTES, key=lambda n: self._activations(n, compute_bytes))
+        return over - 1
 
     def _update_tiles(self, precision: str) -> int:
         rounds = "full" in self.cfg.train and precision != "fp32"

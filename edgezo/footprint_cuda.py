@@ -71,7 +71,7 @@ class CudaFootprint(Footprint):
 
     def items(self, precision: str, micro_batch: int, on_disk: int = 0) -> tuple[Item, ...]:
         """Every item, with the last ``on_disk`` blocks in the RAM."""
-        compute_bytes = {"fp32": 4, "bf16": 2}[self.compute_dtype(precision)[0]]
+        compute_bytes = self._compute_bytes(precision)
         return (
             self._base(),
             *self._weights(precision, on_disk),

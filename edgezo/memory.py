@@ -27,7 +27,8 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -104,23 +105,62 @@ def allocator_policy(
     return "glibc: " + ", ".join(done)
 
 
-def allocator_reuse(map_from_bytes: int = 32 << 20, keep_bytes: int = 1 << 30) -> bool:
+MAPPED_BYTES = 256 << 10  # of a temporary, where there are many tokens
+NEVER_MAPPED_BYTES = 32 << 20  # the highest threshold that glibc takes
+
+
+def allocator_reuse(map_from_bytes: int = NEVER_MAPPED_BYTES, keep_bytes: int = 1 << 30) -> bool:
     """Keep freed temporaries below ``map_from_bytes`` in the heap from now on; True if the C library took it.
 
     For the steps after loading: they ask for the same activations again and again, and a fresh map
     costs a page fault every 4 KiB (5 us each on a virtual machine: more than the arithmetic of an
     elementwise pass). What is kept is bounded by what was in use at once, and `Guard` trims it near
-    the cap; but large temporaries of many sizes leave holes, so a plan with large activations maps
-    them (`Plan.map_from_bytes`). Weights were mapped one by one before this and stay so.
+    the cap; but large temporaries of many sizes leave holes, so those of long batches are mapped
+    (`Heap`). Weights were mapped one by one before this and stay so.
     """
     libc = _glibc()
     if libc is None or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return False
-    # 32 MiB is the highest threshold that glibc takes.
     return bool(
         libc.mallopt(_M_MMAP_THRESHOLD, map_from_bytes)
         and libc.mallopt(_M_TRIM_THRESHOLD, keep_bytes)
     )
+
+
+@dataclass(frozen=True)
+class Heap:
+    """Where the temporaries of a step lie: in the heap while they are small, else each in a map of its own.
+
+    A batch of few tokens goes without the page faults of fresh maps; the longest, which the peak is made of, leaves no
+    holes.
+    """
+
+    reused_tokens: int | None = (
+        None  # of all sides, whose temporaries stay in the heap; None: no say in it
+    )
+    trims: bool = (
+        False  # whether longer batches are to be expected: then an update leaves nothing behind
+    )
+
+    def expect(self, tokens: int) -> None:
+        """A forward over ``tokens`` packed tokens follows."""
+        if self.reused_tokens is None:
+            return
+        mapped = tokens > self.reused_tokens
+        if mapped:
+            malloc_trim()
+        allocator_reuse(MAPPED_BYTES if mapped else NEVER_MAPPED_BYTES)
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Tiles of an update follow, many of one size."""
+        if self.reused_tokens is not None:
+            allocator_reuse()
+        try:
+            yield
+        finally:
+            if self.trims:
+                malloc_trim()
 
 
 def _huge_pages_on_request(root: Path = ROOT) -> bool:

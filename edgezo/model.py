@@ -29,6 +29,7 @@ from edgezo.estimators import TWO_SIDED, Evaluation
 from edgezo.head import ExactHead
 from edgezo.layouts import CPU, DENSE_DTYPES, Dense, Int8, Layout, Rows, moved, place, vacant
 from edgezo.masks import mask_of
+from edgezo.memory import Heap
 from edgezo.noise import Key
 from edgezo.objective import Scorer
 from edgezo.overlay import DiskTable
@@ -85,6 +86,7 @@ class Model:
     masked: bool
     position_offset: int
     evaluations: tuple[Evaluation, ...] = TWO_SIDED
+    heap: Heap = field(default_factory=Heap)  # where temporaries lie
     label_rows: np.ndarray | None = None  # rows that every example of a tied label task touches
     frozen: list[str] = field(default_factory=list)
 
@@ -129,6 +131,7 @@ class Model:
         index = torch.cat([at + side * len(batch.ids) for side in range(sides)]).to(device)
         positions = (plan.positions() + self.position_offset)[None].to(device)
         self.context.probe = probe
+        self.heap.expect(len(batch.ids) * sides)
         try:
             with packing.packed(plan):
                 hidden = self.module.base_model(  # type: ignore[operator]

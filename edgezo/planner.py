@@ -17,9 +17,7 @@ from edgezo.config import RunConfig
 from edgezo.errors import DoesNotFit
 from edgezo.footprint import (
     ACTIVATIONS,
-    MAPPED_BYTES,
     MB,
-    NEVER_MAPPED_BYTES,
     REUSED_BYTES,
     Footprint,
     Item,
@@ -86,6 +84,7 @@ class Plan:
     step_s: float  # about how long a step takes, from the machine's estimated speed
     blocks_on_disk: int  # the last ones, and the tables with them; 0: everything stays in memory
     disk_bytes: int  # what the overlay takes on disk
+    reused_tokens: int  # packed tokens of all sides whose temporaries stay in the heap
     blocks_in_host: int = 0  # the last ones, on a GPU that has no room for them
     host_bytes: int = 0  # what those take of the RAM
 
@@ -98,10 +97,9 @@ class Plan:
         return phase_bytes(self.items, phase)
 
     @property
-    def map_from_bytes(self) -> int:
-        """From which size on a temporary of a step is mapped by itself (`memory.allocator_reuse`)."""
-        activations = sum(item.bytes for item in self.items if item.name == ACTIVATIONS)
-        return MAPPED_BYTES if activations > REUSED_BYTES else NEVER_MAPPED_BYTES
+    def maps(self) -> bool:
+        """Whether there are batches whose temporaries are mapped one by one (`memory.Heap`)."""
+        return sum(i.bytes for i in self.items if i.name == ACTIVATIONS) > REUSED_BYTES
 
     @property
     def load_peak_bytes(self) -> int:
@@ -253,6 +251,7 @@ def make_plan(
         step_s=_step_s(footprint, machine, chosen, batch_size),
         blocks_on_disk=on_disk,
         disk_bytes=footprint.disk_bytes(precision, on_disk),
+        reused_tokens=footprint.reused_tokens(precision),
         blocks_in_host=away - on_disk,
         host_bytes=host_bytes,
     )

@@ -20,7 +20,7 @@ from edgezo.host import HostMedium
 from edgezo.journal import Journal, StepRecord
 from edgezo.layouts import DENSE_DTYPES
 from edgezo.machine import Machine
-from edgezo.memory import malloc_trim
+from edgezo.memory import Heap, malloc_trim
 from edgezo.model import Model, ModelSpec, assemble
 from edgezo.planner import Plan, PlanDoesNotFit, make_plan
 from edgezo.profiler import phase
@@ -179,6 +179,7 @@ def load_model(opened: Opened, machine: Machine, overlay: Overlay | None = None)
     with opened.memory.short("loading"):
         model = assemble(opened.files, spec)
     malloc_trim()
+    model.heap = Heap(plan.reused_tokens, plan.maps)
     return model
 
 
@@ -228,7 +229,8 @@ def replay_into(model: Model, stop: int) -> None:
     Nothing where a snapshot has the weights.
     """
     if not model.guided:
-        model.store.replay(stop)
+        with model.heap.updating():
+            model.store.replay(stop)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -35,7 +35,6 @@ from edgezo.data import Dataset, Example, Row, batch_indices, collate
 from edgezo.errors import UsageError
 from edgezo.estimators import Estimator, Recipe
 from edgezo.machine import machine
-from edgezo.memory import allocator_reuse
 from edgezo.model import Model
 from edgezo.noise import Key
 from edgezo.perturb import PerturbedLinear
@@ -82,7 +81,8 @@ class Subject:
             estimator = Estimator.of(cfg)
             c = estimator.coefficients(estimator.credit(found.numpy()), cfg.step, cfg.sigma)
             touched, guides = model.take_touched(len(group)), model.store.take_guides()
-            model.store.apply([Recipe(step, c, 0.0, touched, cfg.step, guides=guides)])
+            with model.heap.updating():
+                model.store.apply([Recipe(step, c, 0.0, touched, cfg.step, guides=guides)])
         if model.exact is not None:
             model.exact.update(cfg.head_lr)
         end_s = time.perf_counter()
@@ -149,9 +149,8 @@ def line(row: Mapping[str, Any]) -> str:
 
 def _load(name: str, cfg: RunConfig) -> Subject:
     opened = open_request(cfg)
-    plan = settle(opened, machine(), 0)
+    settle(opened, machine(), 0)
     model = load_model(opened, machine())
-    allocator_reuse(plan.map_from_bytes)
     held = sum(layout.nbytes() for layout in model.store.layouts.values())
     return Subject(name, str(opened.cfg.precision), opened.cfg, model, opened.dataset, held)
 

@@ -32,7 +32,7 @@ from edgezo.files import atomic_write, remove_leftovers
 from edgezo.finetuner import Tuner, load_finetuner
 from edgezo.journal import Journal, StepRecord, create_journal
 from edgezo.machine import machine
-from edgezo.memory import Guard, Meter, allocator_reuse, peak_rss_bytes, rss_bytes
+from edgezo.memory import Guard, Heap, Meter, peak_rss_bytes, rss_bytes
 from edgezo.model import Model
 from edgezo.noise import Key
 from edgezo.planner import Plan
@@ -123,7 +123,6 @@ def _finetune(cfg: RunConfig, resume: bool, progress: RunProgress) -> dict[str, 
             journal = held.enter_context(create_journal(run.journal, header, **kind))
         remove_leftovers(run.path)
         run.trained.unlink(missing_ok=True)  # what a replay left would be older than what follows
-        allocator_reuse(plan.map_from_bytes)
         meter.mark("load")
         opened.memory.loaded()
         training = Training(run, cfg, opened, plan, model, journal, meter, progress)
@@ -221,7 +220,8 @@ class Training:
             self._recall(done)
             finished = _saved_summary(run)  # written at the end only
             if finished.get("steps") == done > 0:
-                self.model.store.finish(done)
+                with self.model.heap.updating():
+                    self.model.store.finish(done)
                 if finished["trained_sha256"] == saved_sha256(self.model.saved()):
                     return finished
             if saved is not None and saved.micro_batch != self.cfg.micro_batch:
@@ -239,7 +239,8 @@ class Training:
             step, train_s = self._loop(done, planned)
             self._save(step)
             if self.cfg.rounding == "anchored":
-                with phase("update"), self.memory.short("the last anchor"):
+                heap = self.model.heap
+                with phase("update"), self.memory.short("the last anchor"), heap.updating():
                     self.model.store.finish(step)
             if self.model.store.residency is not None:
                 self.model.store.residency.flush()
@@ -355,7 +356,7 @@ class Training:
         record = StepRecord(step, cfg.sigma, step_size, skipped, losses, credit, touched, scales)
         guides = model.store.take_guides()
         self.journal.append(record)
-        with phase("update"):
+        with phase("update"), model.heap.updating():
             model.store.apply([recipe_of(cfg, record)._replace(guides=guides)])
             if model.exact is not None:
                 # The head follows the same schedule as the step.
@@ -509,6 +510,7 @@ class Training:
         if plan is None:
             return False
         self.plan, self.cfg = plan, self.opened.cfg
+        self.model.heap = Heap(plan.reused_tokens, plan.maps)
         atomic_write(self.run.plan, to_json(plan.to_dict()).encode())
         atomic_write(self.run.config, self.cfg.to_toml().encode())
         self._guard()
