@@ -30,6 +30,7 @@ from edgezo.presets import (
     cannot_anchor,
     default_step,
     forwards,
+    mean_forwards,
     refusals,
 )
 
@@ -167,10 +168,21 @@ class RunConfig:
 
     @property
     def passes(self) -> int:
-        """Forwards over an example in a step: the exact head alone needs one."""
+        """Forwards over an example in a step, all in one pass: the exact head alone needs one."""
         if self.train == ("head",):
             return 1
         return forwards(self.credit, self.mask, self.candidates)
+
+    @property
+    def mean_passes(self) -> float:
+        """The same on average over steps that are not alike."""
+        if self.train == ("head",):
+            return 1
+        return mean_forwards(self.credit, self.mask, self.candidates, self.refresh)
+
+    def is_anchor(self, step: int) -> bool:
+        """Whether later steps are compared with the weights before ``step``."""
+        return CREDITS[self.credit].anchored and step % self.refresh == 0
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, with lists for tuples, ready for JSON."""
@@ -447,8 +459,8 @@ def _unused(said: Mapping[str, Any], v: Mapping[str, Any]) -> list[str]:
         ),
         "keep": (v["mask"] in ("sparse", "layers"), "it is what --mask sparse or layers leaves"),
         "refresh": (
-            drawn.refreshed,
-            "only low-rank directions have a basis that is drawn anew",
+            drawn.refreshed or CREDITS[v["credit"]].anchored,
+            "only low-rank directions have a basis that is drawn anew, and only --credit svrg an anchor",
         ),
         "candidates": (v["credit"] == "candidates", "only --credit candidates draws them"),
         "finetuner": (

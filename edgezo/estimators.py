@@ -11,7 +11,9 @@ A step evaluates the batch along ``evaluations``; with two sides
     one-sided    c_i = kappa*sigma*(l+_i - mean_j(l+_j))/std_j(l+_j)
     uniform      c_i = kappa*sigma                          an ablation: a walk that no loss guides
     mean         c   = lr*mean_i(delta_i)/(2*sigma)         MeZO (arXiv 2305.17333, algorithm 1), D_i shared
-    clipped      the same, |c| at most lr*100               QZO (arXiv 2505.13430)
+    svrg         the same of delta_i(theta) - delta_i(anchor), and of the anchor's own estimate along its own D:
+                 MeZO-SVRG (arXiv 2404.08080, algorithm 1); at an anchor as mean
+    clipped      the same as mean, |c| at most lr*100               QZO (arXiv 2505.13430)
     candidates   c_j = kappa*sigma*(l_j - l_0)/std_k(l_k)   FZOO (arXiv 2506.09034), l_j of the batch along D_j
 
 ``step`` is the user's one knob: kappa, the fraction of the probe sigma*D_i that an example of credit 1 moves the
@@ -52,6 +54,9 @@ class Recipe(NamedTuple):
     rate: float = 1.0  # what a rule with a state of its own multiplies its result by
     curvature: float = 0.0  # |l+ + l- - 2 l0|/(2 sigma^2) of the batch, where it was measured
     scales: np.ndarray | None = None  # (n,) fp32 of mask block, of the trained tensors by name
+    # The step before which the weights were the anchor; of another step: what its direction moves them by.
+    anchor: int | None = None
+    pull: float = 0.0
     # By trained tensor the v_i of its directions, (K, cols): only of directions that no seed has.
     guides: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -156,6 +161,16 @@ def difference_credit(losses: np.ndarray) -> np.ndarray:
     return delta.astype(np.float32)
 
 
+def svrg_credit(losses: np.ndarray) -> np.ndarray:
+    """delta_i less delta_i at the anchor, (4, B) -> (B,) fp32; (2, B) of an anchor as ``difference_credit``."""
+    credit = difference_credit(losses)
+    if len(losses) == 4:
+        there = difference_credit(losses[2:])
+        finite = np.isfinite(losses).all(axis=0)
+        credit = np.where(finite, credit - there, 0.0).astype(np.float32)
+    return credit
+
+
 def candidate_credit(losses: np.ndarray) -> np.ndarray:
     """(l_j - l_0)/std_k(l_k) of the batch's mean losses; (1 + N, B), the plain one first -> (N,) fp32.
 
@@ -189,6 +204,7 @@ CREDITS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], _Scale]] = {
     "uniform": (uniform_credit, _of_probe),
     "mean": (difference_credit, _of_slope),
     "clipped": (difference_credit, _of_slope),
+    "svrg": (svrg_credit, _of_slope),
     "candidates": (candidate_credit, _of_probe),
 }
 

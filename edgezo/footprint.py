@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from edgezo.config import EVAL_TOKENS, QUANTIZED, UNROUNDED, RunConfig
-from edgezo.presets import DIRECTIONS, MASKS, RULES, cannot_anchor, in_span
+from edgezo.presets import CREDITS, DIRECTIONS, MASKS, RULES, cannot_anchor, in_span
 from edgezo.shapes import (
     BYTES_PER_WEIGHT,
     KEPT_LENGTHS,
@@ -345,6 +345,9 @@ class Footprint:
         if (n := MASKS[cfg.mask].state) and values:
             reason = f"--mask {cfg.mask}: {n} in fp32 for each of {values:,} trained values"
             items.append(Item("mask state", 4 * n * values, reason))
+        if CREDITS[cfg.credit].anchored and values:
+            reason = f"--credit {cfg.credit}: another copy of {values:,} trained values, fp32"
+            items.append(Item("anchor", 4 * values, reason))
         if n := RULES[cfg.rule].state:
             reason = f"--rule {cfg.rule}: {n} in fp32 for each of {values:,} trained values"
             if in_span(cfg.directions):  # coordinates, and which basis they are in

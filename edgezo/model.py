@@ -73,6 +73,7 @@ class ModelSpec:
     sigma: float = 2e-3
     refresh: int = 50
     evaluations: tuple[Evaluation, ...] = TWO_SIDED  # of a step
+    anchored: bool = False  # a second copy of what is trained
 
 
 @dataclass
@@ -230,6 +231,7 @@ class _Builder:
         mask = mask_of(recipe.mask, recipe.keep, recipe.sigma)
         rule = RULES[recipe.rule]
         self.store = WeightStore(recipe.seed, recipe.rank, directions, self.device, mask, rule)
+        self.store.anchored = recipe.anchored
         self.context = Context(recipe.dtype, self.device)
         self.train = set(recipe.train)
         self.bases: dict[str, Callable[[], Rows]] = {}  # where each matrix came from

@@ -276,7 +276,7 @@ def largest_card(cards: Iterable[Card], cfg: RunConfig, machine: Machine) -> Pla
 def _step_s(footprint: Footprint, machine: Machine, chosen: Option, batch_size: int) -> float:
     """Two floating-point operations a weight and token, on both sides of every example."""
     shape, cfg, tokens = footprint.shape, footprint.cfg, footprint.tokens
-    sides = cfg.passes
+    sides = cfg.mean_passes
     length = tokens.mean or tokens.tokens[0]
     operations = shape.elements * length
     if not tokens.label_words:

@@ -36,6 +36,9 @@ class Credit(NamedTuple):
     forwards: int
     text: str
     step: str  # what --step means with it
+    # Compared with the same at an anchor, the weights of every --refresh-th step: a second copy of what is trained,
+    # and so many times the forwards of a step.
+    anchored: bool = False
 
 
 class Rule(NamedTuple):
@@ -94,6 +97,13 @@ CREDITS = {
     "uniform": Credit(True, 1, "1, whatever the losses are", KAPPA),
     "mean": Credit(False, 2, "mean_i(delta_i)", RATE),
     "clipped": Credit(False, 2, "mean_i(delta_i), its slope clipped at 100", RATE),
+    "svrg": Credit(
+        False,
+        2,
+        "mean_i(delta_i) less that at the anchor; and the anchor's own, of --refresh batches, along its D",
+        RATE,
+        anchored=True,
+    ),
     "candidates": Credit(True, 1, "(l_j - l_0)/std_k(l_k) of --candidates directions", KAPPA),
 }
 
@@ -125,7 +135,7 @@ class Preset(NamedTuple):
 
     def describe(self) -> dict[str, Any]:
         """What ``edgezo estimators`` prints of a row; costs are for its own settings."""
-        mask, rule = MASKS[self.mask], RULES[self.rule]
+        mask, rule, credit = MASKS[self.mask], RULES[self.rule], CREDITS[self.credit]
         return {
             "name": self.name,
             "paper": self.paper,
@@ -138,8 +148,8 @@ class Preset(NamedTuple):
             "sigma": self.sigma,
             "step_meaning": step_meaning(self.credit, self.rule),
             "equation": self.equation,
-            "forwards": forwards(self.credit, self.mask, 8),
-            "state_values": mask.state + rule.state,
+            "forwards": mean_forwards(self.credit, self.mask, 8, self.refresh),
+            "state_values": mask.state + rule.state + credit.anchored,
             "state": self.state,
             "noise": "a tile" if DIRECTIONS[self.directions].dense or mask.dense else "none",
             "note": self.note,
@@ -158,7 +168,7 @@ class Preset(NamedTuple):
     @property
     def state(self) -> str:
         """What is kept beside the weights, in fp32."""
-        kept = MASKS[self.mask].state + RULES[self.rule].state
+        kept = MASKS[self.mask].state + RULES[self.rule].state + CREDITS[self.credit].anchored
         if not kept:
             return "none"
         per = "row and rank" if in_span(self.directions) else "trained value"
@@ -189,6 +199,17 @@ PRESETS = {
         Preset("mezo", "shared", "mean", MEZO, 1e-4),
         Preset("mezo-adam", "shared", "mean", f"{MEZO}, with Adam", 1e-3, rule="adam"),
         Preset(
+            "mezo-svrg",
+            "shared",
+            "svrg",
+            "MeZO-SVRG, arXiv 2404.08080",
+            1e-5,
+            train=("lowrank",),
+            refresh=10,
+            note="the anchor's estimate is of the batches up to the next anchor, where the paper takes every row; a "
+            "step goes along one direction --refresh times, so it has to be that much smaller than MeZO's",
+        ),
+        Preset(
             "zo-adamu",
             "centred",
             "mean",
@@ -217,9 +238,9 @@ PRESETS = {
             mask="hessian",
             note="the update takes the curvature that was probed, where the release takes the new one",
         ),
-        Preset("lozo", "lowrank-shared", "mean", LOZO, 1e-6, train=FULL, note=SIGNS),
+        Preset("lozo", "lowrank-shared", "mean", LOZO, 1e-4, train=FULL, note=SIGNS),
         Preset(
-            "lozo-m", "lowrank-shared", "mean", LOZO, 1e-6, rule="momentum", train=FULL, note=SIGNS
+            "lozo-m", "lowrank-shared", "mean", LOZO, 1e-4, rule="momentum", train=FULL, note=SIGNS
         ),
         Preset("lo-grzo", "lowrank", "group", f"{GRZO} on LOZO", 0.1, train=FULL, note=SIGNS),
         Preset(
@@ -236,12 +257,12 @@ PRESETS = {
             "subspace",
             "mean",
             "SubZero, arXiv 2410.08989",
-            1e-6,
+            1e-4,
             train=FULL,
             refresh=1000,
             note="orthonormal columns by dealing rows out to them, where the paper decomposes normals",
         ),
-        Preset("sparse-mezo", "shared", "mean", SPARSE, 1e-6, mask="sparse", train=FULL),
+        Preset("sparse-mezo", "shared", "mean", SPARSE, 1e-4, mask="sparse", train=FULL),
         Preset(
             "sparse-grzo",
             "gaussian",
@@ -256,7 +277,7 @@ PRESETS = {
             "shared",
             "mean",
             "QuZO, arXiv 2502.12346",
-            1e-6,
+            1e-4,
             mask="quantized",
             train=FULL,
             rounding="stochastic",
@@ -304,7 +325,7 @@ PRESETS = {
         ),
         Preset("qzo-grzo", "signs", "group", f"{GRZO} on QZO", 0.1, train=("scales",), note=GAINS),
         Preset(
-            "zo-finetuner", "shared", "mean", TUNER, 1e-6, mask="block", train=FULL, note=SCALED
+            "zo-finetuner", "shared", "mean", TUNER, 1e-4, mask="block", train=FULL, note=SCALED
         ),
         Preset(
             "zo-finetuner-grzo",
@@ -324,6 +345,14 @@ def forwards(credit: str, mask: str, candidates: int) -> int:
     """Forward passes over the batch in a step."""
     drawn = candidates if credit == "candidates" else 0
     return CREDITS[credit].forwards + drawn + MASKS[mask].forwards
+
+
+def mean_forwards(credit: str, mask: str, candidates: int, refresh: int) -> float:
+    """Forward passes over a batch in a step, on average: an anchor's step takes in ``refresh`` batches, others two."""
+    once = forwards(credit, mask, candidates)
+    if not CREDITS[credit].anchored:
+        return once
+    return once * (refresh + 2 * (refresh - 1)) / refresh
 
 
 def in_span(directions: str) -> bool:
@@ -377,6 +406,18 @@ def refusals(v: Mapping[str, Any]) -> list[str]:
             "--mask hessian measures the curvature along one direction of the whole batch: "
             "it needs --credit mean and --directions shared"
         )
+    if CREDITS[credit].anchored:
+        if directions != "shared" or mask != "none" or rule != "sgd":
+            found.append(
+                f"{_credit(v)} compares one direction at two places: "
+                "it needs --directions shared, --mask none and --rule sgd"
+            )
+        if {"full", "head"} & set(train):
+            found.append(
+                f"{_credit(v)} keeps a second copy of what is trained and knows the loss at it: "
+                "--train full would hold the model twice, and the exact head has no anchor; "
+                "it needs --train lowrank, norms or scales"
+            )
     if rule == "adam" and DIRECTIONS[directions].refreshed:
         found.append(
             f"--rule adam with --directions {directions}: second moments cannot follow a basis "

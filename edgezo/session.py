@@ -23,6 +23,7 @@ from edgezo.machine import Machine
 from edgezo.memory import Heap, malloc_trim
 from edgezo.model import Model, ModelSpec, assemble
 from edgezo.planner import Plan, PlanDoesNotFit, make_plan
+from edgezo.presets import CREDITS
 from edgezo.profiler import phase
 from edgezo.shapes import TokenStats
 
@@ -175,6 +176,7 @@ def load_model(opened: Opened, machine: Machine, overlay: Overlay | None = None)
         sigma=cfg.sigma,
         refresh=cfg.refresh,
         evaluations=Estimator.of(cfg).evaluations,
+        anchored=CREDITS[cfg.credit].anchored,
     )
     with opened.memory.short("loading"):
         model = assemble(opened.files, spec)
@@ -189,25 +191,34 @@ def load_model(opened: Opened, machine: Machine, overlay: Overlay | None = None)
 
 def recipe_of(cfg: RunConfig, record: StepRecord) -> Recipe:
     """The update that a journal record stands for: all that replay needs."""
-    estimator = Estimator.of(cfg)
+    estimator, credit = Estimator.of(cfg), record.credit
+    anchor, pull = None, 0.0
+    if CREDITS[cfg.credit].anchored:
+        # The last one of the record is the mean of the anchor's, so that a record says all of its step.
+        anchor = record.step - record.step % cfg.refresh
+        credit, last = credit[:-1], credit[-1:]
+        pull = float(estimator.coefficients(last, record.step_size, record.sigma)[0])
     if record.skipped:
-        return Recipe(record.step, 0 * record.credit, 0.0, ())
+        return Recipe(record.step, 0 * credit, 0.0, (), anchor=anchor)
     return Recipe(
         record.step,
-        estimator.coefficients(record.credit, record.step_size, record.sigma),
+        estimator.coefficients(credit, record.step_size, record.sigma),
         # The decay follows the schedule of the step.
         cfg.weight_decay * record.step_size / cfg.step,
         record.touched,
         record.step_size,
         estimator.curvature(record.losses, record.sigma),
         None if record.scales is None else record.scales[0] * record.scales[1:],
+        anchor,
+        pull,
     )
 
 
 def journal_is_shaped(cfg: RunConfig) -> bool:
     """Whether a step's record holds other than two losses and one credit an example."""
     evaluations = Estimator.of(cfg).evaluations
-    return evaluations != TWO_SIDED and cfg.train != ("head",)
+    other = evaluations != TWO_SIDED or CREDITS[cfg.credit].anchored
+    return other and cfg.train != ("head",)
 
 
 def follow(model: Model, cfg: RunConfig, journal: Journal) -> None:

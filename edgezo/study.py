@@ -69,7 +69,7 @@ class Study:
             said["for_s"] = amount
         else:
             size = int(said["batch_size"])
-            said["steps"] = max(1, round(amount / (size * make_config(said).passes)))
+            said["steps"] = max(1, round(amount / (size * make_config(said).mean_passes)))
         make_config(said := said | {"seed": seed})
         return said
 

@@ -36,6 +36,7 @@ from edgezo.memory import Guard, Heap, Meter, peak_rss_bytes, rss_bytes
 from edgezo.model import Model
 from edgezo.noise import Key
 from edgezo.planner import Plan
+from edgezo.presets import CREDITS
 from edgezo.profiler import phase, profiling, running
 from edgezo.report import RunProgress, Silent, peaks_line, to_json
 from edgezo.rundir import (
@@ -335,7 +336,9 @@ class Training:
         scales = None
         if self.tuner is not None:
             scales = self.tuner.tell(self.journal.record(step - 1) if step else None)
-        losses = np.full((sides if self.probing else 2, len(group)), np.nan, np.float32)
+        compared = CREDITS[cfg.credit].anchored and not cfg.is_anchor(step)
+        kept = 2 * sides if compared else sides if self.probing else 2
+        losses = np.full((kept, len(group)), np.nan, np.float32)
         learn = 1.0 / (sides * len(group)) if model.exact is not None else 0.0
         try:
             for slots in micro_batches(group, cfg.micro_batch):
@@ -344,13 +347,18 @@ class Training:
                 probe = model.probe(batch, Key(cfg.seed, step), cfg.sigma) if self.probing else None
                 with phase("forward"), self.memory.short("a micro-batch"):
                     found, _ = model.losses(batch, probe, sides=sides, learn=learn)
-                losses[:, slots] = found.numpy()
+                    losses[: len(found), slots] = found.numpy()
+                    if compared:
+                        with model.store.at_anchor():
+                            losses[sides:, slots] = model.losses(batch, probe, sides=sides)[0]
         except BaseException:
             model.store.take_guides(learn=False)
             if model.exact is not None:
                 model.exact.forget()  # half a step's gradient must not leak into a saved state
             raise
         credit = self.estimator.credit(losses) if self.probing else np.zeros(len(group), np.float32)
+        if CREDITS[cfg.credit].anchored:
+            credit = np.append(credit, self._anchor_credit(step)).astype(np.float32)
         skipped = not bool(credit.any())
         touched = model.take_touched(len(group))
         record = StepRecord(step, cfg.sigma, step_size, skipped, losses, credit, touched, scales)
@@ -364,6 +372,11 @@ class Training:
         if model.needs_snapshots and (step + 1) % cfg.snapshot_every == 0:
             self._save(step + 1)
         return record
+
+    def _anchor_credit(self, step: int) -> float:
+        """The mean credit of the anchor that ``step`` is compared with; 0 of an anchor itself."""
+        since = step % self.cfg.refresh
+        return float(self.journal.record(step - since).credit[:-1].mean()) if since else 0.0
 
     # -- when memory is short -----------------------------------------------------------------------------
 
@@ -411,7 +424,10 @@ class Training:
 
     def _group(self, step: int) -> list[Example]:
         assert self.cfg.batch_size is not None
-        picked = batch_indices(len(self.examples), self.cfg.batch_size, self.cfg.seed, step)
+        # An anchor's group are the batches of all steps that will be compared with it.
+        steps = range(step, step + (self.cfg.refresh if self.cfg.is_anchor(step) else 1))
+        size, seed = self.cfg.batch_size, self.cfg.seed
+        picked = [i for s in steps for i in batch_indices(len(self.examples), size, seed, s)]
         return [self.examples[i] for i in picked]
 
     def _time_plain_forward(self, step: int) -> float | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
@@ -78,6 +79,7 @@ class WeightStore:
     device: torch.device = CPU
     mask: Mask = field(default_factory=Mask)
     rule: Rule = RULES["sgd"]
+    anchored: bool = False  # each trained tensor's values of an earlier step are kept beside it
     layouts: dict[str, Layout] = field(default_factory=dict)
     vectors: dict[str, Tensor] = field(default_factory=dict)
     trainables: dict[str, Trainable] = field(default_factory=dict)
@@ -118,8 +120,24 @@ class WeightStore:
             row.state = {n: torch.ones(rows, cols, device=self.device) for n in self.mask.states}
             for name in self.rule.states:
                 row.state[name] = torch.zeros(rows, width, device=self.device)
+            if self.anchored:
+                row.state["anchor"] = row.values.clone()
             if self._in_span(row):  # which basis the coordinates are in
                 row.state["epoch"] = torch.zeros(rows, 1, device=self.device)
+
+    @contextmanager
+    def at_anchor(self) -> Iterator[None]:
+        """Inside, what is trained has the values that it had at the anchor."""
+        self._swap_anchor()
+        try:
+            yield
+        finally:
+            self._swap_anchor()
+
+    def _swap_anchor(self) -> None:
+        for row in self.trainables.values():
+            assert isinstance(row.layout, Dense)
+            row.layout.values, row.state["anchor"] = row.state["anchor"], row.layout.values
 
     def _in_span(self, row: Trainable) -> bool:
         """Whether the rule works on coordinates in a basis, not on the weights' own."""
@@ -194,7 +212,7 @@ class WeightStore:
             yield some
 
     def _apply_to(self, rows: Sequence[Trainable], recipes: Sequence[Recipe]) -> None:
-        live = [r for r in recipes if r.decay or np.any(r.coefficients)]
+        live = [r for r in recipes if r.decay or np.any(r.coefficients) or r.anchor is not None]
         coefficients = [torch.from_numpy(r.coefficients).to(self.device) for r in live]
         for row in rows if live else ():
             if row.touched_offset is not None and not row.state:
@@ -251,6 +269,12 @@ class WeightStore:
                 told = told * member.amax(0)[:, None]
             assert u is not None
             self.mask.learn(row, rows, u, told)
+        if recipe.anchor == recipe.step:
+            row.state["anchor"][rows] = values
+        elif recipe.pull:
+            pull = torch.tensor([recipe.pull], device=self.device)
+            then = Key(self.seed, recipe.anchor or 0)
+            change = change + self.directions.weighted_sum(then, row.target, pull, rows)
         if recipe.decay:
             values.mul_(1.0 - recipe.decay)
         values.sub_(change)

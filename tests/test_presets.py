@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,21 +78,29 @@ class Trial:
     def __post_init__(self) -> None:
         self.examples = make_examples("label", False)
         self.estimator = Estimator.of(self.cfg)
+        self.pull = 0.0
         self.used = [self.twin.rows_used(example) for example in self.examples]
 
     def losses(self, step: int, size: int = 4) -> np.ndarray:
         """(S, B) of a step, in micro-batches of ``size``."""
         self.scales = told(self.cfg, self.model.store, step)
-        found = np.empty((len(self.model.evaluations), len(self.examples)), np.float32)
+        sides = len(self.model.evaluations)
+        found = np.empty((sides, len(self.examples)), np.float32)
+        there = np.empty_like(found)
         for slots in micro_batches(self.examples, size):
             batch = collate([self.examples[s] for s in slots], slots)
             probe = self.model.probe(batch, Key(SEED, step), self.cfg.sigma)
-            part, _ = self.model.losses(batch, probe, sides=len(found))
-            found[:, slots] = part.numpy()
-        return found
+            found[:, slots] = self.model.losses(batch, probe, sides=sides)[0].numpy()
+            if compared(self.cfg, step):
+                with self.model.store.at_anchor():
+                    there[:, slots] = self.model.losses(batch, probe, sides=sides)[0].numpy()
+        return np.concatenate([found, there]) if compared(self.cfg, step) else found
 
     def record(self, step: int, losses: np.ndarray) -> StepRecord:
         credit = self.estimator.credit(losses)
+        if self.cfg.is_anchor(step):
+            self.pull = float(credit.mean())
+        credit = with_pull(self.cfg, step, credit, self.pull)
         touched = self.model.take_touched(len(self.examples))
         skipped = not credit.any()
         return StepRecord(
@@ -131,6 +140,18 @@ class Trial:
         return found
 
 
+def compared(cfg: RunConfig, step: int) -> bool:
+    """Whether a step's losses are those at its anchor as well."""
+    return CREDITS[cfg.credit].anchored and not cfg.is_anchor(step)
+
+
+def with_pull(cfg: RunConfig, step: int, credit: np.ndarray, pull: float) -> np.ndarray:
+    """The credit of a record: of an anchored row with that of its anchor at the end."""
+    if not CREDITS[cfg.credit].anchored:
+        return credit
+    return np.append(credit, 0.0 if cfg.is_anchor(step) else pull).astype(np.float32)
+
+
 def told(cfg: RunConfig, store: WeightStore, step: int) -> np.ndarray | None:
     """What a finetuner might tell the store at a step: other scales for every tensor and step."""
     if cfg.mask != "block":
@@ -163,6 +184,7 @@ class Maker:
             sigma=cfg.sigma,
             refresh=cfg.refresh,
             evaluations=Estimator.of(cfg).evaluations,
+            anchored=CREDITS[cfg.credit].anchored,
         )
         return assemble(open_model(self.path), spec)
 
@@ -212,7 +234,7 @@ def test_losses_are_those_of_explicit_weights_at_every_evaluation(
     model, key = trial.model, Key(SEED, 3)
     if name in UPDATED_ALONG_ANOTHER:
         monkeypatch.setattr(reference, "masked", probed_of_quantized)
-    found = trial.losses(3)
+    found = trial.losses(3)[: len(model.evaluations)]
     wanted = np.empty_like(found, dtype=np.float64)
     for number, evaluation in enumerate(model.evaluations):
         for slot, example in enumerate(trial.examples):
@@ -238,7 +260,7 @@ def probed_of_quantized(store: Any, row: Any, key: Key, slot: int, seen: Tensor)
 # ----------------------------------------------------------------------------- moved as published
 
 # Rows with an equation of their own elsewhere in this file.
-OWN_TWIN = ("hizoo", "lozo-m", *UPDATED_ALONG_ANOTHER)
+OWN_TWIN = ("hizoo", "lozo-m", "mezo-svrg", *UPDATED_ALONG_ANOTHER)
 
 
 @pytest.mark.parametrize(("name", "precision"), [c for c in ON_STORES if c[0] not in OWN_TWIN])
@@ -304,6 +326,58 @@ def test_hizoo_divides_by_a_running_curvature_that_it_measures(
             held = row.state["hessian"].double()
             torch.testing.assert_close(held, curvature[n], atol=0, rtol=1e-4)
     assert any((c - 1).abs().max() > 0.01 for c in curvature.values())
+
+
+@pytest.mark.parametrize("precision", stores("mezo-svrg"))
+def test_svrg_corrects_the_anchors_estimate_by_what_the_batch_says_of_both(
+    precision: str, maker: Maker
+) -> None:
+    """Algorithm 1 in float64; the anchors are those of steps 0 and 2."""
+    trial = maker.trial("mezo-svrg", precision, refresh=2)
+    settle(trial)
+    store, lr = trial.model.store, trial.cfg.step
+    theta, anchor, at_anchor = trial.values(), {}, {}
+    for step in range(5):
+        losses = trial.losses(step)
+        assert len(losses) == (2 if step % 2 == 0 else 4)
+        along = {
+            n: reference.direction("shared", Key(SEED, step), row.target, 0)
+            for n, row in store.trainables.items()
+        }
+        delta = (losses[0] - losses[1]).astype(np.float64).mean() / (2 * SIGMA)
+        if step % 2 == 0:
+            anchor, at_anchor = theta, {n: delta * z for n, z in along.items()}
+            g = at_anchor
+        else:
+            for slot, example in enumerate(trial.examples):  # the other two are those of the anchor
+                for side, sign in enumerate((1, -1)):
+                    moved = {n: anchor[n] + sign * SIGMA * z for n, z in along.items()}
+                    with replaced(store, moved):
+                        trial.twin.load(reference.explicit_weights(trial.model, Key(0, 0), 0, 0.0))
+                    wanted = float(trial.twin.loss(example).detach())
+                    assert abs(losses[2 + side, slot] - wanted) < 1e-4
+            there = (losses[2] - losses[3]).astype(np.float64).mean() / (2 * SIGMA)
+            g = {n: (delta - there) * z + at_anchor[n] for n, z in along.items()}
+        store.apply([trial.recipe(step, losses)])
+        after = trial.values()
+        for n, step_of in g.items():
+            moved_by = lr * step_of
+            spare = 3e-7 * theta[n].abs() + 1e-4 * moved_by.abs().max()
+            assert bool(((after[n] - theta[n] + moved_by).abs() <= spare).all()), (n, step)
+        theta = after
+
+
+@contextmanager
+def replaced(store: WeightStore, values: dict[str, Tensor]) -> Iterator[None]:
+    rows = store.trainables
+    held = {n: rows[n].values.clone() for n in values}
+    for n, v in values.items():
+        rows[n].values.copy_(v)
+    try:
+        yield
+    finally:
+        for n, v in held.items():
+            rows[n].values.copy_(v)
 
 
 def test_lozo_m_keeps_its_momentum_in_the_basis_and_takes_it_along(maker: Maker) -> None:
@@ -385,7 +459,9 @@ def test_many_steps_at_once_give_the_bits_of_one_by_one_for_any_tile(
 
 def refreshed(name: str) -> dict[str, int]:
     """A basis that is drawn anew within the few steps of a test."""
-    return {"refresh": 2} if DIRECTION_LAWS[PRESETS[name].directions].refreshed else {}
+    row = PRESETS[name]
+    drawn = DIRECTION_LAWS[row.directions].refreshed or CREDITS[row.credit].anchored
+    return {"refresh": 2} if drawn else {}
 
 
 @presets
@@ -512,8 +588,8 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
     said |= {"finetuner": "f"} if PRESETS[name].mask == "block" else {}
     cfg = make_config(said)
     estimator = Estimator.of(cfg)
-    rate = SLOPE_RATE if cfg.credit in ("raw", "mean", "clipped") else KAPPA_RATE
-    rate = 0.01 if cfg.rule == "adam" else rate
+    rate = SLOPE_RATE if cfg.credit in ("raw", "mean", "clipped", "svrg") else KAPPA_RATE
+    rate = 0.01 if cfg.rule == "adam" else rate / 10 if cfg.credit == "svrg" else rate
     cfg = replace(cfg, step=rate, sigma=1e-3, seed=seed)
     directions = DIRECTIONS[cfg.directions]._replace(rank=4, refresh=20)
     mask = masks.mask_of(cfg.mask, cfg.keep, cfg.sigma)
@@ -521,6 +597,7 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
     generator = torch.Generator().manual_seed(seed)
     for block in range(BLOCKS):
         store.train(f"h.{block}.w", Dense(torch.randn(ROWS, COLS, generator=generator)))
+    store.anchored = CREDITS[cfg.credit].anchored
     store.prepare()
     rows = list(store.trainables.values())
     whole = math.inf
@@ -543,7 +620,9 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
 
     masked = probed_of_quantized if cfg.mask == "quantized" else reference.masked
     many, start = CREDITS[cfg.credit].per_example, square()
-    losses = np.empty((len(estimator.evaluations), GROUP if many else 1))
+    sides, pull = len(estimator.evaluations), 0.0
+    anchor: list[Tensor] = []
+    losses = np.empty((2 * sides, GROUP if many else 1))
     number = max(losses.shape[1], *((e.candidate or 0) + 1 for e in estimator.evaluations), 1)
     for step in range(DESCENT):
         key, at = Key(seed, step), [r.values.double() for r in rows]
@@ -552,15 +631,22 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
             [masked(store, r, key, slot, a) for r, a in zip(rows, at, strict=True)]
             for slot in range(number)
         ]
-        for side, e in enumerate(estimator.evaluations):
+        anchor = at if cfg.is_anchor(step) else anchor
+        evaluated = [(at, e) for e in estimator.evaluations]
+        if compared(cfg, step):
+            evaluated += [(anchor, e) for e in estimator.evaluations]
+        for side, (place, e) in enumerate(evaluated):
             for slot in range(losses.shape[1]):
                 d = along[slot if e.candidate is None else e.candidate]
-                parts = [a + e.sign * cfg.sigma * b for a, b in zip(at, d, strict=True)]
+                parts = [a + e.sign * cfg.sigma * b for a, b in zip(place, d, strict=True)]
                 losses[side, slot] = (
                     sum(float((p @ seen.double()).square().sum()) for p in parts) / 2
                 )
-        credit = estimator.credit(losses)
-        record = StepRecord(step, cfg.sigma, cfg.step, False, losses, credit, (), scales)
+        found = losses[: len(evaluated)]
+        credit = estimator.credit(found)
+        pull = float(credit.mean()) if cfg.is_anchor(step) else pull
+        credit = with_pull(cfg, step, credit, pull)
+        record = StepRecord(step, cfg.sigma, cfg.step, False, found, credit, (), scales)
         store.apply([recipe_of(cfg, record)._replace(guides=guides)])
     return square(), start, sum(int(m.sum()) for m in left)
 
@@ -590,7 +676,7 @@ def predicted(name: str, start: float, values: int, tries: int = 300) -> float:
 
 
 # Rows whose pace no radius tells: what they keep from step to step turns their steps.
-OTHER_PACE = {"mezo-adam": 0.985, "lozo-m": 0.95, "zo-adamu": 0.95}
+OTHER_PACE = {"mezo-svrg": 0.99, "mezo-adam": 0.985, "lozo-m": 0.95, "zo-adamu": 0.95}
 
 
 @presets
@@ -620,7 +706,8 @@ def test_the_plan_counts_the_state_to_the_byte(name: str, maker: Maker) -> None:
     held = sum(t.nbytes for row in rows for t in row.state.values())
     plan = make_plan(open_model(maker.path).shape, trial.cfg, MACHINE, base_bytes=0)
     counted = {item.name: item.bytes for item in plan.items}
-    assert counted.get("rule state", 0) + counted.get("mask state", 0) == held
+    states = ("rule state", "mask state", "anchor")
+    assert sum(counted.get(item, 0) for item in states) == held
     assert PRESETS[name].describe()["state_values"] == 0 or held
 
 
