@@ -132,28 +132,31 @@ def batch_indices(n_rows: int, batch_size: int, seed: int, step: int) -> list[in
     return out
 
 
-def micro_batches(examples: Sequence[Example], micro_batch: int) -> list[list[int]]:
-    """Slots of each micro-batch, longest examples first, so that lengths in one are alike."""
+def micro_batches(
+    examples: Sequence[Example], micro_batch: int, most_tokens: int | None = None
+) -> list[list[int]]:
+    """Slots of each micro-batch, longest examples first, so that lengths in one are alike.
+
+    At most ``micro_batch`` examples, and ``most_tokens`` tokens (or one example).
+    """
     if micro_batch < 1:
         raise ValueError(f"micro_batch is {micro_batch}, not 1 or more")
-    order = sorted(range(len(examples)), key=lambda slot: (-tokens_of(examples[slot]), slot))
-    return [order[i : i + micro_batch] for i in range(0, len(order), micro_batch)]
-
-
-def evaluation_batches(examples: Sequence[Example]) -> Iterator[list[int]]:
-    """Indices of examples in batches of like length and at most ``EVAL_TOKENS`` tokens (or one example)."""
-    order = sorted(range(len(examples)), key=lambda i: (-tokens_of(examples[i]), i))
-    batch: list[int] = []
+    found: list[list[int]] = []
     held = 0
-    for index in order:
-        n = tokens_of(examples[index])
-        if batch and held + n > EVAL_TOKENS:
-            yield batch
-            batch, held = [], 0
-        batch.append(index)
+    for slot in sorted(range(len(examples)), key=lambda slot: (-tokens_of(examples[slot]), slot)):
+        n = tokens_of(examples[slot])
+        over = most_tokens is not None and held + n > most_tokens
+        if not found or over or len(found[-1]) == micro_batch:
+            found.append([])
+            held = 0
+        found[-1].append(slot)
         held += n
-    if batch:
-        yield batch
+    return found
+
+
+def evaluation_batches(examples: Sequence[Example]) -> list[list[int]]:
+    """Indices of examples in batches of like length and at most ``EVAL_TOKENS`` tokens (or one example)."""
+    return micro_batches(examples, max(1, len(examples)), EVAL_TOKENS)
 
 
 def collate(examples: Sequence[Example], slots: Sequence[int]) -> Batch:

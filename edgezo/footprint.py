@@ -75,6 +75,8 @@ KEY_COPIES = 6
 # used again in part only (calibrated). Larger ones are mapped and given back one by one (memory.Heap).
 REUSED_BYTES = 40 * MB
 HEAP_LEFT = 0.6
+# Fewer at once would spend too much of a forward on making fp32 of weights.
+LEAST_PIECE_TOKENS = 1024
 # Padded groups that attend one after the other (packing._GROUP_TOKENS).
 ATTENDING_TOKENS = 4096
 # Slots that blocks on disk are read into: one computes or is written back, the other is read into.
@@ -221,8 +223,8 @@ class Footprint:
         return (
             *always,
             self._load(precision, on_disk),
-            *self._forward(precision, micro_batch, compute_bytes),
-            *self._holes(precision, micro_batch, compute_bytes),
+            *self._forward(precision, micro_batch, compute_bytes, on_disk),
+            *self._holes(precision, micro_batch, compute_bytes, on_disk),
             self._update(precision, micro_batch, compute_bytes, on_disk),
         )
 
@@ -392,19 +394,41 @@ class Footprint:
         """A matrix of a block as a checkpoint gives it: fp32 at most."""
         return 4 * max(m.numel for m in self.shape.kinds)
 
-    def _rows(self, micro_batch: int) -> int:
-        """Tokens of the longest batch that runs at once: of training on both sides, or of an evaluation."""
-        evaluating = max(min(EVAL_TOKENS, self.tokens.longest(KEPT_LENGTHS)), self.tokens.evaluated)
-        return max(self.sides * self.tokens.longest(micro_batch), evaluating)
+    def _rows(self, micro_batch: int, most: int | None = None) -> int:
+        """Tokens of the longest batch that runs at once: of training on both sides, or of an evaluation.
 
-    def _forward(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
+        ``most``: of one side, where micro-batches are split into pieces.
+        """
+        evaluating = max(min(EVAL_TOKENS, self.tokens.longest(KEPT_LENGTHS)), self.tokens.evaluated)
+        longest = self.tokens.longest(micro_batch)
+        if most is not None:
+            longest = min(longest, max(most, self.tokens.longest(1)))
+        return max(self.sides * longest, evaluating)
+
+    def _at_once(self, precision: str, micro_batch: int, away: int) -> int:
+        return self._rows(micro_batch, self.most_tokens(precision, away))
+
+    def most_tokens(self, precision: str, away: int) -> int | None:
+        """Tokens, of one side, that a micro-batch is split into pieces of; None: it is not.
+
+        Temporaries that stay in the heap save more time than reading the weights once more costs, and are small.
+        Blocks that are elsewhere would be read from there once more.
+        """
+        if away:
+            return None
+        return max(self.reused_tokens(precision), LEAST_PIECE_TOKENS) // self.sides
+
+    def _forward(
+        self, precision: str, micro_batch: int, compute_bytes: int, on_disk: int
+    ) -> list[Item]:
         shape, tokens = self.shape, self.tokens
-        rows, sides = self._rows(micro_batch), self.sides
-        if rows == sides * tokens.longest(micro_batch):
-            source = (
-                "the longest of the data" if tokens.known else "no data given: --max-length each"
-            )
+        rows, sides = self._at_once(precision, micro_batch, on_disk), self.sides
+        source = "the longest of the data" if tokens.known else "no data given: --max-length each"
+        whole = sides * tokens.longest(micro_batch)
+        if rows == whole:
             what = f"{micro_batch} examples x {sides} sides ({source})"
+        elif rows < whole:
+            what = f"a piece of {micro_batch} examples x {sides} sides, {whole:,} ({source})"
         else:
             what = "an evaluation batch, more than a micro-batch of training"
         reason = f"{rows:,} tokens of {what}, one block at a time"
@@ -423,7 +447,7 @@ class Footprint:
         if noise := self._noise_tile():
             reason = "weight-sized noise of one tile, with what it is made from"
             items.append(Item("noise", noise, reason, "forward"))
-        scored = sides * micro_batch * tokens.scored
+        scored = min(sides * micro_batch * tokens.scored, rows)
         if tokens.kind == "label":
             logits, what = 4 * scored * tokens.label_words, "label words only"
         else:
@@ -488,12 +512,16 @@ class Footprint:
             copies = CODES_UPDATE_TILES
         return copies * min(TILE_BYTES, self._largest_trained())
 
-    def _holes(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
+    def _holes(
+        self, precision: str, micro_batch: int, compute_bytes: int, on_disk: int
+    ) -> list[Item]:
         """What tiles of full weights leave in the heap, cut otherwise than a forward's temporaries (calibrated).
 
         In one run of five or so; mapped temporaries leave none.
         """
-        temporaries = self._activations(self._rows(micro_batch), compute_bytes)
+        temporaries = self._activations(
+            self._at_once(precision, micro_batch, on_disk), compute_bytes
+        )
         if "full" not in self.cfg.train or temporaries > REUSED_BYTES:
             return []
         size = min(self._update_tiles(precision), temporaries)
@@ -510,7 +538,12 @@ class Footprint:
             reason += "; or a matrix of the base, and a tile that is replayed and quantised"
         if on_disk:
             # A block is updated, or made again, between two blocks' forwards.
-            hidden = HIDDEN_COPIES * self._rows(micro_batch) * self.shape.hidden * compute_bytes
+            hidden = (
+                HIDDEN_COPIES
+                * self._at_once(precision, micro_batch, on_disk)
+                * self.shape.hidden
+                * compute_bytes
+            )
             size = hidden + max(size, self._staged_bytes(precision))
             reason += "; the hidden states, since a block is updated when the forward comes to it"
         return Item("update tiles", size, reason, "update")

@@ -295,7 +295,7 @@ class MetaTrainer:
         told = self.tuners[task].tell(previous, features)
         sides = len(model.evaluations)
         losses = np.full((sides, len(group)), np.nan, np.float32)
-        for slots in micro_batches(group, cfg.micro_batch):
+        for slots in micro_batches(group, cfg.micro_batch, model.most_tokens):
             batch = collate([group[s] for s in slots], slots)
             probe = model.probe(batch, Key(cfg.seed, number), cfg.sigma)
             losses[:, slots] = model.losses(batch, probe, sides=sides)[0].numpy()

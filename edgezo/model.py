@@ -88,6 +88,7 @@ class Model:
     position_offset: int
     evaluations: tuple[Evaluation, ...] = TWO_SIDED
     heap: Heap = field(default_factory=Heap)  # where temporaries lie
+    most_tokens: int | None = None  # of one side, that should pass at once (Plan.most_tokens)
     label_rows: np.ndarray | None = None  # rows that every example of a tied label task touches
     frozen: list[str] = field(default_factory=list)
 

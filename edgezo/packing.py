@@ -104,11 +104,11 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention within rows; (1, n, heads, head_dim) and no weights, as transformers' interface asks."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    q, k, v = query[0], key[0], value[0]
-    out = torch.empty(q.shape[1], q.shape[0], q.shape[2], dtype=q.dtype, device=q.device)
+    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # (n, heads, head_dim)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for group in _current.get().groups:
         # (R, heads, T, head_dim) each
-        in_rows = [part[:, group.index].transpose(0, 1) for part in (q, k, v)]
+        in_rows = [_rows_of(part, group).transpose(1, 2) for part in (q, k, v)]
         found = _attend(in_rows, group, bool(causal), scaling, sliding_window, softcap)
         found = found.transpose(1, 2)  # (R, T, heads, head_dim)
         if group.full:
@@ -116,6 +116,12 @@ def packed_attention(
         else:
             out[group.index[group.at]] = found[group.at]
     return out[None], None
+
+
+def _rows_of(tokens: Tensor, group: Group) -> Tensor:
+    """(R, T, heads, head_dim) of packed (n, heads, head_dim), which as a rule lie token by token."""
+    flat = tokens.reshape(len(tokens), -1).index_select(0, group.index.reshape(-1))
+    return flat.view(*group.index.shape, *tokens.shape[1:])
 
 
 def _attend(

@@ -316,7 +316,9 @@ class PerturbedLinear(nn.Module):
                 thin.append((probe.mask, probe.vector(self.bias_row)))
         elif self.bias_vector is not None:
             y.add_(self.bias_vector)
-        if thin:
+        if len(thin) == 1:
+            y.addmm_(*thin[0])
+        elif thin:
             y.addmm_(torch.cat([a for a, _ in thin], 1), torch.cat([b for _, b in thin], 0))
         return y.view(*shape[:-1], rows)
 

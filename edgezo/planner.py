@@ -85,6 +85,9 @@ class Plan:
     blocks_on_disk: int  # the last ones, and the tables with them; 0: everything stays in memory
     disk_bytes: int  # what the overlay takes on disk
     reused_tokens: int  # packed tokens of all sides whose temporaries stay in the heap
+    most_tokens: (
+        int | None
+    )  # of one side, that a micro-batch is split into pieces of; None: it is not
     blocks_in_host: int = 0  # the last ones, on a GPU that has no room for them
     host_bytes: int = 0  # what those take of the RAM
 
@@ -252,6 +255,7 @@ def make_plan(
         blocks_on_disk=on_disk,
         disk_bytes=footprint.disk_bytes(precision, on_disk),
         reused_tokens=footprint.reused_tokens(precision),
+        most_tokens=footprint.most_tokens(precision, away),
         blocks_in_host=away - on_disk,
         host_bytes=host_bytes,
     )

@@ -181,7 +181,7 @@ def load_model(opened: Opened, machine: Machine, overlay: Overlay | None = None)
     with opened.memory.short("loading"):
         model = assemble(opened.files, spec)
     malloc_trim()
-    model.heap = Heap(plan.reused_tokens, plan.maps)
+    model.heap, model.most_tokens = Heap(plan.reused_tokens, plan.maps), plan.most_tokens
     return model
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from edgezo.alignment import plain_module, point_config
 from edgezo.baselines import SIGMA, mezo_in_place
 from edgezo.bench import write_results
 from edgezo.config import RunConfig
-from edgezo.data import Dataset, Example, Row, batch_indices, collate
+from edgezo.data import Batch, Dataset, Example, Row, batch_indices, collate, micro_batches
 from edgezo.errors import UsageError
 from edgezo.estimators import Estimator, Recipe
 from edgezo.machine import machine
@@ -62,24 +62,30 @@ class Subject:
         return self.cfg.passes
 
     def forward(self, group: Sequence[Example]) -> dict[str, float]:
-        batch = collate(group, range(len(group)))
         begun_s = time.perf_counter()
-        self.model.losses(batch, sides=self.sides)
+        for batch in self._pieces(group):
+            self.model.losses(batch, sides=self.sides)
         return {"forward_s": time.perf_counter() - begun_s}
+
+    def _pieces(self, group: Sequence[Example]) -> Iterator[Batch]:
+        for slots in micro_batches(group, len(group), self.model.most_tokens):
+            yield collate([group[s] for s in slots], slots)
 
     def step(self, group: Sequence[Example], step: int) -> dict[str, float]:
         """One step as train.py makes it, without journal and guard."""
         model, cfg = self.model, self.cfg
         begun_s = time.perf_counter()
-        batch = collate(group, range(len(group)))
         probing = cfg.train != ("head",)
-        probe = model.probe(batch, Key(cfg.seed, step), cfg.sigma) if probing else None
         learn = 1.0 / (self.sides * len(group)) if model.exact is not None else 0.0
-        found, _ = model.losses(batch, probe, sides=self.sides, learn=learn)
+        losses = np.empty((self.sides, len(group)), np.float32)
+        for batch in self._pieces(group):
+            probe = model.probe(batch, Key(cfg.seed, step), cfg.sigma) if probing else None
+            found, _ = model.losses(batch, probe, sides=self.sides, learn=learn)
+            losses[:, batch.slots] = found.numpy()
         probed_s = time.perf_counter()
         if probing:
             estimator = Estimator.of(cfg)
-            c = estimator.coefficients(estimator.credit(found.numpy()), cfg.step, cfg.sigma)
+            c = estimator.coefficients(estimator.credit(losses), cfg.step, cfg.sigma)
             touched, guides = model.take_touched(len(group)), model.store.take_guides()
             with model.heap.updating():
                 model.store.apply([Recipe(step, c, 0.0, touched, cfg.step, guides=guides)])

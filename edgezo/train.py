@@ -341,7 +341,7 @@ class Training:
         losses = np.full((kept, len(group)), np.nan, np.float32)
         learn = 1.0 / (sides * len(group)) if model.exact is not None else 0.0
         try:
-            for slots in micro_batches(group, cfg.micro_batch):
+            for slots in micro_batches(group, cfg.micro_batch, model.most_tokens):
                 self.guard.check_again(self._need_bytes(cfg.micro_batch), "the next micro-batch")
                 batch = collate([group[s] for s in slots], slots)
                 probe = model.probe(batch, Key(cfg.seed, step), cfg.sigma) if self.probing else None
@@ -440,7 +440,7 @@ class Training:
         group = self._group(step)
         assert self.cfg.micro_batch is not None
         begun_s = time.monotonic()
-        for slots in micro_batches(group, self.cfg.micro_batch):
+        for slots in micro_batches(group, self.cfg.micro_batch, self.model.most_tokens):
             self._plain_forward([group[s] for s in slots])
         return time.monotonic() - begun_s
 
@@ -490,6 +490,8 @@ class Training:
         """Run the longest possible micro-batch once, changing nothing: what does not fit shows now, not late."""
         assert self.cfg.micro_batch is not None
         longest = sorted(self.examples, key=tokens_of, reverse=True)[: self.cfg.micro_batch]
+        first = micro_batches(longest, self.cfg.micro_batch, self.model.most_tokens)[0]
+        longest = [longest[slot] for slot in first]
         self.guard.check(self._need_bytes(self.cfg.micro_batch), "the longest micro-batch")
         # Before the first probe there was nothing but inference in this process: loading, and this.
         before_bytes = self.memory.peak_bytes()
