@@ -140,9 +140,18 @@ def test_a_batch_holds_every_row_and_every_target_of_its_examples(examples: list
 
 
 @quick
-@given(st.lists(examples_of, min_size=1, max_size=20), st.integers(1, 7))
-def test_micro_batches_partition_the_group_by_length(examples: list[Example], size: int) -> None:
-    parts = micro_batches(examples, size)
+@given(
+    st.lists(examples_of, min_size=1, max_size=20),
+    st.integers(1, 7),
+    st.none() | st.integers(1, 40),
+)
+def test_micro_batches_partition_the_group_by_length(
+    examples: list[Example], size: int, most: int | None
+) -> None:
+    parts = micro_batches(examples, size, most)
+    if most is not None:
+        sums = [sum(tokens_of(examples[slot]) for slot in part) for part in parts]
+        assert all(n <= most or len(part) == 1 for n, part in zip(sums, parts, strict=True))
     assert sorted(slot for part in parts for slot in part) == list(range(len(examples)))
     assert all(len(part) <= size for part in parts)
     lengths = [tokens_of(examples[slot]) for part in parts for slot in part]

@@ -232,3 +232,33 @@ print(json.dumps({"blocks": len(blocks), "said": said, "cap": cap} | memory.Mete
     )
     assert out["blocks"] == 5 and "a block" in out["said"]
     assert out["peak_rss_bytes"] <= out["cap"]
+
+
+@linux
+@glibc
+def test_temporaries_of_a_long_batch_are_given_back_and_those_of_a_short_one_kept():
+    code = """
+import json
+from edgezo.memory import Heap, allocator_policy, rss_bytes
+allocator_policy()
+import numpy as np
+np.ones(1)
+def grown(tokens):
+    heap.expect(tokens)
+    before = rss_bytes()
+    held = [np.ones(4_000_000 // 8) for _ in range(8)]
+    top = rss_bytes()
+    held.clear()
+    return top - before, rss_bytes() - before
+heap = Heap(100, trims=True)
+short, long = grown(100), grown(101)
+heap.expect(100)
+with heap.updating():
+    left = [np.ones(4_000_000 // 8) for _ in range(8)]
+    left.clear()
+before = rss_bytes()
+print(json.dumps({"short": short, "long": long, "after": rss_bytes() - before}))
+"""
+    out = in_subprocess(code)
+    assert out["short"][0] > 30 * MB and out["short"][1] > 25 * MB, "kept for the next one"
+    assert out["long"][0] > 30 * MB and out["long"][1] < 5 * MB, "what was kept is gone as well"

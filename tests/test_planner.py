@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgezo import planner
+from edgezo import footprint, planner
 from edgezo.cards import Shape, cards
 from edgezo.config import RunConfig, make_config
 from edgezo.errors import DoesNotFit
@@ -104,10 +104,22 @@ def test_weights_in_the_compute_dtype_are_read_as_they_are():
 def test_longer_and_more_examples_take_more_activations():
     sizes = [
         item(plan(TokenStats("label", (n,), 1, 2), max_mem_bytes=90_000 * MB), "activations")
-        for n in (64, 128, 256)
+        for n in (10, 20, 80, 160)
     ]
-    assert sizes[0] < sizes[1] < 2.6 * sizes[0]
-    assert sizes[1] < sizes[2] < 2.6 * sizes[1], "in proportion, but for what the heap keeps"
+    assert sizes[0] < sizes[1] < 2.6 * sizes[0], "in proportion, but for what the heap keeps"
+    assert sizes[1] < sizes[2] == sizes[3] <= footprint.REUSED_BYTES, "a batch runs in pieces"
+
+
+def test_what_is_read_from_elsewhere_and_what_a_gpu_computes_is_not_split_into_pieces():
+    long = TokenStats("label", (300,), 1, 2)
+    found = plan(long, max_mem_bytes=4000 * MB)
+    assert found.most_tokens is not None and found.most_tokens < 16 * 300
+    assert not found.maps and "a piece of 16 examples" in str(found.items)
+    away = plan(long, max_mem_bytes=4000 * MB, residency="disk")
+    assert away.most_tokens is None and away.maps
+    assert item(away, "activations") > 2 * item(found, "activations")
+    one = plan(TokenStats("label", (2000,), 1, 2), max_mem_bytes=4000 * MB)
+    assert one.maps, "an example is not split"
 
 
 def test_lengths_of_the_data_bound_the_longest_micro_batch():
