@@ -188,7 +188,7 @@ def _places(store: WeightStore, recipe: Recipe, group: int) -> float:
 
 
 def _theory(cfg: RunConfig, length: float, squares: list[float], places: float) -> float | None:
-    drawn = cfg.mask not in ("sparse", "hessian", "block")
+    drawn = cfg.mask not in ("sparse", "hessian", "hessian-block", "block")
     if not drawn or DIRECTIONS[cfg.directions].guided or not length:
         return None  # what is left is not drawn at random, or not as long everywhere
     if cfg.credit in ("mean", "clipped"):

@@ -345,8 +345,10 @@ class Footprint:
             reason = f"--finetuner: {blocks} networks of {NETWORK} values, float64"
             items.append(Item("finetuner", 8 * NETWORK * blocks, reason))
         if (n := MASKS[cfg.mask].state) and values:
-            reason = f"--mask {cfg.mask}: {n} in fp32 for each of {values:,} trained values"
-            items.append(Item("mask state", 4 * n * values, reason))
+            by_row = MASKS[cfg.mask].by_row
+            held, what = (vectors + rows, "rows") if by_row else (values, "trained values")
+            reason = f"--mask {cfg.mask}: {n} in fp32 for each of {held:,} {what}"
+            items.append(Item("mask state", 4 * n * held, reason))
         if CREDITS[cfg.credit].anchored and values:
             reason = f"--credit {cfg.credit}: another copy of {values:,} trained values, fp32"
             items.append(Item("anchor", 4 * values, reason))

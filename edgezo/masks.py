@@ -3,7 +3,7 @@
     none        D
     sparse      m * D, m = [|theta| <= h]: the smallest weights of a matrix (Sparse-MeZO, arXiv 2402.15751)
     layers      D of the blocks of a random subset, drawn every step, else 0 (LeZO, arXiv 2410.09823)
-    hessian     D/sqrt(H), H a running diagonal curvature (HiZOO, arXiv 2402.15173)
+    hessian     D/sqrt(H), H a running diagonal curvature (HiZOO, arXiv 2402.15173); hessian-block: H of a row
     quantized   Q(D) for the probe, Q'(D) for the update: two independent roundings (QuZO, arXiv 2502.12346);
                 of int8 weights to the codes' own grid, so that every probed weight is a code times its scale
     block       s_b * D_b of tensor b, as a finetuner tells at every step (ZO Fine-tuner, arXiv 2510.00419)
@@ -33,6 +33,7 @@ HESSIAN_PACE = 1e-6  # of the running curvature; HiZOO's smooth type
 LEAST_CURVATURE = 1e-8
 LEVELS = 127  # of 8 bits, symmetric, over the range of noise.normals
 _RANGE = 4.25
+_SQUARES = 2.0**16
 
 
 class Mask:
@@ -40,6 +41,7 @@ class Mask:
 
     name = "none"
     states: tuple[str, ...] = ()  # fp32 tensors beside a trained one, all ones at the start
+    by_row = False  # they have one column
 
     def prepare(self, row: Trainable) -> None:
         """Look at a trained tensor once, when it has the base's values."""
@@ -165,10 +167,25 @@ class Hessian(Mask):
         held = row.state["hessian"]
         h = held[rows]
         # One operation at a time: a fused one rounds differently at a vector's end.
-        grown = u.square().mul_(h).mul_(curvature).mul_(HESSIAN_PACE)
+        grown = self._pooled(u.square()).mul_(h).mul_(curvature).mul_(HESSIAN_PACE)
         held[rows] = (
             (h * (1 - HESSIAN_PACE)).add_(grown).clamp_(LEAST_CURVATURE, 1 / LEAST_CURVATURE)
         )
+
+    def _pooled(self, squares: Tensor) -> Tensor:
+        return squares
+
+
+class BlockHessian(Hessian):
+    """The same with one H for each row of a matrix: what a row's own z^2 tell, on average."""
+
+    name = "hessian-block"
+    by_row = True
+
+    def _pooled(self, squares: Tensor) -> Tensor:
+        # On a grid of which fp64 sums have no rounding, so that no tile changes the mean.
+        whole = squares.mul_(_SQUARES).round_().double().sum(1, keepdim=True)
+        return whole.div_(_SQUARES * squares.shape[1]).float()
 
 
 class Quantized(Mask):
@@ -227,6 +244,7 @@ def mask_of(name: str, keep: float, sigma: float) -> Mask:
         "sparse": lambda: Sparse(keep),
         "layers": lambda: Layers(keep),
         "hessian": Hessian,
+        "hessian-block": BlockHessian,
         "quantized": lambda: Quantized(sigma),
         "block": Block,
     }

@@ -151,6 +151,11 @@ class Heap:
             malloc_trim()
         allocator_reuse(MAPPED_BYTES if mapped else NEVER_MAPPED_BYTES)
 
+    def give_back(self) -> None:
+        """What follows has temporaries of other sizes, which would not fit in the holes of those before."""
+        if self.reused_tokens is not None:
+            malloc_trim()
+
     @contextmanager
     def updating(self) -> Iterator[None]:
         """Tiles of an update follow, many of one size."""

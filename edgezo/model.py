@@ -142,6 +142,8 @@ class Model:
             if probe is not None:
                 # From here on an operation's tokens are the scored positions (RoBERTa's head has linears too).
                 self.context.probe = probe = probe.at(index)
+            if self.scorer.kind != "label":
+                self.heap.give_back()
             hidden = self.module.lm_head(hidden[index])  # type: ignore[operator]
             losses, predicted = self.scorer(hidden, batch, probe, sides, learn)
             return losses.cpu(), predicted.cpu()

@@ -28,6 +28,7 @@ class Mask(NamedTuple):
     text: str
     state: int = 0  # fp32 values for each trained one
     forwards: int = 0  # on top of the credit's
+    by_row: bool = False  # its state is of a row of a matrix, not of each value
     dense: bool = False
 
 
@@ -86,6 +87,12 @@ MASKS = {
     "sparse": Mask("the --keep smallest of a matrix's weights, by size", dense=True),
     "layers": Mask("a --keep share of the blocks, drawn every step"),
     "hessian": Mask("over the root of a running diagonal curvature", 1, 1, dense=True),
+    "hessian-block": Mask(
+        "over the root of a running curvature, one for each row of a matrix",
+        *(1, 1),
+        by_row=True,
+        dense=True,
+    ),
     "quantized": Mask("rounded to 8 bits, once for the probe and again for the update", dense=True),
     "block": Mask("times s_b of each tensor from --finetuner, sum_b d_b s_b^2 = sum_b d_b"),
 }
@@ -172,6 +179,7 @@ class Preset(NamedTuple):
         if not kept:
             return "none"
         per = "row and rank" if in_span(self.directions) else "trained value"
+        per = "row" if MASKS[self.mask].by_row else per
         return f"{kept} per {per}"
 
 
@@ -237,6 +245,16 @@ PRESETS = {
             1e-4,
             mask="hessian",
             note="the update takes the curvature that was probed, where the release takes the new one",
+        ),
+        Preset(
+            "hizoo-block",
+            "shared",
+            "mean",
+            "HiZOO, arXiv 2402.15173, a scalar a block",
+            1e-4,
+            mask="hessian-block",
+            note="a block is a row of a matrix; with one probe of the whole model all rows are told nearly the same "
+            "curvature, so it is a step that shrinks by itself at a fraction of the state",
         ),
         Preset("lozo", "lowrank-shared", "mean", LOZO, 1e-4, train=FULL, note=SIGNS),
         Preset(
@@ -401,9 +419,9 @@ def refusals(v: Mapping[str, Any]) -> list[str]:
             f"--mask block with --rule {rule}: how far it moves a weight does not follow from how "
             "long the direction was, so the scales would be lost; use sgd or momentum"
         )
-    if mask == "hessian" and (credit != "mean" or directions != "shared"):
+    if mask in ("hessian", "hessian-block") and (credit != "mean" or directions != "shared"):
         found.append(
-            "--mask hessian measures the curvature along one direction of the whole batch: "
+            f"--mask {mask} measures the curvature along one direction of the whole batch: "
             "it needs --credit mean and --directions shared"
         )
     if CREDITS[credit].anchored:

@@ -117,7 +117,8 @@ class WeightStore:
             self.mask.prepare(row)
             rows, cols = row.layout.shape
             width = self.directions.rank if self._in_span(row) else cols
-            row.state = {n: torch.ones(rows, cols, device=self.device) for n in self.mask.states}
+            wide = 1 if self.mask.by_row else cols
+            row.state = {n: torch.ones(rows, wide, device=self.device) for n in self.mask.states}
             for name in self.rule.states:
                 row.state[name] = torch.zeros(rows, width, device=self.device)
             if self.anchored:

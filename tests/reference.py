@@ -157,7 +157,7 @@ def masked(store: WeightStore, row: Trainable, key: Key, slot: int, seen: Tensor
         found = found * (seen.abs() < row.threshold)
     if store.mask.name == "layers" and block is not None:
         found = found * (int(block[1]) in store.mask.chosen(key))
-    if store.mask.name == "hessian":
+    if store.mask.name in ("hessian", "hessian-block"):
         found = found / row.state["hessian"].double().sqrt()
     return found * store.scales.get(row.target.name, 1.0)
 
