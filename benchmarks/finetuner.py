@@ -1,6 +1,6 @@
 """Does a finetuner that was trained on one task lower the final loss on others? Each run in a process of its own.
 
-    python benchmarks/finetuner.py --data-root DIR [--learn sst2] [--unseen rte boolq] [--seeds 0 1 2] [--out DIR]
+    python benchmarks/finetuner.py --data-root DIR [--learn sst2] [--unseen trec snips] [--seeds 0 1 2] [--out DIR]
 
 Meta-trains one finetuner a credit on --learn, then trains on every unseen task with and without it, over the same grid
 of steps for both; a method's row is that of its best step by the median over seeds. Finished runs are kept, so the
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 TUNED = {"mezo": "zo-finetuner", "grzo": "zo-finetuner-grzo"}
-STEPS = {"mezo": 1e-6, "grzo": 0.1}  # what a step size means is the same with a finetuner
+STEPS = {"mezo": 1e-4, "grzo": 0.1}  # what a step size means is the same with a finetuner
 LAST = 20  # steps that the final training loss is the mean of
 
 
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--data-root", required=True)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--learn", nargs="+", default=["sst2"])
-    parser.add_argument("--unseen", nargs="+", default=["rte", "boolq"])
+    parser.add_argument("--unseen", nargs="+", default=["trec", "snips"])
     parser.add_argument("--estimators", nargs="+", choices=TUNED, default=list(TUNED))
     parser.add_argument("--sharing", choices=["block", "layer"], default="block")
     parser.add_argument("--grid", nargs="+", type=float, default=[0.3, 1.0, 3.0])

@@ -191,7 +191,7 @@ def _theory(cfg: RunConfig, length: float, squares: list[float], places: float) 
     drawn = cfg.mask not in ("sparse", "hessian", "hessian-block", "block")
     if not drawn or DIRECTIONS[cfg.directions].guided or not length:
         return None  # what is left is not drawn at random, or not as long everywhere
-    if cfg.credit in ("mean", "clipped"):
+    if cfg.credit in ("mean", "clipped", "svrg"):  # of svrg an anchor's step is measured
         return math.sqrt(2 / math.pi / places)
     if cfg.credit == "candidates":
         return math.sqrt(cfg.candidates / places)

@@ -146,7 +146,7 @@ class RunConfig:
     device: str
     rank: int  # of the factors of --train lowrank, and of low-rank directions
     keep: float  # share of the weights or blocks that a mask leaves
-    refresh: int  # steps between two bases of low-rank directions
+    refresh: int  # steps between two bases of low-rank directions, or two anchors
     candidates: int  # directions of credit candidates
     finetuner: str | None  # file of the scales of --mask block
     batch_size: int | None

@@ -75,7 +75,7 @@ KEY_COPIES = 6
 # used again in part only (calibrated). Larger ones are mapped and given back one by one (memory.Heap).
 REUSED_BYTES = 40 * MB
 HEAP_LEFT = 0.6
-# Fewer at once would spend too much of a forward on making fp32 of weights.
+# In pieces of fewer tokens too much of a forward would go into making fp32 of weights.
 LEAST_PIECE_TOKENS = 1024
 # Padded groups that attend one after the other (packing._GROUP_TOKENS).
 ATTENDING_TOKENS = 4096
@@ -223,8 +223,8 @@ class Footprint:
         return (
             *always,
             self._load(precision, on_disk),
-            *self._forward(precision, micro_batch, compute_bytes, on_disk),
-            *self._holes(precision, micro_batch, compute_bytes, on_disk),
+            *self._forward(precision, micro_batch, compute_bytes),
+            *self._holes(precision, micro_batch, compute_bytes),
             self._update(precision, micro_batch, compute_bytes, on_disk),
         )
 
@@ -407,24 +407,22 @@ class Footprint:
             longest = min(longest, max(most, self.tokens.longest(1)))
         return max(self.sides * longest, evaluating)
 
-    def _at_once(self, precision: str, micro_batch: int, away: int) -> int:
-        return self._rows(micro_batch, self.most_tokens(precision, away))
+    def _at_once(self, precision: str, micro_batch: int) -> int:
+        return self._rows(micro_batch, self.most_tokens(precision))
 
-    def most_tokens(self, precision: str, away: int) -> int | None:
+    def most_tokens(self, precision: str) -> int | None:
         """Tokens, of one side, that a micro-batch is split into pieces of; None: it is not.
 
-        Temporaries that stay in the heap save more time than reading the weights once more costs, and are small.
-        Blocks that are elsewhere would be read from there once more.
+        Temporaries that stay in the heap save more time than reading the weights once more costs, and are small. Of
+        wider models so few tokens have such temporaries that nothing would be gained. Wherever blocks are, pieces are
+        the same: losses of others are equal to rounding only.
         """
-        if away:
-            return None
-        return max(self.reused_tokens(precision), LEAST_PIECE_TOKENS) // self.sides
+        reused = self.reused_tokens(precision)
+        return reused // self.sides if reused >= LEAST_PIECE_TOKENS else None
 
-    def _forward(
-        self, precision: str, micro_batch: int, compute_bytes: int, on_disk: int
-    ) -> list[Item]:
+    def _forward(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
         shape, tokens = self.shape, self.tokens
-        rows, sides = self._at_once(precision, micro_batch, on_disk), self.sides
+        rows, sides = self._at_once(precision, micro_batch), self.sides
         source = "the longest of the data" if tokens.known else "no data given: --max-length each"
         whole = sides * tokens.longest(micro_batch)
         if rows == whole:
@@ -514,16 +512,12 @@ class Footprint:
             copies = CODES_UPDATE_TILES
         return copies * min(TILE_BYTES, self._largest_trained())
 
-    def _holes(
-        self, precision: str, micro_batch: int, compute_bytes: int, on_disk: int
-    ) -> list[Item]:
+    def _holes(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
         """What tiles of full weights leave in the heap, cut otherwise than a forward's temporaries (calibrated).
 
         In one run of five or so; mapped temporaries leave none.
         """
-        temporaries = self._activations(
-            self._at_once(precision, micro_batch, on_disk), compute_bytes
-        )
+        temporaries = self._activations(self._at_once(precision, micro_batch), compute_bytes)
         if "full" not in self.cfg.train or temporaries > REUSED_BYTES:
             return []
         size = min(self._update_tiles(precision), temporaries)
@@ -542,7 +536,7 @@ class Footprint:
             # A block is updated, or made again, between two blocks' forwards.
             hidden = (
                 HIDDEN_COPIES
-                * self._at_once(precision, micro_batch, on_disk)
+                * self._at_once(precision, micro_batch)
                 * self.shape.hidden
                 * compute_bytes
             )

@@ -82,7 +82,7 @@ class CudaFootprint(Footprint):
                 self._slack(micro_batch, compute_bytes),
                 "pages of its segments that are not full",
             ),
-            *self._forward(precision, micro_batch, compute_bytes, on_disk),
+            *self._forward(precision, micro_batch, compute_bytes),
             *self._update_of(precision, micro_batch, compute_bytes, on_disk),
             *self._copying(precision, on_disk),
         )
@@ -93,7 +93,7 @@ class CudaFootprint(Footprint):
         size = COPYING_BYTES + int(LOCKED_SHARE * self.host_bytes(precision, on_disk))
         return [Item("copying", size, "two streams, and page tables of the locked RAM")]
 
-    def most_tokens(self, precision: str, away: int) -> int | None:
+    def most_tokens(self, precision: str) -> int | None:
         """Micro-batches are not split into pieces: a GPU wants them large."""
         return None
 
@@ -113,9 +113,7 @@ class CudaFootprint(Footprint):
         items.append(Item("slots", SLOTS * (block + pages), reason))
         return [*items, self._tables(precision)]
 
-    def _forward(
-        self, precision: str, micro_batch: int, compute_bytes: int, on_disk: int
-    ) -> list[Item]:
+    def _forward(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
         shape, tokens = self.shape, self.tokens
         rows = self._rows(micro_batch)
         sides = self.sides

@@ -90,9 +90,9 @@ class StepRecord:
     step_size: float
     skipped: bool
     losses: np.ndarray  # (S, B) float32: +sigma side, -sigma side
-    credit: (
-        np.ndarray
-    )  # (K,) float32; K = B but where the whole batch is tried along each direction
+    # (K,) float32; K = B but where the whole batch is tried along each direction, and B + 1 where the last one is
+    # the mean of an earlier step's
+    credit: np.ndarray
     touched: tuple[np.ndarray, ...] = ()  # K or 1 sorted unique token id arrays; () if not recorded
     # (1 + n,) float32: a factor, then a number for each trained tensor by name (finetuner.py)
     scales: np.ndarray | None = None

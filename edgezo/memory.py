@@ -161,6 +161,8 @@ class Heap:
         """Tiles of an update follow, many of one size."""
         if self.reused_tokens is not None:
             allocator_reuse()
+        if self.trims:
+            malloc_trim()
         try:
             yield
         finally:

@@ -48,7 +48,11 @@ MEMORY = (
     ("credit", None, "How losses weigh directions."),
     ("rule", None, "What is done with the weighted sum."),
     ("keep", "X", "Share of the weights or blocks that a mask leaves.  [default: 0.25]"),
-    ("refresh", "N", "Steps between two bases of low-rank directions."),
+    (
+        "refresh",
+        "N",
+        "Steps between two bases of low-rank directions, or two anchors of --credit svrg.",
+    ),
     ("candidates", "N", "Directions of --credit candidates.  [default: 8]"),
     ("finetuner", "FILE", "Of --mask block: what meta-train or convert-finetuner made."),
 )

@@ -145,6 +145,7 @@ class Plan:
             "compute_dtype": self.compute_dtype,
             "batch_size": self.batch_size,
             "micro_batch": self.micro_batch,
+            "most_tokens": self.most_tokens,
             "trained": list(self.trained),
             "frozen": list(self.frozen),
             "items": [item.to_dict() for item in self.items],
@@ -255,7 +256,7 @@ def make_plan(
         blocks_on_disk=on_disk,
         disk_bytes=footprint.disk_bytes(precision, on_disk),
         reused_tokens=footprint.reused_tokens(precision),
-        most_tokens=footprint.most_tokens(precision, away),
+        most_tokens=footprint.most_tokens(precision),
         blocks_in_host=away - on_disk,
         host_bytes=host_bytes,
     )
@@ -391,7 +392,9 @@ def _micro_reason(footprint: Footprint, option: Option) -> str:
         return "as given"
     larger = [m for m in _micro_batches(footprint.cfg) if m > option.micro_batch]
     if not larger:
-        return "the whole batch fits at once"
+        most, sides = footprint.most_tokens(option.precision), footprint.sides
+        pieces = f", in pieces of up to {most * sides:,} tokens" if most is not None else ""
+        return f"the whole batch fits{pieces or ' at once'}"
     needs = footprint.peak_bytes(*option._replace(micro_batch=larger[-1]))
     return f"{larger[-1]} at once would need {mb(needs)}"
 

@@ -386,6 +386,10 @@ def default_step(row: Preset, credit: str, rule: str) -> float:
     """The row's own where its step means the same with these, else what is usual for the meaning."""
     meaning = step_meaning(credit, rule)
     usual = {KAPPA: 0.1, RATE: 1e-4, PER_WEIGHT: 1e-3}
+    if CREDITS[credit].anchored and credit != row.credit:
+        # As many times along one direction as --refresh says.
+        anchored = PRESETS["mezo-svrg"]
+        return anchored.step * anchored.refresh / row.refresh
     return row.step if step_meaning(row.credit, row.rule) == meaning else usual[meaning]
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from edgezo.planner import Plan
 
 PLAIN_LINES = 20  # progress lines of a run whose standard error is no terminal
+REFRESHES_PER_S = 2  # of a terminal's live line; each costs a millisecond or so
 
 
 PLAIN_WIDTH = 110  # columns of a table that goes to a file or a pipe
@@ -206,9 +207,11 @@ def speed_table(found: Mapping[str, Any]) -> RenderableType:
         for name, what in (("sign_bits_per_s", "sign bits"), ("normals_per_s", "normals"))
     )
     copied = f"{found['copy_bytes_per_s'] / 1e9:.1f} GB/s"
+    most = max(row.get("bookkeeping_share", 0.0) for row in found["rows"])  # baselines have none
     about = (
         "x: step/forward of one round. MM: what the forward reaches of bare matrix products; BW: bytes of its "
-        f"weights, of what a copy moves ({copied}).\nNoise: {noise}."
+        f"weights, of what a copy moves ({copied}).\nNoise: {noise}.\n"
+        f"Journal, metrics, guard and progress take at most {most:.2%} of a step."
     )
     lines = [
         f"{fit['estimator']} {fit['precision']}: a step takes {fit['fixed_s']:.3f} s and {fit['s_a_row'] * 1e3:.3f} ms "
@@ -426,6 +429,7 @@ class TerminalProgress:
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
+            refresh_per_second=REFRESHES_PER_S,
         )
         self._task = self._live.add_task("starting", total=1.0)
         self._live.start()
@@ -462,6 +466,11 @@ class TerminalProgress:
             return ""
         left_s = (time.monotonic() - self._start_s) * (1 - fraction) / gone
         return f"  eta {left_s:.0f} s"
+
+    def refresh(self) -> None:
+        """Draw the live line now, as happens ``REFRESHES_PER_S`` times a second."""
+        if self._live is not None:
+            self._live.refresh()
 
     def close(self) -> None:
         if self._live is not None:

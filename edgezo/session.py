@@ -20,7 +20,7 @@ from edgezo.host import HostMedium
 from edgezo.journal import Journal, StepRecord
 from edgezo.layouts import DENSE_DTYPES
 from edgezo.machine import Machine
-from edgezo.memory import Heap, malloc_trim
+from edgezo.memory import Heap, allocator_reuse, malloc_trim
 from edgezo.model import Model, ModelSpec, assemble
 from edgezo.planner import Plan, PlanDoesNotFit, make_plan
 from edgezo.presets import CREDITS
@@ -181,7 +181,11 @@ def load_model(opened: Opened, machine: Machine, overlay: Overlay | None = None)
     with opened.memory.short("loading"):
         model = assemble(opened.files, spec)
     malloc_trim()
-    model.heap, model.most_tokens = Heap(plan.reused_tokens, plan.maps), plan.most_tokens
+    model.most_tokens = plan.most_tokens
+    if device.type == "cpu":
+        model.heap = Heap(plan.reused_tokens, plan.maps)
+    else:
+        allocator_reuse()  # the RAM is not what is short
     return model
 
 

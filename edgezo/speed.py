@@ -14,9 +14,12 @@ every position; in-place MeZO, and GRZO in the published form of hooks with weig
 
 from __future__ import annotations
 
+import io
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 
 from edgezo import noise
@@ -34,12 +38,16 @@ from edgezo.config import RunConfig
 from edgezo.data import Batch, Dataset, Example, Row, batch_indices, collate, micro_batches
 from edgezo.errors import UsageError
 from edgezo.estimators import Estimator, Recipe
+from edgezo.journal import StepRecord, create_journal
 from edgezo.machine import machine
+from edgezo.memory import Guard, rss_bytes
 from edgezo.model import Model
 from edgezo.noise import Key
 from edgezo.perturb import PerturbedLinear
-from edgezo.presets import PRESETS
-from edgezo.session import load_model, open_request, settle
+from edgezo.presets import CREDITS, PRESETS
+from edgezo.report import REFRESHES_PER_S, TerminalProgress
+from edgezo.runlog import RunLog, step_line
+from edgezo.session import journal_is_shaped, load_model, open_request, settle
 
 OWN = "own"  # of --tokens: the rows as they are
 COPIED_BYTES = 256 << 20
@@ -119,6 +127,10 @@ def bench_speed(
         for precision in precisions
         for name in estimators
     ]
+    if anchored := [name for name, cfg in chosen if CREDITS[cfg.credit].anchored]:
+        raise UsageError(
+            f"bench speed measures steps that are all alike; those of {anchored[0]} are not"
+        )
     subjects = [_load(name, cfg) for name, cfg in chosen]
     note(f"{len(subjects)} models loaded")
     dataset = subjects[0].dataset
@@ -208,12 +220,45 @@ def _measure(
         row["forward_flops_per_s"] = 2 * weights * row["rows"] / row["forward_s"]
         row["share_of_bandwidth"] = subject.weight_bytes / row["forward_s"] / copied
         row["train"] = "+".join(subject.cfg.train)
+        row["bookkeeping_share"] = bookkeeping(subject.cfg, size, row["step_s"])
         made.append(row)
     for name in BASELINES if plain is not None else ():
         row = {"estimator": name, "precision": "fp32", "ratio": None, **_medians(took[name][1:])}
         made.append(row)
     size_of = {"batch_size": size, "tokens": length, "tokens_a_side": statistics.median(packed[1:])}
     return [{**row, **size_of, "tokens_per_s": row["rows"] / row["step_s"]} for row in made]
+
+
+def bookkeeping(cfg: RunConfig, size: int, step_s: float, steps: int = 50) -> float:
+    """What a run spends on journal, metrics, guard and a terminal's progress, as a share of its steps' time."""
+    losses = np.ones((max(2, cfg.passes), size), np.float32)
+    losses[0] += np.arange(size, dtype=np.float32)
+    credit = Estimator.of(cfg).credit(losses) if cfg.train != ("head",) else losses[0]
+    guard, terminal = Guard(1 << 60, 0), Console(file=io.StringIO(), force_terminal=True)
+    progress = TerminalProgress(terminal)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
+        header = {"content_hash": "sha256:0"}
+        file = Path(folder, "journal.bin")
+        journal = held.enter_context(create_journal(file, header, shaped=journal_is_shaped(cfg)))
+        log = held.enter_context(closing(RunLog(Path(folder, "metrics.jsonl"))))
+        progress.begin(done=0, steps=steps, cap_bytes=1 << 60)
+        held.callback(progress.close)
+        begun_s = time.perf_counter()
+        for step in range(steps):
+            guard.check_again(0, "a step")
+            record = StepRecord(step, cfg.sigma, cfg.step, False, losses, credit)
+            journal.append(record)
+            held_bytes = rss_bytes()
+            line = step_line(record, True) | {"step_s": step_s, "rss_bytes": held_bytes}
+            log.write(line)
+            shown = {"loss": line["loss"], "step_s": step_s, "rss_bytes": held_bytes}
+            progress.step(step + 1, fraction=step / steps, **shown)
+        own_s = (time.perf_counter() - begun_s) / steps
+        begun_s = time.perf_counter()
+        for _ in range(steps):
+            progress.refresh()
+        refreshing = (time.perf_counter() - begun_s) / steps * REFRESHES_PER_S
+    return own_s / step_s + refreshing
 
 
 def fits(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from edgezo.files import atomic_write, remove_leftovers
 from edgezo.finetuner import Tuner, load_finetuner
 from edgezo.journal import Journal, StepRecord, create_journal
 from edgezo.machine import machine
-from edgezo.memory import Guard, Heap, Meter, peak_rss_bytes, rss_bytes
+from edgezo.memory import Guard, Meter, peak_rss_bytes, rss_bytes
 from edgezo.model import Model
 from edgezo.noise import Key
 from edgezo.planner import Plan
@@ -347,7 +347,7 @@ class Training:
                 probe = model.probe(batch, Key(cfg.seed, step), cfg.sigma) if self.probing else None
                 with phase("forward"), self.memory.short("a micro-batch"):
                     found, _ = model.losses(batch, probe, sides=sides, learn=learn)
-                    losses[: len(found), slots] = found.numpy()
+                    losses[: sides if compared else kept, slots] = found.numpy()
                     if compared:
                         with model.store.at_anchor():
                             losses[sides:, slots] = model.losses(batch, probe, sides=sides)[0]
@@ -392,7 +392,13 @@ class Training:
     def _need_bytes(self, micro_batch: int) -> int:
         """About what a micro-batch takes while it runs: its part of the plan's. What does not shrink is small."""
         forward_bytes = self.plan.phase_bytes("forward") - self.plan.phase_bytes("always")
-        return forward_bytes * micro_batch // self.plan.micro_batch
+        return forward_bytes * self._at_once(micro_batch) // self._at_once(self.plan.micro_batch)
+
+    def _at_once(self, micro_batch: int) -> int:
+        """Tokens of one side that such a micro-batch passes at once, at most."""
+        lengths = sorted(map(tokens_of, self.examples), reverse=True)
+        whole, most = sum(lengths[:micro_batch]), self.model.most_tokens
+        return whole if most is None else min(whole, max(most, lengths[0]))
 
     def _shrink(self, step: int) -> bool:
         """Halve the micro-batch until it has room, for this run and its resumes; False: not even one example has.
@@ -405,7 +411,8 @@ class Training:
         room_bytes = self.guard.room_bytes()
         while smaller > 1:
             smaller = (smaller + 1) // 2
-            if self._need_bytes(smaller) <= room_bytes:
+            saves = self._at_once(smaller) < self._at_once(before)
+            if saves and self._need_bytes(smaller) <= room_bytes:
                 break
         else:
             return False
@@ -422,22 +429,24 @@ class Training:
         )
         self.log.write({"step": step, "micro_batch": now})
 
-    def _group(self, step: int) -> list[Example]:
+    def _batch(self, step: int) -> list[Example]:
         assert self.cfg.batch_size is not None
-        # An anchor's group are the batches of all steps that will be compared with it.
-        steps = range(step, step + (self.cfg.refresh if self.cfg.is_anchor(step) else 1))
-        size, seed = self.cfg.batch_size, self.cfg.seed
-        picked = [i for s in steps for i in batch_indices(len(self.examples), size, seed, s)]
+        picked = batch_indices(len(self.examples), self.cfg.batch_size, self.cfg.seed, step)
         return [self.examples[i] for i in picked]
 
+    def _group(self, step: int) -> list[Example]:
+        """The step's batch; of an anchor those of all steps that will be compared with it."""
+        steps = range(step, step + (self.cfg.refresh if self.cfg.is_anchor(step) else 1))
+        return [example for s in steps for example in self._batch(s)]
+
     def _time_plain_forward(self, step: int) -> float | None:
-        """Now and then the seconds of a plain forward over the 2B rows of the step that has just run."""
+        """Now and then the seconds of a plain forward over the 2B rows of the batch that has just passed."""
         # With weights on disk only once: a plain forward there does the next step's updates and writes.
         wanted = PLAIN_FORWARDS if self.model.store.residency is None else 1
         every = max(1, (self.cfg.steps or 100) // wanted)
         if step % every != every // 2:
             return None
-        group = self._group(step)
+        group = self._batch(step)
         assert self.cfg.micro_batch is not None
         begun_s = time.monotonic()
         for slots in micro_batches(group, self.cfg.micro_batch, self.model.most_tokens):
@@ -484,14 +493,18 @@ class Training:
                 self.log.write({**self._line(record), "step_s": None, "rss_bytes": None})
 
     def _line(self, record: StepRecord) -> dict[str, Any]:
-        return step_line(record, self.probing)
+        return step_line(self._own(record), self.probing)
+
+    def _own(self, record: StepRecord) -> StepRecord:
+        """The record without losses at an anchor, which are not those of the weights being trained."""
+        return replace(record, losses=record.losses[: max(2, self.sides)])
 
     def _longest_first(self) -> None:
         """Run the longest possible micro-batch once, changing nothing: what does not fit shows now, not late."""
         assert self.cfg.micro_batch is not None
-        longest = sorted(self.examples, key=tokens_of, reverse=True)[: self.cfg.micro_batch]
-        first = micro_batches(longest, self.cfg.micro_batch, self.model.most_tokens)[0]
-        longest = [longest[slot] for slot in first]
+        pieces = micro_batches(self.examples, self.cfg.micro_batch, self.model.most_tokens)
+        slots = max(pieces, key=lambda piece: sum(tokens_of(self.examples[s]) for s in piece))
+        longest = [self.examples[slot] for slot in slots]
         self.guard.check(self._need_bytes(self.cfg.micro_batch), "the longest micro-batch")
         # Before the first probe there was nothing but inference in this process: loading, and this.
         before_bytes = self.memory.peak_bytes()
@@ -528,7 +541,7 @@ class Training:
         if plan is None:
             return False
         self.plan, self.cfg = plan, self.opened.cfg
-        self.model.heap = Heap(plan.reused_tokens, plan.maps)
+        self.model.heap = replace(self.model.heap, trims=plan.maps)
         atomic_write(self.run.plan, to_json(plan.to_dict()).encode())
         atomic_write(self.run.config, self.cfg.to_toml().encode())
         self._guard()
@@ -587,8 +600,10 @@ class Training:
             "steps": steps,
             "batch_size": cfg.batch_size,
             "micro_batch": cfg.micro_batch,
-            "loss_first": mean_loss(self.journal.record(0).losses) if steps else None,
-            "loss_last": mean_loss(self.journal.record(steps - 1).losses) if steps else None,
+            "loss_first": mean_loss(self._own(self.journal.record(0)).losses) if steps else None,
+            "loss_last": mean_loss(self._own(self.journal.record(steps - 1)).losses)
+            if steps
+            else None,
             "eval_before": before,
             "eval_after": after,
             "train_s": train_s,

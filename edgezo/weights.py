@@ -59,7 +59,7 @@ class Trainable:
     guides: dict[int, Tensor] | None = None
     basis: Tensor | None = None  # V^T (k, cols) of a shared direction, in the compute dtype
     sketch: Tensor | None = None  # (cols, k) fp32: what this step's inputs make of it
-    # Of the rule and the mask, (rows, cols) fp32 each, or (rows, rank) in a basis.
+    # Of the rule, the mask and an anchor: (rows, cols) fp32 each, or (rows, rank) in a basis, or (rows, 1).
     state: dict[str, Tensor] = field(default_factory=dict)
 
     @property

@@ -252,13 +252,14 @@ def grown(tokens):
     return top - before, rss_bytes() - before
 heap = Heap(100, trims=True)
 short, long = grown(100), grown(101)
-heap.expect(100)
+before = rss_bytes()
 with heap.updating():
     left = [np.ones(4_000_000 // 8) for _ in range(8)]
+    top = rss_bytes() - before
     left.clear()
-before = rss_bytes()
-print(json.dumps({"short": short, "long": long, "after": rss_bytes() - before}))
+print(json.dumps({"short": short, "long": long, "update": (top, rss_bytes() - before)}))
 """
     out = in_subprocess(code)
     assert out["short"][0] > 30 * MB and out["short"][1] > 25 * MB, "kept for the next one"
     assert out["long"][0] > 30 * MB and out["long"][1] < 5 * MB, "what was kept is gone as well"
+    assert out["update"][0] > 30 * MB and out["update"][1] < 5 * MB

@@ -466,7 +466,8 @@ def refreshed(name: str) -> dict[str, int]:
     """A basis that is drawn anew within the few steps of a test."""
     row = PRESETS[name]
     drawn = DIRECTION_LAWS[row.directions].refreshed or CREDITS[row.credit].anchored
-    return {"refresh": 2} if drawn else {}
+    # An anchored run that is cut at step 3 goes on with a step that is compared with an anchor of the replay.
+    return {"refresh": 3 if CREDITS[row.credit].anchored else 2} if drawn else {}
 
 
 @presets

@@ -13,17 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import forks
+import numpy as np
 import pytest
 import torch
 from conftest import Bench, make_model
 from forks import Blow
 from safetensors import safe_open
 
-from edgezo import session
+from edgezo import footprint, session
 from edgezo.cards import cache_dir
-from edgezo.config import make_config
+from edgezo.config import EVAL_TOKENS, make_config
 from edgezo.errors import EdgezoError
+from edgezo.journal import open_journal
 from edgezo.layouts import Dense, place, vacant
+from edgezo.model import Model
 from edgezo.noise import Key
 from edgezo.overlay import PAGE_BYTES, DiskTable, OverlayFile, Traffic
 from edgezo.report import Silent
@@ -89,6 +92,37 @@ def test_a_run_from_disk_has_the_bits_of_one_in_memory(deep, tmp_path, train, pr
     assert (tmp_path / "disk" / "overlay").is_dir()
     for name in ("trained_sha256", "eval_before", "eval_after", "loss_first", "loss_last"):
         assert disk[name] == memory[name], name
+
+
+def test_pieces_of_a_micro_batch_give_the_same_losses_and_the_same_bits_from_disk(
+    deep, tmp_path, monkeypatch
+):
+    request = {"steps": 3, "train": "full", "precision": "bf16"}
+    forwards = []
+    plain = Model.losses
+
+    def counted(model, batch, *args, **kwargs):
+        forwards.append(len(batch.ids))
+        return plain(model, batch, *args, **kwargs)
+
+    monkeypatch.setattr(Model, "losses", counted)
+    run_of(deep, tmp_path / "whole", **request)
+    whole = [*forwards]
+    monkeypatch.setattr(footprint, "REUSED_BYTES", 200_000)
+    monkeypatch.setattr(footprint, "LEAST_PIECE_TOKENS", 1)
+    forwards.clear()
+    pieces = run_of(deep, tmp_path / "pieces", **request)
+    plan = json.loads((tmp_path / "pieces" / "plan.json").read_text())
+    assert len(forwards) > len(whole)
+    assert max(forwards) <= max(plan["most_tokens"], EVAL_TOKENS)
+    disk = run_of(deep, tmp_path / "disk", residency="disk", **request)
+    assert disk["trained_sha256"] == pieces["trained_sha256"]
+    records = []
+    for name in ("whole", "pieces", "disk"):
+        with open_journal(tmp_path / name / "journal.bin", resume=False) as journal:
+            records.append(journal.record(0))
+    np.testing.assert_allclose(records[1].losses, records[0].losses, atol=1e-5)
+    np.testing.assert_array_equal(records[2].losses, records[1].losses)
 
 
 def test_a_step_reads_and_writes_each_block_once(deep, tmp_path):

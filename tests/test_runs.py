@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import forks
+import numpy as np
 import pytest
 import tomli_w
 import torch
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from edgezo.config import make_config
 from edgezo.errors import UsageError
 from edgezo.footprint import GUARD_MARGIN_BYTES
+from edgezo.journal import open_journal
 from edgezo.layouts import Dense
 from edgezo.noise import Key
 from edgezo.train import finetune
@@ -316,6 +318,8 @@ def test_the_head_alone_needs_no_probe_and_resumes_like_everything_else(
 ):
     whole = run_of(bench, tmp_path / "whole", kind, train="head", steps=8, step=None)
     assert whole["eval_after"]["loss"] != whole["eval_before"]["loss"]
+    with open_journal(tmp_path / "whole" / "journal.bin", resume=False) as journal:
+        assert all(np.isfinite(record.losses).all() for record in journal.records())
     run = tmp_path / "run"
     args = bench.arguments(kind, train="head", steps=8, snapshot_every=3, out=run)
     forks.start(["finetune", *args], tmp_path / "out", forks.Blow("head", 5, 1)).end()

@@ -43,6 +43,7 @@ def test_parts_of_a_step_add_up_and_every_row_is_there(tmp_path, rows, edgezo_js
         assert row["share_of_products"] > 0 and row["sides"] == 2
         assert row["tokens"] == "own" or row["rows"] == 2 * 2 * 24
         assert row["train"] == "lowrank+head"
+        assert row["bookkeeping_share"] * row["step_s"] > 0
     assert {row["estimator"] for row in found["rows"]} == {
         "grzo",
         "grzo:gaussian",
