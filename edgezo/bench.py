@@ -267,7 +267,7 @@ def _peak_of(pid: int) -> int:
 def inference(request: dict[str, Any]) -> dict[str, Any]:
     """The plain forward over the 2B rows of a step, in this process: what running the model takes."""
     from edgezo.config import make_config
-    from edgezo.data import collate, micro_batches
+    from edgezo.data import pieces
     from edgezo.session import load_model, open_request, settle
 
     meter = Meter(reset=True)
@@ -284,8 +284,8 @@ def inference(request: dict[str, Any]) -> dict[str, Any]:
     for start in range(0, len(examples), size):
         begun_s = time.monotonic()
         batch = examples[start : start + size]
-        for slots in micro_batches(batch, size, model.most_tokens):
-            model.losses(collate([batch[s] for s in slots], slots), sides=2)
+        for piece in pieces(batch, size, model.most_tokens):
+            model.losses(piece, sides=2)
         times_s.append(time.monotonic() - begun_s)
     meter.mark("train")
     opened.memory.look_again()

@@ -180,9 +180,14 @@ class RunConfig:
             return 1
         return mean_forwards(self.credit, self.mask, self.candidates, self.refresh)
 
+    @property
+    def anchored(self) -> bool:
+        """Whether steps are compared with the weights of an earlier one."""
+        return CREDITS[self.credit].anchored
+
     def is_anchor(self, step: int) -> bool:
         """Whether later steps are compared with the weights before ``step``."""
-        return CREDITS[self.credit].anchored and step % self.refresh == 0
+        return self.anchored and step % self.refresh == 0
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, with lists for tuples, ready for JSON."""

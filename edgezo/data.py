@@ -154,6 +154,12 @@ def micro_batches(
     return found
 
 
+def pieces(group: Sequence[Example], micro_batch: int, most_tokens: int | None) -> Iterator[Batch]:
+    """The micro-batches of a group, packed."""
+    for slots in micro_batches(group, micro_batch, most_tokens):
+        yield collate([group[slot] for slot in slots], slots)
+
+
 def evaluation_batches(examples: Sequence[Example]) -> list[list[int]]:
     """Indices of examples in batches of like length and at most ``EVAL_TOKENS`` tokens (or one example)."""
     return micro_batches(examples, max(1, len(examples)), EVAL_TOKENS)

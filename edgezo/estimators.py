@@ -13,7 +13,7 @@ A step evaluates the batch along ``evaluations``; with two sides
     mean         c   = lr*mean_i(delta_i)/(2*sigma)         MeZO (arXiv 2305.17333, algorithm 1), D_i shared
     svrg         the same of delta_i(theta) - delta_i(anchor), and of the anchor's own estimate along its own D:
                  MeZO-SVRG (arXiv 2404.08080, algorithm 1); at an anchor as mean
-    clipped      the same as mean, |c| at most lr*100               QZO (arXiv 2505.13430)
+    clipped      the same as mean, |c| at most lr*100       QZO (arXiv 2505.13430)
     candidates   c_j = kappa*sigma*(l_j - l_0)/std_k(l_k)   FZOO (arXiv 2506.09034), l_j of the batch along D_j
 
 ``step`` is the user's one knob: kappa, the fraction of the probe sigma*D_i that an example of credit 1 moves the

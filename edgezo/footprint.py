@@ -11,10 +11,11 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 from edgezo.config import EVAL_TOKENS, QUANTIZED, UNROUNDED, RunConfig
-from edgezo.presets import CREDITS, DIRECTIONS, MASKS, RULES, cannot_anchor, in_span
+from edgezo.presets import DIRECTIONS, MASKS, RULES, cannot_anchor, in_span
 from edgezo.shapes import (
     BYTES_PER_WEIGHT,
     KEPT_LENGTHS,
@@ -349,7 +350,7 @@ class Footprint:
             held, what = (vectors + rows, "rows") if by_row else (values, "trained values")
             reason = f"--mask {cfg.mask}: {n} in fp32 for each of {held:,} {what}"
             items.append(Item("mask state", 4 * n * held, reason))
-        if CREDITS[cfg.credit].anchored and values:
+        if cfg.anchored and values:
             reason = f"--credit {cfg.credit}: another copy of {values:,} trained values, fp32"
             items.append(Item("anchor", 4 * values, reason))
         if n := RULES[cfg.rule].state:
@@ -402,10 +403,7 @@ class Footprint:
         ``most``: of one side, where micro-batches are split into pieces.
         """
         evaluating = max(min(EVAL_TOKENS, self.tokens.longest(KEPT_LENGTHS)), self.tokens.evaluated)
-        longest = self.tokens.longest(micro_batch)
-        if most is not None:
-            longest = min(longest, max(most, self.tokens.longest(1)))
-        return max(self.sides * longest, evaluating)
+        return max(self.sides * self.tokens.at_once(micro_batch, most), evaluating)
 
     def _at_once(self, precision: str, micro_batch: int) -> int:
         return self._rows(micro_batch, self.most_tokens(precision))
@@ -500,10 +498,19 @@ class Footprint:
 
     def reused_tokens(self, precision: str) -> int:
         """Tokens, of all sides, whose temporaries stay in the heap."""
-        compute_bytes = self._compute_bytes(precision)
+        return self._reused_tokens[self._compute_bytes(precision)]
+
+    @cached_property
+    def _reused_tokens(self) -> dict[int, int]:
+        """By the bytes of a value; once for all options that a plan compares."""
         most = range(REUSED_BYTES)
-        over = bisect_right(most, REUSED_BYTES, key=lambda n: self._activations(n, compute_bytes))
-        return over - 1
+        return {
+            size: bisect_right(
+                most, REUSED_BYTES, key=partial(self._activations, compute_bytes=size)
+            )
+            - 1
+            for size in (2, 4)
+        }
 
     def _update_tiles(self, precision: str) -> int:
         rounds = "full" in self.cfg.train and precision != "fp32"
@@ -534,12 +541,8 @@ class Footprint:
             reason += "; or a matrix of the base, and a tile that is replayed and quantised"
         if on_disk:
             # A block is updated, or made again, between two blocks' forwards.
-            hidden = (
-                HIDDEN_COPIES
-                * self._at_once(precision, micro_batch)
-                * self.shape.hidden
-                * compute_bytes
-            )
+            rows = self._at_once(precision, micro_batch)
+            hidden = HIDDEN_COPIES * rows * self.shape.hidden * compute_bytes
             size = hidden + max(size, self._staged_bytes(precision))
             reason += "; the hidden states, since a block is updated when the forward comes to it"
         return Item("update tiles", size, reason, "update")

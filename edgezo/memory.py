@@ -135,12 +135,10 @@ class Heap:
     holes.
     """
 
-    reused_tokens: int | None = (
-        None  # of all sides, whose temporaries stay in the heap; None: no say in it
-    )
-    trims: bool = (
-        False  # whether longer batches are to be expected: then an update leaves nothing behind
-    )
+    # Of all sides, whose temporaries stay in the heap; None: the heap is left alone.
+    reused_tokens: int | None = None
+    # Whether longer batches are to be expected: then an update leaves nothing behind.
+    trims: bool = False
 
     def expect(self, tokens: int) -> None:
         """A forward over ``tokens`` packed tokens follows."""

@@ -35,7 +35,7 @@ from edgezo.alignment import example_loss, gradient_of, plain_module
 from edgezo.bench import UNLIMITED_BYTES
 from edgezo.budget import default_budget, mb
 from edgezo.config import RunConfig, make_config
-from edgezo.data import Dataset, Example, batch_indices, collate, micro_batches
+from edgezo.data import Dataset, Example, batch_indices, pieces
 from edgezo.errors import DoesNotFit, UsageError
 from edgezo.estimators import Estimator, Recipe
 from edgezo.finetuner import Finetuner, Tuner
@@ -295,10 +295,9 @@ class MetaTrainer:
         told = self.tuners[task].tell(previous, features)
         sides = len(model.evaluations)
         losses = np.full((sides, len(group)), np.nan, np.float32)
-        for slots in micro_batches(group, cfg.micro_batch, model.most_tokens):
-            batch = collate([group[s] for s in slots], slots)
+        for batch in pieces(group, cfg.micro_batch, model.most_tokens):
             probe = model.probe(batch, Key(cfg.seed, number), cfg.sigma)
-            losses[:, slots] = model.losses(batch, probe, sides=sides)[0].numpy()
+            losses[:, batch.slots] = model.losses(batch, probe, sides=sides)[0].numpy()
         credit = Estimator.of(cfg).credit(losses)
         touched, skipped = model.take_touched(len(group)), not bool(credit.any())
         record = StepRecord(number, cfg.sigma, cfg.step, skipped, losses, credit, touched, told)

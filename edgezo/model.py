@@ -233,8 +233,9 @@ class _Builder:
         )
         mask = mask_of(recipe.mask, recipe.keep, recipe.sigma)
         rule = RULES[recipe.rule]
-        self.store = WeightStore(recipe.seed, recipe.rank, directions, self.device, mask, rule)
-        self.store.anchored = recipe.anchored
+        self.store = WeightStore(
+            *(recipe.seed, recipe.rank, directions, self.device, mask, rule), recipe.anchored
+        )
         self.context = Context(recipe.dtype, self.device)
         self.train = set(recipe.train)
         self.bases: dict[str, Callable[[], Rows]] = {}  # where each matrix came from

@@ -85,9 +85,7 @@ class Plan:
     blocks_on_disk: int  # the last ones, and the tables with them; 0: everything stays in memory
     disk_bytes: int  # what the overlay takes on disk
     reused_tokens: int  # packed tokens of all sides whose temporaries stay in the heap
-    most_tokens: (
-        int | None
-    )  # of one side, that a micro-batch is split into pieces of; None: it is not
+    most_tokens: int | None  # of one side, in a piece of a micro-batch; None: it is whole
     blocks_in_host: int = 0  # the last ones, on a GPU that has no room for them
     host_bytes: int = 0  # what those take of the RAM
 

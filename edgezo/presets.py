@@ -423,7 +423,7 @@ def refusals(v: Mapping[str, Any]) -> list[str]:
             f"--mask block with --rule {rule}: how far it moves a weight does not follow from how "
             "long the direction was, so the scales would be lost; use sgd or momentum"
         )
-    if mask in ("hessian", "hessian-block") and (credit != "mean" or directions != "shared"):
+    if MASKS[mask].forwards and (credit != "mean" or directions != "shared"):
         found.append(
             f"--mask {mask} measures the curvature along one direction of the whole batch: "
             "it needs --credit mean and --directions shared"

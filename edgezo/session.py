@@ -23,7 +23,6 @@ from edgezo.machine import Machine
 from edgezo.memory import Heap, allocator_reuse, malloc_trim
 from edgezo.model import Model, ModelSpec, assemble
 from edgezo.planner import Plan, PlanDoesNotFit, make_plan
-from edgezo.presets import CREDITS
 from edgezo.profiler import phase
 from edgezo.shapes import TokenStats
 
@@ -176,7 +175,7 @@ def load_model(opened: Opened, machine: Machine, overlay: Overlay | None = None)
         sigma=cfg.sigma,
         refresh=cfg.refresh,
         evaluations=Estimator.of(cfg).evaluations,
-        anchored=CREDITS[cfg.credit].anchored,
+        anchored=cfg.anchored,
     )
     with opened.memory.short("loading"):
         model = assemble(opened.files, spec)
@@ -197,7 +196,7 @@ def recipe_of(cfg: RunConfig, record: StepRecord) -> Recipe:
     """The update that a journal record stands for: all that replay needs."""
     estimator, credit = Estimator.of(cfg), record.credit
     anchor, pull = None, 0.0
-    if CREDITS[cfg.credit].anchored:
+    if cfg.anchored:
         # The last one of the record is the mean of the anchor's, so that a record says all of its step.
         anchor = record.step - record.step % cfg.refresh
         credit, last = credit[:-1], credit[-1:]
@@ -221,7 +220,7 @@ def recipe_of(cfg: RunConfig, record: StepRecord) -> Recipe:
 def journal_is_shaped(cfg: RunConfig) -> bool:
     """Whether a step's record holds other than two losses and one credit an example."""
     evaluations = Estimator.of(cfg).evaluations
-    other = evaluations != TWO_SIDED or CREDITS[cfg.credit].anchored
+    other = evaluations != TWO_SIDED or cfg.anchored
     return other and cfg.train != ("head",)
 
 

@@ -170,3 +170,8 @@ class TokenStats:
         """Tokens of that many of the longest examples together; the longest repeats if need be."""
         found = self.tokens[:examples]
         return sum(found) + self.tokens[0] * (examples - len(found))
+
+    def at_once(self, examples: int, most: int | None) -> int:
+        """The same of what passes at once, where a micro-batch is split into pieces of ``most`` tokens."""
+        longest = self.longest(examples)
+        return longest if most is None else min(longest, max(most, self.tokens[0]))

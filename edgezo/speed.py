@@ -18,7 +18,7 @@ import io
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ from edgezo.alignment import plain_module, point_config
 from edgezo.baselines import SIGMA, mezo_in_place
 from edgezo.bench import write_results
 from edgezo.config import RunConfig
-from edgezo.data import Batch, Dataset, Example, Row, batch_indices, collate, micro_batches
+from edgezo.data import Dataset, Example, Row, batch_indices, pieces
 from edgezo.errors import UsageError
 from edgezo.estimators import Estimator, Recipe
 from edgezo.journal import StepRecord, create_journal
@@ -44,7 +44,7 @@ from edgezo.memory import Guard, rss_bytes
 from edgezo.model import Model
 from edgezo.noise import Key
 from edgezo.perturb import PerturbedLinear
-from edgezo.presets import CREDITS, PRESETS
+from edgezo.presets import PRESETS
 from edgezo.report import REFRESHES_PER_S, TerminalProgress
 from edgezo.runlog import RunLog, step_line
 from edgezo.session import journal_is_shaped, load_model, open_request, settle
@@ -71,13 +71,9 @@ class Subject:
 
     def forward(self, group: Sequence[Example]) -> dict[str, float]:
         begun_s = time.perf_counter()
-        for batch in self._pieces(group):
+        for batch in pieces(group, len(group), self.model.most_tokens):
             self.model.losses(batch, sides=self.sides)
         return {"forward_s": time.perf_counter() - begun_s}
-
-    def _pieces(self, group: Sequence[Example]) -> Iterator[Batch]:
-        for slots in micro_batches(group, len(group), self.model.most_tokens):
-            yield collate([group[s] for s in slots], slots)
 
     def step(self, group: Sequence[Example], step: int) -> dict[str, float]:
         """One step as train.py makes it, without journal and guard."""
@@ -86,7 +82,7 @@ class Subject:
         probing = cfg.train != ("head",)
         learn = 1.0 / (self.sides * len(group)) if model.exact is not None else 0.0
         losses = np.empty((self.sides, len(group)), np.float32)
-        for batch in self._pieces(group):
+        for batch in pieces(group, len(group), model.most_tokens):
             probe = model.probe(batch, Key(cfg.seed, step), cfg.sigma) if probing else None
             found, _ = model.losses(batch, probe, sides=self.sides, learn=learn)
             losses[:, batch.slots] = found.numpy()
@@ -127,7 +123,7 @@ def bench_speed(
         for precision in precisions
         for name in estimators
     ]
-    if anchored := [name for name, cfg in chosen if CREDITS[cfg.credit].anchored]:
+    if anchored := [name for name, cfg in chosen if cfg.anchored]:
         raise UsageError(
             f"bench speed measures steps that are all alike; those of {anchored[0]} are not"
         )

@@ -13,10 +13,10 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from edgezo.config import RunConfig
-from edgezo.data import Example, batch_indices, collate, micro_batches, tokens_of
+from edgezo.data import Batch, Example, batch_indices, collate, micro_batches, pieces, tokens_of
 from edgezo.device import confirmed
 from edgezo.errors import BudgetExceeded, EdgezoError, Interrupted
 from edgezo.estimators import Estimator, schedule
@@ -36,7 +36,6 @@ from edgezo.memory import Guard, Meter, peak_rss_bytes, rss_bytes
 from edgezo.model import Model
 from edgezo.noise import Key
 from edgezo.planner import Plan
-from edgezo.presets import CREDITS
 from edgezo.profiler import phase, profiling, running
 from edgezo.report import RunProgress, Silent, peaks_line, to_json
 from edgezo.rundir import (
@@ -63,6 +62,7 @@ from edgezo.session import (
     settle_again,
     split_less,
 )
+from edgezo.shapes import TokenStats
 from edgezo.weights import saved_sha256
 
 Result = TypeVar("Result")
@@ -336,28 +336,27 @@ class Training:
         scales = None
         if self.tuner is not None:
             scales = self.tuner.tell(self.journal.record(step - 1) if step else None)
-        compared = CREDITS[cfg.credit].anchored and not cfg.is_anchor(step)
+        compared = cfg.anchored and not cfg.is_anchor(step)
         kept = 2 * sides if compared else sides if self.probing else 2
         losses = np.full((kept, len(group)), np.nan, np.float32)
         learn = 1.0 / (sides * len(group)) if model.exact is not None else 0.0
         try:
-            for slots in micro_batches(group, cfg.micro_batch, model.most_tokens):
+            for batch in pieces(group, cfg.micro_batch, model.most_tokens):
                 self.guard.check_again(self._need_bytes(cfg.micro_batch), "the next micro-batch")
-                batch = collate([group[s] for s in slots], slots)
                 probe = model.probe(batch, Key(cfg.seed, step), cfg.sigma) if self.probing else None
                 with phase("forward"), self.memory.short("a micro-batch"):
                     found, _ = model.losses(batch, probe, sides=sides, learn=learn)
-                    losses[: sides if compared else kept, slots] = found.numpy()
+                    losses[: sides if compared else kept, batch.slots] = found.numpy()
                     if compared:
                         with model.store.at_anchor():
-                            losses[sides:, slots] = model.losses(batch, probe, sides=sides)[0]
+                            losses[sides:, batch.slots] = model.losses(batch, probe, sides=sides)[0]
         except BaseException:
             model.store.take_guides(learn=False)
             if model.exact is not None:
                 model.exact.forget()  # half a step's gradient must not leak into a saved state
             raise
         credit = self.estimator.credit(losses) if self.probing else np.zeros(len(group), np.float32)
-        if CREDITS[cfg.credit].anchored:
+        if cfg.anchored:
             credit = np.append(credit, self._anchor_credit(step)).astype(np.float32)
         skipped = not bool(credit.any())
         touched = model.take_touched(len(group))
@@ -396,9 +395,11 @@ class Training:
 
     def _at_once(self, micro_batch: int) -> int:
         """Tokens of one side that such a micro-batch passes at once, at most."""
-        lengths = sorted(map(tokens_of, self.examples), reverse=True)
-        whole, most = sum(lengths[:micro_batch]), self.model.most_tokens
-        return whole if most is None else min(whole, max(most, lengths[0]))
+        return self._tokens.at_once(micro_batch, self.model.most_tokens)
+
+    @cached_property
+    def _tokens(self) -> TokenStats:
+        return TokenStats.of(self.opened.dataset)
 
     def _shrink(self, step: int) -> bool:
         """Halve the micro-batch until it has room, for this run and its resumes; False: not even one example has.
@@ -449,14 +450,13 @@ class Training:
         group = self._batch(step)
         assert self.cfg.micro_batch is not None
         begun_s = time.monotonic()
-        for slots in micro_batches(group, self.cfg.micro_batch, self.model.most_tokens):
-            self._plain_forward([group[s] for s in slots])
+        for batch in pieces(group, self.cfg.micro_batch, self.model.most_tokens):
+            self._plain_forward(batch)
         return time.monotonic() - begun_s
 
     @phase("forward")
-    def _plain_forward(self, examples: Sequence[Example]) -> None:
+    def _plain_forward(self, batch: Batch) -> None:
         """The rows of a step's micro-batch with no probe: what running the model takes."""
-        batch = collate(examples, range(len(examples)))
         with self.memory.short("a plain forward"):
             self.model.losses(batch, sides=self.sides if self.probing else 2)
 
@@ -502,25 +502,24 @@ class Training:
     def _longest_first(self) -> None:
         """Run the longest possible micro-batch once, changing nothing: what does not fit shows now, not late."""
         assert self.cfg.micro_batch is not None
-        pieces = micro_batches(self.examples, self.cfg.micro_batch, self.model.most_tokens)
-        slots = max(pieces, key=lambda piece: sum(tokens_of(self.examples[s]) for s in piece))
-        longest = [self.examples[slot] for slot in slots]
+        parts = micro_batches(self.examples, self.cfg.micro_batch, self.model.most_tokens)
+        slots = max(parts, key=lambda part: sum(tokens_of(self.examples[s]) for s in part))
+        batch = collate([self.examples[slot] for slot in slots], range(len(slots)))
         self.guard.check(self._need_bytes(self.cfg.micro_batch), "the longest micro-batch")
         # Before the first probe there was nothing but inference in this process: loading, and this.
         before_bytes = self.memory.peak_bytes()
-        self._plain_forward(longest)
+        self._plain_forward(batch)
         peak_bytes = self.memory.peak_bytes()
         if peak_bytes == before_bytes:
             # Loading took more, or a resume's replay, which is not inference.
             peak_bytes = max(self.memory.load_peak_bytes, self.memory.held_bytes())
         self.inference_peak_bytes = peak_bytes
-        batch = collate(longest, range(len(longest)))
         probe = (
             self.model.probe(batch, Key(self.cfg.seed, 0), self.cfg.sigma) if self.probing else None
         )
         with phase("forward"), self.memory.short("the longest micro-batch"):
             self.model.losses(batch, probe, sides=self.sides)
-        self.model.take_touched(len(longest))
+        self.model.take_touched(len(slots))
         self.model.store.take_guides(learn=False)
         self.memory.look_again()
         self.guard.check(item="training")

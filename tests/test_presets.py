@@ -143,12 +143,12 @@ class Trial:
 
 def compared(cfg: RunConfig, step: int) -> bool:
     """Whether a step's losses are those at its anchor as well."""
-    return CREDITS[cfg.credit].anchored and not cfg.is_anchor(step)
+    return cfg.anchored and not cfg.is_anchor(step)
 
 
 def with_pull(cfg: RunConfig, step: int, credit: np.ndarray, pull: float) -> np.ndarray:
     """The credit of a record: of an anchored row with that of its anchor at the end."""
-    if not CREDITS[cfg.credit].anchored:
+    if not cfg.anchored:
         return credit
     return np.append(credit, 0.0 if cfg.is_anchor(step) else pull).astype(np.float32)
 
@@ -185,7 +185,7 @@ class Maker:
             sigma=cfg.sigma,
             refresh=cfg.refresh,
             evaluations=Estimator.of(cfg).evaluations,
-            anchored=CREDITS[cfg.credit].anchored,
+            anchored=cfg.anchored,
         )
         return assemble(open_model(self.path), spec)
 
@@ -603,7 +603,7 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
     generator = torch.Generator().manual_seed(seed)
     for block in range(BLOCKS):
         store.train(f"h.{block}.w", Dense(torch.randn(ROWS, COLS, generator=generator)))
-    store.anchored = CREDITS[cfg.credit].anchored
+    store.anchored = cfg.anchored
     store.prepare()
     rows = list(store.trainables.values())
     whole = math.inf
