@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from edgezo import loader
 from edgezo.bench import UNLIMITED_BYTES, write_results
-from edgezo.config import RunConfig, make_config
+from edgezo.config import EXACT, RunConfig, make_config
 from edgezo.data import Dataset, Example, batch_indices, collate
 from edgezo.errors import UsageError
 from edgezo.estimators import Estimator, Recipe
@@ -77,7 +77,7 @@ def point_config(request: Mapping[str, Any], name: str) -> RunConfig:
         said["finetuner"] = None  # for the rows that ask one
     said |= {"max_mem_bytes": UNLIMITED_BYTES, "residency": "resident", "device": "cpu"}
     if said.get("train") is None and row is not None:  # the head has its exact gradient already
-        said["train"] = "+".join(part for part in row.train if part != "head")
+        said["train"] = "+".join(part for part in row.train if part not in EXACT)
     return make_config(said)
 
 

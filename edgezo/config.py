@@ -34,7 +34,8 @@ from edgezo.presets import (
     refusals,
 )
 
-TRAINABLE = ("lowrank", "full", "norms", "scales", "head")
+TRAINABLE = ("lowrank", "full", "norms", "scales", "head", "probe")
+EXACT = {"head", "probe"}  # of them what is found without perturbing anything
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 QUANTIZED = ("int8", "int4")
 UNROUNDED = {"fp32": "updates are exact there", "int4": "nothing is rounded there"}
@@ -168,17 +169,22 @@ class RunConfig:
 
     @property
     def passes(self) -> int:
-        """Forwards over an example in a step, all in one pass: the exact head alone needs one."""
-        if self.train == ("head",):
+        """Forwards over an example in a step, all in one pass: what is exact needs one."""
+        if not self.perturbs:
             return 1
         return forwards(self.credit, self.mask, self.candidates)
 
     @property
     def mean_passes(self) -> float:
         """The same on average over steps that are not alike."""
-        if self.train == ("head",):
+        if not self.perturbs:
             return 1
         return mean_forwards(self.credit, self.mask, self.candidates, self.refresh)
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether anything is trained along directions."""
+        return not EXACT.issuperset(self.train)
 
     @property
     def anchored(self) -> bool:
@@ -398,7 +404,12 @@ def _combinations(v: Mapping[str, Any], need_data: bool) -> list[str]:
         problems.append(
             "--data-root is where --task looks for its data; without --task give --data"
         )
-    if need_data and v["mask"] == "block" and v["finetuner"] is None and train != ("head",):
+    if (
+        need_data
+        and v["mask"] == "block"
+        and v["finetuner"] is None
+        and not EXACT.issuperset(train)
+    ):
         problems.append(
             "--mask block needs --finetuner FILE: edgezo meta-train makes one, and "
             "edgezo convert-finetuner reads a published one"
@@ -414,6 +425,11 @@ def _combinations(v: Mapping[str, Any], need_data: bool) -> list[str]:
             problems.append(
                 f"--train full+{part}: full weights already hold what {part} would train"
             )
+    if {"full", "probe"} <= set(train):
+        problems.append(
+            "--train full+probe: a probe reads the blocks alone, so no loss depends on the head's table; "
+            "use full, full+head, or lowrank+probe"
+        )
     if v["rounding"] is not None:
         if "full" not in train:
             problems.append(
@@ -455,7 +471,7 @@ def _combinations(v: Mapping[str, Any], need_data: bool) -> list[str]:
 def _unused(said: Mapping[str, Any], v: Mapping[str, Any]) -> list[str]:
     """What the user said in this command and the run would silently ignore."""
     train = v["train"]
-    forward_trained = train != ("head",)
+    perturbs = not EXACT.issuperset(train)
     drawn = DIRECTIONS[v["directions"]]
     rules = {
         "rank": (
@@ -469,12 +485,15 @@ def _unused(said: Mapping[str, Any], v: Mapping[str, Any]) -> list[str]:
         ),
         "candidates": (v["credit"] == "candidates", "only --credit candidates draws them"),
         "finetuner": (
-            v["mask"] == "block" and forward_trained,
+            v["mask"] == "block" and perturbs,
             "only --mask block (--estimator zo-finetuner) asks one for scales",
         ),
         "head_lr": ("head" in train, "it is the learning rate of --train head"),
-        "sigma": (forward_trained, "--train head alone perturbs nothing"),
-        "step": (forward_trained, "--train head alone perturbs nothing; its rate is --head-lr"),
+        "sigma": (perturbs, "--train head or probe alone perturbs nothing"),
+        "step": (
+            perturbs,
+            "--train head or probe alone perturbs nothing; a head's rate is --head-lr",
+        ),
     }
     return [
         f"{flag(name)} has no effect here: {reason}"

@@ -22,6 +22,7 @@ from edgezo.journal import Journal, check_base, open_journal
 from edgezo.machine import machine
 from edgezo.memory import Meter, rss_bytes
 from edgezo.model import Model
+from edgezo.probe_pass import recall
 from edgezo.report import to_json
 from edgezo.rundir import RunFiles, load_snapshot, lost_head, temporary_overlay, write_saved
 from edgezo.session import (
@@ -77,6 +78,11 @@ def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model, journal
     check_base(journal.header, opened.files.content_hash)
     _check_task(journal.header, cfg, opened.dataset)
     stop = journal.next_step
+    if "probe" in cfg.train and recall(run, model, opened.files.shape.layers) is None:
+        raise EdgezoError(
+            f"{run.path} has no {run.probe.name} yet: its linear probe is not fitted.\n"
+            f"Go on with: edgezo finetune --resume --out {run.path}"
+        )
     if run.trained.exists():
         steps = _load_trained(run, model)
         if model.store.residency is None:
@@ -97,7 +103,7 @@ def _check_task(header: dict[str, Any], cfg: RunConfig, dataset: Dataset) -> Non
     """A trained head, and a full table, belong to the label words that the run was trained with."""
     began = header["dataset"]
     same = began["kind"] == dataset.kind and tuple(began["label_ids"]) == dataset.label_ids
-    if same or not {"head", "full"} & set(cfg.train):
+    if same or not {"head", "probe", "full"} & set(cfg.train):
         return
     words = ", ".join(began["label_names"]) or began["kind"]
     raise EdgezoError(
@@ -154,7 +160,10 @@ def replay(source: Path, out: Path) -> dict[str, Any]:
             write_saved(temporary, model.saved(), {"steps": str(steps)})
         digest = saved_sha256(model.saved())
         # The configuration last: with it the directory counts as a run, and is a whole one.
-        for own, copy in ((run.journal, made.journal), (run.config, made.config)):
+        kept = [(run.journal, made.journal), (run.config, made.config)]
+        if run.probe.exists():
+            kept.insert(0, (run.probe, made.probe))
+        for own, copy in kept:
             atomic_write(copy, own.read_bytes())
     result = {"run": str(source), "out": str(out), "steps": steps, "trained_sha256": digest}
     atomic_write(out / "replay.json", (to_json(result) + "\n").encode())

@@ -366,7 +366,7 @@ class Footprint:
     def sides(self) -> int:
         """Forwards over the batch in a step, all in one pass."""
         cfg = self.cfg
-        return 2 if cfg.train == ("head",) else cfg.passes
+        return cfg.passes if cfg.perturbs else 2
 
     def _head(self) -> Item:
         shape, what = self.shape, "change, gradient and Adam's moments"

@@ -34,7 +34,7 @@ from edgezo import noise
 from edgezo.alignment import example_loss, gradient_of, plain_module
 from edgezo.bench import UNLIMITED_BYTES
 from edgezo.budget import default_budget, mb
-from edgezo.config import RunConfig, make_config
+from edgezo.config import EXACT, RunConfig, make_config
 from edgezo.data import Dataset, Example, batch_indices, pieces
 from edgezo.errors import DoesNotFit, UsageError
 from edgezo.estimators import Estimator, Recipe
@@ -150,7 +150,7 @@ def _configs(
         except UsageError as wrong:
             problems += wrong.problems
     trained = {part for cfg in configs for part in cfg.train}
-    if other := sorted(trained & {"head", "scales"}):
+    if other := sorted(trained & {*EXACT, "scales"}):
         problems.append(
             f"--train {'+'.join(other)}: a finetuner is trained with full, lowrank, norms"
         )

@@ -28,6 +28,7 @@ from edgezo.errors import EdgezoError, UsageError
 from edgezo.estimators import TWO_SIDED, Evaluation
 from edgezo.head import ExactHead
 from edgezo.layouts import CPU, DENSE_DTYPES, Dense, Int8, Layout, Rows, moved, place, vacant
+from edgezo.linear_probe import Readout, Taps
 from edgezo.masks import mask_of
 from edgezo.memory import Heap
 from edgezo.noise import Key
@@ -91,6 +92,8 @@ class Model:
     most_tokens: int | None = None  # of one side, that should pass at once (Plan.most_tokens)
     label_rows: np.ndarray | None = None  # rows that every example of a tied label task touches
     frozen: list[str] = field(default_factory=list)
+    taps: Taps | None = None  # what is looked at of a forward
+    readout: Readout | None = None  # a linear probe in the head's place
 
     @property
     def exact(self) -> ExactHead | None:
@@ -133,12 +136,19 @@ class Model:
         index = torch.cat([at + side * len(batch.ids) for side in range(sides)]).to(device)
         positions = (plan.positions() + self.position_offset)[None].to(device)
         self.context.probe = probe
+        if self.readout is not None:
+            self.readout.taps.index = index
+        if self.taps is not None:
+            self.taps.index = index
         self.heap.expect(len(batch.ids) * sides)
         try:
             with packing.packed(plan):
                 hidden = self.module.base_model(  # type: ignore[operator]
                     input_ids=ids, position_ids=positions, **self._extra()
                 )[0][0]
+            if self.readout is not None:
+                losses, predicted = self.readout(batch.labels, sides)
+                return losses.cpu(), predicted.cpu()
             if probe is not None:
                 # From here on an operation's tokens are the scored positions (RoBERTa's head has linears too).
                 self.context.probe = probe = probe.at(index)
@@ -192,6 +202,9 @@ class Model:
         found = self.store.saved()
         if self.exact is not None:
             found.append(Saved.of("head.delta", self.exact.delta))
+        if self.readout is not None:
+            probe = self.readout.probe.tensors()
+            found += [Saved.of(name, tensor.contiguous()) for name, tensor in probe.items()]
         return found
 
     def close(self) -> None:

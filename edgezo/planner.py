@@ -26,7 +26,7 @@ from edgezo.footprint import (
     rounding_of,
 )
 from edgezo.footprint_cuda import CudaFootprint
-from edgezo.presets import needs_memory, step_meaning
+from edgezo.presets import PRESETS, needs_memory, step_meaning
 from edgezo.shapes import ModelShape, TokenStats
 
 if TYPE_CHECKING:
@@ -447,6 +447,7 @@ def _trained_reason(cfg: RunConfig) -> str:
         "norms": "norm weights and biases",
         "scales": "one gain per output row",
         "head": "the head exactly, from the same forward",
+        "probe": "a linear probe on the blocks that know most, by one forward over the rows",
     }
     return "; ".join(reasons[part] for part in cfg.train)
 
@@ -469,6 +470,8 @@ def _groups(shape: ModelShape, cfg: RunConfig) -> tuple[tuple[str, ...], tuple[s
         trained += [f"{m.name}, output gains ({m.d_out})" for m in shape.outside]
     if "head" in cfg.train:
         trained.append("a change of the head's scored rows, by its exact gradient")
+    if "probe" in cfg.train:
+        trained.append("a linear probe, which takes the head's place where it predicts better")
     return tuple(trained), tuple(frozen)
 
 
@@ -513,7 +516,7 @@ def _alternatives(footprint: Footprint) -> Iterator[tuple[str, Footprint]]:
         return replace(footprint, cfg=replace(cfg, **changes))
 
     if "full" in cfg.train:
-        train = ("lowrank", "head")
+        train = PRESETS["grzo"].train
         yield f"--train {'+'.join(train)}", changed(train=train, rounding=None, precision=None)
         if rounding_of(cfg, cfg.precision or "bf16")[0] == "plane":
             yield "--rounding stochastic", changed(rounding="stochastic")

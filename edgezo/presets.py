@@ -134,7 +134,7 @@ class Preset(NamedTuple):
     mask: str = "none"
     rule: str = "sgd"
     sigma: float = 2e-3
-    train: tuple[str, ...] = ("lowrank", "head")
+    train: tuple[str, ...] = ("lowrank", "head", "probe")
     rounding: str | None = None
     keep: float = 0.25
     refresh: int = 50

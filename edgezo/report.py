@@ -416,7 +416,7 @@ class TerminalProgress:
     def begin(self, *, done: int, steps: int | None, cap_bytes: int) -> None:
         self._total = f"/{steps}" if steps is not None else ""
         self._cap = format_bytes(cap_bytes)
-        self._start_s = time.monotonic()
+        self._start_s, self._start_fraction, self._shown = time.monotonic(), None, 0.0
         if done:
             self.note(f"resuming after step {done}")
         if not self._console.is_terminal:

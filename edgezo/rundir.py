@@ -71,6 +71,16 @@ class RunFiles:
         return self.path / "head.safetensors"
 
     @property
+    def probe(self) -> Path:
+        """The linear probe, once it is fitted."""
+        return self.path / "probe.safetensors"
+
+    @property
+    def states(self) -> Path:
+        """What it is fitted to, until then."""
+        return self.path / "probe.states"
+
+    @property
     def overlay(self) -> Path:
         """Weights on disk of a model that does not fit; can be deleted whenever no run is going."""
         return self.path / "overlay"

@@ -14,7 +14,7 @@ from edgezo.budget import budget, mb
 from edgezo.config import RunConfig
 from edgezo.data import DataRequest, Dataset, collate, evaluation_batches, load_dataset
 from edgezo.device import Memory, ProcessMemory, open_memory
-from edgezo.errors import EdgezoError
+from edgezo.errors import EdgezoError, UsageError
 from edgezo.estimators import TWO_SIDED, Estimator, Recipe
 from edgezo.host import HostMedium
 from edgezo.journal import Journal, StepRecord
@@ -51,9 +51,23 @@ def open_request(cfg: RunConfig) -> Opened:
     files = loader.open_model(cards.resolve(cfg.model))
     loader.model_class(files)  # its code is part of the process that a plan starts from
     tokenizer = loader.load_tokenizer(files.path)
-    opened = Opened(cfg, files, tokenizer, read_data(cfg, files, tokenizer))
+    dataset = read_data(cfg, files, tokenizer)
+    opened = Opened(_for_kind(cfg, dataset.kind), files, tokenizer, dataset)
     malloc_trim()  # what parsing has left in the heap is no part of the process that a plan starts from
     return opened
+
+
+def _for_kind(cfg: RunConfig, kind: str) -> RunConfig:
+    """The request for rows of this kind: only label words have classes that a linear probe tells apart."""
+    if kind == "label" or "probe" not in cfg.train:
+        return cfg
+    train = tuple(part for part in cfg.train if part != "probe")
+    if not train:
+        raise UsageError(
+            f"--train probe tells classes apart, but these rows are of the kind {kind}.\n"
+            "Use --train head, or lowrank+head."
+        )
+    return replace(cfg, train=train)
 
 
 def read_data(cfg: RunConfig, files: ModelFiles, tokenizer: Any) -> Dataset:
@@ -221,7 +235,7 @@ def journal_is_shaped(cfg: RunConfig) -> bool:
     """Whether a step's record holds other than two losses and one credit an example."""
     evaluations = Estimator.of(cfg).evaluations
     other = evaluations != TWO_SIDED or cfg.anchored
-    return other and cfg.train != ("head",)
+    return other and cfg.perturbs
 
 
 def follow(model: Model, cfg: RunConfig, journal: Journal) -> None:

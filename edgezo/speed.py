@@ -79,7 +79,7 @@ class Subject:
         """One step as train.py makes it, without journal and guard."""
         model, cfg = self.model, self.cfg
         begun_s = time.perf_counter()
-        probing = cfg.train != ("head",)
+        probing = cfg.perturbs
         learn = 1.0 / (self.sides * len(group)) if model.exact is not None else 0.0
         losses = np.empty((self.sides, len(group)), np.float32)
         for batch in pieces(group, len(group), model.most_tokens):
@@ -229,7 +229,7 @@ def bookkeeping(cfg: RunConfig, size: int, step_s: float, steps: int = 50) -> fl
     """What a run spends on journal, metrics, guard and a terminal's progress, as a share of its steps' time."""
     losses = np.ones((max(2, cfg.passes), size), np.float32)
     losses[0] += np.arange(size, dtype=np.float32)
-    credit = Estimator.of(cfg).credit(losses) if cfg.train != ("head",) else losses[0]
+    credit = Estimator.of(cfg).credit(losses) if cfg.perturbs else losses[0]
     guard, terminal = Guard(1 << 60, 0), Console(file=io.StringIO(), force_terminal=True)
     progress = TerminalProgress(terminal)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as held:

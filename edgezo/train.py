@@ -36,6 +36,7 @@ from edgezo.memory import Guard, Meter, peak_rss_bytes, rss_bytes
 from edgezo.model import Model
 from edgezo.noise import Key
 from edgezo.planner import Plan
+from edgezo.probe_pass import Outcome, ProbePass, recall
 from edgezo.profiler import phase, profiling, running
 from edgezo.report import RunProgress, Silent, peaks_line, to_json
 from edgezo.rundir import (
@@ -127,7 +128,7 @@ def _finetune(cfg: RunConfig, resume: bool, progress: RunProgress) -> dict[str, 
         meter.mark("load")
         opened.memory.loaded()
         training = Training(run, cfg, opened, plan, model, journal, meter, progress)
-        training.split_is_free = split_is_free
+        training.resumed, training.split_is_free = resume, split_is_free
         with _signals(training):
             return training.run_all()
 
@@ -179,9 +180,11 @@ class Training:
     meter: Meter
     progress: RunProgress
     stop_asked: bool = False
+    resumed: bool = False
     split_is_free: bool = False  # the plan chose the micro-batch, and nothing was computed with it
     inference_peak_bytes: int | None = None
     tuner: Tuner | None = None  # with a finetuner
+    probe: Outcome | None = None  # of --train probe, once it is fitted
 
     @property
     def examples(self) -> tuple[Example, ...]:
@@ -206,21 +209,18 @@ class Training:
         self.memory = self.opened.memory
         self._guard()
         follow(self.model, self.cfg, self.journal)
-        finetuner, store = self.opened.finetuner, self.model.store
-        if finetuner is not None:
-            self.tuner = Tuner.of(finetuner, store, self.opened.dataset)
+        self.probe = self._known_probe()
         if self.model.store.residency is not None:
             self.model.store.residency.note = self.progress.note
         done, planned = self._restore()
         saved = run.read_config() if run.config.exists() else None
         if saved != self.cfg:  # by a resume; nothing is written before the state was read
             atomic_write(run.config, self.cfg.to_toml().encode())
-        # "before" is written before the first step, so a run without steps has no lines worth keeping.
-        self.log = RunLog(run.metrics, keep_through=done if done else None)
+        self.log = RunLog(run.metrics, keep_through=done if self.resumed else None)
         with closing(self.log):
             self._recall(done)
             finished = _saved_summary(run)  # written at the end only
-            if finished.get("steps") == done > 0:
+            if finished.get("steps") == done and (done or self.probe is not None):
                 with self.model.heap.updating():
                     self.model.store.finish(done)
                 if finished["trained_sha256"] == saved_sha256(self.model.saved()):
@@ -232,11 +232,17 @@ class Training:
                     f"on {self.cfg.device} after step {done}, before on {saved.device}: "
                     "updates are equal, losses up to rounding"
                 )
-            self._fitting(done, self._longest_first)
+            self.fitting(done, self._longest_first)
             unshrunk = self.cfg.micro_batch == self.plan.micro_batch
             if self.split_is_free and unshrunk and self._split_less():
-                self._fitting(done, self._longest_first)
-            before = self.log.evaluations.get(("before", 0)) if done else self._evaluate("before")
+                self.fitting(done, self._longest_first)
+            before = self.log.evaluations.get(("before", 0))
+            if not done and not self.model.readout:
+                before = self._evaluate("before")
+            if "probe" in self.cfg.train and self.probe is None:
+                self.probe = self._fit_probe()
+            if (finetuner := self.opened.finetuner) is not None:
+                self.tuner = Tuner.of(finetuner, self.model.store, self.opened.dataset)
             step, train_s = self._loop(done, planned)
             self._save(step)
             if self.cfg.rounding == "anchored":
@@ -257,19 +263,16 @@ class Training:
         """Steps until the run is over; (steps, seconds of training, those before a resume included)."""
         cfg = self.cfg
         self.progress.begin(done=done, steps=cfg.steps, cap_bytes=self.plan.max_mem_bytes)
-        start_s, excluded_s = time.monotonic() - sum(self.log.step_times_s), 0.0
+        spent_s = sum(self.log.step_times_s) + (self.probe.fit_s if self.probe is not None else 0.0)
+        start_s, excluded_s = time.monotonic() - spent_s, 0.0
         step = done
         try:
             while True:
                 train_s = time.monotonic() - start_s - excluded_s
                 fraction = self._fraction(step, train_s)
-                if fraction >= 1.0:
+                if fraction >= 1.0 or not (self.probing or self.model.exact):
                     return step, train_s
-                if self.stop_asked:
-                    raise Interrupted(
-                        f"stopped after step {step}; everything is saved in {self.run.path}.\n"
-                        f"Go on with: edgezo finetune --resume --out {self.run.path}"
-                    )
+                self.check_stop(step)
                 begun_s = time.monotonic()
                 if cfg.eval_every and step and step % cfg.eval_every == 0:
                     self._evaluate("during", step)
@@ -278,7 +281,7 @@ class Training:
                 moved = self._moved()
                 step_size = planned.get(step, cfg.step * schedule(cfg.schedule, fraction))
                 with self.memory.short("an update"):  # or what else nothing smaller stands for
-                    record = self._fitting(step, partial(self._step, step, step_size))
+                    record = self.fitting(step, partial(self._step, step, step_size))
                 took_s = time.monotonic() - begun_s
                 step += 1
                 line = {**self._line(record), "step_s": took_s, "rss_bytes": rss_bytes()}
@@ -304,6 +307,14 @@ class Training:
             raise
         finally:
             self.progress.close()
+
+    def check_stop(self, step: int) -> None:
+        """Interrupted if Ctrl-C or SIGTERM has asked for it."""
+        if self.stop_asked:
+            raise Interrupted(
+                f"stopped after step {step}; everything is saved in {self.run.path}.\n"
+                f"Go on with: edgezo finetune --resume --out {self.run.path}"
+            )
 
     def _moved(self) -> dict[str, int]:
         """Bytes of weights elsewhere read and written so far; nothing where all are in memory."""
@@ -342,7 +353,7 @@ class Training:
         learn = 1.0 / (sides * len(group)) if model.exact is not None else 0.0
         try:
             for batch in pieces(group, cfg.micro_batch, model.most_tokens):
-                self.guard.check_again(self._need_bytes(cfg.micro_batch), "the next micro-batch")
+                self.check_room("the next micro-batch")
                 probe = model.probe(batch, Key(cfg.seed, step), cfg.sigma) if self.probing else None
                 with phase("forward"), self.memory.short("a micro-batch"):
                     found, _ = model.losses(batch, probe, sides=sides, learn=learn)
@@ -379,7 +390,7 @@ class Training:
 
     # -- when memory is short -----------------------------------------------------------------------------
 
-    def _fitting(self, step: int, work: Callable[[], Result]) -> Result:
+    def fitting(self, step: int, work: Callable[[], Result]) -> Result:
         """``work()``, begun anew with a smaller micro-batch as often as memory is short and that helps."""
         while True:
             try:
@@ -387,6 +398,11 @@ class Training:
             except BudgetExceeded:
                 if not self._shrink(step):
                     raise
+
+    def check_room(self, item: str) -> None:
+        """BudgetExceeded unless there is room for a micro-batch, which has run before."""
+        assert self.cfg.micro_batch is not None
+        self.guard.check_again(self._need_bytes(self.cfg.micro_batch), item)
 
     def _need_bytes(self, micro_batch: int) -> int:
         """About what a micro-batch takes while it runs: its part of the plan's. What does not shrink is small."""
@@ -486,6 +502,27 @@ class Training:
         replay_into(model, stop)
         return stop, planned
 
+    def _known_probe(self) -> Outcome | None:
+        """The run's own linear probe, back in the model. EdgezoError where there are steps, but it is gone."""
+        if "probe" not in self.cfg.train:
+            return None
+        found = recall(self.run, self.model, self.opened.files.shape.layers)
+        if found is None and len(self.journal):
+            raise EdgezoError(
+                f"{self.run.path} has {self.journal.next_step} steps in its journal, but {self.run.probe.name}, "
+                "the linear probe that they were computed with, is not there.\n"
+                "Restore it from a copy, or start again with another --out."
+            )
+        return found
+
+    def _fit_probe(self) -> Outcome:
+        """The pass over the rows; it counts as training."""
+        try:
+            return ProbePass(self).run()
+        except (BudgetExceeded, Interrupted):
+            self._stopped(0)
+            raise
+
     def _recall(self, done: int) -> None:
         """Add the steps that a kill left out of metrics.jsonl."""
         for record in self.journal.records(self.log.last_step):
@@ -584,8 +621,9 @@ class Training:
         before: dict[str, Any] | None,
         after: dict[str, Any],
     ) -> dict[str, Any]:
-        cfg = self.cfg
+        cfg, probe = self.cfg, self.probe
         memory = self.meter.summary()
+        unused = "head" if self.model.readout else "probe"
         return {
             "model": cfg.model,
             "device": cfg.device,
@@ -594,7 +632,7 @@ class Training:
             "mask": cfg.mask,
             "credit": cfg.credit,
             "rule": cfg.rule,
-            "trained": "+".join(cfg.train),
+            "trained": "+".join(part for part in cfg.train if part != unused),
             "precision": cfg.precision,
             "steps": steps,
             "batch_size": cfg.batch_size,
@@ -609,6 +647,7 @@ class Training:
             **memory,
             "residency": self.plan.residency,
             **self.log.figures(),
+            **({} if probe is None else {"probe": probe.to_dict()}),
             **self._peaks(),
             "trained_sha256": saved_sha256(self.model.saved()),
             "run": str(self.run.path),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -125,6 +125,11 @@ class WeightStore:
                 row.state["anchor"] = row.values.clone()
             if self._in_span(row):  # which basis the coordinates are in
                 row.state["epoch"] = torch.zeros(rows, 1, device=self.device)
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Train nothing else from now on, before the first step: no loss depends on the others."""
+        self.trainables = {name: row for name, row in self.trainables.items() if name in names}
+        self.__dict__.pop("_places", None)
 
     @contextmanager
     def at_anchor(self) -> Iterator[None]:

@@ -74,6 +74,12 @@ def _half_file(save: Callable[..., None], part: float, file: Path, *more: Any) -
     os.truncate(file, int(os.path.getsize(file) * part))
 
 
+def _half_states(append: Callable[..., None], part: float, states: Any, *more: Any) -> None:
+    before = states.path.stat().st_size if states.path.exists() else 0
+    append(states, *more)
+    os.truncate(states.path, before + int((states.path.stat().st_size - before) * part))
+
+
 def _half_line(write: Callable[..., None], part: float, log: Any, record: Any) -> None:
     write(log, record)
     size = os.path.getsize(log.path)
@@ -84,6 +90,7 @@ def _half_line(write: Callable[..., None], part: float, log: Any, record: Any) -
 def _arm(blow: Blow) -> None:
     from edgezo import rundir, runlog, weights
     from edgezo.head import ExactHead
+    from edgezo.linear_probe import StateFile
 
     if blow.point == "record":  # the journal's one write a step
         _strike(
@@ -110,6 +117,8 @@ def _arm(blow: Blow) -> None:
         _strike(ExactHead, "update", blow)
     elif blow.point == "snapshot":
         _strike(rundir, "write_saved", blow, torn=_half_file)
+    elif blow.point == "states":
+        _strike(StateFile, "append", blow, torn=_half_states)
     elif blow.point == "metrics":
         _strike(runlog.MetricsLog, "write", blow, torn=_half_line)
     else:  # the rename that gives a file its name

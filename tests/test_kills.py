@@ -10,8 +10,10 @@ from typing import Any
 
 import forks
 import pytest
+import torch
 from conftest import Bench
 from forks import Blow
+from safetensors.torch import load_file
 
 STEPS, SNAPSHOT_EVERY = 60, 7
 TRAINED = {  # what is trained -> its store
@@ -19,6 +21,7 @@ TRAINED = {  # what is trained -> its store
     "lowrank+head": "int8",
     "full": "bf16",  # with the low-order plane
     "norms+scales": "int4",
+    "lowrank+probe": "bf16",
 }
 
 # In this order on one run, each after the resume from the one before: fewer than STEPS steps in all.
@@ -51,13 +54,20 @@ HEAD = [
     Blow("head.safetensors", 1, 1),
     Blow("head.safetensors", 2, 0),
 ]
+PROBE = [
+    Blow("states", 3, 0),
+    Blow("states", 2, 0.5),
+    Blow("states", 2, 1),
+    Blow("probe.safetensors", 1, 0),
+    Blow("probe.safetensors", 1, 1),
+]
 END = [Blow("summary.json", 1, 0), Blow("summary.json", 1, 1)]
 
 
 def blows(train: str) -> list[Blow]:
     if "head" in train:
         return [*BEGINNING, *STEPPING, *HEAD, *END]
-    return [*STEPPING, END[0]]
+    return [*(PROBE if "probe" in train else []), *STEPPING, END[0]]
 
 
 def arguments(bench: Bench, train: str, out: Path) -> list[str]:
@@ -98,6 +108,9 @@ def assert_same_run(run: Path, summary: dict[str, Any], whole: dict[str, Any]) -
         assert (run / name).exists() == (other / name).exists()
         if (other / name).exists():
             assert (run / name).read_bytes() == (other / name).read_bytes(), name
+    if (other / "probe.safetensors").exists():  # its header says how long the pass took
+        probes = [load_file(folder / "probe.safetensors") for folder in (run, other)]
+        assert all(torch.equal(probes[0][name], probes[1][name]) for name in probes[1])
     assert sorted(p.name for p in run.iterdir()) == sorted(p.name for p in other.iterdir())
     assert metrics(run) == metrics(other)
 

@@ -121,7 +121,7 @@ def test_what_an_update_gives_is_what_is_read_back(dtype, rounding):
 
 
 def test_training_changes_what_is_evaluated(bench, tmp_path):
-    summary = run_of(bench, tmp_path / "run", steps=12)
+    summary = run_of(bench, tmp_path / "run", train="lowrank+head", steps=12)
     assert summary["eval_after"]["loss"] < summary["eval_before"]["loss"]
 
 
@@ -129,7 +129,7 @@ def test_a_run_killed_before_its_snapshot_replays_to_where_the_snapshot_stands(
     bench, edgezo_json, tmp_path
 ):
     run, copy = tmp_path / "run", tmp_path / "copy"
-    args = bench.arguments(steps=9, snapshot_every=4, out=run)
+    args = bench.arguments(train="lowrank+head", steps=9, snapshot_every=4, out=run)
     forks.start(["finetune", *args], tmp_path / "out", forks.Blow("record", 7, 1)).end()
     assert edgezo_json("replay", run, "--out", copy)[1]["steps"] == 4
     ends = [of_evaluation(edgezo_json("eval", "--model", place)[1]) for place in (run, copy)]
@@ -140,7 +140,7 @@ def test_a_run_killed_before_its_snapshot_replays_to_where_the_snapshot_stands(
 def test_what_replay_wrote_does_not_hide_the_steps_that_follow(bench, edgezo_json, tmp_path):
     run, copy = tmp_path / "run", tmp_path / "copy"
     whole = run_of(bench, tmp_path / "whole", steps=9, snapshot_every=4)
-    args = bench.arguments(steps=9, snapshot_every=4, out=run)
+    args = bench.arguments(train="lowrank+head", steps=9, snapshot_every=4, out=run)
     forks.start(["finetune", *args], tmp_path / "out", forks.Blow("record", 7, 1)).end()
     assert edgezo_json("replay", run, "--out", copy)[0] == 0
     code, summary = edgezo_json("finetune", "--resume", "--out", copy)
