@@ -45,6 +45,10 @@ ROUNDINGS = ("plane", "stochastic", "anchored")
 SCHEDULES = ("linear", "constant")
 
 DEFAULT_STEPS = 400
+MOST_PROBE_ROWS = 4096
+# Blocks that a linear probe averages: one alone is up to 3 points worse, and its choice is noisy (LOG.md).
+PROBED_BLOCKS = 5
+PROBE_SHARE = 0.7  # of a run's time for a linear probe, where something else is trained after it
 EVAL_TOKENS = 512  # packed tokens of an evaluation batch, unless one example is longer
 # What an estimator's row of the table decides where the request does not.
 AXES = ("directions", "mask", "credit", "rule", "train")
@@ -185,6 +189,16 @@ class RunConfig:
     def perturbs(self) -> bool:
         """Whether anything is trained along directions."""
         return not EXACT.issuperset(self.train)
+
+    def probe_rows(self, examples: int | None) -> int:
+        """Training rows, of so many, that a linear probe is fitted to where time does not end it before.
+
+        As many as the steps will see.
+        """
+        if "probe" not in self.train:
+            return 0
+        asked = self.steps * (self.batch_size or 1) if self.steps else MOST_PROBE_ROWS
+        return min(asked, MOST_PROBE_ROWS, asked if examples is None else examples)
 
     @property
     def anchored(self) -> bool:

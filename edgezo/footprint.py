@@ -3,7 +3,7 @@
 Pure: no files, no torch, no clock. An ``Item`` is a name, bytes and the reason. Items that are held
 only in one phase do not add up with those of another:
 
-    peak = sum(always) + max(sum(load), sum(forward), sum(update))
+    peak = sum(always) + max(sum(load), sum(forward), sum(update), sum(fit))
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
-from edgezo.config import EVAL_TOKENS, QUANTIZED, UNROUNDED, RunConfig
+from edgezo.config import EVAL_TOKENS, PROBED_BLOCKS, QUANTIZED, UNROUNDED, RunConfig
 from edgezo.presets import DIRECTIONS, MASKS, RULES, cannot_anchor, in_span
 from edgezo.shapes import (
     BYTES_PER_WEIGHT,
@@ -26,6 +26,7 @@ from edgezo.shapes import (
 
 MB = 1_000_000
 ACTIVATIONS = "activations"  # the item's name
+PHASES = ("load", "forward", "update", "fit")
 
 # ---------------------------------------------------------------------------------------------
 # The coefficients, all in one place. "calibrated" ones are set against a measured VmHWM.
@@ -85,6 +86,8 @@ SLOTS = 2
 PAGE_BYTES = 4096
 # Change, gradient and Adam's two moments, fp32.
 HEAD_COPIES = 4
+# A linear probe's fit (calibrated).
+FIT_COPIES, GRAM_COPIES = 2, 6
 NETWORK = 449  # values of a finetuner's network for one block
 
 
@@ -93,7 +96,7 @@ class Item:
     name: str
     bytes: int
     reason: str
-    phase: str = "always"  # or load, forward, update
+    phase: str = "always"  # or one of PHASES
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "bytes": self.bytes, "reason": self.reason, "phase": self.phase}
@@ -105,7 +108,7 @@ def phase_bytes(items: Sequence[Item], phase: str) -> int:
 
 
 def peak_bytes(items: Sequence[Item]) -> int:
-    return max(phase_bytes(items, phase) for phase in ("load", "forward", "update"))
+    return max(phase_bytes(items, phase) for phase in PHASES)
 
 
 def compute_dtype(precision: str, bf16_fast: bool) -> tuple[str, str]:
@@ -227,6 +230,7 @@ class Footprint:
             *self._forward(precision, micro_batch, compute_bytes),
             *self._holes(precision, micro_batch, compute_bytes),
             self._update(precision, micro_batch, compute_bytes, on_disk),
+            *self._probe(),
         )
 
     def _base(self) -> Item:
@@ -377,6 +381,24 @@ class Footprint:
         rank = self.cfg.rank
         size = 4 * rank * (HEAD_COPIES * shape.vocab + shape.hidden)
         return Item("exact head", size, f"{shape.vocab:,} words x rank {rank}: {what}")
+
+    def _probe(self) -> list[Item]:
+        """A linear probe: its fit to one block's states, and what a pass shows of each block."""
+        if "probe" not in self.cfg.train or self.tokens.kind != "label":
+            return []
+        shape, cfg = self.shape, self.cfg
+        n, d = cfg.probe_rows(self.tokens.examples), shape.hidden
+        # States and the same turned; the Gram matrix of the smaller side, its eigenvectors and their work space.
+        fit = 4 * (FIT_COPIES * n * d + GRAM_COPIES * min(n, d) ** 2)
+        # The scores of blocks held out, and their weights.
+        fit += 4 * (PROBED_BLOCKS + 1) * self.tokens.label_words * (2 * n + d)
+        reason = f"ridge regression on up to {n:,} rows x {d}, one block at a time"
+        seen = 4 * (cfg.batch_size or 1) * shape.layers * d
+        shown = "states of the blocks at the scored positions"
+        return [
+            Item("linear probe", fit, reason, "fit"),
+            Item("probed states", seen, shown, "forward"),
+        ]
 
     def _load(self, precision: str, on_disk: int) -> Item:
         if on_disk:

@@ -8,7 +8,7 @@ kept in a file of the run; then for each block, with z the standardised x and t 
     error   = |(T - Z W)/(1 - h)|^2/(n K), h the leverages: what every row is predicted as by the others
               (leave one out in closed form: Allen 1974), so that each row is held out once
 
-and the ``BEST`` blocks of least error are averaged. Their summed scores are multiplied by the factor of least cross
+and the ``PROBED_BLOCKS`` blocks of least error are averaged. Their scores are multiplied by the factor of least cross
 entropy on those held-out predictions, so that losses mean what those of a softmax mean. Blocks above the last one that
 is read are not run any more.
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgezo.config import PROBED_BLOCKS
 from edgezo.errors import EdgezoError
 from edgezo.files import write_error
 from edgezo.residency import decoder_layers
@@ -35,10 +37,10 @@ from edgezo.residency import decoder_layers
 if TYPE_CHECKING:
     from edgezo.model import Model
 
-BEST = 5  # blocks that are averaged: one alone is 1-3 points worse, and its choice is noisy (benchmarks/LOG.md)
 LOWEST = 1 / 3  # of the blocks below that none is looked at
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 FACTORS = tuple(2 ** (k / 4) for k in range(29))  # 1 to 128
+TILE_ROWS = 256
 LEAST_ROWS = 8  # fewer say nothing about each other
 EPS = 1e-6
 
@@ -138,6 +140,18 @@ def attach(model: Model, layers: int, probe: LinearProbe) -> None:
     model.store.keep_only([t for t in model.store.trainables if t.rpartition(".")[0] in read])
     parent, _, name = prefix.rpartition(".")
     setattr(model.module.get_submodule(parent), name, blocks[: last + 1])
+
+
+@contextmanager
+def reading(model: Model, layers: int, probe: LinearProbe) -> Iterator[None]:
+    """Let ``model`` classify by ``probe`` inside this block, and be as it was behind it."""
+    taps = Taps.on(decoder_layers(model.module, layers)[1], probe.blocks)
+    model.readout = Readout(probe, taps)
+    try:
+        yield
+    finally:
+        model.readout = None
+        taps.remove()
 
 
 @dataclass
@@ -245,7 +259,7 @@ def fit_block(x: Tensor, labels: Tensor, classes: int) -> BlockFit:
     x.sub_(mean)
     spread = x.square().mean(0).sqrt_().clamp_(min=EPS)
     x.div_(spread)
-    # Z = U S V^T by the smaller of Z^T Z and Z Z^T.
+    # Z = U S V^T by the smaller of Z^T Z and Z Z^T; at most two matrices of the size of x at once.
     if n > x.shape[1]:
         values, right = torch.linalg.eigh(x.T @ x / n)
         values.clamp_(min=0)
@@ -257,12 +271,13 @@ def fit_block(x: Tensor, labels: Tensor, classes: int) -> BlockFit:
         right = (x.T @ left) / size.clamp(min=EPS)
         turned = left.mul_(size)
     along = turned.T @ targets / n
-    square = turned.square()
     best: BlockFit | None = None
     for ridge in RIDGES:
         inverse = 1 / (values + ridge)
         scores = turned @ (along * inverse[:, None])
-        leverage = square @ inverse / n + 1 / n
+        leverage = (
+            torch.cat([part.square() @ inverse for part in turned.split(TILE_ROWS)]) / n + 1 / n
+        )
         # A row that determines its own prediction says nothing about others.
         held_out = targets - (targets - scores) / (1 - leverage).clamp(min=EPS)[:, None]
         error = float((held_out - targets).square().mean())
@@ -280,7 +295,7 @@ def fit(
     kept: dict[int, BlockFit] = {}
     for number, block in enumerate(blocks):
         kept[block] = fit_block(states(number), labels, classes)
-        kept = dict(sorted(kept.items(), key=lambda item: (item[1].error, item[0]))[:BEST])
+        kept = dict(sorted(kept.items(), key=lambda item: (item[1].error, item[0]))[:PROBED_BLOCKS])
     kept = dict(sorted(kept.items()))
     scores = torch.stack([own.held_out for own in kept.values()]).mean(0)
     factor = min(FACTORS, key=lambda f: float(F.cross_entropy(scores * f, labels)))

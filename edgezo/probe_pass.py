@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from edgezo.config import RunConfig
+from edgezo.config import PROBE_SHARE
 from edgezo.data import Example, batch_indices, pieces
 from edgezo.errors import EdgezoError
 from edgezo.files import atomic_path
@@ -30,19 +31,18 @@ from edgezo.linear_probe import (
     attach,
     candidates,
     fit,
+    reading,
 )
 from edgezo.profiler import phase
 from edgezo.residency import decoder_layers
 from edgezo.rundir import write_saved
+from edgezo.session import evaluate_model
 from edgezo.weights import Saved
 
 if TYPE_CHECKING:
     from edgezo.model import Model
     from edgezo.rundir import RunFiles
     from edgezo.train import Training
-
-MOST_ROWS = 4096
-SHARE = 0.7  # of a run's time, where something else is trained after it
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,6 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         return {"used": self.used, "rows": self.rows, "fit_s": self.fit_s, **self.figures}
-
-
-def rows_wanted(cfg: RunConfig, rows: int) -> int:
-    """Training rows, of so many, that the probe is fitted to where time does not bound the run."""
-    assert cfg.batch_size is not None
-    asked = cfg.steps * cfg.batch_size if cfg.steps else MOST_ROWS
-    return min(asked, MOST_ROWS, rows)
 
 
 def recall(run: RunFiles, model: Model, layers: int) -> Outcome | None:
@@ -109,33 +102,30 @@ class ProbePass:
 
     training: Training
 
+    def __post_init__(self) -> None:
+        shape = self.training.opened.files.shape
+        self.layers, self.blocks = shape.layers, candidates(shape.layers)
+        self.states = StateFile(self.training.run.states, len(self.blocks), shape.hidden)
+        self.begun_s = time.monotonic()  # later by what evaluations took
+
     def run(self) -> Outcome:
         """Pass the rows, fit, keep what predicts better, and let the model use it.
 
         Raises Interrupted and BudgetExceeded; the rows that have passed are kept.
         """
-        training, cfg, model = self.training, self.training.cfg, self.training.model
-        shape = training.opened.files.shape
-        blocks = candidates(shape.layers)
-        states = StateFile(training.run.states, len(blocks), shape.hidden)
-        begun_s = time.monotonic()
-        model.taps = Taps.on(decoder_layers(model.module, shape.layers)[1], blocks)
+        training, model = self.training, self.training.model
+        model.taps = Taps.on(decoder_layers(model.module, self.layers)[1], self.blocks)
         try:
-            rows = self._pass(states)
+            rows = self._pass()
         finally:
             model.taps.remove()
             model.taps = None
-        labels = torch.tensor([training.examples[i].label for i in rows])
-        classes = len(training.opened.dataset.label_ids)
-        words_loss = float(states.losses(len(rows)).mean())
-        training.memory.trim()
-        with phase("update"), training.memory.short("the linear probe"):
-            fitted = fit(lambda number: states.block(number, len(rows)), blocks, labels, classes)
-        training.memory.trim()
+        words_loss = float(self.states.losses(len(rows)).mean())
+        fitted = self._fit(rows)
         found = Outcome(
-            fitted.loss < words_loss or "head" not in cfg.train,
+            fitted.loss < words_loss or "head" not in training.cfg.train,
             len(rows),
-            time.monotonic() - begun_s,
+            self._spent_s(),
             {
                 "loss": fitted.loss,
                 "accuracy": fitted.accuracy,
@@ -144,60 +134,77 @@ class ProbePass:
             },
         )
         save(training.run, fitted, found)
-        states.path.unlink(missing_ok=True)
+        self.states.path.unlink(missing_ok=True)
         if found.used:
-            attach(model, shape.layers, fitted.probe)
+            attach(model, self.layers, fitted.probe)
         training.progress.note(_verdict(found))
         return found
 
-    def _pass(self, states: StateFile) -> list[int]:
+    def _spent_s(self) -> float:
+        """Seconds of the pass, evaluations excluded."""
+        return time.monotonic() - self.begun_s
+
+    def _fit(self, rows: Sequence[int]) -> Fitted:
+        """The probe of the rows that have passed."""
+        training = self.training
+        labels = torch.tensor([training.examples[i].label for i in rows])
+        classes = len(training.opened.dataset.label_ids)
+        training.memory.trim()
+        with phase("update"), training.memory.short("the linear probe"):
+            fitted = fit(
+                lambda number: self.states.block(number, len(rows)), self.blocks, labels, classes
+            )
+        training.memory.trim()
+        return fitted
+
+    def _pass(self) -> list[int]:
         """Show the model one group of rows after the other; which rows, in the order of ``states``."""
         training, cfg = self.training, self.training.cfg
         assert cfg.batch_size is not None
-        most = rows_wanted(cfg, len(training.examples))
+        size, most = cfg.batch_size, cfg.probe_rows(len(training.examples))
         order = batch_indices(len(training.examples), most, cfg.seed, 0)
-        size = cfg.batch_size
-        done = min(states.rows(), most) // size * size
-        states.keep(done)
+        done = min(self.states.rows(), most) // size * size
+        self.states.keep(done)
+        limit_s = cfg.for_s * (PROBE_SHARE if cfg.perturbs else 1.0) if cfg.for_s else math.inf
+        groups, cap_bytes = -(-most // size), training.plan.max_mem_bytes
         training.progress.note(f"a linear probe: one forward over up to {most:,} rows")
-        training.progress.begin(
-            done=0, steps=-(-most // size), cap_bytes=training.plan.max_mem_bytes
-        )
-        begun_s = time.monotonic()
+        training.progress.begin(done=0, steps=groups, cap_bytes=cap_bytes)
         try:
-            while done < most:
-                spent = (time.monotonic() - begun_s) / (
-                    cfg.for_s * self._share if cfg.for_s else math.inf
-                )
-                if spent >= 1 and done >= LEAST_ROWS:
-                    break
+            while done < most and (done < LEAST_ROWS or self._spent_s() < limit_s):
                 training.check_stop(0)
-                group_s = time.monotonic()
+                before_s = self._spent_s()
                 group = [training.examples[i] for i in order[done : done + size]]
-                losses = training.fitting(0, partial(self._group, group, states))
+                loss = training.fitting(0, partial(self._show, group))
                 done += len(group)
                 training.progress.step(
                     -(-done // size),
-                    fraction=max(done / most, min(1.0, spent)),
-                    loss=losses,
-                    step_s=time.monotonic() - group_s,
+                    fraction=min(1.0, max(done / most, self._spent_s() / limit_s)),
+                    loss=loss,
+                    step_s=self._spent_s() - before_s,
                     rss_bytes=training.memory.held_bytes(),
                 )
+                if cfg.eval_every and done < most and done % (cfg.eval_every * size) == 0:
+                    self._evaluate(order[:done])
         finally:
             training.progress.close()
         return order[:done]
 
-    @property
-    def _share(self) -> float:
-        """Of the run's time."""
-        return SHARE if self.training.cfg.perturbs else 1.0
+    def _evaluate(self, rows: Sequence[int]) -> None:
+        """A line of metrics.jsonl: how good a probe of the rows so far would be."""
+        before_s, training = self._spent_s(), self.training
+        fitted = self._fit(rows)
+        with reading(training.model, self.layers, fitted.probe):
+            found = evaluate_model(training.model, training.opened.dataset)
+        line = {"rows": len(rows), "pass_s": before_s, **found}
+        training.log.write({"step": 0, "eval": "probe", **line})
+        self.begun_s += self._spent_s() - before_s
 
-    def _group(self, group: list[Example], states: StateFile) -> float:
+    def _show(self, group: list[Example]) -> float:
         """Show the model a group, keep what it showed; the mean loss of the label words."""
         training, model = self.training, self.training.model
         assert training.cfg.micro_batch is not None and model.taps is not None
         losses = torch.zeros(len(group))
-        found = [torch.empty(len(group), states.hidden) for _ in range(states.blocks)]
+        found = [torch.empty(len(group), self.states.hidden) for _ in self.blocks]
         for batch in pieces(group, training.cfg.micro_batch, model.most_tokens):
             training.check_room("the next micro-batch")
             slots = list(batch.slots)
@@ -205,7 +212,7 @@ class ProbePass:
                 losses[slots] = model.losses(batch)[0][0]
                 for kept, state in zip(found, model.taps.take(), strict=True):
                     kept[slots] = state.cpu()
-        states.append(found, losses)
+        self.states.append(found, losses)
         return float(losses.mean())
 
 

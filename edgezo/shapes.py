@@ -142,6 +142,7 @@ class TokenStats:
     mean: float = 0.0  # tokens of an example; 0: as the longest
     known: bool = True  # False: assumed, because no data was given
     evaluated: int = 0  # tokens of the longest to evaluate on
+    examples: int | None = None  # to train on; None: not known
 
     @staticmethod
     def of(dataset: Dataset) -> TokenStats:
@@ -156,6 +157,7 @@ class TokenStats:
             label_words=len(dataset.label_ids),
             mean=sum(tokens) / max(1, len(tokens)),
             evaluated=max((sum(len(r.ids) for r in e.rows) for e in dataset.validation), default=0),
+            examples=len(dataset.train),
         )
 
     @staticmethod

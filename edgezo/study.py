@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from edgezo.bench import write_results
-from edgezo.config import flag, make_config
+from edgezo.config import MOST_PROBE_ROWS, RunConfig, flag, make_config
 from edgezo.errors import EdgezoError, UsageError
 
 Settings = dict[str, Any]
@@ -68,10 +68,19 @@ class Study:
         if what == "seconds":
             said["for_s"] = amount
         else:
-            size = int(said["batch_size"])
-            said["steps"] = max(1, round(amount / (size * make_config(said).mean_passes)))
+            said["steps"] = steps_of(make_config(said), amount)
         make_config(said := said | {"seed": seed})
         return said
+
+
+def steps_of(cfg: RunConfig, forwards: float) -> int:
+    """Steps in so many forwards of examples; a linear probe's pass counts, as if the data had enough rows."""
+    assert cfg.batch_size is not None
+    passes = cfg.mean_passes if set(cfg.train) != {"probe"} else 0.0
+    steps = forwards / (cfg.batch_size * (passes + ("probe" in cfg.train)))
+    if passes and "probe" in cfg.train and steps * cfg.batch_size > MOST_PROBE_ROWS:
+        steps = (forwards - MOST_PROBE_ROWS) / (cfg.batch_size * passes)
+    return max(1, round(steps))
 
 
 def read_study(found: Mapping[str, Any], methods: Sequence[str] = ()) -> Study:
@@ -232,7 +241,12 @@ def _figures(out: Path) -> dict[str, Any]:
     for line in lines:
         spent_s += line.get("step_s") or 0.0
         if "eval" in line:
-            curve.append({"step": line["step"], "seconds": spent_s, "value": line["value"]})
+            # A linear probe is fitted before the first step.
+            probed_s = (summary.get("probe") or {}).get("fit_s", 0.0)
+            if line["eval"] in ("before", "probe"):
+                probed_s = line.get("pass_s", 0.0)
+            at_s = spent_s + probed_s
+            curve.append({"step": line["step"], "seconds": at_s, "value": line["value"]})
     figures = {"metric": after["metric"], "value": after["value"], "loss": after["loss"]}
     return {"run": str(out), **figures, "before": before.get("value"), "curve": curve, **found}
 

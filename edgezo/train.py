@@ -513,6 +513,8 @@ class Training:
                 "the linear probe that they were computed with, is not there.\n"
                 "Restore it from a copy, or start again with another --out."
             )
+        if found is not None:
+            self.run.states.unlink(missing_ok=True)  # a kill may have left it
         return found
 
     def _fit_probe(self) -> Outcome:

@@ -33,7 +33,8 @@ def test_every_field_of_a_request_has_a_law_and_a_flag():
 
 def test_defaults_train_low_rank_factors_and_the_head_by_grzo_with_signs():
     cfg = make_config(BASE)
-    assert (cfg.estimator, cfg.directions, cfg.train) == ("grzo", "signs", ("lowrank", "head"))
+    assert (cfg.estimator, cfg.directions) == ("grzo", "signs")
+    assert cfg.train == ("lowrank", "head", "probe")
     assert cfg.steps == config.DEFAULT_STEPS
     assert cfg.precision is None and cfg.batch_size is None and cfg.max_mem_bytes is None
 

@@ -13,11 +13,10 @@ from conftest import make_model
 from safetensors.torch import load_file
 
 from edgezo import loader
-from edgezo.config import make_config
+from edgezo.config import PROBED_BLOCKS, make_config
 from edgezo.data import Example, Row, collate
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.linear_probe import (
-    BEST,
     RIDGES,
     LinearProbe,
     StateFile,
@@ -94,12 +93,12 @@ def test_the_best_blocks_are_averaged_and_their_factor_is_the_one_of_least_held_
     states = {4: noise[0], 5: known, 6: noise[1], 7: known, 8: known, 9: known, 10: known}
     blocks = tuple(states)
     found = fit(lambda i: states[blocks[i]].clone(), blocks, labels, 3)
-    assert found.probe.blocks == (5, 7, 8, 9, 10) and len(found.probe.blocks) == BEST
+    assert found.probe.blocks == (5, 7, 8, 9, 10) and len(found.probe.blocks) == PROBED_BLOCKS
     one = fit_block(known.clone(), labels, 3)
     losses = {k: float(F.cross_entropy(one.held_out * 2 ** (k / 4), labels)) for k in range(29)}
     assert found.loss == pytest.approx(min(losses.values()), rel=1e-5)
     factor = 2 ** (min(losses, key=lambda k: losses[k]) / 4)
-    logits = found.probe.logits([known] * BEST)
+    logits = found.probe.logits([known] * PROBED_BLOCKS)
     assert torch.allclose(logits, (known @ one.weight.T + one.bias) * factor, atol=1e-4)
     assert found.accuracy == float((one.held_out.argmax(1) == labels).double().mean())
 

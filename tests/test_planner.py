@@ -52,12 +52,12 @@ def test_every_matrix_of_a_card_is_counted_once():
 
 def test_the_peak_is_the_permanent_items_and_the_largest_phase():
     found = plan(max_mem_bytes=2000 * MB)
-    sums = {phase: 0 for phase in ("always", "load", "forward", "update")}
+    sums = {phase: 0 for phase in ("always", *footprint.PHASES)}
     for i in found.items:
         assert i.bytes >= 0 and i.reason
         sums[i.phase] += i.bytes
     assert found.planned_peak_bytes == sums["always"] + max(
-        sums["load"], sums["forward"], sums["update"]
+        sums[phase] for phase in footprint.PHASES
     )
     assert found.load_peak_bytes == sums["always"] + sums["load"]
 
@@ -127,7 +127,7 @@ def test_lengths_of_the_data_bound_the_longest_micro_batch():
     rows = SimpleNamespace(ids=(1, 2, 3), score_at=(2,))
     example = SimpleNamespace(rows=(rows, rows), label=0)
     data = SimpleNamespace(kind="choice", train=(example,), validation=(), label_ids=())
-    assert TokenStats.of(data) == TokenStats("choice", (6,), 2, 0, 6.0)
+    assert TokenStats.of(data) == TokenStats("choice", (6,), 2, 0, 6.0, examples=1)
 
 
 @pytest.mark.parametrize("cap", [650, 1000, 2000, 6000, 40_000])

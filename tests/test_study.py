@@ -41,10 +41,14 @@ def test_budgets_in_forwards_are_steps_of_each_method(tmp_path):
         "one": {"estimator": "grzo-one-sided"},
         "fzoo": {"estimator": "fzoo", "candidates": 7},
         "head": {"train": "head"},
+        "probe": {"train": "probe"},
+        "both": {"train": "lowrank+probe"},
     }
+    plain = {"train": "lowrank"}
+    methods = {name: plain | said for name, said in methods.items()}
     found = study.read_study(made(tmp_path, forwards=320, methods=methods))
     steps = {m: found.request("own", p[0], 0, {})["steps"] for m, p in found.methods.items()}
-    assert steps == {"grzo": 40, "one": 80, "fzoo": 10, "head": 80}
+    assert steps == {"grzo": 40, "one": 80, "fzoo": 10, "head": 80, "probe": 80, "both": 27}
 
 
 def test_seconds_are_for_s_and_tuning_never_sees_reported_rows(tmp_path):
@@ -103,7 +107,7 @@ def test_a_study_is_run_once_and_its_figures_are_those_of_its_runs(tmp_path, edg
     said = made(tmp_path, reach=[0.0, 1.1])
     said["methods"] = {
         "grzo": {"train": "lowrank", "step": [0.01, 0.1]},
-        "mezo": {"estimator": "mezo"},
+        "mezo": {"estimator": "mezo", "train": "lowrank"},
     }
     file, out = tmp_path / "study.toml", tmp_path / "out"
     file.write_text(tomli_w.dumps(said))
