@@ -19,7 +19,8 @@ import numpy as np
 
 from edgezo.config import EVAL_TOKENS
 from edgezo.errors import UsageError
-from edgezo.forms import Draft, Piece, ask, labelled_form, plain_form
+from edgezo.forms import Asked, Draft, PairForm, Piece, ask, labelled_form, plain_form
+from edgezo.preferences import PAIR, paired
 from edgezo.rows import Problems, Record, find_splits, read_records
 from edgezo.tasks import TASKS, Task, task_folder
 
@@ -320,12 +321,16 @@ def load_dataset(request: DataRequest, tokenizer: Any, *, masked: bool = False) 
     task = _find_task(request, problems)
     path = _find_path(request, task, problems)
     asked = ask(task, request.template, request.labels, request.label_field, problems)
-    train, validation = _read(path, task, request.held_out, problems, notes) if path else ([], [])
+    train, validation = list[Record](), list[Record]()
+    if path:
+        train, validation = _read(path, task, asked, request.held_out, problems, notes)
     problems.raise_any()
 
     form = plain_form(train[0], asked, tokenizer)
     label_ids: tuple[int, ...] = ()
     label_names: tuple[str, ...] = ()
+    if isinstance(form, PairForm):
+        label_names = PAIR[1:]
     if form is None:
         form, label_ids, label_names = labelled_form(
             asked, train, tokenizer, masked, problems, notes
@@ -385,7 +390,12 @@ def _find_path(request: DataRequest, task: Task | None, problems: Problems) -> P
 
 
 def _read(
-    path: Path, task: Task | None, held_out: float | None, problems: Problems, notes: list[str]
+    path: Path,
+    task: Task | None,
+    asked: Asked,
+    held_out: float | None,
+    problems: Problems,
+    notes: list[str],
 ) -> tuple[list[Record], list[Record]]:
     """Training and validation records; held out of the training rows where that is asked or there is one file."""
     train_path, validation_path = find_splits(path, problems)
@@ -401,6 +411,8 @@ def _read(
             [replace(r, fields=prepare(r.fields)) for r in records]
             for records in (train, validation)
         )
+    if not asked.labelled:
+        train, validation = (paired(rows, problems, notes) for rows in (train, validation))
     if train and not validation_path:
         if len(train) < 2:
             problems.add(f"{train_path} has one row; two are the least, one of them to evaluate")

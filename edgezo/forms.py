@@ -2,8 +2,8 @@
 
     Record(where, fields) -> Draft(pieces, label)
 
-A row is recognised by its keys: ``text``; ``prompt`` + ``completion``; ``messages``; or any fields
-with a template, a label field and label words.
+A row is recognised by its keys: ``text``; ``prompt`` + ``completion``; ``prompt``, ``chosen``, ``rejected``;
+``messages``; or any fields with a template, a label field and label words.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from edgezo.errors import UsageError
+from edgezo.preferences import PAIR
 from edgezo.rows import Problems, Record
 from edgezo.tasks import Task
 
@@ -256,6 +257,24 @@ class CompletionForm:
 
 
 @dataclass(frozen=True)
+class PairForm:
+    """``prompt``, ``chosen`` and ``rejected``: which of two answers, their end tokens included."""
+
+    kind: str = "choice"
+
+    def draft(self, record: Record, problems: Problems) -> Draft | None:
+        if _lacks(record, PAIR, problems):
+            return None
+        prompt, *answers = (str(record.fields[name]) for name in PAIR)
+        if not all(answer.strip() for answer in answers) or answers[0] == answers[1]:
+            problems.add("an empty answer, or twice the same", at=record.where)
+            return None
+        texts = [prompt + seam(prompt, answer) + answer for answer in answers]
+        pieces = [Piece(text, ((len(prompt), len(text)),), ends=True) for text in texts]
+        return Draft(tuple(pieces), 0)
+
+
+@dataclass(frozen=True)
 class MessagesForm:
     """``messages``: the assistant's turns, with their end tokens, are predicted.
 
@@ -413,6 +432,8 @@ def plain_form(first: Record, asked: Asked, tokenizer: Any) -> Form | None:
                 "tuned model, or rows with prompt and completion"
             )
         return MessagesForm(tokenizer)
+    if all(name in first.fields for name in PAIR):
+        return PairForm()
     if "prompt" in first.fields and "completion" in first.fields:
         return CompletionForm()
     if asked.label_field in first.fields:
@@ -421,7 +442,8 @@ def plain_form(first: Record, asked: Asked, tokenizer: Any) -> Form | None:
         return TextForm()
     raise UsageError(
         f"rows of this kind are not known: {first.where} has the keys {first.keys}. edgezo reads "
-        "rows with text; with prompt and completion; with messages; or any others with a "
+        "rows with text; with prompt and completion; with prompt, chosen and rejected; with messages; or any "
+        "others with a "
         "label, given --template '{field} ...', --labels '0=word,1=word' and --label-field"
     )
 
