@@ -107,6 +107,11 @@ class ProbePass:
         self.layers, self.blocks = shape.layers, candidates(shape.layers)
         self.states = StateFile(self.training.run.states, len(self.blocks), shape.hidden)
         self.begun_s = time.monotonic()  # later by what evaluations took
+        # One side passes here, where a step passes several, and the plan has room for them.
+        cfg = self.training.cfg
+        assert cfg.batch_size is not None
+        self.sides = cfg.passes if cfg.perturbs else 2
+        self.group = cfg.batch_size * self.sides
 
     def run(self) -> Outcome:
         """Pass the rows, fit, keep what predicts better, and let the model use it.
@@ -160,8 +165,7 @@ class ProbePass:
     def _pass(self) -> list[int]:
         """Show the model one group of rows after the other; which rows, in the order of ``states``."""
         training, cfg = self.training, self.training.cfg
-        assert cfg.batch_size is not None
-        size, most = cfg.batch_size, cfg.probe_rows(len(training.examples))
+        size, most = self.group, cfg.probe_rows(len(training.examples))
         order = batch_indices(len(training.examples), most, cfg.seed, 0)
         done = min(self.states.rows(), most) // size * size
         self.states.keep(done)
@@ -183,8 +187,10 @@ class ProbePass:
                     step_s=self._spent_s() - before_s,
                     rss_bytes=training.memory.held_bytes(),
                 )
-                if cfg.eval_every and done < most and done % (cfg.eval_every * size) == 0:
-                    self._evaluate(order[:done])
+                if cfg.eval_every and done < most:
+                    every = cfg.eval_every * (cfg.batch_size or 1)
+                    if done // every > (done - len(group)) // every:
+                        self._evaluate(order[:done])
         finally:
             training.progress.close()
         return order[:done]
@@ -203,9 +209,10 @@ class ProbePass:
         """Show the model a group, keep what it showed; the mean loss of the label words."""
         training, model = self.training, self.training.model
         assert training.cfg.micro_batch is not None and model.taps is not None
+        most_tokens = model.most_tokens and model.most_tokens * self.sides
         losses = torch.zeros(len(group))
         found = [torch.empty(len(group), self.states.hidden) for _ in self.blocks]
-        for batch in pieces(group, training.cfg.micro_batch, model.most_tokens):
+        for batch in pieces(group, training.cfg.micro_batch * self.sides, most_tokens):
             training.check_room("the next micro-batch")
             slots = list(batch.slots)
             with phase("forward"), training.memory.short("a micro-batch"):
