@@ -155,7 +155,7 @@ class ProbePass:
         labels = torch.tensor([training.examples[i].label for i in rows])
         classes = len(training.opened.dataset.label_ids)
         training.memory.trim()
-        with phase("update"), training.memory.short("the linear probe"):
+        with phase("fit"), training.memory.short("the linear probe"):
             fitted = fit(
                 lambda number: self.states.block(number, len(rows)), self.blocks, labels, classes
             )

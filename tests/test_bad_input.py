@@ -191,7 +191,9 @@ def begun(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("begun")
     make_model(folder / "model")
     shutil.copy(bench.data / "label.jsonl", folder)
-    args = Bench(folder / "model", folder).arguments(steps=9, snapshot_every=2, out=folder / "run")
+    args = Bench(folder / "model", folder).arguments(
+        train="lowrank+head", steps=9, snapshot_every=2, out=folder / "run"
+    )
     code, _, err = forks.start(["finetune", *args], folder, forks.Blow("record", 6, 1)).end()
     assert code < 0, err
     return folder

@@ -299,7 +299,7 @@ def check_profile(found: dict) -> None:
     samples = found["samples"]
     assert set(samples) == {"t_s", "phase", "rss_bytes", "anon_bytes", "file_bytes"}
     assert len({len(column) for column in samples.values()}) == 1 and samples["t_s"]
-    assert set(samples["phase"]) <= set(found["phases"]) <= PHASES | {"other"}
+    assert set(samples["phase"]) <= set(found["phases"]) <= PHASES | {"fit", "other"}
     assert 0 < found["overhead"]["cpu_s"] and 0 < found["overhead"]["share"] < 1
     assert found["elapsed_s"] >= sum(p["spent_s"] for p in found["phases"].values()) * 0.999
     # Since Linux 6.2 a reading may lag by 128 KiB a core behind another.

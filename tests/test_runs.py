@@ -139,7 +139,7 @@ def test_a_run_killed_before_its_snapshot_replays_to_where_the_snapshot_stands(
 
 def test_what_replay_wrote_does_not_hide_the_steps_that_follow(bench, edgezo_json, tmp_path):
     run, copy = tmp_path / "run", tmp_path / "copy"
-    whole = run_of(bench, tmp_path / "whole", steps=9, snapshot_every=4)
+    whole = run_of(bench, tmp_path / "whole", train="lowrank+head", steps=9, snapshot_every=4)
     args = bench.arguments(train="lowrank+head", steps=9, snapshot_every=4, out=run)
     forks.start(["finetune", *args], tmp_path / "out", forks.Blow("record", 7, 1)).end()
     assert edgezo_json("replay", run, "--out", copy)[0] == 0

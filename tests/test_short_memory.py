@@ -398,7 +398,7 @@ print(json.dumps(found | {"peak_rss_bytes": memory.peak_rss_bytes()}))
 def killed_run(bench, tmp_path) -> Path:
     """Six steps, the last snapshot after the fourth."""
     run = tmp_path / "run"
-    args = bench.arguments(steps=STEPS, snapshot_every=4, out=run)
+    args = bench.arguments(train="lowrank+head", steps=STEPS, snapshot_every=4, out=run)
     forks.start(["finetune", *args], tmp_path / "out", forks.Blow("record", 6, 1)).end()
     return run
 
