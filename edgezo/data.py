@@ -9,7 +9,7 @@ uninterrupted one would have seen.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,15 +19,17 @@ import numpy as np
 
 from edgezo.config import EVAL_TOKENS
 from edgezo.errors import UsageError
-from edgezo.forms import Draft, Piece, ask, labelled_form, plain_form
+from edgezo.forms import Draft, Piece, ask, labelled_form, plain_form, task_form
+from edgezo.metrics import Report
 from edgezo.rows import Problems, Record, find_splits, read_records
-from edgezo.tasks import TASKS, Task, task_folder
+from edgezo.tasks import TASKS, Generation, Task, task_folder
 
 if TYPE_CHECKING:  # torch is imported where tensors are made; reading data does not need it
     from torch import Tensor
 
 VALIDATION_SHARE = 0.1  # of the rows that is held out where there is no validation file
 ENCODE_ROWS = 256  # texts tokenized at a time: bounds what the tokenizer holds
+MOST_WRITTEN = 32  # tokens of an answer, where neither task nor user says how many
 
 # Streams of the Philox generator beside the epochs 0, 1, 2, ... Their seed is always 0: every run
 # is measured on the same rows, and `edgezo eval` sees those that training held out.
@@ -54,6 +56,18 @@ class Example:
 
     rows: tuple[Row, ...]
     label: int  # index of the right candidate or option; -1 where there is none
+    # What a prediction is judged by, where it is: the fields of the row, and all right "answers".
+    fields: Mapping[str, Any] | None = None
+    options: tuple[str, ...] = ()  # their texts, of a choice that is judged
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        """The tokens before the last stretch to be predicted: what an answer is written after."""
+        row = self.rows[0]
+        first = len(row.score_at) - 1
+        while first > 0 and row.score_at[first - 1] == row.score_at[first] - 1:
+            first -= 1
+        return row.ids[: row.score_at[first] + 1]
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,8 @@ class Dataset:
     label_ids: tuple[int, ...]  # kind "label": the candidate token ids in label order, else ()
     label_names: tuple[str, ...]
     notes: tuple[str, ...]  # what the user should know: "12 of 4000 rows cut to 512 tokens"
+    generation: Generation | None = None  # how answers are written, where they are
+    report: Report | None = None  # figures of an evaluation, beside or in place of accuracy
 
 
 @dataclass(frozen=True)
@@ -96,6 +112,8 @@ class DataRequest:
     eval_limit: int | None = None
     held_out: float | None = None  # share of the training rows to evaluate on instead
     seed: int = 0
+    judged: bool = False  # an objective will score predictions, in training too
+    max_new_tokens: int | None = None  # of a written answer
 
 
 # --------------------------------------------------------------------------------------- batches
@@ -197,6 +215,23 @@ def collate(examples: Sequence[Example], slots: Sequence[int]) -> Batch:
 # ---------------------------------------------------------------------------------- tokenization
 
 
+@dataclass(frozen=True)
+class _Drafted:
+    """A draft, with what it is judged by if it is."""
+
+    draft: Draft
+    fields: Mapping[str, Any] | None = None
+    options: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(draft: Draft, record: Record, names: Sequence[str]) -> _Drafted:
+        answers = draft.answers
+        if not answers and draft.label >= 0:
+            answers = ((draft.options or names)[draft.label],)
+        fields = {**record.fields, "answers": list(answers)}
+        return _Drafted(draft, fields, draft.options)
+
+
 class _Encoder:
     """Drafts to examples with one tokenizer; counts the rows that it had to cut."""
 
@@ -221,14 +256,17 @@ class _Encoder:
             yield from zip(found, spans, strict=True)
 
     def examples(
-        self, drafts: Sequence[Draft], split: str, notes: list[str]
+        self, drafts: Sequence[_Drafted], split: str, notes: list[str]
     ) -> tuple[Example, ...]:
         """All drafts but those without a token to predict; notes say what was cut or left out."""
-        pieces = [piece for draft in drafts for piece in draft.pieces]
+        pieces = [piece for drafted in drafts for piece in drafted.draft.pieces]
         make = self._span_rows if all(piece.spans for piece in pieces) else self._label_rows
         rows = make(pieces)
         self.cut = 0
-        every = [Example(tuple(next(rows) for _ in d.pieces), d.label) for d in drafts]
+        every = [
+            Example(tuple(next(rows) for _ in d.draft.pieces), d.draft.label, d.fields, d.options)
+            for d in drafts
+        ]
         kept = tuple(e for e in every if all(row.score_at for row in e.rows))
         if self.cut:
             notes.append(
@@ -323,14 +361,14 @@ def load_dataset(request: DataRequest, tokenizer: Any, *, masked: bool = False) 
     train, validation = _read(path, task, request.held_out, problems, notes) if path else ([], [])
     problems.raise_any()
 
-    form = plain_form(train[0], asked, tokenizer)
+    form = task_form(task, asked, masked, problems) or plain_form(train[0], asked, tokenizer)
     label_ids: tuple[int, ...] = ()
     label_names: tuple[str, ...] = ()
     if form is None:
         form, label_ids, label_names = labelled_form(
             asked, train, tokenizer, masked, problems, notes
         )
-    elif masked:
+    elif masked and task is None:
         problems.add(
             "a masked language model learns from labelled rows only: give --template, --labels and "
             f"--label-field (the rows have: {train[0].keys})"
@@ -338,8 +376,21 @@ def load_dataset(request: DataRequest, tokenizer: Any, *, masked: bool = False) 
     problems.raise_any()
 
     validation = _eval_sample(validation, request.eval_limit, notes)
+    report = task.report if task else None
+    generation = _generation(request, task, form.kind, train)
+    if generation is not None:
+        end = "a new line or the end token" if "\n" in generation.stop else "the end token"
+        notes.append(f"answers are written, up to {generation.most} tokens or {end}")
+    judged = {
+        "training": request.judged,
+        "validation": request.judged or report is not None or generation is not None,
+    }
     drafts = {
-        name: [d for r in records if (d := form.draft(r, problems))]
+        name: [
+            _Drafted.of(d, r, label_names) if judged[name] else _Drafted(d)
+            for r in records
+            if (d := form.draft(r, problems))
+        ]
         for name, records in (("training", train), ("validation", validation))
     }
     problems.raise_any()
@@ -347,7 +398,24 @@ def load_dataset(request: DataRequest, tokenizer: Any, *, masked: bool = False) 
     for name, examples in zip(drafts, splits, strict=True):
         if not examples:
             raise UsageError(f"no {name} row has a token to predict: every text is one token long")
-    return Dataset(form.kind, splits[0], splits[1], label_ids, label_names, tuple(notes))
+    found = (form.kind, splits[0], splits[1], label_ids, label_names, tuple(notes))
+    return Dataset(*found, generation, report)
+
+
+def _generation(
+    request: DataRequest, task: Task | None, kind: str, train: Sequence[Record]
+) -> Generation | None:
+    """How answers are written; of the user's own rows only where a prediction is asked for.
+
+    They end with their line where no completion has more than one.
+    """
+    most = request.max_new_tokens
+    if task is not None and task.generation is not None:
+        return task.generation._replace(most=most) if most else task.generation
+    if kind != "completion" or not (request.judged or most):
+        return None
+    lines = any("\n" in str(record.fields.get("completion", "\n")).strip() for record in train)
+    return Generation(most or MOST_WRITTEN, () if lines else ("\n",))
 
 
 def _check_numbers(request: DataRequest, encoder: _Encoder, problems: Problems) -> None:
@@ -430,7 +498,9 @@ def show_batch(examples: Sequence[Example], dataset: Dataset, tokenizer: Any) ->
     if dataset.label_names:
         lines.append(f"candidates: {', '.join(dataset.label_names)}")
     for slot, example in enumerate(examples):
-        right = dataset.label_names[example.label] if example.label >= 0 else None
+        right = None
+        if example.label >= 0 and dataset.label_names:
+            right = dataset.label_names[example.label]
         lines.append(f"\nexample {slot}" + (f", right answer: {right}" if right else ""))
         for number, row in enumerate(example.rows):
             texts, marks = _marked(row, example.label, dataset, tokenizer)

@@ -155,6 +155,17 @@ class Heap:
             malloc_trim()
 
     @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What is taken here outlives many forwards: large blocks get maps of their own, and leave no holes."""
+        if self.reused_tokens is not None:
+            allocator_reuse(MAPPED_BYTES)
+        try:
+            yield
+        finally:
+            if self.reused_tokens is not None:
+                allocator_reuse()
+
+    @contextmanager
     def updating(self) -> Iterator[None]:
         """Tiles of an update follow, many of one size."""
         if self.reused_tokens is not None:
