@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
-from edgezo.config import EVAL_TOKENS, QUANTIZED, UNROUNDED, RunConfig
+from edgezo.config import EVAL_TOKENS, LOSS, QUANTIZED, UNROUNDED, RunConfig
 from edgezo.presets import DIRECTIONS, MASKS, RULES, cannot_anchor, in_span
 from edgezo.shapes import (
     BYTES_PER_WEIGHT,
@@ -80,6 +80,8 @@ HEAP_LEFT = 0.6
 LEAST_PIECE_TOKENS = 1024
 # Padded groups that attend one after the other (packing._GROUP_TOKENS).
 ATTENDING_TOKENS = 4096
+# Keys and values of an evaluation, unless one row alone has more: of so many tokens.
+EVAL_KEPT_TOKENS = 1024
 # Slots that blocks on disk are read into: one computes or is written back, the other is read into.
 SLOTS = 2
 PAGE_BYTES = 4096
@@ -455,10 +457,27 @@ class Footprint:
         reason = f"hidden states and logits of {scored:,} scored positions, {what}: more than a block takes"
         if scores > 0:
             items.append(Item("scores", scores, reason, "forward"))
+        items += self._kept(micro_batch, compute_bytes)
         if self.correction_bytes:
             reason = "the longest batch, measured, beside what is counted"
             items.append(Item("correction", self.correction_bytes, reason, "forward"))
         return items
+
+    def _kept(self, micro_batch: int, compute_bytes: int) -> list[Item]:
+        """Keys and values of every token that answers are written after (generate.KeyValues)."""
+        shape, tokens, most = self.shape, self.tokens, self.tokens.written
+        if not most:
+            return []
+        kept = max(EVAL_KEPT_TOKENS, tokens.evaluated_prompt + most)
+        what = "of an evaluation"
+        training = self.sides * micro_batch * (tokens.prompt + most)
+        if self.cfg.objective != LOSS and training > kept:
+            kept, what = training, f"of {micro_batch} examples x {self.sides} sides"
+        width = shape.qkv_width - shape.attention_width
+        # A layer's are copied once where rows have ended.
+        size = (shape.layers + 1) * kept * width * compute_bytes
+        reason = f"{kept:,} tokens {what}, {width} values each in {shape.layers} blocks"
+        return [Item("keys and values", size, reason, "forward")]
 
     def _noise_tile(self) -> int:
         """Rows of U beside a tile of weights: its bits, fp32 values and what a mask makes of them."""

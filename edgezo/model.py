@@ -186,7 +186,9 @@ class Model:
         index = index.to(device)
         with packing.packed(plan, kept):
             hidden = self.module.base_model(  # type: ignore[operator]
-                input_ids=ids[None].to(device), position_ids=positions[None].to(device), **self._extra()
+                input_ids=ids[None].to(device),
+                position_ids=positions[None].to(device),
+                **self._extra(),
             )[0][0]
         if probe is not None:
             # From here on an operation's tokens are the scored positions (RoBERTa's head has linears too).

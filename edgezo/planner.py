@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgezo.budget import budget, choose_device, default_budget, mb
-from edgezo.config import RunConfig
+from edgezo.config import LOSS, RunConfig
 from edgezo.errors import DoesNotFit
 from edgezo.footprint import (
     ACTIVATIONS,
@@ -286,6 +286,8 @@ def _step_s(footprint: Footprint, machine: Machine, chosen: Option, batch_size: 
         # The whole vocabulary is scored, once more for the exact head's gradient.
         passes = 2 if "head" in cfg.train else 1
         operations += passes * shape.tables[0].numel * min(tokens.scored, length)
+    if cfg.objective != LOSS:
+        operations += (shape.elements + shape.tables[0].numel) * tokens.written
     if isinstance(footprint, CudaFootprint):
         passes = math.ceil(batch_size / chosen.micro_batch)
         copied = passes * _moved_bytes(footprint, chosen)

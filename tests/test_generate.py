@@ -11,7 +11,17 @@ import pytest
 import reference
 import tiny_models
 import torch
-from test_laws import KEY, PART_WINDOW, WINDOW, Case, Workshop, _settle, of, official_module, workshop
+from test_laws import (
+    KEY,
+    PART_WINDOW,
+    WINDOW,
+    Case,
+    Workshop,
+    _settle,
+    of,
+    official_module,
+    workshop,
+)
 
 from edgezo.generate import KeyValues, generate
 from edgezo.memory import Heap
@@ -94,7 +104,12 @@ PROBED = (
     *(of(f, "lowrank+norms+scales", kind="completion", tied=False) for f in CAUSAL),
     *(
         of(f, "full", d, kind="completion", tied=False)
-        for f, d in (("llama", "signs"), ("gpt2", "gaussian"), ("gemma2", "shared"), ("opt", "lowrank"))
+        for f, d in (
+            ("llama", "signs"),
+            ("gpt2", "gaussian"),
+            ("gemma2", "shared"),
+            ("opt", "lowrank"),
+        )
     ),
     *(of(f, "full", kind="completion") for f in ("llama", "phi3")),
     of("llama", "lowrank", "shared", kind="completion"),
