@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
@@ -80,8 +80,9 @@ HEAP_LEFT = 0.6
 LEAST_PIECE_TOKENS = 1024
 # Padded groups that attend one after the other (packing._GROUP_TOKENS).
 ATTENDING_TOKENS = 4096
-# Keys and values of an evaluation, unless one row alone has more: of so many tokens.
-EVAL_KEPT_TOKENS = 1024
+# Keys and values of an evaluation, unless one row alone has more: of so many tokens, or more where there is room. The
+# more rows write at once, the less often the weights are read.
+EVAL_KEPT_TOKENS, MOST_KEPT_TOKENS = 1024, 8192
 # Slots that blocks on disk are read into: one computes or is written back, the other is read into.
 SLOTS = 2
 PAGE_BYTES = 4096
@@ -147,6 +148,7 @@ class Footprint:
     bf16_fast: bool
     base_bytes: int | None  # the process as measured; None: the constant above
     correction_bytes: int = 0  # of a forward, by a measurement
+    kept_tokens: int = EVAL_KEPT_TOKENS  # by an evaluation
 
     elsewhere: ClassVar[str] = "disk"  # where blocks are that do not stay in memory
 
@@ -465,19 +467,29 @@ class Footprint:
 
     def _kept(self, micro_batch: int, compute_bytes: int) -> list[Item]:
         """Keys and values of every token that answers are written after (generate.KeyValues)."""
-        shape, tokens, most = self.shape, self.tokens, self.tokens.written
+        tokens, most = self.tokens, self.tokens.written
         if not most:
             return []
-        kept = max(EVAL_KEPT_TOKENS, tokens.evaluated_prompt + most)
+        kept = max(self.kept_tokens, tokens.evaluated_prompt + most)
         what = "of an evaluation"
         training = self.sides * micro_batch * (tokens.prompt + most)
         if self.cfg.objective != LOSS and training > kept:
             kept, what = training, f"of {micro_batch} examples x {self.sides} sides"
-        width = shape.qkv_width - shape.attention_width
-        # A layer's are copied once where rows have ended.
-        size = (shape.layers + 1) * kept * width * compute_bytes
-        reason = f"{kept:,} tokens {what}, {width} values each in {shape.layers} blocks"
+        size = kept * self._kept_token_bytes(compute_bytes)
+        reason = f"{kept:,} tokens {what}, in {self.shape.layers} blocks"
         return [Item("keys and values", size, reason, "forward")]
+
+    def _kept_token_bytes(self, compute_bytes: int) -> int:
+        """Keys and values of a token. A layer's are copied once where rows have ended."""
+        shape = self.shape
+        return (shape.layers + 1) * (shape.qkv_width - shape.attention_width) * compute_bytes
+
+    def keeping(self, precision: str, spare_bytes: int) -> Footprint:
+        """The same with what an evaluation may keep in memory that is left over."""
+        if not self.tokens.written:
+            return self
+        more = spare_bytes // self._kept_token_bytes(self._compute_bytes(precision))
+        return replace(self, kept_tokens=min(MOST_KEPT_TOKENS, self.kept_tokens + more))
 
     def _noise_tile(self) -> int:
         """Rows of U beside a tile of weights: its bits, fp32 values and what a mask makes of them."""

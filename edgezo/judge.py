@@ -27,7 +27,6 @@ from torch import Tensor
 from edgezo.config import EVAL_TOKENS, LOSS, OBJECTIVES
 from edgezo.data import Batch, Dataset, Example
 from edgezo.errors import EdgezoError, UsageError
-from edgezo.footprint import EVAL_KEPT_TOKENS
 from edgezo.generate import generate
 from edgezo.metrics import Fields, Metric, chosen, exact_match, means, numeric_match, token_f1
 from edgezo.presets import DIRECTIONS
@@ -235,20 +234,20 @@ class Judge:
     def _write_all(self, model: Model, rows: Sequence[Example]) -> list[str]:
         assert self.dataset.generation is not None
         texts = [""] * len(rows)
-        for part in evaluation_parts(rows, self.dataset.generation.most):
+        for part in evaluation_parts(rows, self.dataset.generation.most, model.kept_tokens):
             (found,) = self.write(model, [rows[i] for i in part], most_tokens=EVAL_TOKENS)
             for i, text in zip(part, found, strict=True):
                 texts[i] = text
         return texts
 
 
-def evaluation_parts(rows: Sequence[Example], most: int) -> list[list[int]]:
-    """Rows that write at once, of like length: what is kept of them is ``EVAL_KEPT_TOKENS``, or one row's."""
+def evaluation_parts(rows: Sequence[Example], most: int, kept_tokens: int) -> list[list[int]]:
+    """Rows that write at once, of like length: they keep ``kept_tokens`` at most, or are one row."""
     lengths = [len(row.prompt) for row in rows]
     found: list[list[int]] = []
     for i in sorted(range(len(rows)), key=lambda i: (-lengths[i], i)):
         room = lengths[found[-1][0] if found else i] + most  # of each row: the longest comes first
-        if not found or (len(found[-1]) + 1) * room > EVAL_KEPT_TOKENS:
+        if not found or (len(found[-1]) + 1) * room > kept_tokens:
             found.append([])
         found[-1].append(i)
     return found

@@ -90,6 +90,7 @@ class Model:
     evaluations: tuple[Evaluation, ...] = TWO_SIDED
     heap: Heap = field(default_factory=Heap)  # where temporaries lie
     most_tokens: int | None = None  # of one side, that should pass at once (Plan.most_tokens)
+    kept_tokens: int = 0  # by rows that write at once in an evaluation (Plan.kept_tokens)
     label_rows: np.ndarray | None = None  # rows that every example of a tied label task touches
     frozen: list[str] = field(default_factory=list)
 

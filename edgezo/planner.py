@@ -88,6 +88,7 @@ class Plan:
     most_tokens: int | None  # of one side, in a piece of a micro-batch; None: it is whole
     blocks_in_host: int = 0  # the last ones, on a GPU that has no room for them
     host_bytes: int = 0  # what those take of the RAM
+    kept_tokens: int = 0  # whose keys and values an evaluation keeps at once
 
     @property
     def residency(self) -> str:
@@ -213,6 +214,7 @@ def make_plan(
             smallest_bytes,
             footprint.items(*chosen),
         )
+    roomy = footprint.keeping(precision, cap - footprint.peak_bytes(*chosen))
     on_disk = away if footprint.elsewhere == "disk" else 0
     compute, compute_reason = footprint.compute_dtype(precision)
     rounding, rounding_reason = rounding_of(cfg, precision)
@@ -246,7 +248,7 @@ def make_plan(
         micro_batch=micro_batch,
         trained=trained,
         frozen=frozen,
-        items=footprint.items(*chosen),
+        items=roomy.items(*chosen),
         decisions=tuple(decisions),
         smallest_bytes=smallest_bytes,
         smallest_flags=_flags(_best_within(footprint, smallest_bytes), footprint.elsewhere),
@@ -257,6 +259,7 @@ def make_plan(
         most_tokens=footprint.most_tokens(precision),
         blocks_in_host=away - on_disk,
         host_bytes=host_bytes,
+        kept_tokens=roomy.kept_tokens,
     )
 
 

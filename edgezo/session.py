@@ -200,7 +200,7 @@ def load_model(opened: Opened, machine: Machine, overlay: Overlay | None = None)
     with opened.memory.short("loading"):
         model = assemble(opened.files, spec)
     malloc_trim()
-    model.most_tokens = plan.most_tokens
+    model.most_tokens, model.kept_tokens = plan.most_tokens, plan.kept_tokens
     if device.type == "cpu":
         model.heap = Heap(plan.reused_tokens, plan.maps)
     else:
@@ -296,5 +296,6 @@ def evaluate_model(model: Model, dataset: Dataset, judge: Judge | None = None) -
         found = judge.evaluate(model, chosen)
         own = judge.writes or dataset.report is not None
         figures = found if own else {**figures, **found}
-    (metric, value), *others = figures.items()
-    return {"metric": metric, "value": value, "n": n, "loss": loss, **dict(others)}
+    metric, value = next(iter(figures.items()))
+    others = {k: v for k, v in figures.items() if k != metric or k == "objective"}
+    return {"metric": metric, "value": value, "n": n, "loss": loss, **others}

@@ -578,6 +578,7 @@ class Training:
             return False
         self.plan, self.cfg = plan, self.opened.cfg
         self.model.heap = replace(self.model.heap, trims=plan.maps)
+        self.model.kept_tokens = plan.kept_tokens
         atomic_write(self.run.plan, to_json(plan.to_dict()).encode())
         atomic_write(self.run.config, self.cfg.to_toml().encode())
         self._guard()
