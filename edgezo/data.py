@@ -215,23 +215,6 @@ def collate(examples: Sequence[Example], slots: Sequence[int]) -> Batch:
 # ---------------------------------------------------------------------------------- tokenization
 
 
-@dataclass(frozen=True)
-class _Drafted:
-    """A draft, with what it is judged by if it is."""
-
-    draft: Draft
-    fields: Mapping[str, Any] | None = None
-    options: tuple[str, ...] = ()
-
-    @staticmethod
-    def of(draft: Draft, record: Record, names: Sequence[str]) -> _Drafted:
-        answers = draft.answers
-        if not answers and draft.label >= 0:
-            answers = ((draft.options or names)[draft.label],)
-        fields = {**record.fields, "answers": list(answers)}
-        return _Drafted(draft, fields, draft.options)
-
-
 class _Encoder:
     """Drafts to examples with one tokenizer; counts the rows that it had to cut."""
 
@@ -256,15 +239,20 @@ class _Encoder:
             yield from zip(found, spans, strict=True)
 
     def examples(
-        self, drafts: Sequence[_Drafted], split: str, notes: list[str]
+        self, drafts: Sequence[Draft], split: str, notes: list[str]
     ) -> tuple[Example, ...]:
         """All drafts but those without a token to predict; notes say what was cut or left out."""
-        pieces = [piece for drafted in drafts for piece in drafted.draft.pieces]
+        pieces = [piece for draft in drafts for piece in draft.pieces]
         make = self._span_rows if all(piece.spans for piece in pieces) else self._label_rows
         rows = make(pieces)
         self.cut = 0
         every = [
-            Example(tuple(next(rows) for _ in d.draft.pieces), d.draft.label, d.fields, d.options)
+            Example(
+                tuple(next(rows) for _ in d.pieces),
+                d.label,
+                d.fields,
+                () if d.fields is None else d.options,
+            )
             for d in drafts
         ]
         kept = tuple(e for e in every if all(row.score_at for row in e.rows))
@@ -387,7 +375,7 @@ def load_dataset(request: DataRequest, tokenizer: Any, *, masked: bool = False) 
     }
     drafts = {
         name: [
-            _Drafted.of(d, r, label_names) if judged[name] else _Drafted(d)
+            _with_fields(d, r, label_names) if judged[name] else d
             for r in records
             if (d := form.draft(r, problems))
         ]
@@ -400,6 +388,14 @@ def load_dataset(request: DataRequest, tokenizer: Any, *, masked: bool = False) 
             raise UsageError(f"no {name} row has a token to predict: every text is one token long")
     found = (form.kind, splits[0], splits[1], label_ids, label_names, tuple(notes))
     return Dataset(*found, generation, report)
+
+
+def _with_fields(draft: Draft, record: Record, names: Sequence[str]) -> Draft:
+    """With what a prediction is judged by."""
+    answers = draft.answers
+    if not answers and draft.label >= 0:
+        answers = ((draft.options or names)[draft.label],)
+    return replace(draft, fields={**record.fields, "answers": list(answers)})
 
 
 def _generation(

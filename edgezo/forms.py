@@ -191,7 +191,8 @@ class Draft:
     pieces: tuple[Piece, ...]
     label: int = -1
     options: tuple[str, ...] = ()  # the texts of a choice
-    answers: tuple[str, ...] = ()  # every right one, where there is more than label or completion
+    answers: tuple[str, ...] = ()  # every right one; () of a label
+    fields: Mapping[str, Any] | None = None  # of its row, where predictions are judged by them
 
 
 class Form(Protocol):
