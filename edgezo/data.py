@@ -364,7 +364,8 @@ def load_dataset(request: DataRequest, tokenizer: Any, *, masked: bool = False) 
     problems.raise_any()
 
     validation = _eval_sample(validation, request.eval_limit, notes)
-    report = task.report if task else None
+    # Label words of the user are not those that a report knows.
+    report = task.report if task and not request.labels else None
     generation = _generation(request, task, form.kind, train)
     if generation is not None:
         end = "a new line or the end token" if "\n" in generation.stop else "the end token"

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 class KeyValues:
     """Keys and values of every attention layer, (rows, kv_heads, room, head_dim) each, padded at the end.
 
-    ``apart()`` is where their memory is taken.
+    ``apart(tokens of a forward)`` is where their memory is taken.
     """
 
-    def __init__(self, rows: int, room: int, apart: Callable[[], AbstractContextManager[None]]):
+    def __init__(self, rows: int, room: int, apart: Callable[[int], AbstractContextManager[None]]):
         self.room, self._apart = room, apart
         self.lengths = torch.zeros(rows, dtype=torch.int64)  # tokens of each row so far
         self._held: dict[nn.Module, tuple[Tensor, Tensor]] = {}
@@ -60,7 +60,7 @@ class KeyValues:
         """Take in keys and values (n, kv_heads, head_dim) of the tokens of this forward, in one layer."""
         if module not in self._held:
             shape = (len(self.lengths), key.shape[1], self.room, key.shape[2])
-            with self._apart():
+            with self._apart(len(key)):
                 # Zeros: what is not there yet has weight 0, and 0 * NaN would be NaN.
                 self._held[module] = key.new_zeros(shape), value.new_zeros(shape)
         for part, new in zip(self._held[module], (key, value), strict=True):

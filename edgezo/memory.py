@@ -155,15 +155,18 @@ class Heap:
             malloc_trim()
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
-        """What is taken here outlives many forwards: large blocks get maps of their own, and leave no holes."""
-        if self.reused_tokens is not None:
-            allocator_reuse(MAPPED_BYTES)
+    def apart(self, tokens: int) -> Iterator[None]:
+        """What is taken here, in a forward over ``tokens``, outlives it: large blocks get maps of their own."""
+        if (
+            self.reused_tokens is None or tokens > self.reused_tokens
+        ):  # left alone, or mapped anyway
+            yield
+            return
+        allocator_reuse(MAPPED_BYTES)
         try:
             yield
         finally:
-            if self.reused_tokens is not None:
-                allocator_reuse()
+            allocator_reuse()
 
     @contextmanager
     def updating(self) -> Iterator[None]:
