@@ -26,6 +26,7 @@ from edgezo.options import (
     DATA,
     MEMORY,
     OF_META,
+    PREDICTIONS,
     RUN,
     THREADS,
     config_option,
@@ -53,7 +54,7 @@ cli.add_command(bench)
 
 @cli.command()
 @model_option
-@options(*DATA, *MEMORY, *RUN, THREADS)
+@options(*DATA, *PREDICTIONS, *MEMORY, *RUN, THREADS)
 @click.option(
     "--profile/--no-profile", default=None, help="Record memory by phase: RUN/profile.json."
 )
@@ -102,7 +103,7 @@ def finetune(
 
 @cli.command()
 @model_option
-@options(*DATA, *MEMORY)
+@options(*DATA, *PREDICTIONS, *MEMORY)
 @config_option
 @json_option
 def plan(config_file: str | None, as_json: bool, **said: str | None) -> None:
@@ -127,7 +128,7 @@ def plan(config_file: str | None, as_json: bool, **said: str | None) -> None:
 
 @cli.command("eval")
 @model_option
-@options(*DATA, *MEMORY[:3], THREADS)
+@options(*DATA, *PREDICTIONS, *MEMORY[:3], THREADS)
 @config_option
 @json_option
 def evaluate(config_file: str | None, as_json: bool, **said: str | None) -> None:
@@ -146,8 +147,9 @@ def evaluate(config_file: str | None, as_json: bool, **said: str | None) -> None
         said["model"] = None
         lower = _saved_layer(portable(saved, machine()), said)
         if said["data"] is not None or said["task"] is not None:
-            for name in ("data_root", "template", "labels", "label_field"):
+            for name in ("data_root", "template", "labels", "label_field", "max_new_tokens"):
                 del lower[name]
+            lower["objective"] = config.LOSS  # that of the run belongs to its own data
         cfg = config.make_config(said, lower)
     use_threads(cfg.threads)
     from edgezo.evaluate import evaluate as run_evaluation

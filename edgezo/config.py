@@ -43,6 +43,8 @@ RESIDENCIES = ("resident", "host", "disk")
 DEVICES = ("auto", "cpu", "cuda")
 ROUNDINGS = ("plane", "stochastic", "anchored")
 SCHEDULES = ("linear", "constant")
+LOSS = "loss"  # the objective that is the model's own loss
+OBJECTIVES = (LOSS, "accuracy", "exact-match", "token-f1", "numeric-match")
 
 DEFAULT_STEPS = 400
 MOST_PROBE_ROWS = 4096
@@ -109,6 +111,8 @@ FIELDS: dict[str, Field] = {
     "batch_size": Field("int", low=1, high=1024),
     "micro_batch": Field("int", low=1, high=1024),
     "max_length": Field("int", 512, low=8, high=1_048_576),
+    "objective": Field("str", LOSS),
+    "max_new_tokens": Field("int", low=1, high=65_536),  # None: as the task says
     "step": Field("float", low=0, open_low=True),
     "sigma": Field("float", low=0, high=1, open_low=True),
     "schedule": Field("choice", "linear", choices=SCHEDULES),
@@ -157,6 +161,8 @@ class RunConfig:
     batch_size: int | None
     micro_batch: int | None
     max_length: int  # tokens
+    objective: str  # what training lowers (loss), or raises: a name, or module:function
+    max_new_tokens: int | None  # of an answer that the model writes
     step: float  # kappa or a learning rate: presets.step_meaning
     sigma: float
     schedule: str
@@ -260,6 +266,8 @@ def _fill_from_preset(values: dict[str, Any]) -> None:
     for name in OF_PRESET:
         if values[name] is None:
             values[name] = getattr(row, name)
+            if name == "train" and values["objective"] != LOSS:  # what is exact is so for the loss
+                values[name] = tuple(part for part in row.train if part not in EXACT)
     if own_step is None:  # a credit or rule that was chosen by hand may mean another thing by it
         values["step"] = default_step(row, values["credit"], values["rule"])
     if values["rounding"] is None and "full" in values["train"]:
@@ -429,6 +437,16 @@ def _combinations(v: Mapping[str, Any], need_data: bool) -> list[str]:
             "edgezo convert-finetuner reads a published one"
         )
     problems += refusals(v)
+    if v["objective"] not in OBJECTIVES and not re.fullmatch(r"[\w.]+:[\w.]+", v["objective"]):
+        problems.append(
+            f"--objective {v['objective']!r} is not one of {', '.join(OBJECTIVES)}, nor module:function, "
+            "a Python function (prediction, row) -> float"
+        )
+    if "head" in train and v["objective"] != LOSS:
+        problems.append(
+            f"--train {'+'.join(train)} with --objective {v['objective']}: the exact head follows the gradient "
+            "of a loss, and a score of predictions has none; leave out head"
+        )
     if "full" in train and v["precision"] == "int4":
         problems.append(
             "--train full with --precision int4: its codes are frozen; "

@@ -9,7 +9,7 @@ uninterrupted one would have seen.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,16 +19,27 @@ import numpy as np
 
 from edgezo.config import EVAL_TOKENS
 from edgezo.errors import UsageError
-from edgezo.forms import Asked, Draft, PairForm, Piece, ask, labelled_form, plain_form
+from edgezo.forms import (
+    Asked,
+    Draft,
+    PairForm,
+    Piece,
+    ask,
+    labelled_form,
+    plain_form,
+    task_form,
+)
+from edgezo.metrics import Report
 from edgezo.preferences import PAIR, paired
 from edgezo.rows import Problems, Record, find_splits, read_records
-from edgezo.tasks import TASKS, Task, task_folder
+from edgezo.tasks import TASKS, Generation, Task, task_folder
 
 if TYPE_CHECKING:  # torch is imported where tensors are made; reading data does not need it
     from torch import Tensor
 
 VALIDATION_SHARE = 0.1  # of the rows that is held out where there is no validation file
 ENCODE_ROWS = 256  # texts tokenized at a time: bounds what the tokenizer holds
+MOST_WRITTEN = 32  # tokens of an answer, where neither task nor user says how many
 
 # Streams of the Philox generator beside the epochs 0, 1, 2, ... Their seed is always 0: every run
 # is measured on the same rows, and `edgezo eval` sees those that training held out.
@@ -55,6 +66,18 @@ class Example:
 
     rows: tuple[Row, ...]
     label: int  # index of the right candidate or option; -1 where there is none
+    # What a prediction is judged by, where it is: the fields of the row, and all right "answers".
+    fields: Mapping[str, Any] | None = None
+    options: tuple[str, ...] = ()  # their texts, of a choice that is judged
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        """The tokens before the last stretch to be predicted: what an answer is written after."""
+        row = self.rows[0]
+        first = len(row.score_at) - 1
+        while first > 0 and row.score_at[first - 1] == row.score_at[first] - 1:
+            first -= 1
+        return row.ids[: row.score_at[first] + 1]
 
 
 @dataclass(frozen=True)
@@ -67,6 +90,8 @@ class Dataset:
     label_ids: tuple[int, ...]  # kind "label": the candidate token ids in label order, else ()
     label_names: tuple[str, ...]
     notes: tuple[str, ...]  # what the user should know: "12 of 4000 rows cut to 512 tokens"
+    generation: Generation | None = None  # how answers are written, where they are
+    report: Report | None = None  # figures of an evaluation, beside or in place of accuracy
 
 
 @dataclass(frozen=True)
@@ -97,6 +122,8 @@ class DataRequest:
     eval_limit: int | None = None
     held_out: float | None = None  # share of the training rows to evaluate on instead
     seed: int = 0
+    judged: bool = False  # an objective will score predictions, in training too
+    max_new_tokens: int | None = None  # of a written answer
 
 
 # --------------------------------------------------------------------------------------- batches
@@ -229,7 +256,15 @@ class _Encoder:
         make = self._span_rows if all(piece.spans for piece in pieces) else self._label_rows
         rows = make(pieces)
         self.cut = 0
-        every = [Example(tuple(next(rows) for _ in d.pieces), d.label) for d in drafts]
+        every = [
+            Example(
+                tuple(next(rows) for _ in d.pieces),
+                d.label,
+                d.fields,
+                () if d.fields is None else d.options,
+            )
+            for d in drafts
+        ]
         kept = tuple(e for e in every if all(row.score_at for row in e.rows))
         if self.cut:
             notes.append(
@@ -326,7 +361,7 @@ def load_dataset(request: DataRequest, tokenizer: Any, *, masked: bool = False) 
         train, validation = _read(path, task, asked, request.held_out, problems, notes)
     problems.raise_any()
 
-    form = plain_form(train[0], asked, tokenizer)
+    form = task_form(task, asked, masked, problems) or plain_form(train[0], asked, tokenizer)
     label_ids: tuple[int, ...] = ()
     label_names: tuple[str, ...] = ()
     if isinstance(form, PairForm):
@@ -335,7 +370,7 @@ def load_dataset(request: DataRequest, tokenizer: Any, *, masked: bool = False) 
         form, label_ids, label_names = labelled_form(
             asked, train, tokenizer, masked, problems, notes
         )
-    elif masked:
+    elif masked and task is None:
         problems.add(
             "a masked language model learns from labelled rows only: give --template, --labels and "
             f"--label-field (the rows have: {train[0].keys})"
@@ -343,8 +378,22 @@ def load_dataset(request: DataRequest, tokenizer: Any, *, masked: bool = False) 
     problems.raise_any()
 
     validation = _eval_sample(validation, request.eval_limit, notes)
+    # Label words of the user are not those that a report knows.
+    report = task.report if task and not request.labels else None
+    generation = _generation(request, task, form.kind, train)
+    if generation is not None:
+        end = "a new line or the end token" if "\n" in generation.stop else "the end token"
+        notes.append(f"answers are written, up to {generation.most} tokens or {end}")
+    judged = {
+        "training": request.judged,
+        "validation": request.judged or report is not None or generation is not None,
+    }
     drafts = {
-        name: [d for r in records if (d := form.draft(r, problems))]
+        name: [
+            _with_fields(d, r, label_names) if judged[name] else d
+            for r in records
+            if (d := form.draft(r, problems))
+        ]
         for name, records in (("training", train), ("validation", validation))
     }
     problems.raise_any()
@@ -352,7 +401,32 @@ def load_dataset(request: DataRequest, tokenizer: Any, *, masked: bool = False) 
     for name, examples in zip(drafts, splits, strict=True):
         if not examples:
             raise UsageError(f"no {name} row has a token to predict: every text is one token long")
-    return Dataset(form.kind, splits[0], splits[1], label_ids, label_names, tuple(notes))
+    found = (form.kind, splits[0], splits[1], label_ids, label_names, tuple(notes))
+    return Dataset(*found, generation, report)
+
+
+def _with_fields(draft: Draft, record: Record, names: Sequence[str]) -> Draft:
+    """With what a prediction is judged by."""
+    answers = draft.answers
+    if not answers and draft.label >= 0:
+        answers = ((draft.options or names)[draft.label],)
+    return replace(draft, fields={**record.fields, "answers": list(answers)})
+
+
+def _generation(
+    request: DataRequest, task: Task | None, kind: str, train: Sequence[Record]
+) -> Generation | None:
+    """How answers are written; of the user's own rows only where a prediction is asked for.
+
+    They end with their line where no completion has more than one.
+    """
+    most = request.max_new_tokens
+    if task is not None and task.generation is not None:
+        return task.generation._replace(most=most) if most else task.generation
+    if kind != "completion" or not (request.judged or most):
+        return None
+    lines = any("\n" in str(record.fields.get("completion", "\n")).strip() for record in train)
+    return Generation(most or MOST_WRITTEN, () if lines else ("\n",))
 
 
 def _check_numbers(request: DataRequest, encoder: _Encoder, problems: Problems) -> None:
@@ -442,7 +516,9 @@ def show_batch(examples: Sequence[Example], dataset: Dataset, tokenizer: Any) ->
     if dataset.label_names:
         lines.append(f"candidates: {', '.join(dataset.label_names)}")
     for slot, example in enumerate(examples):
-        right = dataset.label_names[example.label] if example.label >= 0 else None
+        right = None
+        if example.label >= 0 and dataset.label_names:
+            right = dataset.label_names[example.label]
         lines.append(f"\nexample {slot}" + (f", right answer: {right}" if right else ""))
         for number, row in enumerate(example.rows):
             texts, marks = _marked(row, example.label, dataset, tokenizer)

@@ -56,7 +56,7 @@ def evaluate(target: str, cfg: RunConfig) -> dict[str, Any]:
             steps = restore(run, trained, opened, model, journal)
         meter.mark("load")
         with opened.memory.short("an evaluation"):
-            found = evaluate_model(model, opened.dataset)
+            found = evaluate_model(model, opened.dataset, opened.judge)
     return {"model": target, "steps": steps, **found, **meter.summary(), **opened.memory.figures()}
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
-from edgezo.config import EVAL_TOKENS, PROBED_BLOCKS, QUANTIZED, UNROUNDED, RunConfig
+from edgezo.config import EVAL_TOKENS, LOSS, PROBED_BLOCKS, QUANTIZED, UNROUNDED, RunConfig
 from edgezo.presets import DIRECTIONS, MASKS, RULES, cannot_anchor, in_span
 from edgezo.shapes import (
     BYTES_PER_WEIGHT,
@@ -81,6 +81,9 @@ HEAP_LEFT = 0.6
 LEAST_PIECE_TOKENS = 1024
 # Padded groups that attend one after the other (packing._GROUP_TOKENS).
 ATTENDING_TOKENS = 4096
+# Keys and values of an evaluation, unless one row alone has more: of so many tokens, or more where there is room. The
+# more rows write at once, the less often the weights are read.
+EVAL_KEPT_TOKENS, MOST_KEPT_TOKENS = 1024, 8192
 # Slots that blocks on disk are read into: one computes or is written back, the other is read into.
 SLOTS = 2
 PAGE_BYTES = 4096
@@ -148,6 +151,7 @@ class Footprint:
     bf16_fast: bool
     base_bytes: int | None  # the process as measured; None: the constant above
     correction_bytes: int = 0  # of a forward, by a measurement
+    kept_tokens: int = EVAL_KEPT_TOKENS  # by an evaluation
 
     elsewhere: ClassVar[str] = "disk"  # where blocks are that do not stay in memory
 
@@ -477,10 +481,37 @@ class Footprint:
         reason = f"hidden states and logits of {scored:,} scored positions, {what}: more than a block takes"
         if scores > 0:
             items.append(Item("scores", scores, reason, "forward"))
+        items += self._kept(micro_batch, compute_bytes)
         if self.correction_bytes:
             reason = "the longest batch, measured, beside what is counted"
             items.append(Item("correction", self.correction_bytes, reason, "forward"))
         return items
+
+    def _kept(self, micro_batch: int, compute_bytes: int) -> list[Item]:
+        """Keys and values of every token that answers are written after (generate.KeyValues)."""
+        tokens, most = self.tokens, self.tokens.written
+        if not most:
+            return []
+        kept = max(self.kept_tokens, tokens.evaluated_prompt + most)
+        what = "of an evaluation"
+        training = self.sides * micro_batch * (tokens.prompt + most)
+        if self.cfg.objective != LOSS and training > kept:
+            kept, what = training, f"of {micro_batch} examples x {self.sides} sides"
+        size = kept * self._kept_token_bytes(compute_bytes)
+        reason = f"{kept:,} tokens {what}, in {self.shape.layers} blocks"
+        return [Item("keys and values", size, reason, "forward")]
+
+    def _kept_token_bytes(self, compute_bytes: int) -> int:
+        """Keys and values of a token. A layer's are copied once where rows have ended."""
+        shape = self.shape
+        return (shape.layers + 1) * (shape.qkv_width - shape.attention_width) * compute_bytes
+
+    def keeping(self, precision: str, spare_bytes: int) -> Footprint:
+        """The same with what an evaluation may keep in memory that is left over."""
+        if not self.tokens.written:
+            return self
+        more = spare_bytes // self._kept_token_bytes(self._compute_bytes(precision))
+        return replace(self, kept_tokens=min(MOST_KEPT_TOKENS, self.kept_tokens + more))
 
     def _noise_tile(self) -> int:
         """Rows of U beside a tile of weights: its bits, fp32 values and what a mask makes of them."""

@@ -12,7 +12,7 @@ import re
 import string
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from edgezo.errors import UsageError
@@ -191,6 +191,9 @@ class Draft:
 
     pieces: tuple[Piece, ...]
     label: int = -1
+    options: tuple[str, ...] = ()  # the texts of a choice
+    answers: tuple[str, ...] = ()  # every right one; () of a label
+    fields: Mapping[str, Any] | None = None  # of its row, where predictions are judged by them
 
 
 class Form(Protocol):
@@ -252,8 +255,31 @@ class CompletionForm:
         if not completion.strip():
             problems.add("empty completion", at=record.where)
             return None
-        text = prompt + seam(prompt, completion) + completion
-        return Draft((Piece(text, ((len(prompt), len(text)),), ends=True),))
+        return Draft((_completed(prompt, completion),), answers=(completion.strip(),))
+
+
+def _completed(prompt: str, completion: str) -> Piece:
+    text = prompt + seam(prompt, completion) + completion
+    return Piece(text, ((len(prompt), len(text)),), ends=True)
+
+
+@dataclass(frozen=True)
+class WrittenForm:
+    """A filled template and an answer in words of its own, which ends; several may be right."""
+
+    template: Template
+    source: str  # the field that a task finds its answers in
+    kind: str = "completion"
+
+    def draft(self, record: Record, problems: Problems) -> Draft | None:
+        if _lacks(record, self.template.names, problems):
+            return None
+        answers, target = record.fields.get("answers"), record.fields.get("completion")
+        if not isinstance(answers, list) or not isinstance(target, str) or not target.strip():
+            problems.add(f"no right answer in the field {self.source!r}", at=record.where)
+            return None
+        prompt = self.template.fill(record.fields)
+        return Draft((_completed(prompt, target),), answers=tuple(answers))
 
 
 @dataclass(frozen=True)
@@ -312,7 +338,9 @@ class MessagesForm:
         ) as error:  # a template is a program of the model's authors: any error can come
             problems.add("the chat template refuses a row", at=f"{record.where}: {error}")
             return None
-        return Draft((Piece(full.rstrip(), tuple(s for s in spans if s[0] < s[1]), bare=True),))
+        spans = [span for span in spans if span[0] < span[1]]
+        answers = (messages[last]["content"].strip(),)
+        return Draft((Piece(full.rstrip(), tuple(spans), bare=True),), answers=answers)
 
     def _render(self, messages: list[Any], **options: Any) -> str:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
@@ -375,13 +403,44 @@ class ChoiceForm:
         prompt = self.labels.draft(record, problems)
         if prompt is None:
             return None
-        text = prompt.pieces[0].text
-        pieces = []
-        for option in self.options:
-            answer = option.fill(record.fields)
-            whole = text + seam(text, answer) + answer
-            pieces.append(Piece(whole, ((len(text), len(whole)),)))
-        return Draft(tuple(pieces), prompt.label)
+        options = tuple(option.fill(record.fields) for option in self.options)
+        return _choice(prompt.pieces[0].text, options, prompt.label)
+
+
+def _choice(text: str, options: tuple[str, ...], label: int) -> Draft:
+    wholes = [text + seam(text, option) + option for option in options]
+    pieces = [Piece(whole, ((len(text), len(whole)),)) for whole in wholes]
+    return Draft(tuple(pieces), label, options)
+
+
+@dataclass(frozen=True)
+class OwnOptionsForm:
+    """A filled template and one of the texts that the row lists, as many as it likes."""
+
+    template: Template
+    options_field: str
+    label_field: str
+    kind: str = "choice"
+
+    def draft(self, record: Record, problems: Problems) -> Draft | None:
+        if _lacks(record, self.template.names, problems):
+            return None
+        options = record.fields.get(self.options_field)
+        if not isinstance(options, list) or not all(isinstance(o, str) for o in options):
+            problems.add(f"field {self.options_field!r} is no list of texts", at=record.where)
+            return None
+        options = tuple(option.strip() for option in options if option.strip())
+        label = record.fields.get(self.label_field)
+        if not isinstance(label, int) or not 0 <= label < len(options):
+            problems.add(
+                f"no right answer is among the texts of {self.options_field!r}", at=record.where
+            )
+            return None
+        answers = record.fields.get("answers")
+        if not isinstance(answers, list):
+            answers = [options[label]]
+        draft = _choice(self.template.fill(record.fields), options, label)
+        return replace(draft, answers=tuple(a for a in answers if isinstance(a, str)))
 
 
 # ----------------------------------------------------------------------------------- recognition
@@ -407,8 +466,10 @@ def ask(
 ) -> Asked:
     """What the user asked for, over what the task says."""
     default_field = label_field == "label"
-    if task and task.options and labels:
+    if task and (task.options or task.own_options) and labels:
         problems.add(f"--task {task.name} has its own candidates in every row: leave out --labels")
+    if task and task.generation and labels:
+        problems.add(f"--task {task.name} has written answers: leave out --labels")
     text = template or (task.template if task else None)
     labels = labels or (task.labels if task else None)
     options = [parse_template(option, problems) for option in task.options] if task else []
@@ -419,6 +480,20 @@ def ask(
         label_field=task.label_field if task and default_field else label_field,
         labelled=bool(text or labels or not default_field),
     )
+
+
+def task_form(task: Task | None, asked: Asked, masked: bool, problems: Problems) -> Form | None:
+    """The form of a task whose rows have neither label words nor the same options; None for others."""
+    if task is None or not (task.generation or task.own_options):
+        return None
+    if masked:
+        problems.add(f"--task {task.name} needs a causal language model")
+    if asked.template is None:  # the user's is not understood
+        problems.raise_any()
+    assert asked.template is not None
+    if task.own_options:
+        return OwnOptionsForm(asked.template, task.own_options, asked.label_field)
+    return WrittenForm(asked.template, task.source)
 
 
 def plain_form(first: Record, asked: Asked, tokenizer: Any) -> Form | None:

@@ -155,6 +155,20 @@ class Heap:
             malloc_trim()
 
     @contextmanager
+    def apart(self, tokens: int) -> Iterator[None]:
+        """What is taken here, in a forward over ``tokens``, outlives it: large blocks get maps of their own."""
+        if (
+            self.reused_tokens is None or tokens > self.reused_tokens
+        ):  # left alone, or mapped anyway
+            yield
+            return
+        allocator_reuse(MAPPED_BYTES)
+        try:
+            yield
+        finally:
+            allocator_reuse()
+
+    @contextmanager
     def updating(self) -> Iterator[None]:
         """Tiles of an update follow, many of one size."""
         if self.reused_tokens is not None:

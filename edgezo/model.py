@@ -48,6 +48,7 @@ from edgezo.rules import RULES
 from edgezo.weights import Saved, Trainable, WeightStore
 
 if TYPE_CHECKING:
+    from edgezo.generate import KeyValues
     from edgezo.loader import ModelFiles
     from edgezo.readers import TensorSource
     from edgezo.residency import Medium
@@ -90,6 +91,7 @@ class Model:
     evaluations: tuple[Evaluation, ...] = TWO_SIDED
     heap: Heap = field(default_factory=Heap)  # where temporaries lie
     most_tokens: int | None = None  # of one side, that should pass at once (Plan.most_tokens)
+    kept_tokens: int = 0  # by rows that write at once in an evaluation (Plan.kept_tokens)
     label_rows: np.ndarray | None = None  # rows that every example of a tied label task touches
     frozen: list[str] = field(default_factory=list)
     taps: Taps | None = None  # what is looked at of a forward
@@ -130,35 +132,80 @@ class Model:
         With a probe ``sides`` are the evaluations: the + side of every row, then the - side. ``learn``: see
         ``Scorer``.
         """
-        device, at = self.context.device, batch.score_index
-        plan = packing.Packing.of(batch.lengths * sides, device)
-        ids = batch.ids.repeat(sides)[None].to(device)
-        index = torch.cat([at + side * len(batch.ids) for side in range(sides)]).to(device)
-        positions = (plan.positions() + self.position_offset)[None].to(device)
-        self.context.probe = probe
-        if self.readout is not None:
-            self.readout.taps.index = index
-        if self.taps is not None:
-            self.taps.index = index
-        self.heap.expect(len(batch.ids) * sides)
+        at = batch.score_index
+        index = torch.cat([at + side * len(batch.ids) for side in range(sides)])
         try:
-            with packing.packed(plan):
-                hidden = self.module.base_model(  # type: ignore[operator]
-                    input_ids=ids, position_ids=positions, **self._extra()
-                )[0][0]
+            ids = batch.ids.repeat(sides)
+            hidden, probe = self._states(ids, batch.lengths * sides, index, probe)
             if self.readout is not None:
                 losses, predicted = self.readout(batch.labels, sides)
-                return losses.cpu(), predicted.cpu()
-            if probe is not None:
-                # From here on an operation's tokens are the scored positions (RoBERTa's head has linears too).
-                self.context.probe = probe = probe.at(index)
-            if self.scorer.kind != "label":
-                self.heap.give_back()
-            hidden = self.module.lm_head(hidden[index])  # type: ignore[operator]
-            losses, predicted = self.scorer(hidden, batch, probe, sides, learn)
+            else:
+                losses, predicted = self.scorer(hidden, batch, probe, sides, learn)
             return losses.cpu(), predicted.cpu()
         finally:
             self.context.probe = None
+
+    @torch.no_grad()
+    def next_tokens(
+        self,
+        batch: Batch,
+        kept: KeyValues,
+        probe: Probe | None = None,
+        *,
+        sides: int = 1,
+        ids: Tensor | None = None,
+    ) -> Tensor:
+        """The token that each side of each row of a batch goes on with, (sides, R) int64 on the CPU.
+
+        Rows begin where ``kept`` says that they stand, which takes them in. ``ids`` (sides*N,) are the tokens where
+        sides differ in them.
+        """
+        ids = batch.ids.repeat(sides) if ids is None else ids
+        lengths = batch.lengths * sides
+        try:
+            index = torch.tensor(lengths).cumsum(0) - 1
+            hidden, probe = self._states(ids, lengths, index, probe, kept)
+            found = self.scorer.next_tokens(hidden, probe).cpu()
+        finally:
+            self.context.probe = None
+        kept.took()
+        return found.view(sides, -1)
+
+    def _states(
+        self,
+        ids: Tensor,
+        lengths: tuple[int, ...],
+        index: Tensor,
+        probe: Probe | None,
+        kept: KeyValues | None = None,
+    ) -> tuple[Tensor, Probe | None]:
+        """What the head reads at the packed positions ``index`` (P,), (P, d), and the probe of those.
+
+        ``ids`` (n,) are the tokens of rows of ``lengths``, all sides.
+        """
+        device = self.context.device
+        plan = packing.Packing.of(lengths, device)
+        positions = plan.positions() + self.position_offset
+        if kept is not None:
+            positions += kept.first_positions().repeat_interleave(torch.tensor(lengths))
+        self.context.probe = probe
+        self.heap.expect(len(ids))
+        index = index.to(device)
+        for taps in (self.taps, None if self.readout is None else self.readout.taps):
+            if taps is not None:
+                taps.index = index
+        with packing.packed(plan, kept):
+            hidden = self.module.base_model(  # type: ignore[operator]
+                input_ids=ids[None].to(device),
+                position_ids=positions[None].to(device),
+                **self._extra(),
+            )[0][0]
+        if probe is not None:
+            # From here on an operation's tokens are the scored positions (RoBERTa's head has linears too).
+            self.context.probe = probe = probe.at(index)
+        if self.scorer.kind != "label" and len(ids) > len(lengths):
+            self.heap.give_back()
+        return self.module.lm_head(hidden[index]), probe  # type: ignore[operator]
 
     def _extra(self) -> dict[str, object]:
         return {} if self.masked else {"use_cache": False}

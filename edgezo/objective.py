@@ -97,27 +97,12 @@ class Scorer:
         self, hidden: Tensor, ids: Tensor, probe: Probe | None
     ) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
         """Two passes over vocabulary tiles: negative log-likelihoods (m,), then the head's weighted gradient."""
-        features = self.exact.features(hidden) if self.exact is not None else None
+        features = self._features(hidden)
         lse = torch.full((len(hidden),), float("-inf"), device=hidden.device)
         target = torch.zeros(len(hidden), device=hidden.device)
 
-        def pieces() -> Iterator[tuple[slice, slice, Tensor]]:
-            vocab, d = self.head.matrix.layout.shape
-            step = max(1, _CHUNK_BYTES // (4 * d))
-            part = max(1, _CHUNK_BYTES // (4 * min(step, vocab)))
-            for start in range(0, vocab, step):
-                rows = slice(start, min(start + step, vocab))
-                for first in range(0, len(hidden), part):
-                    chunk = slice(first, min(first + part, len(hidden)))
-                    at = torch.arange(chunk.start, chunk.stop, device=hidden.device)
-                    own = None if probe is None else probe.at(at)
-                    logits = self.head.logits(hidden[chunk], rows, own).float()
-                    if features is not None and self.exact is not None:
-                        logits = logits.addmm(features[chunk], self.exact.delta[rows].T)
-                    yield rows, chunk, self._cap(logits)
-
         def nll() -> Tensor:
-            for rows, chunk, logits in pieces():
+            for rows, chunk, logits in self._pieces(hidden, features, probe):
                 lse[chunk] = torch.logaddexp(lse[chunk], torch.logsumexp(logits, -1))
                 own = ids[chunk] - rows.start
                 inside = (own >= 0) & (own < logits.shape[1])
@@ -128,7 +113,7 @@ class Scorer:
         def gradient(weight: Tensor) -> None:
             assert self.exact is not None and features is not None
             weight = torch.where(torch.isfinite(lse - target), weight, 0.0)
-            for rows, chunk, logits in pieces():
+            for rows, chunk, logits in self._pieces(hidden, features, probe):
                 error = torch.exp(logits - lse[chunk][:, None])
                 own = ids[chunk] - rows.start
                 inside = ((own >= 0) & (own < logits.shape[1])).nonzero()[:, 0]
@@ -137,6 +122,39 @@ class Scorer:
                 self.exact.learn(rows, error, features[chunk])
 
         return nll, gradient
+
+    def next_tokens(self, hidden: Tensor, probe: Probe | None) -> Tensor:
+        """The most likely token after each of (n, d) states, (n,) int64; of equal ones the first."""
+        features = self._features(hidden)
+        best = torch.full((len(hidden),), float("-inf"), device=hidden.device)
+        found = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+        for rows, chunk, logits in self._pieces(hidden, features, probe):
+            value, place = logits.max(-1)
+            better = value > best[chunk]
+            found[chunk] = torch.where(better, place + rows.start, found[chunk])
+            best[chunk] = torch.where(better, value, best[chunk])
+        return found
+
+    def _features(self, hidden: Tensor) -> Tensor | None:
+        return self.exact.features(hidden) if self.exact is not None else None
+
+    def _pieces(
+        self, hidden: Tensor, features: Tensor | None, probe: Probe | None
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Rows of the vocabulary, some of the states, and the logits of those, fp32."""
+        vocab, d = self.head.matrix.layout.shape
+        step = max(1, _CHUNK_BYTES // (4 * d))
+        part = max(1, _CHUNK_BYTES // (4 * min(step, vocab)))
+        for start in range(0, vocab, step):
+            rows = slice(start, min(start + step, vocab))
+            for first in range(0, len(hidden), part):
+                chunk = slice(first, min(first + part, len(hidden)))
+                at = torch.arange(chunk.start, chunk.stop, device=hidden.device)
+                own = None if probe is None else probe.at(at)
+                logits = self.head.logits(hidden[chunk], rows, own).float()
+                if features is not None and self.exact is not None:
+                    logits = logits.addmm(features[chunk], self.exact.delta[rows].T)
+                yield rows, chunk, self._cap(logits)
 
     def _cap(self, logits: Tensor) -> Tensor:
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap

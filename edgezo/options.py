@@ -24,6 +24,15 @@ DATA = (
     ("held_out", "SHARE", "Evaluate on this share of the training rows, held out of training."),
     ("seed", "N", "Of the data order, the directions and the low-rank basis.  [default: 0]"),
 )
+PREDICTIONS = (
+    (
+        "objective",
+        "NAME",
+        "What is learned: loss; or, of predictions, accuracy, exact-match, token-f1, numeric-match or "
+        "module:function, (prediction, row) -> float.  [default: loss]",
+    ),
+    ("max_new_tokens", "N", "Of an answer that the model writes.  [default: as the task says]"),
+)
 MEMORY = (
     (
         "max_mem_bytes",

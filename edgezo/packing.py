@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -76,13 +77,28 @@ def _group(
     return Group(index, valid.to(device), (row, column), bool(valid.all()))
 
 
-_current: ContextVar[Packing] = ContextVar("packing")
+class Kept(Protocol):
+    """Keys and values that later forwards attend to (generate.KeyValues)."""
+
+    def store(self, module: nn.Module, key: Tensor, value: Tensor) -> None: ...
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor | None: ...
+
+
+_current: ContextVar[tuple[Packing, Kept | None]] = ContextVar("packing")
 
 
 @contextmanager
-def packed(packing: Packing) -> Iterator[None]:
-    """Attention inside this context follows ``packing``."""
-    token = _current.set(packing)
+def packed(packing: Packing, kept: Kept | None = None) -> Iterator[None]:
+    """Attention inside this context follows ``packing``; and what ``kept`` holds, where rows go on."""
+    token = _current.set((packing, kept))
     try:
         yield
     finally:
@@ -105,8 +121,14 @@ def packed_attention(
     """Attention within rows; (1, n, heads, head_dim) and no weights, as transformers' interface asks."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # (n, heads, head_dim)
+    packing, kept = _current.get()
+    if kept is not None:
+        kept.store(module, k, v)
+        continued = kept.attend(module, q, scaling, sliding_window, softcap)
+        if continued is not None:
+            return continued[None], None
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    for group in _current.get().groups:
+    for group in packing.groups:
         # (R, heads, T, head_dim) each
         in_rows = [_rows_of(part, group).transpose(1, 2) for part in (q, k, v)]
         found = _attend(in_rows, group, bool(causal), scaling, sliding_window, softcap)

@@ -212,11 +212,11 @@ class Context:
     def note_touched(self, ids: Tensor, offset: int) -> None:
         """Remember which rows of an embedding table each example used."""
         assert self.probe is not None
-        once = ids[: len(ids) // len(self.probe.signs)].cpu()  # all parts read the same rows
-        slot = torch.zeros_like(once)
+        ids = ids.cpu()  # of all parts: what they write themselves differs
+        slot = torch.zeros_like(ids)
         if self.probe.owners:
-            slot = torch.tensor(self.probe.owners)[self.probe.example[: len(once)].cpu()]
-        self.touched.append((slot.numpy(), once.numpy() + offset))
+            slot = torch.tensor(self.probe.owners)[self.probe.example.cpu()]
+        self.touched.append((slot.numpy(), ids.numpy() + offset))
 
 
 @dataclass

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgezo.budget import budget, choose_device, default_budget, mb
-from edgezo.config import RunConfig
+from edgezo.config import LOSS, RunConfig
 from edgezo.errors import DoesNotFit
 from edgezo.footprint import (
     ACTIVATIONS,
@@ -88,6 +88,7 @@ class Plan:
     most_tokens: int | None  # of one side, in a piece of a micro-batch; None: it is whole
     blocks_in_host: int = 0  # the last ones, on a GPU that has no room for them
     host_bytes: int = 0  # what those take of the RAM
+    kept_tokens: int = 0  # whose keys and values an evaluation keeps at once
 
     @property
     def residency(self) -> str:
@@ -213,6 +214,7 @@ def make_plan(
             smallest_bytes,
             footprint.items(*chosen),
         )
+    roomy = footprint.keeping(precision, cap - footprint.peak_bytes(*chosen))
     on_disk = away if footprint.elsewhere == "disk" else 0
     compute, compute_reason = footprint.compute_dtype(precision)
     rounding, rounding_reason = rounding_of(cfg, precision)
@@ -246,7 +248,7 @@ def make_plan(
         micro_batch=micro_batch,
         trained=trained,
         frozen=frozen,
-        items=footprint.items(*chosen),
+        items=roomy.items(*chosen),
         decisions=tuple(decisions),
         smallest_bytes=smallest_bytes,
         smallest_flags=_flags(_best_within(footprint, smallest_bytes), footprint.elsewhere),
@@ -257,6 +259,7 @@ def make_plan(
         most_tokens=footprint.most_tokens(precision),
         blocks_in_host=away - on_disk,
         host_bytes=host_bytes,
+        kept_tokens=roomy.kept_tokens,
     )
 
 
@@ -286,6 +289,8 @@ def _step_s(footprint: Footprint, machine: Machine, chosen: Option, batch_size: 
         # The whole vocabulary is scored, once more for the exact head's gradient.
         passes = 2 if "head" in cfg.train else 1
         operations += passes * shape.tables[0].numel * min(tokens.scored, length)
+    if cfg.objective != LOSS:
+        operations += (shape.elements + shape.tables[0].numel) * tokens.written
     if isinstance(footprint, CudaFootprint):
         passes = math.ceil(batch_size / chosen.micro_batch)
         copied = passes * _moved_bytes(footprint, chosen)

@@ -258,6 +258,9 @@ def verdict(summary: Mapping[str, Any]) -> RenderableType:
     if after:
         start = f"{before['value']:.4f} -> " if before else ""
         table.add_row(str(after["metric"]), f"{start}{after['value']:.4f}  ({after['n']} rows)")
+        for name, value in _further(after).items():
+            start = f"{before[name]:.4f} -> " if before and name in before else ""
+            table.add_row(name, f"{start}{value:.4f}")
     if _has(summary, "loss_first", "loss_last"):
         losses = f"{summary['loss_first']:.4f} -> {summary['loss_last']:.4f}"
         table.add_row("training loss", f"{losses}  ({summary.get('steps', '?')} steps)")
@@ -303,8 +306,18 @@ def peaks_line(summary: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+# Figures that an evaluation may have beside its metric.
+MEASURED = ("accuracy", "f1", "exact_match", "numeric_match", "objective")
+
+
 def evaluation_line(result: Mapping[str, Any]) -> str:
-    return f"{result['metric']} {result['value']:.4f} on {result['n']} validation rows"
+    further = "".join(f", {name} {value:.4f}" for name, value in _further(result).items())
+    return f"{result['metric']} {result['value']:.4f} on {result['n']} validation rows{further}"
+
+
+def _further(result: Mapping[str, Any]) -> dict[str, float]:
+    """What an evaluation found beside its metric, in the order of MEASURED."""
+    return {n: result[n] for n in MEASURED if n in result and n != result["metric"]}
 
 
 def models_table(cards: Iterable[Card]) -> RenderableType:

@@ -234,6 +234,8 @@ def data_hash(examples: Sequence[Example]) -> str:
     for example in examples:
         rows = [[list(r.ids), list(r.score_at), list(r.score_ids)] for r in example.rows]
         digest.update(json.dumps([rows, example.label]).encode())
+        if example.fields is not None:  # what its predictions are scored by
+            digest.update(json.dumps(example.fields, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 

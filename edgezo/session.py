@@ -11,13 +11,14 @@ import torch
 
 from edgezo import cards, loader
 from edgezo.budget import budget, mb
-from edgezo.config import RunConfig
+from edgezo.config import LOSS, RunConfig
 from edgezo.data import DataRequest, Dataset, collate, evaluation_batches, load_dataset
 from edgezo.device import Memory, ProcessMemory, open_memory
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.estimators import TWO_SIDED, Estimator, Recipe
 from edgezo.host import HostMedium
 from edgezo.journal import Journal, StepRecord
+from edgezo.judge import Judge
 from edgezo.layouts import DENSE_DTYPES
 from edgezo.machine import Machine
 from edgezo.memory import Heap, allocator_reuse, malloc_trim
@@ -44,6 +45,7 @@ class Opened:
     plan: Plan | None = None  # once settled
     memory: Memory = field(default_factory=ProcessMemory)  # once loaded: where the cap is
     finetuner: Finetuner | None = None  # of training with --mask block
+    judge: Judge | None = None  # where predictions are written or scored
 
 
 def open_request(cfg: RunConfig) -> Opened:
@@ -52,7 +54,10 @@ def open_request(cfg: RunConfig) -> Opened:
     loader.model_class(files)  # its code is part of the process that a plan starts from
     tokenizer = loader.load_tokenizer(files.path)
     dataset = read_data(cfg, files, tokenizer)
-    opened = Opened(_for_kind(cfg, dataset.kind), files, tokenizer, dataset)
+    cfg = _for_kind(cfg, dataset.kind)
+    opened = Opened(cfg, files, tokenizer, dataset)
+    if cfg.objective != LOSS or dataset.generation is not None or dataset.report is not None:
+        opened.judge = Judge.of(cfg, dataset, tokenizer, _end_ids(files))
     malloc_trim()  # what parsing has left in the heap is no part of the process that a plan starts from
     return opened
 
@@ -82,6 +87,8 @@ def read_data(cfg: RunConfig, files: ModelFiles, tokenizer: Any) -> Dataset:
         eval_limit=cfg.eval_limit,
         held_out=cfg.held_out,
         seed=cfg.seed,
+        judged=cfg.objective != LOSS,
+        max_new_tokens=cfg.max_new_tokens,
     )
     dataset = load_dataset(request, tokenizer, masked=files.kind == "masked")
     examples = (*dataset.train, *dataset.validation)
@@ -91,7 +98,20 @@ def read_data(cfg: RunConfig, files: ModelFiles, tokenizer: Any) -> Dataset:
             f"the tokenizer of {files.path} gives the token {max(used)}, but the model has only "
             f"{files.shape.vocab} words.\nThe two do not belong together: fetch the model again."
         )
+    if dataset.generation is not None:
+        longest = max(len(e.prompt) for e in examples) + dataset.generation.most
+        if 0 < files.shape.positions < longest:
+            raise UsageError(
+                f"a prompt and its answer may have {longest} tokens, but {files.path} knows "
+                f"{files.shape.max_positions} positions: give a smaller --max-length or --max-new-tokens"
+            )
     return dataset
+
+
+def _end_ids(files: ModelFiles) -> list[int]:
+    """Tokens that end a text by the model's configuration."""
+    found = getattr(files.config, "eos_token_id", None)
+    return list(found) if isinstance(found, list) else [] if found is None else [int(found)]
 
 
 def settle(opened: Opened, machine: Machine, base_bytes: int, correction_bytes: int = 0) -> Plan:
@@ -194,7 +214,7 @@ def load_model(opened: Opened, machine: Machine, overlay: Overlay | None = None)
     with opened.memory.short("loading"):
         model = assemble(opened.files, spec)
     malloc_trim()
-    model.most_tokens = plan.most_tokens
+    model.most_tokens, model.kept_tokens = plan.most_tokens, plan.kept_tokens
     if device.type == "cpu":
         model.heap = Heap(plan.reused_tokens, plan.maps)
     else:
@@ -266,17 +286,30 @@ def replay_into(model: Model, stop: int) -> None:
 
 
 @phase("eval")
-def evaluate_model(model: Model, dataset: Dataset) -> dict[str, Any]:
-    """Metric over the validation rows: accuracy where there is a right answer, else the mean loss."""
+def evaluate_model(model: Model, dataset: Dataset, judge: Judge | None = None) -> dict[str, Any]:
+    """Metric over the validation rows: accuracy where there is a right answer, else the mean loss.
+
+    A judge gives its own: the first of its figures is the metric, the others go by their names.
+    """
     examples = dataset.validation
     total_loss, right = 0.0, 0
+    chosen = [0] * len(examples)
     for batch in evaluation_batches(examples):
         packed = collate([examples[i] for i in batch], range(len(batch)))
         losses, predicted = model.losses(packed)
         total_loss += float(losses.double().sum())
         right += int((predicted[0] == packed.labels).sum())
+        for i, option in zip(batch, predicted[0].tolist(), strict=True):
+            chosen[i] = option
     n = len(examples)
     loss = total_loss / n if n else float("nan")
+    figures = {"loss": loss}
     if dataset.kind in ("label", "choice"):
-        return {"metric": "accuracy", "value": right / n if n else 0.0, "n": n, "loss": loss}
-    return {"metric": "loss", "value": loss, "n": n, "loss": loss}
+        figures = {"accuracy": right / n if n else 0.0}
+    if judge is not None:
+        found = judge.evaluate(model, chosen)
+        own = judge.writes or dataset.report is not None
+        figures = found if own else {**figures, **found}
+    metric, value = next(iter(figures.items()))
+    others = {k: v for k, v in figures.items() if k != metric or k == "objective"}
+    return {"metric": metric, "value": value, "n": n, "loss": loss, **others}

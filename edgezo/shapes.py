@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgezo.config import RunConfig
+from edgezo.tasks import TASKS
 
 if TYPE_CHECKING:
     from edgezo.cards import Shape
@@ -142,6 +143,10 @@ class TokenStats:
     mean: float = 0.0  # tokens of an example; 0: as the longest
     known: bool = True  # False: assumed, because no data was given
     evaluated: int = 0  # tokens of the longest to evaluate on
+    # Of answers that the model writes: tokens at most (0: it writes none), and of the longest prompts that they follow.
+    written: int = 0
+    prompt: int = 0
+    evaluated_prompt: int = 0
     examples: int | None = None  # to train on; None: not known
 
     @staticmethod
@@ -149,6 +154,7 @@ class TokenStats:
         """Measured on every example, training and validation."""
         examples = [*dataset.train, *dataset.validation]
         scored = max((sum(len(row.score_at) for row in e.rows) for e in examples), default=1)
+        writes = dataset.generation
         tokens = sorted((sum(len(row.ids) for row in e.rows) for e in dataset.train), reverse=True)
         return TokenStats(
             kind=dataset.kind,
@@ -157,6 +163,11 @@ class TokenStats:
             label_words=len(dataset.label_ids),
             mean=sum(tokens) / max(1, len(tokens)),
             evaluated=max((sum(len(r.ids) for r in e.rows) for e in dataset.validation), default=0),
+            written=writes.most if writes else 0,
+            prompt=max((len(e.prompt) for e in dataset.train), default=0) if writes else 0,
+            evaluated_prompt=max((len(e.prompt) for e in dataset.validation), default=0)
+            if writes
+            else 0,
             examples=len(dataset.train),
         )
 
@@ -164,6 +175,10 @@ class TokenStats:
     def assumed(cfg: RunConfig) -> TokenStats:
         """Without data: every row as long as --max-length allows."""
         n = cfg.max_length
+        task = TASKS.get(cfg.task or "")
+        if task is not None and task.generation is not None:
+            most = cfg.max_new_tokens or task.generation.most
+            return TokenStats("completion", (n,), n, 0, 0.0, False, n, most, n, n)
         if cfg.task is not None or cfg.labels is not None:
             return TokenStats("label", (n,), 1, UNKNOWN_LABEL_WORDS, known=False)
         return TokenStats("text", (n,), n, 0, known=False)

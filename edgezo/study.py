@@ -262,7 +262,7 @@ def _best(
             return -float("inf"), -float("inf")
         loss = statistics.fmean(t["loss"] for t in own)
         value = statistics.fmean(t["value"] for t in own)
-        return (value if own[0]["metric"] == "accuracy" else -loss), -loss
+        return (-loss if own[0]["metric"] == "loss" else value), -loss
 
     best = max(points, key=quality)
     varied = {

@@ -6,12 +6,23 @@ their leading space) of GPT-2 style vocabularies such as SmolLM2's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from edgezo import metrics
+from edgezo.metrics import Report
 
 EXAMPLE_FOLDER = Path(__file__).parent / "example"
+
+
+class Generation(NamedTuple):
+    """How a model writes an answer: greedily, to the end token, one of ``stop``, or ``most`` tokens."""
+
+    most: int
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -19,8 +30,11 @@ class Task:
     """How the rows of one labelled data set become prompts.
 
     ``labels`` is written as for ``--labels``. A task with ``options`` has candidate texts of its
-    own in every row (templates, in label order) and no label words. ``prepare`` maps a row to the
-    fields that the templates name.
+    own in every row (templates, in label order) and no label words; one with ``own_options`` has a
+    list of them in that field, as many as a row likes. One with ``generation`` has answers that are
+    written: the target is the field ``completion``. ``prepare`` maps a row to the fields that are
+    named here and in the templates; where it gives ``answers``, all of them are right. ``source``
+    is the field that it takes them from. ``report`` gives the figures of an evaluation.
     """
 
     name: str
@@ -30,6 +44,10 @@ class Task:
     label_field: str = "label"
     options: tuple[str, ...] = ()
     prepare: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    own_options: str | None = None
+    generation: Generation | None = None
+    source: str = "answers"
+    report: Report | None = None
 
 
 # Words that open a COPA sentence and lose their capital inside one; names and "I" keep theirs.
@@ -53,6 +71,47 @@ def _copa(row: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(choice, str) and choice.split(" ", 1)[0].lower() in _OPENERS:
             fields[name] = choice[0].lower() + choice[1:]
     return fields
+
+
+def _record(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The entities once each, and which of them is the first right one; highlights become sentences."""
+    fields = dict(row)
+    if isinstance(passage := row.get("passage"), str):
+        passage = re.sub(r"([.?!\"'])\n@highlight\n", r"\1 ", passage)
+        fields["passage"] = passage.replace("\n@highlight\n", ". ")
+    entities, answers = row.get("entities"), row.get("answers")
+    if isinstance(entities, list) and isinstance(answers, list):
+        entities = list(dict.fromkeys(e for e in entities if isinstance(e, str)))
+        right = [entities.index(a) for a in answers if a in entities]
+        fields |= {"entities": entities} | ({"label": right[0]} if right else {})
+    return fields
+
+
+def _texts(found: Any) -> list[str]:
+    """The texts of a list, stripped; [] of anything else."""
+    return [t.strip() for t in found if isinstance(t, str)] if isinstance(found, list) else []
+
+
+def _written(answers: list[str], fields: dict[str, Any]) -> dict[str, Any]:
+    return fields | ({"answers": answers, "completion": answers[0]} if answers else {})
+
+
+def _squad(row: Mapping[str, Any]) -> dict[str, Any]:
+    answers = row.get("answers")
+    return _written(_texts(answers.get("text")) if isinstance(answers, dict) else [], dict(row))
+
+
+def _drop(row: Mapping[str, Any]) -> dict[str, Any]:
+    spans = row.get("answers_spans")
+    return _written(_texts(spans.get("spans")) if isinstance(spans, dict) else [], dict(row))
+
+
+def _gsm8k(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The target is the solution with its steps; right is whatever ends in its number."""
+    answer = row.get("answer")
+    if not isinstance(answer, str) or metrics.final_number(answer) is None:
+        return dict(row)
+    return {**row, "answers": [str(metrics.final_number(answer))], "completion": answer.strip()}
 
 
 _TASKS = (
@@ -124,6 +183,49 @@ _TASKS = (
         "{sentence1}\n{sentence2}\n"
         "Question: does the word {word} mean the same in both? Yes or no?\nAnswer:",
         "0=no,1=yes",
+    ),
+    Task(
+        "multirc",
+        "is an answer to a question about a passage right?",
+        "{paragraph}\nQuestion: {question}\nIs the answer {answer} right? Yes or no?\nAnswer:",
+        "0=no,1=yes",
+        report=metrics.answers_f1("yes"),
+    ),
+    Task(
+        "record",
+        "who or what is left out of a sentence about a passage",
+        '{passage}\n{query}\nQuestion: what is "@placeholder"?\nAnswer:',
+        own_options="entities",
+        prepare=_record,
+        report=metrics.means(
+            accuracy=metrics.chosen, f1=metrics.token_f1, exact_match=metrics.exact_match
+        ),
+    ),
+    Task(
+        "squad",
+        "questions about a passage, answered in its words",
+        "{context}\nQuestion: {question}\nAnswer:",
+        prepare=_squad,
+        generation=Generation(24, ("\n",)),
+        report=metrics.means(f1=metrics.token_f1, exact_match=metrics.exact_match),
+    ),
+    Task(
+        "drop",
+        "questions about a passage that take counting and comparing",
+        "{passage}\nQuestion: {question}\nAnswer:",
+        prepare=_drop,
+        generation=Generation(16, ("\n",)),
+        source="answers_spans",
+        report=metrics.means(f1=metrics.drop_f1, exact_match=metrics.drop_exact_match),
+    ),
+    Task(
+        "gsm8k",
+        "school mathematics, solved step by step",
+        "Question: {question}\nAnswer:",
+        prepare=_gsm8k,
+        generation=Generation(256, ("\nQuestion:",)),
+        source="answer",
+        report=metrics.means(numeric_match=metrics.numeric_match),
     ),
     Task(
         "example",

@@ -13,13 +13,13 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -65,6 +65,9 @@ from edgezo.session import (
 )
 from edgezo.shapes import TokenStats
 from edgezo.weights import saved_sha256
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Result = TypeVar("Result")
 
@@ -352,15 +355,14 @@ class Training:
         losses = np.full((kept, len(group)), np.nan, np.float32)
         learn = 1.0 / (sides * len(group)) if model.exact is not None else 0.0
         try:
-            for batch in pieces(group, cfg.micro_batch, model.most_tokens):
+            for batch in pieces(group, cfg.micro_batch, self._most_tokens):
                 self.check_room("the next micro-batch")
-                probe = model.probe(batch, Key(cfg.seed, step), cfg.sigma) if self.probing else None
                 with phase("forward"), self.memory.short("a micro-batch"):
-                    found, _ = model.losses(batch, probe, sides=sides, learn=learn)
+                    found = self._losses(batch, group, step, learn)
                     losses[: sides if compared else kept, batch.slots] = found.numpy()
                     if compared:
                         with model.store.at_anchor():
-                            losses[sides:, batch.slots] = model.losses(batch, probe, sides=sides)[0]
+                            losses[sides:, batch.slots] = self._losses(batch, group, step).numpy()
         except BaseException:
             model.store.take_guides(learn=False)
             if model.exact is not None:
@@ -382,6 +384,31 @@ class Training:
         if model.needs_snapshots and (step + 1) % cfg.snapshot_every == 0:
             self._save(step + 1)
         return record
+
+    def _losses(
+        self, batch: Batch, group: Sequence[Example], step: int, learn: float = 0.0
+    ) -> Tensor:
+        """Of each side and example of a micro-batch, (sides, b): the model's own, or minus the objective."""
+        judge, sides = self.opened.judge, self.sides
+        probe = partial(self.model.probe, key=Key(self.cfg.seed, step), sigma=self.cfg.sigma)
+        if judge is not None and judge.score is not None:
+            examples = [group[slot] for slot in batch.slots]
+            return judge.losses(self.model, batch, examples, probe, sides)
+        found, _ = self.model.losses(
+            batch, probe(batch) if self.probing else None, sides=sides, learn=learn
+        )
+        return found
+
+    @property
+    def writes(self) -> bool:
+        """Whether a step writes answers: its micro-batches are whole, for the prompts pass in pieces."""
+        judge = self.opened.judge
+        return judge is not None and judge.score is not None and judge.writes
+
+    @property
+    def _most_tokens(self) -> int | None:
+        """Of one side, that a micro-batch is split into pieces of."""
+        return None if self.writes else self.model.most_tokens
 
     def _anchor_credit(self, step: int) -> float:
         """The mean credit of the anchor that ``step`` is compared with; 0 of an anchor itself."""
@@ -410,8 +437,8 @@ class Training:
         return forward_bytes * self._at_once(micro_batch) // self._at_once(self.plan.micro_batch)
 
     def _at_once(self, micro_batch: int) -> int:
-        """Tokens of one side that such a micro-batch passes at once, at most."""
-        return self._tokens.at_once(micro_batch, self.model.most_tokens)
+        """Tokens of one side that such a micro-batch passes, or keeps, at once, at most."""
+        return self._tokens.at_once(micro_batch, self._most_tokens)
 
     @cached_property
     def _tokens(self) -> TokenStats:
@@ -558,10 +585,20 @@ class Training:
         )
         with phase("forward"), self.memory.short("the longest micro-batch"):
             self.model.losses(batch, probe, sides=self.sides)
+            if self.writes:
+                self._write_longest()
         self.model.take_touched(len(slots))
         self.model.store.take_guides(learn=False)
         self.memory.look_again()
         self.guard.check(item="training")
+
+    def _write_longest(self) -> None:
+        """Let the micro-batch with the longest prompts write once, under the first probe."""
+        judge, cfg = self.opened.judge, self.cfg
+        assert judge is not None and cfg.micro_batch is not None
+        longest = sorted(self.examples, key=lambda example: -len(example.prompt))[: cfg.micro_batch]
+        probe = partial(self.model.probe, key=Key(cfg.seed, 0), sigma=cfg.sigma)
+        judge.write(self.model, longest, probe, self.sides, None, self.model.most_tokens)
 
     def _guard(self) -> None:
         self.guard = Guard(
@@ -580,6 +617,7 @@ class Training:
             return False
         self.plan, self.cfg = plan, self.opened.cfg
         self.model.heap = replace(self.model.heap, trims=plan.maps)
+        self.model.kept_tokens = plan.kept_tokens
         atomic_write(self.run.plan, to_json(plan.to_dict()).encode())
         atomic_write(self.run.config, self.cfg.to_toml().encode())
         self._guard()
@@ -591,7 +629,7 @@ class Training:
         if (when, step) not in self.log.evaluations:
             self.memory.trim()  # its batches have other sizes, and would not fit in the holes of a step's
             with self.memory.short("an evaluation"):
-                found = evaluate_model(self.model, self.opened.dataset)
+                found = evaluate_model(self.model, self.opened.dataset, self.opened.judge)
             self.memory.trim()
             self.log.write({"step": step, "eval": when, **found})
         return self.log.evaluations[when, step]
@@ -634,6 +672,7 @@ class Training:
             "mask": cfg.mask,
             "credit": cfg.credit,
             "rule": cfg.rule,
+            "objective": cfg.objective,
             "trained": "+".join(part for part in cfg.train if part != unused),
             "precision": cfg.precision,
             "steps": steps,

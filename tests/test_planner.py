@@ -126,7 +126,9 @@ def test_lengths_of_the_data_bound_the_longest_micro_batch():
     assert SST2.longest(100) == sum(SST2.tokens) + 36 * 70
     rows = SimpleNamespace(ids=(1, 2, 3), score_at=(2,))
     example = SimpleNamespace(rows=(rows, rows), label=0)
-    data = SimpleNamespace(kind="choice", train=(example,), validation=(), label_ids=())
+    data = SimpleNamespace(
+        kind="choice", train=(example,), validation=(), label_ids=(), generation=None
+    )
     assert TokenStats.of(data) == TokenStats("choice", (6,), 2, 0, 6.0, examples=1)
 
 
