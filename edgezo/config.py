@@ -22,8 +22,13 @@ import tomli_w
 
 from edgezo.errors import UsageError
 from edgezo.presets import (
+    AUTO,
+    BACKWARD_PASSES,
     CREDITS,
     DIRECTIONS,
+    ESTIMATORS,
+    EXACT,
+    FIRST_ORDER,
     MASKS,
     PRESETS,
     RULES,
@@ -34,7 +39,7 @@ from edgezo.presets import (
     refusals,
 )
 
-TRAINABLE = ("lowrank", "full", "norms", "scales", "head")
+TRAINABLE = ("lowrank", "full", "norms", "scales", "head", "lora")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 QUANTIZED = ("int8", "int4")
 UNROUNDED = {"fp32": "updates are exact there", "int4": "nothing is rounded there"}
@@ -85,7 +90,7 @@ FIELDS: dict[str, Field] = {
     "max_mem_bytes": Field("bytes", low=1),
     "steps": Field("int", low=1, high=10_000_000),
     "for_s": Field("duration", low=0, open_low=True),
-    "estimator": Field("choice", "grzo", choices=tuple(PRESETS)),
+    "estimator": Field("choice", "grzo", choices=(*ESTIMATORS, AUTO)),
     "directions": Field("choice", choices=tuple(DIRECTIONS)),
     "mask": Field("choice", choices=tuple(MASKS)),
     "credit": Field("choice", choices=tuple(CREDITS)),
@@ -144,7 +149,7 @@ class RunConfig:
     rounding: str | None
     residency: str | None
     device: str
-    rank: int  # of the factors of --train lowrank, and of low-rank directions
+    rank: int  # of the factors of --train lowrank and lora, and of low-rank directions
     keep: float  # share of the weights or blocks that a mask leaves
     refresh: int  # steps between two bases of low-rank directions, or two anchors
     candidates: int  # directions of credit candidates
@@ -167,16 +172,33 @@ class RunConfig:
     out: str | None
 
     @property
+    def first_order(self) -> bool:
+        """Whether a step has a backward pass."""
+        return "lora" in self.train
+
+    @property
+    def probing(self) -> bool:
+        """Whether anything is trained along what is probed."""
+        return not EXACT.issuperset(self.train)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Of the parts that are trained by their own gradient."""
+        return {"head": self.head_lr, "lora": self.step}
+
+    @property
     def passes(self) -> int:
         """Forwards over an example in a step, all in one pass: the exact head alone needs one."""
-        if self.train == ("head",):
+        if not self.probing:
             return 1
         return forwards(self.credit, self.mask, self.candidates)
 
     @property
     def mean_passes(self) -> float:
         """The same on average over steps that are not alike."""
-        if self.train == ("head",):
+        if self.first_order:
+            return BACKWARD_PASSES
+        if not self.probing:
             return 1
         return mean_forwards(self.credit, self.mask, self.candidates, self.refresh)
 
@@ -235,12 +257,17 @@ def make_config(*layers: Mapping[str, Any], need_data: bool = True) -> RunConfig
 
 def _fill_from_preset(values: dict[str, Any]) -> None:
     """What was not said, as the estimator's row of the table has it."""
-    row = PRESETS[values["estimator"]]
+    # What is trained by its own gradient has no axes: the default's stand there, as with --train head alone.
+    row = PRESETS.get(values["estimator"], PRESETS["grzo"])
+    if (first := FIRST_ORDER.get(values["estimator"])) is not None:
+        row = row._replace(step=first.step, train=first.train)
     own_step = values["step"]
     for name in OF_PRESET:
         if values[name] is None:
             values[name] = getattr(row, name)
-    if own_step is None:  # a credit or rule that was chosen by hand may mean another thing by it
+    if first is not None:
+        values["step"] = row.step if own_step is None else own_step
+    elif own_step is None:  # a credit or rule that was chosen by hand may mean another thing by it
         values["step"] = default_step(row, values["credit"], values["rule"])
     if values["rounding"] is None and "full" in values["train"]:
         if values["precision"] not in UNROUNDED:
@@ -398,7 +425,12 @@ def _combinations(v: Mapping[str, Any], need_data: bool) -> list[str]:
         problems.append(
             "--data-root is where --task looks for its data; without --task give --data"
         )
-    if need_data and v["mask"] == "block" and v["finetuner"] is None and train != ("head",):
+    if (
+        need_data
+        and v["mask"] == "block"
+        and v["finetuner"] is None
+        and not EXACT.issuperset(train)
+    ):
         problems.append(
             "--mask block needs --finetuner FILE: edgezo meta-train makes one, and "
             "edgezo convert-finetuner reads a published one"
@@ -455,12 +487,15 @@ def _combinations(v: Mapping[str, Any], need_data: bool) -> list[str]:
 def _unused(said: Mapping[str, Any], v: Mapping[str, Any]) -> list[str]:
     """What the user said in this command and the run would silently ignore."""
     train = v["train"]
-    forward_trained = train != ("head",)
+    forward_trained = not EXACT.issuperset(train)
+    first = FIRST_ORDER.get(v["estimator"])
     drawn = DIRECTIONS[v["directions"]]
     rules = {
         "rank": (
-            "lowrank" in train or drawn.refreshed or (drawn.guided and not drawn.per_example),
-            "it is the rank of --train lowrank, and of low-rank directions",
+            {"lowrank", "lora"} & set(train)
+            or drawn.refreshed
+            or (drawn.guided and not drawn.per_example),
+            "it is the rank of --train lowrank or lora, and of low-rank directions",
         ),
         "keep": (v["mask"] in ("sparse", "layers"), "it is what --mask sparse or layers leaves"),
         "refresh": (
@@ -473,9 +508,15 @@ def _unused(said: Mapping[str, Any], v: Mapping[str, Any]) -> list[str]:
             "only --mask block (--estimator zo-finetuner) asks one for scales",
         ),
         "head_lr": ("head" in train, "it is the learning rate of --train head"),
-        "sigma": (forward_trained, "--train head alone perturbs nothing"),
-        "step": (forward_trained, "--train head alone perturbs nothing; its rate is --head-lr"),
+        "sigma": (forward_trained, "nothing is perturbed"),
+        "step": (
+            forward_trained or first is not None,
+            "--train head alone perturbs nothing; its rate is --head-lr",
+        ),
     }
+    if first is not None:
+        axes = "directions, masks and credits are of forward-only rows"
+        rules |= {name: (False, axes) for name in ("directions", "mask", "credit", "rule")}
     return [
         f"{flag(name)} has no effect here: {reason}"
         for name, (used, reason) in rules.items()

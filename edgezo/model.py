@@ -15,19 +15,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from edgezo import loader, packing
+from edgezo.backward import recompute
 from edgezo.data import Batch
 from edgezo.directions import DIRECTIONS, orthonormal
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.estimators import TWO_SIDED, Evaluation
 from edgezo.head import ExactHead
 from edgezo.layouts import CPU, DENSE_DTYPES, Dense, Int8, Layout, Rows, moved, place, vacant
+from edgezo.lora import Adapters, LoraLinear
 from edgezo.masks import mask_of
 from edgezo.memory import Heap
 from edgezo.noise import Key
@@ -74,6 +77,27 @@ class ModelSpec:
     refresh: int = 50
     evaluations: tuple[Evaluation, ...] = TWO_SIDED  # of a step
     anchored: bool = False  # a second copy of what is trained
+    decay: float = 0.0  # of AdamW, where adapters are trained
+
+
+class Learned(Protocol):
+    """A part that is trained by its own gradient, which adds up while micro-batches pass."""
+
+    def forget(self) -> None:
+        """Drop what this step has accumulated."""
+        ...
+
+    def update(self, rate: float) -> None:
+        """One step along the gradient, which is then cleared."""
+        ...
+
+    def trained(self) -> dict[str, Tensor]: ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """State that a snapshot keeps."""
+        ...
+
+    def load(self, tensors: dict[str, Tensor]) -> None: ...
 
 
 @dataclass
@@ -91,10 +115,22 @@ class Model:
     most_tokens: int | None = None  # of one side, that should pass at once (Plan.most_tokens)
     label_rows: np.ndarray | None = None  # rows that every example of a tied label task touches
     frozen: list[str] = field(default_factory=list)
+    adapters: Adapters | None = None
 
     @property
     def exact(self) -> ExactHead | None:
         return self.scorer.exact
+
+    @property
+    def learned(self) -> dict[str, Learned]:
+        """By the name of the part of ``--train``."""
+        parts: dict[str, Learned | None] = {"head": self.exact, "lora": self.adapters}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def forget(self) -> None:
+        """Drop the gradients that a step has accumulated."""
+        for part in self.learned.values():
+            part.forget()
 
     def probe(self, batch: Batch, key: Key, sigma: float) -> Probe:
         """The probe of a batch's packed tokens, laid end to end once for each evaluation."""
@@ -125,7 +161,7 @@ class Model:
         """Losses (sides, b) fp32 and predictions (sides, b) of a packed batch, on the CPU.
 
         With a probe ``sides`` are the evaluations: the + side of every row, then the - side. ``learn``: see
-        ``Scorer``.
+        ``Scorer``; where there are adapters, the gradient goes back to them through one block after the other.
         """
         device, at = self.context.device, batch.score_index
         plan = packing.Packing.of(batch.lengths * sides, device)
@@ -134,8 +170,9 @@ class Model:
         positions = (plan.positions() + self.position_offset)[None].to(device)
         self.context.probe = probe
         self.heap.expect(len(batch.ids) * sides)
+        tracked = learn > 0 and self.adapters is not None
         try:
-            with packing.packed(plan):
+            with packing.packed(plan), torch.set_grad_enabled(tracked):
                 hidden = self.module.base_model(  # type: ignore[operator]
                     input_ids=ids, position_ids=positions, **self._extra()
                 )[0][0]
@@ -144,8 +181,13 @@ class Model:
                 self.context.probe = probe = probe.at(index)
             if self.scorer.kind != "label":
                 self.heap.give_back()
-            hidden = self.module.lm_head(hidden[index])  # type: ignore[operator]
-            losses, predicted = self.scorer(hidden, batch, probe, sides, learn)
+            with torch.set_grad_enabled(tracked):
+                hidden = self.module.lm_head(hidden[index])  # type: ignore[operator]
+            back = torch.zeros(hidden.shape, device=device) if tracked else None
+            scored = hidden.detach()
+            losses, predicted = self.scorer(scored, batch, probe, sides, learn, back)
+            if back is not None:
+                hidden.backward(back.to(hidden.dtype))
             return losses.cpu(), predicted.cpu()
         finally:
             self.context.probe = None
@@ -185,13 +227,13 @@ class Model:
     @property
     def needs_snapshots(self) -> bool:
         """Whether there is a state that no seed has."""
-        return self.guided or self.exact is not None
+        return self.guided or bool(self.learned)
 
     def saved(self) -> list[Saved]:
-        """Every trained tensor, the exact head's change included."""
+        """Every trained tensor, those with a gradient of their own included."""
         found = self.store.saved()
-        if self.exact is not None:
-            found.append(Saved.of("head.delta", self.exact.delta))
+        for part in self.learned.values():
+            found += [Saved.of(name, tensor) for name, tensor in part.trained().items()]
         return found
 
     def close(self) -> None:
@@ -238,6 +280,9 @@ class _Builder:
         )
         self.context = Context(recipe.dtype, self.device)
         self.train = set(recipe.train)
+        self.adapters: Adapters | None = None
+        if "lora" in self.train:
+            self.adapters = Adapters(recipe.seed, recipe.rank, recipe.decay, self.device)
         self.bases: dict[str, Callable[[], Rows]] = {}  # where each matrix came from
         self.table_rows = 0  # rows of all embedding tables seen so far, for `touched` numbering
         self.frozen: list[str] = []
@@ -276,6 +321,8 @@ class _Builder:
                 self._embedding(name, sub)
             else:
                 self._linear(name, sub)
+        if self.adapters is not None:
+            self._recomputed()
         if away is not None:
             away.enter(-1)
             away.residency.attach(list(away.layers)[away.first :])
@@ -291,6 +338,18 @@ class _Builder:
                 f"{len(left)} tensors of the model have no place in edgezo, the first is {left[0]}.\n"
                 "The architecture is not supported; see README for the families that are."
             )
+
+    def _recomputed(self) -> None:
+        """Blocks are run again for the backward pass; those that are elsewhere are bound for that."""
+        from edgezo.residency import decoder_layers
+
+        _, layers = decoder_layers(self.module, self.files.shape.layers)
+        away = self.away
+        for index, layer in enumerate(layers):
+            if away is None or index < away.first:
+                recompute(layer)
+            else:
+                recompute(layer, partial(away.residency.again, index - away.first))
 
     def model(self) -> Model:
         recipe, config = self.recipe, self.files.config
@@ -319,6 +378,7 @@ class _Builder:
             evaluations=recipe.evaluations,
             label_rows=self.label_rows,
             frozen=self.frozen,
+            adapters=self.adapters,
         )
 
     # -- one parameter ------------------------------------------------------------------------------------
@@ -412,6 +472,11 @@ class _Builder:
         if getattr(sub, "bias", None) is not None:
             fields["bias_vector"], fields["bias_row"] = self._vector(f"{name}.bias")
         rows, cols = layout.shape
+        if self.adapters is not None:
+            kept = ("matrix", "context", "bias_vector")
+            own = {"adapter": self.adapters.add(weight, rows, cols)}
+            _become(sub, LoraLinear, {**{n: fields[n] for n in kept}, **own})
+            return
         full = fields["matrix"].full  # type: ignore[attr-defined]
         if "scales" in self.train:
             gain = self.store.train_vector(f"{weight}#gain", torch.zeros(rows))

@@ -25,8 +25,9 @@ from edgezo.footprint import (
     phase_bytes,
     rounding_of,
 )
+from edgezo.footprint_backward import BackwardFootprint
 from edgezo.footprint_cuda import CudaFootprint
-from edgezo.presets import needs_memory, step_meaning
+from edgezo.presets import FIRST_ORDER, needs_memory, step_meaning
 from edgezo.shapes import ModelShape, TokenStats
 
 if TYPE_CHECKING:
@@ -188,7 +189,8 @@ def make_plan(
     name = cfg.model.rstrip("/").rsplit("/", 1)[-1]
     batch_size, batch_reason = _batch(cfg)
     cfg = replace(cfg, batch_size=batch_size)
-    footprint = {"cpu": Footprint, "cuda": CudaFootprint}[device](
+    kind = BackwardFootprint if cfg.first_order else Footprint
+    footprint = {"cpu": kind, "cuda": CudaFootprint}[device](
         shape=ModelShape.of(shape, name),
         cfg=cfg,
         tokens=tokens or TokenStats.assumed(cfg),
@@ -434,6 +436,8 @@ def _first_order(footprint: Footprint, batch_size: int, cap: int) -> Decision:
 
 def _estimator_reason(cfg: RunConfig) -> str:
     """Its choices on the axes, and what the step means with them."""
+    if (first := FIRST_ORDER.get(cfg.estimator)) is not None:
+        return f"{first.equation}; --step {cfg.step:g} is the {first.step_meaning}"
     chosen = [f"{cfg.directions} directions", f"{cfg.credit} credit", f"rule {cfg.rule}"]
     if cfg.mask != "none":
         chosen.insert(1, f"mask {cfg.mask}")
@@ -447,6 +451,7 @@ def _trained_reason(cfg: RunConfig) -> str:
         "norms": "norm weights and biases",
         "scales": "one gain per output row",
         "head": "the head exactly, from the same forward",
+        "lora": f"rank-{cfg.rank} A and B in fp32 beside frozen weights, by their gradient",
     }
     return "; ".join(reasons[part] for part in cfg.train)
 
@@ -464,6 +469,15 @@ def _groups(shape: ModelShape, cfg: RunConfig) -> tuple[tuple[str, ...], tuple[s
     if "lowrank" in cfg.train:
         trained += [f"{n} x {m.name}, low-rank ({m.d_out} x {cfg.rank})" for m in shape.block]
         trained += [f"{m.name}, low-rank ({m.d_out} x {cfg.rank})" for m in shape.outside]
+    if "lora" in cfg.train:
+        trained += [
+            f"{n} x {m.name}, A ({cfg.rank} x {m.d_in}) and B ({m.d_out} x {cfg.rank})"
+            for m in shape.block
+        ]
+        trained += [
+            f"{m.name}, A ({cfg.rank} x {m.d_in}) and B ({m.d_out} x {cfg.rank})"
+            for m in shape.outside
+        ]
     if "scales" in cfg.train:
         trained += [f"{n} x {m.name}, output gains ({m.d_out})" for m in shape.block]
         trained += [f"{m.name}, output gains ({m.d_out})" for m in shape.outside]

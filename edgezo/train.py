@@ -67,6 +67,7 @@ from edgezo.weights import saved_sha256
 
 Result = TypeVar("Result")
 
+FORWARD_ONLY = ("directions", "mask", "credit", "rule")  # axes that a backward pass has no use for
 PLAIN_FORWARDS = 8  # plain forwards timed in a run, for summary.json's forward_s
 
 
@@ -339,7 +340,7 @@ class Training:
         compared = cfg.anchored and not cfg.is_anchor(step)
         kept = 2 * sides if compared else sides if self.probing else 2
         losses = np.full((kept, len(group)), np.nan, np.float32)
-        learn = 1.0 / (sides * len(group)) if model.exact is not None else 0.0
+        learn = 1.0 / (sides * len(group)) if model.learned else 0.0
         try:
             for batch in pieces(group, cfg.micro_batch, model.most_tokens):
                 self.guard.check_again(self._need_bytes(cfg.micro_batch), "the next micro-batch")
@@ -352,8 +353,7 @@ class Training:
                             losses[sides:, batch.slots] = model.losses(batch, probe, sides=sides)[0]
         except BaseException:
             model.store.take_guides(learn=False)
-            if model.exact is not None:
-                model.exact.forget()  # half a step's gradient must not leak into a saved state
+            model.forget()  # half a step's gradient must not leak into a saved state
             raise
         credit = self.estimator.credit(losses) if self.probing else np.zeros(len(group), np.float32)
         if cfg.anchored:
@@ -365,9 +365,9 @@ class Training:
         self.journal.append(record)
         with phase("update"), model.heap.updating():
             model.store.apply([recipe_of(cfg, record)._replace(guides=guides)])
-            if model.exact is not None:
-                # The head follows the same schedule as the step.
-                model.exact.update(cfg.head_lr * step_size / cfg.step)
+            for name, part in model.learned.items():
+                # A rate of its own follows the same schedule as the step.
+                part.update(cfg.rates[name] * step_size / cfg.step)
         if model.needs_snapshots and (step + 1) % cfg.snapshot_every == 0:
             self._save(step + 1)
         return record
@@ -518,7 +518,9 @@ class Training:
             self.model.probe(batch, Key(self.cfg.seed, 0), self.cfg.sigma) if self.probing else None
         )
         with phase("forward"), self.memory.short("the longest micro-batch"):
-            self.model.losses(batch, probe, sides=self.sides)
+            learn = 1.0 if self.model.adapters is not None else 0.0  # a backward pass takes more
+            self.model.losses(batch, probe, sides=self.sides, learn=learn)
+        self.model.forget()
         self.model.take_touched(len(slots))
         self.model.store.take_guides(learn=False)
         self.memory.look_again()
@@ -590,10 +592,7 @@ class Training:
             "model": cfg.model,
             "device": cfg.device,
             "estimator": cfg.estimator,
-            "directions": cfg.directions,
-            "mask": cfg.mask,
-            "credit": cfg.credit,
-            "rule": cfg.rule,
+            **{name: getattr(cfg, name) if not cfg.first_order else None for name in FORWARD_ONLY},
             "trained": "+".join(cfg.train),
             "precision": cfg.precision,
             "steps": steps,
