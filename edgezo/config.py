@@ -274,6 +274,13 @@ def _fill_from_preset(values: dict[str, Any]) -> None:
             values["rounding"] = row.rounding
 
 
+def as_estimator(cfg: RunConfig, name: str) -> RunConfig:
+    """The same request with another estimator, and all that an estimator's row decides. Raises UsageError."""
+    left = ("estimator", "rounding", *OF_PRESET)
+    values = {name: value for name, value in cfg.to_dict().items() if name not in left}
+    return make_config({}, {**values, "estimator": name}, need_data=False)
+
+
 def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as an earlier version wrote it, with what that version did not know of."""
     values = {**{name: spec.default for name, spec in FIELDS.items()}, **saved}
@@ -508,7 +515,7 @@ def _unused(said: Mapping[str, Any], v: Mapping[str, Any]) -> list[str]:
             "only --mask block (--estimator zo-finetuner) asks one for scales",
         ),
         "head_lr": ("head" in train, "it is the learning rate of --train head"),
-        "sigma": (forward_trained, "nothing is perturbed"),
+        "sigma": (forward_trained, f"--train {'+'.join(train)} alone perturbs nothing"),
         "step": (
             forward_trained or first is not None,
             "--train head alone perturbs nothing; its rate is --head-lr",
@@ -517,6 +524,9 @@ def _unused(said: Mapping[str, Any], v: Mapping[str, Any]) -> list[str]:
     if first is not None:
         axes = "directions, masks and credits are of forward-only rows"
         rules |= {name: (False, axes) for name in ("directions", "mask", "credit", "rule")}
+    if v["estimator"] == AUTO:
+        chosen = "--estimator auto decides it with the estimator; name that to say it"
+        rules |= {name: (False, chosen) for name in OF_PRESET}
     return [
         f"{flag(name)} has no effect here: {reason}"
         for name, (used, reason) in rules.items()

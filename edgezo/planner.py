@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgezo.budget import budget, choose_device, default_budget, mb
-from edgezo.config import RunConfig
-from edgezo.errors import DoesNotFit
+from edgezo.config import RunConfig, as_estimator
+from edgezo.errors import DoesNotFit, UsageError
 from edgezo.footprint import (
     ACTIVATIONS,
     MB,
@@ -27,7 +27,7 @@ from edgezo.footprint import (
 )
 from edgezo.footprint_backward import BackwardFootprint
 from edgezo.footprint_cuda import CudaFootprint
-from edgezo.presets import FIRST_ORDER, needs_memory, step_meaning
+from edgezo.presets import AUTO, FIRST_ORDER, needs_memory, step_meaning
 from edgezo.shapes import ModelShape, TokenStats
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class Plan:
     model: str
     device: str  # cpu or cuda: whose memory is planned
     max_mem_bytes: int
+    estimator: str
     precision: str
     rounding: str | None
     compute_dtype: str  # fp32 or bf16
@@ -113,6 +114,8 @@ class Plan:
 
     def settle(self, cfg: RunConfig) -> RunConfig:
         """The request with everything decided that it left open."""
+        if cfg.estimator == AUTO:
+            cfg = as_estimator(cfg, self.estimator)
         return replace(
             cfg,
             device=self.device,
@@ -139,6 +142,7 @@ class Plan:
             "disk_bytes": self.disk_bytes,
             "blocks_in_host": self.blocks_in_host,
             "host_bytes": self.host_bytes,
+            "estimator": self.estimator,
             "precision": self.precision,
             "rounding": self.rounding,
             "compute_dtype": self.compute_dtype,
@@ -184,6 +188,10 @@ def make_plan(
     Raises PlanDoesNotFit with the smallest budget that would work and the flags that would help, UsageError where
     the device that is asked for is not there.
     """
+    if cfg.estimator == AUTO:
+        return _best_that_fits(
+            shape, cfg, machine, tokens, base_bytes=base_bytes, correction_bytes=correction_bytes
+        )
     device, device_reason = choose_device(cfg, machine)
     cap, cap_reason = budget(cfg, machine)
     name = cfg.model.rstrip("/").rsplit("/", 1)[-1]
@@ -233,7 +241,8 @@ def make_plan(
             _residency_reason(footprint, chosen),
         ),
     ]
-    decisions.append(_first_order(footprint, batch_size, cap))
+    if not cfg.first_order:
+        decisions.append(_first_order(footprint, batch_size, cap))
     if rounding is not None:
         decisions.append(Decision("rounding", rounding, rounding_reason))
     trained, frozen = _groups(footprint.shape, cfg)
@@ -241,6 +250,7 @@ def make_plan(
         model=name,
         device=device,
         max_mem_bytes=cap,
+        estimator=cfg.estimator,
         precision=precision,
         rounding=rounding,
         compute_dtype=compute,
@@ -260,6 +270,40 @@ def make_plan(
         blocks_in_host=away - on_disk,
         host_bytes=host_bytes,
     )
+
+
+FIRST_CHOICE, LAST_CHOICE = "lora", "grzo"  # of --estimator auto
+
+
+def _best_that_fits(
+    shape: Shape, cfg: RunConfig, machine: Machine, *more: Any, **known: Any
+) -> Plan:
+    """The plan of ``--estimator auto``: first-order LoRA where it fits, else the forward-only default."""
+    asked_gpu = cfg.device == "cuda" or cfg.residency == "host"
+    if asked_gpu or (machine.gpu is not None and choose_device(cfg, machine)[0] == "cuda"):
+        why = f"{FIRST_CHOICE}'s backward pass is for the CPU, and there is a GPU to use"
+    else:
+        # Weights that come from the disk three times a step are no gain in time over twice forwards alone.
+        wanted = replace(cfg, residency=cfg.residency or "resident")
+        try:
+            plan = make_plan(shape, as_estimator(wanted, FIRST_CHOICE), machine, *more, **known)
+            why = (
+                f"first-order, and fits: {mb(plan.planned_peak_bytes)} of {mb(plan.max_mem_bytes)}"
+            )
+            return _because(plan, f"{why}; forwards alone reach less in the same time")
+        except PlanDoesNotFit as problem:
+            why = f"first-order {FIRST_CHOICE} needs {mb(problem.smallest_bytes)}"
+    plan = make_plan(shape, as_estimator(cfg, LAST_CHOICE), machine, *more, **known)
+    return _because(plan, f"{why}, so forwards alone")
+
+
+def _because(plan: Plan, why: str) -> Plan:
+    """The plan with what auto has to say before the estimator's own reason."""
+    told = tuple(
+        replace(d, reason=f"auto: {why}. {d.reason}") if d.name == "estimator" else d
+        for d in plan.decisions
+    )
+    return replace(plan, decisions=told)
 
 
 def largest_card(cards: Iterable[Card], cfg: RunConfig, machine: Machine) -> Plan | None:
@@ -426,12 +470,28 @@ def _moved_bytes(footprint: Footprint, option: Option) -> int:
 
 def _first_order(footprint: Footprint, batch_size: int, cap: int) -> Decision:
     """What first-order LoRA would take: where it fits it reaches more, and the user should know."""
-    needed = footprint.first_order_bytes(batch_size)
-    if needed <= cap:
-        reason = "would fit as well, and reaches a higher accuracy: see What it is not, in README"
-    else:
-        reason = f"does not fit: bf16 base, AdamW, {batch_size} examples at once"
-    return Decision("first-order LoRA", f"about {mb(needed)}", reason)
+    usual = mb(footprint.first_order_bytes(batch_size))
+    written = f"as people write it (bf16 base, AdamW, {batch_size} examples at once) about {usual}"
+    try:
+        cfg = as_estimator(replace(footprint.cfg, device="cpu", residency="resident"), FIRST_CHOICE)
+    except UsageError:
+        cfg = None
+    if cfg is None or isinstance(footprint, CudaFootprint):
+        return Decision("first-order LoRA", f"about {usual}", "as people write it")
+    known = ("shape", "tokens", "bf16_fast", "base_bytes")
+    other = BackwardFootprint(cfg=cfg, **{name: getattr(footprint, name) for name in known})
+    sizes = [(o, other.peak_bytes(*o)) for o in _options(cfg, footprint.shape.layers)]
+    fits = next(((o, size) for o, size in sizes if size <= cap), None)
+    if fits is None:
+        least = min(size for _, size in sizes)
+        reason = f"--estimator lora does not fit, a block at a time; {written}"
+        return Decision("first-order LoRA", mb(least), reason)
+    option, size = fits
+    reason = (
+        f"fits with --estimator lora, a block at a time in {option.precision}, and reaches a higher "
+        f"accuracy; {written}"
+    )
+    return Decision("first-order LoRA", mb(size), reason)
 
 
 def _estimator_reason(cfg: RunConfig) -> str:

@@ -36,6 +36,7 @@ from edgezo.memory import Guard, Meter, peak_rss_bytes, rss_bytes
 from edgezo.model import Model
 from edgezo.noise import Key
 from edgezo.planner import Plan
+from edgezo.presets import AUTO
 from edgezo.profiler import phase, profiling, running
 from edgezo.report import RunProgress, Silent, peaks_line, to_json
 from edgezo.rundir import (
@@ -98,6 +99,8 @@ def _finetune(cfg: RunConfig, resume: bool, progress: RunProgress) -> dict[str, 
     base = meter.mark("base")
     split_is_free = cfg.micro_batch is None
     plan = (settle_again if resume else settle)(opened, host, base.rss_bytes)
+    if cfg.estimator == AUTO:
+        progress.note(next(d.reason for d in plan.decisions if d.name == "estimator"))
     progress.plan(plan)
     cfg = opened.cfg
     assert cfg.out is not None, "the command line names a run directory"

@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from edgezo.alignment import example_loss
 from edgezo.config import make_config
 from edgezo.data import Dataset, Example, batch_indices, pieces
-from edgezo.errors import UsageError
 from edgezo.lora import ALPHA
 from edgezo.machine import machine
 from edgezo.model import Model
@@ -221,21 +220,18 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(bench, tmp_path):
         assert (run / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_what_means_nothing_without_probes_is_refused(bench):
-    wrong = [
-        {"directions": "signs"},
-        {"credit": "group"},
-        {"rule": "adam"},
-        {"sigma": 1e-3},
-        {"train": "lowrank"},
-        {"train": "lora+head"},
-        {"device": "cuda"},
-    ]
-    for said in wrong:
-        with pytest.raises(UsageError):
-            make_config(bench.settings(estimator="lora", **said))
-    with pytest.raises(UsageError, match="needs --estimator lora"):
-        make_config(bench.settings(train="lora"))
+def test_a_run_of_auto_is_a_run_of_what_it_chose(bench, edgezo_json, tmp_path):
+    run = tmp_path / "run"
+    said = bench.arguments(estimator="auto", out=run)
+    code, summary = edgezo_json("finetune", *said)
+    assert code == 0 and summary["estimator"] == "lora"
+    assert 'estimator = "lora"' in (run / "config.toml").read_text()
+    reasons = {
+        d["name"]: d["reason"] for d in json.loads((run / "plan.json").read_text())["decisions"]
+    }
+    assert "auto: first-order, and fits" in reasons["estimator"]
+    code, again = edgezo_json("finetune", "--resume", "--out", run)
+    assert code == 0 and again == summary
 
 
 def test_estimators_lists_it(edgezo_json):
