@@ -331,8 +331,8 @@ def test_first_order_lora_is_named_where_it_fits():
 
 
 def test_auto_takes_first_order_lora_where_it_fits_and_says_why():
-    def chosen(**said: object) -> tuple[str, str, RunConfig]:
-        found = plan(estimator="auto", **said)
+    def chosen(machine: object = MACHINE, **said: object) -> tuple[str, str, RunConfig]:
+        found = plan(machine=machine, estimator="auto", **said)
         reason = next(d.reason for d in found.decisions if d.name == "estimator")
         return found.estimator, reason, found.settle(request(estimator="auto", **said))
 
