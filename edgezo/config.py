@@ -106,6 +106,9 @@ FIELDS: dict[str, Field] = {
     "refresh": Field("int", low=1),
     "candidates": Field("int", 8, low=1, high=256),
     "finetuner": Field("str"),
+    # None: as long as memory has room to go back through
+    "short_tokens": Field("int", low=0, high=1_048_576),
+    "short_lr": Field("float", 1e-4, low=0, open_low=True),
     "batch_size": Field("int", low=1, high=1024),
     "micro_batch": Field("int", low=1, high=1024),
     "max_length": Field("int", 512, low=8, high=1_048_576),
@@ -154,6 +157,8 @@ class RunConfig:
     refresh: int  # steps between two bases of low-rank directions, or two anchors
     candidates: int  # directions of credit candidates
     finetuner: str | None  # file of the scales of --mask block
+    short_tokens: int | None  # of the longest example that --estimator addax has the gradient of
+    short_lr: float
     batch_size: int | None
     micro_batch: int | None
     max_length: int  # tokens
@@ -174,7 +179,7 @@ class RunConfig:
     @property
     def first_order(self) -> bool:
         """Whether a step has a backward pass."""
-        return "lora" in self.train
+        return self.estimator in FIRST_ORDER
 
     @property
     def probing(self) -> bool:
@@ -184,7 +189,7 @@ class RunConfig:
     @property
     def rates(self) -> dict[str, float]:
         """Of the parts that are trained by their own gradient."""
-        return {"head": self.head_lr, "lora": self.step}
+        return {"head": self.head_lr, "lora": self.step, "lowrank": self.short_lr}
 
     @property
     def passes(self) -> int:
@@ -510,6 +515,10 @@ def _unused(said: Mapping[str, Any], v: Mapping[str, Any]) -> list[str]:
             "only low-rank directions have a basis that is drawn anew, and only --credit svrg an anchor",
         ),
         "candidates": (v["credit"] == "candidates", "only --credit candidates draws them"),
+        **{
+            name: (v["estimator"] == "addax", "only --estimator addax has short examples")
+            for name in ("short_tokens", "short_lr")
+        },
         "finetuner": (
             v["mask"] == "block" and forward_trained,
             "only --mask block (--estimator zo-finetuner) asks one for scales",

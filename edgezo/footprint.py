@@ -190,6 +190,10 @@ class Footprint:
         """Of the low-order plane, a weight."""
         return 1 if rounding_of(self.cfg, precision)[0] == "plane" else 0
 
+    def filled(self, precision: str, micro_batch: int, on_disk: int, cap: int) -> Footprint:
+        """The same with what is left of ``cap`` put to use, where a request leaves open for what."""
+        return self
+
     def disk_bytes(self, precision: str, on_disk: int) -> int:
         """What the overlay takes on disk."""
         if not on_disk:

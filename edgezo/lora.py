@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from edgezo import noise
 from edgezo.backward import product
-from edgezo.layouts import CPU
 from edgezo.noise import Key
 from edgezo.perturb import Context, Matrix
 
@@ -37,29 +36,18 @@ class Adapter:
 
 
 @dataclass
-class Adapters:
-    """Every adapter of a model by the name of its linear, and the state of AdamW."""
+class AdamW:
+    """What is trained by its own gradient, leaves of autograd by name, and the state of AdamW; all fp32."""
 
-    seed: int
-    rank: int
-    decay: float = 0.0  # of AdamW: weights shrink by rate * decay a step
-    device: torch.device = CPU
+    decay: float = 0.0  # values shrink by rate * decay a step
     steps: int = 0
     values: dict[str, Tensor] = field(default_factory=dict)
     first: dict[str, Tensor] = field(default_factory=dict)
     second: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, name: str, rows: int, cols: int) -> Adapter:
-        """Register the adapter of a linear (rows, cols) and return it."""
-        key, tensor = Key(self.seed, 0), noise.tensor_id(f"{name}#lora")
-        uniform = noise.uniform(key, tensor, noise.BASIS, slice(0, self.rank), cols)
-        down = self._train(f"{name}#lora_A", (2 * uniform - 1) / cols**0.5)
-        up = self._train(f"{name}#lora_B", torch.zeros(rows, self.rank))
-        return Adapter(down, up, ALPHA / self.rank)
-
-    def _train(self, name: str, start: Tensor) -> Tensor:
-        start = start.to(self.device, torch.float32).contiguous()
-        self.values[name] = value = start.requires_grad_()
+    def train(self, name: str, start: Tensor) -> Tensor:
+        """Register ``start``, in place, under ``name``; returns the leaf, which shares its memory."""
+        self.values[name] = value = start.detach().requires_grad_()
         value.grad = torch.zeros_like(start)
         self.first[name], self.second[name] = torch.zeros_like(start), torch.zeros_like(start)
         return value
@@ -94,20 +82,36 @@ class Adapters:
         return {name: value.detach() for name, value in self.values.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """State that a snapshot keeps: views of the tensors themselves, but for the number of steps."""
+        """State that a snapshot keeps: the tensors themselves, but for the number of steps."""
         moments = {
             f"{name}@{which}": tensor
             for which, held in (("first", self.first), ("second", self.second))
             for name, tensor in held.items()
         }
-        return self.trained() | moments | {"lora.steps": torch.tensor([self.steps])}
+        return self.trained() | moments | {"adamw.steps": torch.tensor([self.steps])}
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take what ``tensors`` gave in another process. KeyError or RuntimeError where it does not fit."""
         for name, held in self.tensors().items():
             held.copy_(tensors[name])
-        self.steps = int(tensors["lora.steps"])
+        self.steps = int(tensors["adamw.steps"])
+
+
+@dataclass
+class Adapters(AdamW):
+    """Every adapter of a model by the name of its linear."""
+
+    def add(
+        self, name: str, shape: tuple[int, int], rank: int, seed: int, device: torch.device
+    ) -> Adapter:
+        """Register the adapter of a linear (rows, cols) and return it."""
+        rows, cols = shape
+        key, tensor = Key(seed, 0), noise.tensor_id(f"{name}#lora")
+        uniform = noise.uniform(key, tensor, noise.BASIS, slice(0, rank), cols)
+        down = self.train(f"{name}#lora_A", ((2 * uniform - 1) / cols**0.5).to(device))
+        up = self.train(f"{name}#lora_B", torch.zeros(rows, rank, device=device))
+        return Adapter(down, up, ALPHA / rank)
 
 
 class LoraLinear(nn.Module):

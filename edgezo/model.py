@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from edgezo import loader, packing
+from edgezo.addax import Factors, MixedLinear
 from edgezo.backward import recompute
 from edgezo.data import Batch
 from edgezo.directions import DIRECTIONS, orthonormal
@@ -30,7 +31,7 @@ from edgezo.errors import EdgezoError, UsageError
 from edgezo.estimators import TWO_SIDED, Evaluation
 from edgezo.head import ExactHead
 from edgezo.layouts import CPU, DENSE_DTYPES, Dense, Int8, Layout, Rows, moved, place, vacant
-from edgezo.lora import Adapters, LoraLinear
+from edgezo.lora import Adapter, Adapters, LoraLinear
 from edgezo.masks import mask_of
 from edgezo.memory import Heap
 from edgezo.noise import Key
@@ -77,7 +78,8 @@ class ModelSpec:
     refresh: int = 50
     evaluations: tuple[Evaluation, ...] = TWO_SIDED  # of a step
     anchored: bool = False  # a second copy of what is trained
-    decay: float = 0.0  # of AdamW, where adapters are trained
+    decay: float = 0.0  # of AdamW, where there is a backward pass
+    mixed: bool = False  # low-rank factors go along their gradient as well (addax.py)
 
 
 class Learned(Protocol):
@@ -116,6 +118,7 @@ class Model:
     label_rows: np.ndarray | None = None  # rows that every example of a tied label task touches
     frozen: list[str] = field(default_factory=list)
     adapters: Adapters | None = None
+    factors: Factors | None = None
 
     @property
     def exact(self) -> ExactHead | None:
@@ -124,7 +127,11 @@ class Model:
     @property
     def learned(self) -> dict[str, Learned]:
         """By the name of the part of ``--train``."""
-        parts: dict[str, Learned | None] = {"head": self.exact, "lora": self.adapters}
+        parts: dict[str, Learned | None] = {
+            "head": self.exact,
+            "lora": self.adapters,
+            "lowrank": self.factors,
+        }
         return {name: part for name, part in parts.items() if part is not None}
 
     def forget(self) -> None:
@@ -161,7 +168,7 @@ class Model:
         """Losses (sides, b) fp32 and predictions (sides, b) of a packed batch, on the CPU.
 
         With a probe ``sides`` are the evaluations: the + side of every row, then the - side. ``learn``: see
-        ``Scorer``; where there are adapters, the gradient goes back to them through one block after the other.
+        ``Scorer``; without a probe the gradient goes on to what else is trained by it, back through the blocks.
         """
         device, at = self.context.device, batch.score_index
         plan = packing.Packing.of(batch.lengths * sides, device)
@@ -170,7 +177,7 @@ class Model:
         positions = (plan.positions() + self.position_offset)[None].to(device)
         self.context.probe = probe
         self.heap.expect(len(batch.ids) * sides)
-        tracked = learn > 0 and self.adapters is not None
+        tracked = learn > 0 and probe is None and self.goes_back
         try:
             with packing.packed(plan), torch.set_grad_enabled(tracked):
                 hidden = self.module.base_model(  # type: ignore[operator]
@@ -220,9 +227,17 @@ class Model:
         return tuple(found)
 
     @property
+    def goes_back(self) -> bool:
+        """Whether anything inside the blocks is trained by its gradient."""
+        return self.adapters is not None or self.factors is not None
+
+    @property
     def guided(self) -> bool:
-        """Whether directions come from what the layers read: then a snapshot has the weights, and no replay."""
-        return self.store.directions.guided
+        """Whether no seed has what the store trains: directions come from what the layers read, or gradients too.
+
+        Then a snapshot has the weights, and no replay.
+        """
+        return self.store.directions.guided or self.factors is not None
 
     @property
     def needs_snapshots(self) -> bool:
@@ -280,9 +295,8 @@ class _Builder:
         )
         self.context = Context(recipe.dtype, self.device)
         self.train = set(recipe.train)
-        self.adapters: Adapters | None = None
-        if "lora" in self.train:
-            self.adapters = Adapters(recipe.seed, recipe.rank, recipe.decay, self.device)
+        self.adapters = Adapters(recipe.decay) if "lora" in self.train else None
+        self.factors = Factors(recipe.decay) if recipe.mixed else None
         self.bases: dict[str, Callable[[], Rows]] = {}  # where each matrix came from
         self.table_rows = 0  # rows of all embedding tables seen so far, for `touched` numbering
         self.frozen: list[str] = []
@@ -321,7 +335,7 @@ class _Builder:
                 self._embedding(name, sub)
             else:
                 self._linear(name, sub)
-        if self.adapters is not None:
+        if self.adapters is not None or self.factors is not None:
             self._recomputed()
         if away is not None:
             away.enter(-1)
@@ -379,6 +393,7 @@ class _Builder:
             label_rows=self.label_rows,
             frozen=self.frozen,
             adapters=self.adapters,
+            factors=self.factors,
         )
 
     # -- one parameter ------------------------------------------------------------------------------------
@@ -474,8 +489,10 @@ class _Builder:
         rows, cols = layout.shape
         if self.adapters is not None:
             kept = ("matrix", "context", "bias_vector")
-            own = {"adapter": self.adapters.add(weight, rows, cols)}
-            _become(sub, LoraLinear, {**{n: fields[n] for n in kept}, **own})
+            adapter = self.adapters.add(
+                weight, (rows, cols), self.recipe.rank, self.recipe.seed, self.device
+            )
+            _become(sub, LoraLinear, {**{n: fields[n] for n in kept}, "adapter": adapter})
             return
         full = fields["matrix"].full  # type: ignore[attr-defined]
         if "scales" in self.train:
@@ -494,6 +511,13 @@ class _Builder:
         elif directions.guided and full is not None:
             start = directions.basis(Key(self.recipe.seed, 0), full.target)[:, : min(rows, cols)]
             full.basis = orthonormal(start).to(self.device, self.recipe.dtype)
+        if self.factors is not None:
+            trained = fields["lowrank_row"]
+            basis = fields["basis"]
+            assert isinstance(trained, Trainable) and isinstance(basis, Tensor)
+            leaf = self.factors.train(trained.target.name, trained.values)
+            _become(sub, MixedLinear, {**fields, "leaf": Adapter(basis, leaf, 1.0)})
+            return
         _become(sub, PerturbedLinear, fields)
 
     def _embedding(self, name: str, sub: nn.Embedding) -> None:

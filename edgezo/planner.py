@@ -25,7 +25,7 @@ from edgezo.footprint import (
     phase_bytes,
     rounding_of,
 )
-from edgezo.footprint_backward import BackwardFootprint
+from edgezo.footprint_backward import BackwardFootprint, MixedFootprint
 from edgezo.footprint_cuda import CudaFootprint
 from edgezo.presets import AUTO, FIRST_ORDER, needs_memory, step_meaning
 from edgezo.shapes import ModelShape, TokenStats
@@ -51,6 +51,8 @@ BF16_SPEED_UP = 4  # of products in hardware over fp32; between 2 (AVX-512) and 
 # On a GPU: what a step takes a block, however small (noise is made on the CPU), and how fast it multiplies and copies
 # from the RAM (roughly, by three short runs on an H100).
 GPU_BLOCK_S, GPU_FLOPS_S, GPU_COPY_BYTES_S = 1.2e-2, 2e14, 2e10
+# Footprints of estimators with a backward pass.
+BACKWARD: dict[str, type[Footprint]] = {"lora": BackwardFootprint, "addax": MixedFootprint}
 PRECISIONS_TRIED = ("bf16", "int8", "int4")  # from the left; fp32 and fp16 only when asked for
 
 
@@ -72,6 +74,7 @@ class Plan:
     device: str  # cpu or cuda: whose memory is planned
     max_mem_bytes: int
     estimator: str
+    short_tokens: int | None  # of the longest example that a mixed estimator goes back through
     precision: str
     rounding: str | None
     compute_dtype: str  # fp32 or bf16
@@ -124,6 +127,7 @@ class Plan:
             rounding=self.rounding,
             batch_size=self.batch_size,
             micro_batch=self.micro_batch,
+            short_tokens=self.short_tokens,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -197,8 +201,8 @@ def make_plan(
     name = cfg.model.rstrip("/").rsplit("/", 1)[-1]
     batch_size, batch_reason = _batch(cfg)
     cfg = replace(cfg, batch_size=batch_size)
-    kind = BackwardFootprint if cfg.first_order else Footprint
-    footprint = {"cpu": kind, "cuda": CudaFootprint}[device](
+    here = BACKWARD.get(cfg.estimator, Footprint)
+    footprint = (CudaFootprint if device == "cuda" else here)(
         shape=ModelShape.of(shape, name),
         cfg=cfg,
         tokens=tokens or TokenStats.assumed(cfg),
@@ -214,6 +218,8 @@ def make_plan(
         raise _refusal(footprint, cap, smallest_bytes)
 
     chosen = _keep_blocks(footprint, chosen, cap)
+    footprint = footprint.filled(*chosen, cap)
+    cfg = footprint.cfg
     precision, micro_batch, away = chosen
     host_bytes = footprint.host_bytes(precision, away)
     if host_bytes > machine.available_bytes:
@@ -241,7 +247,9 @@ def make_plan(
             _residency_reason(footprint, chosen),
         ),
     ]
-    if not cfg.first_order:
+    if cfg.short_tokens is not None:
+        decisions.append(Decision("short_tokens", cfg.short_tokens, _short_reason(footprint)))
+    if "lora" not in cfg.train:
         decisions.append(_first_order(footprint, batch_size, cap))
     if rounding is not None:
         decisions.append(Decision("rounding", rounding, rounding_reason))
@@ -251,6 +259,7 @@ def make_plan(
         device=device,
         max_mem_bytes=cap,
         estimator=cfg.estimator,
+        short_tokens=cfg.short_tokens,
         precision=precision,
         rounding=rounding,
         compute_dtype=compute,
@@ -492,6 +501,16 @@ def _first_order(footprint: Footprint, batch_size: int, cap: int) -> Decision:
         f"accuracy; {written}"
     )
     return Decision("first-order LoRA", mb(size), reason)
+
+
+def _short_reason(footprint: Footprint) -> str:
+    """How much of the data a mixed estimator has the gradient of."""
+    short, tokens = footprint.cfg.short_tokens or 0, footprint.tokens
+    if tokens.tokens[0] <= short:
+        return "every example is short enough to go back through"
+    if tokens.known and tokens.mean > short:
+        return "most examples are longer, and probed"
+    return "longer examples are probed"
 
 
 def _estimator_reason(cfg: RunConfig) -> str:

@@ -369,6 +369,7 @@ class FirstOrder(NamedTuple):
     train: tuple[str, ...]
     state: int  # fp32 values for each trained one
     step_meaning: str
+    less: tuple[str, ...] = ()  # what may be left out of train
     note: str = ""
 
     def describe(self) -> dict[str, Any]:
@@ -403,8 +404,21 @@ FIRST_ORDER = {
             ("lora",),
             2,
             "learning rate of AdamW",
-            "first-order: a backward pass through one recomputed block at a time, over the same frozen base; "
+            note="first-order: a backward pass through one recomputed block at a time, over the same frozen base; "
             "resumed from snapshots, for no seed has what it trains",
+        ),
+        FirstOrder(
+            "addax",
+            "Addax, arXiv 2410.06441",
+            "A <- A - AdamW(gradient of the short examples) - kappa sum_i a_i sigma D_i of the others, "
+            "D_i = r_i t_i^T, a_i = delta_i/std_j(delta_j)",
+            0.1,
+            ("lowrank", "head"),
+            2,
+            KAPPA,
+            less=("head",),
+            note="gradients where an example is short enough for the memory (--short-tokens), GRZO elsewhere; "
+            "each has a rate of its own, where the paper weighs both into one SGD step; resumed from snapshots",
         ),
     )
 }
@@ -535,7 +549,7 @@ def refusals(v: Mapping[str, Any]) -> list[str]:
 
 def _first_order_refusals(v: Mapping[str, Any]) -> list[str]:
     row, found = FIRST_ORDER[v["estimator"]], []
-    if v["train"] != row.train:
+    if not set(row.train) - set(row.less) <= set(v["train"]) <= set(row.train):
         found.append(
             f"--train {'+'.join(v['train'])} with --estimator {row.name}: it trains {'+'.join(row.train)} alone"
         )

@@ -13,7 +13,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from edgezo.addax import divide
 from edgezo.config import RunConfig
 from edgezo.data import Batch, Example, batch_indices, collate, micro_batches, pieces, tokens_of
 from edgezo.device import confirmed
@@ -343,13 +344,15 @@ class Training:
         compared = cfg.anchored and not cfg.is_anchor(step)
         kept = 2 * sides if compared else sides if self.probing else 2
         losses = np.full((kept, len(group)), np.nan, np.float32)
-        learn = 1.0 / (sides * len(group)) if model.learned else 0.0
+        short, parts = self._parts(group)
         try:
-            for batch in pieces(group, cfg.micro_batch, model.most_tokens):
+            for batch, probed in parts:
                 self.guard.check_again(self._need_bytes(cfg.micro_batch), "the next micro-batch")
-                probe = model.probe(batch, Key(cfg.seed, step), cfg.sigma) if self.probing else None
+                probe = model.probe(batch, Key(cfg.seed, step), cfg.sigma) if probed else None
                 with phase("forward"), self.memory.short("a micro-batch"):
-                    found, _ = model.losses(batch, probe, sides=sides, learn=learn)
+                    passes = sides if probed else 1
+                    learn = 1.0 / (passes * len(group)) if model.learned else 0.0
+                    found, _ = model.losses(batch, probe, sides=passes, learn=learn)
                     losses[: sides if compared else kept, batch.slots] = found.numpy()
                     if compared:
                         with model.store.at_anchor():
@@ -358,7 +361,7 @@ class Training:
             model.store.take_guides(learn=False)
             model.forget()  # half a step's gradient must not leak into a saved state
             raise
-        credit = self.estimator.credit(losses) if self.probing else np.zeros(len(group), np.float32)
+        credit = self._credit(losses, short)
         if cfg.anchored:
             credit = np.append(credit, self._anchor_credit(step)).astype(np.float32)
         skipped = not bool(credit.any())
@@ -374,6 +377,36 @@ class Training:
         if model.needs_snapshots and (step + 1) % cfg.snapshot_every == 0:
             self._save(step + 1)
         return record
+
+    def _parts(self, group: Sequence[Example]) -> tuple[list[int], Iterator[tuple[Batch, bool]]]:
+        """(slots that no probe is needed for, packed micro-batches and whether each is probed)."""
+        cfg, everything = self.cfg, list(range(len(group)))
+        short, others = ([], everything) if self.probing else (everything, [])
+        if self.model.factors is not None:
+            short, others = divide(group, cfg.short_tokens or 0)
+        assert cfg.micro_batch is not None
+        split = ((short, False, self._most_back), (others, True, self.model.most_tokens))
+        found = (
+            (collate([group[slots[i]] for i in part], [slots[i] for i in part]), probed)
+            for slots, probed, most in split
+            for part in micro_batches([group[s] for s in slots], cfg.micro_batch, most)
+        )
+        return short, found
+
+    @property
+    def _most_back(self) -> int | None:
+        """Tokens of a piece that no probe is needed for."""
+        return self.model.most_tokens if self.model.factors is None else self.cfg.short_tokens
+
+    def _credit(self, losses: np.ndarray, short: list[int]) -> np.ndarray:
+        """Credit of the probed examples; 0 of the others."""
+        if not short:
+            return self.estimator.credit(losses)
+        credit = np.zeros(losses.shape[1], np.float32)
+        others = np.setdiff1d(np.arange(len(credit)), short)
+        if len(others):
+            credit[others] = self.estimator.credit(losses[:, others])
+        return credit
 
     def _anchor_credit(self, step: int) -> float:
         """The mean credit of the anchor that ``step`` is compared with; 0 of an anchor itself."""
@@ -523,11 +556,24 @@ class Training:
         with phase("forward"), self.memory.short("the longest micro-batch"):
             learn = 1.0 if self.model.adapters is not None else 0.0  # a backward pass takes more
             self.model.losses(batch, probe, sides=self.sides, learn=learn)
+            if self.model.factors is not None:
+                self._back_first()
         self.model.forget()
         self.model.take_touched(len(slots))
         self.model.store.take_guides(learn=False)
         self.memory.look_again()
         self.guard.check(item="training")
+
+    def _back_first(self) -> None:
+        """Run the longest possible piece of short examples once, there and back."""
+        assert self.cfg.micro_batch is not None
+        slots, _ = divide(self.examples, self.cfg.short_tokens or 0)
+        short = [self.examples[slot] for slot in slots]
+        parts = micro_batches(short, self.cfg.micro_batch, self._most_back)
+        longest = max(parts, key=lambda part: sum(tokens_of(short[s]) for s in part), default=[])
+        if longest:
+            batch = collate([short[s] for s in longest], range(len(longest)))
+            self.model.losses(batch, learn=1.0)
 
     def _guard(self) -> None:
         self.guard = Guard(
@@ -595,7 +641,10 @@ class Training:
             "model": cfg.model,
             "device": cfg.device,
             "estimator": cfg.estimator,
-            **{name: getattr(cfg, name) if not cfg.first_order else None for name in FORWARD_ONLY},
+            **{
+                name: getattr(cfg, name) if "lora" not in cfg.train else None
+                for name in FORWARD_ONLY
+            },
             "trained": "+".join(cfg.train),
             "precision": cfg.precision,
             "steps": steps,
