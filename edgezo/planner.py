@@ -147,6 +147,7 @@ class Plan:
             "blocks_in_host": self.blocks_in_host,
             "host_bytes": self.host_bytes,
             "estimator": self.estimator,
+            "short_tokens": self.short_tokens,
             "precision": self.precision,
             "rounding": self.rounding,
             "compute_dtype": self.compute_dtype,
@@ -218,7 +219,7 @@ def make_plan(
         raise _refusal(footprint, cap, smallest_bytes)
 
     chosen = _keep_blocks(footprint, chosen, cap)
-    footprint = footprint.filled(*chosen, cap)
+    asked, footprint = footprint, footprint.filled(*chosen, cap)
     cfg = footprint.cfg
     precision, micro_batch, away = chosen
     host_bytes = footprint.host_bytes(precision, away)
@@ -270,7 +271,7 @@ def make_plan(
         items=footprint.items(*chosen),
         decisions=tuple(decisions),
         smallest_bytes=smallest_bytes,
-        smallest_flags=_flags(_best_within(footprint, smallest_bytes), footprint.elsewhere),
+        smallest_flags=_flags(_best_within(asked, smallest_bytes), asked.elsewhere),
         step_s=_step_s(footprint, machine, chosen, batch_size),
         blocks_on_disk=on_disk,
         disk_bytes=footprint.disk_bytes(precision, on_disk),

@@ -140,9 +140,8 @@ def test_the_plan_goes_back_through_as_much_as_there_is_room_for(bench, tmp_path
         return found.short_tokens
 
     long = TokenStats("label", tuple(range(2000, 0, -20)), 1, 2)
-    caps = (590, 610, 640, 700, 900)
-    limits = [short(cap, long) for cap in caps]
-    assert limits == sorted(limits) and limits[0] < limits[-1] and limits[-1] >= 2000
+    limits = [short(cap_mb, long) for cap_mb in (800, 850, 900, 1000)]
+    assert limits == sorted(limits) and limits[0] < limits[-1] == 2000
     assert short(900) >= SST2.tokens[0], "every example"
     found = plan(long, estimator="addax", precision="int8", max_mem_bytes=900 * MB)
     assert item(found, "gradients") == 12 * 8 * 30 * 5184
