@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -32,6 +31,7 @@ from edgezo.data import Dataset, Example, batch_indices, collate
 from edgezo.errors import UsageError
 from edgezo.estimators import Estimator, Recipe
 from edgezo.finetuner import Tuner, load_finetuner
+from edgezo.first_order import loss_of
 from edgezo.machine import machine
 from edgezo.masks import block_of
 from edgezo.model import Model
@@ -284,16 +284,11 @@ def gradient_of(module: Any, store: WeightStore, name: str) -> Tensor:
 
 def example_loss(module: Any, example: Example, dataset: Dataset) -> Tensor:
     """As objective.Scorer has it, through the plain module."""
-    nll = []
-    for row in example.rows:
-        logits = module(input_ids=torch.tensor(row.ids)[None]).logits[0][list(row.score_at)].float()
-        if dataset.kind == "label":
-            words = logits[:, list(dataset.label_ids)]
-            return F.cross_entropy(words, torch.tensor([example.label]))
-        nll.append(F.cross_entropy(logits, torch.tensor(row.score_ids)))
-    if dataset.kind == "choice":
-        return F.cross_entropy(-torch.stack(nll), torch.tensor(example.label))
-    return nll[0]
+    logits = [
+        module(input_ids=torch.tensor(row.ids)[None]).logits[0][list(row.score_at)].float()
+        for row in example.rows
+    ]
+    return loss_of(logits, example, dataset)[0]
 
 
 def chart(result: Mapping[str, Any], file: Path) -> None:

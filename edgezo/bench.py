@@ -51,6 +51,11 @@ METHODS = {
         "GRZO, rademacher, bf16", "bf16", {"estimator": "grzo", "directions": "rademacher"}
     ),
     "grzo-int4": Method("GRZO, signs, int4", "int4", SIGNS),
+    "inference-int8": Method("plain forward over 2B rows, int8", "int8", {}),
+    "grzo-int8": Method("GRZO, signs, int8", "int8", SIGNS),
+    "lora-int8": Method(
+        "LoRA block by block, int8 base", "int8", {"estimator": "lora", "train": "lora"}
+    ),
     "mezo": Method(
         "MeZO, bf16, noise a tile at a time", "bf16", {"estimator": "mezo", "directions": "shared"}
     ),
@@ -190,7 +195,7 @@ def _measure(path: Path, asked: dict[str, Any], limit_s: float | None) -> dict[s
             "precision": method.precision,
             **method.request,
         }
-        if asked["method"] == "inference":
+        if not method.request:
             return _child(threads, "-m", "edgezo.bench", json.dumps(request))
         found = _child(
             threads,

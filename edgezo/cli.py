@@ -199,6 +199,7 @@ def estimators(as_json: bool) -> None:
     from edgezo import presets, report
 
     rows = [row.describe() for row in presets.PRESETS.values()]
+    rows += [row.describe() for row in presets.FIRST_ORDER.values()]
     emit(as_json, {"estimators": rows}, report.estimators_list(rows))
 
 

@@ -22,8 +22,13 @@ import tomli_w
 
 from edgezo.errors import UsageError
 from edgezo.presets import (
+    AUTO,
+    BACKWARD_PASSES,
     CREDITS,
     DIRECTIONS,
+    ESTIMATORS,
+    EXACT,
+    FIRST_ORDER,
     MASKS,
     PRESETS,
     RULES,
@@ -34,8 +39,7 @@ from edgezo.presets import (
     refusals,
 )
 
-TRAINABLE = ("lowrank", "full", "norms", "scales", "head", "probe")
-EXACT = {"head", "probe"}  # of them what is found without perturbing anything
+TRAINABLE = ("lowrank", "full", "norms", "scales", "head", "probe", "lora")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 QUANTIZED = ("int8", "int4")
 UNROUNDED = {"fp32": "updates are exact there", "int4": "nothing is rounded there"}
@@ -92,7 +96,7 @@ FIELDS: dict[str, Field] = {
     "max_mem_bytes": Field("bytes", low=1),
     "steps": Field("int", low=1, high=10_000_000),
     "for_s": Field("duration", low=0, open_low=True),
-    "estimator": Field("choice", "grzo", choices=tuple(PRESETS)),
+    "estimator": Field("choice", "grzo", choices=(*ESTIMATORS, AUTO)),
     "directions": Field("choice", choices=tuple(DIRECTIONS)),
     "mask": Field("choice", choices=tuple(MASKS)),
     "credit": Field("choice", choices=tuple(CREDITS)),
@@ -108,6 +112,9 @@ FIELDS: dict[str, Field] = {
     "refresh": Field("int", low=1),
     "candidates": Field("int", 8, low=1, high=256),
     "finetuner": Field("str"),
+    # None: as long as memory has room to go back through
+    "short_tokens": Field("int", low=0, high=1_048_576),
+    "short_lr": Field("float", 1e-4, low=0, open_low=True),
     "batch_size": Field("int", low=1, high=1024),
     "micro_batch": Field("int", low=1, high=1024),
     "max_length": Field("int", 512, low=8, high=1_048_576),
@@ -153,11 +160,13 @@ class RunConfig:
     rounding: str | None
     residency: str | None
     device: str
-    rank: int  # of the factors of --train lowrank, and of low-rank directions
+    rank: int  # of the factors of --train lowrank and lora, and of low-rank directions
     keep: float  # share of the weights or blocks that a mask leaves
     refresh: int  # steps between two bases of low-rank directions, or two anchors
     candidates: int  # directions of credit candidates
     finetuner: str | None  # file of the scales of --mask block
+    short_tokens: int | None  # of the longest example that --estimator addax has the gradient of
+    short_lr: float
     batch_size: int | None
     micro_batch: int | None
     max_length: int  # tokens
@@ -178,23 +187,35 @@ class RunConfig:
     out: str | None
 
     @property
+    def first_order(self) -> bool:
+        """Whether a step has a backward pass."""
+        return self.estimator in FIRST_ORDER
+
+    @property
+    def probing(self) -> bool:
+        """Whether anything is trained along what is probed."""
+        return not EXACT.issuperset(self.train)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Of the parts that are trained by their own gradient."""
+        return {"head": self.head_lr, "lora": self.step, "lowrank": self.short_lr}
+
+    @property
     def passes(self) -> int:
         """Forwards over an example in a step, all in one pass: what is exact needs one."""
-        if not self.perturbs:
+        if not self.probing:
             return 1
         return forwards(self.credit, self.mask, self.candidates)
 
     @property
     def mean_passes(self) -> float:
         """The same on average over steps that are not alike."""
-        if not self.perturbs:
+        if self.first_order:
+            return BACKWARD_PASSES
+        if not self.probing:
             return 1
         return mean_forwards(self.credit, self.mask, self.candidates, self.refresh)
-
-    @property
-    def perturbs(self) -> bool:
-        """Whether anything is trained along directions."""
-        return not EXACT.issuperset(self.train)
 
     def probe_rows(self, examples: int | None) -> int:
         """Training rows, of so many, that a linear probe is fitted to where time does not end it before.
@@ -261,18 +282,30 @@ def make_config(*layers: Mapping[str, Any], need_data: bool = True) -> RunConfig
 
 def _fill_from_preset(values: dict[str, Any]) -> None:
     """What was not said, as the estimator's row of the table has it."""
-    row = PRESETS[values["estimator"]]
+    # What is trained by its own gradient has no axes: the default's stand there, as with --train head alone.
+    row = PRESETS.get(values["estimator"], PRESETS["grzo"])
+    if (first := FIRST_ORDER.get(values["estimator"])) is not None:
+        row = row._replace(step=first.step, train=first.train)
     own_step = values["step"]
     for name in OF_PRESET:
         if values[name] is None:
             values[name] = getattr(row, name)
-            if name == "train" and values["objective"] != LOSS:  # what is exact is so for the loss
+            if name == "train" and values["objective"] != LOSS and first is None:
                 values[name] = tuple(part for part in row.train if part not in EXACT)
-    if own_step is None:  # a credit or rule that was chosen by hand may mean another thing by it
+    if first is not None:
+        values["step"] = row.step if own_step is None else own_step
+    elif own_step is None:  # a credit or rule that was chosen by hand may mean another thing by it
         values["step"] = default_step(row, values["credit"], values["rule"])
     if values["rounding"] is None and "full" in values["train"]:
         if values["precision"] not in UNROUNDED:
             values["rounding"] = row.rounding
+
+
+def as_estimator(cfg: RunConfig, name: str) -> RunConfig:
+    """The same request with another estimator, and all that an estimator's row decides. Raises UsageError."""
+    left = ("estimator", "rounding", *OF_PRESET)
+    values = {name: value for name, value in cfg.to_dict().items() if name not in left}
+    return make_config({}, {**values, "estimator": name}, need_data=False)
 
 
 def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -442,11 +475,17 @@ def _combinations(v: Mapping[str, Any], need_data: bool) -> list[str]:
             f"--objective {v['objective']!r} is not one of {', '.join(OBJECTIVES)}, nor module:function, "
             "a Python function (prediction, row) -> float"
         )
-    if "head" in train and v["objective"] != LOSS:
-        problems.append(
-            f"--train {'+'.join(train)} with --objective {v['objective']}: the exact head follows the gradient "
-            "of a loss, and a score of predictions has none; leave out head"
-        )
+    if v["objective"] != LOSS:
+        if v["estimator"] in FIRST_ORDER:
+            problems.append(
+                f"--estimator {v['estimator']} with --objective {v['objective']}: it follows the gradient of a loss, "
+                "and a score of predictions has none; use a forward-only row"
+            )
+        elif "head" in train:
+            problems.append(
+                f"--train {'+'.join(train)} with --objective {v['objective']}: the exact head follows the gradient "
+                "of a loss, and a score of predictions has none; leave out head"
+            )
     if "full" in train and v["precision"] == "int4":
         problems.append(
             "--train full with --precision int4: its codes are frozen; "
@@ -503,12 +542,15 @@ def _combinations(v: Mapping[str, Any], need_data: bool) -> list[str]:
 def _unused(said: Mapping[str, Any], v: Mapping[str, Any]) -> list[str]:
     """What the user said in this command and the run would silently ignore."""
     train = v["train"]
-    perturbs = not EXACT.issuperset(train)
+    probing = not EXACT.issuperset(train)
+    first = FIRST_ORDER.get(v["estimator"])
     drawn = DIRECTIONS[v["directions"]]
     rules = {
         "rank": (
-            "lowrank" in train or drawn.refreshed or (drawn.guided and not drawn.per_example),
-            "it is the rank of --train lowrank, and of low-rank directions",
+            {"lowrank", "lora"} & set(train)
+            or drawn.refreshed
+            or (drawn.guided and not drawn.per_example),
+            "it is the rank of --train lowrank or lora, and of low-rank directions",
         ),
         "keep": (v["mask"] in ("sparse", "layers"), "it is what --mask sparse or layers leaves"),
         "refresh": (
@@ -516,17 +558,27 @@ def _unused(said: Mapping[str, Any], v: Mapping[str, Any]) -> list[str]:
             "only low-rank directions have a basis that is drawn anew, and only --credit svrg an anchor",
         ),
         "candidates": (v["credit"] == "candidates", "only --credit candidates draws them"),
+        **{
+            name: (v["estimator"] == "addax", "only --estimator addax has short examples")
+            for name in ("short_tokens", "short_lr")
+        },
         "finetuner": (
-            v["mask"] == "block" and perturbs,
+            v["mask"] == "block" and probing,
             "only --mask block (--estimator zo-finetuner) asks one for scales",
         ),
         "head_lr": ("head" in train, "it is the learning rate of --train head"),
-        "sigma": (perturbs, "--train head or probe alone perturbs nothing"),
+        "sigma": (probing, f"--train {'+'.join(train)} alone perturbs nothing"),
         "step": (
-            perturbs,
+            probing or first is not None,
             "--train head or probe alone perturbs nothing; a head's rate is --head-lr",
         ),
     }
+    if first is not None:
+        axes = "directions, masks and credits are of forward-only rows"
+        rules |= {name: (False, axes) for name in ("directions", "mask", "credit", "rule")}
+    if v["estimator"] == AUTO:
+        chosen = "--estimator auto decides it with the estimator; name that to say it"
+        rules |= {name: (False, chosen) for name in OF_PRESET}
     return [
         f"{flag(name)} has no effect here: {reason}"
         for name, (used, reason) in rules.items()

@@ -118,7 +118,9 @@ def _load_trained(run: RunFiles, model: Model) -> int:
     try:
         with safe_open(run.trained, "pt") as file:
             steps = int(file.metadata()["steps"])
-            delta = file.get_tensor("head.delta") if model.exact is not None else None
+            learned = {
+                n: file.get_tensor(n) for part in model.learned.values() for n in part.trained()
+            }
         tensors = load_file(run.trained) if model.store.residency is None else {}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as problem:
         raise EdgezoError(
@@ -126,8 +128,9 @@ def _load_trained(run: RunFiles, model: Model) -> int:
         ) from problem
     if model.store.residency is None:
         model.store.load_trained(tensors)
-    if model.exact is not None and delta is not None:
-        model.exact.delta.copy_(delta)
+    for part in model.learned.values():
+        for name, held in part.trained().items():
+            held.copy_(learned[name])
     return steps
 
 

@@ -197,6 +197,10 @@ class Footprint:
         """Of the low-order plane, a weight."""
         return 1 if rounding_of(self.cfg, precision)[0] == "plane" else 0
 
+    def filled(self, precision: str, micro_batch: int, on_disk: int, cap: int) -> Footprint:
+        """The same with what is left of ``cap`` put to use, where a request leaves open for what."""
+        return self
+
     def disk_bytes(self, precision: str, on_disk: int) -> int:
         """What the overlay takes on disk."""
         if not on_disk:
@@ -374,7 +378,7 @@ class Footprint:
     def sides(self) -> int:
         """Forwards over the batch in a step, all in one pass."""
         cfg = self.cfg
-        return cfg.passes if cfg.perturbs else 2
+        return cfg.passes if cfg.probing else 2
 
     def _head(self) -> Item:
         shape, what = self.shape, "change, gradient and Adam's moments"
@@ -481,13 +485,13 @@ class Footprint:
         reason = f"hidden states and logits of {scored:,} scored positions, {what}: more than a block takes"
         if scores > 0:
             items.append(Item("scores", scores, reason, "forward"))
-        items += self._kept(micro_batch, compute_bytes)
+        items += self._keys_and_values(micro_batch, compute_bytes)
         if self.correction_bytes:
             reason = "the longest batch, measured, beside what is counted"
             items.append(Item("correction", self.correction_bytes, reason, "forward"))
         return items
 
-    def _kept(self, micro_batch: int, compute_bytes: int) -> list[Item]:
+    def _keys_and_values(self, micro_batch: int, compute_bytes: int) -> list[Item]:
         """Keys and values of every token that answers are written after (generate.KeyValues)."""
         tokens, most = self.tokens, self.tokens.written
         if not most:

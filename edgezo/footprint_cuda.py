@@ -145,7 +145,7 @@ class CudaFootprint(Footprint):
         scores = logits + 6 * scored * shape.hidden - items[0].bytes
         if scores > 0:
             items.append(Item("scores", scores, reason, "forward"))
-        return [*items, *self._kept(micro_batch, compute_bytes)]
+        return [*items, *self._keys_and_values(micro_batch, compute_bytes)]
 
     def _activations(self, rows: int, compute_bytes: int) -> int:
         """The temporaries of one block over ``rows`` tokens: while it attends, or while its MLP runs."""

@@ -93,13 +93,22 @@ class ExactHead:
             self.delta.addcdiv_(self.first, scale, value=-lr / (1 - BETA1**self.steps))
         self.forget()
 
+    def back(self, error: Tensor, rows: slice | Tensor) -> Tensor:
+        """What an error (n, k) of the logits of ``rows`` asks of the hidden states by way of delta, (n, hidden)."""
+        found = error @ self.delta[rows]
+        return found if self.basis is None else found @ self.basis
+
+    def trained(self) -> dict[str, Tensor]:
+        """What training has changed, by name."""
+        return {"head.delta": self.delta}
+
     def nbytes(self) -> int:
         return 4 * self.delta.nbytes + (self.basis.nbytes if self.basis is not None else 0)
 
     def tensors(self) -> dict[str, Tensor]:
         """State that a snapshot keeps."""
         return {
-            "head.delta": self.delta,
+            **self.trained(),
             "head.adam_first": self.first,
             "head.adam_second": self.second,
             "head.adam_steps": torch.tensor([self.steps]),

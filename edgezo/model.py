@@ -15,13 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from edgezo import loader, packing
+from edgezo.addax import Factors, MixedLinear
+from edgezo.backward import recompute
 from edgezo.data import Batch
 from edgezo.directions import DIRECTIONS, orthonormal
 from edgezo.errors import EdgezoError, UsageError
@@ -29,6 +32,7 @@ from edgezo.estimators import TWO_SIDED, Evaluation
 from edgezo.head import ExactHead
 from edgezo.layouts import CPU, DENSE_DTYPES, Dense, Int8, Layout, Rows, moved, place, vacant
 from edgezo.linear_probe import Readout, Taps
+from edgezo.lora import Adapter, Adapters, LoraLinear
 from edgezo.masks import mask_of
 from edgezo.memory import Heap
 from edgezo.noise import Key
@@ -76,6 +80,28 @@ class ModelSpec:
     refresh: int = 50
     evaluations: tuple[Evaluation, ...] = TWO_SIDED  # of a step
     anchored: bool = False  # a second copy of what is trained
+    decay: float = 0.0  # of AdamW, where there is a backward pass
+    mixed: bool = False  # low-rank factors go along their gradient as well (addax.py)
+
+
+class Learned(Protocol):
+    """A part that is trained by its own gradient, which adds up while micro-batches pass."""
+
+    def forget(self) -> None:
+        """Drop what this step has accumulated."""
+        ...
+
+    def update(self, rate: float) -> None:
+        """One step along the gradient, which is then cleared."""
+        ...
+
+    def trained(self) -> dict[str, Tensor]: ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """State that a snapshot keeps."""
+        ...
+
+    def load(self, tensors: dict[str, Tensor]) -> None: ...
 
 
 @dataclass
@@ -96,10 +122,27 @@ class Model:
     frozen: list[str] = field(default_factory=list)
     taps: Taps | None = None  # what is looked at of a forward
     readout: Readout | None = None  # a linear probe in the head's place
+    adapters: Adapters | None = None
+    factors: Factors | None = None
 
     @property
     def exact(self) -> ExactHead | None:
         return self.scorer.exact
+
+    @property
+    def learned(self) -> dict[str, Learned]:
+        """By the name of the part of ``--train``."""
+        parts: dict[str, Learned | None] = {
+            "head": self.exact,
+            "lora": self.adapters,
+            "lowrank": self.factors,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def forget(self) -> None:
+        """Drop the gradients that a step has accumulated."""
+        for part in self.learned.values():
+            part.forget()
 
     def probe(self, batch: Batch, key: Key, sigma: float) -> Probe:
         """The probe of a batch's packed tokens, laid end to end once for each evaluation."""
@@ -130,17 +173,23 @@ class Model:
         """Losses (sides, b) fp32 and predictions (sides, b) of a packed batch, on the CPU.
 
         With a probe ``sides`` are the evaluations: the + side of every row, then the - side. ``learn``: see
-        ``Scorer``.
+        ``Scorer``; without a probe the gradient goes on to what else is trained by it, back through the blocks.
         """
         at = batch.score_index
         index = torch.cat([at + side * len(batch.ids) for side in range(sides)])
+        tracked = learn > 0 and probe is None and self.goes_back
         try:
             ids = batch.ids.repeat(sides)
-            hidden, probe = self._states(ids, batch.lengths * sides, index, probe)
+            with torch.set_grad_enabled(tracked):
+                hidden, probe = self._states(ids, batch.lengths * sides, index, probe)
             if self.readout is not None:
                 losses, predicted = self.readout(batch.labels, sides)
-            else:
-                losses, predicted = self.scorer(hidden, batch, probe, sides, learn)
+                return losses.cpu(), predicted.cpu()
+            back = torch.zeros(hidden.shape, device=hidden.device) if tracked else None
+            scored = hidden.detach()
+            losses, predicted = self.scorer(scored, batch, probe, sides, learn, back)
+            if back is not None:
+                hidden.backward(back.to(hidden.dtype))
             return losses.cpu(), predicted.cpu()
         finally:
             self.context.probe = None
@@ -235,20 +284,28 @@ class Model:
         return tuple(found)
 
     @property
+    def goes_back(self) -> bool:
+        """Whether anything inside the blocks is trained by its gradient."""
+        return self.adapters is not None or self.factors is not None
+
+    @property
     def guided(self) -> bool:
-        """Whether directions come from what the layers read: then a snapshot has the weights, and no replay."""
-        return self.store.directions.guided
+        """Whether no seed has what the store trains: directions come from what the layers read, or gradients too.
+
+        Then a snapshot has the weights, and no replay.
+        """
+        return self.store.directions.guided or self.factors is not None
 
     @property
     def needs_snapshots(self) -> bool:
         """Whether there is a state that no seed has."""
-        return self.guided or self.exact is not None
+        return self.guided or bool(self.learned)
 
     def saved(self) -> list[Saved]:
-        """Every trained tensor, the exact head's change included."""
+        """Every trained tensor, those with a gradient of their own included."""
         found = self.store.saved()
-        if self.exact is not None:
-            found.append(Saved.of("head.delta", self.exact.delta))
+        for part in self.learned.values():
+            found += [Saved.of(name, tensor) for name, tensor in part.trained().items()]
         if self.readout is not None:
             probe = self.readout.probe.tensors()
             found += [Saved.of(name, tensor.contiguous()) for name, tensor in probe.items()]
@@ -298,6 +355,8 @@ class _Builder:
         )
         self.context = Context(recipe.dtype, self.device)
         self.train = set(recipe.train)
+        self.adapters = Adapters(recipe.decay) if "lora" in self.train else None
+        self.factors = Factors(recipe.decay) if recipe.mixed else None
         self.bases: dict[str, Callable[[], Rows]] = {}  # where each matrix came from
         self.table_rows = 0  # rows of all embedding tables seen so far, for `touched` numbering
         self.frozen: list[str] = []
@@ -336,6 +395,8 @@ class _Builder:
                 self._embedding(name, sub)
             else:
                 self._linear(name, sub)
+        if self.adapters is not None or self.factors is not None:
+            self._recomputed()
         if away is not None:
             away.enter(-1)
             away.residency.attach(list(away.layers)[away.first :])
@@ -351,6 +412,18 @@ class _Builder:
                 f"{len(left)} tensors of the model have no place in edgezo, the first is {left[0]}.\n"
                 "The architecture is not supported; see README for the families that are."
             )
+
+    def _recomputed(self) -> None:
+        """Blocks are run again for the backward pass; those that are elsewhere are bound for that."""
+        from edgezo.residency import decoder_layers
+
+        _, layers = decoder_layers(self.module, self.files.shape.layers)
+        away = self.away
+        for index, layer in enumerate(layers):
+            if away is None or index < away.first:
+                recompute(layer)
+            else:
+                recompute(layer, partial(away.residency.again, index - away.first))
 
     def model(self) -> Model:
         recipe, config = self.recipe, self.files.config
@@ -379,6 +452,8 @@ class _Builder:
             evaluations=recipe.evaluations,
             label_rows=self.label_rows,
             frozen=self.frozen,
+            adapters=self.adapters,
+            factors=self.factors,
         )
 
     # -- one parameter ------------------------------------------------------------------------------------
@@ -472,6 +547,13 @@ class _Builder:
         if getattr(sub, "bias", None) is not None:
             fields["bias_vector"], fields["bias_row"] = self._vector(f"{name}.bias")
         rows, cols = layout.shape
+        if self.adapters is not None:
+            kept = ("matrix", "context", "bias_vector")
+            adapter = self.adapters.add(
+                weight, (rows, cols), self.recipe.rank, self.recipe.seed, self.device
+            )
+            _become(sub, LoraLinear, {**{n: fields[n] for n in kept}, "adapter": adapter})
+            return
         full = fields["matrix"].full  # type: ignore[attr-defined]
         if "scales" in self.train:
             gain = self.store.train_vector(f"{weight}#gain", torch.zeros(rows))
@@ -489,6 +571,13 @@ class _Builder:
         elif directions.guided and full is not None:
             start = directions.basis(Key(self.recipe.seed, 0), full.target)[:, : min(rows, cols)]
             full.basis = orthonormal(start).to(self.device, self.recipe.dtype)
+        if self.factors is not None:
+            trained = fields["lowrank_row"]
+            basis = fields["basis"]
+            assert isinstance(trained, Trainable) and isinstance(basis, Tensor)
+            leaf = self.factors.train(trained.target.name, trained.values)
+            _become(sub, MixedLinear, {**fields, "leaf": Adapter(basis, leaf, 1.0)})
+            return
         _become(sub, PerturbedLinear, fields)
 
     def _embedding(self, name: str, sub: nn.Embedding) -> None:

@@ -36,15 +36,22 @@ class Scorer:
     exact: ExactHead | None
 
     def __call__(
-        self, hidden: Tensor, batch: Batch, probe: Probe | None, sides: int, learn: float
+        self,
+        hidden: Tensor,
+        batch: Batch,
+        probe: Probe | None,
+        sides: int,
+        learn: float,
+        back: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Losses (sides, b) fp32 and predictions (sides, b) int64 (-1 where the kind has none).
 
         ``hidden`` (sides*P, d) are the states at the scored positions, side after side. ``learn`` > 0 adds
-        learn * (gradient of the summed losses) to the exact head's gradient.
+        learn * (gradient of the summed losses) to the exact head's gradient, and that by ``hidden`` to ``back``, fp32
+        of the same shape, where it is given.
         """
         if self.kind == "label":
-            return self._labels(hidden, batch, probe, sides, learn)
+            return self._labels(hidden, batch, probe, sides, learn, back)
         ids = batch.score_ids.repeat(sides).to(hidden.device)
         nll_of, gradient_of = self._vocabulary(hidden, ids, probe)
         # A few numbers; added up on the CPU, because a GPU adds to one place in any order.
@@ -58,24 +65,34 @@ class Scorer:
         else:
             losses, weight = mean.view(sides, -1), torch.ones(rows)
             predicted = torch.full(losses.shape, -1)
-        if learn and self.exact is not None:
-            gradient_of(((weight / count)[row] * learn).to(hidden.device))
+        if learn and (self.exact is not None or back is not None):
+            gradient_of(((weight / count)[row] * learn).to(hidden.device), back)
         return losses, predicted
 
     def _labels(
-        self, hidden: Tensor, batch: Batch, probe: Probe | None, sides: int, learn: float
+        self,
+        hidden: Tensor,
+        batch: Batch,
+        probe: Probe | None,
+        sides: int,
+        learn: float,
+        back: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         logits = self.head.logits(hidden, self.label_ids, probe).float()
-        features = self.exact.features(hidden) if self.exact is not None else None
+        features = self._features(hidden)
         if self.exact is not None and features is not None:
             logits = logits + features @ self.exact.delta.T
         capped = self._cap(logits)
         labels = batch.labels.repeat(sides).to(hidden.device)
         losses = F.cross_entropy(capped, labels, reduction="none")
-        if learn and self.exact is not None and features is not None:
+        if learn and (features is not None or back is not None):
             error = torch.softmax(capped, -1) - F.one_hot(labels, capped.shape[1])
             error = torch.where(torch.isfinite(losses)[:, None], error, 0.0)
-            self.exact.learn(slice(None), error * self._slope(capped) * learn, features)
+            error = error * self._slope(capped) * learn
+            if self.exact is not None and features is not None:
+                self.exact.learn(slice(None), error, features)
+            if back is not None:
+                self._send_back(error, slice(None), self.label_ids, back)
         return losses.view(sides, -1), capped.argmax(-1).view(sides, -1)
 
     @staticmethod
@@ -95,8 +112,8 @@ class Scorer:
 
     def _vocabulary(
         self, hidden: Tensor, ids: Tensor, probe: Probe | None
-    ) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
-        """Two passes over vocabulary tiles: negative log-likelihoods (m,), then the head's weighted gradient."""
+    ) -> tuple[Callable[[], Tensor], Callable[[Tensor, Tensor | None], None]]:
+        """Two passes over vocabulary tiles: negative log-likelihoods (m,), then their weighted gradient."""
         features = self._features(hidden)
         lse = torch.full((len(hidden),), float("-inf"), device=hidden.device)
         target = torch.zeros(len(hidden), device=hidden.device)
@@ -110,8 +127,7 @@ class Scorer:
                 target[chunk] = torch.where(inside, picked, target[chunk])
             return lse - target
 
-        def gradient(weight: Tensor) -> None:
-            assert self.exact is not None and features is not None
+        def gradient(weight: Tensor, back: Tensor | None) -> None:
             weight = torch.where(torch.isfinite(lse - target), weight, 0.0)
             for rows, chunk, logits in self._pieces(hidden, features, probe):
                 error = torch.exp(logits - lse[chunk][:, None])
@@ -119,7 +135,10 @@ class Scorer:
                 inside = ((own >= 0) & (own < logits.shape[1])).nonzero()[:, 0]
                 error[inside, own[inside]] -= 1
                 error *= self._slope(logits) * weight[chunk][:, None]
-                self.exact.learn(rows, error, features[chunk])
+                if self.exact is not None and features is not None:
+                    self.exact.learn(rows, error, features[chunk])
+                if back is not None:
+                    self._send_back(error, rows, rows, back[chunk])
 
         return nll, gradient
 
@@ -155,6 +174,15 @@ class Scorer:
                 if features is not None and self.exact is not None:
                     logits = logits.addmm(features[chunk], self.exact.delta[rows].T)
                 yield rows, chunk, self._cap(logits)
+
+    def _send_back(self, error: Tensor, own: slice, rows: slice | Tensor, back: Tensor) -> None:
+        """Add to ``back`` (n, d) what an error (n, k) of the logits of the vocabulary's ``rows`` asks of hidden states.
+
+        ``own``: the same rows as the exact head numbers them.
+        """
+        back.addmm_(error, self.head.matrix.tile(rows).float())
+        if self.exact is not None:
+            back.add_(self.exact.back(error, own))
 
     def _cap(self, logits: Tensor) -> Tensor:
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap

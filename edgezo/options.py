@@ -63,6 +63,11 @@ MEMORY = (
         "Steps between two bases of low-rank directions, or two anchors of --credit svrg.",
     ),
     ("candidates", "N", "Directions of --credit candidates.  [default: 8]"),
+    (
+        "short_tokens",
+        "N",
+        "Longest example that --estimator addax has the gradient of.  [default: as memory allows]",
+    ),
     ("finetuner", "FILE", "Of --mask block: what meta-train or convert-finetuner made."),
 )
 RUN = (
@@ -77,6 +82,7 @@ RUN = (
         "X",
         "How far a step may move a label's score by the head; a tenth of it for a word's.  [default: 2]",
     ),
+    ("short_lr", "X", "AdamW's rate for them.  [default: 1e-4]"),
     ("eval_every", "N", "Steps between evaluations.  [default: before and after only]"),
     ("snapshot_every", "N", "Steps between snapshots of what no seed has: the head, mostly."),
 )

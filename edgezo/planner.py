@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgezo.budget import budget, choose_device, default_budget, mb
-from edgezo.config import LOSS, RunConfig
-from edgezo.errors import DoesNotFit
+from edgezo.config import LOSS, RunConfig, as_estimator
+from edgezo.errors import DoesNotFit, UsageError
 from edgezo.footprint import (
     ACTIVATIONS,
     MB,
@@ -25,8 +25,9 @@ from edgezo.footprint import (
     phase_bytes,
     rounding_of,
 )
+from edgezo.footprint_backward import BackwardFootprint, MixedFootprint
 from edgezo.footprint_cuda import CudaFootprint
-from edgezo.presets import PRESETS, needs_memory, step_meaning
+from edgezo.presets import AUTO, FIRST_ORDER, PRESETS, needs_memory, step_meaning
 from edgezo.shapes import ModelShape, TokenStats
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ BF16_SPEED_UP = 4  # of products in hardware over fp32; between 2 (AVX-512) and 
 # On a GPU: what a step takes a block, however small (noise is made on the CPU), and how fast it multiplies and copies
 # from the RAM (roughly, by three short runs on an H100).
 GPU_BLOCK_S, GPU_FLOPS_S, GPU_COPY_BYTES_S = 1.2e-2, 2e14, 2e10
+# Footprints of estimators with a backward pass.
+BACKWARD: dict[str, type[Footprint]] = {"lora": BackwardFootprint, "addax": MixedFootprint}
 PRECISIONS_TRIED = ("bf16", "int8", "int4")  # from the left; fp32 and fp16 only when asked for
 
 
@@ -70,6 +73,8 @@ class Plan:
     model: str
     device: str  # cpu or cuda: whose memory is planned
     max_mem_bytes: int
+    estimator: str
+    short_tokens: int | None  # of the longest example that a mixed estimator goes back through
     precision: str
     rounding: str | None
     compute_dtype: str  # fp32 or bf16
@@ -113,6 +118,8 @@ class Plan:
 
     def settle(self, cfg: RunConfig) -> RunConfig:
         """The request with everything decided that it left open."""
+        if cfg.estimator == AUTO:
+            cfg = as_estimator(cfg, self.estimator)
         return replace(
             cfg,
             device=self.device,
@@ -121,6 +128,7 @@ class Plan:
             rounding=self.rounding,
             batch_size=self.batch_size,
             micro_batch=self.micro_batch,
+            short_tokens=self.short_tokens,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,6 +147,8 @@ class Plan:
             "disk_bytes": self.disk_bytes,
             "blocks_in_host": self.blocks_in_host,
             "host_bytes": self.host_bytes,
+            "estimator": self.estimator,
+            "short_tokens": self.short_tokens,
             "precision": self.precision,
             "rounding": self.rounding,
             "compute_dtype": self.compute_dtype,
@@ -184,12 +194,17 @@ def make_plan(
     Raises PlanDoesNotFit with the smallest budget that would work and the flags that would help, UsageError where
     the device that is asked for is not there.
     """
+    if cfg.estimator == AUTO:
+        return _best_that_fits(
+            shape, cfg, machine, tokens, base_bytes=base_bytes, correction_bytes=correction_bytes
+        )
     device, device_reason = choose_device(cfg, machine)
     cap, cap_reason = budget(cfg, machine)
     name = cfg.model.rstrip("/").rsplit("/", 1)[-1]
     batch_size, batch_reason = _batch(cfg)
     cfg = replace(cfg, batch_size=batch_size)
-    footprint = {"cpu": Footprint, "cuda": CudaFootprint}[device](
+    here = BACKWARD.get(cfg.estimator, Footprint)
+    footprint = (CudaFootprint if device == "cuda" else here)(
         shape=ModelShape.of(shape, name),
         cfg=cfg,
         tokens=tokens or TokenStats.assumed(cfg),
@@ -205,6 +220,8 @@ def make_plan(
         raise _refusal(footprint, cap, smallest_bytes)
 
     chosen = _keep_blocks(footprint, chosen, cap)
+    asked, footprint = footprint, footprint.filled(*chosen, cap)
+    cfg = footprint.cfg
     precision, micro_batch, away = chosen
     host_bytes = footprint.host_bytes(precision, away)
     if host_bytes > machine.available_bytes:
@@ -233,7 +250,10 @@ def make_plan(
             _residency_reason(footprint, chosen),
         ),
     ]
-    decisions.append(_first_order(footprint, batch_size, cap))
+    if cfg.short_tokens is not None:
+        decisions.append(Decision("short_tokens", cfg.short_tokens, _short_reason(footprint)))
+    if "lora" not in cfg.train:
+        decisions.append(_first_order(footprint, batch_size, cap))
     if rounding is not None:
         decisions.append(Decision("rounding", rounding, rounding_reason))
     trained, frozen = _groups(footprint.shape, cfg)
@@ -241,6 +261,8 @@ def make_plan(
         model=name,
         device=device,
         max_mem_bytes=cap,
+        estimator=cfg.estimator,
+        short_tokens=cfg.short_tokens,
         precision=precision,
         rounding=rounding,
         compute_dtype=compute,
@@ -251,7 +273,7 @@ def make_plan(
         items=roomy.items(*chosen),
         decisions=tuple(decisions),
         smallest_bytes=smallest_bytes,
-        smallest_flags=_flags(_best_within(footprint, smallest_bytes), footprint.elsewhere),
+        smallest_flags=_flags(_best_within(asked, smallest_bytes), asked.elsewhere),
         step_s=_step_s(footprint, machine, chosen, batch_size),
         blocks_on_disk=on_disk,
         disk_bytes=footprint.disk_bytes(precision, on_disk),
@@ -261,6 +283,40 @@ def make_plan(
         host_bytes=host_bytes,
         kept_tokens=roomy.kept_tokens,
     )
+
+
+FIRST_CHOICE, LAST_CHOICE = "lora", "grzo"  # of --estimator auto
+
+
+def _best_that_fits(
+    shape: Shape, cfg: RunConfig, machine: Machine, *more: Any, **known: Any
+) -> Plan:
+    """The plan of ``--estimator auto``: first-order LoRA where it fits, else the forward-only default."""
+    asked_gpu = cfg.device == "cuda" or cfg.residency == "host"
+    if asked_gpu or (machine.gpu is not None and choose_device(cfg, machine)[0] == "cuda"):
+        why = f"{FIRST_CHOICE}'s backward pass is for the CPU, and there is a GPU to use"
+    else:
+        # Weights that come from the disk three times a step are no gain in time over twice forwards alone.
+        wanted = replace(cfg, residency=cfg.residency or "resident")
+        try:
+            plan = make_plan(shape, as_estimator(wanted, FIRST_CHOICE), machine, *more, **known)
+            why = (
+                f"first-order, and fits: {mb(plan.planned_peak_bytes)} of {mb(plan.max_mem_bytes)}"
+            )
+            return _because(plan, f"{why}; forwards alone reach less in the same time")
+        except PlanDoesNotFit as problem:
+            why = f"first-order {FIRST_CHOICE} needs {mb(problem.smallest_bytes)}"
+    plan = make_plan(shape, as_estimator(cfg, LAST_CHOICE), machine, *more, **known)
+    return _because(plan, f"{why}, so forwards alone")
+
+
+def _because(plan: Plan, why: str) -> Plan:
+    """The plan with what auto has to say before the estimator's own reason."""
+    told = tuple(
+        replace(d, reason=f"auto: {why}. {d.reason}") if d.name == "estimator" else d
+        for d in plan.decisions
+    )
+    return replace(plan, decisions=told)
 
 
 def largest_card(cards: Iterable[Card], cfg: RunConfig, machine: Machine) -> Plan | None:
@@ -429,16 +485,44 @@ def _moved_bytes(footprint: Footprint, option: Option) -> int:
 
 def _first_order(footprint: Footprint, batch_size: int, cap: int) -> Decision:
     """What first-order LoRA would take: where it fits it reaches more, and the user should know."""
-    needed = footprint.first_order_bytes(batch_size)
-    if needed <= cap:
-        reason = "would fit as well, and reaches a higher accuracy: see What it is not, in README"
-    else:
-        reason = f"does not fit: bf16 base, AdamW, {batch_size} examples at once"
-    return Decision("first-order LoRA", f"about {mb(needed)}", reason)
+    usual = mb(footprint.first_order_bytes(batch_size))
+    written = f"as people write it (bf16 base, AdamW, {batch_size} examples at once) about {usual}"
+    try:
+        cfg = as_estimator(replace(footprint.cfg, device="cpu", residency="resident"), FIRST_CHOICE)
+    except UsageError:
+        cfg = None
+    if cfg is None or isinstance(footprint, CudaFootprint):
+        return Decision("first-order LoRA", f"about {usual}", "as people write it")
+    known = ("shape", "tokens", "bf16_fast", "base_bytes")
+    other = BackwardFootprint(cfg=cfg, **{name: getattr(footprint, name) for name in known})
+    sizes = [(o, other.peak_bytes(*o)) for o in _options(cfg, footprint.shape.layers)]
+    fits = next(((o, size) for o, size in sizes if size <= cap), None)
+    if fits is None:
+        least = min(size for _, size in sizes)
+        reason = f"--estimator lora does not fit, a block at a time; {written}"
+        return Decision("first-order LoRA", mb(least), reason)
+    option, size = fits
+    reason = (
+        f"fits with --estimator lora, a block at a time in {option.precision}, and reaches a higher "
+        f"accuracy; {written}"
+    )
+    return Decision("first-order LoRA", mb(size), reason)
+
+
+def _short_reason(footprint: Footprint) -> str:
+    """How much of the data a mixed estimator has the gradient of."""
+    short, tokens = footprint.cfg.short_tokens or 0, footprint.tokens
+    if tokens.tokens[0] <= short:
+        return "every example is short enough to go back through"
+    if tokens.known and tokens.mean > short:
+        return "most examples are longer, and probed"
+    return "longer examples are probed"
 
 
 def _estimator_reason(cfg: RunConfig) -> str:
     """Its choices on the axes, and what the step means with them."""
+    if (first := FIRST_ORDER.get(cfg.estimator)) is not None:
+        return f"{first.equation}; --step {cfg.step:g} is the {first.step_meaning}"
     chosen = [f"{cfg.directions} directions", f"{cfg.credit} credit", f"rule {cfg.rule}"]
     if cfg.mask != "none":
         chosen.insert(1, f"mask {cfg.mask}")
@@ -453,6 +537,7 @@ def _trained_reason(cfg: RunConfig) -> str:
         "scales": "one gain per output row",
         "head": "the head exactly, from the same forward",
         "probe": "a linear probe on the blocks that know most, by one forward over the rows",
+        "lora": f"rank-{cfg.rank} A and B in fp32 beside frozen weights, by their gradient",
     }
     return "; ".join(reasons[part] for part in cfg.train)
 
@@ -470,6 +555,15 @@ def _groups(shape: ModelShape, cfg: RunConfig) -> tuple[tuple[str, ...], tuple[s
     if "lowrank" in cfg.train:
         trained += [f"{n} x {m.name}, low-rank ({m.d_out} x {cfg.rank})" for m in shape.block]
         trained += [f"{m.name}, low-rank ({m.d_out} x {cfg.rank})" for m in shape.outside]
+    if "lora" in cfg.train:
+        trained += [
+            f"{n} x {m.name}, A ({cfg.rank} x {m.d_in}) and B ({m.d_out} x {cfg.rank})"
+            for m in shape.block
+        ]
+        trained += [
+            f"{m.name}, A ({cfg.rank} x {m.d_in}) and B ({m.d_out} x {cfg.rank})"
+            for m in shape.outside
+        ]
     if "scales" in cfg.train:
         trained += [f"{n} x {m.name}, output gains ({m.d_out})" for m in shape.block]
         trained += [f"{m.name}, output gains ({m.d_out})" for m in shape.outside]

@@ -359,6 +359,75 @@ PRESETS = {
 }
 
 
+class FirstOrder(NamedTuple):
+    """A row beside the family: what it trains goes along its own gradient, so the axes say nothing of it."""
+
+    name: str
+    paper: str
+    equation: str
+    step: float
+    train: tuple[str, ...]
+    state: int  # fp32 values for each trained one
+    step_meaning: str
+    less: tuple[str, ...] = ()  # what may be left out of train
+    note: str = ""
+
+    def describe(self) -> dict[str, Any]:
+        """What ``edgezo estimators`` prints of a row."""
+        axes = dict.fromkeys(("directions", "mask", "credit", "rule", "sigma"))
+        return {
+            **axes,
+            "name": self.name,
+            "paper": self.paper,
+            "train": list(self.train),
+            "step": self.step,
+            "step_meaning": self.step_meaning,
+            "equation": self.equation,
+            "forwards": BACKWARD_PASSES,
+            "state_values": self.state,
+            "state": f"{self.state} per trained value",
+            "noise": "none",
+            "note": self.note,
+        }
+
+
+# Of a step by true gradients, in forwards over the batch: there, again block by block, and back by the inputs alone.
+BACKWARD_PASSES = 3
+FIRST_ORDER = {
+    row.name: row
+    for row in (
+        FirstOrder(
+            "lora",
+            "LoRA, arXiv 2106.09685",
+            "y = W x + 8/rank B (A x); A and B by AdamW along their gradient",
+            1e-3,
+            ("lora",),
+            2,
+            "learning rate of AdamW",
+            note="first-order: a backward pass through one recomputed block at a time, over the same frozen base; "
+            "resumed from snapshots, for no seed has what it trains",
+        ),
+        FirstOrder(
+            "addax",
+            "Addax, arXiv 2410.06441",
+            "A <- A - AdamW(gradient of the short examples) - kappa sum_i a_i sigma D_i of the others, "
+            "D_i = r_i t_i^T, a_i = delta_i/std_j(delta_j)",
+            0.1,
+            ("lowrank", "head"),
+            2,
+            KAPPA,
+            less=("head",),
+            note="gradients where an example is short enough for the memory (--short-tokens), GRZO elsewhere; "
+            "each has a rate of its own, where the paper weighs both into one SGD step; resumed from snapshots",
+        ),
+    )
+}
+AUTO = "auto"
+ESTIMATORS = (*PRESETS, *FIRST_ORDER)
+# Parts that need no probing: trained by their own gradient, or fitted.
+EXACT = frozenset({"head", "probe", "lora"})
+
+
 def forwards(credit: str, mask: str, candidates: int) -> int:
     """Forward passes over the batch in a step."""
     drawn = candidates if credit == "candidates" else 0
@@ -395,6 +464,10 @@ def default_step(row: Preset, credit: str, rule: str) -> float:
 
 def refusals(v: Mapping[str, Any]) -> list[str]:
     """Choices on the axes that mean nothing together, each with its reason. ``v``: a request by field name."""
+    if v["estimator"] in FIRST_ORDER:
+        return _first_order_refusals(v)
+    if "lora" in v["train"]:
+        return ["--train lora goes along its own gradient: it needs --estimator lora"]
     directions, mask, credit, rule = (v[n] for n in ("directions", "mask", "credit", "rule"))
     train, found = v["train"], []
     many = CREDITS[credit].per_example
@@ -471,6 +544,20 @@ def refusals(v: Mapping[str, Any]) -> list[str]:
             )
     if v["residency"] in ("disk", "host") and (why := needs_memory(v)):
         found.append(f"--residency {v['residency']} with --train full: {why}")
+    return found
+
+
+def _first_order_refusals(v: Mapping[str, Any]) -> list[str]:
+    row, found = FIRST_ORDER[v["estimator"]], []
+    if not set(row.train) - set(row.less) <= set(v["train"]) <= set(row.train):
+        found.append(
+            f"--train {'+'.join(v['train'])} with --estimator {row.name}: it trains {'+'.join(row.train)} alone"
+        )
+    if "cuda" in (v["device"],) or v["residency"] == "host":
+        found.append(
+            f"--estimator {row.name} on a GPU: its backward pass is counted and measured on the CPU only; "
+            "use --device cpu"
+        )
     return found
 
 

@@ -110,7 +110,7 @@ class ProbePass:
         # One side passes here, where a step passes several, and the plan has room for them.
         cfg = self.training.cfg
         assert cfg.batch_size is not None
-        self.sides = cfg.passes if cfg.perturbs else 2
+        self.sides = cfg.passes if cfg.probing else 2
         self.group = cfg.batch_size * self.sides
 
     def run(self) -> Outcome:
@@ -169,7 +169,7 @@ class ProbePass:
         order = batch_indices(len(training.examples), most, cfg.seed, 0)
         done = min(self.states.rows(), most) // size * size
         self.states.keep(done)
-        limit_s = cfg.for_s * (PROBE_SHARE if cfg.perturbs else 1.0) if cfg.for_s else math.inf
+        limit_s = cfg.for_s * (PROBE_SHARE if cfg.probing else 1.0) if cfg.for_s else math.inf
         groups, cap_bytes = -(-most // size), training.plan.max_mem_bytes
         training.progress.note(f"a linear probe: one forward over up to {most:,} rows")
         training.progress.begin(done=0, steps=groups, cap_bytes=cap_bytes)

@@ -15,8 +15,8 @@ its block is written. Two slots are all the memory that the blocks take, however
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -170,8 +170,20 @@ class Residency:
 
     # -- running ------------------------------------------------------------------------------------------
 
-    def bind(self, index: int) -> None:
-        """Let block ``index`` be in memory with every update before ``target``. EdgezoError if the disk fails."""
+    @contextmanager
+    def again(self, index: int) -> Iterator[None]:
+        """Block ``index`` in memory for a backward pass, in which the block before it comes next."""
+        self.bind(index, toward=-1)
+        try:
+            yield
+        finally:
+            self.release()
+
+    def bind(self, index: int, toward: int = 1) -> None:
+        """Let block ``index`` be in memory with every update before ``target``. EdgezoError if the disk fails.
+
+        ``toward``: 1 where the next one follows, -1 where the one before it does.
+        """
         if self._bound is not None:
             if self._bound[0].index == index:
                 return
@@ -188,7 +200,10 @@ class Residency:
                 raise
             block.applied, changed = self.target, True
         self._bound = block, slot
-        following = (index + 1) % len(self.blocks)
+        # A forward begins again at the first block; a backward pass ends there.
+        following = max(0, (index + toward) % len(self.blocks) if toward > 0 else index + toward)
+        for other in [i for i in self._ahead if i != following]:
+            self._give_up(other)  # read ahead for another order of layers
         if self._free and following not in self._ahead and following != index:
             self._fetch(self.blocks[following])
         if changed:
@@ -224,14 +239,18 @@ class Residency:
         self.medium.traffic.read_bytes += block.home.data_bytes
         self._ahead[block.index] = slot, self.medium.read(block.home, slot)
 
+    def _give_up(self, index: int) -> None:
+        """Take back the slot that a block is being read into."""
+        slot, reading = self._ahead.pop(index)
+        with suppress(Damaged):
+            reading.result()
+        self._free.append(slot)
+
     def _arrived(self, block: Block) -> tuple[Tensor, bool]:
         """The slot that holds ``block`` as it is at home; or, and True, made again where that is not to be trusted."""
         if block.index not in self._ahead:
-            if not self._free:  # read ahead for another order of layers
-                _, (slot, reading) = self._ahead.popitem()
-                with suppress(Damaged):
-                    reading.result()
-                self._free.append(slot)
+            if not self._free:
+                self._give_up(next(iter(self._ahead)))
             self._fetch(block)
         slot, reading = self._ahead.pop(block.index)
         try:

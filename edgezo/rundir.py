@@ -158,7 +158,9 @@ def save_snapshot(run: RunFiles, model: Model, step: int) -> None:
     """State without a seed form after ``step`` steps, atomically: the exact head; weights whose directions had none."""
     if not model.needs_snapshots:
         return
-    tensors = model.exact.tensors() if model.exact is not None else {}
+    tensors: dict[str, Tensor] = {}
+    for part in model.learned.values():
+        tensors |= part.tensors()
     if model.guided:
         tensors = {**tensors, **model.store.kept()}
     saved = [Saved.of(name, tensor.contiguous()) for name, tensor in tensors.items()]
@@ -208,8 +210,8 @@ def load_snapshot(run: RunFiles, model: Model) -> int:
     try:
         with safe_open(run.snapshot, "pt") as file:
             step = int(file.metadata()["step"])
-            if model.exact is not None:
-                model.exact.load({name: file.get_tensor(name) for name in model.exact.tensors()})
+            for part in model.learned.values():
+                part.load({name: file.get_tensor(name) for name in part.tensors()})
             for name, held in (model.store.kept() if model.guided else {}).items():
                 _read_into(held, file.get_slice(name))
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as problem:

@@ -210,6 +210,8 @@ def load_model(opened: Opened, machine: Machine, overlay: Overlay | None = None)
         refresh=cfg.refresh,
         evaluations=Estimator.of(cfg).evaluations,
         anchored=cfg.anchored,
+        decay=cfg.weight_decay,
+        mixed=cfg.estimator == "addax",
     )
     with opened.memory.short("loading"):
         model = assemble(opened.files, spec)
@@ -255,7 +257,7 @@ def journal_is_shaped(cfg: RunConfig) -> bool:
     """Whether a step's record holds other than two losses and one credit an example."""
     evaluations = Estimator.of(cfg).evaluations
     other = evaluations != TWO_SIDED or cfg.anchored
-    return other and cfg.perturbs
+    return other and cfg.probing
 
 
 def follow(model: Model, cfg: RunConfig, journal: Journal) -> None:

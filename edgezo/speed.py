@@ -79,8 +79,8 @@ class Subject:
         """One step as train.py makes it, without journal and guard."""
         model, cfg = self.model, self.cfg
         begun_s = time.perf_counter()
-        probing = cfg.perturbs
-        learn = 1.0 / (self.sides * len(group)) if model.exact is not None else 0.0
+        probing = cfg.probing
+        learn = 1.0 / (self.sides * len(group)) if model.learned else 0.0
         losses = np.empty((self.sides, len(group)), np.float32)
         for batch in pieces(group, len(group), model.most_tokens):
             probe = model.probe(batch, Key(cfg.seed, step), cfg.sigma) if probing else None
@@ -93,8 +93,8 @@ class Subject:
             touched, guides = model.take_touched(len(group)), model.store.take_guides()
             with model.heap.updating():
                 model.store.apply([Recipe(step, c, 0.0, touched, cfg.step, guides=guides)])
-        if model.exact is not None:
-            model.exact.update(cfg.head_lr)
+        for name, part in model.learned.items():
+            part.update(cfg.rates[name])
         end_s = time.perf_counter()
         parts = {"perturbed_s": probed_s - begun_s, "update_s": end_s - probed_s}
         return parts | {"step_s": end_s - begun_s}
@@ -232,7 +232,7 @@ def bookkeeping(cfg: RunConfig, size: int, step_s: float, steps: int = 50) -> fl
     """What a run spends on journal, metrics, guard and a terminal's progress, as a share of its steps' time."""
     losses = np.ones((max(2, cfg.passes), size), np.float32)
     losses[0] += np.arange(size, dtype=np.float32)
-    credit = Estimator.of(cfg).credit(losses) if cfg.perturbs else losses[0]
+    credit = Estimator.of(cfg).credit(losses) if cfg.probing else losses[0]
     guard, terminal = Guard(1 << 60, 0), Console(file=io.StringIO(), force_terminal=True)
     progress = TerminalProgress(terminal)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as held:

@@ -8,6 +8,9 @@
     [common]                     # settings of finetune for all
     [methods.grzo]               # a method's own; a list is a grid, of which tuning takes the best
     step = [0.05, 0.1, 0.2]
+    [methods.peft]
+    baseline = "lora"            # adamw, lora or prefix as people write them (first_order.py), with lr and rank
+    lr = [3e-4, 1e-3]
     [tune]                       # settings that differ while a grid is searched
     held-out = 0.1               # of the training rows, so that no reported row is seen (this is the default)
     seeds = [3]
@@ -33,6 +36,7 @@ from typing import Any
 from edgezo.bench import write_results
 from edgezo.config import MOST_PROBE_ROWS, RunConfig, flag, make_config
 from edgezo.errors import EdgezoError, UsageError
+from edgezo.first_order import Request
 
 Settings = dict[str, Any]
 BUDGETS = ("forwards", "seconds")
@@ -63,22 +67,28 @@ class Study:
         said = {"model": self.model, **more, **self.tasks[task], **self.common, **settings}
         if tuning:
             said |= {"held_out": HELD_OUT, **self.tune}
-        said.setdefault("batch_size", DEFAULT_BATCH)
+        said = {"batch_size": DEFAULT_BATCH, **said, "seed": seed}
+        asked: Callable[[Settings], RunConfig | Request] = make_config
+        if "baseline" in said:
+            asked = partial(Request.of, own=tuple(settings))
         what, amount = self.budget
         if what == "seconds":
             said["for_s"] = amount
         else:
-            said["steps"] = steps_of(make_config(said), amount)
-        make_config(said := said | {"seed": seed})
+            said["steps"] = steps_of(asked(said), amount)
+        asked(said)
         return said
 
 
-def steps_of(cfg: RunConfig, forwards: float) -> int:
+def steps_of(asked: RunConfig | Request, forwards: float) -> int:
     """Steps in so many forwards of examples; a linear probe's pass counts, as if the data had enough rows."""
+    cfg = asked if isinstance(asked, RunConfig) else asked.cfg
     assert cfg.batch_size is not None
-    passes = cfg.mean_passes if set(cfg.train) != {"probe"} else 0.0
-    steps = forwards / (cfg.batch_size * (passes + ("probe" in cfg.train)))
-    if passes and "probe" in cfg.train and steps * cfg.batch_size > MOST_PROBE_ROWS:
+    passes, probed = asked.mean_passes, 0
+    if asked is cfg and "probe" in cfg.train:
+        probed, passes = 1, 0.0 if cfg.train == ("probe",) else passes
+    steps = forwards / (cfg.batch_size * (passes + probed))
+    if passes and probed and steps * cfg.batch_size > MOST_PROBE_ROWS:
         steps = (forwards - MOST_PROBE_ROWS) / (cfg.batch_size * passes)
     return max(1, round(steps))
 
@@ -207,10 +217,7 @@ def _run(
     digest = hashlib.sha256(json.dumps(own).encode()).hexdigest()[:8]
     out = folder / f"{name}-{digest}-{request['seed']}"
     if not (out / "summary.json").exists():
-        said = [part for key, value in request.items() for part in (flag(key), str(value))]
-        if (out / "journal.bin").exists():
-            said = ["--resume"]
-        command = [sys.executable, "-m", "edgezo", "finetune", *said, "--out", str(out), "--json"]
+        command = [sys.executable, *_command(request, out)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             try:
@@ -222,6 +229,16 @@ def _run(
     found = _figures(out)
     note(f"{out.name}: {found['metric']} {found['value']:.4f}")
     return found
+
+
+def _command(request: Settings, out: Path) -> list[str]:
+    """What Python is to run: a fine-tune, which goes on where it was left, or a baseline, which begins anew."""
+    if "baseline" in request:
+        return ["-m", "edgezo.first_order", json.dumps({**request, "out": str(out)})]
+    said = [part for key, value in request.items() for part in (flag(key), str(value))]
+    if (out / "journal.bin").exists():
+        said = ["--resume"]
+    return ["-m", "edgezo", "finetune", *said, "--out", str(out), "--json"]
 
 
 def _figures(out: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from edgezo.addax import divide
 from edgezo.config import RunConfig
 from edgezo.data import Batch, Example, batch_indices, collate, micro_batches, pieces, tokens_of
 from edgezo.device import confirmed
@@ -36,6 +37,7 @@ from edgezo.memory import Guard, Meter, peak_rss_bytes, rss_bytes
 from edgezo.model import Model
 from edgezo.noise import Key
 from edgezo.planner import Plan
+from edgezo.presets import AUTO
 from edgezo.probe_pass import Outcome, ProbePass, recall
 from edgezo.profiler import phase, profiling, running
 from edgezo.report import RunProgress, Silent, peaks_line, to_json
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+FORWARD_ONLY = ("directions", "mask", "credit", "rule")  # axes that a backward pass has no use for
 PLAIN_FORWARDS = 8  # plain forwards timed in a run, for summary.json's forward_s
 
 
@@ -101,6 +104,8 @@ def _finetune(cfg: RunConfig, resume: bool, progress: RunProgress) -> dict[str, 
     base = meter.mark("base")
     split_is_free = cfg.micro_batch is None
     plan = (settle_again if resume else settle)(opened, host, base.rss_bytes)
+    if cfg.estimator == AUTO:
+        progress.note(next(d.reason for d in plan.decisions if d.name == "estimator"))
     progress.plan(plan)
     cfg = opened.cfg
     assert cfg.out is not None, "the command line names a run directory"
@@ -273,7 +278,7 @@ class Training:
             while True:
                 train_s = time.monotonic() - start_s - excluded_s
                 fraction = self._fraction(step, train_s)
-                if fraction >= 1.0 or not (self.probing or self.model.exact):
+                if fraction >= 1.0 or not (self.probing or self.model.learned):
                     return step, train_s
                 self.check_stop(step)
                 begun_s = time.monotonic()
@@ -353,22 +358,22 @@ class Training:
         compared = cfg.anchored and not cfg.is_anchor(step)
         kept = 2 * sides if compared else sides if self.probing else 2
         losses = np.full((kept, len(group)), np.nan, np.float32)
-        learn = 1.0 / (sides * len(group)) if model.exact is not None else 0.0
+        short, parts = self._parts(group)
         try:
-            for batch in pieces(group, cfg.micro_batch, self._most_tokens):
+            for batch, probed in parts:
                 self.check_room("the next micro-batch")
                 with phase("forward"), self.memory.short("a micro-batch"):
-                    found = self._losses(batch, group, step, learn)
+                    found = self._losses(batch, group, step, probed)
                     losses[: sides if compared else kept, batch.slots] = found.numpy()
                     if compared:
                         with model.store.at_anchor():
-                            losses[sides:, batch.slots] = self._losses(batch, group, step).numpy()
+                            again = self._losses(batch, group, step, probed)
+                            losses[sides:, batch.slots] = again.numpy()
         except BaseException:
             model.store.take_guides(learn=False)
-            if model.exact is not None:
-                model.exact.forget()  # half a step's gradient must not leak into a saved state
+            model.forget()  # half a step's gradient must not leak into a saved state
             raise
-        credit = self.estimator.credit(losses) if self.probing else np.zeros(len(group), np.float32)
+        credit = self._credit(losses, short)
         if cfg.anchored:
             credit = np.append(credit, self._anchor_credit(step)).astype(np.float32)
         skipped = not bool(credit.any())
@@ -378,24 +383,23 @@ class Training:
         self.journal.append(record)
         with phase("update"), model.heap.updating():
             model.store.apply([recipe_of(cfg, record)._replace(guides=guides)])
-            if model.exact is not None:
-                # The head follows the same schedule as the step.
-                model.exact.update(cfg.head_lr * step_size / cfg.step)
+            for name, part in model.learned.items():
+                # A rate of its own follows the same schedule as the step.
+                part.update(cfg.rates[name] * step_size / cfg.step)
         if model.needs_snapshots and (step + 1) % cfg.snapshot_every == 0:
             self._save(step + 1)
         return record
 
-    def _losses(
-        self, batch: Batch, group: Sequence[Example], step: int, learn: float = 0.0
-    ) -> Tensor:
+    def _losses(self, batch: Batch, group: Sequence[Example], step: int, probed: bool) -> Tensor:
         """Of each side and example of a micro-batch, (sides, b): the model's own, or minus the objective."""
-        judge, sides = self.opened.judge, self.sides
+        judge, sides = self.opened.judge, self.sides if probed else 1
         probe = partial(self.model.probe, key=Key(self.cfg.seed, step), sigma=self.cfg.sigma)
         if judge is not None and judge.score is not None:
             examples = [group[slot] for slot in batch.slots]
             return judge.losses(self.model, batch, examples, probe, sides)
+        learn = 1.0 / (sides * len(group)) if self.model.learned else 0.0
         found, _ = self.model.losses(
-            batch, probe(batch) if self.probing else None, sides=sides, learn=learn
+            batch, probe(batch) if probed else None, sides=sides, learn=learn
         )
         return found
 
@@ -409,6 +413,36 @@ class Training:
     def _most_tokens(self) -> int | None:
         """Of one side, that a micro-batch is split into pieces of."""
         return None if self.writes else self.model.most_tokens
+
+    def _parts(self, group: Sequence[Example]) -> tuple[list[int], Iterator[tuple[Batch, bool]]]:
+        """(slots that no probe is needed for, packed micro-batches and whether each is probed)."""
+        cfg, everything = self.cfg, list(range(len(group)))
+        short, others = ([], everything) if self.probing else (everything, [])
+        if self.model.factors is not None:
+            short, others = divide(group, cfg.short_tokens or 0)
+        assert cfg.micro_batch is not None
+        split = ((short, False, self._most_back), (others, True, self._most_tokens))
+        found = (
+            (collate([group[slots[i]] for i in part], [slots[i] for i in part]), probed)
+            for slots, probed, most in split
+            for part in micro_batches([group[s] for s in slots], cfg.micro_batch, most)
+        )
+        return short, found
+
+    @property
+    def _most_back(self) -> int | None:
+        """Tokens of a piece that no probe is needed for."""
+        return self.model.most_tokens if self.model.factors is None else self.cfg.short_tokens
+
+    def _credit(self, losses: np.ndarray, short: list[int]) -> np.ndarray:
+        """Credit of the probed examples; 0 of the others."""
+        if not short:
+            return self.estimator.credit(losses)
+        credit = np.zeros(losses.shape[1], np.float32)
+        others = np.setdiff1d(np.arange(len(credit)), short)
+        if len(others):
+            credit[others] = self.estimator.credit(losses[:, others])
+        return credit
 
     def _anchor_credit(self, step: int) -> float:
         """The mean credit of the anchor that ``step`` is compared with; 0 of an anchor itself."""
@@ -584,9 +618,13 @@ class Training:
             self.model.probe(batch, Key(self.cfg.seed, 0), self.cfg.sigma) if self.probing else None
         )
         with phase("forward"), self.memory.short("the longest micro-batch"):
-            self.model.losses(batch, probe, sides=self.sides)
+            learn = 1.0 if self.model.adapters is not None else 0.0  # a backward pass takes more
+            self.model.losses(batch, probe, sides=self.sides, learn=learn)
             if self.writes:
                 self._write_longest()
+            if self.model.factors is not None:
+                self._back_first()
+        self.model.forget()
         self.model.take_touched(len(slots))
         self.model.store.take_guides(learn=False)
         self.memory.look_again()
@@ -599,6 +637,17 @@ class Training:
         longest = sorted(self.examples, key=lambda example: -len(example.prompt))[: cfg.micro_batch]
         probe = partial(self.model.probe, key=Key(cfg.seed, 0), sigma=cfg.sigma)
         judge.write(self.model, longest, probe, self.sides, None, self.model.most_tokens)
+
+    def _back_first(self) -> None:
+        """Run the longest possible piece of short examples once, there and back."""
+        assert self.cfg.micro_batch is not None
+        slots, _ = divide(self.examples, self.cfg.short_tokens or 0)
+        short = [self.examples[slot] for slot in slots]
+        parts = micro_batches(short, self.cfg.micro_batch, self._most_back)
+        longest = max(parts, key=lambda part: sum(tokens_of(short[s]) for s in part), default=[])
+        if longest:
+            batch = collate([short[s] for s in longest], range(len(longest)))
+            self.model.losses(batch, learn=1.0)
 
     def _guard(self) -> None:
         self.guard = Guard(
@@ -668,10 +717,10 @@ class Training:
             "model": cfg.model,
             "device": cfg.device,
             "estimator": cfg.estimator,
-            "directions": cfg.directions,
-            "mask": cfg.mask,
-            "credit": cfg.credit,
-            "rule": cfg.rule,
+            **{
+                name: getattr(cfg, name) if "lora" not in cfg.train else None
+                for name in FORWARD_ONLY
+            },
             "objective": cfg.objective,
             "trained": "+".join(part for part in cfg.train if part != unused),
             "precision": cfg.precision,

@@ -325,5 +325,38 @@ def test_first_order_lora_is_named_where_it_fits():
         found = plan(max_mem_bytes=cap)
         return next(d for d in found.decisions if d.name == "first-order LoRA")
 
-    assert "does not fit" in decision(900 * MB).reason
-    assert "would fit as well" in decision(20_000 * MB).reason
+    tight, wide = decision(600 * MB), decision(900 * MB)
+    assert "does not fit" in tight.reason and "as people write it" in tight.reason
+    assert "fits with --estimator lora" in wide.reason
+    needed = plan(estimator="lora", max_mem_bytes=900 * MB).planned_peak_bytes
+    assert wide.value == planner.mb(needed)
+
+
+def test_auto_takes_first_order_lora_where_it_fits_and_says_why():
+    def chosen(machine: object = MACHINE, **said: object) -> tuple[str, str, RunConfig]:
+        found = plan(machine=machine, estimator="auto", **said)
+        reason = next(d.reason for d in found.decisions if d.name == "estimator")
+        return found.estimator, reason, found.settle(request(estimator="auto", **said))
+
+    estimator, reason, settled = chosen(max_mem_bytes=900 * MB)
+    assert estimator == settled.estimator == "lora" and settled.train == ("lora",)
+    assert settled.step == request(estimator="lora").step and "first-order, and fits" in reason
+    resident = plan(estimator="lora", residency="resident", max_mem_bytes=900 * MB)
+    least = resident.smallest_bytes
+    estimator, reason, settled = chosen(max_mem_bytes=least - 5 * MB)
+    assert settled == plan(max_mem_bytes=least - 5 * MB).settle(
+        request(max_mem_bytes=least - 5 * MB)
+    )
+    assert estimator == "grzo" and planner.mb(least) in reason
+    gpu = SimpleNamespace(name="a GPU", total_bytes=9000 * MB, available_bytes=9000 * MB)
+    with_gpu = SimpleNamespace(**{**vars(MACHINE), "gpu": gpu})
+    assert chosen(machine=with_gpu, max_mem_bytes=4000 * MB)[0] == "grzo"
+
+
+def test_lora_takes_what_it_keeps_of_every_block_and_nothing_of_the_size_of_the_model():
+    found = plan(estimator="lora", precision="int8", max_mem_bytes=900 * MB)
+    again = plan(estimator="lora", precision="int8", rank=16, max_mem_bytes=900 * MB)
+    assert item(again, "adapters") == 2 * item(found, "adapters") == 16 * 16 * 30 * (5184 + 4992)
+    assert found.most_tokens is not None and found.reused_tokens == 0
+    forward_only = plan(precision="int8", max_mem_bytes=900 * MB)
+    assert found.planned_peak_bytes < 1.25 * forward_only.planned_peak_bytes
