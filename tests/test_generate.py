@@ -188,3 +188,17 @@ def test_keys_and_values_are_as_large_as_planned() -> None:
     kept.expect(torch.arange(6), (3,) * 6)
     kept.store(module, torch.ones(18, 2, 4), torch.ones(18, 2, 4))
     assert [part.shape for part in kept._held[module]] == [(6, 2, 11, 4)] * 2
+
+
+def test_the_exact_head_s_change_is_in_what_is_written(workshop: Workshop) -> None:
+    case = of("gemma2", "norms+head", kind="completion", tied=False)
+    model, twin = workshop.model(case), twin_of(case)
+    exact = model.exact
+    assert exact is not None and exact.basis is not None
+    generator = torch.Generator().manual_seed(1)
+    exact.delta.copy_(torch.randn(exact.delta.shape, generator=generator))
+    weights = reference.explicit_weights(model)
+    weights["lm_head.weight"] += (exact.delta @ exact.basis).double()
+    twin.load(weights)
+    wanted = [written(twin.module, prompt, -1) for prompt in PROMPTS]
+    assert generate(model, PROMPTS, Generation(MOST), lambda ids: False) == [wanted]
