@@ -59,6 +59,8 @@ def bench_alignment(
     chosen = [point_config(request, name) for name in estimators]
     if any(n < 1 for n in (*batch_sizes, tries)):
         raise UsageError("--batch-sizes and --tries are 1 or more")
+    if exact := [name for name, cfg in zip(estimators, chosen, strict=True) if cfg.backward]:
+        raise UsageError(f"{exact[0]} takes the gradient itself, which estimates are compared with")
     rows = []
     for name, cfg in zip(estimators, chosen, strict=True):
         for size in batch_sizes:

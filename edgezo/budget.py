@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def choose_device(cfg: RunConfig, machine: Machine) -> tuple[str, str]:
     """(cpu or cuda, reason). UsageError where a GPU is asked for and there is none."""
     gpu = machine.gpu
-    if cfg.first_order:
+    if cfg.backward:
         return "cpu", f"--estimator {cfg.estimator} has a backward pass, which is for the CPU"
     if cfg.device == "cpu" or cfg.residency == "disk":
         return "cpu", "as given" if cfg.device == "cpu" else "weights on disk are for the CPU"

@@ -187,9 +187,14 @@ class RunConfig:
     out: str | None
 
     @property
-    def first_order(self) -> bool:
+    def backward(self) -> bool:
         """Whether a step has a backward pass."""
         return self.estimator in FIRST_ORDER
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some examples are gone back through and the others probed."""
+        return self.estimator == "addax"
 
     @property
     def probing(self) -> bool:
@@ -211,7 +216,7 @@ class RunConfig:
     @property
     def mean_passes(self) -> float:
         """The same on average over steps that are not alike."""
-        if self.first_order:
+        if self.backward:
             return BACKWARD_PASSES
         if not self.probing:
             return 1

@@ -137,9 +137,9 @@ def _configs(
         if getattr(request, name) < 1:
             problems.append(f"--{name} must be at least 1, not {getattr(request, name)}")
     row = PRESETS.get(str(said.get("estimator")))
-    if row is not None and row.mask != "block":
+    if row is None or row.mask != "block":
         names = ", ".join(name for name, r in PRESETS.items() if r.mask == "block")
-        problems.append(f"--estimator {row.name} asks no finetuner; one of {names} does")
+        problems.append(f"--estimator {said['estimator']} asks no finetuner; one of {names} does")
     fixed: dict[str, Any] = {"precision": "fp32", "residency": "resident", "device": "cpu"}
     fixed |= {"max_mem_bytes": UNLIMITED_BYTES}
     configs = []

@@ -356,7 +356,7 @@ class _Builder:
         self.context = Context(recipe.dtype, self.device)
         self.train = set(recipe.train)
         self.adapters = Adapters(recipe.decay) if "lora" in self.train else None
-        self.factors = Factors(recipe.decay) if recipe.mixed else None
+        self.factors = Factors() if recipe.mixed else None  # GRZO's step has the decay
         self.bases: dict[str, Callable[[], Rows]] = {}  # where each matrix came from
         self.table_rows = 0  # rows of all embedding tables seen so far, for `touched` numbering
         self.frozen: list[str] = []

@@ -211,7 +211,7 @@ def load_model(opened: Opened, machine: Machine, overlay: Overlay | None = None)
         evaluations=Estimator.of(cfg).evaluations,
         anchored=cfg.anchored,
         decay=cfg.weight_decay,
-        mixed=cfg.estimator == "addax",
+        mixed=cfg.mixed,
     )
     with opened.memory.short("loading"):
         model = assemble(opened.files, spec)

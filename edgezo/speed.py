@@ -123,9 +123,9 @@ def bench_speed(
         for precision in precisions
         for name in estimators
     ]
-    if anchored := [name for name, cfg in chosen if cfg.anchored]:
+    if uneven := [name for name, cfg in chosen if cfg.anchored or cfg.mixed]:
         raise UsageError(
-            f"bench speed measures steps that are all alike; those of {anchored[0]} are not"
+            f"bench speed measures steps that are all alike; those of {uneven[0]} are not"
         )
     subjects = [_load(name, cfg) for name, cfg in chosen]
     note(f"{len(subjects)} models loaded")

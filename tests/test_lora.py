@@ -246,3 +246,12 @@ def test_losses_are_journalled_and_fall(bench, tmp_path):
     more = {"out": summary["run"], "estimator": "lora", "steps": 15, "step": RATE}
     again = finetune(make_config(bench.settings("completion", **more)), resume=True)
     assert again["trained_sha256"] == summary["trained_sha256"]
+
+
+def test_benches_of_estimates_refuse_what_has_the_gradient(bench, edgezo, tmp_path):
+    said = ["--model", bench.model, "--data", bench.data / "completion.jsonl"]
+    said += ["--out", tmp_path / "out"]
+    code, _, err = edgezo("bench", "alignment", *said, "--estimators", "lora")
+    assert code == 2 and "takes the gradient itself" in err
+    code, _, err = edgezo("bench", "speed", *said, "--estimators", "addax")
+    assert code == 2 and "all alike" in err
