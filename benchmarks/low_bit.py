@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from edgezo import cards
+from edgezo.assemble import ModelSpec, assemble
 from edgezo.config import RunConfig, make_config
 from edgezo.estimators import Recipe, schedule
 from edgezo.journal import StepRecord, open_journal
 from edgezo.layouts import Int8, tiles
 from edgezo.loader import ModelFiles, open_model
-from edgezo.model import ModelSpec, assemble
 from edgezo.rundir import RunFiles
 from edgezo.session import recipe_of
 from edgezo.train import finetune

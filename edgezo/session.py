@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from edgezo import cards, loader
+from edgezo.assemble import ModelSpec, assemble
 from edgezo.budget import budget, mb
 from edgezo.config import LOSS, RunConfig
 from edgezo.data import DataRequest, Dataset, collate, evaluation_batches, load_dataset
@@ -22,7 +23,7 @@ from edgezo.judge import Judge
 from edgezo.layouts import DENSE_DTYPES
 from edgezo.machine import Machine
 from edgezo.memory import Heap, allocator_reuse, malloc_trim
-from edgezo.model import Model, ModelSpec, assemble
+from edgezo.model import Model
 from edgezo.planner import Plan, PlanDoesNotFit, make_plan
 from edgezo.profiler import phase
 from edgezo.shapes import TokenStats

@@ -13,65 +13,45 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from edgezo.addax import divide
 from edgezo.config import RunConfig
-from edgezo.data import Batch, Example, batch_indices, collate, micro_batches, pieces, tokens_of
+from edgezo.data import pieces
 from edgezo.device import confirmed
 from edgezo.errors import BudgetExceeded, EdgezoError, Interrupted
-from edgezo.estimators import Estimator, schedule
+from edgezo.estimators import schedule
 from edgezo.files import atomic_write, remove_leftovers
 from edgezo.finetuner import Tuner, load_finetuner
-from edgezo.journal import Journal, StepRecord, create_journal
+from edgezo.journal import StepRecord, create_journal
 from edgezo.machine import machine
-from edgezo.memory import Guard, Meter, peak_rss_bytes, rss_bytes
-from edgezo.model import Model
-from edgezo.noise import Key
-from edgezo.planner import Plan
+from edgezo.memory import Meter, peak_rss_bytes, rss_bytes
 from edgezo.presets import AUTO
 from edgezo.probe_pass import Outcome, ProbePass, recall
 from edgezo.profiler import phase, profiling, running
 from edgezo.report import RunProgress, Silent, peaks_line, to_json
-from edgezo.rundir import (
-    Overlay,
-    RunFiles,
-    header_of,
-    load_snapshot,
-    lost_head,
-    prepare,
-    reopen,
-    save_snapshot,
-)
+from edgezo.room import Room
+from edgezo.rundir import Overlay, RunFiles, header_of, load_snapshot, lost_head, prepare, reopen
 from edgezo.runlog import RunLog, mean_loss, step_line
 from edgezo.session import (
-    Opened,
     evaluate_model,
     follow,
     journal_is_shaped,
     load_model,
     open_request,
-    recipe_of,
     replay_into,
     settle,
     settle_again,
-    split_less,
 )
-from edgezo.shapes import TokenStats
 from edgezo.weights import saved_sha256
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-Result = TypeVar("Result")
+    pass
 
 FORWARD_ONLY = ("directions", "mask", "credit", "rule")  # axes that a backward pass has no use for
 PLAIN_FORWARDS = 8  # plain forwards timed in a run, for summary.json's forward_s
@@ -176,46 +156,17 @@ def _signals(training: Training) -> Iterator[None]:
 
 
 @dataclass
-class Training:
-    """One run in progress: everything that the loop touches."""
+class Training(Room):
+    """One run in progress, from its beginning to its end."""
 
-    run: RunFiles
-    cfg: RunConfig
-    opened: Opened
-    plan: Plan
-    model: Model
-    journal: Journal
-    meter: Meter
-    progress: RunProgress
     stop_asked: bool = False
     resumed: bool = False
     split_is_free: bool = False  # the plan chose the micro-batch, and nothing was computed with it
-    inference_peak_bytes: int | None = None
-    tuner: Tuner | None = None  # with a finetuner
     probe: Outcome | None = None  # of --train probe, once it is fitted
-
-    @property
-    def examples(self) -> tuple[Example, ...]:
-        return self.opened.dataset.train
-
-    @property
-    def estimator(self) -> Estimator:
-        return Estimator.of(self.cfg)
-
-    @property
-    def probing(self) -> bool:
-        """The exact head alone needs no probe, one side and no update of the store."""
-        return bool(self.model.store.trainables)
-
-    @property
-    def sides(self) -> int:
-        """Forwards over the batch in a step."""
-        return len(self.model.evaluations) if self.probing else 1
 
     def run_all(self) -> dict[str, Any]:
         run = self.run
-        self.memory = self.opened.memory
-        self._guard()
+        self.set_guard()
         follow(self.model, self.cfg, self.journal)
         self.probe = self._known_probe()
         if self.model.store.residency is not None:
@@ -234,16 +185,16 @@ class Training:
                 if finished["trained_sha256"] == saved_sha256(self.model.saved()):
                     return finished
             if saved is not None and saved.micro_batch != self.cfg.micro_batch:
-                self._note_split(done, saved.micro_batch, "as asked")
+                self.note_split(done, saved.micro_batch, "as asked")
             if done and saved is not None and saved.device != self.cfg.device:
                 self.progress.note(
                     f"on {self.cfg.device} after step {done}, before on {saved.device}: "
                     "updates are equal, losses up to rounding"
                 )
-            self.fitting(done, self._longest_first)
+            self.fitting(done, self.longest_first)
             unshrunk = self.cfg.micro_batch == self.plan.micro_batch
-            if self.split_is_free and unshrunk and self._split_less():
-                self.fitting(done, self._longest_first)
+            if self.split_is_free and unshrunk and self.replan():
+                self.fitting(done, self.longest_first)
             before = self.log.evaluations.get(("before", 0))
             if not done and not self.model.readout:
                 before = self._evaluate("before")
@@ -252,7 +203,7 @@ class Training:
             if (finetuner := self.opened.finetuner) is not None:
                 self.tuner = Tuner.of(finetuner, self.model.store, self.opened.dataset)
             step, train_s = self._loop(done, planned)
-            self._save(step)
+            self.save(step)
             if self.cfg.rounding == "anchored":
                 heap = self.model.heap
                 with phase("update"), self.memory.short("the last anchor"), heap.updating():
@@ -289,7 +240,7 @@ class Training:
                 moved = self._moved()
                 step_size = planned.get(step, cfg.step * schedule(cfg.schedule, fraction))
                 with self.memory.short("an update"):  # or what else nothing smaller stands for
-                    record = self.fitting(step, partial(self._step, step, step_size))
+                    record = self.fitting(step, partial(self.step, step, step_size))
                 took_s = time.monotonic() - begun_s
                 step += 1
                 line = {**self._line(record), "step_s": took_s, "rss_bytes": rss_bytes()}
@@ -337,185 +288,12 @@ class Training:
 
     def _stopped(self, step: int) -> None:
         """What a run that ends early leaves: its state, and the verdict on its memory so far."""
-        self._save(step)
+        self.save(step)
         self.progress.note(f"peak memory: {peaks_line(self._peaks())}")
 
     def _fraction(self, step: int, train_s: float) -> float:
         """How much of the run is over, by steps or by time."""
         return step / self.cfg.steps if self.cfg.steps else train_s / (self.cfg.for_s or 1.0)
-
-    # -- one step -----------------------------------------------------------------------------------------
-
-    def _step(self, step: int, step_size: float) -> StepRecord:
-        """Probe, record, apply. Nothing has changed if it raises before the journal."""
-        cfg, model = self.cfg, self.model
-        assert cfg.batch_size is not None and cfg.micro_batch is not None
-        group = self._group(step)
-        sides = self.sides
-        scales = None
-        if self.tuner is not None:
-            scales = self.tuner.tell(self.journal.record(step - 1) if step else None)
-        compared = cfg.anchored and not cfg.is_anchor(step)
-        kept = 2 * sides if compared else sides if self.probing else 2
-        losses = np.full((kept, len(group)), np.nan, np.float32)
-        short, parts = self._parts(group)
-        try:
-            for batch, probed in parts:
-                self.check_room("the next micro-batch")
-                with phase("forward"), self.memory.short("a micro-batch"):
-                    found = self._losses(batch, group, step, probed)
-                    losses[: sides if compared else kept, batch.slots] = found.numpy()
-                    if compared:
-                        with model.store.at_anchor():
-                            again = self._losses(batch, group, step, probed)
-                            losses[sides:, batch.slots] = again.numpy()
-        except BaseException:
-            model.store.take_guides(learn=False)
-            model.forget()  # half a step's gradient must not leak into a saved state
-            raise
-        credit = self._credit(losses, short)
-        if cfg.anchored:
-            credit = np.append(credit, self._anchor_credit(step)).astype(np.float32)
-        skipped = not bool(credit.any())
-        touched = model.take_touched(len(group))
-        record = StepRecord(step, cfg.sigma, step_size, skipped, losses, credit, touched, scales)
-        guides = model.store.take_guides()
-        self.journal.append(record)
-        with phase("update"), model.heap.updating():
-            model.store.apply([recipe_of(cfg, record)._replace(guides=guides)])
-            for name, part in model.learned.items():
-                # A rate of its own follows the same schedule as the step.
-                part.update(cfg.rates[name] * step_size / cfg.step)
-        if model.needs_snapshots and (step + 1) % cfg.snapshot_every == 0:
-            self._save(step + 1)
-        return record
-
-    def _losses(self, batch: Batch, group: Sequence[Example], step: int, probed: bool) -> Tensor:
-        """Of each side and example of a micro-batch, (sides, b): the model's own, or minus the objective."""
-        judge, sides = self.opened.judge, self.sides if probed else 1
-        probe = partial(self.model.probe, key=Key(self.cfg.seed, step), sigma=self.cfg.sigma)
-        if judge is not None and judge.score is not None:
-            examples = [group[slot] for slot in batch.slots]
-            return judge.losses(self.model, batch, examples, probe, sides)
-        learn = 1.0 / (sides * len(group)) if self.model.learned else 0.0
-        found, _ = self.model.losses(
-            batch, probe(batch) if probed else None, sides=sides, learn=learn
-        )
-        return found
-
-    @property
-    def writes(self) -> bool:
-        """Whether a step writes answers: its micro-batches are whole, for the prompts pass in pieces."""
-        judge = self.opened.judge
-        return judge is not None and judge.score is not None and judge.writes
-
-    @property
-    def _most_tokens(self) -> int | None:
-        """Of one side, that a micro-batch is split into pieces of."""
-        return None if self.writes else self.model.most_tokens
-
-    def _parts(self, group: Sequence[Example]) -> tuple[list[int], Iterator[tuple[Batch, bool]]]:
-        """(slots that no probe is needed for, packed micro-batches and whether each is probed)."""
-        cfg, everything = self.cfg, list(range(len(group)))
-        short, others = ([], everything) if self.probing else (everything, [])
-        if self.model.factors is not None:
-            short, others = divide(group, cfg.short_tokens or 0)
-        assert cfg.micro_batch is not None
-        split = ((short, False, self._most_back), (others, True, self._most_tokens))
-        found = (
-            (collate([group[slots[i]] for i in part], [slots[i] for i in part]), probed)
-            for slots, probed, most in split
-            for part in micro_batches([group[s] for s in slots], cfg.micro_batch, most)
-        )
-        return short, found
-
-    @property
-    def _most_back(self) -> int | None:
-        """Tokens of a piece that no probe is needed for."""
-        return self.model.most_tokens if self.model.factors is None else self.cfg.short_tokens
-
-    def _credit(self, losses: np.ndarray, short: list[int]) -> np.ndarray:
-        """Credit of the probed examples; 0 of the others."""
-        if not short:
-            return self.estimator.credit(losses)
-        credit = np.zeros(losses.shape[1], np.float32)
-        others = np.setdiff1d(np.arange(len(credit)), short)
-        if len(others):
-            credit[others] = self.estimator.credit(losses[:, others])
-        return credit
-
-    def _anchor_credit(self, step: int) -> float:
-        """The mean credit of the anchor that ``step`` is compared with; 0 of an anchor itself."""
-        since = step % self.cfg.refresh
-        return float(self.journal.record(step - since).credit[:-1].mean()) if since else 0.0
-
-    # -- when memory is short -----------------------------------------------------------------------------
-
-    def fitting(self, step: int, work: Callable[[], Result]) -> Result:
-        """``work()``, begun anew with a smaller micro-batch as often as memory is short and that helps."""
-        while True:
-            try:
-                return work()
-            except BudgetExceeded:
-                if not self._shrink(step):
-                    raise
-
-    def check_room(self, item: str) -> None:
-        """BudgetExceeded unless there is room for a micro-batch, which has run before."""
-        assert self.cfg.micro_batch is not None
-        self.guard.check_again(self._need_bytes(self.cfg.micro_batch), item)
-
-    def _need_bytes(self, micro_batch: int) -> int:
-        """About what a micro-batch takes while it runs: its part of the plan's. What does not shrink is small."""
-        forward_bytes = self.plan.phase_bytes("forward") - self.plan.phase_bytes("always")
-        return forward_bytes * self._at_once(micro_batch) // self._at_once(self.plan.micro_batch)
-
-    def _at_once(self, micro_batch: int) -> int:
-        """Tokens of one side that such a micro-batch passes, or keeps, at once, at most."""
-        return self._tokens.at_once(micro_batch, self._most_tokens)
-
-    @cached_property
-    def _tokens(self) -> TokenStats:
-        return TokenStats.of(self.opened.dataset)
-
-    def _shrink(self, step: int) -> bool:
-        """Halve the micro-batch until it has room, for this run and its resumes; False: not even one example has.
-
-        The directions stay, but losses of another split are equal to rounding only. What a resume computes again, it
-        must split as the run did: so the state is saved first, and from here on nothing before it is computed again.
-        """
-        assert self.cfg.micro_batch is not None
-        before = smaller = self.cfg.micro_batch
-        room_bytes = self.guard.room_bytes()
-        while smaller > 1:
-            smaller = (smaller + 1) // 2
-            saves = self._at_once(smaller) < self._at_once(before)
-            if saves and self._need_bytes(smaller) <= room_bytes:
-                break
-        else:
-            return False
-        self._save(step)
-        self.cfg = replace(self.cfg, micro_batch=smaller)
-        atomic_write(self.run.config, self.cfg.to_toml().encode())
-        self._note_split(step, before, "memory is short")
-        return True
-
-    def _note_split(self, step: int, before: int | None, why: str) -> None:
-        now = self.cfg.micro_batch
-        self.progress.note(
-            f"micro-batch {before} -> {now} after step {step}, {why}: losses are equal up to rounding"
-        )
-        self.log.write({"step": step, "micro_batch": now})
-
-    def _batch(self, step: int) -> list[Example]:
-        assert self.cfg.batch_size is not None
-        picked = batch_indices(len(self.examples), self.cfg.batch_size, self.cfg.seed, step)
-        return [self.examples[i] for i in picked]
-
-    def _group(self, step: int) -> list[Example]:
-        """The step's batch; of an anchor those of all steps that will be compared with it."""
-        steps = range(step, step + (self.cfg.refresh if self.cfg.is_anchor(step) else 1))
-        return [example for s in steps for example in self._batch(s)]
 
     def _time_plain_forward(self, step: int) -> float | None:
         """Now and then the seconds of a plain forward over the 2B rows of the batch that has just passed."""
@@ -524,20 +302,12 @@ class Training:
         every = max(1, (self.cfg.steps or 100) // wanted)
         if step % every != every // 2:
             return None
-        group = self._batch(step)
+        group = self.batch(step)
         assert self.cfg.micro_batch is not None
         begun_s = time.monotonic()
         for batch in pieces(group, self.cfg.micro_batch, self.model.most_tokens):
-            self._plain_forward(batch)
+            self.plain_forward(batch)
         return time.monotonic() - begun_s
-
-    @phase("forward")
-    def _plain_forward(self, batch: Batch) -> None:
-        """The rows of a step's micro-batch with no probe: what running the model takes."""
-        with self.memory.short("a plain forward"):
-            self.model.losses(batch, sides=self.sides if self.probing else 2)
-
-    # -- beginning and end --------------------------------------------------------------------------------
 
     def _restore(self) -> tuple[int, dict[int, float]]:
         """Bring the weights to where the journal stands: (steps done, step sizes of steps to be recomputed)."""
@@ -599,80 +369,6 @@ class Training:
         """The record without losses at an anchor, which are not those of the weights being trained."""
         return replace(record, losses=record.losses[: max(2, self.sides)])
 
-    def _longest_first(self) -> None:
-        """Run the longest possible micro-batch once, changing nothing: what does not fit shows now, not late."""
-        assert self.cfg.micro_batch is not None
-        parts = micro_batches(self.examples, self.cfg.micro_batch, self.model.most_tokens)
-        slots = max(parts, key=lambda part: sum(tokens_of(self.examples[s]) for s in part))
-        batch = collate([self.examples[slot] for slot in slots], range(len(slots)))
-        self.guard.check(self._need_bytes(self.cfg.micro_batch), "the longest micro-batch")
-        # Before the first probe there was nothing but inference in this process: loading, and this.
-        before_bytes = self.memory.peak_bytes()
-        self._plain_forward(batch)
-        peak_bytes = self.memory.peak_bytes()
-        if peak_bytes == before_bytes:
-            # Loading took more, or a resume's replay, which is not inference.
-            peak_bytes = max(self.memory.load_peak_bytes, self.memory.held_bytes())
-        self.inference_peak_bytes = peak_bytes
-        probe = (
-            self.model.probe(batch, Key(self.cfg.seed, 0), self.cfg.sigma) if self.probing else None
-        )
-        with phase("forward"), self.memory.short("the longest micro-batch"):
-            learn = 1.0 if self.model.adapters is not None else 0.0  # a backward pass takes more
-            self.model.losses(batch, probe, sides=self.sides, learn=learn)
-            if self.writes:
-                self._write_longest()
-            if self.model.factors is not None:
-                self._back_first()
-        self.model.forget()
-        self.model.take_touched(len(slots))
-        self.model.store.take_guides(learn=False)
-        self.memory.look_again()
-        self.guard.check(item="training")
-
-    def _write_longest(self) -> None:
-        """Let the micro-batch with the longest prompts write once, under the first probe."""
-        judge, cfg = self.opened.judge, self.cfg
-        assert judge is not None and cfg.micro_batch is not None
-        longest = sorted(self.examples, key=lambda example: -len(example.prompt))[: cfg.micro_batch]
-        probe = partial(self.model.probe, key=Key(cfg.seed, 0), sigma=cfg.sigma)
-        judge.write(self.model, longest, probe, self.sides, None, self.model.most_tokens)
-
-    def _back_first(self) -> None:
-        """Run the longest possible piece of short examples once, there and back."""
-        assert self.cfg.micro_batch is not None
-        slots, _ = divide(self.examples, self.cfg.short_tokens or 0)
-        short = [self.examples[slot] for slot in slots]
-        parts = micro_batches(short, self.cfg.micro_batch, self._most_back)
-        longest = max(parts, key=lambda part: sum(tokens_of(short[s]) for s in part), default=[])
-        if longest:
-            batch = collate([short[s] for s in longest], range(len(longest)))
-            self.model.losses(batch, learn=1.0)
-
-    def _guard(self) -> None:
-        self.guard = Guard(
-            self.plan.max_mem_bytes,
-            self.memory.margin_bytes,
-            rss=self.memory.held_bytes,
-            planned_bytes=self.plan.planned_peak_bytes,
-            trim=self.memory.trim,
-        )
-
-    def _split_less(self) -> bool:
-        """Correct the plan once by what the longest micro-batch took; True if a larger one fits now."""
-        base_bytes, planned = self.meter.summary()["base_rss_bytes"], self.plan
-        plan = split_less(self.opened, confirmed(machine()), base_bytes, self.memory.peak_bytes())
-        if plan is None:
-            return False
-        self.plan, self.cfg = plan, self.opened.cfg
-        self.model.heap = replace(self.model.heap, trims=plan.maps)
-        self.model.kept_tokens = plan.kept_tokens
-        atomic_write(self.run.plan, to_json(plan.to_dict()).encode())
-        atomic_write(self.run.config, self.cfg.to_toml().encode())
-        self._guard()
-        self._note_split(0, planned.micro_batch, "the longest batch took less than planned")
-        return True
-
     def _evaluate(self, when: str, step: int = 0) -> dict[str, Any]:
         """Evaluate once: a resumed run knows what was evaluated before."""
         if (when, step) not in self.log.evaluations:
@@ -682,12 +378,6 @@ class Training:
             self.memory.trim()
             self.log.write({"step": step, "eval": when, **found})
         return self.log.evaluations[when, step]
-
-    @phase("save")
-    def _save(self, step: int) -> None:
-        """Make the state after ``step`` steps durable: the journal first, since a snapshot refers to it."""
-        self.journal.sync()
-        save_snapshot(self.run, self.model, step)
 
     def _peaks(self) -> dict[str, int | None]:
         """The four figures that a run is judged by."""

@@ -123,7 +123,7 @@ def _forget_device(run: Path) -> None:
 
 
 def test_a_run_goes_on_on_another_device(deep, tmp_path, edgezo):
-    real = Training._step
+    real = Training.step
 
     def stepped(self: Training, step: int, step_size: float) -> Any:
         if step == 3:
@@ -131,7 +131,7 @@ def test_a_run_goes_on_on_another_device(deep, tmp_path, edgezo):
         return real(self, step, step_size)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Training, "_step", stepped)
+        patch.setattr(Training, "step", stepped)
         run_of(deep, tmp_path / "run", steps=6, train="full", precision="bf16")
     code, out, err = edgezo(
         "finetune", "--resume", "--out", tmp_path / "run", "--device", "cpu", "--json"

@@ -14,6 +14,7 @@ from conftest import LABELLED, Bench, make_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from edgezo.assemble import ModelSpec, assemble
 from edgezo.config import make_config
 from edgezo.data import Dataset, Example, Row
 from edgezo.directions import DIRECTIONS
@@ -24,7 +25,7 @@ from edgezo.journal import StepRecord, create_journal, open_journal
 from edgezo.layouts import Dense
 from edgezo.loader import ModelFiles, build_meta, open_model
 from edgezo.masks import mask_of
-from edgezo.model import Model, ModelSpec, assemble
+from edgezo.model import Model
 from edgezo.planner import make_plan
 from edgezo.rules import RULES
 from edgezo.train import finetune

@@ -116,7 +116,7 @@ def test_a_step_moves_each_block_once_and_frozen_ones_only_there(deep, tmp_path)
 def test_a_resume_makes_the_blocks_again_from_base_and_journal(deep, tmp_path):
     request = {"train": "full+head", "precision": "bf16", "steps": 6, "snapshot_every": 2}
     whole = run_of(deep, tmp_path / "whole", **request)
-    real = Training._step
+    real = Training.step
 
     def stepped(self: Training, step: int, step_size: float) -> Any:
         if step == 3:
@@ -125,7 +125,7 @@ def test_a_resume_makes_the_blocks_again_from_base_and_journal(deep, tmp_path):
 
     with blocks_in_host(3):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Training, "_step", stepped)
+            patch.setattr(Training, "step", stepped)
             run_of(deep, tmp_path / "run", **request)
         settings = deep.settings(out=str(tmp_path / "run"), **request)
         found = finetune(make_config(settings), resume=True)

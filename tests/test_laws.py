@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from edgezo import layouts, objective
+from edgezo.assemble import ModelSpec, assemble
 from edgezo.data import Batch, Example, Row, collate, micro_batches
 from edgezo.directions import DIRECTIONS, Directions, Target
 from edgezo.errors import UsageError
 from edgezo.estimators import Recipe, preset
 from edgezo.head import ExactHead
 from edgezo.loader import open_model
-from edgezo.model import Model, ModelSpec, assemble
+from edgezo.model import Model
 from edgezo.noise import Key, exact_grid
 from edgezo.presets import PRESETS
 from edgezo.weights import Saved, saved_sha256

@@ -13,6 +13,7 @@ from conftest import make_model
 from safetensors.torch import load_file
 
 from edgezo import loader
+from edgezo.assemble import ModelSpec, assemble
 from edgezo.config import PROBED_BLOCKS, make_config
 from edgezo.data import Example, Row, collate
 from edgezo.errors import EdgezoError, UsageError
@@ -27,7 +28,6 @@ from edgezo.linear_probe import (
     fit_block,
     unit,
 )
-from edgezo.model import ModelSpec, assemble
 from edgezo.residency import decoder_layers
 from edgezo.train import finetune
 

@@ -17,13 +17,14 @@ from test_presets import SIGMA, Killed, Maker
 from torch import Tensor
 
 from edgezo import anchors, layouts
+from edgezo.assemble import ModelSpec, assemble
 from edgezo.config import make_config
 from edgezo.data import collate
 from edgezo.estimators import Recipe
 from edgezo.journal import Journal
 from edgezo.layouts import MOST_CODE, Int8
 from edgezo.loader import open_model
-from edgezo.model import Model, ModelSpec, assemble
+from edgezo.model import Model
 from edgezo.noise import Key, exact_grid
 from edgezo.planner import make_plan
 from edgezo.train import finetune

@@ -26,6 +26,7 @@ from test_laws import LABEL_IDS, code_steps, make_examples
 from torch import Tensor
 
 from edgezo import layouts, masks, rules
+from edgezo.assemble import ModelSpec, assemble
 from edgezo.config import RunConfig, make_config
 from edgezo.data import collate, micro_batches
 from edgezo.directions import DIRECTIONS, on_grid, orthonormal
@@ -34,7 +35,7 @@ from edgezo.estimators import Estimator, Recipe
 from edgezo.journal import Journal, StepRecord, create_journal, open_journal
 from edgezo.layouts import Dense, Int8
 from edgezo.loader import open_model
-from edgezo.model import Model, ModelSpec, assemble
+from edgezo.model import Model
 from edgezo.noise import Key
 from edgezo.planner import make_plan
 from edgezo.presets import CREDITS, PRESETS, forwards

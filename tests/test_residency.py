@@ -166,7 +166,7 @@ def test_blocks_ahead_of_a_journal_that_was_cut_are_made_again(deep, tmp_path, e
         _after_step(patch, 4, _interrupt)
         run_of(deep, run, **request, residency="disk")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Training, "_longest_first", lambda self: _interrupt(run))
+        patch.setattr(Training, "longest_first", lambda self: _interrupt(run))
         assert edgezo_json("finetune", "--resume", "--out", run)[0] == 130
     code, found = edgezo_json("finetune", "--resume", "--out", run)
     assert (code, found["trained_sha256"]) == (0, whole["trained_sha256"])
@@ -226,7 +226,7 @@ def test_replay_and_evaluation_take_weights_from_disk_too(deep, tmp_path, edgezo
 
 def _after_step(patch: pytest.MonkeyPatch, number: int, act: Callable[[Path], None]) -> None:
     """Do something to the run after its step ``number``."""
-    real = Training._step
+    real = Training.step
 
     def stepped(self: Training, step: int, step_size: float) -> Any:
         record = real(self, step, step_size)
@@ -234,7 +234,7 @@ def _after_step(patch: pytest.MonkeyPatch, number: int, act: Callable[[Path], No
             act(self.run.path)
         return record
 
-    patch.setattr(Training, "_step", stepped)
+    patch.setattr(Training, "step", stepped)
 
 
 def _interrupt(run: Path) -> None:
