@@ -11,8 +11,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import tree
 
-from edgezo import machine, profiler
-from edgezo import train as training
+from edgezo import machine, profiler, room
 from edgezo.memory import Resident
 from edgezo.profiler import MAX_SHARE, Profiler
 
@@ -314,7 +313,7 @@ def test_a_profiled_run_has_every_phase_with_a_peak_below_the_kernel_s(
     bench, edgezo_json, tmp_path
 ):
     run, plain = tmp_path / "run", tmp_path / "plain"
-    args = bench.arguments(steps=6, snapshot_every=2)
+    args = bench.arguments(train="lowrank+head", steps=6, snapshot_every=2)
     code, summary = edgezo_json("finetune", *args, "--out", run, "--profile")
     assert code == 0
     found = json.loads((run / "profile.json").read_text())
@@ -348,9 +347,9 @@ def test_the_profile_of_a_run_that_the_guard_stops_is_written_and_a_resume_may_e
     run = tmp_path / "run"
     calls = iter(range(100))
     with monkeypatch.context() as patch:
-        real = training.Guard
+        real = room.Guard
         late = lambda: 10**9 if next(calls) < 8 else 10**11  # noqa: E731
-        patch.setattr(training, "Guard", lambda cap, margin, **_: real(cap, margin, late))
+        patch.setattr(room, "Guard", lambda cap, margin, **_: real(cap, margin, late))
         code, _, err = edgezo("finetune", *bench.arguments(steps=6, out=run), "--profile")
     assert code == 4 and "peak memory: planned" in err and " x inference " in err
     check_profile(json.loads((run / "profile.json").read_text()))

@@ -13,7 +13,7 @@ import forks
 import numpy as np
 import pytest
 
-from edgezo import memory, session
+from edgezo import memory, room, session
 from edgezo import train as training
 from edgezo.config import from_toml, make_config
 from edgezo.errors import BudgetExceeded, EdgezoError
@@ -81,9 +81,7 @@ def short(monkeypatch, enough):  # which keeps the real guard before this replac
 
     def begin(examples: float, after: int = LONGEST_FIRST + SHORT_AT * A_STEP + 1) -> Shortage:
         found, real = Shortage(examples, after), memory.Guard
-        monkeypatch.setattr(
-            training, "Guard", lambda cap, margin, **_: real(cap, margin, found.rss)
-        )
+        monkeypatch.setattr(room, "Guard", lambda cap, margin, **_: real(cap, margin, found.rss))
         monkeypatch.setattr(memory, "malloc_trim", found.trim)
         return found
 
@@ -96,7 +94,7 @@ def enough(monkeypatch):
     real_guard, real_trim = memory.Guard, memory.malloc_trim
 
     def again() -> None:
-        monkeypatch.setattr(training, "Guard", real_guard)
+        monkeypatch.setattr(room, "Guard", real_guard)
         monkeypatch.setattr(memory, "malloc_trim", real_trim)
 
     return again
@@ -208,7 +206,7 @@ def test_a_corrected_plan_is_the_runs(bench, edgezo_json, monkeypatch, tmp_path)
         opened.plan = replace(opened.plan, micro_batch=4)
         return opened.plan
 
-    monkeypatch.setattr(training, "split_less", correct)
+    monkeypatch.setattr(room, "split_less", correct)
     pinned = finetune(request(bench, tmp_path / "pinned", micro_batch=2))
     assert pinned["micro_batch"] == 2  # what is asked for is not corrected
 
@@ -285,7 +283,7 @@ def test_a_run_killed_before_its_new_micro_batch_is_written_goes_on_with_the_old
     whole = finetune(request(bench, tmp_path / "whole"))
     run = tmp_path / "run"
     progress = short(1)
-    write = training.atomic_write
+    write = room.atomic_write
 
     def killed(path: Path, data: bytes) -> None:
         if path.name == "config.toml" and progress.trimmed:
@@ -293,7 +291,7 @@ def test_a_run_killed_before_its_new_micro_batch_is_written_goes_on_with_the_old
         write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "atomic_write", killed)
+        patch.setattr(room, "atomic_write", killed)
         with pytest.raises(Killed):
             finetune(request(bench, run), progress=progress)
     enough()
