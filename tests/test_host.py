@@ -187,10 +187,11 @@ def _refuse(patch: pytest.MonkeyPatch, room: int, after: int) -> None:
 
 
 def test_where_a_gpu_is_full_the_micro_batch_shrinks(deep, tmp_path):
-    whole = run_of(deep, tmp_path / "whole", batch_size=8, micro_batch=2, eval_limit=2)
+    fixed = {"train": "lowrank+head", "batch_size": 8, "eval_limit": 2}
+    whole = run_of(deep, tmp_path / "whole", micro_batch=2, **fixed)
     with pytest.MonkeyPatch.context() as patch:
         _refuse(patch, room=2, after=0)
-        found = run_of(deep, tmp_path / "run", batch_size=8, micro_batch=8, eval_limit=2)
+        found = run_of(deep, tmp_path / "run", micro_batch=8, **fixed)
     assert found["micro_batch"] == 2
     assert found["trained_sha256"] == whole["trained_sha256"]
 

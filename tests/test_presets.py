@@ -38,7 +38,7 @@ from edgezo.loader import open_model
 from edgezo.model import Model
 from edgezo.noise import Key
 from edgezo.planner import make_plan
-from edgezo.presets import CREDITS, PRESETS, forwards
+from edgezo.presets import CREDITS, ESTIMATORS, PRESETS, forwards
 from edgezo.presets import DIRECTIONS as DIRECTION_LAWS
 from edgezo.session import recipe_of
 from edgezo.shapes import TokenStats
@@ -739,9 +739,9 @@ def test_state_beside_full_weights_is_never_planned_on_disk(maker: Maker) -> Non
 
 def test_the_list_of_estimators_says_what_each_costs(edgezo: Any, edgezo_json: Any) -> None:
     code, found = edgezo_json("estimators")
-    assert code == 0 and [row["name"] for row in found["estimators"]] == list(PRESETS)
+    assert code == 0 and [row["name"] for row in found["estimators"]] == list(ESTIMATORS)
     for row in found["estimators"]:
         assert row["equation"] and row["step_meaning"] and row["paper"]
     assert {r["name"]: r["forwards"] for r in found["estimators"]}["fzoo"] == 9
     code, out, _ = edgezo("estimators")
-    assert code == 0 and all(name in out for name in PRESETS)
+    assert code == 0 and all(name in out for name in ESTIMATORS)
