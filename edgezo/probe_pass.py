@@ -1,10 +1,10 @@
 """The first part of a run with ``--train probe``: one forward over training rows, and the linear probe fitted to them.
 
-    rows                 as many as the steps that follow will see, or as pass in PROBE_SHARE of a run's time
-    probe.states         what they showed (linear_probe.StateFile), while it lasts: a resume goes on behind it, and
-                         has the whole of that time again
-    probe.safetensors    the probe, once and for all before the first step; a run that goes on, an evaluation and a
-                         replay read it
+rows                 as many as the steps that follow will see, or as pass in PROBE_SHARE of a run's time
+probe.states         what they showed (linear_probe.StateFile), while it lasts: a resume goes on behind it, and
+                     has the whole of that time again
+probe.safetensors    the probe, once and for all before the first step; a run that goes on, an evaluation and a
+                     replay read it
 """
 
 from __future__ import annotations
