@@ -222,6 +222,11 @@ class RunConfig:
             return 1
         return mean_forwards(self.credit, self.mask, self.candidates, self.refresh)
 
+    @property
+    def planned_sides(self) -> int:
+        """Sides that a plan has room for: where nothing is probed, those of a plain forward over two."""
+        return self.passes if self.probing else 2
+
     def probe_rows(self, examples: int | None) -> int:
         """Training rows, of so many, that a linear probe is fitted to where time does not end it before.
 

@@ -377,8 +377,7 @@ class Footprint:
     @property
     def sides(self) -> int:
         """Forwards over the batch in a step, all in one pass."""
-        cfg = self.cfg
-        return cfg.passes if cfg.probing else 2
+        return self.cfg.planned_sides
 
     def _head(self) -> Item:
         shape, what = self.shape, "change, gradient and Adam's moments"
@@ -461,11 +460,7 @@ class Footprint:
             what = "an evaluation batch, more than a micro-batch of training"
         reason = f"{rows:,} tokens of {what}, one block at a time"
         items = [Item(ACTIVATIONS, self._activations(rows, compute_bytes), reason, "forward")]
-        if BYTES_PER_WEIGHT.get(precision) != compute_bytes:
-            largest = max(m.numel for m in shape.kinds) * compute_bytes
-            compute = self.compute_dtype(precision)[0]
-            reason = f"{precision} weights become {compute} a tile at a time"
-            items.append(Item("expanded weights", min(largest, TILE_BYTES), reason, "forward"))
+        items += self._expanded(precision, compute_bytes)
         widest = max(m.d_out + m.d_in for m in shape.kinds)
         reason = f"signs of {micro_batch} examples for the widest matrix; who is probed how"
         # A mask, its making from 64-bit integers, and the thin products that go with it.
@@ -476,16 +471,32 @@ class Footprint:
             reason = "weight-sized noise of one tile, with what it is made from"
             items.append(Item("noise", noise, reason, "forward"))
         scored = min(sides * micro_batch * tokens.scored, rows)
-        if tokens.kind == "label":
-            logits, what = 4 * scored * tokens.label_words, "label words only"
-        else:
-            logits, what = LOGITS_BYTES, "the vocabulary in chunks"
+        logits, what = self._logits(scored)
         # By then the blocks' temporaries are gone, and what they took is there for the scores.
         scores = logits + 4 * (scored + 2 * rows) * shape.hidden - items[0].bytes
         reason = f"hidden states and logits of {scored:,} scored positions, {what}: more than a block takes"
         if scores > 0:
             items.append(Item("scores", scores, reason, "forward"))
-        items += self._keys_and_values(micro_batch, compute_bytes)
+        return [*items, *self._beside(micro_batch, compute_bytes)]
+
+    def _expanded(self, precision: str, compute_bytes: int) -> list[Item]:
+        """A tile of weights in the compute dtype, where they are stored in another one."""
+        if BYTES_PER_WEIGHT.get(precision) == compute_bytes:
+            return []
+        largest = max(m.numel for m in self.shape.kinds) * compute_bytes
+        compute = self.compute_dtype(precision)[0]
+        reason = f"{precision} weights become {compute} a tile at a time"
+        return [Item("expanded weights", min(largest, TILE_BYTES), reason, "forward")]
+
+    def _logits(self, scored: int) -> tuple[int, str]:
+        """Logits of so many positions: (bytes, over what)."""
+        if self.tokens.kind == "label":
+            return 4 * scored * self.tokens.label_words, "label words only"
+        return LOGITS_BYTES, "the vocabulary in chunks"
+
+    def _beside(self, micro_batch: int, compute_bytes: int) -> list[Item]:
+        """What a forward holds beside its own temporaries: keys and values, and what a measurement has added."""
+        items = self._keys_and_values(micro_batch, compute_bytes)
         if self.correction_bytes:
             reason = "the longest batch, measured, beside what is counted"
             items.append(Item("correction", self.correction_bytes, reason, "forward"))

@@ -11,13 +11,11 @@ from dataclasses import dataclass, replace
 from edgezo.footprint import (
     ACTIVATIONS,
     LEAST_PIECE_TOKENS,
-    LOGITS_BYTES,
     MB,
-    TILE_BYTES,
     Footprint,
     Item,
 )
-from edgezo.shapes import BYTES_PER_WEIGHT, ModelShape
+from edgezo.shapes import ModelShape
 
 # A piece of a micro-batch takes no more, but for the least that is worth reading all weights three times for.
 BACKWARD_BYTES = 96 * MB
@@ -92,26 +90,15 @@ class BackwardFootprint(Footprint):
         evaluated = self._activations(self._at_once(precision, micro_batch), compute_bytes)
         reason = "one block, run again for its backward pass, with its gradients"
         items.append(Item(ACTIVATIONS, max(block, evaluated - kept), reason, "forward"))
-        if BYTES_PER_WEIGHT.get(precision) != compute_bytes:
-            largest = max(m.numel for m in shape.kinds) * compute_bytes
-            compute = self.compute_dtype(precision)[0]
-            reason = f"{precision} weights become {compute} a tile at a time"
-            items.append(Item("expanded weights", min(largest, TILE_BYTES), reason, "forward"))
+        items += self._expanded(precision, compute_bytes)
         scored = min(micro_batch * tokens.scored, trained)
-        if tokens.kind == "label":
-            logits, what = 4 * scored * tokens.label_words, "label words only"
-        else:
-            logits, what = LOGITS_BYTES, "the vocabulary in chunks"
+        logits, what = self._logits(scored)
         # Scored when all block inputs are kept, before a block is run again.
         scores = logits + 8 * (scored + 2 * trained) * shape.hidden - items[1].bytes
         reason = f"hidden states, their gradients and logits of {scored:,} scored positions, {what}"
         if scores > 0:
             items.append(Item("scores", scores, reason, "forward"))
-        items += self._keys_and_values(micro_batch, compute_bytes)
-        if self.correction_bytes:
-            reason = "the longest batch, measured, beside what is counted"
-            items.append(Item("correction", self.correction_bytes, reason, "forward"))
-        return items
+        return [*items, *self._beside(micro_batch, compute_bytes)]
 
     def _largest_trained(self) -> int:
         """Bytes in fp32 of the largest factor."""

@@ -552,21 +552,17 @@ def _groups(shape: ModelShape, cfg: RunConfig) -> tuple[tuple[str, ...], tuple[s
     frozen: list[str] = []
     (trained if "full" in cfg.train else frozen).extend(weights)
     (trained if {"full", "norms"} & set(cfg.train) else frozen).append(vectors)
+    linears = [(f"{n} x {m.name}", m) for m in shape.block]
+    linears += [(m.name, m) for m in shape.outside]
     if "lowrank" in cfg.train:
-        trained += [f"{n} x {m.name}, low-rank ({m.d_out} x {cfg.rank})" for m in shape.block]
-        trained += [f"{m.name}, low-rank ({m.d_out} x {cfg.rank})" for m in shape.outside]
+        trained += [f"{name}, low-rank ({m.d_out} x {cfg.rank})" for name, m in linears]
     if "lora" in cfg.train:
         trained += [
-            f"{n} x {m.name}, A ({cfg.rank} x {m.d_in}) and B ({m.d_out} x {cfg.rank})"
-            for m in shape.block
-        ]
-        trained += [
-            f"{m.name}, A ({cfg.rank} x {m.d_in}) and B ({m.d_out} x {cfg.rank})"
-            for m in shape.outside
+            f"{name}, A ({cfg.rank} x {m.d_in}) and B ({m.d_out} x {cfg.rank})"
+            for name, m in linears
         ]
     if "scales" in cfg.train:
-        trained += [f"{n} x {m.name}, output gains ({m.d_out})" for m in shape.block]
-        trained += [f"{m.name}, output gains ({m.d_out})" for m in shape.outside]
+        trained += [f"{name}, output gains ({m.d_out})" for name, m in linears]
     if "head" in cfg.train:
         trained.append("a change of the head's scored rows, by its exact gradient")
     if "probe" in cfg.train:

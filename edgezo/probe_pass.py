@@ -111,7 +111,7 @@ class ProbePass:
         # One side passes here, where a step passes several, and the plan has room for them.
         cfg = self.training.cfg
         assert cfg.batch_size is not None
-        self.sides = cfg.passes if cfg.probing else 2
+        self.sides = cfg.planned_sides
         self.group = cfg.batch_size * self.sides
 
     def run(self) -> Outcome:

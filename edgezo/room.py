@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from edgezo.addax import divide
-from edgezo.data import Batch, collate, micro_batches, tokens_of
+from edgezo.data import Batch, Example, collate, micro_batches, tokens_of
 from edgezo.device import confirmed
 from edgezo.errors import BudgetExceeded
 from edgezo.files import atomic_write
@@ -18,9 +18,6 @@ from edgezo.noise import Key
 from edgezo.profiler import phase
 from edgezo.report import to_json
 from edgezo.session import split_less
-
-if TYPE_CHECKING:
-    pass
 from edgezo.steps import Steps
 
 Result = TypeVar("Result")
@@ -73,9 +70,7 @@ class Room(Steps):
     def longest_first(self) -> None:
         """Run the longest possible micro-batch once, changing nothing: what does not fit shows now, not late."""
         assert self.cfg.micro_batch is not None
-        parts = micro_batches(self.examples, self.cfg.micro_batch, self.model.most_tokens)
-        slots = max(parts, key=lambda part: sum(tokens_of(self.examples[s]) for s in part))
-        batch = collate([self.examples[slot] for slot in slots], range(len(slots)))
+        batch = self._longest(self.examples, self.model.most_tokens)
         self.guard.check(self.need_bytes(self.cfg.micro_batch), "the longest micro-batch")
         # Before the first probe there was nothing but inference in this process: loading, and this.
         before_bytes = self.memory.peak_bytes()
@@ -96,7 +91,7 @@ class Room(Steps):
             if self.model.factors is not None:
                 self._back_first()
         self.model.forget()
-        self.model.take_touched(len(slots))
+        self.model.take_touched(len(batch.slots))
         self.model.store.take_guides(learn=False)
         self.memory.look_again()
         self.guard.check(item="training")
@@ -111,14 +106,17 @@ class Room(Steps):
 
     def _back_first(self) -> None:
         """Run the longest possible piece of short examples once, there and back."""
-        assert self.cfg.micro_batch is not None
         slots, _ = divide(self.examples, self.cfg.short_tokens or 0)
-        short = [self.examples[slot] for slot in slots]
-        parts = micro_batches(short, self.cfg.micro_batch, self.most_back)
-        longest = max(parts, key=lambda part: sum(tokens_of(short[s]) for s in part), default=[])
-        if longest:
-            batch = collate([short[s] for s in longest], range(len(longest)))
-            self.model.losses(batch, learn=1.0)
+        if slots:
+            short = [self.examples[slot] for slot in slots]
+            self.model.losses(self._longest(short, self.most_back), learn=1.0)
+
+    def _longest(self, examples: Sequence[Example], most_tokens: int | None) -> Batch:
+        """The micro-batch of most tokens that comes of these examples, packed."""
+        assert self.cfg.micro_batch is not None
+        parts = micro_batches(examples, self.cfg.micro_batch, most_tokens)
+        slots = max(parts, key=lambda part: sum(tokens_of(examples[s]) for s in part))
+        return collate([examples[slot] for slot in slots], range(len(slots)))
 
     @phase("forward")
     def plain_forward(self, batch: Batch) -> None:
