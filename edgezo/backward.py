@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from edgezo.layouts import tiles
 from edgezo.perturb import Matrix
+from edgezo.products import addmm_, mm
 
 Visit = Callable[[], AbstractContextManager[None]]
 
@@ -53,10 +54,10 @@ class _Product(torch.autograd.Function):
         rows, cols = matrix.layout.shape
         y = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
         for tile in tiles(rows, cols, y.element_size()):
-            torch.mm(x, matrix.tile(tile).T, out=y[:, tile])
+            mm(x, matrix.tile(tile).T, y[:, tile])
         if bias is not None:
             y.add_(bias)
-        u = x.to(down.dtype) @ down.T
+        u = mm(x.to(down.dtype), down.T)
         _add_product(y, u.float(), up.T, scale)
         ctx.save_for_backward(x, u, down, up)
         ctx.scale, ctx.matrix = scale, matrix
@@ -76,7 +77,7 @@ class _Product(torch.autograd.Function):
             rows, cols = ctx.matrix.layout.shape
             dx = torch.zeros_like(x)
             for tile in tiles(rows, cols, x.element_size()):
-                dx.addmm_(dy[:, tile], ctx.matrix.tile(tile))
+                addmm_(dx, dy[:, tile], ctx.matrix.tile(tile))
             _add_product(dx, du, down.float())
         return dx, of_down, of_up, None, None, None
 

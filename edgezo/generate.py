@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from edgezo.model import Model
     from edgezo.perturb import Probe
 
+REACH_STEP = 64  # tokens that what is kept is read in multiples of
+
 
 class KeyValues:
     """Keys and values of every attention layer, (rows, kv_heads, room, head_dim) each, padded at the end.
@@ -85,7 +87,8 @@ class KeyValues:
         if self._fill:
             return None
         n, heads, width = query.shape
-        reach = int(self.lengths.max()) + 1
+        # As few different lengths as there can be (products.py); what is beyond a row's end has weight 0.
+        reach = min(self.room, -(-(int(self.lengths.max()) + 1) // REACH_STEP) * REACH_STEP)
         key, value = (part[:n, :, :reach] for part in self._held[module])
         grouped = query.reshape(n, key.shape[1], -1, width)  # queries of the same key together
         scale = scaling if scaling is not None else width**-0.5

@@ -6,7 +6,7 @@ in transformers' attention interface), where rows of like length are gathered in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgezo.layouts import CPU
+from edgezo.products import compiled
 
 ATTENTION = "edgezo_packed"
 _GROUP_TOKENS = 4096  # bound of one padded group: its scores and copies stay a tile
+LENGTH_STEP = 64  # tokens that a row's own products are rounded up to
 _WASTE = 1.15  # padded tokens of a group over real ones
 
 
@@ -175,15 +177,32 @@ def _attend(
     repeat = q.shape[1] // k.shape[1]
     if softcap is not None:
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-        scores = (q @ k.transpose(2, 3)) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
-        scores = torch.tanh(scores / softcap) * softcap
         assert mask is not None
-        return torch.softmax(scores.masked_fill(~mask, float("-inf")), -1) @ v
+        scale = scaling if scaling is not None else q.shape[-1] ** -0.5
+        if not compiled(q):
+            return _softcapped((q, k, v, mask), scale, softcap)
+        # Row by row, and longer than it is: few different shapes (products.py). No token looks at what is added.
+        more = -length % LENGTH_STEP
+        q, k, v = (F.pad(part, (0, 0, 0, more)) for part in (q, k, v))
+        mask = F.pad(mask, (0, more, 0, more))
+        found = [
+            _softcapped([part[row : row + 1] for part in (q, k, v, mask)], scale, softcap)
+            for row in range(len(q))
+        ]
+        return torch.cat(found)[:, :, :length]
     if mask is not None and q.is_cuda:  # the fused kernels take a mask or grouped keys, not both
         k, v, repeat = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), 1
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=plain, scale=scaling, enable_gqa=repeat > 1
     )
+
+
+def _softcapped(rows: Sequence[Tensor], scale: float, softcap: float) -> Tensor:
+    """Attention of q, k, v under a mask."""
+    q, k, v, mask = rows
+    scores = torch.tanh((q @ k.transpose(2, 3)) * scale / softcap) * softcap
+    # Not -inf: a row of padding looks at nothing.
+    return torch.softmax(scores.masked_fill(~mask, torch.finfo(q.dtype).min), -1) @ v
 
 
 def register() -> None:

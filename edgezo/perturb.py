@@ -30,9 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgezo.directions import Directions, on_grid
-from edgezo.layouts import CPU, Layout, tiles
+from edgezo.layouts import CPU, TILE_BYTES, Layout, tiles
 from edgezo.masks import Mask
 from edgezo.noise import COLUMN, Key, signs, tensor_id
+from edgezo.products import addmm_, along, mm
 from edgezo.weights import Trainable
 
 TOKENS = tensor_id("tokens of an example")
@@ -107,9 +108,9 @@ class Probe:
         if row.guides is None or x is None:
             return self._here(self.directions.col_signs(self.key, row.target, self.slots))
         n = len(self.tokens[0])
-        v = sum(torch.mm(self.tokens, x[part]) for part, _ in self.parts(len(x)))
-        assert isinstance(v, Tensor) and n * len(self.signs) == len(x)
-        v = v.float()
+        assert n * len(self.signs) == len(x)
+        v = sum(along(self.tokens, x[part]) for part, _ in self.parts(len(x)))
+        assert isinstance(v, Tensor)
         found = on_grid(v / v.norm(dim=1, keepdim=True)).to(x.dtype)
         row.guides.update(zip(self.slots, found, strict=True))
         return found
@@ -120,7 +121,7 @@ class Probe:
             return
         seen = sum(x[part] for part, _ in self.parts(len(x)))
         assert isinstance(seen, Tensor)
-        found = (seen.T @ (seen @ row.basis.T)).float()
+        found = along(seen.T, mm(seen, row.basis.T))
         row.sketch = found if row.sketch is None else row.sketch + found
 
     @cached_property
@@ -239,16 +240,16 @@ class Matrix:
         """out (n, k) = x (n, cols) @ W[rows]^T, dense factors of a probe included."""
         probe, w, full = self.context.probe, self.tile(rows), self.full
         if probe is None or not probe.moves(full) or not probe.spread(full):
-            torch.mm(x, w.T, out=out)
+            mm(x, w.T, out)
             return
         if probe.thin(full):
-            torch.mm(x, w.T, out=out)
+            mm(x, w.T, out)
             left, right = probe.factors(full)
             if probe.directions.factored:
                 turned = x if probe.directions.strict else x * probe.cols(full)[probe.example]
-                _add_spun(out, turned @ right, left[rows], probe.mask, probe.rows(full)[:, rows])
+                _add_spun(out, mm(turned, right), left[rows], probe.mask, probe.rows(full)[:, rows])
             else:
-                out.addmm_((x @ right).mul_(probe.side[:, None]), left[rows].T)
+                addmm_(out, mm(x, right).mul_(probe.side[:, None]), left[rows].T)
             return
         u = probe.dense(full, rows)
         if not probe.directions.factored:
@@ -256,9 +257,9 @@ class Matrix:
             moved = self.context.buffer("moved", *w.shape)
             for part, sign in probe.parts(len(x)):
                 torch.add(w, u, alpha=sign * probe.sigma, out=moved)
-                torch.mm(x[part], moved.T, out=out[part])
+                mm(x[part], moved.T, out[part])
             return
-        torch.mm(x, w.T, out=out)
+        mm(x, w.T, out)
         spun = x * probe.cols(full)[probe.example]
         _add_spun(out, spun, u, probe.mask, probe.rows(full)[:, rows])
 
@@ -270,13 +271,16 @@ class Matrix:
         probe.learn(self.full, x)
         if probe.spread(self.full):
             return []
-        return [((x @ probe.cols(self.full, x).T).mul_(probe.mask), probe.rows(self.full))]
+        return [(mm(x, probe.cols(self.full, x).T).mul_(probe.mask), probe.rows(self.full))]
 
 
 def _add_spun(y: Tensor, spun: Tensor, dense: Tensor, mask: Tensor, rows: Tensor) -> None:
     """y (n, k) += (spun @ dense^T) * (mask @ rows), some columns at a time: each factor is as large as y."""
-    for part in tiles(len(dense), SPUN_PIECES * len(y), y.element_size()):
-        y[:, part].addcmul_(spun @ dense[part].T, mask @ rows[:, part])
+    most = TILE_BYTES // (SPUN_PIECES * len(y) * y.element_size())
+    width = 1 << max(0, most.bit_length() - 1)  # few different ones (products.py)
+    for start in range(0, len(dense), width):
+        part = slice(start, start + width)
+        y[:, part].addcmul_(mm(spun, dense[part].T), mm(mask, rows[:, part]))
 
 
 class PerturbedLinear(nn.Module):
@@ -300,14 +304,12 @@ class PerturbedLinear(nn.Module):
         thin = self.matrix.thin(x)
         if self.gain_row is not None:
             for left, right in thin:
-                y.addmm_(left, right)
+                addmm_(y, left, right)
             thin = []
             gain = self.gain_row.values.T.to(y.dtype) + 1
-            y.mul_(
-                torch.addmm(gain, probe.mask, probe.vector(self.gain_row))
-                if probe is not None and probe.moves(self.gain_row)
-                else gain
-            )
+            if probe is not None and probe.moves(self.gain_row):
+                gain = mm(probe.mask, probe.vector(self.gain_row)).add_(gain)
+            y.mul_(gain)
         if self.lowrank_row is not None:
             thin += self._lowrank(x, y)
         if self.bias_row is not None:
@@ -317,15 +319,15 @@ class PerturbedLinear(nn.Module):
         elif self.bias_vector is not None:
             y.add_(self.bias_vector)
         if len(thin) == 1:
-            y.addmm_(*thin[0])
+            addmm_(y, *thin[0])
         elif thin:
-            y.addmm_(torch.cat([a for a, _ in thin], 1), torch.cat([b for _, b in thin], 0))
+            addmm_(y, torch.cat([a for a, _ in thin], 1), torch.cat([b for _, b in thin], 0))
         return y.view(*shape[:-1], rows)
 
     def _lowrank(self, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
         row, probe = self.lowrank_row, self.context.probe
         assert row is not None and self.basis is not None
-        u = x @ self.basis.T  # (n, rank)
+        u = mm(x, self.basis.T)  # (n, rank)
         thin = [(u, row.values.T.to(y.dtype))]
         if probe is None or not probe.moves(row):
             return thin
@@ -333,7 +335,7 @@ class PerturbedLinear(nn.Module):
             dense = probe.dense(row, slice(0, row.target.rows))
             return [*thin, (u * probe.side[:, None], dense.T)]
         if not probe.spread(row):
-            return [*thin, ((u @ probe.cols(row, u).T).mul_(probe.mask), probe.rows(row))]
+            return [*thin, (mm(u, probe.cols(row, u).T).mul_(probe.mask), probe.rows(row))]
         dense = probe.dense(row, slice(0, row.target.rows))
         _add_spun(y, u * probe.cols(row)[probe.example], dense, probe.mask, probe.rows(row))
         return thin
@@ -353,14 +355,14 @@ class PerturbedHead(nn.Module):
     def logits(self, hidden: Tensor, rows: slice | Tensor, probe: Probe | None) -> Tensor:
         """Logits of the vocabulary ``rows`` (k,), (n, k) in the compute dtype; ``probe`` is that of the n tokens."""
         w = self.matrix.tile(rows)
-        y = hidden @ w.T
+        y = mm(hidden, w.T)
         full = self.matrix.full
         if probe is not None and probe.moves(full):
             if not probe.directions.factored:
-                y.addmm_(hidden * probe.side[:, None], probe.dense(full, rows).T)
+                addmm_(y, hidden * probe.side[:, None], probe.dense(full, rows).T)
             elif not probe.spread(full):
-                left = (hidden @ probe.cols(full).T).mul_(probe.mask)
-                y.addmm_(left, probe.rows(full)[:, rows])
+                left = mm(hidden, probe.cols(full).T).mul_(probe.mask)
+                addmm_(y, left, probe.rows(full)[:, rows])
             else:
                 spun = hidden * probe.cols(full)[probe.example]
                 dense = probe.dense(full, rows)
@@ -368,7 +370,7 @@ class PerturbedHead(nn.Module):
         if self.bias_row is not None:
             y.add_(self.bias_row.values[rows].T.to(y.dtype))
             if probe is not None and probe.moves(self.bias_row):
-                y.addmm_(probe.mask, probe.vector(self.bias_row)[:, rows])
+                addmm_(y, probe.mask, probe.vector(self.bias_row)[:, rows])
         elif self.bias_vector is not None:
             y.add_(self.bias_vector[rows])
         return y
@@ -397,7 +399,7 @@ class PerturbedEmbedding(nn.Embedding):
     def _perturb(ids: Tensor, out: Tensor, full: Trainable, probe: Probe) -> None:
         if probe.directions.factored:
             weight = probe.rows(full)[:, ids].T.mul(probe.mask)  # (n, b): c * r_i[token]
-            moved = weight @ probe.cols(full)
+            moved = mm(weight, probe.cols(full))
         else:
             moved = probe.side[:, None].expand(out.shape)
         if probe.spread(full):
@@ -422,12 +424,12 @@ class PerturbedNorm(nn.Module):
         if probe is None or not probe.moves(self.weight_row):
             y = hat * weight
         else:
-            moved = (probe.mask @ probe.vector(self.weight_row)).to(hat.dtype).add_(weight)
+            moved = mm(probe.mask, probe.vector(self.weight_row)).to(hat.dtype).add_(weight)
             y = hat * self._as_tokens(moved, x)
         if self.bias_row is not None:
             y = y + self.bias_row.values[:, 0].to(hat.dtype)
             if probe is not None and probe.moves(self.bias_row):
-                y = y + self._as_tokens(probe.mask @ probe.vector(self.bias_row), x)
+                y = y + self._as_tokens(mm(probe.mask, probe.vector(self.bias_row)), x)
         return y.to(x.dtype)
 
     @staticmethod

@@ -27,6 +27,10 @@ def int4_group(cols: int) -> int:
     return 32 if cols % 32 == 0 else cols
 
 
+# Of a bf16 product on a CPU: its rows pass in pieces of these sizes (products.py).
+PRODUCT_ROWS = (16, 64, 128, 256, 512, 1024, 2048)
+
+
 class MatrixShape(NamedTuple):
     """One weight matrix, (d_out, d_in) = (out_features, in_features)."""
 

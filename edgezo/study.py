@@ -14,6 +14,7 @@
     [tune]                       # settings that differ while a grid is searched
     held-out = 0.1               # of the training rows, so that no reported row is seen (this is the default)
     seeds = [3]
+    tasks = ["sst2"]             # tune on these and take a method's best on them for every task; else on each its own
 
 Each run is a process of its own. Finished ones are kept, interrupted ones resumed.
 """
@@ -55,6 +56,7 @@ class Study:
     methods: dict[str, list[Settings]]  # every point of the method's grid
     seeds: list[int]
     tune_seeds: list[int]
+    tune_tasks: list[str]  # a method is tuned on these for all tasks; none: on each task for itself
     budget: tuple[str, float]  # of BUDGETS
     reach: list[float]
     common: Settings
@@ -116,6 +118,10 @@ def read_study(found: Mapping[str, Any], methods: Sequence[str] = ()) -> Study:
     tune_seeds = list(tune.pop("seeds", [max(seeds, default=0) + 1]))
     if not seeds or not tune_seeds:
         problems.append("seeds must not be empty")
+    tune_tasks = list(tune.pop("tasks", []))
+    problems += [
+        f"[tune] has the task {t!r}, the study has not" for t in tune_tasks if t not in tasks
+    ]
     if problems:
         raise UsageError(problems)
     study = Study(
@@ -124,6 +130,7 @@ def read_study(found: Mapping[str, Any], methods: Sequence[str] = ()) -> Study:
         methods={n: _points(own) for n, own in named.items() if not methods or n in methods},
         seeds=seeds,
         tune_seeds=tune_seeds,
+        tune_tasks=tune_tasks,
         budget=budget[0],
         reach=[float(value) for value in found.get("reach", [])],
         common=_plain(found.get("common", {})),
@@ -170,12 +177,10 @@ def bench_accuracy(
     }
     one = partial(_run, folder=out / "runs", note=note)
     with ThreadPoolExecutor(parallel) as pool:
-        grids = [
-            (t, m) for t, m in product(study.tasks, study.methods) if len(study.methods[m]) > 1
-        ]
+        grids = [m for m in study.methods if len(study.methods[m]) > 1]
         asked = [
             (task, method, point, study.request(task, point, seed, more, tuning=True))
-            for task, method in grids
+            for task, method in product(study.tune_tasks or study.tasks, grids)
             for point in study.methods[method]
             for seed in study.tune_seeds
         ]
@@ -184,7 +189,10 @@ def bench_accuracy(
             {"task": task, "method": method, "settings": point, "seed": said["seed"], **end}
             for (task, method, point, said), end in zip(asked, ends, strict=True)
         ]
-        chosen = {(t, m): _best(study.methods[m], tried, t, m) for t, m in grids}
+        chosen = {
+            (t, m): _best(study.methods[m], tried, study.tune_tasks or [t], m)
+            for t, m in product(study.tasks, grids)
+        }
         jobs = [
             (task, method, chosen.get((task, method), (study.methods[method][0], False)), seed)
             for task, method, seed in product(study.tasks, study.methods, study.seeds)
@@ -269,12 +277,13 @@ def _figures(out: Path) -> dict[str, Any]:
 
 
 def _best(
-    points: list[Settings], tried: list[dict[str, Any]], task: str, method: str
+    points: list[Settings], tried: list[dict[str, Any]], tasks: Sequence[str], method: str
 ) -> tuple[Settings, bool]:
-    """The best point of a grid, and whether it is an end of a list that has others: then the grid was too small."""
+    """The best point of a grid by its mean over ``tasks``, and whether it ends a list: then the grid was too small."""
 
     def quality(point: Settings) -> tuple[float, float]:
-        own = [t for t in tried if (t["task"], t["method"], t["settings"]) == (task, method, point)]
+        own = [t for t in tried if (t["method"], t["settings"]) == (method, point)]
+        own = [t for t in own if t["task"] in tasks]
         if any("error" in t for t in own):
             return -float("inf"), -float("inf")
         loss = statistics.fmean(t["loss"] for t in own)

@@ -20,6 +20,7 @@ import reference
 import tiny_models
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from edgezo import layouts, objective
@@ -33,6 +34,7 @@ from edgezo.loader import open_model
 from edgezo.model import Model
 from edgezo.noise import Key, exact_grid
 from edgezo.presets import PRESETS
+from edgezo.shapes import PRODUCT_ROWS
 from edgezo.weights import Saved, saved_sha256
 
 LABEL_IDS = (7, 31, 200)
@@ -869,3 +871,58 @@ def test_bf16_arithmetic_gives_near_losses_and_the_same_updates(
     wide.store.apply([recipe])
     low.store.apply([recipe])
     assert saved_sha256(low.store.saved()) == saved_sha256(wide.store.saved())
+
+
+class _Shapes(TorchDispatchMode):
+    """The shapes of every bf16 product while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[torch.Size, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [a for a in args if isinstance(a, Tensor)]
+        if func.overloadpacket.__name__ in PRODUCTS and given[0].dtype == torch.bfloat16:
+            self.seen.add(tuple(a.shape for a in given))
+        return func(*args, **(kwargs or {}))
+
+
+PRODUCTS = (
+    "mm",
+    "addmm",
+    "addmm_",
+    "bmm",
+    "baddbmm",
+    "baddbmm_",
+    "matmul",
+    "linear",
+    "mv",
+    "addmv",
+)
+
+
+@cases(LOW)
+def test_bf16_products_have_the_same_few_shapes_for_all_batches(
+    bench: Bench, workshop: Workshop
+) -> None:
+    """Kernels are compiled for each shape, and kept: memory would grow with every batch (products.py)."""
+    model = workshop.model(bench.case, torch.bfloat16)
+    model.store.load_trained(bench.start)
+    examples = make_examples(bench.case.kind, model.masked, 16, seed=1)
+
+    def shapes(sizes: Sequence[int]) -> set[tuple[torch.Size, ...]]:
+        with _Shapes() as found:
+            for part in (part for n in sizes for part in micro_batches(examples, n)):
+                batch = collate([examples[slot] for slot in part], part)
+                model.losses(batch, model.probe(batch, KEY, SIGMA), sides=2)
+                model.losses(batch)
+                model.take_touched(len(examples))
+                model.store.take_guides(learn=False)
+        return found.seen
+
+    def lengths(seen: set[tuple[torch.Size, ...]]) -> set[int]:
+        return {n for product in seen for shape in product for n in shape}
+
+    whole = lengths(shapes((1, 16)))
+    assert whole & set(PRODUCT_ROWS)
+    assert lengths(shapes((3, 5, 7))) <= whole | set(PRODUCT_ROWS) | {32, 48}  # or thin axes

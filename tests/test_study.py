@@ -92,12 +92,24 @@ def test_a_best_point_at_the_end_of_its_grid_is_said():
             for p, v in zip(points, values, strict=True)
         ]
 
-    assert study._best(points, tried([0.5, 0.9, 0.6]), "t", "m") == (points[1], False)
-    assert study._best(points, tried([0.5, 0.6, 0.9]), "t", "m") == (points[2], True)
-    assert study._best(points, tried([0.5, 0.4, 0.9], "loss"), "t", "m")[0] == points[2]  # by -loss
+    assert study._best(points, tried([0.5, 0.9, 0.6]), ["t"], "m") == (points[1], False)
+    assert study._best(points, tried([0.5, 0.6, 0.9]), ["t"], "m") == (points[2], True)
+    assert study._best(points, tried([0.5, 0.4, 0.9], "loss"), ["t"], "m")[0] == points[2]
     failed = tried([0.5, 0.6, 0.9])
     failed[2] = {"task": "t", "method": "m", "settings": points[2], "error": "no memory"}
-    assert study._best(points, failed, "t", "m") == (points[1], False)
+    assert study._best(points, failed, ["t"], "m") == (points[1], False)
+    other = [{**t, "task": "u"} for t in tried([0.9, 0.1, 0.2])]
+    both = [*tried([0.5, 0.9, 0.6]), *other]
+    assert study._best(points, both, ["t", "u"], "m")[0] == points[0]  # 0.7 on average, 0.5, 0.4
+    assert study._best(points, both, ["t"], "m")[0] == points[1]
+
+
+def test_a_study_tunes_on_the_tasks_it_names(tmp_path):
+    said = made(tmp_path)
+    assert study.read_study(said).tune_tasks == []
+    assert study.read_study(said | {"tune": {"tasks": ["own"]}}).tune_tasks == ["own"]
+    with pytest.raises(UsageError, match="'other', the study has not"):
+        study.read_study(said | {"tune": {"tasks": ["other"]}})
 
 
 @pytest.mark.slow

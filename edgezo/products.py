@@ -1,0 +1,117 @@
+"""Matrix products whose numbers of rows repeat.
+
+For every shape of a bf16 product oneDNN compiles kernels and keeps them: 0.63 MB each with AVX-512 BF16, 0.28 MB of it
+even with its cache off. Packed batches have as many numbers of tokens as there are batches, so that a run of 25 steps
+grew by 340 MB (benchmarks/LOG.md, 2026-11-23). Here rows are passed in pieces of a few sizes. Other products (fp32 on a
+CPU, all on a GPU) compile nothing and pass whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from edgezo.shapes import PRODUCT_ROWS as SIZES
+
+SHORT = (
+    64  # of the other axes: those up to here are examples of a group, or a rank, as well as widths
+)
+CALL_ROWS = 32  # about what one more product costs, in rows (a weight is laid out anew for each)
+
+
+def mm(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+    """x (n, k) @ w (k, m), as torch.mm; what is returned may be a view."""
+    if not compiled(x):
+        return torch.mm(x, w, out=out) if out is not None else torch.mm(x, w)
+    n, m = len(x), w.shape[1]
+    x, w = _even(x, 1), _even(_even(w, 0), 1)
+    found = out if out is not None and w.shape[1] == m else x.new_empty(n, w.shape[1])
+    for at, size in pieces(n):
+        rows = slice(at, at + size)
+        if n >= at + size:
+            torch.mm(x[rows], w, out=found[rows])
+        else:
+            found[rows] = torch.mm(_filled(x[rows], 0, size), w)[: n - at]
+    if out is not None and found is not out:
+        out.copy_(found[:, :m])
+        return out
+    return found[:, :m]
+
+
+def addmm_(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """y (n, m) += left (n, k) @ right (k, m), rounded once."""
+    if not compiled(y):
+        return y.addmm_(left, right)
+    left, right = _even(left, 1), _even(right, 0)
+    for at, size in pieces(len(y)):
+        rows = slice(at, at + size)
+        if len(y) >= at + size:
+            y[rows].addmm_(left[rows], right)
+        else:
+            whole = _filled(y[rows], 0, size).addmm_(_filled(left[rows], 0, size), right)
+            y[rows] = whole[: len(y) - at]
+    return y
+
+
+def along(left: Tensor, x: Tensor) -> Tensor:
+    """left (m, n) @ x (n, k) in fp32, n tokens."""
+    if not compiled(x):
+        return torch.mm(left, x).float()
+    m = len(left)
+    left = _even(left, 0)
+    found = torch.zeros(len(left), x.shape[1])
+    for at, size in pieces(len(x)):
+        rows = slice(at, at + size)
+        found += torch.mm(_filled(left[:, rows], 1, size), _filled(x[rows], 0, size))
+    return found[:m]
+
+
+def compiled(x: Tensor) -> bool:
+    """Whether products of such a tensor have kernels of their own for each shape."""
+    return x.dtype is torch.bfloat16 and not x.is_cuda
+
+
+def pieces(n: int) -> Iterator[tuple[int, int]]:
+    """(first row, rows of the product) for n rows; the last may end after them."""
+    at = 0
+    while n - at > SIZES[-1]:
+        yield at, SIZES[-1]
+        at += SIZES[-1]
+    for size in _split(n - at)[1]:
+        yield at, size
+        at += size
+
+
+@cache
+def _split(n: int) -> tuple[int, tuple[int, ...]]:
+    """(cost in rows, sizes) of the cheapest pieces for up to SIZES[-1] rows."""
+    if not n:
+        return 0, ()
+    above = next(size for size in SIZES if size >= n)
+    found: list[tuple[int, tuple[int, ...]]] = [(above + CALL_ROWS, (above,))]
+    for size in SIZES:
+        if size < n:
+            cost, rest = _split(n - size)
+            # The largest first: what is missing is then always of the last, for no whole piece is missing.
+            sizes = tuple(sorted((size, *rest), reverse=True))
+            found.append((size + CALL_ROWS + cost, sizes))
+    return min(found)
+
+
+def _even(x: Tensor, axis: int) -> Tensor:
+    """``x`` with zeros up to a multiple of 16 along a short axis: examples of a micro-batch, a rank."""
+    n = x.shape[axis]
+    return _filled(x, axis, -(-n // SIZES[0]) * SIZES[0]) if n <= SHORT else x
+
+
+def _filled(x: Tensor, axis: int, n: int) -> Tensor:
+    """``x`` with zeros up to n along ``axis``."""
+    missing = n - x.shape[axis]
+    if not missing:
+        return x
+    shape = list(x.shape)
+    shape[axis] = missing
+    return torch.cat([x, x.new_zeros(shape)], axis)

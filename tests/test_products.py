@@ -1,0 +1,82 @@
+"""Products in pieces of a few sizes: the values of one product, few different shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from edgezo import products
+from edgezo.products import SIZES, addmm_, along, mm, pieces
+
+
+@pytest.fixture
+def bf16():
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator).bfloat16()
+
+
+def test_pieces_cover_the_rows_once_and_only_the_last_is_not_full():
+    for n in range(1, 5000, 7):
+        found = list(pieces(n))
+        starts = [at for at, _ in found]
+        assert starts == [sum(size for _, size in found[:i]) for i in range(len(found))]
+        assert {size for _, size in found} <= set(SIZES)
+        assert starts[-1] < n <= sum(size for _, size in found)
+        # Nothing cheaper: a row that is missing costs as much as one that is there.
+        if n <= SIZES[-1]:
+            above = min(size for size in SIZES if size >= n)
+            spent = sum(size + products.CALL_ROWS for _, size in found)
+            assert n < spent <= above + products.CALL_ROWS
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 63, 200, 700, 1039, 2111])
+@pytest.mark.parametrize("k, m", [(48, 96), (96, 5), (7, 96), (576, 192)])
+def test_values_are_those_of_one_product(bf16, n, k, m):
+    x, w, y = bf16(n, k), bf16(m, k), bf16(n, m)
+    exact = x.double() @ w.T.double()
+    # A bf16 result is rounded once, to 2^-9 of itself; sums of k products in fp32 are far closer.
+    close = {"rtol": 2**-8, "atol": 2**-10}
+    assert torch.allclose(mm(x, w.T).double(), exact, **close)
+    whole = torch.full((n, m + 3), 9.0).bfloat16()
+    assert mm(x, w.T, whole[:, 1 : m + 1]).data_ptr() == whole[:, 1:].data_ptr()
+    assert torch.allclose(whole[:, 1 : m + 1].double(), exact, **close)
+    assert (whole[:, 0] == 9).all() and (whole[:, m + 1 :] == 9).all()
+    total = y.double() + exact
+    assert torch.allclose(addmm_(y.clone(), x, w.T).double(), total, **close)
+    # Each piece is rounded: to 2^-9 of a sum of k products, four standard deviations large at most.
+    rounding = 2**-9 * 4 * k**0.5
+    assert torch.allclose(along(w, x.T.contiguous()).double(), exact.T, rtol=2**-8, atol=rounding)
+
+
+def test_a_row_does_not_depend_on_what_it_is_beside(bf16):
+    x, w = bf16(300, 64), bf16(32, 64)
+    x[:20] = float("nan")
+    found = mm(x, w.T)
+    assert found[:20].isnan().all() and found[20:].isfinite().all()
+    assert mm(x[20:], w.T).isfinite().all()
+
+
+def test_other_products_pass_whole():
+    x, w = torch.randn(700, 8), torch.randn(5, 8)
+    assert torch.equal(mm(x, w.T), torch.mm(x, w.T))
+    assert torch.equal(addmm_(torch.ones(700, 5), x, w.T), torch.ones(700, 5).addmm_(x, w.T))
+    assert torch.equal(along(x.T.contiguous(), x), x.T @ x)
+
+
+def test_few_shapes_are_compiled_however_many_numbers_of_tokens_there_are(bf16, monkeypatch):
+    seen = set()
+    real = torch.mm
+
+    def noted(a, b, **kwargs):
+        seen.add((a.shape, b.shape))
+        return real(a, b, **kwargs)
+
+    monkeypatch.setattr(torch, "mm", noted)
+    w = bf16(96, 64)
+    for n in range(1, 2048, 13):
+        mm(bf16(n, 64), w.T)
+    assert len(seen) == len(SIZES)
+    seen.clear()
+    for examples in range(1, 17):  # of a micro-batch
+        mm(bf16(100, 64), bf16(examples, 64).T)
+    assert len(seen) == 1
