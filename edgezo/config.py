@@ -33,6 +33,7 @@ from edgezo.presets import (
     PRESETS,
     RULES,
     cannot_anchor,
+    cannot_pace,
     default_step,
     forwards,
     mean_forwards,
@@ -83,6 +84,7 @@ class Field:
     high: float = math.inf
     choices: tuple[str, ...] = ()
     open_low: bool = False  # low itself is not allowed
+    auto: str | None = None  # the field that "auto" in place of a value sets
 
 
 FIELDS: dict[str, Field] = {
@@ -120,7 +122,8 @@ FIELDS: dict[str, Field] = {
     "max_length": Field("int", 512, low=8, high=1_048_576),
     "objective": Field("str", LOSS),
     "max_new_tokens": Field("int", low=1, high=65_536),  # None: as the task says
-    "step": Field("float", low=0, open_low=True),
+    "step": Field("float", low=0, open_low=True, auto="step_auto"),
+    "step_auto": Field("bool", False),
     "sigma": Field("float", low=0, high=1, open_low=True),
     "schedule": Field("choice", "linear", choices=SCHEDULES),
     "weight_decay": Field("float", 0.0, low=0, high=1),
@@ -173,6 +176,7 @@ class RunConfig:
     objective: str  # what training lowers (loss), or raises: a name, or module:function
     max_new_tokens: int | None  # of an answer that the model writes
     step: float  # kappa or a learning rate: presets.step_meaning
+    step_auto: bool  # step is only where it begins: pace.py measures what it becomes
     sigma: float
     schedule: str
     weight_decay: float
@@ -277,6 +281,8 @@ def make_config(*layers: Mapping[str, Any], need_data: bool = True) -> RunConfig
             if in_layer:
                 for name in group:
                     merged.pop(name, None)
+        if "step" in said:
+            merged.pop("step_auto", None)
         merged.update(said)
 
     values = {name: merged.get(name, spec.default) for name, spec in FIELDS.items()}
@@ -380,6 +386,8 @@ def _read_layer(layer: Mapping[str, Any], problems: list[str]) -> dict[str, Any]
                 f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
             )
             continue
+        if spec.auto is not None and value == "auto":
+            name, spec, value = spec.auto, FIELDS[spec.auto], True
         try:
             said[name] = _coerce(spec, value)
         except (ValueError, UsageError) as error:
@@ -480,6 +488,8 @@ def _combinations(v: Mapping[str, Any], need_data: bool) -> list[str]:
             "edgezo convert-finetuner reads a published one"
         )
     problems += refusals(v)
+    if v["step_auto"] and (why := cannot_pace(v)):
+        problems.append(f"--step auto: {why}; give --step a number")
     if v["objective"] not in OBJECTIVES and not re.fullmatch(r"[\w.]+:[\w.]+", v["objective"]):
         problems.append(
             f"--objective {v['objective']!r} is not one of {', '.join(OBJECTIVES)}, nor module:function, "
@@ -554,6 +564,7 @@ def _unused(said: Mapping[str, Any], v: Mapping[str, Any]) -> list[str]:
     train = v["train"]
     probing = not EXACT.issuperset(train)
     first = FIRST_ORDER.get(v["estimator"])
+    said = {**said, "step": said.get("step", said.get("step_auto"))}
     drawn = DIRECTIONS[v["directions"]]
     rules = {
         "rank": (

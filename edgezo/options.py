@@ -73,7 +73,11 @@ MEMORY = (
 RUN = (
     ("steps", "N", "[default: 400]"),
     ("for_s", "TIME", "Instead of --steps: 120s, 10m, 1.5h."),
-    ("step", "X", "Step: a fraction of the probe (grzo), a learning rate (mezo), ..."),
+    (
+        "step",
+        "X",
+        "Step: a fraction of the probe (grzo), a learning rate (mezo), ...; auto measures step and sigma.",
+    ),
     ("sigma", "X", "Size of the probe."),
     ("schedule", None, "[default: linear]"),
     ("weight_decay", "X", "[default: 0]"),

@@ -582,6 +582,9 @@ def needs_memory(v: Mapping[str, Any]) -> str:
     return ""
 
 
+PACED = ("group", "mean")  # credits that --step auto has a formula for (pace.py)
+
+
 def cannot_anchor(v: Mapping[str, Any]) -> str:
     """Why int8 codes cannot be made anew from base and journal alone, or ''."""
     if RULES[v["rule"]].state or MASKS[v["mask"]].state:
@@ -591,6 +594,21 @@ def cannot_anchor(v: Mapping[str, Any]) -> str:
         return f"no journal has --directions {v['directions']}"
     if v["mask"] in ("sparse", "quantized"):
         return f"what --mask {v['mask']} left of a direction depends on the codes of that step"
+    return ""
+
+
+def cannot_pace(v: Mapping[str, Any]) -> str:
+    """Why --step auto cannot tell a step from probes, or ''."""
+    if v["estimator"] in FIRST_ORDER or v["estimator"] == AUTO:
+        return f"--estimator {v['estimator']} has a rate of a gradient's, which no probe tells"
+    if v["credit"] not in PACED:
+        return f"--credit {v['credit']} has no step that a slope and a curvature tell ({', '.join(PACED)} have)"
+    if v["rule"] != "sgd":
+        return f"--rule {v['rule']} scales what probes tell by a state of its own"
+    if MASKS[v["mask"]].state or v["mask"] == "block":
+        return f"--mask {v['mask']} scales what probes tell by a state of its own"
+    if DIRECTIONS[v["directions"]].guided:
+        return f"--directions {v['directions']} follow the rows, so that rows cannot share one"
     return ""
 
 

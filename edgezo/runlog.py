@@ -61,6 +61,7 @@ class RunLog(MetricsLog):
         self.forward_times_s: list[float] = []
         self.moved: dict[str, list[int]] = {}  # bytes of weights elsewhere, a step
         self.evaluations: dict[tuple[str, int], dict[str, Any]] = {}  # by when and step
+        self.paces: dict[int, dict[str, Any]] = {}  # by the step they hold from
         self.last_step = 0
         for line in self.lines():
             self._take_in(line)
@@ -73,6 +74,9 @@ class RunLog(MetricsLog):
         if "eval" in line:
             found = {k: v for k, v in line.items() if k not in ("step", "eval")}
             self.evaluations[line["eval"], line["step"]] = found
+            return
+        if "pace" in line:
+            self.paces[line["step"]] = line["pace"]
             return
         self.last_step = line["step"]
         for name, times_s in (("step_s", self.step_times_s), ("forward_s", self.forward_times_s)):

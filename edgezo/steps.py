@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +22,7 @@ from edgezo.journal import Journal, StepRecord
 from edgezo.memory import Guard, Meter
 from edgezo.model import Model
 from edgezo.noise import Key
+from edgezo.pace import Pace
 from edgezo.planner import Plan
 from edgezo.profiler import phase
 from edgezo.report import RunProgress
@@ -32,6 +33,8 @@ from edgezo.shapes import TokenStats
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from edgezo.perturb import Probe
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Steps:
     meter: Meter
     progress: RunProgress
     tuner: Tuner | None = None  # with a finetuner
+    pace: Pace | None = None  # with --step auto, once it is measured
     guard: Guard = field(init=False)
     log: RunLog = field(init=False)
 
@@ -68,6 +72,16 @@ class Steps:
         return bool(self.model.store.trainables)
 
     @property
+    def sigma(self) -> float:
+        """Size of a step's probe."""
+        return self.cfg.sigma if self.pace is None else self.pace.sigma
+
+    @property
+    def factor(self) -> float:
+        """Of --step, before the schedule."""
+        return 1.0 if self.pace is None else self.pace.factor
+
+    @property
     def sides(self) -> int:
         """Forwards over the batch in a step."""
         return len(self.model.evaluations) if self.probing else 1
@@ -77,7 +91,7 @@ class Steps:
         cfg, model = self.cfg, self.model
         assert cfg.batch_size is not None and cfg.micro_batch is not None
         group = self._group(step)
-        sides = self.sides
+        sides, sigma = self.sides, self.sigma
         scales = None
         if self.tuner is not None:
             scales = self.tuner.tell(self.journal.record(step - 1) if step else None)
@@ -104,30 +118,42 @@ class Steps:
             credit = np.append(credit, self._anchor_credit(step)).astype(np.float32)
         skipped = not bool(credit.any())
         touched = model.take_touched(len(group))
-        record = StepRecord(step, cfg.sigma, step_size, skipped, losses, credit, touched, scales)
+        record = StepRecord(step, sigma, step_size, skipped, losses, credit, touched, scales)
         guides = model.store.take_guides()
         self.journal.append(record)
         with phase("update"), model.heap.updating():
             model.store.apply([recipe_of(cfg, record)._replace(guides=guides)])
             for name, part in model.learned.items():
                 # A rate of its own follows the same schedule as the step.
-                part.update(cfg.rates[name] * step_size / cfg.step)
+                part.update(cfg.rates[name] * step_size / (cfg.step * self.factor))
         if model.needs_snapshots and (step + 1) % cfg.snapshot_every == 0:
             self.save(step + 1)
         return record
 
     def _losses(self, batch: Batch, group: Sequence[Example], step: int, probed: bool) -> Tensor:
-        """Of each side and example of a micro-batch, (sides, b): the model's own, or minus the objective."""
-        judge, sides = self.opened.judge, self.sides if probed else 1
-        probe = partial(self.model.probe, key=Key(self.cfg.seed, step), sigma=self.cfg.sigma)
-        if judge is not None and judge.score is not None:
-            examples = [group[slot] for slot in batch.slots]
-            return judge.losses(self.model, batch, examples, probe, sides)
+        """Of each side and example of a micro-batch of the step's group, (sides, b)."""
+        sides = self.sides if probed else 1
         learn = 1.0 / (sides * len(group)) if self.model.learned else 0.0
-        found, _ = self.model.losses(
-            batch, probe(batch) if probed else None, sides=sides, learn=learn
-        )
-        return found
+        key = Key(self.cfg.seed, step) if probed else None
+        return self.losses(batch, [group[slot] for slot in batch.slots], key, self.sigma, learn)
+
+    def losses(
+        self,
+        batch: Batch,
+        examples: Sequence[Example],
+        key: Key | None,
+        sigma: float,
+        learn: float = 0.0,
+    ) -> Tensor:
+        """The model's losses of a micro-batch, or minus the objective, (sides, b); plain without a key."""
+        judge, sides = self.opened.judge, self.sides if key is not None else 1
+
+        def probe(batch: Batch) -> Probe | None:
+            return self.model.probe(batch, key, sigma) if key is not None else None
+
+        if judge is not None and judge.score is not None:
+            return judge.losses(self.model, batch, examples, probe, sides)
+        return self.model.losses(batch, probe(batch), sides=sides, learn=learn)[0]
 
     @property
     def writes(self) -> bool:

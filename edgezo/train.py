@@ -31,6 +31,7 @@ from edgezo.finetuner import Tuner, load_finetuner
 from edgezo.journal import StepRecord, create_journal
 from edgezo.machine import machine
 from edgezo.memory import Meter, peak_rss_bytes, rss_bytes
+from edgezo.pace import CHECK_EVERY, DIRECTIONS, Pace, Pacer
 from edgezo.presets import AUTO
 from edgezo.probe_pass import Outcome, ProbePass, recall
 from edgezo.profiler import phase, profiling, running
@@ -223,6 +224,7 @@ class Training(Room):
         cfg = self.cfg
         self.progress.begin(done=done, steps=cfg.steps, cap_bytes=self.plan.max_mem_bytes)
         spent_s = sum(self.log.step_times_s) + (self.probe.fit_s if self.probe is not None else 0.0)
+        spent_s += sum(pace["took_s"] for pace in self.log.paces.values())
         start_s, excluded_s = time.monotonic() - spent_s, 0.0
         step = done
         try:
@@ -237,8 +239,13 @@ class Training(Room):
                     self._evaluate("during", step)
                     excluded_s += time.monotonic() - begun_s
                     begun_s = time.monotonic()
+                if cfg.step_auto:
+                    self._keep_pace(step)
+                    begun_s = time.monotonic()
                 moved = self._moved()
-                step_size = planned.get(step, cfg.step * schedule(cfg.schedule, fraction))
+                step_size = planned.get(
+                    step, cfg.step * self.factor * schedule(cfg.schedule, fraction)
+                )
                 with self.memory.short("an update"):  # or what else nothing smaller stands for
                     record = self.fitting(step, partial(self.step, step, step_size))
                 took_s = time.monotonic() - begun_s
@@ -266,6 +273,25 @@ class Training(Room):
             raise
         finally:
             self.progress.close()
+
+    def _keep_pace(self, step: int) -> None:
+        """Measure sigma and step where it is time to."""
+        if self.pace is None and self.log.paces:
+            at = max(self.log.paces)
+            self.pace = Pace(at, **self.log.paces[at])
+        pacer = Pacer(self)
+        if not pacer.due(step):
+            return
+        first = self.pace is None
+        self.pace = self.fitting(step, partial(pacer.measure, step))
+        self.log.write({"step": step, "pace": self.pace.to_dict()})
+        if self.pace.why:
+            self.progress.note(f"warning: --step auto found no signal: {self.pace.why}")
+        elif first:
+            self.progress.note(
+                f"step auto: {self.cfg.step * self.pace.factor:.3g} at sigma {self.pace.sigma:.3g}, from "
+                f"{DIRECTIONS} directions in {self.pace.took_s:.0f} s; looked at again every {CHECK_EVERY} steps"
+            )
 
     def check_stop(self, step: int) -> None:
         """Interrupted if Ctrl-C or SIGTERM has asked for it."""
