@@ -526,7 +526,9 @@ def _estimator_reason(cfg: RunConfig) -> str:
     chosen = [f"{cfg.directions} directions", f"{cfg.credit} credit", f"rule {cfg.rule}"]
     if cfg.mask != "none":
         chosen.insert(1, f"mask {cfg.mask}")
-    return f"{', '.join(chosen)}; --step {cfg.step:g} is {step_meaning(cfg.credit, cfg.rule)}"
+    step = "--step auto begins from" if cfg.step_auto else "--step"
+    meaning = step_meaning(cfg.credit, cfg.rule)
+    return f"{', '.join(chosen)}; {step} {cfg.step:g}{', ' if cfg.step_auto else ' is '}{meaning}"
 
 
 def _trained_reason(cfg: RunConfig) -> str:

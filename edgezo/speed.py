@@ -39,6 +39,7 @@ from edgezo.data import Dataset, Example, Row, batch_indices, pieces
 from edgezo.errors import UsageError
 from edgezo.estimators import Estimator, Recipe
 from edgezo.journal import StepRecord, create_journal
+from edgezo.layouts import DENSE_DTYPES
 from edgezo.machine import machine
 from edgezo.memory import Guard, rss_bytes
 from edgezo.model import Model
@@ -222,7 +223,10 @@ def _measure(
         row["bookkeeping_share"] = bookkeeping(subject.cfg, size, row["step_s"])
         made.append(row)
     for name in BASELINES if plain is not None else ():
-        row = {"estimator": name, "precision": "fp32", "ratio": None, **_medians(took[name][1:])}
+        assert plain is not None
+        (precision,) = (name for name, dtype in DENSE_DTYPES.items() if dtype is plain.dtype)
+        row = {"estimator": name, "precision": precision, "ratio": None}
+        row |= _medians(took[name][1:])
         made.append(row)
     size_of = {"batch_size": size, "tokens": length, "tokens_a_side": statistics.median(packed[1:])}
     return [{**row, **size_of, "tokens_per_s": row["rows"] / row["step_s"]} for row in made]
@@ -341,12 +345,17 @@ def noise_rates() -> dict[str, float]:
 
 
 class Plain:
-    """transformers' own module in fp32 with the weights of a subject, and steps on it as others write them."""
+    """transformers' own module with the weights of a subject, and steps on it as others write them.
+
+    In the dtype that the subject computes in: bf16 where that is fast.
+    """
 
     def __init__(self, subject: Subject):
         opened = open_request(subject.cfg)
         self.module = plain_module(opened, subject.model)
         self.module.set_attn_implementation("sdpa")
+        self.dtype = subject.model.context.dtype
+        self.module.to(self.dtype)
         self.label_ids = torch.tensor(subject.dataset.label_ids)
         self.pad = opened.tokenizer.pad_token_id or 0
         self.linears = [m for n, m in self.module.named_modules() if _is_inner_linear(n, m)]
@@ -366,7 +375,7 @@ class Plain:
         lengths = torch.tensor([len(row) for row in rows])
         mask = torch.arange(ids.shape[1]) < lengths[:, None]
         logits = self.module(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
-        words = logits[torch.arange(len(rows)), lengths - 1][:, self.label_ids]
+        words = logits[torch.arange(len(rows)), lengths - 1][:, self.label_ids].float()
         return F.cross_entropy(words, torch.tensor([e.label for e in group]), reduction="none")
 
     @torch.no_grad()
@@ -378,7 +387,7 @@ class Plain:
         generator = torch.Generator()
         b, seed = len(group), generator.seed()
         signs = {
-            m: [torch.randint(0, 2, (b, n)).mul_(2).sub_(1).float() for n in m.weight.shape]
+            m: [torch.randint(0, 2, (b, n)).mul_(2).sub_(1).to(self.dtype) for n in m.weight.shape]
             for m in self.linears
         }
 
@@ -403,7 +412,7 @@ class Plain:
             for each in hooks:
                 each.remove()
         delta = (found[0] - found[1]) / 2
-        a = delta / (delta.std() + 1e-8)
+        a = (delta / (delta.std() + 1e-8)).to(self.dtype)
         for at, linear in enumerate(self.linears):
             r, s = signs[linear]
             g = base(at, linear).mul_((a[:, None] * r).T @ s)

@@ -1,0 +1,85 @@
+"""Seconds of a step over the parameters of a model, with random weights of real shapes: is the cost linear in them?
+
+    python benchmarks/sizes.py --out DIR [--models NAME ...] [--precisions bf16 int4] [--batch-size 4] [--tokens 64]
+
+One `edgezo bench speed` a model, each in a process of its own; what has run is kept. Parameters are those of the
+matrices of the blocks, which every token passes. Writes DIR/sizes.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from plan_grid import CONFIGS, make_model, make_rows
+
+SIZES = ["smollm2-135m-instruct", "smollm2-360m-instruct", "qwen2.5-0.5b", "qwen2.5-1.5b"]
+
+
+def parameters(name: str) -> int:
+    """Of the blocks' matrices."""
+    c = CONFIGS[name]
+    hidden, wide, heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
+    keys = 2 * hidden // heads * c["num_key_value_heads"]
+    return c["num_hidden_layers"] * hidden * (2 * hidden + keys + 3 * wide)
+
+
+def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    out = args.out / f"speed-{name}"
+    if not (out / "speed.json").exists():
+        rows = make_rows(args.tokens, "label", args.out)
+        asked = ["--model", make_model(name, None, args.out), "--data", rows]
+        asked += ["--template", "{text} It was", "--labels", "0= bad,1= good"]
+        asked += ["--estimators", "grzo", "--precisions", ",".join(args.precisions)]
+        asked += ["--batch-sizes", args.batch_size, "--tokens", "own", "--repeats", args.repeats]
+        asked += ["--threads", args.threads, "--no-baselines", "--out", out]
+        subprocess.run(
+            [sys.executable, "-m", "edgezo", "bench", "speed", *map(str, asked)], check=True
+        )
+    return json.loads((out / "speed.json").read_text())["rows"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", choices=CONFIGS, default=SIZES)
+    parser.add_argument("--precisions", nargs="+", default=["bf16", "int4"])
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    found = [
+        {"model": name, "parameters": parameters(name), **row}
+        for name in args.models
+        for row in measure(name, args)
+    ]
+    fits = []
+    print("precision   parameters   forward      step   ratio")
+    for precision in args.precisions:
+        own = [row for row in found if row["precision"] == precision]
+        for row in own:
+            print(
+                f"{precision:9} {row['parameters'] / 1e6:10.0f} M {row['forward_s']:8.3f} s "
+                f"{row['step_s']:7.3f} s {row['ratio']:6.3f}   {row['model']}"
+            )
+        x, y = (np.array([row[key] for row in own], float) for key in ("parameters", "step_s"))
+        slope, fixed = np.polyfit(x, y, 1)
+        r2 = 1 - float(np.var(y - slope * x - fixed) / np.var(y))
+        fits.append(
+            {"precision": precision, "fixed_s": fixed, "s_a_billion": slope * 1e9, "r2": r2}
+        )
+        print(
+            f"{precision}: {fixed:.3f} s + {slope * 1e9:.3f} s a billion parameters, R^2 {r2:.4f}"
+        )
+    (args.out / "sizes.json").write_text(json.dumps({"rows": found, "fits": fits}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
