@@ -1,82 +1,55 @@
 """``--step auto``: sigma and step from what a few probes show, looked at again while the run goes on.
 
-Over R rows and K directions D_k that all rows share, with l0 the plain losses,
+At the start, along K directions that all rows of a batch share, with d = (l+ - l-)/2 at three sizes of the probe:
 
-    d_kr = (l+ - l-)/2        c_kr = l+ + l- - 2 l0
-    sigma^2 |g|^2     ~  G = mean_k (m_k^2 - v_k/R)        m_k, v_k mean and variance of d_kr over rows
-    sigma^2 E|g_i|^2  ~  Q = mean d^2,    s = its root
-    sigma^2 tr H      ~  C = mean c
+    sigma   stays the preset's while d is proportional to it. Rounding (nu) and third derivatives (tau) are told apart
+            between a quarter of it, itself and four times it; where they make more than LEAST_ERROR of the variance
+            of d, sigma becomes the one that makes it least.
+    step    moves a weight as far as GRZO's preset does, by MOVES sigma*sqrt(B). Group credit does so by itself, for its
+            credits have unit variance. A learning rate of MeZO's that does is MOVES sigma*sqrt(B) over the root mean
+            square of its slopes, so that it need not be searched for with every model and task.
 
-the decrease that a step of size t promises, its first-order part less its curvature, is largest at
+Then every CHECK_EVERY steps, on CHECK_BATCHES batches of rows kept for it, by plain forwards: where their losses have
+fallen by more than the standard error of that difference, the step grows by FASTER; where they have risen by more, it
+is halved. The same rows are compared, so a change shows long before a mean over different rows tells it. The best step
+by one probe, G/(s C) with the squared gradient G, the spread s and the curvature C, cannot be had from few probes: on
+language tasks C of 256 evaluations has an error as large as itself (benchmarks/LOG.md, 2026-11-23).
 
-    group    t = G/(s C)              a_i of unit variance, each along its own direction (GRZO)
-    mean     t = G sigma^2/((G + Q/B) C)     the mean slope of B rows along one direction (MeZO)
-
-whatever sigma is. sigma stays as the preset has it while differences are proportional to it: between a quarter of it,
-itself and four times it, rounding (nu) and third derivatives (tau) are told apart, and where they make more than
-LEAST_ERROR of a difference's variance, sigma becomes the one that makes it least.
-
-A measurement costs 12.5 steps at the start and 2.5 every CHECK_EVERY steps. It changes nothing but the run's sigma and
-step, which every record of the journal holds; metrics.jsonl holds what was measured, so that a resume goes on with it.
+A run whose rows have not improved after PATIENCE checks, or whose probes show nothing at all, is warned with the cause.
+Nothing else changes but sigma and step, which every record of the journal holds; metrics.jsonl holds what was measured,
+so that a resume goes on with it.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgezo.data import collate, micro_batches
+from edgezo.config import LOSS
+from edgezo.data import Example, collate, micro_batches
 from edgezo.noise import Key, tensor_id
 from edgezo.profiler import phase
 
 if TYPE_CHECKING:
     from edgezo.steps import Steps
 
-DIRECTIONS, DIRECTIONS_AGAIN = 4, 2
-CHECK_EVERY = 50  # steps
+DIRECTIONS = 4
 LADDER = (0.25, 1.0, 4.0)  # of the preset's sigma
 LEAST_ERROR = 0.1
 FURTHEST_SIGMA = 8.0
-FURTHEST_STEP = 16.0  # from the preset's
-FURTHEST_AGAIN = 2.0  # from the last measurement's
+MOVES = 0.1
+CHECK_EVERY = 25  # steps
+CHECK_BATCHES = 3
+FASTER, SLOWER = 1.5, 0.5
+FURTHEST = 8.0  # from where the step began, either way
+PATIENCE = 4  # checks
 LEARNED_LOSS = 1e-3
 SEED = tensor_id("pace")  # no step moves along the directions that are measured
-
-
-@dataclass(frozen=True)
-class Signal:
-    """What probes at one sigma have shown."""
-
-    gradient: float  # G
-    gradient_error: float  # its standard error over directions
-    differences: float  # Q
-    curvature: float  # C
-    curvature_error: float
-    loss: float
-
-    @staticmethod
-    def of(losses: np.ndarray, plain: np.ndarray) -> Signal:
-        """Of losses (K, 2, R) and (R,); rows with a loss that is not finite do not count."""
-        finite = np.isfinite(losses).all(axis=(0, 1)) & np.isfinite(plain)
-        losses, plain = losses[:, :, finite].astype(np.float64), plain[finite].astype(np.float64)
-        count, rows = len(losses), losses.shape[2]
-        if rows < 2:
-            return Signal(0.0, 0.0, 0.0, 0.0, 0.0, float(plain.mean()) if rows else float("nan"))
-        d = (losses[:, 0] - losses[:, 1]) / 2
-        c = (losses[:, 0] + losses[:, 1] - 2 * plain).mean(axis=1)
-        g = d.mean(axis=1) ** 2 - d.var(axis=1, ddof=1) / rows
-        several = max(1, count - 1)
-        return Signal(
-            float(g.mean()),
-            float(g.std() / several**0.5),
-            float((d**2).mean()),
-            float(c.mean()),
-            float(c.std() / several**0.5),
-            float(plain.mean()),
-        )
+FAR = 1 << 31  # the step whose batches are the rows that are looked at again
 
 
 @dataclass(frozen=True)
@@ -86,22 +59,19 @@ class Pace:
     at: int
     sigma: float
     factor: float  # of the preset's step
+    began: float  # the same at the start
+    losses: tuple[float, ...] = ()  # of the rows that are looked at again
+    idle: int = 0  # checks since those last improved
     took_s: float = 0.0
-    why: str = ""  # a warning, where nothing could be told
+    why: str = ""  # a warning
+
+    @staticmethod
+    def of(at: int, said: dict[str, Any]) -> Pace:
+        return Pace(at, **{**said, "losses": tuple(said["losses"])})
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "at"}
-
-
-def best_step(signal: Signal, credit: str, batch_size: int, sigma: float) -> float | None:
-    """The step that promises most; None where gradient or curvature cannot be told from noise."""
-    gradient, curvature = signal.gradient, signal.curvature
-    if gradient <= signal.gradient_error or curvature <= signal.curvature_error:
-        return None
-    if credit == "mean":
-        moved = gradient + signal.differences / batch_size
-        return gradient * sigma**2 / (moved * curvature)
-    return gradient / (signal.differences**0.5 * curvature)
+        found = {name: value for name, value in asdict(self).items() if name != "at"}
+        return {**found, "losses": list(self.losses)}
 
 
 def best_sigma(slopes: np.ndarray) -> tuple[float, float]:
@@ -124,6 +94,26 @@ def best_sigma(slopes: np.ndarray) -> tuple[float, float]:
     return times, float(nu / times**2 + tau * times**4)
 
 
+def rate_of(slopes: np.ndarray, sigma: float, batch_size: int) -> float:
+    """MeZO's learning rate that moves as far as MOVES says; ``slopes`` (K,) of a batch along its directions."""
+    return float(MOVES * sigma * batch_size**0.5 / np.sqrt(np.mean(slopes**2)))
+
+
+def look_again(last: Pace, losses: np.ndarray) -> tuple[float, int]:
+    """(factor, checks without improvement) from what the same rows lost then and now."""
+    change = losses - np.array(last.losses)
+    change = change[np.isfinite(change)]
+    if len(change) < 2:
+        return last.factor * SLOWER, last.idle + 1
+    error = float(change.std(ddof=1)) / len(change) ** 0.5
+    factor, idle = last.factor, last.idle + 1
+    if change.mean() < -error:
+        factor, idle = factor * FASTER, 0
+    elif change.mean() > error:
+        factor *= SLOWER
+    return float(np.clip(factor, last.began / FURTHEST, last.began * FURTHEST)), idle
+
+
 @dataclass
 class Pacer:
     """Measures for one run."""
@@ -135,47 +125,57 @@ class Pacer:
         return last is None or (step % CHECK_EVERY == 0 and step > last.at)
 
     def measure(self, step: int) -> Pace:
-        """The pace from ``step`` on, from the rows of that step's batch."""
+        """The pace from ``step`` on."""
         begun_s = time.monotonic()
-        cfg, last = self.steps.cfg, self.steps.pace
-        assert cfg.batch_size is not None
-        plain = self._losses(step, None, cfg.sigma)[0]
+        last = self.steps.pace
+        kept = [e for at in range(CHECK_BATCHES) for e in self.steps.batch(FAR + at)]
+        losses = self._losses(kept)[0]
         if last is None:
-            rungs = [self._probed(step, DIRECTIONS, cfg.sigma * rung) for rung in LADDER]
-            slopes = [
-                (found[:, 0] - found[:, 1]) / rung
-                for found, rung in zip(rungs, LADDER, strict=True)
-            ]
-            times, error = best_sigma(np.stack([slope.reshape(-1) for slope in slopes]))
-            sigma = cfg.sigma * times
-            found = rungs[1] if times == 1.0 else self._probed(step, DIRECTIONS, sigma)
+            sigma, factor, why = self._begin(step, losses)
+            began, idle = factor, 0
         else:
-            sigma, error = last.sigma, 0.0
-            found = self._probed(step, DIRECTIONS_AGAIN, sigma)
-        signal = Signal.of(found, plain)
-        wanted = best_step(signal, cfg.credit, cfg.batch_size, sigma)
-        factor, why = (1.0 if last is None else last.factor), ""
-        if wanted is None:
-            why = no_signal(signal, error, self.steps)
-        elif last is None:
-            factor = float(np.clip(wanted / cfg.step, 1 / FURTHEST_STEP, FURTHEST_STEP))
-        else:  # half way, for two directions tell little
-            change = (wanted / cfg.step / last.factor) ** 0.5
-            factor *= float(np.clip(change, 1 / FURTHEST_AGAIN, FURTHEST_AGAIN))
-        return Pace(step, sigma, factor, time.monotonic() - begun_s, why)
+            (factor, idle), why = look_again(last, losses), ""
+            sigma, began = last.sigma, last.began
+            if idle == PATIENCE:
+                why = (
+                    f"losses of {len(kept)} rows have not fallen in {PATIENCE * CHECK_EVERY} steps by more than their "
+                    "error. Give more steps or a larger --batch-size, or --train another part."
+                )
+        told = tuple(map(float, losses))
+        return Pace(step, sigma, factor, began, told, idle, time.monotonic() - begun_s, why)
 
-    def _probed(self, step: int, count: int, sigma: float) -> np.ndarray:
-        """Losses (count, 2, R) along so many directions."""
-        return np.stack([self._losses(step, k, sigma) for k in range(count)])
+    def _begin(self, step: int, plain: np.ndarray) -> tuple[float, float, str]:
+        """(sigma, factor, warning) from the rows of a batch."""
+        cfg = self.steps.cfg
+        assert cfg.batch_size is not None
+        rows = self.steps.batch(step)
+        slopes = np.stack([self._slopes(rows, cfg.sigma * rung) for rung in LADDER])  # (3, K, B)
+        finite = np.isfinite(slopes).all(axis=(0, 1))
+        slopes = slopes[:, :, finite]
+        times, error = (
+            best_sigma(slopes.reshape(len(LADDER), -1)) if finite.any() else (1.0, np.inf)
+        )
+        if why := no_signal(slopes, float(np.nanmean(plain)), error, self.steps):
+            return cfg.sigma, 1.0, why
+        sigma = cfg.sigma * times
+        if cfg.credit == "mean":
+            return sigma, rate_of(slopes[1].mean(axis=1), cfg.sigma, cfg.batch_size) / cfg.step, ""
+        return sigma, 1 / times, ""  # weights move as far with another probe
 
-    def _losses(self, step: int, k: int | None, sigma: float) -> np.ndarray:
-        """Losses (sides, R) of the step's batch, along direction k for all rows or plain."""
+    def _slopes(self, rows: Sequence[Example], sigma: float) -> np.ndarray:
+        """d over sigma, (K, R)."""
+        found = np.stack([self._losses(rows, k, sigma) for k in range(DIRECTIONS)])
+        return (found[:, 0] - found[:, 1]) / (2 * sigma)
+
+    def _losses(
+        self, rows: Sequence[Example], k: int | None = None, sigma: float = 0
+    ) -> np.ndarray:
+        """Losses (sides, R) fp64, plain or along direction k for all rows."""
         steps, model = self.steps, self.steps.model
         cfg = steps.cfg
-        assert cfg.batch_size is not None and cfg.micro_batch is not None
-        rows = steps.batch(step)
-        losses = np.full((1 if k is None else 2, len(rows)), np.nan, np.float32)
-        key = None if k is None else Key(cfg.seed ^ SEED, step * DIRECTIONS + k)
+        assert cfg.micro_batch is not None
+        losses = np.full((1 if k is None else 2, len(rows)), np.nan)
+        key = None if k is None else Key(cfg.seed ^ SEED, k)
         for part in micro_batches(rows, cfg.micro_batch, steps.most_tokens):
             examples = [rows[i] for i in part]
             batch = collate(examples, [0] * len(part))  # one slot: one direction for all
@@ -186,11 +186,13 @@ class Pacer:
         return losses
 
 
-def no_signal(signal: Signal, error: float, steps: Steps) -> str:
-    """Why no step can be told, and what to do about it."""
+def no_signal(slopes: np.ndarray, loss: float, error: float, steps: Steps) -> str:
+    """Why probes tell nothing, and what to do about it; "" where they do."""
     cfg = steps.cfg
-    if signal.differences == 0.0:
-        if cfg.objective != "loss":
+    if not slopes.size:
+        return "no loss of the batch is finite. Look at the rows with --show-batch, or give a smaller --sigma."
+    if not slopes[1].any():
+        if cfg.objective != LOSS:
             return (
                 f"--objective {cfg.objective} is the same on both sides of every probe: no prediction changes at "
                 f"sigma {cfg.sigma:g}. Give a larger --sigma, or an objective that more predictions meet."
@@ -199,16 +201,11 @@ def no_signal(signal: Signal, error: float, steps: Steps) -> str:
             f"no loss differs between both sides of a probe: sigma {cfg.sigma:g} is lost in the rounding of "
             f"{cfg.precision} weights. Give a larger --sigma."
         )
-    if abs(signal.loss) < LEARNED_LOSS and cfg.objective == "loss":
-        return f"the loss is {signal.loss:.1e} already: there is nothing left to learn."
+    if abs(loss) < LEARNED_LOSS and cfg.objective == LOSS:
+        return f"the loss is {loss:.1e} already: there is nothing left to learn."
     if error > 1.0:
         return (
             "differences of losses do not grow with sigma: they are rounding, or sigma reaches beyond where the loss "
             "is smooth. Give a higher --precision or another --sigma."
         )
-    if signal.gradient <= signal.gradient_error:
-        return (
-            f"examples disagree: their common gradient is not above its error over {cfg.batch_size} rows. "
-            "Give a larger --batch-size, or expect progress after more steps."
-        )
-    return "the loss bends no way that could be measured, so nothing bounds the step."
+    return ""

@@ -278,7 +278,7 @@ class Training(Room):
         """Measure sigma and step where it is time to."""
         if self.pace is None and self.log.paces:
             at = max(self.log.paces)
-            self.pace = Pace(at, **self.log.paces[at])
+            self.pace = Pace.of(at, self.log.paces[at])
         pacer = Pacer(self)
         if not pacer.due(step):
             return
@@ -286,7 +286,7 @@ class Training(Room):
         self.pace = self.fitting(step, partial(pacer.measure, step))
         self.log.write({"step": step, "pace": self.pace.to_dict()})
         if self.pace.why:
-            self.progress.note(f"warning: --step auto found no signal: {self.pace.why}")
+            self.progress.note(f"warning: no signal for --step auto: {self.pace.why}")
         elif first:
             self.progress.note(
                 f"step auto: {self.cfg.step * self.pace.factor:.3g} at sigma {self.pace.sigma:.3g}, from "
