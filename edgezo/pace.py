@@ -67,7 +67,9 @@ class Pace:
 
     @staticmethod
     def of(at: int, said: dict[str, Any]) -> Pace:
-        return Pace(at, **{**said, "losses": tuple(said["losses"])})
+        # JSON has no NaN.
+        losses = (float("nan") if loss is None else loss for loss in said["losses"])
+        return Pace(at, **{**said, "losses": tuple(losses)})
 
     def to_dict(self) -> dict[str, Any]:
         found = {name: value for name, value in asdict(self).items() if name != "at"}
@@ -152,9 +154,9 @@ class Pacer:
         slopes = np.stack([self._slopes(rows, cfg.sigma * rung) for rung in LADDER])  # (3, K, B)
         finite = np.isfinite(slopes).all(axis=(0, 1))
         slopes = slopes[:, :, finite]
-        times, error = (
-            best_sigma(slopes.reshape(len(LADDER), -1)) if finite.any() else (1.0, np.inf)
-        )
+        times, error = 1.0, 0.0
+        if cfg.objective == LOSS and finite.any():  # scores are steps, not slopes
+            times, error = best_sigma(slopes.reshape(len(LADDER), -1))
         if why := no_signal(slopes, float(np.nanmean(plain)), error, self.steps):
             return cfg.sigma, 1.0, why
         sigma = cfg.sigma * times

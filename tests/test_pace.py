@@ -22,6 +22,7 @@ from edgezo.pace import (
     look_again,
     rate_of,
 )
+from edgezo.report import to_json
 
 
 def test_a_learning_rate_moves_as_far_as_group_credit_does():
@@ -52,6 +53,13 @@ def test_the_step_follows_what_the_same_rows_lose():
     assert look_again(last, np.full(48, np.inf)) == (SLOWER, 3)
     far = Pace(25, 1e-3, 1.9 * FURTHEST, 2.0, tuple(rows), 0)
     assert look_again(far, rows + noise - 0.1)[0] == 2 * FURTHEST
+
+
+def test_a_pace_comes_back_from_the_log_with_losses_that_are_not_finite():
+    pace = Pace(25, 1e-3, 1.0, 1.0, (0.5, float("nan"), 2.0))
+    again = Pace.of(25, json.loads(to_json(pace.to_dict())))
+    assert np.array_equal(again.losses, pace.losses, equal_nan=True)
+    assert look_again(again, np.array([0.4, 0.3, 1.9])) == (FASTER, 0)
 
 
 @pytest.mark.parametrize(
@@ -159,3 +167,18 @@ def test_a_warning_names_why_there_is_no_signal(bench, edgezo, tmp_path):
     assert code == 0
     said = " ".join(err.split())
     assert "no signal" in said and "no prediction changes" in said and "larger --sigma" in said
+
+
+def test_scores_are_steps_and_say_nothing_of_sigma(bench, edgezo_json, tmp_path, monkeypatch):
+    from edgezo import pace
+
+    monkeypatch.setattr(pace, "best_sigma", lambda slopes: (4.0, 9.0))
+    for objective in ("accuracy", "loss"):
+        run = tmp_path / objective
+        said = {"steps": 1, "train": "lowrank", "step": "auto", "sigma": 0.5}
+        said = bench.arguments(**said, objective=objective)
+        assert edgezo_json("finetune", *said, "--out", run)[0] == 0
+        (found,) = steps_of(run)[1]
+        # Of the loss an error of 9 is a warning, and nothing changes.
+        assert found["pace"]["sigma"] == 0.5
+        assert ("do not grow" in found["pace"]["why"]) == (objective == "loss")
