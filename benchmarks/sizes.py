@@ -16,17 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from plan_grid import CONFIGS, make_model, make_rows
+from plan_grid import make_model, make_rows
+
+from edgezo.cards import find_card
+from edgezo.shapes import ModelShape
+from edgezo.speed import straight
 
 SIZES = ["smollm2-135m-instruct", "smollm2-360m-instruct", "qwen2.5-0.5b", "qwen2.5-1.5b"]
 
 
 def parameters(name: str) -> int:
-    """Of the blocks' matrices."""
-    c = CONFIGS[name]
-    hidden, wide, heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
-    keys = 2 * hidden // heads * c["num_key_value_heads"]
-    return c["num_hidden_layers"] * hidden * (2 * hidden + keys + 3 * wide)
+    """Of the blocks' matrices, as the model's card has them."""
+    card = find_card(name)
+    assert card is not None, name
+    shape = ModelShape.of(card, name)
+    return shape.layers * sum(matrix.numel for matrix in shape.block)
 
 
 def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -47,7 +51,7 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--models", nargs="+", choices=CONFIGS, default=SIZES)
+    parser.add_argument("--models", nargs="+", choices=SIZES, default=SIZES)
     parser.add_argument("--precisions", nargs="+", default=["bf16", "int4"])
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64)
@@ -70,8 +74,7 @@ def main() -> None:
                 f"{row['step_s']:7.3f} s {row['ratio']:6.3f}   {row['model']}"
             )
         x, y = (np.array([row[key] for row in own], float) for key in ("parameters", "step_s"))
-        slope, fixed = np.polyfit(x, y, 1)
-        r2 = 1 - float(np.var(y - slope * x - fixed) / np.var(y))
+        slope, fixed, r2 = straight(x, y)
         fits.append(
             {"precision": precision, "fixed_s": fixed, "s_a_billion": slope * 1e9, "r2": r2}
         )

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from edgezo.shapes import PRODUCT_ROWS as SIZES
 
-SHORT = (
-    64  # of the other axes: those up to here are examples of a group, or a rank, as well as widths
-)
+SHORT = 64  # of the other axes: up to here they may be the examples of a group, or a rank
 CALL_ROWS = 32  # about what one more product costs, in rows (a weight is laid out anew for each)
 
 

@@ -275,11 +275,16 @@ def fits(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         x, y = (np.array([row[key] for row in own], float) for key in ("rows", "step_s"))
         if len(set(x)) < 4:
             continue
-        slope, fixed = np.polyfit(x, y, 1)
-        r2 = 1 - float(np.var(y - slope * x - fixed) / np.var(y))
-        line = {"fixed_s": float(fixed), "s_a_row": float(slope), "r2": r2, "sizes": len(own)}
+        slope, fixed, r2 = straight(x, y)
+        line = {"fixed_s": fixed, "s_a_row": slope, "r2": r2, "sizes": len(own)}
         found.append({"estimator": name[0], "precision": name[1], **line})
     return found
+
+
+def straight(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+    """Slope, intercept and R^2 of the line of least squares through (n,) points."""
+    slope, fixed = np.polyfit(x, y, 1)
+    return float(slope), float(fixed), 1 - float(np.var(y - slope * x - fixed) / np.var(y))
 
 
 def _medians(turns: Sequence[Mapping[str, float]]) -> dict[str, Any]:
