@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from edgezo import loader
 from edgezo.bench import UNLIMITED_BYTES, write_results
-from edgezo.config import EXACT, RunConfig, make_config
+from edgezo.config import RunConfig, make_config
 from edgezo.data import Dataset, Example, batch_indices, collate
 from edgezo.errors import UsageError
 from edgezo.estimators import Estimator, Recipe
@@ -36,7 +36,7 @@ from edgezo.machine import machine
 from edgezo.masks import block_of
 from edgezo.model import Model
 from edgezo.noise import Key
-from edgezo.presets import DIRECTIONS, PRESETS
+from edgezo.presets import DIRECTIONS, EXACT, PRESETS
 from edgezo.session import Opened, load_model, open_request, settle
 from edgezo.weights import Trainable, WeightStore
 

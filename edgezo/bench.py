@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 import psutil
 
 from edgezo import __version__
-from edgezo.config import FIELDS, flag
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.files import atomic_write
 from edgezo.machine import machine
 from edgezo.memory import Meter, allocator_policy, read_status
+from edgezo.settings import FIELDS, flag
 
 UNLIMITED_BYTES = 10**15  # what is measured is what a method takes, not what it is held to
 STEPS = 2  # an optimizer's state stands from the second step on

@@ -6,9 +6,9 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from edgezo.coefficients import MB
 from edgezo.config import RunConfig
 from edgezo.errors import UsageError
-from edgezo.footprint import MB
 
 if TYPE_CHECKING:
     from edgezo.machine import Gpu, Machine

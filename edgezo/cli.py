@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from edgezo import __version__, config
+from edgezo import __version__, config, settings
 from edgezo.cli_bench import bench
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.memory import allocator_policy
@@ -109,7 +109,7 @@ def finetune(
 def plan(config_file: str | None, as_json: bool, **said: str | None) -> None:
     """Show what a fine-tune would take, item by item, without reading a weight."""
     from edgezo import preview, report
-    from edgezo.planner import PlanDoesNotFit
+    from edgezo.plan import PlanDoesNotFit
 
     cfg = _merge(said, config_file, need_data=False)
     note = report.TerminalProgress().note
@@ -312,10 +312,10 @@ def _finetune_config(
     cfg = config.make_config({**said, "model": said["model"] or saved.model}, layer)
     cfg = replace(cfg, out=out)
     changed = [
-        f"{config.flag(f.name)} was {getattr(saved, f.name)} when the run began, "
+        f"{settings.flag(f.name)} was {getattr(saved, f.name)} when the run began, "
         f"not {getattr(cfg, f.name)}; a resumed run goes on as it began"
         for f in fields(cfg)
-        if f.name not in config.FREE_ON_RESUME and getattr(cfg, f.name) != getattr(saved, f.name)
+        if f.name not in settings.FREE_ON_RESUME and getattr(cfg, f.name) != getattr(saved, f.name)
     ]
     if changed:
         raise UsageError(changed)

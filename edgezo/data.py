@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgezo.config import EVAL_TOKENS
 from edgezo.errors import UsageError
 from edgezo.forms import (
     Asked,
@@ -32,6 +31,7 @@ from edgezo.forms import (
 from edgezo.metrics import Report
 from edgezo.preferences import PAIR, paired
 from edgezo.rows import Problems, Record, find_splits, read_records
+from edgezo.settings import EVAL_TOKENS
 from edgezo.tasks import TASKS, Generation, Task, task_folder
 
 if TYPE_CHECKING:  # torch is imported where tensors are made; reading data does not need it

@@ -16,8 +16,8 @@ from typing import Protocol
 
 import torch
 
+from edgezo.coefficients import GUARD_MARGIN_BYTES
 from edgezo.errors import BudgetExceeded
-from edgezo.footprint import GUARD_MARGIN_BYTES
 from edgezo.footprint_cuda import CONTEXT_BYTES
 from edgezo.machine import Gpu, Machine, format_bytes
 from edgezo.memory import malloc_trim, peak_rss_bytes, rss_bytes

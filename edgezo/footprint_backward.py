@@ -8,13 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from edgezo.footprint import (
-    ACTIVATIONS,
-    LEAST_PIECE_TOKENS,
-    MB,
-    Footprint,
-    Item,
-)
+from edgezo.coefficients import ACTIVATIONS, LEAST_PIECE_TOKENS, MB, Item
+from edgezo.footprint import Footprint
 from edgezo.shapes import ModelShape
 
 # A piece of a micro-batch takes no more, but for the least that is worth reading all weights three times for.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgezo.footprint import (
+from edgezo.coefficients import (
     HIDDEN_COPIES,
     KEY_COPIES,
     MB,
@@ -19,9 +19,9 @@ from edgezo.footprint import (
     QUERY_COPIES,
     SLOTS,
     TILE_BYTES,
-    Footprint,
     Item,
 )
+from edgezo.footprint import Footprint
 from edgezo.shapes import BYTES_PER_WEIGHT, MatrixShape
 
 # The driver's context with the kernels of a run, cuBLAS's among them (calibrated on one GPU, an H100).

@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from edgezo.config import EVAL_TOKENS, LOSS, OBJECTIVES
 from edgezo.data import Batch, Dataset, Example
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.generate import generate
 from edgezo.metrics import Fields, Metric, chosen, exact_match, means, numeric_match, token_f1
 from edgezo.presets import DIRECTIONS
+from edgezo.settings import EVAL_TOKENS, LOSS, OBJECTIVES
 
 if TYPE_CHECKING:
     from edgezo.config import RunConfig

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from edgezo import noise
-from edgezo.footprint import QUANTISE_BYTES, TILE_BYTES
+from edgezo.coefficients import QUANTISE_BYTES, TILE_BYTES
 from edgezo.noise import Key
 from edgezo.shapes import int4_group
 

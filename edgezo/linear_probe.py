@@ -29,10 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgezo.config import PROBED_BLOCKS
 from edgezo.errors import EdgezoError
 from edgezo.files import write_error
 from edgezo.residency import decoder_layers
+from edgezo.settings import PROBED_BLOCKS
 
 if TYPE_CHECKING:
     from edgezo.model import Model

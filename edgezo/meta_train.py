@@ -34,7 +34,7 @@ from edgezo import noise
 from edgezo.alignment import example_loss, gradient_of, plain_module
 from edgezo.bench import UNLIMITED_BYTES
 from edgezo.budget import default_budget, mb
-from edgezo.config import EXACT, RunConfig, make_config
+from edgezo.config import RunConfig, make_config
 from edgezo.data import Dataset, Example, batch_indices, pieces
 from edgezo.errors import DoesNotFit, UsageError
 from edgezo.estimators import Estimator, Recipe
@@ -44,7 +44,7 @@ from edgezo.machine import machine
 from edgezo.memory import rss_bytes
 from edgezo.model import Model
 from edgezo.noise import Key
-from edgezo.presets import PRESETS
+from edgezo.presets import EXACT, PRESETS
 from edgezo.session import Opened, load_model, open_request, read_data, recipe_of, settle
 from edgezo.shapes import ModelShape
 from edgezo.weights import Trainable

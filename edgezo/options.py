@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from edgezo import config
+from edgezo import settings
 
-# (field, metavar or None for the field's choices, help). Every value stays text here: config.py
+# (field, metavar or None for the field's choices, help). Every value stays text here: settings.py
 # reads it and reports all problems of a command together.
 DATA = (
     ("data", "PATH", "Rows: a .jsonl or .csv file, or a directory with train/validation files."),
@@ -106,9 +106,9 @@ def options(*rows: tuple[str, str | None, str]) -> Callable[[Command], Command]:
 
     def decorate(command: Command) -> Command:
         for name, metavar, text in reversed(rows):
-            choices = config.FIELDS[name].choices
+            choices = settings.FIELDS[name].choices
             command = click.option(
-                config.flag(name),
+                settings.flag(name),
                 name,
                 metavar=metavar or "[" + "|".join(choices) + "]",
                 help=text,

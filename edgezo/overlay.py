@@ -37,9 +37,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgezo.coefficients import PAGE_BYTES, QUANTISE_BYTES
 from edgezo.errors import EdgezoError
 from edgezo.files import write_error
-from edgezo.footprint import PAGE_BYTES, QUANTISE_BYTES
 from edgezo.layouts import Dense, Layout, tiles
 
 if TYPE_CHECKING:

@@ -29,10 +29,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgezo.config import LOSS
 from edgezo.data import Example, collate, micro_batches
 from edgezo.noise import Key, tensor_id
 from edgezo.profiler import phase
+from edgezo.settings import LOSS
 
 if TYPE_CHECKING:
     from edgezo.steps import Steps

@@ -10,7 +10,8 @@ from edgezo import cards
 from edgezo.config import RunConfig
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine import machine
-from edgezo.planner import DEFAULT_BATCH, Plan, largest_card, make_plan
+from edgezo.plan import Plan
+from edgezo.planner import DEFAULT_BATCH, largest_card, make_plan
 from edgezo.shapes import TokenStats
 
 if TYPE_CHECKING:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from edgezo.config import PROBE_SHARE
 from edgezo.data import Example, batch_indices, pieces
 from edgezo.errors import EdgezoError
 from edgezo.files import atomic_path
@@ -38,6 +37,7 @@ from edgezo.profiler import phase
 from edgezo.residency import decoder_layers
 from edgezo.rundir import write_saved
 from edgezo.session import evaluate_model
+from edgezo.settings import PROBE_SHARE
 from edgezo.weights import Saved
 
 if TYPE_CHECKING:

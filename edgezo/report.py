@@ -30,7 +30,7 @@ from edgezo.machine import format_bytes
 
 if TYPE_CHECKING:
     from edgezo.cards import Card
-    from edgezo.planner import Plan
+    from edgezo.plan import Plan
 
 PLAIN_LINES = 20  # progress lines of a run whose standard error is no terminal
 REFRESHES_PER_S = 2  # of a terminal's live line; each costs a millisecond or so

@@ -23,8 +23,8 @@ from typing import Any, Protocol
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 
+from edgezo.coefficients import SLOTS
 from edgezo.errors import EdgezoError
-from edgezo.footprint import SLOTS
 from edgezo.layouts import Layout
 from edgezo.overlay import Damaged, DiskTable, Part, Traffic
 

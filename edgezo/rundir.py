@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from edgezo import cards
-from edgezo.config import FREE_ON_RESUME, RunConfig, completed, flag, from_toml
+from edgezo.config import RunConfig, completed, from_toml
 from edgezo.data import Example
 from edgezo.errors import DoesNotFit, EdgezoError, UsageError
 from edgezo.files import atomic_path, locked
@@ -27,6 +27,7 @@ from edgezo.machine import format_bytes
 from edgezo.model import Model
 from edgezo.readers import SAFETENSORS_NAMES
 from edgezo.report import RunProgress
+from edgezo.settings import FREE_ON_RESUME, flag
 from edgezo.weights import Saved
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from edgezo import cards, loader
 from edgezo.assemble import ModelSpec, assemble
 from edgezo.budget import budget, mb
-from edgezo.config import LOSS, RunConfig
+from edgezo.config import RunConfig
 from edgezo.data import DataRequest, Dataset, collate, evaluation_batches, load_dataset
 from edgezo.device import Memory, ProcessMemory, open_memory
 from edgezo.errors import EdgezoError, UsageError
@@ -24,8 +24,10 @@ from edgezo.layouts import DENSE_DTYPES
 from edgezo.machine import Machine
 from edgezo.memory import Heap, allocator_reuse, malloc_trim
 from edgezo.model import Model
-from edgezo.planner import Plan, PlanDoesNotFit, make_plan
+from edgezo.plan import Plan, PlanDoesNotFit
+from edgezo.planner import make_plan
 from edgezo.profiler import phase
+from edgezo.settings import LOSS
 from edgezo.shapes import TokenStats
 
 if TYPE_CHECKING:

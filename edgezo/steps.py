@@ -23,7 +23,7 @@ from edgezo.memory import Guard, Meter
 from edgezo.model import Model
 from edgezo.noise import Key
 from edgezo.pace import Pace
-from edgezo.planner import Plan
+from edgezo.plan import Plan
 from edgezo.profiler import phase
 from edgezo.report import RunProgress
 from edgezo.rundir import RunFiles, save_snapshot

@@ -35,9 +35,10 @@ from pathlib import Path
 from typing import Any
 
 from edgezo.bench import write_results
-from edgezo.config import MOST_PROBE_ROWS, RunConfig, flag, make_config
+from edgezo.config import RunConfig, make_config
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.first_order import Request
+from edgezo.settings import MOST_PROBE_ROWS, flag
 
 Settings = dict[str, Any]
 BUDGETS = ("forwards", "seconds")

@@ -41,7 +41,7 @@ class Bench:
 
     def arguments(self, kind: str = "label", **changes: Any) -> list[str]:
         """The same request as options of the command line."""
-        from edgezo.config import flag
+        from edgezo.settings import flag
 
         pairs = self.settings(kind, **changes).items()
         return [part for name, value in pairs for part in (flag(name), str(value))]

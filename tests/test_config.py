@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgezo import config, presets
-from edgezo.config import FIELDS, RunConfig, from_toml, make_config, parse_duration
+from edgezo import config, presets, settings
+from edgezo.config import RunConfig, from_toml, make_config
 from edgezo.errors import UsageError
 from edgezo.presets import PRESETS
+from edgezo.settings import FIELDS, parse_duration
 
 BASE = {"model": "m", "task": "sst2"}
 
@@ -27,15 +28,15 @@ def problems_of(*layers: dict, **options: bool) -> str:
 
 def test_every_field_of_a_request_has_a_law_and_a_flag():
     assert list(FIELDS) == [field.name for field in dataclasses.fields(RunConfig)]
-    assert config.flag("max_mem_bytes") == "--max-mem"
-    assert config.flag("micro_batch") == "--micro-batch"
+    assert settings.flag("max_mem_bytes") == "--max-mem"
+    assert settings.flag("micro_batch") == "--micro-batch"
 
 
 def test_defaults_train_low_rank_factors_and_the_head_by_grzo_with_signs():
     cfg = make_config(BASE)
     assert (cfg.estimator, cfg.directions) == ("grzo", "signs")
     assert cfg.train == ("lowrank", "head", "probe")
-    assert cfg.steps == config.DEFAULT_STEPS
+    assert cfg.steps == settings.DEFAULT_STEPS
     assert cfg.precision is None and cfg.batch_size is None and cfg.max_mem_bytes is None
 
 
@@ -44,7 +45,7 @@ def test_every_row_of_the_table_is_a_request_that_means_something(name):
     row, base = PRESETS[name], {**BASE, "estimator": name}
     base |= {"finetuner": "f"} if row.mask == "block" else {}
     cfg = make_config(base)
-    for field in config.OF_PRESET:
+    for field in settings.OF_PRESET:
         assert getattr(cfg, field) == getattr(row, field)
     of_matrices = row.mask == "sparse" or presets.DIRECTIONS[row.directions].guided
     other = {} if of_matrices else {"train": "scales+norms"}
@@ -54,7 +55,7 @@ def test_every_row_of_the_table_is_a_request_that_means_something(name):
 def test_choices_by_hand_make_the_row_that_has_a_name():
     by_hand = {"directions": "shared", "credit": "mean"}
     cfg, mezo = make_config({**BASE, **by_hand}), make_config({**BASE, "estimator": "mezo"})
-    for field in config.OF_PRESET:
+    for field in settings.OF_PRESET:
         assert getattr(cfg, field) == getattr(mezo, field)
 
 

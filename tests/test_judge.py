@@ -18,7 +18,7 @@ from conftest import Bench, make_model, write_rows
 from test_generate import written as transformers_writes
 from transformers import AutoModelForCausalLM
 
-from edgezo import footprint, judge, session
+from edgezo import coefficients, judge, session
 from edgezo.config import make_config
 from edgezo.data import batch_indices
 from edgezo.errors import EdgezoError, UsageError
@@ -316,7 +316,7 @@ def test_what_is_kept_while_writing_is_planned_and_shrinks_with_the_micro_batch(
         len(e.prompt) for e in opened_of(bench, "completion", max_new_tokens=1)[0].dataset.train
     )
     width = 2 * 2 * 8 * 4 * 2  # keys and values of 2 heads of 8 in fp32, in a block and once more
-    assert evaluating == footprint.MOST_KEPT_TOKENS * width
+    assert evaluating == coefficients.MOST_KEPT_TOKENS * width
     for micro_batch in (30, 40):
         found = kept(objective="token-f1", micro_batch=micro_batch, batch_size=40)
         assert found == 2 * micro_batch * (prompt + 200) * width > evaluating

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from edgezo import loader
 from edgezo.assemble import ModelSpec, assemble
-from edgezo.config import PROBED_BLOCKS, make_config
+from edgezo.config import make_config
 from edgezo.data import Example, Row, collate
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.linear_probe import (
@@ -29,6 +29,7 @@ from edgezo.linear_probe import (
     unit,
 )
 from edgezo.residency import decoder_layers
+from edgezo.settings import PROBED_BLOCKS
 from edgezo.train import finetune
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,7 +16,8 @@ from edgezo.cards import cards
 from edgezo.config import RunConfig, from_toml, make_config
 from edgezo.errors import UsageError
 from edgezo.machine import Gpu
-from edgezo.planner import Plan, PlanDoesNotFit, make_plan
+from edgezo.plan import Plan, PlanDoesNotFit
+from edgezo.planner import make_plan
 from edgezo.shapes import TokenStats
 
 MB = 1_000_000

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgezo import footprint, planner
+from edgezo import coefficients, planner
+from edgezo.budget import default_budget, mb
 from edgezo.cards import Shape, cards
 from edgezo.config import RunConfig, make_config
 from edgezo.errors import DoesNotFit
-from edgezo.planner import PRECISIONS_TRIED, Plan, PlanDoesNotFit, make_plan
+from edgezo.plan import Decision, Plan, PlanDoesNotFit
+from edgezo.planner import PRECISIONS_TRIED, make_plan
 from edgezo.shapes import MatrixShape, ModelShape, TokenStats
 
 MB = 1_000_000
@@ -52,12 +54,12 @@ def test_every_matrix_of_a_card_is_counted_once():
 
 def test_the_peak_is_the_permanent_items_and_the_largest_phase():
     found = plan(max_mem_bytes=2000 * MB)
-    sums = {phase: 0 for phase in ("always", *footprint.PHASES)}
+    sums = {phase: 0 for phase in ("always", *coefficients.PHASES)}
     for i in found.items:
         assert i.bytes >= 0 and i.reason
         sums[i.phase] += i.bytes
     assert found.planned_peak_bytes == sums["always"] + max(
-        sums[phase] for phase in footprint.PHASES
+        sums[phase] for phase in coefficients.PHASES
     )
     assert found.load_peak_bytes == sums["always"] + sums["load"]
 
@@ -107,7 +109,7 @@ def test_longer_and_more_examples_take_more_activations():
         for n in (10, 20, 80, 160)
     ]
     assert sizes[0] < sizes[1] < 2.6 * sizes[0], "in proportion, but for what the heap keeps"
-    assert sizes[1] < sizes[2] == sizes[3] <= footprint.REUSED_BYTES, "a batch runs in pieces"
+    assert sizes[1] < sizes[2] == sizes[3] <= coefficients.REUSED_BYTES, "a batch runs in pieces"
 
 
 def test_pieces_of_a_micro_batch_are_the_same_wherever_the_weights_are():
@@ -172,7 +174,7 @@ def test_a_refusal_names_the_number_the_items_and_a_budget_that_works():
     assert isinstance(error, DoesNotFit) and error.exit_code == 3
     text = str(error)
     assert "600MB" in text and "linear weights" in text and "--precision int4 would need" in text
-    smallest = planner.mb(error.smallest_bytes)
+    smallest = mb(error.smallest_bytes)
     assert f"--max-mem {smallest}" in text
     fits = plan(precision="bf16", residency="resident", max_mem_bytes=smallest)
     assert f"--precision bf16 --micro-batch {fits.micro_batch}" in text
@@ -264,9 +266,7 @@ def test_a_parameter_is_trained_or_frozen_and_listed():
 @given(total=st.integers(1, 10**13), share=st.floats(0, 1))
 def test_the_default_budget_leaves_room_and_is_never_more_than_there_is(total, share):
     free = int(total * share)
-    budget, reason = planner.default_budget(
-        SimpleNamespace(total_bytes=total, available_bytes=free)
-    )
+    budget, reason = default_budget(SimpleNamespace(total_bytes=total, available_bytes=free))
     assert free // 2 <= budget <= free * 0.8 + 1
     assert "--max-mem not given" in reason
 
@@ -306,7 +306,7 @@ def test_a_model_much_larger_than_the_cap_has_a_plan_from_disk():
         SST2,
     )
     assert found.residency == "disk"
-    with pytest.raises(planner.PlanDoesNotFit, match="--residency disk"):
+    with pytest.raises(PlanDoesNotFit, match="--residency disk"):
         make_plan(
             cards()["smollm2-1.7b-instruct"],
             request(train="full", precision="bf16", residency="resident", max_mem_bytes=1100 * MB),
@@ -321,7 +321,7 @@ def test_the_largest_card_is_one_that_stays_in_memory():
 
 
 def test_first_order_lora_is_named_where_it_fits():
-    def decision(cap: int) -> planner.Decision:
+    def decision(cap: int) -> Decision:
         found = plan(max_mem_bytes=cap)
         return next(d for d in found.decisions if d.name == "first-order LoRA")
 
@@ -329,7 +329,7 @@ def test_first_order_lora_is_named_where_it_fits():
     assert "does not fit" in tight.reason and "as people write it" in tight.reason
     assert "fits with --estimator lora" in wide.reason
     needed = plan(estimator="lora", max_mem_bytes=900 * MB).planned_peak_bytes
-    assert wide.value == planner.mb(needed)
+    assert wide.value == mb(needed)
 
 
 def test_auto_takes_first_order_lora_where_it_fits_and_says_why():
@@ -347,7 +347,7 @@ def test_auto_takes_first_order_lora_where_it_fits_and_says_why():
     assert settled == plan(max_mem_bytes=least - 5 * MB).settle(
         request(max_mem_bytes=least - 5 * MB)
     )
-    assert estimator == "grzo" and planner.mb(least) in reason
+    assert estimator == "grzo" and mb(least) in reason
     gpu = SimpleNamespace(name="a GPU", total_bytes=9000 * MB, available_bytes=9000 * MB)
     with_gpu = SimpleNamespace(**{**vars(MACHINE), "gpu": gpu})
     assert chosen(machine=with_gpu, max_mem_bytes=4000 * MB)[0] == "grzo"

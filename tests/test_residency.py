@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from edgezo import footprint, session
 from edgezo.cards import cache_dir
-from edgezo.config import EVAL_TOKENS, make_config
+from edgezo.config import make_config
 from edgezo.errors import EdgezoError
 from edgezo.journal import open_journal
 from edgezo.layouts import Dense, place, vacant
@@ -30,6 +30,7 @@ from edgezo.model import Model
 from edgezo.noise import Key
 from edgezo.overlay import PAGE_BYTES, DiskTable, OverlayFile, Traffic
 from edgezo.report import Silent
+from edgezo.settings import EVAL_TOKENS
 from edgezo.train import Training, finetune
 from edgezo.weights import Saved, saved_sha256
 

@@ -20,9 +20,9 @@ import torch
 from conftest import make_model, write_rows
 from safetensors.torch import load_file
 
+from edgezo.coefficients import GUARD_MARGIN_BYTES
 from edgezo.config import make_config
 from edgezo.errors import UsageError
-from edgezo.footprint import GUARD_MARGIN_BYTES
 from edgezo.journal import open_journal
 from edgezo.layouts import Dense
 from edgezo.noise import Key

@@ -15,12 +15,12 @@ import pytest
 
 from edgezo import memory, room, session
 from edgezo import train as training
+from edgezo.coefficients import GUARD_MARGIN_BYTES
 from edgezo.config import from_toml, make_config
 from edgezo.errors import BudgetExceeded, EdgezoError
-from edgezo.footprint import GUARD_MARGIN_BYTES
 from edgezo.journal import StepRecord, open_journal
 from edgezo.machine import machine
-from edgezo.planner import PlanDoesNotFit
+from edgezo.plan import PlanDoesNotFit
 from edgezo.report import Silent
 from edgezo.runlog import MetricsLog
 from edgezo.session import Opened, open_request, settle, settle_again, split_less
@@ -353,7 +353,7 @@ from edgezo import memory
 memory.allocator_policy()
 from edgezo.config import make_config
 from edgezo.errors import EdgezoError
-from edgezo.footprint import GUARD_MARGIN_BYTES
+from edgezo.coefficients import GUARD_MARGIN_BYTES
 from edgezo.report import Silent
 
 class Ballast(Silent):
