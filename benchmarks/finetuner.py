@@ -34,7 +34,8 @@ def finetuner(plain: str, args: argparse.Namespace) -> Path:
         made.unlink(missing_ok=True)
         request = ["--model", args.model, "--data-root", args.data_root]
         request += [part for task in args.learn for part in ("--task", task)]
-        request += ["--estimator", TUNED[plain], "--sharing", args.sharing, "--batch-size", 8]
+        request += ["--estimator", TUNED[plain], "--sharing", args.sharing]
+        request += ["--batch-size", args.meta_batch]
         request += ["--steps", args.meta_steps, "--restart", max(1, args.meta_steps // 5)]
         request += ["--max-length", args.max_length, "--threads", args.threads]
         edgezo("meta-train", *request, "--out", made)
@@ -52,9 +53,9 @@ def run(
         request: list[Any] = ["--resume"]
         if not (out / "journal.bin").exists():
             request = ["--model", args.model, "--task", task, "--data-root", args.data_root]
-            request += ["--train", "full", "--precision", "fp32", "--batch-size", 16]
+            request += ["--train", "full", "--precision", args.precision, "--batch-size", 16]
             request += ["--steps", args.steps, "--step", step, "--seed", seed]
-            request += ["--max-length", args.max_length, "--eval-limit", 400]
+            request += ["--max-length", args.max_length, "--eval-limit", args.eval_limit]
             request += ["--estimator", TUNED[plain] if file else plain]
             request += ["--finetuner", file] if file else []
         edgezo("finetune", *request, "--threads", args.threads, "--out", out)
@@ -81,7 +82,10 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--meta-steps", type=int, default=200)
+    parser.add_argument("--meta-batch", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--precision", default="fp32", help="of the runs; meta-training has fp32")
+    parser.add_argument("--eval-limit", type=int, default=400)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", default="runs/finetuner")
     args = parser.parse_args()

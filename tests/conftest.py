@@ -153,3 +153,19 @@ def edgezo_json(edgezo: Command) -> Callable[..., tuple[int, dict[str, Any]]]:
         return code, found
 
     return command
+
+
+@pytest.fixture(scope="module")
+def workshop(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Models of every family, what is trained, directions and store, as a law asks for them."""
+    from workshop import Workshop
+
+    return Workshop(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def tried(request: pytest.FixtureRequest, workshop: Any) -> Iterator[Any]:
+    """A case of ``workshop.cases``, as it was before the test when the test is over."""
+    made = workshop.tried(request.param)
+    yield made
+    made.restore()

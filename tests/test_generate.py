@@ -11,16 +11,15 @@ import pytest
 import reference
 import tiny_models
 import torch
-from test_laws import (
+from workshop import (
     KEY,
     PART_WINDOW,
     WINDOW,
     Case,
     Workshop,
-    _settle,
     of,
     official_module,
-    workshop,
+    settle,
 )
 
 from edgezo.generate import KeyValues, generate
@@ -28,7 +27,6 @@ from edgezo.memory import Heap
 from edgezo.model import Model
 from edgezo.tasks import Generation
 
-__all__ = ["workshop"]  # a fixture
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIGMA = 0.05  # what the sides write differs
@@ -121,7 +119,7 @@ def test_each_example_writes_along_its_own_direction_on_each_side(
     case: Case, workshop: Workshop
 ) -> None:
     model, twin = workshop.model(case), twin_of(case)
-    _settle(model)
+    settle(model)
     wanted: list[list[list[int]]] = [[], []]
     end = -1
     for slot, prompt in enumerate(PROMPTS):

@@ -12,9 +12,9 @@ import pytest
 import test_presets
 import tiny_models
 import torch
-from test_laws import LABEL_IDS, make_examples
 from test_presets import SIGMA, Killed, Maker
 from torch import Tensor
+from workshop import LABEL_IDS, make_examples
 
 from edgezo import anchors, layouts
 from edgezo.assemble import ModelSpec, assemble

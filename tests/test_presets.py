@@ -22,8 +22,8 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 from test_finetuner import make_finetuner
-from test_laws import LABEL_IDS, code_steps, make_examples
 from torch import Tensor
+from workshop import LABEL_IDS, code_steps, make_examples
 
 from edgezo import layouts, masks, rules
 from edgezo.assemble import ModelSpec, assemble

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from workshop import KEY, LOW, SIGMA, Tried, Workshop, cases, make_examples
 
 from edgezo import products
+from edgezo.data import collate, micro_batches
 from edgezo.products import SIZES, addmm_, along, mm, pieces
+from edgezo.shapes import PRODUCT_ROWS
 
 
 @pytest.fixture
@@ -80,3 +88,59 @@ def test_few_shapes_are_compiled_however_many_numbers_of_tokens_there_are(bf16, 
     for examples in range(1, 17):  # of a micro-batch
         mm(bf16(100, 64), bf16(examples, 64).T)
     assert len(seen) == 1
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of every bf16 product while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[torch.Size, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [a for a in args if isinstance(a, Tensor)]
+        if func.overloadpacket.__name__ in PRODUCTS and given[0].dtype == torch.bfloat16:
+            self.seen.add(tuple(a.shape for a in given))
+        return func(*args, **(kwargs or {}))
+
+
+PRODUCTS = (
+    "mm",
+    "addmm",
+    "addmm_",
+    "bmm",
+    "baddbmm",
+    "baddbmm_",
+    "matmul",
+    "linear",
+    "mv",
+    "addmv",
+)
+
+
+@cases(LOW)
+@pytest.mark.usefixtures("one_thread")
+def test_bf16_products_have_the_same_few_shapes_for_all_batches(
+    tried: Tried, workshop: Workshop
+) -> None:
+    """Kernels are compiled for each shape, and kept: memory would grow with every batch (products.py)."""
+    model = workshop.model(tried.case, torch.bfloat16)
+    model.store.load_trained(tried.start)
+    examples = make_examples(tried.case.kind, model.masked, 16, seed=1)
+
+    def shapes(sizes: Sequence[int]) -> set[tuple[torch.Size, ...]]:
+        with Shapes() as found:
+            for part in (part for n in sizes for part in micro_batches(examples, n)):
+                batch = collate([examples[slot] for slot in part], part)
+                model.losses(batch, model.probe(batch, KEY, SIGMA), sides=2)
+                model.losses(batch)
+                model.take_touched(len(examples))
+                model.store.take_guides(learn=False)
+        return found.seen
+
+    def lengths(seen: set[tuple[torch.Size, ...]]) -> set[int]:
+        return {n for product in seen for shape in product for n in shape}
+
+    whole = lengths(shapes((1, 16)))
+    assert whole & set(PRODUCT_ROWS)
+    assert lengths(shapes((3, 5, 7))) <= whole | set(PRODUCT_ROWS) | {32, 48}  # or thin axes
