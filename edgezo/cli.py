@@ -171,6 +171,25 @@ def replay(run: str, out: str, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("run", metavar="RUN")
+@click.option(
+    "--format", "form", type=click.Choice(["hf", "peft"]), default="hf", show_default=True
+)
+@click.option("--out", metavar="DIR", required=True, help="A new directory.")
+@json_option
+def export(run: str, form: str, out: str, as_json: bool) -> None:
+    """Write a run's result for other programs: hf, a whole model; peft, the adapter alone."""
+    from edgezo.budget import mb
+    from edgezo.export import export as run_export
+
+    result = run_export(Path(run), form, Path(out))
+    text = f"{result['tensors']} tensors, {mb(result['weight_bytes'])}, in {out}"
+    if result["probe"] is not None:
+        text += f"\nthe run's linear probe, which no such file has a place for: {result['probe']}"
+    emit(as_json, result, text)
+
+
+@cli.command()
 @json_option
 def models(as_json: bool) -> None:
     """List the models that come with a card."""

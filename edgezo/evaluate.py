@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -141,24 +141,16 @@ def replay(source: Path, out: Path) -> dict[str, Any]:
     evaluated like the run. The same bits as the run's: compare ``trained_sha256``.
     """
     run, made = RunFiles(source), RunFiles(out)
-    cfg = run.read_config()
     if made.journal.exists() and not made.trained.exists():
         raise UsageError(f"{out} holds a run, which a replay would overwrite. Give another --out.")
-    cfg = portable(cfg, confirmed(machine()))
-    files = loader.open_model(cards.resolve(cfg.model))
-    with ExitStack() as held:
-        journal = held.enter_context(open_journal(run.journal, resume=False))
-        check_base(journal.header, files.content_hash)
-        opened = Opened(cfg, files, None, _shape_of_data(journal.header))
-        settle(opened, confirmed(machine()), rss_bytes())
-        model = held.enter_context(loaded(opened))
-        steps = restore(run, cfg, opened, model, journal)
+    with brought_back(run) as found:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             raise EdgezoError(
                 f"{out} cannot be made ({problem.strerror}).\nGive another --out."
             ) from problem
+        steps, model = found.steps, found.model
         with atomic_path(made.trained) as temporary:
             write_saved(temporary, model.saved(), {"steps": str(steps)})
         digest = saved_sha256(model.saved())
@@ -171,6 +163,28 @@ def replay(source: Path, out: Path) -> dict[str, Any]:
     result = {"run": str(source), "out": str(out), "steps": steps, "trained_sha256": digest}
     atomic_write(out / "replay.json", (to_json(result) + "\n").encode())
     return result
+
+
+class Brought(NamedTuple):
+    """A run in memory, at its end."""
+
+    opened: Opened
+    model: Model
+    steps: int
+
+
+@contextmanager
+def brought_back(run: RunFiles, **changes: Any) -> Iterator[Brought]:
+    """A run from base and journal alone, its request with ``changes``, until the end of the block."""
+    cfg = replace(portable(run.read_config(), confirmed(machine())), **changes)
+    files = loader.open_model(cards.resolve(cfg.model))
+    with ExitStack() as held:
+        journal = held.enter_context(open_journal(run.journal, resume=False))
+        check_base(journal.header, files.content_hash)
+        opened = Opened(cfg, files, None, _shape_of_data(journal.header))
+        settle(opened, confirmed(machine()), rss_bytes())
+        model = held.enter_context(loaded(opened))
+        yield Brought(opened, model, restore(run, cfg, opened, model, journal))
 
 
 def _shape_of_data(header: dict[str, Any]) -> Dataset:

@@ -19,7 +19,7 @@ try:
 except ImportError:  # Windows: no lock against a second writer there
     fcntl = None  # type: ignore[assignment]
 
-_TEMP_SUFFIX = ".edgezo-tmp"
+TEMP_SUFFIX = ".edgezo-tmp"
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -36,7 +36,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     An OSError of the block becomes EdgezoError, with the free space if the disk is full. kill -9
     inside the block leaves the temporary file: see `remove_leftovers`.
     """
-    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMP_SUFFIX}")
+    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMP_SUFFIX}")
     try:
         yield temp
         _fsync(temp)
@@ -55,7 +55,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def remove_leftovers(directory: Path) -> int:
     """Delete temporary files that a killed process left in `directory`; how many there were.
     Only while no other process writes there (hold the journal open for resume)."""
-    left = list(directory.glob(f".*{_TEMP_SUFFIX}"))
+    left = list(directory.glob(f".*{TEMP_SUFFIX}"))
     for temp in left:
         temp.unlink(missing_ok=True)
     return len(left)

@@ -1,0 +1,210 @@
+"""Exports: what transformers and peft read back has the losses that the run ended with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Bench, make_model
+from peft import PeftModel
+from safetensors import safe_open
+from test_runs import run_of
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+from edgezo.alignment import example_loss
+from edgezo.config import make_config
+from edgezo.export import export
+from edgezo.session import open_request
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    # Merging would change the embedding too; nothing here merges.
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+]
+
+FAMILIES = ("llama", "gpt2", "gemma2", "roberta")
+LARGE = {"step": 0.5, "sigma": 0.05}  # so that a few steps move losses by more than rounding
+
+
+@pytest.fixture(scope="module")
+def families(own_cache: Path, bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("families")
+    made: dict[tuple[str, bool], Bench] = {}
+
+    def of(family: str, tied: bool = True) -> Bench:
+        if (family, tied) not in made:
+            path = folder / f"{family}-{tied}"
+            # Its start token has the number that transformers takes for padding.
+            roberta = {"pad_token_id": 299, "max_position_embeddings": 430}
+            padding = roberta if family == "roberta" else {}
+            make_model(path, family, tie_word_embeddings=tied, **padding)
+            made[family, tied] = replace(bench, model=path)
+        return made[family, tied]
+
+    return of
+
+
+def loss_of(module: Any, bench: Bench, kind: str, dtype: torch.dtype = torch.float32) -> float:
+    """Mean loss of the validation rows by transformers alone."""
+    data = open_request(make_config(bench.settings(kind))).dataset
+    with torch.no_grad():
+        each = [example_loss(module.to(dtype).eval(), e, data) for e in data.validation]
+    return float(torch.stack(each).mean())
+
+
+def auto(path: Path, **more: Any) -> Any:
+    masked = json.loads((path / "config.json").read_text())["model_type"] == "roberta"
+    kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    return kind.from_pretrained(path, **more)
+
+
+def ended(summary: dict[str, Any]) -> float:
+    before, after = summary["eval_before"]["loss"], summary["eval_after"]["loss"]
+    assert abs(after - before) > 1e-3, "the run changes what the rows cost"
+    return float(after)
+
+
+KINDS = [(f, kind) for f in FAMILIES for kind in ("label", "completion")]
+KINDS.remove(("roberta", "completion"))  # a masked model answers with its mask
+
+
+@pytest.mark.parametrize(("family", "kind"), KINDS)
+@pytest.mark.parametrize("train", ["lowrank+head", "lowrank+norms+scales", "full+head", "full"])
+def test_an_exported_model_has_the_losses_of_the_run(
+    families: Any, family: str, train: str, kind: str, tmp_path: Path
+) -> None:
+    bench = families(family)
+    summary = run_of(bench, tmp_path / "run", kind=kind, train=train, **LARGE)
+    made = export(tmp_path / "run", "hf", tmp_path / "hf")
+    assert made["steps"] == 3 and made["dtype"] == "float32"
+    module = auto(tmp_path / "hf")
+    assert loss_of(module, bench, kind) == pytest.approx(ended(summary), rel=1e-5, abs=1e-6)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert len(tokenizer) == len(AutoTokenizer.from_pretrained(bench.model))
+
+
+HEADS = [(f, tied) for f in FAMILIES for tied in (True, False)]
+HEADS.remove(("roberta", False))  # refused
+
+
+@pytest.mark.parametrize(("family", "tied"), HEADS)
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"train": "lowrank", **LARGE},
+        {"train": "lowrank+head", **LARGE},
+        {"train": "head", "head_lr": 5.0},
+        {"estimator": "lora", "rank": 4, "step": 0.05},
+    ],
+    ids=lambda asked: str(next(iter(asked.values()))),
+)
+def test_an_exported_adapter_has_the_losses_of_the_run(
+    families: Any, family: str, tied: bool, asked: dict[str, Any], tmp_path: Path
+) -> None:
+    bench = families(family, tied)
+    summary = run_of(bench, tmp_path / "run", **asked)
+    export(tmp_path / "run", "peft", tmp_path / "adapter")
+    base = auto(bench.model)
+    module = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert loss_of(module, bench, "label") == pytest.approx(ended(summary), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "bf16"])
+def test_codes_are_exported_as_the_run_multiplied_them(
+    bench: Bench, precision: str, edgezo_json: Any, tmp_path: Path
+) -> None:
+    request = {"train": "lowrank+head", "precision": precision, "kind": "completion", **LARGE}
+    summary = run_of(bench, tmp_path / "run", **request)
+    code, made = edgezo_json("export", tmp_path / "run", "--format", "hf", "--out", tmp_path / "hf")
+    assert code == 0 and made["dtype"] == "bfloat16"
+    found = loss_of(auto(tmp_path / "hf"), bench, "completion")
+    assert found == pytest.approx(ended(summary), rel=0.01)
+
+
+def test_an_export_can_be_trained_again_and_evaluated(
+    bench: Bench, edgezo_json: Any, tmp_path: Path
+) -> None:
+    summary = run_of(bench, tmp_path / "run", train="lowrank", **LARGE)
+    export(tmp_path / "run", "hf", tmp_path / "hf")
+    request = bench.arguments("label", model=str(tmp_path / "hf"), steps=None, batch_size=None)
+    dropped = {"--precision", "--micro-batch"}
+    pairs = list(zip(request[::2], request[1::2], strict=True))
+    kept = [part for pair in pairs if pair[0] not in dropped for part in pair]
+    code, found = edgezo_json("eval", *kept, "--precision", "fp32")
+    assert code == 0
+    assert found["loss"] == pytest.approx(ended(summary), rel=1e-5)
+
+
+def test_a_linear_probe_is_copied_beside_and_said(
+    bench: Bench, edgezo: Any, tmp_path: Path
+) -> None:
+    run_of(bench, tmp_path / "run", train="lowrank+probe")
+    for form in ("hf", "peft"):
+        code, out, _ = edgezo(
+            "export", tmp_path / "run", "--format", form, "--out", tmp_path / form
+        )
+        about = json.loads((tmp_path / form / "edgezo.json").read_text())
+        held = (tmp_path / form / "probe.safetensors").exists()
+        assert code == 0 and held == (about["probe"] is not None) == ("probe" in out)
+
+
+def test_what_no_adapter_can_hold_is_refused_and_nothing_is_left(
+    bench: Bench, edgezo: Any, tmp_path: Path
+) -> None:
+    run_of(bench, tmp_path / "run", train="full")
+    out = tmp_path / "adapter"
+    code, _, error = edgezo("export", tmp_path / "run", "--format", "peft", "--out", out)
+    assert code == 2 and "--format hf" in error and not out.exists()
+    out.mkdir()
+    (out / "mine").write_text("precious")
+    code, _, error = edgezo("export", tmp_path / "run", "--out", out)
+    assert code == 2 and "there already" in error
+    assert [p.name for p in out.iterdir()] == ["mine"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_export_that_fails_leaves_nothing(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_of(bench, tmp_path / "run", train="lowrank")
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("edgezo.export.write_saved", full)
+    with pytest.raises(Exception, match="No space left"):
+        export(tmp_path / "run", "hf", tmp_path / "hf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_large_matrix_is_written_tile_by_tile(bench: Bench, tmp_path: Path) -> None:
+    """The pieces of a file are those of one whole product."""
+    run_of(bench, tmp_path / "run", train="lowrank", **LARGE)
+    export(tmp_path / "run", "hf", tmp_path / "hf")
+    export(tmp_path / "run", "peft", tmp_path / "peft")
+
+    def read(file: Path) -> dict[str, Tensor]:
+        with safe_open(file, "pt") as held:
+            return {name: held.get_tensor(name) for name in held.keys()}
+
+    base = dict(auto(bench.model, dtype=torch.float32).named_parameters())
+    whole, pairs = (
+        read(tmp_path / "hf/model.safetensors"),
+        read(tmp_path / "peft/adapter_model.safetensors"),
+    )
+    assert set(whole) == set(base)
+    for name, weight in base.items():
+        own = f"base_model.model.{name.removesuffix('.weight')}"
+        wanted = weight.detach()
+        if f"{own}.lora_A.weight" in pairs:
+            up, down = pairs[f"{own}.lora_B.weight"], pairs[f"{own}.lora_A.weight"]
+            assert up.any()
+            wanted = wanted + up @ down
+        torch.testing.assert_close(whole[name], wanted, rtol=1e-5, atol=1e-6)
