@@ -31,10 +31,7 @@ from edgezo.errors import EdgezoError
 _TIMEOUT_S = 5
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
+BESIDE_WEIGHTS = (
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -43,6 +40,7 @@ _HUB_FILES = (
     "merges.txt",
     "chat_template*",
 )
+_HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", *BESIDE_WEIGHTS)
 _HUB_SKIPPED = ("*/*", "consolidated*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.py")
 
 # ----------------------------------------------------------------------------- shapes

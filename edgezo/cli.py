@@ -149,7 +149,7 @@ def evaluate(config_file: str | None, as_json: bool, **said: str | None) -> None
         if said["data"] is not None or said["task"] is not None:
             for name in ("data_root", "template", "labels", "label_field", "max_new_tokens"):
                 del lower[name]
-            lower["objective"] = config.LOSS  # that of the run belongs to its own data
+            lower["objective"] = settings.LOSS  # that of the run belongs to its own data
         cfg = config.make_config(said, lower)
     use_threads(cfg.threads)
     from edgezo.evaluate import evaluate as run_evaluation
@@ -175,18 +175,22 @@ def replay(run: str, out: str, as_json: bool) -> None:
 @click.option(
     "--format", "form", type=click.Choice(["hf", "peft"]), default="hf", show_default=True
 )
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    help="Of hf's weights.  [default: fp32 where anything was trained beside frozen ones, else theirs]",
+)
 @click.option("--out", metavar="DIR", required=True, help="A new directory.")
 @json_option
-def export(run: str, form: str, out: str, as_json: bool) -> None:
+def export(run: str, form: str, dtype: str | None, out: str, as_json: bool) -> None:
     """Write a run's result for other programs: hf, a whole model; peft, the adapter alone."""
     from edgezo.budget import mb
     from edgezo.export import export as run_export
 
-    result = run_export(Path(run), form, Path(out))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    result = run_export(Path(run), form, Path(out), dtype=dtype)
     text = f"{result['tensors']} tensors, {mb(result['weight_bytes'])}, in {out}"
-    if result["probe"] is not None:
-        text += f"\nthe run's linear probe, which no such file has a place for: {result['probe']}"
-    emit(as_json, result, text)
+    emit(as_json, result, "\n".join([text, *(f"note: {line}" for line in result["notes"])]))
 
 
 @cli.command()
@@ -297,13 +301,13 @@ def _merge(
     from_file = config.read_toml(config_file) if config_file is not None else {}
     model = said.get("model") or from_file.get("model")
     card = find_card(model) if isinstance(model, str) else None
-    settings = dict(card.settings) if card is not None else {}
+    of_card = dict(card.settings) if card is not None else {}
     estimator = said.get("estimator") or from_file.get("estimator") or "grzo"
     by_hand = any(said.get(name) or from_file.get(name) for name in ("mask", "credit", "rule"))
-    if by_hand or estimator != settings.get("estimator", "grzo"):
-        for name in config.OF_PRESET:  # they were found for the card's estimator
-            settings.pop(name, None)
-    return config.make_config(said, from_file, settings, need_data=need_data)
+    if by_hand or estimator != of_card.get("estimator", "grzo"):
+        for name in settings.OF_PRESET:  # they were found for the card's estimator
+            of_card.pop(name, None)
+    return config.make_config(said, from_file, of_card, need_data=need_data)
 
 
 def _finetune_config(

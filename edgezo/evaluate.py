@@ -1,4 +1,4 @@
-"""``edgezo eval`` and ``edgezo replay``: a run, or a plain model, brought back into memory."""
+"""``edgezo eval`` and ``edgezo replay``: a run, or a plain model, brought back into memory; export.py does it too."""
 
 from __future__ import annotations
 
@@ -174,9 +174,9 @@ class Brought(NamedTuple):
 
 
 @contextmanager
-def brought_back(run: RunFiles, **changes: Any) -> Iterator[Brought]:
-    """A run from base and journal alone, its request with ``changes``, until the end of the block."""
-    cfg = replace(portable(run.read_config(), confirmed(machine())), **changes)
+def brought_back(run: RunFiles) -> Iterator[Brought]:
+    """A run in memory until the end of the block, from its own files and the base: no data, no forwards."""
+    cfg = portable(run.read_config(), confirmed(machine()))
     files = loader.open_model(cards.resolve(cfg.model))
     with ExitStack() as held:
         journal = held.enter_context(open_journal(run.journal, resume=False))

@@ -1,7 +1,7 @@
 """``edgezo export``: a run's result as files that other programs read.
 
     hf      config.json, tokenizer and safetensors: the whole model with what was trained in its weights. Also turns
-            a GGUF file into such a directory.
+            a GGUF file into such a directory; of a text and vision model it is the text part.
     peft    adapter_config.json and adapter_model.safetensors: what was trained beside the frozen base, as LoRA
 
         low-rank factors    y += A (V x)            lora_A = V, lora_B = A, alpha = rank
@@ -9,19 +9,20 @@
         head, label words   rows k of H += delta_k  lora_A = delta, lora_B = the words' columns of the identity
         head, completions   H += Q P                lora_A = P, lora_B = Q
 
-A linear probe has a place in neither: it reads blocks in the middle of the model, and blocks above it were not run. Its
-file is copied beside them. Weights are those that the run's forward multiplied, int8 and int4 codes expanded.
+int8 and int4 codes are expanded, as the run's forward reads them. What was trained beside frozen weights is fp32 in a
+run, and small: bf16 weights with it added would keep two thirds of it or less, so hf writes fp32 then unless asked.
+A linear probe has a place in neither form: it reads blocks in the middle of the model, and blocks above it were not
+run. Its file is copied beside them, and the result says that predictions are not the run's.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from edgezo.errors import EdgezoError, UsageError
+from edgezo.cards import BESIDE_WEIGHTS, HubSource, find_card
+from edgezo.errors import UsageError
 from edgezo.evaluate import Brought, brought_back
-from edgezo.files import TEMP_SUFFIX
+from edgezo.files import atomic_folder
 from edgezo.layouts import DENSE_DTYPES, tiles
-from edgezo.loader import build_meta, load_tokenizer
+from edgezo.loader import build_meta, load_tokenizer, source_names
 from edgezo.lora import ALPHA
 from edgezo.report import to_json
 from edgezo.rundir import RunFiles, write_saved
@@ -47,12 +49,13 @@ BESIDE = frozenset(
 )  # what does not move the base's own weights
 
 
-def export(source: Path, form: str, out: Path) -> dict[str, Any]:
+def export(source: Path, form: str, out: Path, *, dtype: str | None = None) -> dict[str, Any]:
     """Write run ``source``, as it stands now, to the new directory ``out``: all of it or nothing.
 
+    ``dtype``: of the weights of ``hf``. Blocks that have no room in memory are read one by one.
     Raises UsageError where ``out`` is there already, or the form has no place for what was trained.
     """
-    run = RunFiles(source)
+    run, out = RunFiles(source), out.resolve()
     cfg = run.read_config()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is there already. Give another --out, or remove it.")
@@ -61,13 +64,14 @@ def export(source: Path, form: str, out: Path) -> dict[str, Any]:
             f"--format peft holds what lies beside frozen weights, and this run trained {'+'.join(own)}.\n"
             "Use --format hf, which writes the whole model."
         )
-    with (
-        brought_back(run, residency="resident", device="cpu", max_mem_bytes=None) as found,
-        _whole(out) as folder,
-    ):
-        exporter = _Exporter(found, build_meta(found.opened.files))
-        about = exporter.peft(folder) if form == "peft" else exporter.hf(folder)
-        load_tokenizer(found.opened.files.path).save_pretrained(folder)
+    if form == "peft" and dtype is not None:
+        raise UsageError("--dtype is that of hf's weights; an adapter is fp32")
+    with atomic_folder(out) as folder, brought_back(run) as found:
+        files = found.opened.files
+        exporter = _Exporter(found, build_meta(files))
+        about = exporter.peft(folder) if form == "peft" else exporter.hf(folder, dtype)
+        _beside_weights(files.path, folder)
+        notes = exporter.notes(form)
         if exporter.probed:
             shutil.copyfile(run.probe, folder / run.probe.name)
         result = {
@@ -76,31 +80,25 @@ def export(source: Path, form: str, out: Path) -> dict[str, Any]:
             "format": form,
             "steps": found.steps,
             "trained": list(cfg.train),
-            "base_sha256": found.opened.files.content_hash,
-            "probe": run.probe.name if exporter.probed else None,
+            "precision": found.opened.cfg.precision,
+            "base": cfg.model,
+            "base_sha256": files.content_hash,
+            "predicts_as_run": not exporter.probed,
+            "notes": notes,
             **about,
         }
         (folder / "edgezo.json").write_text(to_json(result) + "\n", encoding="utf-8")
     return result
 
 
-@contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """A directory to write to, which becomes ``out`` when the block succeeds and is gone when it does not."""
-    folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}{TEMP_SUFFIX}")
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-        if out.is_dir():
-            out.rmdir()
-        folder.replace(out)
-    except OSError as problem:
-        raise EdgezoError(
-            f"{out} could not be written ({problem.strerror or problem}). Nothing half-written is kept.\n"
-            "Check the directory and the free space, or give another --out."
-        ) from problem
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _beside_weights(base: Path, folder: Path) -> None:
+    """Tokenizer and generation settings: a directory's own files, or made of what a GGUF file says."""
+    if base.is_file():
+        load_tokenizer(base).save_pretrained(folder)
+        return
+    for file in sorted(base.iterdir()):
+        if file.is_file() and any(fnmatch(file.name, wanted) for wanted in BESIDE_WEIGHTS):
+            shutil.copyfile(file, folder / file.name)
 
 
 @dataclass
@@ -114,16 +112,41 @@ class _Exporter:
     def probed(self) -> bool:
         return self.found.model.readout is not None
 
-    def hf(self, folder: Path) -> dict[str, Any]:
+    def notes(self, form: str) -> list[str]:
+        """What whoever reads the files should know."""
+        found, model = [], self.found.model
+        if self.probed:
+            found.append(
+                "the run predicts by its linear probe, which these files have no place for (its file lies "
+                "beside them): what they predict is not what the run does. Train without probe for that"
+            )
+        if form == "peft" and self.found.opened.cfg.precision in QUANTIZED:
+            found.append(
+                f"trained beside {self.found.opened.cfg.precision} codes: over other weights losses differ a little"
+            )
+        if form == "peft" and model.exact is not None and self._tied:
+            found.append(
+                "the head of this model is its embedding table too: merging the adapter would change both; "
+                "use --format hf for one model"
+            )
+        return found
+
+    @property
+    def _tied(self) -> bool:
+        own = self.meta.get_output_embeddings().weight
+        return own is self.meta.get_input_embeddings().weight
+
+    def hf(self, folder: Path, asked: str | None) -> dict[str, Any]:
         """Every parameter, a tile at a time."""
         model, cfg = self.found.model, self.found.opened.cfg
         assert cfg.precision is not None
-        dtype = torch.bfloat16 if cfg.precision in QUANTIZED else DENSE_DTYPES[cfg.precision]
+        stored = "bf16" if cfg.precision in QUANTIZED else cfg.precision
+        dtype = DENSE_DTYPES[asked or (stored if cfg.train == ("full",) else "fp32")]
         config = self.found.opened.files.config
         config.dtype = dtype
         output = f"{self._name_of(self.meta.get_output_embeddings())}.weight"
         names = [name for name, _ in self.meta.named_parameters()]
-        if model.exact is not None and output not in names:  # tied: only the head's use has changed
+        if model.exact is not None and self._tied:  # only the head's use of the table has changed
             config.tie_word_embeddings = False
             every = [name for name, _ in self.meta.named_parameters(remove_duplicate=False)]
             names += [name for name in every if name not in names]  # RoBERTa's head ties its bias
@@ -143,6 +166,11 @@ class _Exporter:
                 "this run trained a linear probe and nothing else, which is no adapter.\n"
                 "edgezo eval reads it from the run."
             )
+        if self._part_of_more():
+            raise UsageError(
+                f"{cfg.model} is a text and vision model, whose modules peft names otherwise than the text part.\n"
+                "Use --format hf, which writes the text part as a model."
+            )
         tensors, ranks, alphas = {}, {}, {}
         for module, (down, up, alpha) in pairs.items():
             tensors[f"base_model.model.{module}.lora_A.weight"] = down.float().contiguous()
@@ -154,7 +182,7 @@ class _Exporter:
         described = {
             "peft_type": "LORA",
             "task_type": None if model.masked else "CAUSAL_LM",
-            "base_model_name_or_path": cfg.model,
+            "base_model_name_or_path": self._base(),
             "r": cfg.rank,
             "lora_alpha": self._alpha,
             "lora_dropout": 0.0,
@@ -167,6 +195,20 @@ class _Exporter:
         }
         (folder / "adapter_config.json").write_text(json.dumps(described, indent=1) + "\n")
         return {"tensors": len(tensors), "weight_bytes": sum(t.nbytes for t in tensors.values())}
+
+    def _base(self) -> str:
+        """A hub id that the card or the user names, else the path of the base here."""
+        model = self.found.opened.cfg.model
+        card, path = find_card(model), Path(model).expanduser()
+        hubs = [s.repo for s in card.sources if isinstance(s, HubSource)] if card else []
+        if path.exists():
+            return str(path.resolve())
+        return hubs[0] if hubs else model
+
+    def _part_of_more(self) -> bool:
+        path = self.found.opened.files.path / "config.json"
+        said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return bool(said.get("model_type", "") != self.meta.config.model_type and said)
 
     @property
     def _alpha(self) -> float:
@@ -215,8 +257,13 @@ class _Exporter:
         store, held = self.found.model.store, self._stored(name)
         shape = tuple(self.meta.get_parameter(name).shape)
         if held not in store.layouts:
-            row = store.trainables.get(held)
-            values = store.vectors[held] if row is None else row.values
+            if (row := store.trainables.get(held)) is not None:
+                values = row.values
+            elif held in store.vectors:
+                values = store.vectors[held]
+            else:  # above what a linear probe reads, and so not kept
+                files = self.found.opened.files
+                values = files.source.read(source_names(files, self.meta)[held])
             return Saved.of(name, values.reshape(shape).to(dtype))
         found = Saved(name, shape, dtype, partial(self._tiles, held, dtype, output))
         if isinstance(self.meta.get_submodule(name.rpartition(".")[0]), Conv1D):
@@ -226,6 +273,8 @@ class _Exporter:
     def _tiles(self, held: str, dtype: torch.dtype, output: bool) -> Iterator[Tensor]:
         """(n, cols) rows of a matrix, with what was trained beside it."""
         store = self.found.model.store
+        if store.residency is not None:
+            store.residency.bind_owner(held)
         layout = store.layouts[held]
         rows, cols = layout.shape
         gain, beside = store.trainables.get(f"{held}#gain"), self._beside(held, cols)
@@ -243,8 +292,8 @@ class _Exporter:
 
     def _stored(self, name: str) -> str:
         """The store's name of a parameter: a tied head has its embedding's."""
-        store = self.found.model.store
-        if name in store.layouts or name in store.vectors or name in store.trainables:
-            return name
         own = self.meta.get_parameter(name)
-        return next(other for other, p in self.meta.named_parameters() if p is own)
+        names = (n for n, p in self.meta.named_parameters(remove_duplicate=False) if p is own)
+        store = self.found.model.store
+        held = [n for n in names if n in {*store.layouts, *store.vectors, *store.trainables}]
+        return held[0] if held else name

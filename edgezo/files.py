@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import re
 import secrets
@@ -19,7 +20,7 @@ try:
 except ImportError:  # Windows: no lock against a second writer there
     fcntl = None  # type: ignore[assignment]
 
-TEMP_SUFFIX = ".edgezo-tmp"
+_TEMP_SUFFIX = ".edgezo-tmp"
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -36,7 +37,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     An OSError of the block becomes EdgezoError, with the free space if the disk is full. kill -9
     inside the block leaves the temporary file: see `remove_leftovers`.
     """
-    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMP_SUFFIX}")
+    temp = _temporary(path)
     try:
         yield temp
         _fsync(temp)
@@ -52,10 +53,39 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """The same for a new directory: `path` is what it was (not there, or empty) or all that the block wrote.
+    What a killed process left beside it is removed first."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_TEMP_SUFFIX}"):
+        shutil.rmtree(left, ignore_errors=True)
+    temp = _temporary(path)
+    try:
+        temp.mkdir(parents=True)
+        yield temp
+        for file in temp.iterdir():
+            _fsync(file)
+        if path.is_dir():
+            path.rmdir()
+        os.replace(temp, path)
+        with contextlib.suppress(OSError):
+            _fsync(path.parent)
+    except BaseException as error:
+        shutil.rmtree(temp, ignore_errors=True)
+        cause = _os_error(error)
+        if cause is not None:
+            raise write_error(path, "the directory", cause) from error
+        raise
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMP_SUFFIX}")
+
+
 def remove_leftovers(directory: Path) -> int:
     """Delete temporary files that a killed process left in `directory`; how many there were.
     Only while no other process writes there (hold the journal open for resume)."""
-    left = list(directory.glob(f".*{TEMP_SUFFIX}"))
+    left = list(directory.glob(f".*{_TEMP_SUFFIX}"))
     for temp in left:
         temp.unlink(missing_ok=True)
     return len(left)
@@ -93,8 +123,8 @@ def write_error(path: Path, what: str, error: OSError) -> EdgezoError:
         free = "free space unknown"
     return EdgezoError(
         f"{path}: {what} could not be written, the disk, the quota or the file size limit is full "
-        f"({error.strerror or error}; {free}). Nothing half-written is kept. Free some space, "
-        "then go on with --resume."
+        f"({error.strerror or error}; {free}). Nothing half-written is kept. Free some space and "
+        "give the command again; a run goes on with --resume."
     )
 
 

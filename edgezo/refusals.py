@@ -22,9 +22,11 @@ from edgezo.presets import (
 )
 from edgezo.settings import LOSS, OBJECTIVES, OF_PRESET, UNROUNDED, flag
 
+PACED = ("group", "mean")  # credits that --step auto has a formula for (pace.py)
+
 
 def combinations(v: Mapping[str, Any], need_data: bool) -> list[str]:
-    """Requests whose parts are fine alone and mean nothing together, each with its reason."""
+    """What is wrong with a request; data is part of it where ``need_data``."""
     train, problems = v["train"], []
     if v["model"] is None:
         problems.append(
@@ -284,9 +286,6 @@ def needs_memory(v: Mapping[str, Any]) -> str:
     if v["precision"] == "int8":
         return "int8 codes that are trained stay in memory; with bf16 they need not"
     return ""
-
-
-PACED = ("group", "mean")  # credits that --step auto has a formula for (pace.py)
 
 
 def cannot_anchor(v: Mapping[str, Any]) -> str:

@@ -210,8 +210,10 @@ class Residency:
             self._write(block, slot)
 
     def bind_owner(self, name: str) -> None:
-        """Bind the block that the matrix ``name`` is of."""
-        self.bind(next(block.index for block in self.blocks if name in block.layouts))
+        """Bind the block that the matrix ``name`` is of, where it is of one that is elsewhere."""
+        for block in self.blocks:
+            if name in block.layouts:
+                self.bind(block.index)
 
     def release(self) -> None:
         if self._bound is not None:

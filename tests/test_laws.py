@@ -53,7 +53,7 @@ from edgezo.weights import saved_sha256
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# ----------------------------------------------------------------------------- (a) the plain forward
+# ----------------------------------------------------------------------------- the plain forward
 
 FORWARDS: tuple[Case, ...] = (
     *(
@@ -98,7 +98,7 @@ def as_loaded(tried: Tried) -> Model:
     return assemble(open_model(tried.path), spec)
 
 
-# ----------------------------------------------------------------------------- (b) the perturbed forward
+# ----------------------------------------------------------------------------- the perturbed forward
 
 
 @cases()
@@ -125,7 +125,7 @@ def test_norms_of_queries_tell_tokens_from_heads_when_there_are_as_many(
     assert (wanted[0] - wanted[1]).abs().max() > 1e-3
 
 
-# ----------------------------------------------------------------------------- (c) the update
+# ----------------------------------------------------------------------------- the update
 
 
 @cases()
@@ -194,7 +194,7 @@ def replace_decay(recipe: Recipe, decay: float) -> Recipe:
     return recipe._replace(decay=decay)
 
 
-# ----------------------------------------------------------------------------- (d) both, or neither
+# ----------------------------------------------------------------------------- both, or neither
 
 
 class Flipped(Directions):
@@ -261,7 +261,7 @@ def test_full_weights_cannot_be_trained_on_frozen_codes(workshop: Workshop) -> N
         workshop.model(of("llama", "full", precision="int4"))
 
 
-# ----------------------------------------------------------------------------- (e) splitting changes nothing
+# ----------------------------------------------------------------------------- splitting changes nothing
 
 
 @cases(
@@ -321,7 +321,7 @@ def test_losses_do_not_depend_on_the_tile(tried: Tried, monkeypatch: pytest.Monk
     close(tried.losses(), whole, atol=2e-5)
 
 
-# ----------------------------------------------------------------------------- (h) bad losses
+# ----------------------------------------------------------------------------- bad losses
 
 
 @cases(
