@@ -141,6 +141,7 @@ def replay(source: Path, out: Path) -> dict[str, Any]:
     evaluated like the run. The same bits as the run's: compare ``trained_sha256``.
     """
     run, made = RunFiles(source), RunFiles(out)
+    run.read_config()  # whether there is one is said first
     if made.journal.exists() and not made.trained.exists():
         raise UsageError(f"{out} holds a run, which a replay would overwrite. Give another --out.")
     with brought_back(run) as found:
