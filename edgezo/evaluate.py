@@ -141,10 +141,10 @@ def replay(source: Path, out: Path) -> dict[str, Any]:
     evaluated like the run. The same bits as the run's: compare ``trained_sha256``.
     """
     run, made = RunFiles(source), RunFiles(out)
-    run.read_config()  # whether there is one is said first
+    cfg = run.read_config()
     if made.journal.exists() and not made.trained.exists():
         raise UsageError(f"{out} holds a run, which a replay would overwrite. Give another --out.")
-    with brought_back(run) as found:
+    with brought_back(run, cfg) as found:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
@@ -175,9 +175,12 @@ class Brought(NamedTuple):
 
 
 @contextmanager
-def brought_back(run: RunFiles) -> Iterator[Brought]:
-    """A run in memory until the end of the block, from its own files and the base: no data, no forwards."""
-    cfg = portable(run.read_config(), confirmed(machine()))
+def brought_back(run: RunFiles, cfg: RunConfig) -> Iterator[Brought]:
+    """A run in memory until the end of the block, from its own files and the base: no data, no forwards.
+
+    ``cfg`` is the configuration that the run has.
+    """
+    cfg = portable(cfg, confirmed(machine()))
     files = loader.open_model(cards.resolve(cfg.model))
     with ExitStack() as held:
         journal = held.enter_context(open_journal(run.journal, resume=False))

@@ -23,9 +23,9 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -66,7 +66,7 @@ def export(source: Path, form: str, out: Path, *, dtype: str | None = None) -> d
         )
     if form == "peft" and dtype is not None:
         raise UsageError("--dtype is that of hf's weights; an adapter is fp32")
-    with atomic_folder(out) as folder, brought_back(run) as found:
+    with atomic_folder(out) as folder, brought_back(run, cfg) as found:
         files = found.opened.files
         exporter = _Exporter(found, build_meta(files))
         about = exporter.peft(folder) if form == "peft" else exporter.hf(folder, dtype)
@@ -99,6 +99,18 @@ def _beside_weights(base: Path, folder: Path) -> None:
     for file in sorted(base.iterdir()):
         if file.is_file() and any(fnmatch(file.name, wanted) for wanted in BESIDE_WEIGHTS):
             shutil.copyfile(file, folder / file.name)
+
+
+class Product(NamedTuple):
+    """What was trained beside a matrix: alpha/rank * up @ down, as LoRA has it."""
+
+    down: Tensor  # (rank, d_in) fp32
+    up: Tensor  # (d_out, rank) fp32
+    alpha: float
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / len(self.down)
 
 
 @dataclass
@@ -160,8 +172,8 @@ class _Exporter:
     def peft(self, folder: Path) -> dict[str, Any]:
         """LoRA matrices and the configuration that peft reads."""
         model, cfg = self.found.model, self.found.opened.cfg
-        pairs = dict(self._pairs())
-        if not pairs:
+        products = dict(self._products())
+        if not products:
             raise UsageError(
                 "this run trained a linear probe and nothing else, which is no adapter.\n"
                 "edgezo eval reads it from the run."
@@ -172,24 +184,25 @@ class _Exporter:
                 "Use --format hf, which writes the text part as a model."
             )
         tensors, ranks, alphas = {}, {}, {}
-        for module, (down, up, alpha) in pairs.items():
-            tensors[f"base_model.model.{module}.lora_A.weight"] = down.float().contiguous()
-            tensors[f"base_model.model.{module}.lora_B.weight"] = up.float().contiguous()
-            if len(down) != cfg.rank or alpha != self._alpha:
-                ranks[module], alphas[module] = len(down), alpha
+        usual = next(iter(products.values()))
+        for module, product in products.items():
+            tensors[f"base_model.model.{module}.lora_A.weight"] = product.down.contiguous()
+            tensors[f"base_model.model.{module}.lora_B.weight"] = product.up.contiguous()
+            if (len(product.down), product.alpha) != (len(usual.down), usual.alpha):
+                ranks[module], alphas[module] = len(product.down), product.alpha
         save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
         turned = any(isinstance(m, Conv1D) for m in self.meta.modules())
         described = {
             "peft_type": "LORA",
             "task_type": None if model.masked else "CAUSAL_LM",
             "base_model_name_or_path": self._base(),
-            "r": cfg.rank,
-            "lora_alpha": self._alpha,
+            "r": len(usual.down),
+            "lora_alpha": usual.alpha,
             "lora_dropout": 0.0,
             "bias": "none",
             "fan_in_fan_out": turned,
             "inference_mode": True,
-            "target_modules": list(pairs),
+            "target_modules": list(products),
             "rank_pattern": ranks,
             "alpha_pattern": alphas,
         }
@@ -207,54 +220,49 @@ class _Exporter:
 
     def _part_of_more(self) -> bool:
         path = self.found.opened.files.path / "config.json"
-        said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return bool(said.get("model_type", "") != self.meta.config.model_type and said)
+        if not path.is_file():
+            return False
+        said: str = json.loads(path.read_text(encoding="utf-8"))["model_type"]
+        return said != self.meta.config.model_type
 
-    @property
-    def _alpha(self) -> float:
-        cfg = self.found.opened.cfg
-        return ALPHA if "lora" in cfg.train else float(cfg.rank)
-
-    def _pairs(self) -> Iterator[tuple[str, tuple[Tensor, Tensor, float]]]:
-        """(module, (lora_A (rank, d_in), lora_B (d_out, rank), alpha)) of all that was trained."""
+    def _products(self) -> Iterator[tuple[str, Product]]:
+        """All that was trained beside matrices, by module."""
         store = self.found.model.store
         for name, layout in store.layouts.items():
-            if (pair := self._beside(name, layout.shape[1])) is not None:
-                yield name.removesuffix(".weight"), (*pair, self._alpha)
-        exact = self.found.model.exact
-        if exact is not None:
-            down, up = self._head()
-            yield self._name_of(self.meta.get_output_embeddings()), (down, up, float(len(down)))
+            if (product := self._beside(name, layout.shape[1])) is not None:
+                yield name.removesuffix(".weight"), product
+        if self.found.model.exact is not None:
+            yield self._name_of(self.meta.get_output_embeddings()), self._head()
 
-    def _beside(self, name: str, cols: int) -> tuple[Tensor, Tensor] | None:
-        """(down (rank, cols), up (rows, rank)) fp32 of a matrix's trained product, without LoRA's alpha."""
+    def _beside(self, name: str, cols: int) -> Product | None:
+        """Of a matrix, without the exact head's change."""
         store, adapters = self.found.model.store, self.found.model.adapters
         row = store.trainables.get(f"{name}#lowrank")
         if row is not None:
-            return store.basis(name, cols), row.values.cpu()
+            return Product(store.basis(name, cols), row.values.cpu(), float(store.rank))
         if adapters is not None and f"{name}#lora_A" in adapters.values:
             held = adapters.trained()
-            return held[f"{name}#lora_A"], held[f"{name}#lora_B"]
+            return Product(held[f"{name}#lora_A"], held[f"{name}#lora_B"], ALPHA)
         return None
 
-    def _head(self) -> tuple[Tensor, Tensor]:
-        """(down, up) of the exact head's change."""
+    def _head(self) -> Product:
+        """The exact head's change."""
         model = self.found.model
         assert model.exact is not None
         delta = model.exact.delta.cpu()
         if model.exact.basis is not None:
-            return model.exact.basis.cpu(), delta
+            return Product(model.exact.basis.cpu(), delta, float(delta.shape[1]))
         vocab = self.meta.get_output_embeddings().weight.shape[0]
         up = torch.zeros(vocab, len(delta))
         up[model.scorer.label_ids.cpu(), torch.arange(len(delta))] = 1.0
-        return delta, up
+        return Product(delta, up, float(len(delta)))
 
     def _name_of(self, module: Any) -> str:
         return next(name for name, found in self.meta.named_modules() if found is module)
 
     def _saved(self, name: str, dtype: torch.dtype, output: bool) -> Saved:
         """A parameter of the module as it was trained, in the shape that files have."""
-        store, held = self.found.model.store, self._stored(name)
+        store, held = self.found.model.store, self._places[name]
         shape = tuple(self.meta.get_parameter(name).shape)
         if held not in store.layouts:
             if (row := store.trainables.get(held)) is not None:
@@ -262,8 +270,7 @@ class _Exporter:
             elif held in store.vectors:
                 values = store.vectors[held]
             else:  # above what a linear probe reads, and so not kept
-                files = self.found.opened.files
-                values = files.source.read(source_names(files, self.meta)[held])
+                values = self.found.opened.files.source.read(self._sources[held])
             return Saved.of(name, values.reshape(shape).to(dtype))
         found = Saved(name, shape, dtype, partial(self._tiles, held, dtype, output))
         if isinstance(self.meta.get_submodule(name.rpartition(".")[0]), Conv1D):
@@ -277,23 +284,27 @@ class _Exporter:
             store.residency.bind_owner(held)
         layout = store.layouts[held]
         rows, cols = layout.shape
-        gain, beside = store.trainables.get(f"{held}#gain"), self._beside(held, cols)
-        change = self._head() if output and self.found.model.exact is not None else None
+        gain = store.trainables.get(f"{held}#gain")
+        head = self._head() if output and self.found.model.exact is not None else None
+        products = [product for product in (self._beside(held, cols), head) if product is not None]
         for part in tiles(rows, cols):
             size = part.stop - part.start
             values = layout.expand(part, torch.empty(size, cols, device=store.device)).cpu()
             if gain is not None:
                 values *= 1 + gain.values[part].cpu()
-            for pair, alpha in ((beside, self._alpha), (change, None)):
-                if pair is not None:
-                    down, up = pair
-                    values.addmm_(up[part], down, alpha=1.0 if alpha is None else alpha / len(down))
+            for product in products:
+                values.addmm_(product.up[part], product.down, alpha=product.scale)
             yield values.to(dtype)
 
-    def _stored(self, name: str) -> str:
-        """The store's name of a parameter: a tied head has its embedding's."""
-        own = self.meta.get_parameter(name)
-        names = (n for n, p in self.meta.named_parameters(remove_duplicate=False) if p is own)
+    @cached_property
+    def _places(self) -> dict[str, str]:
+        """The store's name of each parameter, where it has one: a tied head has its embedding's."""
         store = self.found.model.store
-        held = [n for n in names if n in {*store.layouts, *store.vectors, *store.trainables}]
-        return held[0] if held else name
+        kept = {*store.layouts, *store.vectors, *store.trainables}
+        every = list(self.meta.named_parameters(remove_duplicate=False))
+        held = {id(parameter): name for name, parameter in every if name in kept}
+        return {name: held.get(id(parameter), name) for name, parameter in every}
+
+    @cached_property
+    def _sources(self) -> dict[str, str]:
+        return source_names(self.found.opened.files, self.meta)

@@ -37,20 +37,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     An OSError of the block becomes EdgezoError, with the free space if the disk is full. kill -9
     inside the block leaves the temporary file: see `remove_leftovers`.
     """
-    temp = _temporary(path)
-    try:
+    with _in_place_of(path, path.name) as temp:
         yield temp
         _fsync(temp)
-        os.replace(temp, path)
-        with contextlib.suppress(OSError):  # Windows and some network ones cannot do it
-            _fsync(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temp.unlink()
-        cause = _os_error(error)
-        if cause is not None:
-            raise write_error(path, path.name, cause) from error
-        raise
 
 
 @contextlib.contextmanager
@@ -58,28 +47,38 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """The same for a new directory: `path` is what it was (not there, or empty) or all that the block wrote.
     What a killed process left beside it is removed first."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*{_TEMP_SUFFIX}"):
-        shutil.rmtree(left, ignore_errors=True)
-    temp = _temporary(path)
-    try:
+        _discard(left)
+    with _in_place_of(path, "the directory") as temp:
         temp.mkdir(parents=True)
         yield temp
         for file in temp.iterdir():
             _fsync(file)
         if path.is_dir():
             path.rmdir()
+
+
+@contextlib.contextmanager
+def _in_place_of(path: Path, what: str) -> Iterator[Path]:
+    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMP_SUFFIX}")
+    try:
+        yield temp
         os.replace(temp, path)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # Windows and some network ones cannot do it
             _fsync(path.parent)
     except BaseException as error:
-        shutil.rmtree(temp, ignore_errors=True)
+        _discard(temp)
         cause = _os_error(error)
         if cause is not None:
-            raise write_error(path, "the directory", cause) from error
+            raise write_error(path, what, cause) from error
         raise
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMP_SUFFIX}")
+def _discard(temp: Path) -> None:
+    if temp.is_dir():
+        shutil.rmtree(temp, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        temp.unlink()
 
 
 def remove_leftovers(directory: Path) -> int:

@@ -282,9 +282,9 @@ def _moments(row: Trainable) -> Moments:
 
 def _frozen_moments(store: WeightStore, weight: str) -> Moments:
     """Of a frozen matrix, wherever it is, as the forward reads it."""
-    layout, residency = store.layouts[weight], store.residency
-    if residency is not None and any(weight in block.layouts for block in residency.blocks):
-        residency.bind_owner(weight)
+    if store.residency is not None:
+        store.residency.bind_owner(weight)
+    layout = store.layouts[weight]
     rows, cols = layout.shape
     found = (0.0, 0.0, 0)
     for part in tiles(rows, cols, _PIECE_BYTES):
