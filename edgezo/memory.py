@@ -14,8 +14,9 @@ split      ``RssAnon`` and ``RssFile`` + ``RssShmem``                   not spli
 
 ``VmHWM`` is kept by the kernel at every page fault, so it misses nothing; `profiler` samples only what
 the kernel keeps no peak of. It includes mapped file pages. ``ru_maxrss`` is only the fallback on Linux: a child of a
-large parent starts with the parent's value there. Since Linux 6.2 the counters behind all of these
-are kept per core and may lag by about 128 KiB a core.
+large parent starts with the parent's value there. Since Linux 6.2 the three counters behind all of these (anonymous,
+file and shared pages) are kept per core, and each may lag by about 128 KiB a core; since 6.17 a reading of the current
+size sums them exactly, and only the peak lags.
 
 Every reader of ``/proc`` and ``/sys`` takes the root of the tree, so that tests can hand in one
 made on disk. Nothing here imports torch.

@@ -62,8 +62,10 @@ def along(left: Tensor, x: Tensor) -> Tensor:
     left = _even(left, 0)
     found = torch.zeros(len(left), x.shape[1])
     for at, size in pieces(len(x)):
-        rows = slice(at, at + size)
-        found += torch.mm(_filled(left[:, rows], 1, size), _filled(x[rows], 0, size))
+        part = left[:, at : at + size]
+        # How far apart its rows lie belongs to the shape that a kernel is compiled for, and would be n.
+        part = part.contiguous() if part.stride(1) == 1 else part
+        found += torch.mm(_filled(part, 1, size), _filled(x[at : at + size], 0, size))
     return found[:m]
 
 
