@@ -101,7 +101,9 @@ class Lengths(TorchDispatchMode):
         given = [a for a in args if isinstance(a, Tensor)]
         if func.overloadpacket.__name__ in PRODUCTS and given[0].dtype == torch.bfloat16:
             for a in given:
-                self.seen |= {n for length, n in zip(a.shape, a.stride(), strict=True) if length > 1}
+                self.seen |= {
+                    n for length, n in zip(a.shape, a.stride(), strict=True) if length > 1
+                }
                 self.seen |= set(a.shape)
         return func(*args, **(kwargs or {}))
 

@@ -304,7 +304,9 @@ def check_profile(found: dict) -> None:
     # Since Linux 6.2 the kernel's peak may lag: three counters (anonymous, file and shared pages), each by under
     # max(32, 2 x cores) pages on every core (mm/percpu_counter.c), where a reading sums them exactly since 6.17.
     cores = os.cpu_count() or 1
-    limit_bytes = found["peak_rss_bytes"] + 3 * max(32, 2 * cores) * cores * os.sysconf("SC_PAGE_SIZE")
+    limit_bytes = found["peak_rss_bytes"] + 3 * max(32, 2 * cores) * cores * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
     assert max(samples["rss_bytes"]) <= limit_bytes
     for name, own in found["phases"].items():
         assert 0 < own["peak_rss_bytes"] <= limit_bytes, name
