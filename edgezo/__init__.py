@@ -6,7 +6,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# The hub's client tells what runs it and asks which programs there are, unless this is set before its import.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 __all__ = ["RunConfig", "__version__", "finetune", "make_config", "make_plan"]

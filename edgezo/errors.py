@@ -46,3 +46,7 @@ class Interrupted(EdgezoError):
     """Ctrl-C or SIGTERM; the state is saved and the message holds the resume command."""
 
     exit_code = 130
+
+
+class SourceError(Exception):
+    """Why one source did not give a model or data; where there is another, it is tried next."""

@@ -32,10 +32,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from edgezo.cards import BESIDE_WEIGHTS, HubSource, find_card
+from edgezo.cards import HubSource, find_card
 from edgezo.errors import UsageError
 from edgezo.evaluate import Brought, brought_back
 from edgezo.files import atomic_folder
+from edgezo.hub import BESIDE_WEIGHTS
 from edgezo.layouts import DENSE_DTYPES, tiles
 from edgezo.loader import build_meta, load_tokenizer, source_names
 from edgezo.lora import ALPHA

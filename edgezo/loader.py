@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from edgezo.cards import Shape, file_sha256
+from edgezo.cache import file_sha256
+from edgezo.cards import Shape
 from edgezo.errors import EdgezoError
 from edgezo.gguf_file import gguf_config, read_header
 from edgezo.readers import TensorSource, open_tensors

@@ -13,7 +13,11 @@ from edgezo import settings
 # (field, metavar or None for the field's choices, help). Every value stays text here: settings.py
 # reads it and reports all problems of a command together.
 DATA = (
-    ("data", "PATH", "Rows: a .jsonl or .csv file, or a directory with train/validation files."),
+    (
+        "data",
+        "PATH",
+        "Rows: a .jsonl, .csv or .parquet file, a directory with train/validation files, or a hub id.",
+    ),
     ("task", "NAME", "A built-in task instead of --data: sst2, trec, boolq, ..., or example."),
     ("data_root", "DIR", "Folder that holds the data sets of --task."),
     ("template", "TEXT", "Prompt of a labelled row; braces name its fields: '{text} It was'."),

@@ -1,4 +1,4 @@
-"""Files of rows: JSONL or CSV, one file or a folder with train and validation parts.
+"""Files of rows: JSONL, CSV or Parquet, one file or a folder with train and validation parts, also in shards.
 
 ``Problems`` collects whatever is wrong, so that one run reports all of it.
 """
@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from edgezo.errors import UsageError
 
-SUFFIXES = (".jsonl", ".json", ".csv")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 TRAIN_NAMES = ("train",)
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test")
 
@@ -63,34 +67,57 @@ class Record:
         return ", ".join(map(str, self.fields)) or "none"
 
 
-def find_splits(path: Path, problems: Problems) -> tuple[Path | None, Path | None]:
-    """The train and validation files of a directory, or a single file as train."""
+def find_splits(path: Path, problems: Problems) -> tuple[list[Path], list[Path]]:
+    """The train and validation files of a directory, or a single file as train.
+
+    In a directory, or its folder ``data``, a part is ``train.jsonl`` or, as on the hub, the shards
+    ``train-00000-of-00002.parquet``, ...; where no file is named so, the only one there is train.
+    """
     if path.is_file():
         if path.suffix not in SUFFIXES:
             problems.add(
                 f"cannot read {path}: edgezo reads {', '.join(SUFFIXES)} files (one row a line)"
             )
-            return None, None
-        return path, None
+            return [], []
+        return [path], []
     if not path.is_dir():
         problems.add(f"no such file or directory: {path}")
-        return None, None
-    train, validation = (_first(path, names) for names in (TRAIN_NAMES, VALIDATION_NAMES))
-    if train is None:
-        found = sorted(p.name for p in path.iterdir())
-        listed = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
+        return [], []
+    folders = (path, path / "data")
+    train, validation = (
+        next((found for folder in folders if (found := _part(folder, names, problems))), [])
+        for names in (TRAIN_NAMES, VALIDATION_NAMES)
+    )
+    held = sorted(path.iterdir())
+    readable = [file for file in held if file.suffix in SUFFIXES]
+    if not train and not validation and len(readable) == 1:
+        train = readable
+    if not train:
+        listed = ", ".join(p.name for p in held[:8]) + (", ..." if len(held) > 8 else "")
         problems.add(f"no train.jsonl or train.csv in {path} (it holds: {listed or 'nothing'})")
     return train, validation
 
 
-def _first(folder: Path, names: Sequence[str]) -> Path | None:
-    files = (folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES)
-    return next((file for file in files if file.is_file()), None)
+def _part(folder: Path, names: Sequence[str], problems: Problems) -> list[Path]:
+    """The file, or the shards, of the first of ``names`` that is there."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    for name in names:
+        for suffix in SUFFIXES:
+            if (file := folder / f"{name}{suffix}") in files:
+                return [file]
+            form = re.compile(rf"{name}-\d+-of-(\d+){re.escape(suffix)}")
+            shards = [(f, match) for f in files if (match := form.fullmatch(f.name))]
+            if shards:
+                whole = int(shards[0][1][1])
+                if len(shards) != whole:
+                    problems.add(f"{len(shards)} of {whole} shards of {name} are in {folder}")
+                return [file for file, _ in shards]
+    return []
 
 
 def read_records(path: Path, problems: Problems) -> list[Record]:
-    """All rows of a JSONL or CSV file; problems name the file and the line."""
-    read = _read_csv if path.suffix == ".csv" else _read_jsonl
+    """All rows of a file; problems name the file and the line."""
+    read = {".csv": _read_csv, ".parquet": _read_parquet}.get(path.suffix, _read_json)
     before = len(problems)
     try:
         records = list(read(path, problems))
@@ -109,25 +136,74 @@ def read_records(path: Path, problems: Problems) -> list[Record]:
     return records
 
 
-def _read_jsonl(path: Path, problems: Problems) -> Iterator[Record]:
+def _read_json(path: Path, problems: Problems) -> Iterator[Record]:
+    """One object a line, or one array of objects."""
     with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path.name}:{number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-                problems.add(f"malformed JSON in {path}", at=f"{where}: {reason}: {_clip(line)}")
-                if number == 1 and line.lstrip().startswith("["):
-                    problems.add(f"{path} holds a JSON array; edgezo reads one object a line")
-                    return
-                continue
-            if isinstance(row, dict):
-                yield Record(where, row)
-            else:
-                problems.add(f"not a JSON object in {path}", at=f"{where}: {_clip(line)}")
+        read = _array if lines.read(1) == "[" else _records
+        lines.seek(0)
+        yield from read(lines, path, problems)
+
+
+def _array(file: TextIO, path: Path, problems: Problems) -> Iterator[Record]:
+    try:
+        rows = json.load(file)
+    except (ValueError, RecursionError) as error:
+        problems.add(f"malformed JSON in {path}", at=str(error))
+        return
+    for number, row in enumerate(rows, 1):
+        where = f"{path.name}[{number}]"
+        if isinstance(row, dict):
+            yield Record(where, row)
+        else:
+            problems.add(f"not a JSON object in {path}", at=f"{where}: {_clip(str(row))}")
+
+
+# In a process of its own: what pyarrow takes (60 MB) is no part of a run's memory.
+_PARQUET = """
+import json, sys
+try:
+    import pyarrow.parquet
+except ImportError:
+    sys.exit("it takes pyarrow to read: pip install pyarrow")
+try:
+    for batch in pyarrow.parquet.ParquetFile(sys.argv[1]).iter_batches(256):
+        for row in batch.to_pylist():
+            print(json.dumps(row, default=str))
+except (OSError, pyarrow.ArrowException) as error:
+    sys.exit(str(error).splitlines()[0])
+"""
+
+
+def _read_parquet(path: Path, problems: Problems) -> Iterator[Record]:
+    command = [sys.executable, "-X", "utf8", "-c", _PARQUET, str(path)]
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=said, encoding="utf-8"
+        ) as child:
+            assert child.stdout is not None
+            yield from _records(child.stdout, path, problems)
+        if child.returncode:
+            said.seek(0)
+            reason = said.read().strip().splitlines()[-1:] or [f"exit {child.returncode}"]
+            problems.add(f"cannot read {path}: {reason[0]}")
+
+
+def _records(lines: Iterable[str], path: Path, problems: Problems) -> Iterator[Record]:
+    """One record a line of JSON."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path.name}:{number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            problems.add(f"malformed JSON in {path}", at=f"{where}: {reason}: {_clip(line)}")
+            continue
+        if isinstance(row, dict):
+            yield Record(where, row)
+        else:
+            problems.add(f"not a JSON object in {path}", at=f"{where}: {_clip(line)}")
 
 
 def _read_csv(path: Path, problems: Problems) -> Iterator[Record]:

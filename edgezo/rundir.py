@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from edgezo import cards
+from edgezo.cache import cache_dir
 from edgezo.config import RunConfig, completed, from_toml
 from edgezo.data import Example
 from edgezo.errors import DoesNotFit, EdgezoError, UsageError
@@ -144,7 +144,7 @@ class Overlay:
 @contextlib.contextmanager
 def temporary_overlay() -> Iterator[Overlay]:
     """A place in the cache for weights on disk, for as long as a model is evaluated or replayed."""
-    folder = cards.cache_dir() / "overlay"
+    folder = cache_dir() / "overlay"
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob("*/lock"):  # by processes that were killed
         with open(left, "wb") as lock:

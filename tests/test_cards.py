@@ -260,19 +260,19 @@ class FakeHub:
         self.downloads = 0
         self.damage = False
         self.error: Exception | None = None
-        api = SimpleNamespace(model_info=self.model_info)
+        api = SimpleNamespace(repo_info=self.repo_info)
         monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
-    def model_info(self, repo: str, *, revision: str | None, timeout: float) -> Any:
-        assert timeout <= 10
+    def repo_info(self, repo: str, *, revision: str | None, repo_type: str, timeout: float) -> Any:
+        assert timeout <= 10 and repo_type == "model"
         if self.error:
             raise self.error
         return SimpleNamespace(siblings=[SimpleNamespace(rfilename=n) for n in self.names])
 
     def snapshot_download(self, repo: str, *, local_files_only: bool, **options: Any) -> str:
-        assert not any("bin" in pattern for pattern in options["allow_patterns"])
+        assert not any(name.endswith("bin") for name in options["allow_patterns"] or ())
         assert options["revision"] is None  # another one would not be found in the cache again
         if local_files_only:
             if not self.snapshot.is_dir():

@@ -316,21 +316,6 @@ def test_a_causal_model_accepts_a_mask_at_the_end(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
-def test_folders_and_both_formats_read_the_same(suffix: str, tmp_path: Path) -> None:
-    for name in ("train", "dev"):
-        path = tmp_path / f"{name}.{suffix}"
-        if suffix == "csv":
-            lines = [f'"film, number ""{i}""",{i % 2}' for i in range(6)]
-            path.write_text("\n".join(["text,label", *lines]), encoding="utf-8-sig")
-        else:
-            write(path, [{"text": f'film, number "{i}"', "label": i % 2} for i in range(6)])
-    data = load_dataset(DataRequest(data=str(tmp_path), **SST2_STYLE), byte_tokenizer())
-    assert len(data.train) == len(data.validation) == 6
-    text = byte_tokenizer().decode(list(data.train[3].rows[0].ids))
-    assert text == 'film, number "3" All in all it was'
-
-
 def test_one_file_holds_out_the_same_tenth_for_every_seed(tmp_path: Path) -> None:
     first, second = (load(GOOD_BAD, tmp_path, **SST2_STYLE, seed=seed) for seed in (0, 1))
     assert first == second
@@ -493,14 +478,6 @@ def test_all_problems_of_a_request_are_reported_together(tmp_path: Path) -> None
     assert "--max-length 1" in said and "--eval-limit 0" in said
 
 
-def test_malformed_lines_are_named_and_counted(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "a"}\n\n' + '{"text": \n' * 7 + "[1]\n", encoding="utf-8")
-    said = problems(lambda: load_dataset(DataRequest(data=str(path)), byte_tokenizer()))
-    assert "rows.jsonl:3" in said and "rows.jsonl:10" in said
-    assert "and 2 more (7 in all)" in said
-
-
 @pytest.mark.parametrize(
     ("rows", "asked", "expected"),
     [
@@ -531,26 +508,6 @@ def test_malformed_lines_are_named_and_counted(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_is_said(rows: Any, asked: Any, expected: str, tmp_path: Path) -> None:
     assert expected in problems(lambda: load(rows, tmp_path, **asked))
-
-
-def test_missing_and_empty_sources_are_said(tmp_path: Path) -> None:
-    def ask(**asked: Any) -> str:
-        return problems(lambda: load_dataset(DataRequest(**asked), byte_tokenizer()))
-
-    assert "--task example" in ask()
-    assert "--data-root" in ask(task="sst2")
-    assert "no such file" in ask(data=str(tmp_path / "x.jsonl"))
-    (tmp_path / "readme.md").write_text("hello")
-    assert "it holds: readme.md" in ask(data=str(tmp_path))
-    assert ".jsonl" in ask(data=str(tmp_path / "readme.md"))
-    (tmp_path / "e.jsonl").write_text("")
-    assert "is empty" in ask(data=str(tmp_path / "e.jsonl"))
-    (tmp_path / "l.csv").write_text("text,label\na,1,2\n")
-    assert "l.csv:2" in ask(data=str(tmp_path / "l.csv"))
-    (tmp_path / "b.jsonl").write_bytes(b'{"text": "\xff"}\n')
-    assert "not UTF-8" in ask(data=str(tmp_path / "b.jsonl"))
-    (tmp_path / "a.json").write_text('[\n{"text": "a"}\n]')
-    assert "one object a line" in ask(data=str(tmp_path / "a.json"))
 
 
 def test_masked_models_refuse_what_they_cannot_learn(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from forks import Blow
 from safetensors import safe_open
 
 from edgezo import footprint, session
-from edgezo.cards import cache_dir
+from edgezo.cache import cache_dir
 from edgezo.config import make_config
 from edgezo.errors import EdgezoError
 from edgezo.journal import open_journal
