@@ -1,9 +1,9 @@
 """Matrix products whose numbers of rows repeat.
 
-For every shape of a bf16 product oneDNN compiles kernels and keeps them: 0.63 MB each with AVX-512 BF16, 0.28 MB of it
-even with its cache off. Packed batches have as many numbers of tokens as there are batches, so that a run of 25 steps
-grew by 340 MB (benchmarks/LOG.md, 2026-11-23). Here rows are passed in pieces of a few sizes. Other products (fp32 on a
-CPU, all on a GPU) compile nothing and pass whole.
+For every shape of a bf16 product (strides included) oneDNN compiles kernels and keeps them: 0.63 MB each with AVX-512
+BF16, 0.28 MB of it even with its cache off. Packed batches have as many numbers of tokens as there are batches, so that
+a run of 25 steps grew by 340 MB (benchmarks/LOG.md, 2026-11-23). Here rows are passed in pieces of a few sizes. Other
+products (fp32 on a CPU, all on a GPU) compile nothing and pass whole.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def mm(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     if not compiled(x):
         return torch.mm(x, w, out=out) if out is not None else torch.mm(x, w)
     n, m = len(x), w.shape[1]
-    x, w = _even(x, 1), _even(_even(w, 0), 1)
+    x, w = _by_rows(_even(x, 1)), _even(_even(w, 0), 1)
     found = out if out is not None and w.shape[1] == m else x.new_empty(n, w.shape[1])
     for at, size in pieces(n):
         rows = slice(at, at + size)
@@ -43,7 +43,7 @@ def addmm_(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """y (n, m) += left (n, k) @ right (k, m), rounded once."""
     if not compiled(y):
         return y.addmm_(left, right)
-    left, right = _even(left, 1), _even(right, 0)
+    left, right = _by_rows(_even(left, 1)), _even(right, 0)
     for at, size in pieces(len(y)):
         rows = slice(at, at + size)
         if len(y) >= at + size:
@@ -63,8 +63,7 @@ def along(left: Tensor, x: Tensor) -> Tensor:
     found = torch.zeros(len(left), x.shape[1])
     for at, size in pieces(len(x)):
         part = left[:, at : at + size]
-        # How far apart its rows lie belongs to the shape that a kernel is compiled for, and would be n.
-        part = part.contiguous() if part.stride(1) == 1 else part
+        part = part.contiguous() if part.stride(1) == 1 else part  # else rows that are n apart
         found += torch.mm(_filled(part, 1, size), _filled(x[at : at + size], 0, size))
     return found[:m]
 
@@ -105,6 +104,11 @@ def _even(x: Tensor, axis: int) -> Tensor:
     """``x`` with zeros up to a multiple of 16 along a short axis: examples of a micro-batch, a rank."""
     n = x.shape[axis]
     return _filled(x, axis, -(-n // SIZES[0]) * SIZES[0]) if n <= SHORT else x
+
+
+def _by_rows(x: Tensor) -> Tensor:
+    """``x`` (n, k), row by row: strides belong to what a kernel is compiled for, and columns would be n apart."""
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _filled(x: Tensor, axis: int, n: int) -> Tensor:

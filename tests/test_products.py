@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from workshop import KEY, LOW, SIGMA, Tried, Workshop, cases, make_examples
 
 from edgezo import products
-from edgezo.data import collate, micro_batches
+from edgezo.data import Example, collate, micro_batches
 from edgezo.products import SIZES, addmm_, along, mm, pieces
 from edgezo.shapes import PRODUCT_ROWS
 
@@ -130,9 +130,12 @@ def test_bf16_products_have_the_same_few_shapes_and_strides_for_all_batches(
     """Kernels are compiled for each shape, and kept: memory would grow with every batch (products.py)."""
     model = workshop.model(tried.case, torch.bfloat16)
     model.store.load_trained(tried.start)
-    examples = make_examples(tried.case.kind, model.masked, 16, seed=1)
+    few, many, more = (
+        make_examples(tried.case.kind, model.masked, n, seed)
+        for seed, n in ((0, 1), (1, 16), (2, 16))
+    )
 
-    def lengths(sizes: Sequence[int]) -> set[int]:
+    def lengths(examples: Sequence[Example], *sizes: int) -> set[int]:
         with Lengths() as found:
             for part in (part for n in sizes for part in micro_batches(examples, n)):
                 batch = collate([examples[slot] for slot in part], part)
@@ -142,6 +145,7 @@ def test_bf16_products_have_the_same_few_shapes_and_strides_for_all_batches(
                 model.store.take_guides(learn=False)
         return found.seen
 
-    whole = lengths((1, 16))
-    assert whole & set(PRODUCT_ROWS)
-    assert lengths((3, 5, 7)) <= whole | set(PRODUCT_ROWS) | {32, 48}  # or thin axes
+    known = lengths(few, 1) | lengths(many, 16)
+    assert known & set(PRODUCT_ROWS)
+    # Other rows in batches of the same and of other sizes.
+    assert lengths(more, 16, 3, 5, 7) <= known | set(PRODUCT_ROWS) | {32, 48}  # or thin axes
