@@ -216,7 +216,7 @@ def _measure(
             "ratio_most": ratios[-1],
         }
         row["share_of_products"] = statistics.median(t["products_s"] / t["forward_s"] for t in own)
-        weights = sum(rows * cols for rows, cols in product_shapes(subject.model))
+        weights = sum(rows * cols for rows, cols in (m.shape for m in matrices(subject.model)))
         row["forward_flops_per_s"] = 2 * weights * row["rows"] / row["forward_s"]
         row["share_of_bandwidth"] = subject.weight_bytes / row["forward_s"] / copied
         row["train"] = "+".join(subject.cfg.train)
@@ -295,27 +295,38 @@ def _medians(turns: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 # The machine
 
 
-def product_shapes(model: Model) -> list[tuple[int, int]]:
-    """(d_out, d_in) of every matrix that a forward multiplies all its rows with: the tables are not among them."""
-    linears = [m for m in model.module.modules() if type(m) is PerturbedLinear]
-    return [m.matrix.layout.shape for m in linears]
+def matrices(model: Model) -> list[Layout]:
+    """Every matrix that a forward multiplies all its rows with, in order: the tables are not among them."""
+    return [m.matrix.layout for m in model.module.modules() if type(m) is PerturbedLinear]
 
 
 def bare_products(model: Model, rows: int) -> float:
-    """Seconds of the blocks' matrix products over ``rows`` rows, in the dtype that the model computes in.
+    """Seconds of the same sequence of matrix products over ``rows`` rows, in the dtype that the model computes in.
 
-    One weight for each shape, so that they come from the cache where they fit: more than a forward can have.
+    With the model's own weights, each read from memory as a forward reads it, where they are held in that dtype; else
+    with one weight for each shape, which may come from the cache: more than a forward can have. Kernels are compiled
+    before the clock starts.
     """
     dtype, device = model.context.dtype, model.context.device
-    shapes = product_shapes(model)
-    weights = {shape: torch.full(shape, 0.01, dtype=dtype, device=device) for shape in set(shapes)}
-    inputs = {
-        cols: torch.full((rows, cols), 0.01, dtype=dtype, device=device) for _, cols in weights
-    }
-    outs = {r: torch.empty(rows, r, dtype=dtype, device=device) for r, _ in weights}
+
+    def full(*shape: int) -> Tensor:
+        return torch.full(shape, 0.01, dtype=dtype, device=device)
+
+    held = matrices(model)
+    shapes = {layout.shape for layout in held}
+    some = {shape: full(*shape) for shape in shapes}
+    inputs = {cols: full(rows, cols) for _, cols in shapes}
+    outs = {width: full(rows, width) for width, _ in shapes}
+    weights = [w if (w := part.direct(dtype)) is not None else some[part.shape] for part in held]
+
+    def multiply(w: Tensor) -> None:
+        torch.mm(inputs[w.shape[1]], w.T, out=outs[w.shape[0]])
+
+    for w in some.values():
+        multiply(w)
     begun_s = time.perf_counter()
-    for shape in shapes:
-        torch.mm(inputs[shape[1]], weights[shape].T, out=outs[shape[0]])
+    for w in weights:
+        multiply(w)
     return time.perf_counter() - begun_s
 
 
