@@ -39,7 +39,7 @@ from edgezo.data import Dataset, Example, Row, batch_indices, pieces
 from edgezo.errors import UsageError
 from edgezo.estimators import Estimator, Recipe
 from edgezo.journal import StepRecord, create_journal
-from edgezo.layouts import DENSE_DTYPES
+from edgezo.layouts import DENSE_DTYPES, Layout
 from edgezo.machine import machine
 from edgezo.memory import Guard, rss_bytes
 from edgezo.model import Model
