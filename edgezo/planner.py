@@ -16,9 +16,10 @@ from edgezo.budget import budget, choose_device, mb
 from edgezo.coefficients import MB
 from edgezo.config import RunConfig, as_estimator
 from edgezo.errors import UsageError
-from edgezo.footprint import Footprint, rounding_of
+from edgezo.footprint import Footprint
 from edgezo.footprint_backward import BackwardFootprint, MixedFootprint
 from edgezo.footprint_cuda import CudaFootprint
+from edgezo.footprint_held import rounding_of
 from edgezo.plan import Decision, Plan, PlanDoesNotFit
 from edgezo.presets import AUTO, FIRST_ORDER, PRESETS, step_meaning
 from edgezo.refusals import needs_memory
