@@ -133,7 +133,7 @@ def by_storage(files: ModelFiles, journal: Journal, every: int) -> None:
     exact = store_of(files, journal, "fp32", "none", "stochastic")
     kinds = {"stochastic": "stochastic"}
     if cfg.mask == "none" and "full" in cfg.train:
-        kinds["anchored"] = "anchored"
+        kinds |= {"plane": "plane", "anchored": "anchored"}
     if cfg.train == ("scales",):
         kinds = {"gains on codes": "stochastic"}
     stores = {k: store_of(files, journal, "int8", cfg.mask, r) for k, r in kinds.items()}
@@ -174,7 +174,7 @@ def by_training(run: RunFiles, files: ModelFiles, journal: Journal, out: Path) -
     exact = store_of(files, journal, "fp32", "none", "stochastic")
     exact.apply(journal.recipes)
     print(f"trained again, {len(journal.recipes)} steps: distance of the end to the fp32 run's")
-    for rounding in ("stochastic", "anchored"):
+    for rounding in ("stochastic", "plane", "anchored"):
         place = out / rounding
         request = {**cfg.to_dict(), "precision": "int8", "rounding": rounding, "out": str(place)}
         if not (place / "summary.json").exists():

@@ -238,7 +238,8 @@ class _Builder:
             if recipe.precision in DENSE_DTYPES:
                 dtype = DENSE_DTYPES[recipe.precision]
             elif table and rows is None:  # the largest tensor is never whole beside its codes
-                return Int8.quantise(_Rows(source, stored))
+                plane = how["trained"] and recipe.rounding == "plane"
+                return Int8.quantise(_Rows(source, stored), plane=plane)
             weight = source.read(stored, dtype, rows)
             if transpose:
                 weight = weight.T.contiguous()

@@ -141,10 +141,10 @@ class Held:
 
     def _detail(self, precision: str) -> str:
         """How a weight is stored."""
+        plane = " + 1 for the low plane" if self._plane_bytes(precision) else ""
         if precision in QUANTIZED:
             scales = {"int8": "a scale per row", "int4": "scale and shift per group"}[precision]
-            return f"{precision} codes, {scales}"
-        plane = " + 1 for the low plane" if self._plane_bytes(precision) else ""
+            return f"{precision} codes, {scales}{plane}"
         return f"{precision}, {BYTES_PER_WEIGHT[precision]} bytes each{plane}"
 
     def _slots(self, precision: str, on_disk: int) -> list[Item]:

@@ -24,6 +24,9 @@ from edgezo.shapes import int4_group
 CPU = torch.device("cpu")
 DENSE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+WIDER = (
+    1 + 1 / 64
+)  # than a row needs that has outgrown its scale, which is then left alone for a while
 MOST_CODE = 127  # symmetric: a direction's two sides have the same room
 
 
@@ -152,18 +155,22 @@ class Dense:
 class Int8:
     """quanto qint8: codes (rows, cols) int8 and one fp32 scale a row, symmetric.
 
-    A trained one moves on its own grid: ``snap`` rounds stochastically to the codes' multiples of the row's scale.
-    Scales stay as they are until ``fill`` makes the codes anew (anchors.py).
+    A trained one moves on its own grid: ``snap`` rounds stochastically to the codes' multiples of the row's scale. With
+    a low-order plane of 8 more bits the codes are the nearest ones to a grid 256 times finer, on which the base's own
+    values lie as well: the forward sees rounded weights, and what rounding took is not lost. Scales stay as they are
+    until ``fill`` makes the codes anew (anchors.py); with a plane a row that outgrows its scale is given a wider one.
     """
 
-    def __init__(self, codes: Tensor, scale: Tensor):
+    def __init__(self, codes: Tensor, scale: Tensor, low: Tensor | None = None):
         self.codes, self.scale = codes, scale  # (rows, cols) int8, (rows, 1) fp32
+        self.low = low  # (rows, cols) int8
         self.shape = (codes.shape[0], codes.shape[1])
 
     @staticmethod
-    def quantise(weight: Rows) -> Int8:
+    def quantise(weight: Rows, *, plane: bool = False) -> Int8:
         rows, cols = weight.shape
-        made = Int8(torch.empty(rows, cols, dtype=torch.int8), torch.empty(rows, 1))
+        low = torch.empty(rows, cols, dtype=torch.int8) if plane else None
+        made = Int8(torch.empty(rows, cols, dtype=torch.int8), torch.empty(rows, 1), low)
         made.fill(weight)
         return made
 
@@ -176,7 +183,14 @@ class Int8:
             part = weight[tile].to(torch.float32, copy=True)
             scale = optimizer(part, qint8, 0).clamp_(min=torch.finfo(torch.float32).tiny)
             self.scale[tile] = scale
-            self.codes[tile] = part.div_(scale).round_().clamp_(-128, 127).to(torch.int8)
+            self._store(tile, part.div_(scale))
+
+    def _store(self, rows: slice | Tensor, steps: Tensor) -> None:
+        """Weights in units of their scale."""
+        codes = steps.round().clamp_(-128, 127)
+        self.codes[rows] = codes.to(torch.int8)
+        if self.low is not None:
+            self.low[rows] = _below(steps, codes).to(torch.int8)
 
     def expand(self, rows: slice | Tensor, out: Tensor) -> Tensor:
         # Not torch.mul(codes, scale, out=out): that converts the codes into a temporary of their own first.
@@ -186,13 +200,15 @@ class Int8:
         return None
 
     def nbytes(self) -> int:
-        return self.codes.nbytes + self.scale.nbytes
+        return sum(t.nbytes for t in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"._data": self.codes, "._scale": self.scale}
+        held = {"._data": self.codes, "._scale": self.scale}
+        return held | ({".low": self.low} if self.low is not None else {})
 
     def adopt(self, tensors: dict[str, Tensor]) -> None:
         self.codes, self.scale = tensors["._data"], tensors["._scale"]
+        self.low = tensors.get(".low")
 
     def raw(self, rows: slice) -> dict[str, Tensor]:
         """``tensors`` of some rows."""
@@ -200,12 +216,24 @@ class Int8:
 
     def read(self, rows: slice | Tensor) -> Tensor:
         """The values of ``rows``, (n, cols) fp32, freshly owned."""
-        return self.codes[rows].float().mul_(self.scale[rows])
+        steps = self.codes[rows].float()
+        if self.low is not None:
+            steps.add_(self.low[rows], alpha=1 / 256)
+        return steps.mul_(self.scale[rows])
 
     def snap(self, values: Tensor, key: Key, tensor: int, rows: slice | Tensor) -> Tensor:
-        """Round (n, cols) fp32 ``values`` to multiples of the row's scale, unbiased up to the ends of the range."""
+        """Round (n, cols) fp32 ``values`` to the grid; without a plane unbiased, up to the ends of the range."""
+        if self.low is not None:
+            most = values.abs().amax(1, keepdim=True).div_(MOST_CODE)
+            scale = self.scale[rows]
+            self.scale[rows] = torch.where(
+                most > scale * (1 + 0.49 / MOST_CODE), most * WIDER, scale
+            )
         scale = self.scale[rows]
-        codes = (values / scale).round_().clamp_(-MOST_CODE, MOST_CODE)
+        steps = values / scale
+        codes = steps.round().clamp_(-MOST_CODE, MOST_CODE)
+        if self.low is not None:
+            return codes.add_(_below(steps, codes), alpha=1 / 256).mul_(scale)
         # What is left is measured from the grid as ``read`` gives it: a value that lies on it has nothing left.
         left = values.sub(codes * scale).div_(scale)
         dither = noise.uniform_at(key, tensor, noise.ROUNDING, rows, self.shape[1])
@@ -215,7 +243,12 @@ class Int8:
 
     def write(self, rows: slice | Tensor, values: Tensor) -> None:
         """Store (n, cols) fp32 values that ``snap`` gave."""
-        self.codes[rows] = (values / self.scale[rows]).round_().to(torch.int8)
+        self._store(rows, values / self.scale[rows])
+
+
+def _below(steps: Tensor, codes: Tensor) -> Tensor:
+    """What lies below the codes, in 256ths: never half a step, which would be read back beside another code."""
+    return steps.sub(codes).mul_(256).round_().clamp_(-127, 127)
 
 
 class Int4:
@@ -292,7 +325,7 @@ def place(
     """Put one (rows, cols) matrix into the layout of ``precision``."""
     match _stored_as(precision, weight.shape[0], table):
         case "int8":
-            return Int8.quantise(weight)
+            return Int8.quantise(weight, plane=trained and rounding == "plane")
         case "int4":
             return Int4.quantise(weight)
         case dense:
@@ -317,7 +350,8 @@ def vacant(
 
     match _stored_as(precision, rows, table):
         case "int8":
-            return Int8(empty(rows, cols, dtype=torch.int8), empty(rows, 1))
+            low = empty(rows, cols, dtype=torch.int8) if trained and rounding == "plane" else None
+            return Int8(empty(rows, cols, dtype=torch.int8), empty(rows, 1), low)
         case "int4":
             groups = cols // int4_group(cols)
             packed = empty(rows // 2, cols, dtype=torch.uint8)

@@ -251,6 +251,10 @@ def mask_of(name: str, keep: float, sigma: float) -> Mask:
     return makers[name]()
 
 
-def as_read(layout: object, values: Tensor) -> Tensor:
-    """fp32 ``values`` of a store's grid as the forward reads them."""
-    return values.to(layout.values.dtype).float() if isinstance(layout, Dense) else values
+def as_read(layout: object, rows: slice | Tensor, values: Tensor) -> Tensor:
+    """fp32 ``values`` of some rows, on a store's grid, as the forward reads them."""
+    if isinstance(layout, Dense):
+        return values.to(layout.values.dtype).float()
+    if isinstance(layout, Int8) and layout.low is not None:
+        return (values / layout.scale[rows]).round_().mul_(layout.scale[rows])
+    return values

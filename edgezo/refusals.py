@@ -91,10 +91,10 @@ def combinations(v: Mapping[str, Any], need_data: bool) -> list[str]:
             problems.append(
                 f"--rounding with --precision {v['precision']}: {UNROUNDED[v['precision']]}"
             )
-        elif v["rounding"] == "plane" and v["precision"] == "int8":
+        elif v["rounding"] == "plane" and v["mask"] == "quantized":
             problems.append(
-                "--rounding plane adds 8 bits to bf16 or fp16 weights; "
-                "with --precision int8 use anchored, or stochastic"
+                "--mask quantized moves codes by whole steps of their grid; "
+                "--rounding plane has a finer one: use --rounding stochastic"
             )
         elif v["rounding"] == "anchored" and v["precision"] != "int8":
             problems.append(

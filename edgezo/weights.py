@@ -313,7 +313,7 @@ class WeightStore:
 
         def shape(u: Tensor) -> Tensor:
             before.append(u)
-            seen = functools.partial(as_read, row.layout, values)
+            seen = functools.partial(as_read, row.layout, rows, values)
             return self.mask.shape(u, key, row, rows, seen, probing=False)
 
         shaped = shape if self.mask.shapes(row) else None

@@ -109,7 +109,10 @@ def test_all_problems_are_reported_together():
         ({"candidates": 5}, "no effect"),
         ({"train": "full", "rule": "adam", "residency": "disk"}, "beside the weights"),
         ({"train": "full", "precision": "int4"}, "codes are frozen"),
-        ({"train": "full", "precision": "int8", "rounding": "plane"}, "use anchored"),
+        (
+            {"estimator": "quzo", "precision": "int8", "rounding": "plane"},
+            "use --rounding stochastic",
+        ),
         ({"train": "full", "precision": "bf16", "rounding": "anchored"}, "needs --precision int8"),
         ({"train": "full", "precision": "int8", "residency": "disk"}, "stay in memory"),
         (

@@ -158,14 +158,14 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 def _coarse(layout: layouts.Dense | layouts.Int8) -> bool:
     if isinstance(layout, layouts.Int8):
-        return True
+        return layout.low is None
     return layout.values.dtype != torch.float32 and layout.low is None
 
 
 def _grid(layout: layouts.Dense | layouts.Int8) -> Tensor:
     """How far ``snap`` may move each value, (rows, cols) float64."""
     if isinstance(layout, layouts.Int8):
-        return code_steps(layout)
+        return code_steps(layout) if layout.low is None else layout.scale.double() / 256
     if layout.values.dtype == torch.float32:
         return torch.zeros(layout.shape, dtype=torch.float64)
     digits = {torch.bfloat16: 7, torch.float16: 10}[layout.values.dtype]

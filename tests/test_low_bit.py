@@ -78,6 +78,59 @@ def test_a_value_past_the_range_stops_at_its_end_and_a_row_of_zeros_stays_finite
     assert layout.codes.abs().max() == MOST_CODE and (layout.codes[1] == MOST_CODE).all()
 
 
+# ----------------------------------------------------------------------------- a plane below the codes
+
+
+def test_a_plane_keeps_what_rounding_the_base_takes_and_leaves_the_codes_alone() -> None:
+    values = torch.randn(9, 500, generator=torch.Generator().manual_seed(3))
+    fine, coarse = Int8.quantise(values, plane=True), Int8.quantise(values)
+    assert torch.equal(fine.codes, coarse.codes) and torch.equal(fine.scale, coarse.scale)
+    every = slice(0, 9)
+    seen = (layout.expand(every, torch.empty(9, 500)) for layout in (fine, coarse))
+    assert torch.equal(*seen)  # what a forward reads
+    # Half a fine step, and another half where the outermost of 256 is left out.
+    assert bool(((fine.read(every) - values).abs() <= fine.scale / 256).all())
+    assert fine.nbytes() == coarse.nbytes() + 9 * 500
+
+
+def test_values_of_a_plane_are_read_back_and_its_codes_are_the_nearest() -> None:
+    layout, every = Int8.quantise(_drawn(7, 300, 0), plane=True), slice(0, 7)
+    for step in range(1, 30):
+        values = layout.read(every) + 0.4 * layout.scale * _drawn(7, 300, step)
+        values[step % 7] *= 1.3  # past the range: the row's scale grows
+        found = layout.snap(values.clone(), Key(0, step), 5, every)
+        assert bool(((found - values).abs() <= layout.scale / 256).all())
+        layout.write(every, found)
+        assert torch.equal(layout.read(every), found)
+        assert torch.equal(layout.codes.float(), (found / layout.scale).round())
+        assert layout.codes.abs().max() <= MOST_CODE
+
+
+def _drawn(rows: int, cols: int, seed: int) -> Tensor:
+    return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("family", "directions"), [("llama", "signs"), ("gpt2", "rademacher")])
+def test_codes_with_a_plane_stay_as_near_to_fp32_as_rounding_it_once(
+    family: str, directions: str, tmp_path: Path
+) -> None:
+    pair = Pair(tiny_models.make(family, tmp_path), "label", directions, rounding="plane")
+    for _ in range(40):
+        pair.step(1e-3)
+    once = pair.distance(pair.quantised())
+    seen = {}
+    for name, row in pair.codes.store.trainables.items():
+        seen[name] = row.layout.expand(slice(0, row.target.rows), torch.empty(row.layout.shape))
+    assert (
+        pair.distance() < 0.03 * once
+    )  # with what is below the codes; 40 roundings to 1/256 of a step
+    # What a forward sees.
+    assert pair.distance(seen) < 1.05 * once
+    again = pair.again()
+    again.store.replay(40)
+    assert saved_sha256(again.store.saved()) == saved_sha256(pair.codes.store.saved())
+
+
 # ----------------------------------------------------------------------------- anchors
 
 

@@ -103,6 +103,7 @@ CASES: tuple[Case, ...] = (
     of("gemma2", "full", precision="bf16", kind="completion"),
     *(of("llama", "full", d, precision="int8", rounding="anchored") for d in DIRECTIONS),
     *(of(f, "full", precision="int8", rounding="stochastic") for f in ("gpt2", "phi3")),
+    *(of(f, "full", precision="int8", rounding="plane") for f in ("llama", "gpt2")),
     of("gemma2", "full", precision="int8", kind="completion", rounding="anchored"),
     *(of("llama", BESIDE, d, precision="int4") for d in FIRST),
     *(of("llama", BESIDE, precision=p) for p in ("bf16", "int8")),
