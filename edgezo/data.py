@@ -447,7 +447,7 @@ def _find_task(request: DataRequest, problems: Problems) -> Task | None:
 
 
 def _given_path(data: str, problems: Problems, notes: list[str]) -> Path | None:
-    """The path, or the folder of a data set of the hub; what is typed wrong must not reach the network."""
+    """The path, or the folder of a data set of the hub; what looks like a path here does not reach the network."""
     path = Path(data).expanduser()
     local = path.exists() or Path(data.partition("/")[0]).exists()
     if local or path.suffix in SUFFIXES or not DATA_ID.fullmatch(data):

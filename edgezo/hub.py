@@ -7,23 +7,26 @@ network.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 
 from edgezo.cache import cache_dir, file_sha256
-from edgezo.errors import SourceError
+from edgezo.errors import EdgezoError, SourceError
 from edgezo.files import atomic_write
 
 TIMEOUT_S = 5
 MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
-DATA_ID = re.compile(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)")  # a repository, and a folder of it
+_NAME = r"(?!\.+(?:/|$))[\w.-]+"  # not . or ..
+DATA_ID = re.compile(rf"({_NAME}/{_NAME})((?:/{_NAME})*)")  # a repository, and a folder of it
 BESIDE_WEIGHTS = (
     "generation_config.json",
     "tokenizer*",
@@ -34,9 +37,13 @@ BESIDE_WEIGHTS = (
     "chat_template*",
 )
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", *BESIDE_WEIGHTS)
-MODEL_SKIPPED = ("*/*", "consolidated*")
+MODEL_SKIPPED = ("*/*", "consolidated*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.py")
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class Unreachable(SourceError):
+    """The hub gave no answer, or not this repository."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Repository:
     def fetch(self, choose: Callable[[Sequence[str]], list[str]]) -> tuple[Path, list[str]]:
         """Its folder with the files that ``choose`` takes of all names, and these; it may refuse (SourceError)."""
         if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true"):
-            raise SourceError("HF_HUB_OFFLINE is set")
+            raise Unreachable("HF_HUB_OFFLINE is set")
         from huggingface_hub import HfApi
 
         try:
@@ -63,13 +70,13 @@ class Repository:
             )
             siblings = getattr(info, "siblings", None) or []
             chosen = choose([sibling.rfilename for sibling in siblings])
-            snapshot = self._snapshot(chosen, (), local_files_only=False)
+            snapshot = self._snapshot([escape(n) for n in chosen], (), local_files_only=False)
         except SourceError:
             raise
         except Exception as problem:  # the client's HTTP library raises types of its own
             if isinstance(problem, OSError) and problem.errno in _DISK_ERRORS:
                 raise
-            raise SourceError(first_line(problem)) from problem
+            raise Unreachable(first_line(problem)) from problem
         if snapshot is None or not all((snapshot / name).is_file() for name in chosen):
             raise SourceError("the download is incomplete")
         if bad := _damaged(snapshot / name for name in chosen):
@@ -131,27 +138,38 @@ def dataset(name: str, suffixes: Sequence[str], tell: Callable[[str], None]) -> 
             )
         return taken
 
-    # Which files belong together is known to the hub only: of a download that was cut off some are missing.
+    # Which files belong together is known to the hub only: of a download that was cut off some are missing. And the
+    # hub's cache may come to know a newer commit by the same name.
     whole = cache_dir() / "datasets" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
     try:
-        listed = json.loads(whole.read_bytes())
-        if (snapshot := repository.cached(listed)) is not None:
-            files = [snapshot / name for name in listed]
+        known = json.loads(whole.read_bytes())
+        then = replace(repository, revision=known["commit"])
+        snapshot = then.cached([escape(n) for n in known["files"]])
+        if snapshot is not None:
+            files = [snapshot / n for n in known["files"]]
             if all(map(Path.is_file, files)) and sound(files, tell):
                 return snapshot / folder
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, KeyError):
         pass  # fetched again
     tell(f"fetching {name} from the hub")
     try:
         fetched, chosen = repository.fetch(choose)
-    except SourceError as problem:  # what another program has fetched
+    except Unreachable as problem:  # what another program has fetched, which may not be all
         snapshot = repository.cached([f"{folder}/*{suffix}".strip("/") for suffix in suffixes])
-        if snapshot is None or not (snapshot / folder).is_dir():
-            raise
-        tell(f"{problem}; using what the hub cache holds of {name}")
+        held = [] if snapshot is None else [p for p in snapshot.rglob("*") if p.is_file()]
+        names = [str(p.relative_to(snapshot)) for p in held if snapshot is not None]
+        try:
+            chosen = choose(names)
+        except SourceError:
+            raise problem from None
+        assert snapshot is not None
+        tell(f"{problem}; of {name} the hub cache holds {', '.join(chosen)}")
         return snapshot / folder
-    whole.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(whole, json.dumps(chosen).encode())
+    with contextlib.suppress(
+        OSError, EdgezoError
+    ):  # as a remembered hash, it only saves asking again
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(whole, json.dumps({"commit": fetched.name, "files": chosen}).encode())
     return fetched / folder
 
 

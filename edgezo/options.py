@@ -16,7 +16,7 @@ DATA = (
     (
         "data",
         "PATH",
-        "Rows: a .jsonl, .csv or .parquet file, a directory with train/validation files, or a hub id.",
+        "Rows: a .jsonl, .json, .csv or .parquet file, a directory with train/validation files, or a hub id.",
     ),
     ("task", "NAME", "A built-in task instead of --data: sst2, trec, boolq, ..., or example."),
     ("data_root", "DIR", "Folder that holds the data sets of --task."),

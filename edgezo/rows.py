@@ -19,6 +19,7 @@ from typing import Any, TextIO
 from edgezo.errors import UsageError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+ABOUT = ("dataset_infos.json", "dataset_dict.json", "state.json", "config.json")  # no rows
 TRAIN_NAMES = ("train",)
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test")
 
@@ -70,48 +71,60 @@ class Record:
 def find_splits(path: Path, problems: Problems) -> tuple[list[Path], list[Path]]:
     """The train and validation files of a directory, or a single file as train.
 
-    In a directory, or its folder ``data``, a part is ``train.jsonl`` or, as on the hub, the shards
-    ``train-00000-of-00002.parquet``, ...; where no file is named so, the only one there is train.
+    A directory, or its folder ``data``, holds ``train.jsonl`` or, as on the hub, the shards
+    ``train-00000-of-00002.parquet``, ..., and perhaps others of validation; where no file is named so, the only one
+    there is train.
     """
     if path.is_file():
         if path.suffix not in SUFFIXES:
             problems.add(
-                f"cannot read {path}: edgezo reads {', '.join(SUFFIXES)} files (one row a line)"
+                f"cannot read {path}: edgezo reads {', '.join(SUFFIXES)} files (rows of named fields)"
             )
             return [], []
         return [path], []
     if not path.is_dir():
         problems.add(f"no such file or directory: {path}")
         return [], []
-    folders = (path, path / "data")
-    train, validation = (
-        next((found for folder in folders if (found := _part(folder, names, problems))), [])
-        for names in (TRAIN_NAMES, VALIDATION_NAMES)
+    folders = [_readable(folder) for folder in (path, path / "data")]
+    for files in folders:
+        if train := _part(files, TRAIN_NAMES, problems):
+            return train, _part(files, VALIDATION_NAMES, problems)
+    for files in folders:
+        if len(files) == 1 and not _part(files, VALIDATION_NAMES, problems):
+            return files, []
+    held = sorted(p.name for p in path.iterdir())
+    listed = ", ".join(held[:8]) + (", ..." if len(held) > 8 else "")
+    problems.add(
+        f"no train.jsonl, .json, .csv or .parquet in {path} (it holds: {listed or 'nothing'})"
     )
-    held = sorted(path.iterdir())
-    readable = [file for file in held if file.suffix in SUFFIXES]
-    if not train and not validation and len(readable) == 1:
-        train = readable
-    if not train:
-        listed = ", ".join(p.name for p in held[:8]) + (", ..." if len(held) > 8 else "")
-        problems.add(f"no train.jsonl or train.csv in {path} (it holds: {listed or 'nothing'})")
-    return train, validation
+    return [], []
 
 
-def _part(folder: Path, names: Sequence[str], problems: Problems) -> list[Path]:
-    """The file, or the shards, of the first of ``names`` that is there."""
+def _readable(folder: Path) -> list[Path]:
     files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [f for f in files if f.suffix in SUFFIXES and f.name not in ABOUT and f.is_file()]
+
+
+def _part(files: Sequence[Path], names: Sequence[str], problems: Problems) -> list[Path]:
+    """The file, or the shards, of the first of ``names`` that is there."""
     for name in names:
         for suffix in SUFFIXES:
-            if (file := folder / f"{name}{suffix}") in files:
-                return [file]
-            form = re.compile(rf"{name}-\d+-of-(\d+){re.escape(suffix)}")
-            shards = [(f, match) for f in files if (match := form.fullmatch(f.name))]
+            if found := [file for file in files if file.name == f"{name}{suffix}"]:
+                return found
+            form = re.compile(rf"{name}-(\d+)-of-(\d+)(?:-[0-9a-f]+)?{re.escape(suffix)}")
+            shards = sorted(
+                (int(match[1]), int(match[2]), file)
+                for file in files
+                if (match := form.fullmatch(file.name))
+            )
             if shards:
-                whole = int(shards[0][1][1])
-                if len(shards) != whole:
-                    problems.add(f"{len(shards)} of {whole} shards of {name} are in {folder}")
-                return [file for file, _ in shards]
+                whole = max(count for _, count, _ in shards)
+                if [number for number, _, _ in shards] != list(range(whole)):
+                    where = shards[0][2].parent
+                    problems.add(
+                        f"{len(shards)} shards of {name} are in {where}, not each of {whole} once"
+                    )
+                return [file for _, _, file in shards]
     return []
 
 
@@ -139,8 +152,11 @@ def read_records(path: Path, problems: Problems) -> list[Record]:
 def _read_json(path: Path, problems: Problems) -> Iterator[Record]:
     """One object a line, or one array of objects."""
     with path.open(encoding="utf-8-sig") as lines:
-        read = _array if lines.read(1) == "[" else _records
+        first = lines.read(1)
+        while first.isspace():
+            first = lines.read(1)
         lines.seek(0)
+        read = _array if first == "[" else _records
         yield from read(lines, path, problems)
 
 
@@ -165,17 +181,20 @@ try:
     import pyarrow.parquet
 except ImportError:
     sys.exit("it takes pyarrow to read: pip install pyarrow")
+def text(value):
+    return value.decode() if isinstance(value, bytes) else str(value)
 try:
     for batch in pyarrow.parquet.ParquetFile(sys.argv[1]).iter_batches(256):
         for row in batch.to_pylist():
-            print(json.dumps(row, default=str))
-except (OSError, pyarrow.ArrowException) as error:
+            print(json.dumps(row, default=text))
+except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
     sys.exit(str(error).splitlines()[0])
 """
 
 
 def _read_parquet(path: Path, problems: Problems) -> Iterator[Record]:
-    command = [sys.executable, "-X", "utf8", "-c", _PARQUET, str(path)]
+    # -P: nothing is imported from the folder that the user stands in.
+    command = [sys.executable, "-P", "-X", "utf8", "-c", _PARQUET, str(path)]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=said, encoding="utf-8"

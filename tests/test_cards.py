@@ -249,6 +249,9 @@ def test_a_cache_that_cannot_be_written_is_one_clear_error(
 # ----------------------------------------------------------------------------- hub
 
 
+REFUSED = ("pytorch_model.bin", "tokenizer.pkl", "tokenizer.py", "vocab.pt", "chat_template.py")
+
+
 class FakeHub:
     """The two calls of huggingface_hub that are used, over a folder laid out like its cache."""
 
@@ -256,7 +259,7 @@ class FakeHub:
         self.published = tiny_models.make("llama", root / "published")
         self.snapshot = root / "hub" / "snapshot"
         self.blobs = root / "hub" / "blobs"
-        self.names = ["config.json", "model.safetensors", "pytorch_model.bin"]
+        self.names = ["config.json", "model.safetensors", *REFUSED]
         self.downloads = 0
         self.damage = False
         self.error: Exception | None = None
@@ -272,7 +275,7 @@ class FakeHub:
         return SimpleNamespace(siblings=[SimpleNamespace(rfilename=n) for n in self.names])
 
     def snapshot_download(self, repo: str, *, local_files_only: bool, **options: Any) -> str:
-        assert not any(name.endswith("bin") for name in options["allow_patterns"] or ())
+        assert not set(REFUSED) & set(options["allow_patterns"])
         assert options["revision"] is None  # another one would not be found in the cache again
         if local_files_only:
             if not self.snapshot.is_dir():
