@@ -154,7 +154,7 @@ def evaluate(config_file: str | None, as_json: bool, **said: str | None) -> None
     use_threads(cfg.threads)
     from edgezo.evaluate import evaluate as run_evaluation
 
-    result = run_evaluation(target, cfg)
+    result = run_evaluation(target, cfg, lambda text: click.echo(text, err=True))
     emit(as_json, result, report.evaluation_line(result))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,8 +37,13 @@ from edgezo.session import (
 from edgezo.weights import saved_sha256
 
 
-def evaluate(target: str, cfg: RunConfig) -> dict[str, Any]:
-    """Metric of a model or of a run (a directory with config.toml) on the validation rows of ``cfg``'s data."""
+def evaluate(
+    target: str, cfg: RunConfig, note: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Metric of a model or of a run (a directory with config.toml) on the validation rows of ``cfg``'s data.
+
+    ``note`` is told what there is to say about the data.
+    """
     meter = Meter()
     run = RunFiles(Path(target))
     is_run = run.config.is_file()
@@ -46,6 +51,8 @@ def evaluate(target: str, cfg: RunConfig) -> dict[str, Any]:
     if trained is None:
         cfg = replace(cfg, train=("head",))  # the smallest: nothing is trained
     opened = open_request(cfg)
+    for text in opened.dataset.notes:
+        note(text)
     base = meter.mark("base")
     settle(opened, confirmed(machine()), base.rss_bytes)
     with ExitStack() as held:

@@ -242,13 +242,15 @@ def test_resume_of_a_run_that_made_no_step_starts_it(begun, finetune, tmp_path, 
 def test_eval_of_a_run_uses_its_request_and_other_data_if_given(begun, monkeypatch, capsys):
     seen = []
 
-    def evaluate(target, cfg):
+    def evaluate(target, cfg, note):
         seen.append((target, cfg))
+        note("no validation file")
         return {"metric": "accuracy", "value": 0.5, "n": 4}
 
     monkeypatch.setitem(sys.modules, "edgezo.evaluate", SimpleNamespace(evaluate=evaluate))
-    code, out, _ = run("eval", "--model", begun, capsys=capsys)
+    code, out, err = run("eval", "--model", begun, capsys=capsys)
     assert code == 0 and out == "accuracy 0.5000 on 4 validation rows\n"
+    assert err == "no validation file\n"
     assert seen[0][0] == str(begun) and seen[0][1].task == "sst2" and seen[0][1].model == SMOL
     assert run("eval", "--model", begun, "--data", "d.jsonl", capsys=capsys)[0] == 0
     assert (seen[1][1].data, seen[1][1].task) == ("d.jsonl", None)
