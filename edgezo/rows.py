@@ -150,9 +150,9 @@ def read_records(path: Path, problems: Problems) -> list[Record]:
 
 
 def _read_json(path: Path, problems: Problems) -> Iterator[Record]:
-    """One object a line, or one array of objects."""
+    """One object a line; or one array of objects in a .json file."""
     with path.open(encoding="utf-8-sig") as lines:
-        first = lines.read(1)
+        first = lines.read(1) if path.suffix == ".json" else ""
         while first.isspace():
             first = lines.read(1)
         lines.seek(0)

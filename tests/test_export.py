@@ -129,7 +129,7 @@ def test_codes_are_exported_as_the_run_multiplied_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # On every machine, so that nothing but the weights can differ.
-    monkeypatch.setattr("edgezo.footprint.compute_dtype", lambda *_: ("fp32", "of this test"))
+    monkeypatch.setattr("edgezo.footprint_held.compute_dtype", lambda *_: ("fp32", "of this test"))
     request = {"train": train, "precision": precision, "kind": "completion", **LARGE}
     summary = run_of(bench, tmp_path / "run", **request)
     code, made = edgezo_json("export", tmp_path / "run", "--out", tmp_path / "hf")
