@@ -91,7 +91,7 @@ def combinations(v: Mapping[str, Any], need_data: bool) -> list[str]:
             problems.append(
                 f"--rounding with --precision {v['precision']}: {UNROUNDED[v['precision']]}"
             )
-        elif v["rounding"] == "plane" and v["mask"] == "quantized":
+        elif (v["rounding"], v["precision"], v["mask"]) == ("plane", "int8", "quantized"):
             problems.append(
                 "--mask quantized moves codes by whole steps of their grid; "
                 "--rounding plane has a finer one: use --rounding stochastic"
