@@ -24,9 +24,8 @@ from edgezo.shapes import int4_group
 CPU = torch.device("cpu")
 DENSE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-WIDER = (
-    1 + 1 / 64
-)  # than a row needs that has outgrown its scale, which is then left alone for a while
+# A row that has outgrown its scale is given more than it needs, and then left alone for a while.
+WIDER = 1 + 1 / 64
 MOST_CODE = 127  # symmetric: a direction's two sides have the same room
 
 
@@ -186,11 +185,10 @@ class Int8:
             self._store(tile, part.div_(scale))
 
     def _store(self, rows: slice | Tensor, steps: Tensor) -> None:
-        """Weights in units of their scale."""
-        codes = steps.round().clamp_(-128, 127)
-        self.codes[rows] = codes.to(torch.int8)
+        """Weights in units of their scale, which are overwritten."""
         if self.low is not None:
-            self.low[rows] = _below(steps, codes).to(torch.int8)
+            self.low[rows] = _below(steps, steps.round().clamp_(-128, 127)).to(torch.int8)
+        self.codes[rows] = steps.round_().clamp_(-128, 127).to(torch.int8)
 
     def expand(self, rows: slice | Tensor, out: Tensor) -> Tensor:
         # Not torch.mul(codes, scale, out=out): that converts the codes into a temporary of their own first.

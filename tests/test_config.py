@@ -148,9 +148,8 @@ def test_meaningless_requests_are_refused_with_the_reason(said, reason):
 
 def test_two_roundings_are_for_a_plane_below_dense_weights_too():
     said = {**BASE, "estimator": "quzo", "precision": "bf16", "rounding": "plane"}
-    assert (
-        make_config(said).rounding == "plane"
-    )  # what such a run's own file says when it is resumed
+    # What such a run's own file says when it is resumed.
+    assert make_config(said).rounding == "plane"
 
 
 def test_what_a_lower_layer_says_in_vain_is_ignored():
