@@ -28,6 +28,7 @@ from edgezo.backward import recompute
 from edgezo.directions import DIRECTIONS, orthonormal
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.estimators import TWO_SIDED, Evaluation
+from edgezo.fused import fuse_gates, fuse_norm, norm_of
 from edgezo.head import ExactHead
 from edgezo.layouts import CPU, DENSE_DTYPES, Dense, Int8, Layout, Rows, moved, place, vacant
 from edgezo.lora import Adapter, Adapters, LoraLinear
@@ -43,7 +44,6 @@ from edgezo.perturb import (
     PerturbedHead,
     PerturbedLinear,
     PerturbedNorm,
-    norm_role,
 )
 from edgezo.rules import RULES
 from edgezo.weights import Trainable, WeightStore
@@ -164,6 +164,7 @@ class _Builder:
             away.enter(-1)
             away.residency.attach(list(away.layers)[away.first :])
         self.store.prepare()
+        fuse_gates(self.module)
         for sub in self.module.modules():
             for name, buffer in sub._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -395,13 +396,12 @@ class _Builder:
                 values, _ = self._vector(f"{name}.{own}")
                 assert values is not None
                 sub._parameters[own] = nn.Parameter(values, requires_grad=False)
+            fuse_norm(sub)
             return
-        normalise, offset = norm_role(sub)
         rows = {own: self._vector(f"{name}.{own}")[1] for own in names}
         fields = {
             "context": self.context,
-            "normalise": normalise,
-            "offset": offset,
+            "norm": norm_of(sub),
             "weight_row": rows["weight"],
             "bias_row": rows.get("bias"),
         }

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from edgezo import noise
+from edgezo import kernels, noise
 from edgezo.coefficients import QUANTISE_BYTES, TILE_BYTES
 from edgezo.noise import Key
 from edgezo.shapes import int4_group
@@ -110,16 +110,26 @@ class Dense:
 
     def read(self, rows: slice | Tensor) -> Tensor:
         """The exact stored values of ``rows``, (n, cols) fp32, freshly owned."""
-        high = self.values[rows].to(torch.float32, copy=True)
+        stored = self.values[rows]
+        if self.low is not None:
+            found = torch.empty(stored.shape, dtype=torch.float32, device=stored.device)
+            if kernels.read_plane(stored, self.low[rows], found):
+                return found
+        high = stored.to(torch.float32, copy=True)
         if self.low is not None:
             high.addcmul_(self.low[rows].float(), self._ulp(high), value=1 / 256)
         return high
 
     def snap(self, values: Tensor, key: Key, tensor: int, rows: slice | Tensor) -> Tensor:
-        """Round (n, cols) fp32 ``values`` to the layout's grid; unbiased where it is coarser than the plane."""
+        """Round (n, cols) fp32 ``values`` to the layout's grid; unbiased where it is coarser than the plane.
+
+        They may be overwritten.
+        """
         if self.values.dtype == torch.float32:
             return values
         if self.low is not None:
+            if self.values.dtype is torch.bfloat16 and kernels.snap_plane(values):
+                return values
             high = values.to(self.values.dtype).float()
             ulp = self._ulp(high)
             return high.addcmul_(self._low_codes(values, high, ulp), ulp, value=1 / 256)
@@ -133,6 +143,9 @@ class Dense:
 
     def write(self, rows: slice | Tensor, values: Tensor) -> None:
         """Store (n, cols) fp32 values that ``snap`` gave."""
+        if self.low is not None and isinstance(rows, slice):  # else what is indexed is a copy
+            if kernels.write_plane(values, self.values[rows], self.low[rows]):
+                return
         high = values.to(self.values.dtype)
         self.values[rows] = high
         if self.low is not None:
@@ -191,6 +204,8 @@ class Int8:
         self.codes[rows] = steps.round_().clamp_(-128, 127).to(torch.int8)
 
     def expand(self, rows: slice | Tensor, out: Tensor) -> Tensor:
+        if kernels.expand_int8(self.codes[rows], self.scale[rows], out):
+            return out
         # Not torch.mul(codes, scale, out=out): that converts the codes into a temporary of their own first.
         return out.copy_(self.codes[rows]).mul_(self.scale[rows])
 
@@ -293,8 +308,11 @@ class Int4:
             a, b = max(rows.start, start), min(rows.stop, stop)
             if a < b:
                 packed = self.packed[a - start : b - start]
+                part = out[a - rows.start : b - rows.start]
+                if kernels.expand_int4(packed, shift, self.scale[a:b], self.shift[a:b], part):
+                    continue
                 codes = packed >> 4 if shift else packed & 15
-                self._dequantise(codes, slice(a, b), out[a - rows.start : b - rows.start])
+                self._dequantise(codes, slice(a, b), part)
         return out
 
     def _dequantise(self, codes: Tensor, rows: slice | Tensor, out: Tensor) -> Tensor:

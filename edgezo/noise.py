@@ -26,13 +26,14 @@ import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from edgezo import kernels
 
 _LAYOUT_VERSION = 1
 _BLOCK_BITS = 256
@@ -56,11 +57,17 @@ def tensor_id(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
+def _address(key: Key, tensor: int, stream: int) -> tuple[int, ...]:
+    """Philox's key, and its counter but for the block."""
+    return key.seed & _U64, tensor & _U64, stream, key.step, _LAYOUT_VERSION
+
+
 def words(key: Key, tensor: int, stream: int, block: int, n_blocks: int) -> np.ndarray:
     """Words ``4*block .. 4*(block + n_blocks)`` of a stream, shape (4*n_blocks,) uint64, little endian."""
+    seed, name, *counter = _address(key, tensor, stream)
     generator = np.random.Philox(
-        key=np.array([key.seed & _U64, tensor & _U64], dtype=np.uint64),
-        counter=np.array([block, stream, key.step, _LAYOUT_VERSION], dtype=np.uint64),
+        key=np.array([seed, name], dtype=np.uint64),
+        counter=np.array([block, *counter], dtype=np.uint64),
     )
     raw: np.ndarray = generator.random_raw(4 * n_blocks)
     return raw.astype("<u8", copy=False)
@@ -124,6 +131,9 @@ def _in_parts(rows: slice, width: int, fill: Callable[[slice, slice], None]) -> 
 
 def signs(key: Key, tensor: int, stream: int, rows: slice, width: int) -> Tensor:
     """Rows ``rows`` of a matrix of independent fair signs, shape (n, width) int8."""
+    found = kernels.noise(_address(key, tensor, stream), _sign_table(), rows, width)
+    if found is not None:
+        return found
     made = np.empty((rows.stop - rows.start, 32 * -(-width // _BLOCK_BITS)), np.uint64)
 
     def fill(part: slice, place: slice) -> None:
@@ -134,15 +144,25 @@ def signs(key: Key, tensor: int, stream: int, rows: slice, width: int) -> Tensor
     return torch.from_numpy(made.view(np.int8))[:, :width]
 
 
-def _of_codes(
-    key: Key, tensor: int, stream: int, rows: slice, width: int, turn: Callable[..., object]
+@functools.cache
+def _uniform_table() -> np.ndarray:
+    """(65536,) fp32: (k + 1/2)/65536."""
+    return (np.arange(65536, dtype=np.float32) + np.float32(0.5)) / np.float32(65536)
+
+
+def _levels(
+    key: Key, tensor: int, stream: int, rows: slice, width: int, table: np.ndarray
 ) -> Tensor:
-    """(n, width) fp32, which ``turn(codes, out=...)`` makes of 16 bits an element."""
+    """(n, width) fp32: the table's value for 16 bits an element."""
+    found = kernels.noise(_address(key, tensor, stream), table, rows, width)
+    if found is not None:
+        return found
     made = np.empty((rows.stop - rows.start, width), np.float32)
 
     def fill(part: slice, place: slice) -> None:
         raw, count = _row_words(key, tensor, stream, part, 16 * width)
-        turn(raw.view("<u2").reshape(count, -1)[:, :width], out=made[place])
+        codes = raw.view("<u2").reshape(count, -1)[:, :width]
+        table.take(codes, out=made[place], mode="clip")
 
     _in_parts(rows, width, fill)
     return torch.from_numpy(made)
@@ -150,17 +170,12 @@ def _of_codes(
 
 def normals(key: Key, tensor: int, stream: int, rows: slice, width: int) -> Tensor:
     """Rows ``rows`` of a matrix of independent standard normals, shape (n, width) fp32."""
-    take = _normal_table().take
-    return _of_codes(key, tensor, stream, rows, width, partial(take, mode="clip"))
+    return _levels(key, tensor, stream, rows, width, _normal_table())
 
 
 def uniform(key: Key, tensor: int, stream: int, rows: slice, width: int) -> Tensor:
     """Rows ``rows`` of uniforms in (0, 1), shape (n, width) fp32, a multiple of 2**-17."""
-
-    def place(codes: np.ndarray, out: np.ndarray) -> None:
-        np.divide(codes.astype(np.float32) + 0.5, 65536, out=out)
-
-    return _of_codes(key, tensor, stream, rows, width, place)
+    return _levels(key, tensor, stream, rows, width, _uniform_table())
 
 
 def uniform_at(key: Key, tensor: int, stream: int, rows: slice | Tensor, width: int) -> Tensor:

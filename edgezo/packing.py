@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgezo import kernels
 from edgezo.layouts import CPU
 from edgezo.products import compiled
 
@@ -41,6 +42,7 @@ class Packing:
 
     lengths: tuple[int, ...]
     groups: tuple[Group, ...]
+    starts: Tensor  # (rows + 1,) int64 on the CPU: where each begins, and where the last one ends
 
     @staticmethod
     def of(lengths: tuple[int, ...], device: torch.device = CPU) -> Packing:
@@ -60,7 +62,7 @@ class Packing:
                     members = []
             members.append(row)
         groups.append(_group(members, lengths, starts, device))
-        return Packing(tuple(lengths), tuple(groups))
+        return Packing(tuple(lengths), tuple(groups), torch.tensor(starts))
 
     def positions(self) -> Tensor:
         """Position of each token in its row, (n,) int64."""
@@ -129,6 +131,12 @@ def packed_attention(
         continued = kept.attend(module, q, scaling, sliding_window, softcap)
         if continued is not None:
             return continued[None], None
+    if softcap is None:
+        scale = scaling if scaling is not None else q.shape[-1] ** -0.5
+        rows = (packing.starts, max(packing.lengths))
+        fused = kernels.attention(q, k, v, *rows, scale, bool(causal), sliding_window)
+        if fused is not None:
+            return fused[None], None
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for group in packing.groups:
         # (R, heads, T, head_dim) each

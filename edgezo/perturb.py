@@ -18,7 +18,7 @@ that scales or offsets its embedding (Gemma, OPT) keeps doing so through ``super
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgezo.directions import Directions, on_grid
+from edgezo.fused import Norm
 from edgezo.layouts import CPU, TILE_BYTES, Layout, tiles
 from edgezo.masks import Mask
 from edgezo.noise import COLUMN, Key, signs, tensor_id
@@ -409,23 +410,26 @@ class PerturbedEmbedding(nn.Embedding):
 
 
 class PerturbedNorm(nn.Module):
-    """y = weight * xhat + bias, both trained; ``normalise`` is the module's own, found by ``norm_role``."""
+    """y = weight * xhat + bias, both trained; ``norm`` is how the module's own normalises."""
 
     context: Context
-    normalise: Callable[[Tensor], Tensor]
-    offset: float  # 1.0 where the module multiplies by 1 + weight
+    norm: Norm
     weight_row: Trainable
     bias_row: Trainable | None
 
     def forward(self, x: Tensor) -> Tensor:
-        hat = self.normalise(x)
-        weight = self.weight_row.values[:, 0].to(hat.dtype) + self.offset
         probe = self.context.probe
-        if probe is None or not probe.moves(self.weight_row):
-            y = hat * weight
-        else:
-            moved = mm(probe.mask, probe.vector(self.weight_row)).to(hat.dtype).add_(weight)
-            y = hat * self._as_tokens(moved, x)
+        weight = self.weight_row.values[:, 0]
+        moved: Tensor | None = None
+        if probe is not None and probe.moves(self.weight_row):
+            moved = mm(probe.mask, probe.vector(self.weight_row)).float().add_(weight)
+        if self.bias_row is None:
+            found = self.norm.fused(x, weight if moved is None else moved)
+            if found is not None:
+                return found
+        hat = self.norm(x)
+        scale = weight if moved is None else self._as_tokens(moved, x)
+        y = hat * (scale + self.norm.offset).to(hat.dtype)
         if self.bias_row is not None:
             y = y + self.bias_row.values[:, 0].to(hat.dtype)
             if probe is not None and probe.moves(self.bias_row):
@@ -445,43 +449,3 @@ class PerturbedNorm(nn.Module):
         shape = [1] * (like.dim() - 1) + [d]
         shape[tokens] = n
         return values.view(shape)
-
-
-def norm_role(module: nn.Module) -> tuple[Callable[[Tensor], Tensor], float]:
-    """How ``module`` normalises and whether it multiplies by w or 1 + w, found by asking it, not by its class.
-
-    Raises TypeError where the module is no normalisation with one weight vector over its last axis.
-    """
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    d = weight.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 3, d, generator=generator) * 2 + 0.5
-    names = dict(module.named_parameters(recurse=False))
-
-    def run(value: float) -> Tensor:
-        fills = {n: torch.full(p.shape, value if n == "weight" else 0.0) for n, p in names.items()}
-        with torch.no_grad():
-            found: Tensor = torch.func.functional_call(module, fills, (x,))
-        return found.float()
-
-    at_zero, at_one = run(0.0), run(1.0)
-    slope = at_one - at_zero
-    offset = 1.0 if torch.allclose(at_zero, slope, atol=1e-5) else 0.0
-    eps = next(
-        float(getattr(module, n))
-        for n in ("variance_epsilon", "eps", "epsilon")
-        if hasattr(module, n)
-    )
-
-    def rms(x: Tensor) -> Tensor:
-        x = x.float()
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-
-    def centred(x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), (d,), eps=eps)
-
-    for candidate in (rms, centred):
-        if torch.allclose(candidate(x), slope, atol=1e-4):
-            return candidate, offset
-    raise TypeError(f"{type(module).__name__} is neither an RMS nor a layer normalisation")

@@ -1,0 +1,444 @@
+/* The hot loops that torch has no single operation for. Plain C, no torch headers; kernels.py says what each does.
+ *
+ * Threads are torch's own: OpenMP's functions are left undefined here and are those of the runtime that torch has
+ * loaded (a second one would compete with it for the cores). What belongs together in memory is read once, computed in
+ * fp32 and rounded once, unless the torch path rounds more often and the bits have to be equal.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__clang__) || !defined(__GNUC__) || (defined(__x86_64__) && __GNUC__ < 12)
+#error "needs GCC, on x86-64 version 12 or newer (x86-64-v4 in target_clones)"
+#elif __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "made for little-endian machines"
+#elif defined(__x86_64__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+#define LANES 16  /* of a vector */
+#define PART 4096 /* elements that pass at once */
+
+int edgezo_version(void) { return 1; }
+
+/* ------------------------------------------------------------------------------------------ numbers */
+
+INLINE float wide(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float found;
+    memcpy(&found, &bits, 4);
+    return found;
+}
+
+/* To the nearest bf16, ties to even, as torch rounds. */
+INLINE uint16_t narrow(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)rounded;
+}
+
+INLINE float get(const void *x, int64_t i, int bf16) {
+    return bf16 ? wide(((const uint16_t *)x)[i]) : ((const float *)x)[i];
+}
+
+INLINE void put(void *x, int64_t i, float value, int bf16) {
+    if (bf16)
+        ((uint16_t *)x)[i] = narrow(value);
+    else
+        ((float *)x)[i] = value;
+}
+
+INLINE const void *from(const void *x, int64_t i, int bf16) { return (const char *)x + i * (bf16 ? 2 : 4); }
+
+/* e^x to 2 ulp (Cephes' polynomial), in steps that a compiler turns into vectors. */
+INLINE float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float n = x * 1.44269504f + 12582912.0f;
+    n -= 12582912.0f;
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return p * power;
+}
+
+/* ------------------------------------------------------------------------------------------ norms */
+
+INLINE void rms_row(const void *x, const void *weight, void *y, int64_t d, float eps, float offset, int bf16,
+                    int bf16_weight) {
+    float part[LANES] = {0}, sum = 0;
+    int64_t i = 0;
+    for (; i + LANES <= d; i += LANES)
+        for (int lane = 0; lane < LANES; lane++) {
+            float v = get(x, i + lane, bf16);
+            part[lane] += v * v;
+        }
+    for (; i < d; i++)
+        sum += get(x, i, bf16) * get(x, i, bf16);
+    for (int lane = 0; lane < LANES; lane++)
+        sum += part[lane];
+    float scale = 1.0f / sqrtf(sum / (float)d + eps);
+    for (i = 0; i < d; i++)
+        put(y, i, get(x, i, bf16) * scale * (get(weight, i, bf16_weight) + offset), bf16);
+}
+
+typedef void Rms(const void *x, const void *weight, void *y, int64_t d, float eps, float offset);
+
+CLONES void rms_bf16(const void *x, const void *w, void *y, int64_t d, float eps, float offset) {
+    rms_row(x, w, y, d, eps, offset, 1, 1);
+}
+
+CLONES void rms_mixed(const void *x, const void *w, void *y, int64_t d, float eps, float offset) {
+    rms_row(x, w, y, d, eps, offset, 1, 0);
+}
+
+CLONES void rms_fp32(const void *x, const void *w, void *y, int64_t d, float eps, float offset) {
+    rms_row(x, w, y, d, eps, offset, 0, 0);
+}
+
+/* weight_stride: 0 for one weight vector, d for one of each row */
+void edgezo_rms_norm(const void *x, const void *weight, void *y, int64_t n, int64_t d, int64_t weight_stride, float eps,
+                     float offset, int bf16, int bf16_weight, int threads) {
+    Rms *norm = bf16_weight ? rms_bf16 : bf16 ? rms_mixed : rms_fp32;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < n; row++)
+        norm(from(x, row * d, bf16), from(weight, row * weight_stride, bf16_weight), (void *)from(y, row * d, bf16), d,
+             eps, offset);
+}
+
+/* ------------------------------------------------------------------------------------------ gates */
+
+/* up *= act(gate); x sigmoid(x), or with tanh GELU's tanh form: x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)) */
+INLINE void gate_part(const void *gate, void *up, int64_t n, int tanh, int bf16) {
+    for (int64_t i = 0; i < n; i++) {
+        float x = get(gate, i, bf16);
+        float inner = tanh ? 1.5957691216f * (x + 0.044715f * x * x * x) : x;
+        put(up, i, x / (1.0f + exponential(-inner)) * get(up, i, bf16), bf16);
+    }
+}
+
+CLONES void gate_silu_bf16(const void *gate, void *up, int64_t n) { gate_part(gate, up, n, 0, 1); }
+CLONES void gate_silu_fp32(const void *gate, void *up, int64_t n) { gate_part(gate, up, n, 0, 0); }
+CLONES void gate_gelu_bf16(const void *gate, void *up, int64_t n) { gate_part(gate, up, n, 1, 1); }
+CLONES void gate_gelu_fp32(const void *gate, void *up, int64_t n) { gate_part(gate, up, n, 1, 0); }
+
+void edgezo_gate(const void *gate, void *up, int64_t n, int tanh, int bf16, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t at = 0; at < n; at += PART) {
+        int64_t size = n - at < PART ? n - at : PART;
+        const void *g = from(gate, at, bf16);
+        void *u = (void *)from(up, at, bf16);
+        if (tanh)
+            (bf16 ? gate_gelu_bf16 : gate_gelu_fp32)(g, u, size);
+        else
+            (bf16 ? gate_silu_bf16 : gate_silu_fp32)(g, u, size);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------ attention */
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+
+INLINE vec load(const float *x) { return *(const vec *)x; }
+
+#define STRIP (2 * LANES) /* keys, or dimensions, that are summed at once */
+
+INLINE int64_t strips(int64_t n) { return (n + STRIP - 1) / STRIP * STRIP; }
+
+#define QUERIES 4
+
+typedef struct {
+    const void *q, *k, *v;
+    void *out;
+    int64_t q_stride, k_stride, v_stride, out_stride; /* elements from one token to the next */
+    int64_t heads, kv_heads, dim;
+    float scale;
+    int causal;
+    int64_t window; /* tokens that a token sees, itself included; 0 for all */
+    int bf16;
+} Attention;
+
+/* Queries [at, at + count) of one head: scores along vectors of keys, sums along vectors of dimensions. */
+INLINE void attend(const Attention *a, int64_t start, int64_t length, int64_t padded, int64_t head, int64_t at, int count,
+                   const float *keys, const float *values, float *scores, float *query, int bf16) {
+    int64_t dim = a->dim, wide_dim = strips(dim), low[QUERIES], high[QUERIES], first = length, last = 0;
+    float total[QUERIES];
+    for (int j = 0; j < QUERIES; j++) {
+        int64_t token = at + (j < count ? j : 0);
+        int64_t base = (start + token) * a->q_stride + head * dim;
+        for (int64_t d = 0; d < dim; d++)
+            query[j * dim + d] = get(a->q, base + d, bf16) * a->scale;
+        low[j] = a->window && token >= a->window ? token - a->window + 1 : 0;
+        high[j] = a->causal ? token + 1 : a->window && token + a->window < length ? token + a->window : length;
+        first = low[j] < first ? low[j] : first;
+        last = high[j] > last ? high[j] : last;
+    }
+    first -= first % STRIP;
+    for (int64_t t = first; t < last; t += STRIP) {
+        vec sum[QUERIES][2] = {{{0}}};
+        for (int64_t d = 0; d < dim; d++) {
+            vec left = load(keys + d * padded + t), right = load(keys + d * padded + t + LANES);
+            for (int j = 0; j < QUERIES; j++) {
+                sum[j][0] += query[j * dim + d] * left;
+                sum[j][1] += query[j * dim + d] * right;
+            }
+        }
+        for (int j = 0; j < QUERIES; j++)
+            for (int part = 0; part < 2; part++)
+                *(vec *)(scores + j * padded + t + part * LANES) = sum[j][part];
+    }
+    for (int j = 0; j < QUERIES; j++) {
+        float *own = scores + j * padded, most = own[low[j]], sum = 0;
+        for (int64_t t = low[j] + 1; t < high[j]; t++)
+            most = own[t] > most ? own[t] : most;
+        for (int64_t t = first; t < last; t++) {
+            float e = exponential(own[t] - most);
+            own[t] = t < low[j] || t >= high[j] ? 0.0f : e;
+        }
+        for (int64_t t = low[j]; t < high[j]; t++)
+            sum += own[t];
+        total[j] = 1.0f / sum;
+    }
+    for (int64_t d = 0; d < dim; d += STRIP) {
+        int64_t whole = dim - d < STRIP ? dim - d : STRIP;
+        vec sum[QUERIES][2] = {{{0}}};
+        for (int64_t t = first; t < last; t++) {
+            vec left = load(values + t * wide_dim + d), right = load(values + t * wide_dim + d + LANES);
+            for (int j = 0; j < QUERIES; j++) {
+                float weight = scores[j * padded + t];
+                sum[j][0] += weight * left;
+                sum[j][1] += weight * right;
+            }
+        }
+        for (int j = 0; j < count; j++) {
+            int64_t base = (start + at + j) * a->out_stride + head * dim + d;
+            for (int64_t i = 0; i < whole; i++)
+                put(a->out, base + i, sum[j][i / LANES][i % LANES] * total[j], bf16);
+        }
+    }
+}
+
+INLINE void attend_row(const Attention *a, int64_t start, int64_t length, int64_t kv, float *scratch, int bf16) {
+    int64_t dim = a->dim, wide_dim = strips(dim), padded = strips(length), group = a->heads / a->kv_heads;
+    float *keys = scratch, *values = keys + dim * padded, *scores = values + wide_dim * padded;
+    float *query = scores + QUERIES * padded;
+    for (int64_t t = 0; t < length; t++) {
+        for (int64_t d = 0; d < dim; d++) {
+            keys[d * padded + t] = get(a->k, (start + t) * a->k_stride + kv * dim + d, bf16);
+            values[t * wide_dim + d] = get(a->v, (start + t) * a->v_stride + kv * dim + d, bf16);
+        }
+        for (int64_t d = dim; d < wide_dim; d++)
+            values[t * wide_dim + d] = 0.0f;
+    }
+    for (int64_t d = 0; d < dim; d++)
+        for (int64_t t = length; t < padded; t++)
+            keys[d * padded + t] = 0.0f;
+    for (int64_t head = kv * group; head < (kv + 1) * group; head++)
+        for (int64_t at = 0; at < length; at += QUERIES) {
+            int count = length - at < QUERIES ? (int)(length - at) : QUERIES;
+            attend(a, start, length, padded, head, at, count, keys, values, scores, query, bf16);
+        }
+}
+
+CLONES void attend_row_bf16(const Attention *a, int64_t start, int64_t length, int64_t kv, float *scratch) {
+    attend_row(a, start, length, kv, scratch, 1);
+}
+
+CLONES void attend_row_fp32(const Attention *a, int64_t start, int64_t length, int64_t kv, float *scratch) {
+    attend_row(a, start, length, kv, scratch, 0);
+}
+
+int omp_get_thread_num(void);
+
+/* starts (rows + 1,): where each row's tokens lie. scratch: of each thread, scratch_stride floats. */
+void edgezo_attention(const Attention *a, const int64_t *starts, int64_t rows, float *scratch, int64_t scratch_stride,
+                      int threads) {
+    int64_t tasks = rows * a->kv_heads;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t row = task / a->kv_heads, start = starts[row], length = starts[row + 1] - start;
+        float *own = scratch + omp_get_thread_num() * scratch_stride;
+        (a->bf16 ? attend_row_bf16 : attend_row_fp32)(a, start, length, task % a->kv_heads, own);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------ codes */
+
+/* Where the torch path rounds a product before it adds, so do these: product and sum stand in loops of their own, because
+ * a compiler makes one rounding of both where they meet in one. */
+
+/* One row of int8 codes: out = code * scale. */
+INLINE void int8_row(const int8_t *codes, float scale, void *out, int64_t cols, int bf16) {
+    for (int64_t i = 0; i < cols; i++)
+        put(out, i, (float)codes[i] * scale, bf16);
+}
+
+CLONES void int8_row_bf16(const int8_t *codes, float s, void *out, int64_t n) { int8_row(codes, s, out, n, 1); }
+CLONES void int8_row_fp32(const int8_t *codes, float s, void *out, int64_t n) { int8_row(codes, s, out, n, 0); }
+
+void edgezo_expand_int8(const int8_t *codes, const float *scale, void *out, int64_t rows, int64_t cols, int bf16,
+                        int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; row++)
+        (bf16 ? int8_row_bf16 : int8_row_fp32)(codes + row * cols, scale[row], (void *)from(out, row * cols, bf16), cols);
+}
+
+/* One group of int4 codes, in the low or the high nibbles: out = code * scale - shift, rounded twice. */
+INLINE void int4_group(const uint8_t *packed, int nibble, float scale, float shift, void *out, int64_t n, int bf16) {
+    for (int64_t i = 0; i < n; i++)
+        put(out, i, (float)((packed[i] >> nibble) & 15) * scale, bf16);
+    for (int64_t i = 0; i < n; i++)
+        put(out, i, get(out, i, bf16) - shift, bf16);
+}
+
+CLONES void int4_row_bf16(const uint8_t *packed, int nibble, const float *scale, const float *shift, void *out,
+                          int64_t groups, int64_t size) {
+    for (int64_t g = 0; g < groups; g++)
+        int4_group(packed + g * size, nibble, scale[g], shift[g], (uint16_t *)out + g * size, size, 1);
+}
+
+CLONES void int4_row_fp32(const uint8_t *packed, int nibble, const float *scale, const float *shift, void *out,
+                          int64_t groups, int64_t size) {
+    for (int64_t g = 0; g < groups; g++)
+        int4_group(packed + g * size, nibble, scale[g], shift[g], (float *)out + g * size, size, 0);
+}
+
+void edgezo_expand_int4(const uint8_t *packed, int nibble, const float *scale, const float *shift, void *out,
+                        int64_t rows, int64_t groups, int64_t size, int bf16, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t at = row * groups * size;
+        (bf16 ? int4_row_bf16 : int4_row_fp32)(packed + at, nibble, scale + row * groups, shift + row * groups,
+                                               (void *)from(out, at, bf16), groups, size);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------ planes */
+
+INLINE float spacing(float high) {
+    uint32_t bits;
+    float binade;
+    memcpy(&bits, &high, 4);
+    bits &= 0x7f800000;
+    memcpy(&binade, &bits, 4);
+    binade *= 0x1p-7f;
+    return binade < 0x1p-133f ? 0x1p-133f : binade;
+}
+
+/* A weight is high + low * ulp(high)/256, which fp32 holds exactly. */
+CLONES void read_plane_part(const uint16_t *high, const int8_t *low, float *out, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        float h = wide(high[i]);
+        out[i] = h + (float)low[i] * spacing(h) * (1.0f / 256);
+    }
+}
+
+void edgezo_read_plane(const uint16_t *high, const int8_t *low, float *out, int64_t n, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t at = 0; at < n; at += PART)
+        read_plane_part(high + at, low + at, out + at, n - at < PART ? n - at : PART);
+}
+
+INLINE float split(float value, uint16_t *high, float *ulp) {
+    *high = narrow(value);
+    float h = wide(*high);
+    *ulp = spacing(h);
+    float code = rintf((value - h) * 256.0f / *ulp);
+    return code < -127.0f ? -127.0f : code > 127.0f ? 127.0f : code;
+}
+
+CLONES void write_plane_part(const float *values, uint16_t *high, int8_t *low, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        float ulp;
+        low[i] = (int8_t)split(values[i], high + i, &ulp);
+    }
+}
+
+void edgezo_write_plane(const float *values, uint16_t *high, int8_t *low, int64_t n, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t at = 0; at < n; at += PART)
+        write_plane_part(values + at, high + at, low + at, n - at < PART ? n - at : PART);
+}
+
+/* Values to what reading gives after writing them. */
+CLONES void snap_plane_part(float *values, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        float ulp;
+        uint16_t high;
+        float code = split(values[i], &high, &ulp);
+        values[i] = wide(high) + code * ulp * (1.0f / 256);
+    }
+}
+
+void edgezo_snap_plane(float *values, int64_t n, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t at = 0; at < n; at += PART)
+        snap_plane_part(values + at, n - at < PART ? n - at : PART);
+}
+
+/* ------------------------------------------------------------------------------------------ noise */
+
+/* Philox4x64-10, as numpy counts: the words of block b are those of the counter b + 1. */
+INLINE void philox(uint64_t block, const uint64_t counter[3], const uint64_t key[2], uint64_t out[4]) {
+    uint64_t c0 = block + 1, c1 = counter[0], c2 = counter[1], c3 = counter[2], k0 = key[0], k1 = key[1];
+    for (int round = 0; round < 10; round++) {
+        unsigned __int128 first = (unsigned __int128)0xD2E7470EE14C6C93u * c0;
+        unsigned __int128 second = (unsigned __int128)0xCA5A826395121157u * c2;
+        c0 = (uint64_t)(second >> 64) ^ c1 ^ k0;
+        c2 = (uint64_t)(first >> 64) ^ c3 ^ k1;
+        c1 = (uint64_t)second;
+        c3 = (uint64_t)first;
+        k0 += 0x9E3779B97F4A7C15u;
+        k1 += 0xBB67AE8584CAA73Bu;
+    }
+    out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
+}
+
+/* Rows [first, first + rows) of signs, (rows, width) int8; table (256,): the eight signs of a byte. */
+void edgezo_signs(const uint64_t key[2], const uint64_t counter[3], const uint64_t *table, int8_t *out, int64_t first,
+                  int64_t rows, int64_t width, int threads) {
+    int64_t blocks = (width + 255) / 256;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t block = 0; block < blocks; block++) {
+            uint64_t words[4], made[32];
+            int8_t *own = out + row * width + block * 256;
+            int64_t left = width - block * 256;
+            philox((uint64_t)((first + row) * blocks + block), counter, key, words);
+            uint64_t *to = left < 256 ? made : (uint64_t *)own;
+            for (int word = 0; word < 4; word++)
+                for (int byte = 0; byte < 8; byte++) {
+                    uint64_t eight = table[(words[word] >> (8 * byte)) & 255];
+                    memcpy((char *)to + 64 * word + 8 * byte, &eight, 8);
+                }
+            if (left < 256)
+                memcpy(own, made, (size_t)left);
+        }
+}
+
+/* Rows of table[k], (rows, width) fp32, k 16 bits an element; table (65536,). */
+void edgezo_levels(const uint64_t key[2], const uint64_t counter[3], const float *table, float *out, int64_t first,
+                   int64_t rows, int64_t width, int threads) {
+    int64_t blocks = (16 * width + 255) / 256;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t block = 0; block < blocks; block++) {
+            uint64_t words[4];
+            float *own = out + row * width + block * 16;
+            int left = width - block * 16 < 16 ? (int)(width - block * 16) : 16;
+            philox((uint64_t)((first + row) * blocks + block), counter, key, words);
+            for (int i = 0; i < left; i++)
+                own[i] = table[(words[i / 4] >> (16 * (i % 4))) & 65535];
+        }
+}

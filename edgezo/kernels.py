@@ -1,0 +1,261 @@
+"""The hot loops of a CPU in C (kernels.c), each beside what torch does where there is no such library.
+
+The package's build compiles the file where it finds GCC (scripts/build_kernels.py); everything runs without it, slower.
+``EDGEZO_KERNELS=0`` leaves it alone. Noise, codes and updates have the same bits either way. A forward is equal
+to rounding: a norm or a gate rounds once here, where torch rounds between its operations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+from collections.abc import Callable
+from ctypes import c_float, c_int, c_int64, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+VERSION = 1
+_GRAIN = 1 << 15  # elements below which a second thread costs more than it does
+_STRIP, _QUERIES = 32, 4  # of kernels.c
+LONGEST = 1024  # tokens of a row whose attention is made here; longer ones have torch's blocks
+
+
+class _Attention(ctypes.Structure):
+    """``Attention`` of kernels.c."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "k", "v", "out")),
+        *((name, c_int64) for name in ("q_stride", "k_stride", "v_stride", "out_stride")),
+        *((name, c_int64) for name in ("heads", "kv_heads", "dim")),
+        ("scale", c_float),
+        ("causal", c_int),
+        ("window", c_int64),
+        ("bf16", c_int),
+    )
+
+
+_P, _N, _I, _F = c_void_p, c_int64, c_int, c_float
+_SIGNATURES = {
+    "rms_norm": (_P, _P, _P, _N, _N, _N, _F, _F, _I, _I, _I),
+    "gate": (_P, _P, _N, _I, _I, _I),
+    "attention": (_P, _P, _N, _P, _N, _I),
+    "expand_int8": (_P, _P, _P, _N, _N, _I, _I),
+    "expand_int4": (_P, _I, _P, _P, _P, _N, _N, _N, _I, _I),
+    "read_plane": (_P, _P, _P, _N, _I),
+    "write_plane": (_P, _P, _P, _N, _I),
+    "snap_plane": (_P, _N, _I),
+    "signs": (_P, _P, _P, _P, _N, _N, _N, _I),
+    "levels": (_P, _P, _P, _P, _N, _N, _N, _I),
+}
+
+
+@functools.cache
+def _library() -> Any:
+    """The loaded library; None without one that fits this source and the runtime of torch's threads."""
+    if os.environ.get("EDGEZO_KERNELS") == "0":
+        return None
+    if platform.machine() == "x86_64" and "AVX" not in torch.backends.cpu.get_cpu_capability():
+        return None  # torch has better loops for it
+    try:
+        found = ctypes.CDLL(str(Path(__file__).with_name("_kernels.so")))
+        if found.edgezo_version() != VERSION:
+            return None
+        for name, types in _SIGNATURES.items():
+            function = getattr(found, f"edgezo_{name}")
+            function.argtypes, function.restype = types, None
+    except (OSError, AttributeError):
+        return None
+    return found
+
+
+def loaded() -> bool:
+    return _library() is not None
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether these may be passed: a library is there, they lie in CPU memory, dense, and no gradient is asked for."""
+    tracked = torch.is_grad_enabled()
+    return loaded() and not any(
+        t.is_cuda or t.is_meta or not t.is_contiguous() or (tracked and t.requires_grad)
+        for t in tensors
+    )
+
+
+def _floats(*tensors: Tensor) -> bool:
+    """Whether they are all fp32 or all bf16."""
+    (dtype, *others) = {t.dtype for t in tensors}
+    return not others and dtype in (torch.float32, torch.bfloat16)
+
+
+def _threads(elements: int) -> int:
+    return max(1, min(torch.get_num_threads(), elements // _GRAIN))
+
+
+def _bf16(x: Tensor) -> int:
+    return int(x.dtype is torch.bfloat16)
+
+
+def _wide(x: Tensor) -> bool:
+    return x.dtype is torch.float32
+
+
+# ------------------------------------------------------------------------------- forward
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor | None:
+    """x/sqrt(mean(x^2) + eps) * (weight + offset) over the last axis of x (..., d), in its dtype.
+
+    ``weight``, in that dtype or fp32, is (d,), or (n, d) with one for each of the n rows of x. None where there is no
+    kernel for it.
+    """
+    d = x.shape[-1]
+    n = x.numel() // d
+    if not usable(x, weight) or not (_floats(x, weight) or (_floats(x) and _wide(weight))):
+        return None
+    if weight.shape not in ((d,), (n, d)):
+        return None
+    y = torch.empty_like(x)
+    stride = d if weight.dim() > 1 else 0
+    shape = (n, d, stride, eps, offset, _bf16(x), _bf16(weight), _threads(x.numel()))
+    _library().edgezo_rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), *shape)
+    return y
+
+
+ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
+    F.silu,
+    functools.partial(F.gelu, approximate="tanh"),
+)
+
+
+def gate(gate: Tensor, up: Tensor, activation: int) -> Tensor:
+    """act(gate) * up, of one shape; ``activation`` is a place in ``ACTIVATIONS``. ``up`` may be overwritten."""
+    if not usable(gate, up) or not _floats(gate, up):
+        return ACTIVATIONS[activation](gate) * up
+    n = up.numel()
+    shape = (n, activation, _bf16(up), _threads(n))
+    _library().edgezo_gate(gate.data_ptr(), up.data_ptr(), *shape)
+    return up
+
+
+def attention(
+    query: Tensor,  # (n, heads, dim): token by token, the heads of a token together
+    key: Tensor,  # (n, kv_heads, dim)
+    value: Tensor,
+    starts: Tensor,  # (rows + 1,) int64, ascending
+    longest: int,  # tokens of the longest row
+    scale: float,
+    causal: bool,
+    window: int | None,
+) -> Tensor | None:
+    """Attention within the rows of a packed axis, (n, heads, dim); None where there is no kernel for it."""
+    n, heads, dim = query.shape
+    parts = (query, key, value)
+    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in parts)
+    if not loaded() or tracked or longest > LONGEST:
+        return None
+    if query.is_cuda or not _floats(*parts) or any(_token_stride(t) is None for t in parts):
+        return None
+    out = torch.empty(n, heads, dim, dtype=query.dtype)
+    rows, threads = len(starts) - 1, _threads(n * heads * longest)
+    padded, wide = (-(-size // _STRIP) * _STRIP for size in (longest, dim))
+    stride = (dim + wide) * padded + _QUERIES * (padded + dim)
+    scratch = torch.empty(threads * stride, dtype=torch.float32)
+    asked = _Attention(
+        *(t.data_ptr() for t in (*parts, out)),
+        *(_token_stride(t) for t in parts),
+        *(heads * dim, heads, key.shape[1], dim),
+        *(scale, int(causal), window or 0, _bf16(query)),
+    )
+    place = (starts.data_ptr(), rows, scratch.data_ptr(), stride, threads)
+    _library().edgezo_attention(ctypes.byref(asked), *place)
+    return out
+
+
+def _token_stride(x: Tensor) -> int | None:
+    """Elements from a token to the next; None where the heads of a token do not lie together."""
+    return x.stride(0) if x.stride(2) == 1 and x.stride(1) == x.shape[2] else None
+
+
+# -------------------------------------------------------------------------- codes, updates
+
+
+def expand_int8(codes: Tensor, scale: Tensor, out: Tensor) -> bool:
+    """out (n, cols) = codes (n, cols) * scale (n, 1); False where there is no kernel for it."""
+    if not usable(codes, scale, out) or not _floats(out):
+        return False
+    shape = (*codes.shape, _bf16(out), _threads(out.numel()))
+    _library().edgezo_expand_int8(codes.data_ptr(), scale.data_ptr(), out.data_ptr(), *shape)
+    return True
+
+
+def expand_int4(packed: Tensor, nibble: int, scale: Tensor, shift: Tensor, out: Tensor) -> bool:
+    """out (n, cols) = code * scale - shift, codes in the bits from ``nibble`` on of packed (n, cols).
+
+    scale and shift are (n, groups, 1). False where there is no kernel for it.
+    """
+    if not usable(packed, scale, shift, out) or not _floats(out):
+        return False
+    (n, cols), groups = out.shape, scale.shape[1]
+    held = (scale.data_ptr(), shift.data_ptr(), out.data_ptr())
+    shape = (n, groups, cols // groups, _bf16(out), _threads(out.numel()))
+    _library().edgezo_expand_int4(packed.data_ptr(), nibble, *held, *shape)
+    return True
+
+
+def read_plane(high: Tensor, low: Tensor, out: Tensor) -> bool:
+    """out (n, cols) fp32 = bf16 weights and their low-order plane (layouts.Dense); False without a kernel for it."""
+    if not usable(high, low, out) or high.dtype is not torch.bfloat16:
+        return False
+    n = high.numel()
+    held = (high.data_ptr(), low.data_ptr(), out.data_ptr())
+    _library().edgezo_read_plane(*held, n, _threads(n))
+    return True
+
+
+def write_plane(values: Tensor, high: Tensor, low: Tensor) -> bool:
+    """The other way, to the nearest; False without a kernel for it."""
+    if not usable(values, high, low) or high.dtype is not torch.bfloat16:
+        return False
+    n = high.numel()
+    held = (values.data_ptr(), high.data_ptr(), low.data_ptr())
+    _library().edgezo_write_plane(*held, n, _threads(n))
+    return True
+
+
+def snap_plane(values: Tensor) -> bool:
+    """``values`` fp32 to what is read after they have been written, in place; False without a kernel for it."""
+    if not usable(values):
+        return False
+    n = values.numel()
+    _library().edgezo_snap_plane(values.data_ptr(), n, _threads(n))
+    return True
+
+
+# ------------------------------------------------------------------------------------ noise
+
+
+def noise(
+    address: tuple[int, ...],  # key (2 words), then the counter's last three
+    table: np.ndarray,  # (256,) uint64 of eight signs each; or (65536,) fp32
+    rows: slice,
+    width: int,
+) -> Tensor | None:
+    """Rows of a matrix of signs (n, width) int8, or of the table's levels (n, width) fp32; None without a library."""
+    library = _library()
+    if library is None:
+        return None
+    signs, n = len(table) == 256, rows.stop - rows.start
+    made = torch.empty(n, width, dtype=torch.int8 if signs else torch.float32)
+    words = (c_uint64 * 5)(*address)
+    draw = library.edgezo_signs if signs else library.edgezo_levels
+    shape = (made.data_ptr(), rows.start, n, width, _threads(made.numel()))
+    at = ctypes.addressof(words)
+    draw(at, at + 16, table.ctypes.data, *shape)
+    return made

@@ -1,0 +1,51 @@
+"""The build's hook that compiles edgezo/kernels.c with GCC into edgezo/_kernels.so.
+
+Without a compiler the package is installed without it and runs on torch alone: nothing fails here.
+OpenMP's functions stay undefined: they are to be those of the runtime that torch loads.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+FLAGS = "-std=gnu11 -O3 -fno-math-errno -fno-trapping-math -fopenmp -fPIC -Wall -Wno-psabi"
+
+
+class KernelsHook(BuildHookInterface):
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        package = Path(self.root, "edgezo")
+        library = package / "_kernels.so"
+        library.unlink(missing_ok=True)
+        try:
+            compile_to(library, package / "kernels.c")
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = getattr(error, "stderr", None) or error
+            self.app.display_warning(f"edgezo is installed without its C kernels: {said}")
+            return
+        build_data["artifacts"].append("edgezo/_kernels.so")
+        build_data["pure_python"] = False
+        platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        build_data["tag"] = f"py3-none-{platform}"
+
+
+def compile_to(library: Path, source: Path) -> None:
+    """Raises OSError without a compiler, CalledProcessError with what one said."""
+    if not sys.platform.startswith("linux"):
+        raise OSError(f"they are made for Linux, this is {sys.platform}")
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    with tempfile.TemporaryDirectory() as folder:
+        unit, made = Path(folder, "kernels.o"), Path(folder, "kernels.so")
+        for command in (
+            [*compiler, *FLAGS.split(), "-c", str(source), "-o", str(unit)],
+            # Linked without OpenMP's own library.
+            [*compiler, "-shared", str(unit), "-o", str(made)],
+        ):
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        library.write_bytes(made.read_bytes())
