@@ -20,6 +20,7 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16  /* of a vector */
+#define STRIP (2 * LANES) /* what is summed at once: keys, dimensions, columns */
 #define PART 4096 /* elements that pass at once */
 
 int edgezo_version(void) { return 1; }
@@ -53,6 +54,35 @@ INLINE void put(void *x, int64_t i, float value, int bf16) {
 }
 
 INLINE const void *from(const void *x, int64_t i, int bf16) { return (const char *)x + i * (bf16 ? 2 : 4); }
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
+
+INLINE vec load(const float *x) { return *(const vec *)x; }
+
+INLINE vec get_vec(const void *x, int64_t i, int bf16) {
+    if (bf16)
+        return (vec)(__builtin_convertvector(*(const halves *)((const uint16_t *)x + i), words) << 16);
+    return load((const float *)x + i);
+}
+
+INLINE void put_vec(void *x, int64_t i, vec value, int bf16) {
+    if (!bf16) {
+        *(vec *)((float *)x + i) = value;
+        return;
+    }
+    words bits = (words)value, nan = (words)((bits & 0x7fffffff) > 0x7f800000);
+    words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    *(halves *)((uint16_t *)x + i) = __builtin_convertvector((rounded & ~nan) | (0x7fc0 & nan), halves);
+}
+
+INLINE float total(vec x) {
+    float sum = 0;
+    for (int lane = 0; lane < LANES; lane++)
+        sum += x[lane];
+    return sum;
+}
 
 /* e^x to 2 ulp (Cephes' polynomial), in steps that a compiler turns into vectors. */
 INLINE float exponential(float x) {
@@ -146,13 +176,130 @@ void edgezo_gate(const void *gate, void *up, int64_t n, int tanh, int bf16, int 
     }
 }
 
+/* ------------------------------------------------------------------------------------------ thin products */
+
+#define FEW 8 /* columns that are summed at once */
+
+/* One row of x (d,) times up to FEW rows of basis (FEW, d). */
+INLINE void few_row(const void *x, const float *basis, float *out, int64_t d, int64_t count, int bf16) {
+    vec sum[FEW] = {{0}};
+    int64_t i = 0;
+    for (; i + LANES <= d; i += LANES) {
+        vec own = get_vec(x, i, bf16);
+        for (int j = 0; j < FEW; j++)
+            sum[j] += own * load(basis + (j < count ? j : 0) * d + i);
+    }
+    for (int64_t j = 0; j < count; j++) {
+        float rest = 0;
+        for (int64_t k = i; k < d; k++)
+            rest += get(x, k, bf16) * basis[j * d + k];
+        out[j] = total(sum[j]) + rest;
+    }
+}
+
+INLINE void few_rows(const void *x, const float *basis, float *out, int64_t rows, int64_t d, int64_t r, int bf16) {
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t j = 0; j < r; j += FEW)
+            few_row(from(x, row * d, bf16), basis + j * d, out + row * r + j, d, r - j < FEW ? r - j : FEW, bf16);
+}
+
+CLONES void few_bf16(const void *x, const float *basis, float *out, int64_t rows, int64_t d, int64_t r) {
+    few_rows(x, basis, out, rows, d, r, 1);
+}
+
+CLONES void few_fp32(const void *x, const float *basis, float *out, int64_t rows, int64_t d, int64_t r) {
+    few_rows(x, basis, out, rows, d, r, 0);
+}
+
+#define ROWS 16 /* of a thread's turn */
+
+/* out (n, r) = x (n, d) @ basis (r, d)^T */
+void edgezo_few(const void *x, const float *basis, float *out, int64_t n, int64_t d, int64_t r, int bf16, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t at = 0; at < n; at += ROWS)
+        (bf16 ? few_bf16 : few_fp32)(from(x, at * d, bf16), basis, out + at * r, n - at < ROWS ? n - at : ROWS, d, r);
+}
+
+INLINE float dot(const void *x, const void *y, int64_t d, int bf16) {
+    vec sum = {0};
+    float rest = 0;
+    int64_t i = 0;
+    for (; i + LANES <= d; i += LANES)
+        sum += get_vec(x, i, bf16) * get_vec(y, i, bf16);
+    for (; i < d; i++)
+        rest += get(x, i, bf16) * get(y, i, bf16);
+    return total(sum) + rest;
+}
+
+CLONES float dot_bf16(const void *x, const void *y, int64_t d) { return dot(x, y, d, 1); }
+CLONES float dot_fp32(const void *x, const void *y, int64_t d) { return dot(x, y, d, 0); }
+
+/* out (n,) = x (n, d) . cols[example] */
+void edgezo_own(const void *x, const void *cols, const int64_t *example, float *out, int64_t n, int64_t d, int bf16,
+                int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < n; t++)
+        out[t] = (bf16 ? dot_bf16 : dot_fp32)(from(x, t * d, bf16), from(cols, example[t] * d, bf16), d);
+}
+
+typedef struct {
+    void *y;                /* (n, m) */
+    const float *left;      /* (n, k) */
+    const float *right;     /* (k, m) */
+    const float *own;       /* (n,), or nothing */
+    const void *rows;       /* (b, m) of y's kind */
+    const int64_t *example; /* (n,) */
+    int64_t n, m, k;
+} Thin;
+
+#define ABREAST 4 /* rows that share a load of right */
+
+INLINE void thin_rows(const Thin *a, int64_t first, int64_t count, int bf16) {
+    int64_t m = a->m, k = a->k, i = 0, row[ABREAST];
+    for (int j = 0; j < ABREAST; j++)
+        row[j] = first + (j < count ? j : 0);
+    for (; i + STRIP <= m; i += STRIP) {
+        vec sum[ABREAST][2];
+        for (int j = 0; j < ABREAST; j++)
+            for (int part = 0; part < 2; part++) {
+                int64_t at = i + part * LANES;
+                sum[j][part] = get_vec(a->y, row[j] * m + at, bf16);
+                if (a->own)
+                    sum[j][part] += a->own[row[j]] * get_vec(a->rows, a->example[row[j]] * m + at, bf16);
+            }
+        for (int64_t c = 0; c < k; c++) {
+            vec one = load(a->right + c * m + i), two = load(a->right + c * m + i + LANES);
+            for (int j = 0; j < ABREAST; j++) {
+                sum[j][0] += a->left[row[j] * k + c] * one;
+                sum[j][1] += a->left[row[j] * k + c] * two;
+            }
+        }
+        for (int j = 0; j < count; j++)
+            for (int part = 0; part < 2; part++)
+                put_vec(a->y, row[j] * m + i + part * LANES, sum[j][part], bf16);
+    }
+    for (; i < m; i++)
+        for (int j = 0; j < count; j++) {
+            float sum = get(a->y, row[j] * m + i, bf16);
+            if (a->own)
+                sum += a->own[row[j]] * get(a->rows, a->example[row[j]] * m + i, bf16);
+            for (int64_t c = 0; c < k; c++)
+                sum += a->left[row[j] * k + c] * a->right[c * m + i];
+            put(a->y, row[j] * m + i, sum, bf16);
+        }
+}
+
+CLONES void thin_bf16(const Thin *a, int64_t first, int64_t count) { thin_rows(a, first, count, 1); }
+CLONES void thin_fp32(const Thin *a, int64_t first, int64_t count) { thin_rows(a, first, count, 0); }
+
+/* y += left @ right + own * rows[example], rounded once */
+void edgezo_add_thin(const Thin *a, int bf16, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t at = 0; at < a->n; at += ABREAST)
+        (bf16 ? thin_bf16 : thin_fp32)(a, at, a->n - at < ABREAST ? a->n - at : ABREAST);
+}
+
 /* ------------------------------------------------------------------------------------------ attention */
-
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
-
-INLINE vec load(const float *x) { return *(const vec *)x; }
-
-#define STRIP (2 * LANES) /* keys, or dimensions, that are summed at once */
 
 INLINE int64_t strips(int64_t n) { return (n + STRIP - 1) / STRIP * STRIP; }
 

@@ -41,11 +41,23 @@ class _Attention(ctypes.Structure):
     )
 
 
+class _Thin(ctypes.Structure):
+    """``Thin`` of kernels.c."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("y", "left", "right", "own", "rows", "example")),
+        *((name, c_int64) for name in ("n", "m", "k")),
+    )
+
+
 _P, _N, _I, _F = c_void_p, c_int64, c_int, c_float
 _SIGNATURES = {
     "rms_norm": (_P, _P, _P, _N, _N, _N, _F, _F, _I, _I, _I),
     "gate": (_P, _P, _N, _I, _I, _I),
     "attention": (_P, _P, _N, _P, _N, _I),
+    "few": (_P, _P, _P, _N, _N, _N, _I, _I),
+    "own": (_P, _P, _P, _P, _N, _N, _I, _I),
+    "add_thin": (_P, _I, _I),
     "expand_int8": (_P, _P, _P, _N, _N, _I, _I),
     "expand_int4": (_P, _I, _P, _P, _P, _N, _N, _N, _I, _I),
     "read_plane": (_P, _P, _P, _N, _I),
@@ -86,6 +98,11 @@ def usable(*tensors: Tensor) -> bool:
         t.is_cuda or t.is_meta or not t.is_contiguous() or (tracked and t.requires_grad)
         for t in tensors
     )
+
+
+def takes(x: Tensor) -> bool:
+    """Whether x may be passed, and is of a kind that there are loops for."""
+    return usable(x) and _floats(x)
 
 
 def _floats(*tensors: Tensor) -> bool:
@@ -181,6 +198,47 @@ def attention(
 def _token_stride(x: Tensor) -> int | None:
     """Elements from a token to the next; None where the heads of a token do not lie together."""
     return x.stride(0) if x.stride(2) == 1 and x.stride(1) == x.shape[2] else None
+
+
+def few(x: Tensor, basis: Tensor) -> Tensor | None:
+    """x (n, d) @ basis (r, d)^T of one dtype, r small, as fp32; None where there is no kernel for it."""
+    if not usable(x, basis) or not _floats(x, basis):
+        return None
+    (n, d), r = x.shape, len(basis)
+    basis, out = basis.float(), torch.empty(n, r)
+    held = (x.data_ptr(), basis.data_ptr(), out.data_ptr())
+    _library().edgezo_few(*held, n, d, r, _bf16(x), _threads(n * d))
+    return out
+
+
+def own(x: Tensor, cols: Tensor, example: Tensor) -> Tensor | None:
+    """x_t . cols[example_t] of each row of x (n, d), (n,) fp32; cols (b, d). None where there is no kernel for it."""
+    if not usable(x, cols, example) or not _floats(x, cols):
+        return None
+    n, d = x.shape
+    out = torch.empty(n)
+    held = (x.data_ptr(), cols.data_ptr(), example.data_ptr(), out.data_ptr())
+    _library().edgezo_own(*held, n, d, _bf16(x), _threads(n * d))
+    return out
+
+
+def add_thin(
+    y: Tensor,  # (n, m), changed
+    left: Tensor,  # (n, k) fp32
+    right: Tensor,  # (k, m) fp32
+    own: Tensor | None = None,  # (n,) fp32
+    rows: Tensor | None = None,  # (b, m) in the dtype of y
+    example: Tensor | None = None,  # (n,) int64
+) -> bool:
+    """y += left @ right + own * rows[example], rounded once; False where there is no kernel for it."""
+    given = [t for t in (left, right, own, rows, example) if t is not None]
+    if not usable(y, *given) or not _floats(y, *([] if rows is None else [rows])):
+        return False
+    (n, m), k = y.shape, left.shape[1]
+    held = (None if t is None else t.data_ptr() for t in (y, left, right, own, rows, example))
+    asked = _Thin(*held, n, m, k)
+    _library().edgezo_add_thin(ctypes.byref(asked), _bf16(y), _threads(n * m))
+    return True
 
 
 # -------------------------------------------------------------------------- codes, updates

@@ -34,7 +34,7 @@ from edgezo.fused import Norm
 from edgezo.layouts import CPU, TILE_BYTES, Layout, tiles
 from edgezo.masks import Mask
 from edgezo.noise import COLUMN, Key, signs, tensor_id
-from edgezo.products import addmm_, along, mm
+from edgezo.products import Own, Term, add_thin, addmm_, along, few, mm, own
 from edgezo.weights import Trainable
 
 TOKENS = tensor_id("tokens of an example")
@@ -115,6 +115,10 @@ class Probe:
         found = on_grid(v / v.norm(dim=1, keepdim=True)).to(x.dtype)
         row.guides.update(zip(self.slots, found, strict=True))
         return found
+
+    def own(self, x: Tensor, cols: Tensor) -> Tensor | Own:
+        """c * (s_i . x) of each token, as a left factor (n, b)."""
+        return own(x, cols, self.example, self.mask, self.side)
 
     def learn(self, row: Trainable, x: Tensor) -> None:
         """One power iteration of a shared basis on what a product reads, ``x`` (n, cols): X^T (X V)."""
@@ -264,7 +268,7 @@ class Matrix:
         spun = x * probe.cols(full)[probe.example]
         _add_spun(out, spun, u, probe.mask, probe.rows(full)[:, rows])
 
-    def thin(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def thin(self, x: Tensor) -> list[Term]:
         """Rank-b factors ((n, b), (b, rows)) that sign directions add to the product."""
         probe = self.context.probe
         if probe is None or not probe.moves(self.full):
@@ -272,7 +276,7 @@ class Matrix:
         probe.learn(self.full, x)
         if probe.spread(self.full):
             return []
-        return [(mm(x, probe.cols(self.full, x).T).mul_(probe.mask), probe.rows(self.full))]
+        return [(probe.own(x, probe.cols(self.full, x)), probe.rows(self.full))]
 
 
 def _add_spun(y: Tensor, spun: Tensor, dense: Tensor, mask: Tensor, rows: Tensor) -> None:
@@ -304,8 +308,7 @@ class PerturbedLinear(nn.Module):
             self.matrix.product(x, tile, y[:, tile])
         thin = self.matrix.thin(x)
         if self.gain_row is not None:
-            for left, right in thin:
-                addmm_(y, left, right)
+            add_thin(y, thin)
             thin = []
             gain = self.gain_row.values.T.to(y.dtype) + 1
             if probe is not None and probe.moves(self.gain_row):
@@ -319,26 +322,24 @@ class PerturbedLinear(nn.Module):
                 thin.append((probe.mask, probe.vector(self.bias_row)))
         elif self.bias_vector is not None:
             y.add_(self.bias_vector)
-        if len(thin) == 1:
-            addmm_(y, *thin[0])
-        elif thin:
-            addmm_(y, torch.cat([a for a, _ in thin], 1), torch.cat([b for _, b in thin], 0))
+        add_thin(y, thin)
         return y.view(*shape[:-1], rows)
 
-    def _lowrank(self, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _lowrank(self, x: Tensor, y: Tensor) -> list[Term]:
         row, probe = self.lowrank_row, self.context.probe
         assert row is not None and self.basis is not None
-        u = mm(x, self.basis.T)  # (n, rank)
-        thin = [(u, row.values.T.to(y.dtype))]
+        u = few(x, self.basis)  # (n, rank)
+        thin: list[Term] = [(u, row.values.T)]
         if probe is None or not probe.moves(row):
             return thin
         if not probe.directions.factored:
             dense = probe.dense(row, slice(0, row.target.rows))
             return [*thin, (u * probe.side[:, None], dense.T)]
         if not probe.spread(row):
-            return [*thin, (mm(u, probe.cols(row, u).T).mul_(probe.mask), probe.rows(row))]
+            return [*thin, (probe.own(u, probe.cols(row, u.to(y.dtype))), probe.rows(row))]
         dense = probe.dense(row, slice(0, row.target.rows))
-        _add_spun(y, u * probe.cols(row)[probe.example], dense, probe.mask, probe.rows(row))
+        turned = u.to(y.dtype) * probe.cols(row)[probe.example]
+        _add_spun(y, turned, dense, probe.mask, probe.rows(row))
         return thin
 
 

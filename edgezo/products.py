@@ -8,12 +8,14 @@ products (fp32 on a CPU, all on a GPU) compile nothing and pass whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from edgezo import kernels
 from edgezo.shapes import PRODUCT_ROWS as SIZES
 
 SHORT = 64  # of the other axes: up to here they may be the examples of a group, or a rank
@@ -66,6 +68,53 @@ def along(left: Tensor, x: Tensor) -> Tensor:
         part = part.contiguous() if part.stride(1) == 1 else part  # else rows that are n apart
         found += torch.mm(_filled(part, 1, size), _filled(x[at : at + size], 0, size))
     return found[:m]
+
+
+class Own(NamedTuple):
+    """A left factor (n, b) with one value in each row, in the column of its example."""
+
+    values: Tensor  # (n,) fp32
+    example: Tensor  # (n,) int64
+
+
+Term = tuple[Tensor | Own, Tensor]  # left (n, k), right (k, m)
+
+
+def few(x: Tensor, basis: Tensor) -> Tensor:
+    """x (n, d) @ basis (r, d)^T, r small: fp32 where there is a kernel for it, else in the dtype of x."""
+    found = kernels.few(x, basis) if len(basis) <= SHORT else None
+    return mm(x, basis.T) if found is None else found
+
+
+def own(x: Tensor, cols: Tensor, example: Tensor, mask: Tensor, side: Tensor) -> Tensor | Own:
+    """(x @ cols^T) * mask, (n, b): in each row what its ``example`` (n,) has of ``side`` (n,)."""
+    values = kernels.own(x, cols.to(x.dtype), example)
+    if values is None:
+        return mm(x.to(cols.dtype), cols.T).mul_(mask)
+    return Own(values.mul_(side), example)
+
+
+def add_thin(y: Tensor, terms: Sequence[Term]) -> None:
+    """y (n, m) += the sum of left @ right over the terms; rounded once, and once more for each ``Own`` but one."""
+    owned = [(left, right) for left, right in terms if isinstance(left, Own)]
+    dense = [(left, right) for left, right in terms if isinstance(left, Tensor)]
+    lefts, rights = [left for left, _ in dense], [right for _, right in dense]
+    if dense and not (sum(len(right) for right in rights) <= SHORT and kernels.takes(y)):
+        addmm_(y, _joined(lefts, 1).to(y.dtype), _joined(rights, 0).to(y.dtype))
+        lefts, rights = [], []
+    if not lefts and not owned:
+        return
+    left = _joined(lefts, 1).float() if lefts else torch.empty(len(y), 0)
+    right = _joined(rights, 0).float().contiguous() if rights else torch.empty(0, y.shape[1])
+    more = [(o.values, rows, o.example) for o, rows in owned]
+    done = kernels.add_thin(y, left, right, *(more[0] if more else ()))
+    for own_term in more[1:]:
+        done = done and kernels.add_thin(y, left[:, :0].contiguous(), right[:0], *own_term)
+    assert done
+
+
+def _joined(parts: Sequence[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([p.float() for p in parts], axis)
 
 
 def compiled(x: Tensor) -> bool:
