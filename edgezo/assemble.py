@@ -28,7 +28,7 @@ from edgezo.backward import recompute
 from edgezo.directions import DIRECTIONS, orthonormal
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.estimators import TWO_SIDED, Evaluation
-from edgezo.fused import fuse_gates, fuse_norm, norm_of
+from edgezo.fused import fuse_gates, fuse_norm, fuse_rotary, norm_of
 from edgezo.head import ExactHead
 from edgezo.layouts import CPU, DENSE_DTYPES, Dense, Int8, Layout, Rows, moved, place, vacant
 from edgezo.lora import Adapter, Adapters, LoraLinear
@@ -165,6 +165,7 @@ class _Builder:
             away.residency.attach(list(away.layers)[away.first :])
         self.store.prepare()
         fuse_gates(self.module)
+        fuse_rotary(self.module)
         for sub in self.module.modules():
             for name, buffer in sub._buffers.items():
                 if buffer is not None and not buffer.is_meta:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import cache
+from types import FunctionType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -133,3 +135,59 @@ def fuse_gates(model: nn.Module) -> None:
         if (activation := activation_of(module)) is not None:
             module.__class__ = FusedGate
             object.__setattr__(module, "activation", activation)
+
+
+ROTARY = "apply_rotary_pos_emb"  # what transformers' attention modules call for positions
+Rotary = Callable[..., tuple[Tensor, Tensor]]
+
+
+@cache
+def _turned(own: Rotary) -> Rotary | None:
+    """``own`` with the kernel in front; None where ``own`` does something else."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 5, 8, generator=generator) for heads in (3, 1))
+    cos, sin = torch.randn(2, 1, 5, 8, generator=generator)
+
+    def wanted(x: Tensor) -> Tensor:
+        one, two = x.chunk(2, -1)
+        return x * cos + torch.cat([-two, one], -1) * sin
+
+    try:
+        found = own(q, k, cos, sin)
+    except Exception:  # it has other arguments
+        return None
+    if not all(torch.allclose(f, wanted(x), atol=1e-5) for f, x in zip(found, (q, k), strict=True)):
+        return None
+
+    def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any) -> Any:
+        # What projections have just written is nobody else's.
+        if not more and kernels.rotate(q, cos, sin):
+            if not kernels.rotate(k, cos, sin):
+                k = own(k, k, cos, sin)[0]
+            return q, k
+        return own(q, k, cos, sin, *more)
+
+    return turned
+
+
+@cache
+def _with_rotary(kind: type) -> type | None:
+    """A subclass whose forward is ``kind``'s own, but for the function that turns queries and keys."""
+    forward = getattr(kind, "forward", None)
+    if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
+        return None
+    turned = _turned(forward.__globals__[ROTARY])
+    if turned is None:
+        return None
+    seen = {**forward.__globals__, ROTARY: turned}
+    rest = (forward.__name__, forward.__defaults__, forward.__closure__)
+    copied = FunctionType(forward.__code__, seen, *rest)
+    copied.__kwdefaults__ = forward.__kwdefaults__
+    return type("Fused" + kind.__name__, (kind,), {"forward": copied})
+
+
+def fuse_rotary(model: nn.Module) -> None:
+    """Let attention turn its queries and keys in one pass."""
+    for module in model.modules() if kernels.loaded() else ():
+        if (kind := _with_rotary(type(module))) is not None:
+            module.__class__ = kind

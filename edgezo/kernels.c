@@ -320,7 +320,7 @@ typedef struct {
 INLINE void attend(const Attention *a, int64_t start, int64_t length, int64_t padded, int64_t head, int64_t at, int count,
                    const float *keys, const float *values, float *scores, float *query, int bf16) {
     int64_t dim = a->dim, wide_dim = strips(dim), low[QUERIES], high[QUERIES], first = length, last = 0;
-    float total[QUERIES];
+    float whole[QUERIES];
     for (int j = 0; j < QUERIES; j++) {
         int64_t token = at + (j < count ? j : 0);
         int64_t base = (start + token) * a->q_stride + head * dim;
@@ -345,20 +345,30 @@ INLINE void attend(const Attention *a, int64_t start, int64_t length, int64_t pa
             for (int part = 0; part < 2; part++)
                 *(vec *)(scores + j * padded + t + part * LANES) = sum[j][part];
     }
+    last = strips(last);
     for (int j = 0; j < QUERIES; j++) {
-        float *own = scores + j * padded, most = own[low[j]], sum = 0;
-        for (int64_t t = low[j] + 1; t < high[j]; t++)
-            most = own[t] > most ? own[t] : most;
-        for (int64_t t = first; t < last; t++) {
-            float e = exponential(own[t] - most);
-            own[t] = t < low[j] || t >= high[j] ? 0.0f : e;
-        }
-        for (int64_t t = low[j]; t < high[j]; t++)
-            sum += own[t];
-        total[j] = 1.0f / sum;
+        float *own = scores + j * padded, mosts[LANES], sums[LANES] = {0}, most = -INFINITY, sum = 0;
+        for (int64_t t = first; t < last; t++)
+            own[t] = t < low[j] || t >= high[j] ? -INFINITY : own[t];
+        for (int lane = 0; lane < LANES; lane++)
+            mosts[lane] = -INFINITY;
+        for (int64_t t = first; t < last; t += LANES)
+            for (int lane = 0; lane < LANES; lane++)
+                mosts[lane] = own[t + lane] > mosts[lane] ? own[t + lane] : mosts[lane];
+        for (int lane = 0; lane < LANES; lane++)
+            most = mosts[lane] > most ? mosts[lane] : most;
+        for (int64_t t = first; t < last; t += LANES)
+            for (int lane = 0; lane < LANES; lane++) {
+                float e = exponential(own[t + lane] - most);
+                own[t + lane] = own[t + lane] == -INFINITY ? 0.0f : e;
+                sums[lane] += own[t + lane];
+            }
+        for (int lane = 0; lane < LANES; lane++)
+            sum += sums[lane];
+        whole[j] = 1.0f / sum;
     }
+    last = last < length ? last : length;
     for (int64_t d = 0; d < dim; d += STRIP) {
-        int64_t whole = dim - d < STRIP ? dim - d : STRIP;
         vec sum[QUERIES][2] = {{{0}}};
         for (int64_t t = first; t < last; t++) {
             vec left = load(values + t * wide_dim + d), right = load(values + t * wide_dim + d + LANES);
@@ -370,8 +380,15 @@ INLINE void attend(const Attention *a, int64_t start, int64_t length, int64_t pa
         }
         for (int j = 0; j < count; j++) {
             int64_t base = (start + at + j) * a->out_stride + head * dim + d;
-            for (int64_t i = 0; i < whole; i++)
-                put(a->out, base + i, sum[j][i / LANES][i % LANES] * total[j], bf16);
+            for (int part = 0; part < 2; part++) {
+                vec own = sum[j][part] * whole[j];
+                int64_t left = dim - d - part * LANES;
+                if (left >= LANES)
+                    put_vec(a->out, base + part * LANES, own, bf16);
+                else
+                    for (int64_t i = 0; i < left; i++)
+                        put(a->out, base + part * LANES + i, own[i], bf16);
+            }
         }
     }
 }
@@ -381,10 +398,10 @@ INLINE void attend_row(const Attention *a, int64_t start, int64_t length, int64_
     float *keys = scratch, *values = keys + dim * padded, *scores = values + wide_dim * padded;
     float *query = scores + QUERIES * padded;
     for (int64_t t = 0; t < length; t++) {
-        for (int64_t d = 0; d < dim; d++) {
+        for (int64_t d = 0; d < dim; d++)
             keys[d * padded + t] = get(a->k, (start + t) * a->k_stride + kv * dim + d, bf16);
+        for (int64_t d = 0; d < dim; d++)
             values[t * wide_dim + d] = get(a->v, (start + t) * a->v_stride + kv * dim + d, bf16);
-        }
         for (int64_t d = dim; d < wide_dim; d++)
             values[t * wide_dim + d] = 0.0f;
     }
@@ -417,6 +434,42 @@ void edgezo_attention(const Attention *a, const int64_t *starts, int64_t rows, f
         int64_t row = task / a->kv_heads, start = starts[row], length = starts[row + 1] - start;
         float *own = scratch + omp_get_thread_num() * scratch_stride;
         (a->bf16 ? attend_row_bf16 : attend_row_fp32)(a, start, length, task % a->kv_heads, own);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------ rotary positions */
+
+/* x (heads, dim) of one token, in place: each half turned against the other; cos, sin (dim,). */
+INLINE void rotate(void *x, const void *cos, const void *sin, int64_t heads, int64_t dim, int bf16) {
+    for (int64_t head = 0; head < heads; head++)
+        for (int64_t i = 0; i < dim / 2; i++) {
+            int64_t one = head * dim + i, two = one + dim / 2;
+            float a = get(x, one, bf16), b = get(x, two, bf16);
+            put(x, one, a * get(cos, i, bf16) - b * get(sin, i, bf16), bf16);
+            put(x, two, b * get(cos, i + dim / 2, bf16) + a * get(sin, i + dim / 2, bf16), bf16);
+        }
+}
+
+CLONES void rotate_bf16(uint16_t *restrict x, const uint16_t *restrict cos, const uint16_t *restrict sin, int64_t heads,
+                        int64_t dim) {
+    rotate(x, cos, sin, heads, dim, 1);
+}
+
+CLONES void rotate_fp32(float *restrict x, const float *restrict cos, const float *restrict sin, int64_t heads,
+                        int64_t dim) {
+    rotate(x, cos, sin, heads, dim, 0);
+}
+
+/* x: n tokens, stride elements apart; cos, sin (n, dim) */
+void edgezo_rotate(void *x, const void *cos, const void *sin, int64_t n, int64_t stride, int64_t heads, int64_t dim,
+                   int bf16, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < n; t++) {
+        void *own = (void *)from(x, t * stride, bf16);
+        if (bf16)
+            rotate_bf16(own, from(cos, t * dim, 1), from(sin, t * dim, 1), heads, dim);
+        else
+            rotate_fp32(own, from(cos, t * dim, 0), from(sin, t * dim, 0), heads, dim);
     }
 }
 

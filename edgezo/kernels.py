@@ -55,6 +55,7 @@ _SIGNATURES = {
     "rms_norm": (_P, _P, _P, _N, _N, _N, _F, _F, _I, _I, _I),
     "gate": (_P, _P, _N, _I, _I, _I),
     "attention": (_P, _P, _N, _P, _N, _I),
+    "rotate": (_P, _P, _P, _N, _N, _N, _N, _I, _I),
     "few": (_P, _P, _P, _N, _N, _N, _I, _I),
     "own": (_P, _P, _P, _P, _N, _N, _I, _I),
     "add_thin": (_P, _I, _I),
@@ -198,6 +199,25 @@ def attention(
 def _token_stride(x: Tensor) -> int | None:
     """Elements from a token to the next; None where the heads of a token do not lie together."""
     return x.stride(0) if x.stride(2) == 1 and x.stride(1) == x.shape[2] else None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """x cos + (-x2, x1) sin, in place, x = (x1, x2) along the last axis; False where there is no kernel for it.
+
+    x is (1, heads, n, dim), token by token in memory; cos and sin are (1, n, dim) in its dtype.
+    """
+    tokens, dim = x[0].transpose(0, 1), x.shape[3]
+    stride = _token_stride(tokens)
+    if len(x) != 1 or stride is None or not usable(cos, sin) or not _floats(x, cos, sin):
+        return False
+    if x.is_cuda or (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    if cos.shape != (1, x.shape[2], dim) or sin.shape != cos.shape or dim % 2:
+        return False
+    held = (x.data_ptr(), cos.data_ptr(), sin.data_ptr())
+    shape = (x.shape[2], stride, x.shape[1], dim, _bf16(x), _threads(x.numel()))
+    _library().edgezo_rotate(*held, *shape)
+    return True
 
 
 def few(x: Tensor, basis: Tensor) -> Tensor | None:

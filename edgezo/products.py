@@ -30,11 +30,12 @@ def mm(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     x, w = _by_rows(_even(x, 1)), _even(_even(w, 0), 1)
     found = out if out is not None and w.shape[1] == m else x.new_empty(n, w.shape[1])
     for at, size in pieces(n):
-        rows = slice(at, at + size)
-        if n >= at + size:
+        if n >= size:
+            # Where a piece is longer than what is left it ends with it: some rows are multiplied twice.
+            rows = slice(min(at, n - size), min(at + size, n))
             torch.mm(x[rows], w, out=found[rows])
         else:
-            found[rows] = torch.mm(_filled(x[rows], 0, size), w)[: n - at]
+            found.copy_(torch.mm(_filled(x, 0, size), w)[:n])
     if out is not None and found is not out:
         out.copy_(found[:, :m])
         return out
