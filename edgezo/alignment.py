@@ -2,7 +2,8 @@
 
     measured   cosine of sum_i c_i D_i (before the rule) to the mean gradient of one batch, over many seeds
     theory     |g| B/sqrt(sum_i |g_i|^2 d_i) for a direction per example, sqrt(2/pi)/sqrt(d) for one for the batch,
-               sqrt(N/d) for N candidates; g_i the gradient of example i, d_i the coordinates that it moves
+               sqrt(N/d) for N candidates; g_i the gradient of example i, d_i the coordinates that it moves. Where a
+               step leaves blocks alone: of the others, times their share of |g|
     signal     how far what a probe does to the loss, 2 sigma g_i.D_i, stands above what the forward's arithmetic and
                the loss's curvature add to it: the ratio of the two standard deviations
 
@@ -108,13 +109,16 @@ def measure(cfg: RunConfig, tries: int) -> dict[str, Any]:
     own, mean = example_gradients(opened, model, group, keep=small)
     squares = [g["square"] for g in own]
     length = math.sqrt(sum(float(g.square().sum()) for g in mean.values()))
-    cosines, blocks, told, noise = [], [], [], []
+    cosines, blocks, told, noise, theories = [], [], [], [], []
     places = 0.0
     for step in range(tries):
         recipe, losses = _step(model, cfg, group, step)
         recipe = recipe._replace(scales=scales)
-        places = _places(model.store, recipe, len(group))
         found = _dots(model.store, recipe, mean)
+        seen = math.sqrt(sum(part[2] for part in found.values()))
+        moved = _places(model.store, recipe)
+        places = max(places, moved)
+        theories.append(_theory(cfg, length, seen, squares, moved))
         cosines.append(_cosine(found.values(), length))
         blocks.append({b: _cosine([v], math.sqrt(v[2])) for b, v in found.items() if v[2]})
         if small and len(model.evaluations) == 2 and model.store.mask.name != "quantized":
@@ -135,7 +139,7 @@ def measure(cfg: RunConfig, tries: int) -> dict[str, Any]:
         "coordinates": places,
         "cosine_mean": float(np.mean(cosines)),
         "cosine_error": float(np.std(cosines) / math.sqrt(tries)),
-        "cosine_theory": _theory(cfg, length, squares, places),
+        "cosine_theory": _mean(theories),
         "signal_to_noise": float(np.std(told) / np.std(noise)) if told else None,
         "blocks": {str(b): float(np.mean([f[b] for f in blocks if b in f])) for b in names},
     }
@@ -178,10 +182,12 @@ def _cosine(sums: Any, length: float) -> float:
     return float(dot / (math.sqrt(square) * length)) if square and length else 0.0
 
 
-def _places(store: WeightStore, recipe: Recipe, group: int) -> float:
-    """Coordinates that an example moves, on average."""
+def _places(store: WeightStore, recipe: Recipe) -> float:
+    """Coordinates that an example moves in the recipe's step, on average."""
     total = 0.0
     for row in store.trainables.values():
+        if not store.scale(row, recipe):
+            continue
         rows = float(row.target.rows if row.fixed_rows is None else len(row.fixed_rows))
         if row.touched_offset is not None:
             rows = float(np.mean([len(ids) for ids in store.own_rows(row, recipe)]))
@@ -189,19 +195,28 @@ def _places(store: WeightStore, recipe: Recipe, group: int) -> float:
     return total
 
 
-def _theory(cfg: RunConfig, length: float, squares: list[float], places: float) -> float | None:
+def _theory(
+    cfg: RunConfig, length: float, seen: float, squares: list[float], places: float
+) -> float | None:
+    """Expected cosine of a step that moves ``places`` coordinates, in which the gradient is ``seen`` long."""
     drawn = cfg.mask not in ("sparse", "hessian", "hessian-block", "block")
     if not drawn or DIRECTIONS[cfg.directions].guided or not length:
         return None  # what is left is not drawn at random, or not as long everywhere
+    share = seen / length
     if cfg.credit in ("mean", "clipped", "svrg"):  # of svrg an anchor's step is measured
-        return math.sqrt(2 / math.pi / places)
+        return share * math.sqrt(2 / math.pi / places)
     if cfg.credit == "candidates":
-        return math.sqrt(cfg.candidates / places)
-    if cfg.credit in ("group", "raw"):
+        return share * math.sqrt(cfg.candidates / places)
+    if cfg.credit in ("group", "raw") and cfg.mask != "layers":
         # One example's credit is its sign under group credit.
         lone = math.sqrt(2 / math.pi) if len(squares) == 1 else 1.0
         return lone * length * len(squares) / math.sqrt(sum(squares) * places)
     return None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _predicted(

@@ -170,7 +170,6 @@ def _turned(own: Rotary) -> Rotary | None:
     return turned
 
 
-@cache
 def _with_rotary(kind: type) -> type | None:
     """A subclass whose forward is ``kind``'s own, but for the function that turns queries and keys."""
     forward = getattr(kind, "forward", None)
@@ -188,6 +187,8 @@ def _with_rotary(kind: type) -> type | None:
 
 def fuse_rotary(model: nn.Module) -> None:
     """Let attention turn its queries and keys in one pass."""
-    for module in model.modules() if kernels.loaded() else ():
-        if (kind := _with_rotary(type(module))) is not None:
-            module.__class__ = kind
+    if not kernels.loaded():
+        return
+    kinds = {kind: _with_rotary(kind) for kind in {type(module) for module in model.modules()}}
+    for module in model.modules():
+        module.__class__ = kinds[type(module)] or type(module)

@@ -259,7 +259,7 @@ class WeightStore:
 
         False where the step leaves the tensor alone.
         """
-        scale = self._scale(row, recipe)
+        scale = self.scale(row, recipe)
         if scale == 0.0:
             return False
         if self._in_span(row):
@@ -288,7 +288,7 @@ class WeightStore:
             values.clamp_(min=row.least)
         return True
 
-    def _scale(self, row: Trainable, recipe: Recipe) -> float:
+    def scale(self, row: Trainable, recipe: Recipe) -> float:
         """What a tensor's direction was multiplied by in the recipe's step."""
         told = 1.0 if recipe.scales is None else float(recipe.scales[self._places[row.target.name]])
         return self.mask.scale(Key(self.seed, recipe.step), row, told)
@@ -328,7 +328,7 @@ class WeightStore:
         """sum_i c_i D_i tile by tile, before any rule; nothing changes. Not for blocks on disk."""
         c = torch.from_numpy(recipe.coefficients).to(self.device)
         for row in self.trainables.values():
-            scale = self._scale(row, recipe)
+            scale = self.scale(row, recipe)
             for part in _row_sets(row) if scale else ():
                 member = self._members(row, recipe, part)
                 found, _ = self._sum(row, recipe, c, part, row.layout.read(part), member)
@@ -372,7 +372,7 @@ class WeightStore:
                 row.state[name][rows] = _combination(row.state[name][rows], turn)
             row.state["epoch"][rows] = epoch
         g = d.weighted_coordinates(key, target, coefficients, rows, member)
-        if (scale := self._scale(row, recipe)) != 1.0:
+        if (scale := self.scale(row, recipe)) != 1.0:
             g = g * scale
         return _combination(self._ruled(row, recipe, g, rows), basis.T.to(self.device)).mul_(
             d.rank**-0.5

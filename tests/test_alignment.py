@@ -33,7 +33,7 @@ def test_the_signal_of_a_probe_is_the_true_gradient_along_it(bench, edgezo_json,
 
 
 def test_cosines_are_those_of_theory_and_grow_with_the_candidates(bench, edgezo_json, tmp_path):
-    names = "grzo,grzo:gaussian,mezo,fzoo"
+    names = "grzo,grzo:gaussian,mezo,fzoo,lezo"  # the last leaves a block alone
     said = arguments(bench, tmp_path / "out", "--tries", 10, "--batch-sizes", 4)
     code, found = edgezo_json(*said, "--train", "lowrank", "--estimators", names)
     assert code == 0, found

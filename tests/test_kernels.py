@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from workshop import KEY, SIGMA, Case, Workshop, make_examples, of
 
-from edgezo import kernels, noise, packing
+from edgezo import kernels, noise, packing, products
 from edgezo.data import collate
 from edgezo.fused import FusedGate, FusedNorm, activation_of
 from edgezo.layouts import Dense, Int4, Int8
@@ -191,6 +191,77 @@ def test_attention_is_that_of_each_row_alone(dtype, causal, window, heads, kv_he
 
 
 @made_here
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_positions_turn_queries_in_place_by_one_rounding(dtype, threads):
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(1, 700, 7, 24, generator=generator).to(dtype)
+    x = wide[:, :, :5].transpose(1, 2)  # (1, heads, n, dim), beside what is not to be touched
+    cos, sin = torch.randn(2, 1, 700, 24, generator=generator).to(dtype)
+    one, two = x.double().chunk(2, -1)
+    exact = x.double() * cos.double() + torch.cat([-two, one], -1) * sin.double()
+    beside = wide[:, :, 5:].clone()
+    assert kernels.rotate(x, cos, sin)
+    assert _off(x, exact, dtype) < 4
+    assert torch.equal(wide[:, :, 5:], beside)
+    assert not kernels.rotate(x.contiguous(), cos, sin)  # head by head
+    assert not kernels.rotate(x, cos[..., :12].contiguous(), sin[..., :12].contiguous())
+
+
+@made_here
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n, d, m, k", [(700, 75, 96, 8), (5, 7, 5, 3), (33, 576, 100, 21)])
+def test_thin_products_are_rounded_once(dtype, n, d, m, k, threads):
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    x, basis, y = drawn(n, d), drawn(k, d), drawn(n, m)
+    cols, rows, side = drawn(4, d).sign(), drawn(4, m).sign(), drawn(n, dtype=torch.float32)
+    example = torch.randint(0, 4, (n,), generator=generator)
+    left = kernels.few(x, basis)
+    assert left is not None and left.dtype is torch.float32
+    torch.testing.assert_close(left.double(), x.double() @ basis.double().T, rtol=1e-5, atol=1e-4)
+    own = products.own(x, cols, example, torch.empty(0), side)
+    assert isinstance(own, products.Own)
+    exact_own = (x.double() * cols.double()[example]).sum(1) * side
+    torch.testing.assert_close(own.values.double(), exact_own, rtol=1e-5, atol=1e-4)
+
+    right, other = drawn(m, k, dtype=torch.float32).T, products.Own(side, example)
+    terms: list[products.Term] = [(left, right), (own, rows), (other, rows)]
+    for count, roundings in ((1, 1), (2, 1), (3, 2)):
+        exact = y.double() + left.double() @ right.double()
+        for term in (own, other)[: count - 1]:
+            exact += term.values.double()[:, None] * rows.double()[example]
+        found = y.clone()
+        products.add_thin(found, terms[:count])
+        if dtype is torch.bfloat16:
+            assert _off(found, exact, dtype) < roundings
+        else:
+            torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-3)
+
+
+def test_terms_without_kernels_are_one_product(without):
+    generator = torch.Generator().manual_seed(0)
+    x, cols, rows = (torch.randn(*s, generator=generator) for s in ((9, 20), (3, 20), (3, 12)))
+    example = torch.randint(0, 3, (9,), generator=generator)
+    side = torch.randn(9, generator=generator)
+    mask = F.one_hot(example, 3) * side[:, None]
+
+    def added() -> Tensor:
+        y = torch.zeros(9, 12)
+        left = torch.ones(9, 2)
+        own = products.own(x, cols, example, mask, side)
+        products.add_thin(y, [(left, rows[:2]), (own, rows)])
+        products.add_thin(y, [])
+        return y
+
+    exact = rows[:2].sum(0) + ((x @ cols.T) * mask) @ rows
+    for found in (added(), without(added)):
+        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+
+
+@made_here
 def test_what_they_cannot_take_is_left_to_torch():
     x, w = torch.randn(4, 64), torch.randn(64)
     assert kernels.rms_norm(x.half(), w.half(), 1e-5, 0.0) is None
@@ -219,13 +290,14 @@ def test_what_they_cannot_take_is_left_to_torch():
 def test_losses_are_equal_to_rounding(family, train, workshop: Workshop, without, monkeypatch):
     case = of(family, train)
     called: set[str] = set()
-    for name in ("rms_norm", "attention"):
+    for name in ("rms_norm", "attention", "rotate", "few"):
         kernel = getattr(kernels, name)
 
         def counted(
             *given: object, kernel: Callable[..., object] = kernel, name: str = name
         ) -> object:
-            called.update([name] if (found := kernel(*given)) is not None else [])
+            found = kernel(*given)
+            called.update([] if found is None or found is False else [name])
             return found
 
         monkeypatch.setattr(kernels, name, counted)
@@ -241,11 +313,11 @@ def test_losses_are_equal_to_rounding(family, train, workshop: Workshop, without
     found, wanted = losses(), without(losses)
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
-    expected = {"rms_norm", "attention"}
+    expected = {"rms_norm", "attention", "rotate"} | ({"few"} if train == "lowrank" else set())
     if family == "gemma2":  # its scores are capped
         expected -= {"attention"}
-    if family == "roberta":  # layer norms
-        expected -= {"rms_norm"}
+    if family == "roberta":  # layer norms, positions that are learned
+        expected -= {"rms_norm", "rotate"}
     assert called == expected
 
 
