@@ -43,6 +43,7 @@ from edgezo.shapes import (
     BYTES_PER_WEIGHT,
     KEPT_LENGTHS,
     PRODUCT_ROWS,
+    THIN,
     MatrixShape,
 )
 
@@ -115,8 +116,11 @@ class Footprint(Held):
             return []
         matrices = (*self.shape.block, *self.shape.outside)
         d_in, d_out = {m.d_in for m in matrices}, {m.d_out for m in matrices}
-        # By what is trained: products with a basis or directions, sums into the outputs, plain and probed.
+        # By what is trained: products with a basis or directions, sums into the outputs, plain and probed. C kernels
+        # leave those of the table and of norms.
         thin = {"full": len(d_in) + len(d_out), "lowrank": len(d_in) + 2 * len(d_out) + 1}
+        if self.c_kernels and max(self.cfg.rank, self.cfg.batch_size or 0) <= THIN:
+            thin = {"full": 3}
         weights = len({(m.d_in, m.d_out) for m in matrices})
         shapes = weights + sum(thin.get(part, 0) for part in self.cfg.train)
         rows = min(self._at_once(precision, micro_batch), PRODUCT_ROWS[-1])

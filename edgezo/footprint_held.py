@@ -66,6 +66,7 @@ class Held:
     cfg: RunConfig
     tokens: TokenStats
     bf16_fast: bool
+    c_kernels: bool
     base_bytes: int | None  # the process as measured; None: the constant above
 
     elsewhere: ClassVar[str] = "disk"  # where blocks are that do not stay in memory

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import platform
 from collections.abc import Callable
 from ctypes import c_float, c_int, c_int64, c_uint64, c_void_p
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from edgezo.machine import kernels_library
 
 VERSION = 1
 _GRAIN = 1 << 15  # elements below which a second thread costs more than it does
@@ -72,12 +71,11 @@ _SIGNATURES = {
 @functools.cache
 def _library() -> Any:
     """The loaded library; None without one that fits this source and the runtime of torch's threads."""
-    if os.environ.get("EDGEZO_KERNELS") == "0":
+    file = kernels_library()
+    if file is None:
         return None
-    if platform.machine() == "x86_64" and "AVX" not in torch.backends.cpu.get_cpu_capability():
-        return None  # torch has better loops for it
     try:
-        found = ctypes.CDLL(str(Path(__file__).with_name("_kernels.so")))
+        found = ctypes.CDLL(str(file))
         if found.edgezo_version() != VERSION:
             return None
         for name, types in _SIGNATURES.items():

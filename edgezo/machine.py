@@ -106,6 +106,8 @@ class Machine:
     cores: int  # usable at once: affinity and CPU quota
     bf16_fast: bool  # bf16 matrix products in hardware; without them bf16 is slower than fp32
     flops_s: float  # of fp32 matrix products on all cores, estimated from clock and vector width
+    bf16_flops_s: float  # of bf16 ones
+    c_kernels: bool  # kernels.c is compiled and used (kernels.py)
     cgroup: CgroupMemory | None
     gpu: Gpu | None  # the first that this process may use; None also where PyTorch could not use it
     notes: tuple[str, ...]  # where each number comes from, for people
@@ -144,7 +146,11 @@ def machine(root: Path = ROOT) -> Machine:
     notes.append(f"speed: about {flops_s / 1e9:.0f} GFLOP/s, from clock and vector width")
     gpu, about_gpu = _usable_gpu()
     notes.append(about_gpu)
-    return Machine(total_bytes, available_bytes, usable, fast, flops_s, limit, gpu, tuple(notes))
+    speeds = (flops_s, flops_s * _bf16_speed_up(flags))
+    c_kernels = kernels_library() is not None
+    notes.append(f"C kernels: {'' if c_kernels else 'none '}compiled and used")
+    memory = (total_bytes, available_bytes)
+    return Machine(*memory, usable, fast, *speeds, c_kernels, limit, gpu, tuple(notes))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -256,6 +262,21 @@ def _clock_hz() -> float:
 def _flops_per_cycle(flags: frozenset[str]) -> int:
     """Of one core in fp32: two fused multiply-adds of a vector."""
     return 64 if "avx512f" in flags else 32 if "avx2" in flags else 16
+
+
+def _bf16_speed_up(flags: frozenset[str]) -> int:
+    """Of bf16 products over fp32 ones, as measured on CPUs with AMX and with AVX-512 alone."""
+    return 5 if "amx_bf16" in flags else 2
+
+
+def kernels_library(root: Path = ROOT) -> Path | None:
+    """The compiled kernels.c, if the package was built with it and this CPU gains by it."""
+    file = Path(__file__).with_name("_kernels.so")
+    if os.environ.get("EDGEZO_KERNELS") == "0" or not file.exists():
+        return None
+    # Without these its loops are narrower than torch's own.
+    slow = platform.machine() == "x86_64" and "avx2" not in _cpu_flags(root)
+    return None if slow else file
 
 
 def cgroup_memory(root: Path = ROOT) -> CgroupMemory | None:

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from edgezo.machine import Machine
 
 DEFAULT_BATCH = 16  # directions a step: more take too long on a small machine, fewer are noisy
-SHARE_OF_PEAK = 0.6  # of the estimated speed that a whole step reaches
-BF16_SPEED_UP = 4  # of products in hardware over fp32; between 2 (AVX-512) and 16 (AMX)
+SHARE_OF_PEAK = 0.4  # of the estimated speed that a whole step reaches
 # On a GPU: what a step takes a block, however small (noise is made on the CPU), and how fast it multiplies and copies
 # from the RAM (roughly, by three short runs on an H100).
 GPU_BLOCK_S, GPU_FLOPS_S, GPU_COPY_BYTES_S = 1.2e-2, 2e14, 2e10
@@ -73,6 +72,7 @@ def make_plan(
         cfg=cfg,
         tokens=tokens or TokenStats.assumed(cfg),
         bf16_fast=machine.bf16_fast,
+        c_kernels=machine.c_kernels,
         base_bytes=base_bytes,
         correction_bytes=correction_bytes,
     )
@@ -220,9 +220,8 @@ def _step_s(footprint: Footprint, machine: Machine, chosen: Option, batch_size: 
             + 2 * sides * batch_size * operations / GPU_FLOPS_S
             + copied / GPU_COPY_BYTES_S
         )
-    speed = machine.flops_s * SHARE_OF_PEAK
-    if footprint.compute_dtype(chosen.precision)[0] == "bf16":
-        speed *= BF16_SPEED_UP
+    low = footprint.compute_dtype(chosen.precision)[0] == "bf16"
+    speed = (machine.bf16_flops_s if low else machine.flops_s) * SHARE_OF_PEAK
     if cfg.threads is not None:
         speed *= min(1.0, cfg.threads / machine.cores)
     return 2 * sides * batch_size * operations / speed
@@ -357,7 +356,7 @@ def _first_order(footprint: Footprint, batch_size: int, cap: int) -> Decision:
         cfg = None
     if cfg is None or isinstance(footprint, CudaFootprint):
         return Decision("first-order LoRA", f"about {usual}", "as people write it")
-    known = ("shape", "tokens", "bf16_fast", "base_bytes")
+    known = ("shape", "tokens", "bf16_fast", "c_kernels", "base_bytes")
     other = BackwardFootprint(cfg=cfg, **{name: getattr(footprint, name) for name in known})
     sizes = [(o, other.peak_bytes(*o)) for o in _options(cfg, footprint.shape.layers)]
     fits = next(((o, size) for o, size in sizes if size <= cap), None)

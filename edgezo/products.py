@@ -17,8 +17,8 @@ from torch import Tensor
 
 from edgezo import kernels
 from edgezo.shapes import PRODUCT_ROWS as SIZES
+from edgezo.shapes import THIN
 
-SHORT = 64  # of the other axes: up to here they may be the examples of a group, or a rank
 CALL_ROWS = 32  # about what one more product costs, in rows (a weight is laid out anew for each)
 
 
@@ -83,7 +83,7 @@ Term = tuple[Tensor | Own, Tensor]  # left (n, k), right (k, m)
 
 def few(x: Tensor, basis: Tensor) -> Tensor:
     """x (n, d) @ basis (r, d)^T, r small: fp32 where there is a kernel for it, else in the dtype of x."""
-    found = kernels.few(x, basis) if len(basis) <= SHORT else None
+    found = kernels.few(x, basis) if len(basis) <= THIN else None
     return mm(x, basis.T) if found is None else found
 
 
@@ -100,7 +100,7 @@ def add_thin(y: Tensor, terms: Sequence[Term]) -> None:
     owned = [(left, right) for left, right in terms if isinstance(left, Own)]
     dense = [(left, right) for left, right in terms if isinstance(left, Tensor)]
     lefts, rights = [left for left, _ in dense], [right for _, right in dense]
-    if dense and not (sum(len(right) for right in rights) <= SHORT and kernels.takes(y)):
+    if dense and not (sum(len(right) for right in rights) <= THIN and kernels.takes(y)):
         addmm_(y, _joined(lefts, 1).to(y.dtype), _joined(rights, 0).to(y.dtype))
         lefts, rights = [], []
     if not lefts and not owned:
@@ -153,7 +153,7 @@ def _split(n: int) -> tuple[int, tuple[int, ...]]:
 def _even(x: Tensor, axis: int) -> Tensor:
     """``x`` with zeros up to a multiple of 16 along a short axis: examples of a micro-batch, a rank."""
     n = x.shape[axis]
-    return _filled(x, axis, -(-n // SIZES[0]) * SIZES[0]) if n <= SHORT else x
+    return _filled(x, axis, -(-n // SIZES[0]) * SIZES[0]) if n <= THIN else x
 
 
 def _by_rows(x: Tensor) -> Tensor:

@@ -183,7 +183,8 @@ def alignment_table(found: Mapping[str, Any]) -> RenderableType:
 def speed_table(found: Mapping[str, Any]) -> RenderableType:
     """Rows of ``edgezo bench speed``: medians in seconds, and what the forward reaches of the machine."""
     table = Table(
-        title=f"{found['model']}: a step, {found['threads']} threads",
+        title=f"{found['model']}: a step, {found['threads']} threads"
+        + ("" if found["kernels"] else ", without C kernels"),
         title_justify="left",
         box=None,
         pad_edge=False,

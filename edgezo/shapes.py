@@ -29,6 +29,7 @@ def int4_group(cols: int) -> int:
 
 # Of a bf16 product on a CPU: its rows pass in pieces of these sizes (products.py).
 PRODUCT_ROWS = (16, 64, 128, 256, 512, 1024, 2048)
+THIN = 64  # up to here an axis may be the examples of a group, or a rank
 
 
 class MatrixShape(NamedTuple):

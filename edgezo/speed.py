@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from edgezo import noise
+from edgezo import kernels, noise
 from edgezo.alignment import plain_module, point_config
 from edgezo.baselines import SIGMA, mezo_in_place
 from edgezo.bench import write_results
@@ -142,6 +142,7 @@ def bench_speed(
                 note(line(row))
             rows += measured
     result = {"model": request.get("model"), "threads": torch.get_num_threads(), "rows": rows}
+    result["kernels"] = kernels.loaded()
     result |= {"copy_bytes_per_s": copy_rate(), **noise_rates(), "fits": fits(rows)}
     write_results(result, out / "speed", chart, note)
     return result

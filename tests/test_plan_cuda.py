@@ -30,6 +30,8 @@ CPU_ONLY = SimpleNamespace(
     cores=16,
     bf16_fast=False,
     flops_s=1e12,
+    bf16_flops_s=2e12,
+    c_kernels=False,
     gpu=None,
 )
 MACHINE = SimpleNamespace(**{**vars(CPU_ONLY), "gpu": GPU})

@@ -27,6 +27,8 @@ MACHINE = SimpleNamespace(
     cores=2,
     bf16_fast=False,
     flops_s=1.5e11,
+    bf16_flops_s=3e11,
+    c_kernels=True,
     gpu=None,
 )
 FAST = SimpleNamespace(**{**vars(MACHINE), "bf16_fast": True})
@@ -42,6 +44,19 @@ def plan(tokens: TokenStats | None = SST2, machine: object = MACHINE, **said: ob
 
 def item(found: Plan, name: str) -> int:
     return sum(i.bytes for i in found.items if i.name == name)
+
+
+def test_thin_products_are_not_compiled_where_there_are_c_kernels():
+    without = SimpleNamespace(**{**vars(FAST), "c_kernels": False})
+
+    def compiled(machine: object, **said: object) -> int:
+        found = plan(machine=machine, max_mem_bytes=1500 * MB, precision="bf16", **said)
+        return next(item.bytes for item in found.items if item.name == "compiled products")
+
+    for train in ("lowrank", "full"):
+        assert compiled(FAST, train=train) < compiled(without, train=train)
+    wide = {"train": "lowrank", "rank": 80}  # more than the kernels take
+    assert compiled(FAST, **wide) == compiled(without, **wide)
 
 
 def test_every_matrix_of_a_card_is_counted_once():
@@ -152,7 +167,7 @@ def test_the_time_of_a_step_follows_batch_tokens_and_speed():
     cap = 9000 * MB
     one = plan(TokenStats("label", (64,), 1, 2, 20.0), max_mem_bytes=cap)
     # 2 operations x 106,168,320 weights x 20 tokens x 16 examples x 2 sides at 60 % of 150 GFLOP/s
-    assert one.step_s == pytest.approx(2 * 106_168_320 * 20 * 32 / 0.9e11)
+    assert one.step_s == pytest.approx(2 * 106_168_320 * 20 * 32 / 0.6e11)
     assert plan(TokenStats("label", (64,), 1, 2, 40.0), max_mem_bytes=cap).step_s == 2 * one.step_s
     twice = SimpleNamespace(**{**vars(MACHINE), "flops_s": 3e11})
     assert (

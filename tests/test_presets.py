@@ -52,6 +52,8 @@ MACHINE: Any = SimpleNamespace(
     cores=2,
     bf16_fast=False,
     flops_s=1.5e11,
+    bf16_flops_s=3e11,
+    c_kernels=True,
     gpu=None,
 )
 # What a preset does not keep to the letter, and why (the rest is exact).
