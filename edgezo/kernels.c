@@ -180,27 +180,37 @@ void edgezo_gate(const void *gate, void *up, int64_t n, int tanh, int bf16, int 
 
 #define FEW 8 /* columns that are summed at once */
 
-/* One row of x (d,) times up to FEW rows of basis (FEW, d). */
-INLINE void few_row(const void *x, const float *basis, float *out, int64_t d, int64_t count, int bf16) {
-    vec sum[FEW] = {{0}};
+#define PAIR 2 /* rows that share a load of basis */
+
+/* Up to PAIR rows of x (PAIR, d) times up to FEW rows of basis (FEW, d). */
+INLINE void few_columns(const void *x, const float *basis, float *out, int64_t rows, int64_t d, int64_t count, int64_t r,
+                        int bf16) {
+    vec sum[PAIR][FEW] = {{{0}}};
     int64_t i = 0;
     for (; i + LANES <= d; i += LANES) {
-        vec own = get_vec(x, i, bf16);
-        for (int j = 0; j < FEW; j++)
-            sum[j] += own * load(basis + (j < count ? j : 0) * d + i);
+        vec own[PAIR];
+        for (int row = 0; row < PAIR; row++)
+            own[row] = get_vec(x, (row < rows ? row : 0) * d + i, bf16);
+        for (int j = 0; j < FEW; j++) {
+            vec column = load(basis + (j < count ? j : 0) * d + i);
+            for (int row = 0; row < PAIR; row++)
+                sum[row][j] += own[row] * column;
+        }
     }
-    for (int64_t j = 0; j < count; j++) {
-        float rest = 0;
-        for (int64_t k = i; k < d; k++)
-            rest += get(x, k, bf16) * basis[j * d + k];
-        out[j] = total(sum[j]) + rest;
-    }
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t j = 0; j < count; j++) {
+            float rest = 0;
+            for (int64_t k = i; k < d; k++)
+                rest += get(x, row * d + k, bf16) * basis[j * d + k];
+            out[row * r + j] = total(sum[row][j]) + rest;
+        }
 }
 
 INLINE void few_rows(const void *x, const float *basis, float *out, int64_t rows, int64_t d, int64_t r, int bf16) {
-    for (int64_t row = 0; row < rows; row++)
+    for (int64_t row = 0; row < rows; row += PAIR)
         for (int64_t j = 0; j < r; j += FEW)
-            few_row(from(x, row * d, bf16), basis + j * d, out + row * r + j, d, r - j < FEW ? r - j : FEW, bf16);
+            few_columns(from(x, row * d, bf16), basis + j * d, out + row * r + j, rows - row < PAIR ? rows - row : PAIR, d,
+                        r - j < FEW ? r - j : FEW, r, bf16);
 }
 
 CLONES void few_bf16(const void *x, const float *basis, float *out, int64_t rows, int64_t d, int64_t r) {
