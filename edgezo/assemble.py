@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgezo import loader, packing
+from edgezo import kernels, loader, packing
 from edgezo.addax import Factors, MixedLinear
 from edgezo.backward import recompute
 from edgezo.directions import DIRECTIONS, orthonormal
@@ -108,6 +108,7 @@ class _Builder:
         self.files, self.module, self.recipe = files, module, recipe
         self.names = loader.source_names(files, module)
         self.device = recipe.device
+        self.fusing = self.device.type == "cpu" and kernels.loaded()
         directions = DIRECTIONS[recipe.directions]._replace(
             rank=recipe.rank, refresh=recipe.refresh
         )
@@ -164,8 +165,9 @@ class _Builder:
             away.enter(-1)
             away.residency.attach(list(away.layers)[away.first :])
         self.store.prepare()
-        fuse_gates(self.module)
-        fuse_rotary(self.module)
+        if self.fusing:
+            fuse_gates(self.module)
+            fuse_rotary(self.module)
         for sub in self.module.modules():
             for name, buffer in sub._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -397,7 +399,8 @@ class _Builder:
                 values, _ = self._vector(f"{name}.{own}")
                 assert values is not None
                 sub._parameters[own] = nn.Parameter(values, requires_grad=False)
-            fuse_norm(sub)
+            if self.fusing:
+                fuse_norm(sub)
             return
         rows = {own: self._vector(f"{name}.{own}")[1] for own in names}
         fields = {

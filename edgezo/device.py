@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from edgezo import kernels
 from edgezo.coefficients import GUARD_MARGIN_BYTES
 from edgezo.errors import BudgetExceeded
 from edgezo.footprint_cuda import CONTEXT_BYTES
@@ -180,7 +181,6 @@ def open_memory(device: str, cap_bytes: int, machine: Machine) -> Memory:
 
 
 def confirmed(machine: Machine) -> Machine:
-    """The machine without its GPU where PyTorch, imported by now, cannot use it."""
-    if machine.gpu is None or torch.cuda.is_available():
-        return machine
-    return replace(machine, gpu=None)
+    """The machine without what PyTorch, imported by now, cannot use: its GPU, the C kernels."""
+    gpu = machine.gpu if torch.cuda.is_available() else None
+    return replace(machine, gpu=gpu, c_kernels=kernels.loaded())

@@ -119,7 +119,10 @@ class Footprint(Held):
         # By what is trained: products with a basis or directions, sums into the outputs, plain and probed. C kernels
         # leave those of the table and of norms.
         thin = {"full": len(d_in) + len(d_out), "lowrank": len(d_in) + 2 * len(d_out) + 1}
-        if self.c_kernels and max(self.cfg.rank, self.cfg.batch_size or 0) <= THIN:
+        # Of what is added at once: factors, one direction of all, biases where they are trained.
+        biases = (self.cfg.batch_size or 0) if {"full", "norms"} & set(self.cfg.train) else 0
+        width = 2 * self.cfg.rank + biases
+        if self.c_kernels and width <= THIN:
             thin = {"full": 3}
         weights = len({(m.d_in, m.d_out) for m in matrices})
         shapes = weights + sum(thin.get(part, 0) for part in self.cfg.train)

@@ -107,7 +107,7 @@ def activation_of(module: nn.Module) -> int | None:
     try:
         with torch.no_grad():
             found = type(module).forward(own, x)
-    except (AttributeError, TypeError):  # it does more than that
+    except Exception:  # it does more than that
         return None
     for place, activation in enumerate(kernels.ACTIVATIONS):
         if torch.allclose(found, 5 * activation(gate) * up, atol=1e-5):
@@ -117,7 +117,7 @@ def activation_of(module: nn.Module) -> int | None:
 
 def fuse_norm(module: nn.Module) -> None:
     """Let a frozen norm with its weight in place use the kernel, if it is one that has one."""
-    if not kernels.loaded() or getattr(module, "bias", None) is not None:
+    if getattr(module, "bias", None) is not None:
         return
     try:
         norm = norm_of(module)
@@ -131,7 +131,7 @@ def fuse_norm(module: nn.Module) -> None:
 
 def fuse_gates(model: nn.Module) -> None:
     """Let the gated parts of all blocks use the kernel."""
-    for module in model.modules() if kernels.loaded() else ():
+    for module in model.modules():
         if (activation := activation_of(module)) is not None:
             module.__class__ = FusedGate
             object.__setattr__(module, "activation", activation)
@@ -159,13 +159,13 @@ def _turned(own: Rotary) -> Rotary | None:
     if not all(torch.allclose(f, wanted(x), atol=1e-5) for f, x in zip(found, (q, k), strict=True)):
         return None
 
-    def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any) -> Any:
+    def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> Any:
         # What projections have just written is nobody else's.
-        if not more and kernels.rotate(q, cos, sin):
+        if not more and not named and kernels.rotate(q, cos, sin):
             if not kernels.rotate(k, cos, sin):
                 k = own(k, k, cos, sin)[0]
             return q, k
-        return own(q, k, cos, sin, *more)
+        return own(q, k, cos, sin, *more, **named)
 
     return turned
 
@@ -175,7 +175,8 @@ def _with_rotary(kind: type) -> type | None:
     forward = getattr(kind, "forward", None)
     if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
         return None
-    turned = _turned(forward.__globals__[ROTARY])
+    own = forward.__globals__.get(ROTARY)
+    turned = None if own is None else _turned(own)
     if turned is None:
         return None
     seen = {**forward.__globals__, ROTARY: turned}
@@ -187,8 +188,6 @@ def _with_rotary(kind: type) -> type | None:
 
 def fuse_rotary(model: nn.Module) -> None:
     """Let attention turn its queries and keys in one pass."""
-    if not kernels.loaded():
-        return
     kinds = {kind: _with_rotary(kind) for kind in {type(module) for module in model.modules()}}
     for module in model.modules():
         module.__class__ = kinds[type(module)] or type(module)

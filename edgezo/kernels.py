@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import zlib
 from collections.abc import Callable
 from ctypes import c_float, c_int, c_int64, c_uint64, c_void_p
 from typing import Any
@@ -20,7 +22,6 @@ from torch import Tensor
 
 from edgezo.machine import kernels_library
 
-VERSION = 1
 _GRAIN = 1 << 15  # elements below which a second thread costs more than it does
 _STRIP, _QUERIES = 32, 4  # of kernels.c
 LONGEST = 1024  # tokens of a row whose attention is made here; longer ones have torch's blocks
@@ -76,7 +77,8 @@ def _library() -> Any:
         return None
     try:
         found = ctypes.CDLL(str(file))
-        if found.edgezo_version() != VERSION:
+        found.edgezo_source.restype = ctypes.c_uint32
+        if found.edgezo_source() != zlib.crc32(file.with_name("kernels.c").read_bytes()):
             return None
         for name, types in _SIGNATURES.items():
             function = getattr(found, f"edgezo_{name}")
@@ -110,8 +112,22 @@ def _floats(*tensors: Tensor) -> bool:
     return not others and dtype in (torch.float32, torch.bfloat16)
 
 
+_forked = False
+
+
+def _after_fork() -> None:
+    """A child has none of its parent's threads, and OpenMP waits for them for ever."""
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def _threads(elements: int) -> int:
-    return max(1, min(torch.get_num_threads(), elements // _GRAIN))
+    """One or all: a team of another size ends the threads of the last one, which are made anew for the next."""
+    return 1 if _forked or elements < 2 * _GRAIN else torch.get_num_threads()
 
 
 def _bf16(x: Tensor) -> int:
@@ -178,11 +194,11 @@ def attention(
         return None
     if query.is_cuda or not _floats(*parts) or any(_token_stride(t) is None for t in parts):
         return None
-    out = torch.empty(n, heads, dim, dtype=query.dtype)
+    out = query.new_empty(n, heads, dim)
     rows, threads = len(starts) - 1, _threads(n * heads * longest)
     padded, wide = (-(-size // _STRIP) * _STRIP for size in (longest, dim))
     stride = (dim + wide) * padded + _QUERIES * (padded + dim)
-    scratch = torch.empty(threads * stride, dtype=torch.float32)
+    scratch = query.new_empty(threads * stride, dtype=torch.float32)
     asked = _Attention(
         *(t.data_ptr() for t in (*parts, out)),
         *(_token_stride(t) for t in parts),
@@ -223,7 +239,7 @@ def few(x: Tensor, basis: Tensor) -> Tensor | None:
     if not usable(x, basis) or not _floats(x, basis):
         return None
     (n, d), r = x.shape, len(basis)
-    basis, out = basis.float(), torch.empty(n, r)
+    basis, out = basis.float(), x.new_empty(n, r, dtype=torch.float32)
     held = (x.data_ptr(), basis.data_ptr(), out.data_ptr())
     _library().edgezo_few(*held, n, d, r, _bf16(x), _threads(n * d))
     return out
@@ -234,7 +250,7 @@ def own(x: Tensor, cols: Tensor, example: Tensor) -> Tensor | None:
     if not usable(x, cols, example) or not _floats(x, cols):
         return None
     n, d = x.shape
-    out = torch.empty(n)
+    out = x.new_empty(n, dtype=torch.float32)
     held = (x.data_ptr(), cols.data_ptr(), example.data_ptr(), out.data_ptr())
     _library().edgezo_own(*held, n, d, _bf16(x), _threads(n * d))
     return out
@@ -328,7 +344,8 @@ def noise(
     if library is None:
         return None
     signs, n = len(table) == 256, rows.stop - rows.start
-    made = torch.empty(n, width, dtype=torch.int8 if signs else torch.float32)
+    dtype = torch.int8 if signs else torch.float32
+    made = torch.empty(n, width, dtype=dtype, device="cpu")
     words = (c_uint64 * 5)(*address)
     draw = library.edgezo_signs if signs else library.edgezo_levels
     shape = (made.data_ptr(), rows.start, n, width, _threads(made.numel()))

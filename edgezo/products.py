@@ -105,8 +105,11 @@ def add_thin(y: Tensor, terms: Sequence[Term]) -> None:
         lefts, rights = [], []
     if not lefts and not owned:
         return
-    left = _joined(lefts, 1).float() if lefts else torch.empty(len(y), 0)
-    right = _joined(rights, 0).float().contiguous() if rights else torch.empty(0, y.shape[1])
+    n, m = y.shape
+    if lefts:
+        left, right = (_joined(p, a).float().contiguous() for p, a in ((lefts, 1), (rights, 0)))
+    else:
+        left, right = (y.new_empty(size, dtype=torch.float32) for size in ((n, 0), (0, m)))
     more = [(o.values, rows, o.example) for o, rows in owned]
     done = kernels.add_thin(y, left, right, *(more[0] if more else ()))
     for own_term in more[1:]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ class KernelsHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         package = Path(self.root, "edgezo")
         library = package / "_kernels.so"
-        library.unlink(missing_ok=True)
         try:
+            library.unlink(missing_ok=True)
             compile_to(library, package / "kernels.c")
-        except (OSError, subprocess.CalledProcessError) as error:
+        except (OSError, ValueError, subprocess.CalledProcessError) as error:
             said = getattr(error, "stderr", None) or error
             self.app.display_warning(f"edgezo is installed without its C kernels: {said}")
             return
@@ -41,11 +42,12 @@ def compile_to(library: Path, source: Path) -> None:
         raise OSError(f"they are made for Linux, this is {sys.platform}")
     compiler = shlex.split(os.environ.get("CC", "cc"))
     with tempfile.TemporaryDirectory() as folder:
+        define = f"-DEDGEZO_SOURCE={zlib.crc32(source.read_bytes())}u"
         unit, made = Path(folder, "kernels.o"), Path(folder, "kernels.so")
         for command in (
-            [*compiler, *FLAGS.split(), "-c", str(source), "-o", str(unit)],
-            # Linked without OpenMP's own library.
-            [*compiler, "-shared", str(unit), "-o", str(made)],
+            [*compiler, *FLAGS.split(), define, "-c", str(source), "-o", str(unit)],
+            # Without OpenMP's own library, and calling each other whatever else is loaded.
+            [*compiler, "-shared", "-Wl,-Bsymbolic", str(unit), "-o", str(made)],
         ):
             subprocess.run(command, check=True, capture_output=True, text=True)
         library.write_bytes(made.read_bytes())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from edgezo import kernels, noise, packing, products
 from edgezo.data import collate
 from edgezo.fused import FusedGate, FusedNorm, activation_of
 from edgezo.layouts import Dense, Int4, Int8
+from edgezo.machine import kernels_library
 from edgezo.noise import Key
 
 made_here = pytest.mark.skipif(not kernels.loaded(), reason="installed without C kernels")
@@ -44,8 +46,53 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def test_they_are_there_where_a_compiler_is():
-    assert kernels.loaded() or shutil.which("cc") is None
+def test_what_was_compiled_is_of_this_source_and_loads():
+    assert kernels.loaded() == (kernels_library() is not None)
+
+
+@made_here
+def test_what_was_compiled_of_another_source_is_left_alone(tmp_path, monkeypatch):
+    library = kernels_library()
+    assert library is not None
+    for name, more in ((library.name, b""), ("kernels.c", b"/* changed */")):
+        (tmp_path / name).write_bytes(library.with_name(name).read_bytes() + more)
+    monkeypatch.setattr(kernels, "kernels_library", lambda: tmp_path / library.name)
+    kernels._library.cache_clear()
+    assert not kernels.loaded()
+    kernels._library.cache_clear()
+
+
+@made_here
+def test_a_forked_child_makes_noise_alone(tmp_path):
+    """OpenMP would wait for the parent's threads."""
+    code = """
+import os, torch
+from edgezo import noise
+from edgezo.noise import Key
+torch.set_num_threads(2)
+torch.ones(1000, 1000).add_(1)
+def made():
+    return noise.signs(Key(1, 2), 3, 4, slice(0, 200), 1000).numpy().tobytes()
+before = made()
+child = os.fork()
+if not child:
+    os._exit(made() != before)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+
+
+@made_here
+def test_another_default_dtype_changes_nothing():
+    x, basis = torch.randn(300, 64), torch.randn(3, 64)
+    wanted = kernels.few(x, basis), kernels.own(x, basis, torch.zeros(300, dtype=torch.int64))
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = kernels.few(x, basis), kernels.own(x, basis, torch.zeros(300, dtype=torch.int64))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours is not None and theirs is not None and torch.equal(ours, theirs)
 
 
 def test_the_environment_turns_them_off(monkeypatch):
