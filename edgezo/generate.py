@@ -14,9 +14,11 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgezo.data import Batch, Example, Row, collate, micro_batches
+from edgezo.products import compiled
 from edgezo.tasks import Generation
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from edgezo.perturb import Probe
 
 REACH_STEP = 64  # tokens that what is kept is read in multiples of
+WIDENED_ROWS = 8  # whose keys and values are in fp32 at once
 
 
 class KeyValues:
@@ -90,18 +93,46 @@ class KeyValues:
         # As few different lengths as there can be (products.py); what is beyond a row's end has weight 0.
         reach = min(self.room, -(-(int(self.lengths.max()) + 1) // REACH_STEP) * REACH_STEP)
         key, value = (part[:n, :, :reach] for part in self._held[module])
-        grouped = query.reshape(n, key.shape[1], -1, width)  # queries of the same key together
         scale = scaling if scaling is not None else width**-0.5
-        scores = (grouped @ key.transpose(2, 3)).float() * scale  # (n, kv_heads, group, reach)
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
         behind = self.lengths[:, None] - torch.arange(reach)  # (n, reach)
         seen = behind >= 0
         if window is not None:
             seen &= behind < window
-        seen = seen[:, None, None].to(scores.device)
-        weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), -1).to(value.dtype)
-        return (weights @ value).reshape(n, heads, -1)
+        seen = seen[:, None, None].to(query.device)
+        if softcap is None and not query.is_cuda:
+            # One fused kernel: of plain products each number of rows would be compiled, and kept (products.py).
+            grouped = heads > key.shape[1]
+            asked = query[:, :, None]
+            found = F.scaled_dot_product_attention(
+                asked, key, value, attn_mask=seen, scale=scale, enable_gqa=grouped
+            )
+            return found[:, :, 0]
+        if not compiled(query):
+            return _weighed(query, key, value, seen, scale, softcap)
+        found = torch.empty_like(query)
+        for at in range(0, n, WIDENED_ROWS):
+            rows = slice(at, at + WIDENED_ROWS)
+            wide = [part[rows].float() for part in (query, key, value)]
+            found[rows] = _weighed(wide[0], wide[1], wide[2], seen[rows], scale, softcap)
+        return found
+
+
+def _weighed(
+    query: Tensor,  # (n, heads, head_dim)
+    key: Tensor,  # (n, kv_heads, reach, head_dim)
+    value: Tensor,
+    seen: Tensor,  # (n, 1, 1, reach) bool
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Attention of one token of each row, (n, heads, head_dim)."""
+    n, heads, width = query.shape
+    grouped = query.reshape(n, key.shape[1], -1, width)  # queries of the same key together
+    scores = (grouped @ key.transpose(2, 3)).float() * scale  # (n, kv_heads, group, reach)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), -1).to(value.dtype)
+    return (weights @ value).reshape(n, heads, width)
 
 
 def generate(

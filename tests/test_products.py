@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from workshop import KEY, LOW, SIGMA, Tried, Workshop, cases, make_examples
+from workshop import KEY, LOW, SIGMA, Tried, Workshop, cases, make_examples, of
 
 from edgezo import products
 from edgezo.data import Example, collate, micro_batches
+from edgezo.generate import generate
 from edgezo.products import SIZES, addmm_, along, mm, pieces
 from edgezo.shapes import PRODUCT_ROWS
+from edgezo.tasks import Generation
 
 
 @pytest.fixture
@@ -149,3 +153,25 @@ def test_bf16_products_have_the_same_few_shapes_and_strides_for_all_batches(
     assert known & set(PRODUCT_ROWS)
     # Other rows in batches of the same and of other sizes.
     assert lengths(more, 16, 3, 5, 7) <= known | set(PRODUCT_ROWS) | {32, 48}  # or thin axes
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # the latter's scores are capped
+@pytest.mark.usefixtures("one_thread")
+def test_writing_multiplies_few_shapes_however_many_rows_there_are(
+    family: str, workshop: Workshop
+) -> None:
+    case = replace(of(family, "lowrank", kind="completion", tied=False), precision="bf16")
+    model = workshop.model(case, torch.bfloat16)
+    numbers = np.random.default_rng(0)
+
+    def lengths(*counts: int) -> set[int]:
+        with Lengths() as found:
+            for n in counts:
+                prompts = [
+                    numbers.integers(5, 300, size).tolist() for size in numbers.integers(1, 9, n)
+                ]
+                generate(model, prompts, Generation(5), lambda ids: ids[-1] % 3 == 0)
+        return found.seen
+
+    known = lengths(16, 16)
+    assert lengths(3, 5, 7, 11, 13) <= known | set(PRODUCT_ROWS) | {32, 48}
