@@ -92,18 +92,22 @@ def loaded() -> bool:
     return _library() is not None
 
 
-def usable(*tensors: Tensor) -> bool:
-    """Whether these may be passed: a library is there, they lie in CPU memory, dense, and no gradient is asked for."""
+def _reachable(*tensors: Tensor) -> bool:
+    """Whether a library is there, they lie in CPU memory, and no gradient is asked for."""
     tracked = torch.is_grad_enabled()
     return loaded() and not any(
-        t.is_cuda or t.is_meta or not t.is_contiguous() or (tracked and t.requires_grad)
-        for t in tensors
+        t.is_cuda or t.is_meta or (tracked and t.requires_grad) for t in tensors
     )
 
 
-def takes(x: Tensor) -> bool:
-    """Whether x may be passed, and is of a kind that there are loops for."""
-    return usable(x) and _floats(x)
+def usable(*tensors: Tensor) -> bool:
+    """Whether these may be passed as they lie in memory: reachable, and dense."""
+    return _reachable(*tensors) and all(t.is_contiguous() for t in tensors)
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether these may be passed, and are of one kind that there are loops for."""
+    return usable(*tensors) and _floats(*tensors)
 
 
 def _floats(*tensors: Tensor) -> bool:
@@ -134,10 +138,6 @@ def _bf16(x: Tensor) -> int:
     return int(x.dtype is torch.bfloat16)
 
 
-def _wide(x: Tensor) -> bool:
-    return x.dtype is torch.float32
-
-
 # ------------------------------------------------------------------------------- forward
 
 
@@ -149,7 +149,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor | N
     """
     d = x.shape[-1]
     n = x.numel() // d
-    if not usable(x, weight) or not (_floats(x, weight) or (_floats(x) and _wide(weight))):
+    if not takes(x) or not usable(weight) or weight.dtype not in (x.dtype, torch.float32):
         return None
     if weight.shape not in ((d,), (n, d)):
         return None
@@ -168,7 +168,7 @@ ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
 
 def gate(gate: Tensor, up: Tensor, activation: int) -> Tensor:
     """act(gate) * up, of one shape; ``activation`` is a place in ``ACTIVATIONS``. ``up`` may be overwritten."""
-    if not usable(gate, up) or not _floats(gate, up):
+    if not takes(gate, up):
         return ACTIVATIONS[activation](gate) * up
     n = up.numel()
     shape = (n, activation, _bf16(up), _threads(n))
@@ -189,10 +189,9 @@ def attention(
     """Attention within the rows of a packed axis, (n, heads, dim); None where there is no kernel for it."""
     n, heads, dim = query.shape
     parts = (query, key, value)
-    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in parts)
-    if not loaded() or tracked or longest > LONGEST:
+    if longest > LONGEST or not _reachable(*parts) or not _floats(*parts):
         return None
-    if query.is_cuda or not _floats(*parts) or any(_token_stride(t) is None for t in parts):
+    if any(_token_stride(t) is None for t in parts):
         return None
     out = query.new_empty(n, heads, dim)
     rows, threads = len(starts) - 1, _threads(n * heads * longest)
@@ -222,9 +221,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """
     tokens, dim = x[0].transpose(0, 1), x.shape[3]
     stride = _token_stride(tokens)
-    if len(x) != 1 or stride is None or not usable(cos, sin) or not _floats(x, cos, sin):
+    if len(x) != 1 or stride is None or not _reachable(x) or not usable(cos, sin):
         return False
-    if x.is_cuda or (torch.is_grad_enabled() and x.requires_grad):
+    if not _floats(x, cos, sin):
         return False
     if cos.shape != (1, x.shape[2], dim) or sin.shape != cos.shape or dim % 2:
         return False
@@ -236,7 +235,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 def few(x: Tensor, basis: Tensor) -> Tensor | None:
     """x (n, d) @ basis (r, d)^T of one dtype, r small, as fp32; None where there is no kernel for it."""
-    if not usable(x, basis) or not _floats(x, basis):
+    if not takes(x, basis):
         return None
     (n, d), r = x.shape, len(basis)
     basis, out = basis.float(), x.new_empty(n, r, dtype=torch.float32)
@@ -247,7 +246,7 @@ def few(x: Tensor, basis: Tensor) -> Tensor | None:
 
 def own(x: Tensor, cols: Tensor, example: Tensor) -> Tensor | None:
     """x_t . cols[example_t] of each row of x (n, d), (n,) fp32; cols (b, d). None where there is no kernel for it."""
-    if not usable(x, cols, example) or not _floats(x, cols):
+    if not usable(example) or not takes(x, cols):
         return None
     n, d = x.shape
     out = x.new_empty(n, dtype=torch.float32)
@@ -280,7 +279,7 @@ def add_thin(
 
 def expand_int8(codes: Tensor, scale: Tensor, out: Tensor) -> bool:
     """out (n, cols) = codes (n, cols) * scale (n, 1); False where there is no kernel for it."""
-    if not usable(codes, scale, out) or not _floats(out):
+    if not usable(codes, scale) or not takes(out):
         return False
     shape = (*codes.shape, _bf16(out), _threads(out.numel()))
     _library().edgezo_expand_int8(codes.data_ptr(), scale.data_ptr(), out.data_ptr(), *shape)
@@ -292,7 +291,7 @@ def expand_int4(packed: Tensor, nibble: int, scale: Tensor, shift: Tensor, out: 
 
     scale and shift are (n, groups, 1). False where there is no kernel for it.
     """
-    if not usable(packed, scale, shift, out) or not _floats(out):
+    if not usable(packed, scale, shift) or not takes(out):
         return False
     (n, cols), groups = out.shape, scale.shape[1]
     held = (scale.data_ptr(), shift.data_ptr(), out.data_ptr())
@@ -303,30 +302,26 @@ def expand_int4(packed: Tensor, nibble: int, scale: Tensor, shift: Tensor, out: 
 
 def read_plane(high: Tensor, low: Tensor, out: Tensor) -> bool:
     """out (n, cols) fp32 = bf16 weights and their low-order plane (layouts.Dense); False without a kernel for it."""
-    if not usable(high, low, out) or high.dtype is not torch.bfloat16:
-        return False
-    n = high.numel()
-    held = (high.data_ptr(), low.data_ptr(), out.data_ptr())
-    _library().edgezo_read_plane(*held, n, _threads(n))
-    return True
+    return high.dtype is torch.bfloat16 and _plane("read", high, low, out)
 
 
 def write_plane(values: Tensor, high: Tensor, low: Tensor) -> bool:
     """The other way, to the nearest; False without a kernel for it."""
-    if not usable(values, high, low) or high.dtype is not torch.bfloat16:
-        return False
-    n = high.numel()
-    held = (values.data_ptr(), high.data_ptr(), low.data_ptr())
-    _library().edgezo_write_plane(*held, n, _threads(n))
-    return True
+    return high.dtype is torch.bfloat16 and _plane("write", values, high, low)
 
 
 def snap_plane(values: Tensor) -> bool:
     """``values`` fp32 to what is read after they have been written, in place; False without a kernel for it."""
-    if not usable(values):
+    return _plane("snap", values)
+
+
+def _plane(what: str, *parts: Tensor) -> bool:
+    """One pass over tensors of as many elements each."""
+    if not usable(*parts):
         return False
-    n = values.numel()
-    _library().edgezo_snap_plane(values.data_ptr(), n, _threads(n))
+    n = parts[0].numel()
+    run = getattr(_library(), f"edgezo_{what}_plane")
+    run(*(part.data_ptr() for part in parts), n, _threads(n))
     return True
 
 

@@ -131,8 +131,8 @@ def packed_attention(
         continued = kept.attend(module, q, scaling, sliding_window, softcap)
         if continued is not None:
             return continued[None], None
+    scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     if softcap is None:
-        scale = scaling if scaling is not None else q.shape[-1] ** -0.5
         rows = (packing.starts, max(packing.lengths))
         fused = kernels.attention(q, k, v, *rows, scale, bool(causal), sliding_window)
         if fused is not None:
@@ -141,7 +141,7 @@ def packed_attention(
     for group in packing.groups:
         # (R, heads, T, head_dim) each
         in_rows = [_rows_of(part, group).transpose(1, 2) for part in (q, k, v)]
-        found = _attend(in_rows, group, bool(causal), scaling, sliding_window, softcap)
+        found = _attend(in_rows, group, bool(causal), scale, sliding_window, softcap)
         found = found.transpose(1, 2)  # (R, T, heads, head_dim)
         if group.full:
             out[group.index.reshape(-1)] = found.reshape(-1, *out.shape[1:])
@@ -160,7 +160,7 @@ def _attend(
     rows: list[Tensor],  # q, k, v of one group, (R, heads, T, head_dim) each
     group: Group,
     causal: bool,
-    scaling: float | None,
+    scale: float,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
@@ -186,7 +186,6 @@ def _attend(
     if softcap is not None:
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
         assert mask is not None
-        scale = scaling if scaling is not None else q.shape[-1] ** -0.5
         if not compiled(q):
             return _softcapped((q, k, v, mask), scale, softcap)
         # Row by row, and longer than it is: few different shapes (products.py). No token looks at what is added.
@@ -201,7 +200,7 @@ def _attend(
     if mask is not None and q.is_cuda:  # the fused kernels take a mask or grouped keys, not both
         k, v, repeat = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), 1
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=plain, scale=scaling, enable_gqa=repeat > 1
+        q, k, v, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=repeat > 1
     )
 
 
