@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -61,6 +62,8 @@ def evaluate(
         if trained is not None:
             journal = held.enter_context(open_journal(run.journal, resume=False))
             steps = restore(run, trained, opened, model, journal)
+        elif run.probe.is_file():
+            note(_with_exported_probe(run, opened, model))
         meter.mark("load")
         with opened.memory.short("an evaluation"):
             found = evaluate_model(model, opened.dataset, opened.judge)
@@ -106,11 +109,31 @@ def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model, journal
     return stop
 
 
+def _with_exported_probe(folder: RunFiles, opened: Opened, model: Model) -> str:
+    """Let an exported model classify by the probe beside it, where the data is that of its run; what was done."""
+    try:
+        began = json.loads(folder.exported.read_text(encoding="utf-8"))["dataset"]
+        ours = _same_task(began, opened.dataset)
+        words = ", ".join(began["label_names"])
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise EdgezoError(
+            f"{folder.path} has a linear probe, but what it is for cannot be read from {folder.exported.name} "
+            f"({problem}).\nExport the run again, or remove {folder.probe.name} to evaluate without it."
+        ) from problem
+    if not ours:
+        return f"the linear probe beside this model tells {words} apart, which is another task: not used"
+    recall(folder, model, opened.files.shape.layers)
+    return "classified by the linear probe that was exported with this model"
+
+
+def _same_task(began: dict[str, Any], dataset: Dataset) -> bool:
+    return began["kind"] == dataset.kind and tuple(began["label_ids"]) == dataset.label_ids
+
+
 def _check_task(header: dict[str, Any], cfg: RunConfig, dataset: Dataset) -> None:
     """A trained head, and a full table, belong to the label words that the run was trained with."""
     began = header["dataset"]
-    same = began["kind"] == dataset.kind and tuple(began["label_ids"]) == dataset.label_ids
-    if same or not {"head", "probe", "full"} & set(cfg.train):
+    if _same_task(began, dataset) or not {"head", "probe", "full"} & set(cfg.train):
         return
     words = ", ".join(began["label_names"]) or began["kind"]
     raise EdgezoError(

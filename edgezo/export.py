@@ -12,7 +12,8 @@
 int8 and int4 codes are expanded, as the run's forward reads them. What was trained beside frozen weights is fp32 in a
 run, and small: bf16 weights with it added would keep two thirds of it or less, so hf writes fp32 then unless asked.
 A linear probe has a place in neither form: it reads blocks in the middle of the model, and blocks above it were not
-run. Its file is copied beside them, and the result says that predictions are not the run's.
+run. Its file is copied beside them, where edgezo eval and a dozen lines of transformers (README) use it, and the
+result says that the model alone does not predict what the run does.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from edgezo.layouts import DENSE_DTYPES, tiles
 from edgezo.loader import build_meta, load_tokenizer, source_names
 from edgezo.lora import ALPHA
 from edgezo.report import to_json
-from edgezo.rundir import RunFiles, write_saved
+from edgezo.rundir import RunFiles, dataset_facts, write_saved
 from edgezo.settings import QUANTIZED
 from edgezo.weights import Saved
 
@@ -84,11 +85,12 @@ def export(source: Path, form: str, out: Path, *, dtype: str | None = None) -> d
             "precision": found.opened.cfg.precision,
             "base": cfg.model,
             "base_sha256": files.content_hash,
+            "dataset": dataset_facts(found.opened.dataset),
             "predicts_as_run": not exporter.probed,
             "notes": notes,
             **about,
         }
-        (folder / "edgezo.json").write_text(to_json(result) + "\n", encoding="utf-8")
+        RunFiles(folder).exported.write_text(to_json(result) + "\n", encoding="utf-8")
     return result
 
 
@@ -130,8 +132,9 @@ class _Exporter:
         found, model = [], self.found.model
         if self.probed:
             found.append(
-                "the run predicts by its linear probe, which these files have no place for (its file lies "
-                "beside them): what they predict is not what the run does. Train without probe for that"
+                "the run predicts by its linear probe, which these files have no place for: it lies beside them "
+                "(probe.safetensors; edgezo eval uses it there, README says how other programs do), and the model "
+                "alone predicts something else. Train without probe for that"
             )
         if form == "peft" and self.found.opened.cfg.precision in QUANTIZED:
             found.append(

@@ -47,7 +47,7 @@ MEMORY = (
     ("precision", None, "Store of the weights.  [default: the highest that fits]"),
     ("batch_size", "N", "Examples, that is directions, a step.  [default: 16]"),
     ("micro_batch", "N", "Examples at once in memory.  [default: as many as fit]"),
-    ("train", "PARTS", "What is trained, joined by +: lowrank, full, norms, scales, head."),
+    ("train", "PARTS", "What is trained, joined by +: lowrank, full, norms, scales, head, probe."),
     ("rank", "N", "Of low-rank factors and directions.  [default: 8]"),
     ("rounding", None, "How full weights keep small steps.  [default: plane; of int8 anchored]"),
     (

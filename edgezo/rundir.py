@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from edgezo.cache import cache_dir
 from edgezo.config import RunConfig, completed, from_toml
-from edgezo.data import Example
+from edgezo.data import Dataset, Example
 from edgezo.errors import DoesNotFit, EdgezoError, UsageError
 from edgezo.files import atomic_path, locked
 from edgezo.journal import Journal, check_base, open_journal
@@ -90,6 +90,11 @@ class RunFiles:
     def trained(self) -> Path:
         """What ``replay`` writes: every trained tensor."""
         return self.path / "trained.safetensors"
+
+    @property
+    def exported(self) -> Path:
+        """In a directory that ``export`` wrote: of what run it is."""
+        return self.path / "edgezo.json"
 
     def read_config(self) -> RunConfig:
         try:
@@ -242,6 +247,15 @@ def data_hash(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
+def dataset_facts(dataset: Dataset) -> dict[str, Any]:
+    """What tells whether other data is of the same task."""
+    return {
+        "kind": dataset.kind,
+        "label_ids": list(dataset.label_ids),
+        "label_names": list(dataset.label_names),
+    }
+
+
 def header_of(opened: Opened) -> dict[str, Any]:
     """What the journal remembers of a request: enough to replay it, and to refuse another one."""
     # Nothing that replay needs.
@@ -251,11 +265,7 @@ def header_of(opened: Opened) -> dict[str, Any]:
         **told,
         "content_hash": opened.files.content_hash,
         "data_hash": data_hash(opened.dataset.train),
-        "dataset": {
-            "kind": opened.dataset.kind,
-            "label_ids": list(opened.dataset.label_ids),
-            "label_names": list(opened.dataset.label_names),
-        },
+        "dataset": dataset_facts(opened.dataset),
         "config": {k: v for k, v in opened.cfg.to_dict().items() if k not in free},
     }
 

@@ -164,11 +164,7 @@ def test_weights_on_disk_are_exported_and_so_is_what_replay_made(
 def test_an_export_can_be_evaluated(bench: Bench, edgezo_json: Any, tmp_path: Path) -> None:
     summary = run_of(bench, tmp_path / "run", train="lowrank", **LARGE)
     export(tmp_path / "run", "hf", tmp_path / "hf")
-    request = bench.arguments("label", model=str(tmp_path / "hf"), steps=None, batch_size=None)
-    dropped = {"--precision", "--micro-batch"}
-    pairs = list(zip(request[::2], request[1::2], strict=True))
-    kept = [part for pair in pairs if pair[0] not in dropped for part in pair]
-    code, found = edgezo_json("eval", *kept, "--precision", "fp32")
+    code, found = evaluated(edgezo_json, bench, "label", tmp_path / "hf")
     assert code == 0
     assert found["loss"] == pytest.approx(ended(summary), rel=1e-5)
 
@@ -189,6 +185,63 @@ def test_a_linear_probe_is_copied_beside_and_said(
             tmp_path / "run/probe.safetensors"
         ).read_bytes()
     assert auto(tmp_path / "hf") is not None
+
+
+@pytest.fixture
+def exported_probe(bench: Bench, tmp_path: Path) -> tuple[Path, Any]:
+    summary = run_of(bench, tmp_path / "run", train="lowrank+probe", **LARGE)
+    export(tmp_path / "run", "hf", tmp_path / "hf")
+    return tmp_path / "hf", summary
+
+
+def evaluated(edgezo_json: Any, bench: Bench, kind: str, model: Path) -> Any:
+    request = bench.arguments(kind, model=str(model), steps=None, batch_size=None)
+    dropped = {"--precision", "--micro-batch"}
+    pairs = list(zip(request[::2], request[1::2], strict=True))
+    kept = [part for pair in pairs if pair[0] not in dropped for part in pair]
+    return edgezo_json("eval", *kept, "--precision", "fp32")
+
+
+def test_an_exported_probe_classifies_where_the_data_is_its_own(
+    exported_probe: tuple[Path, Any], bench: Bench, edgezo_json: Any
+) -> None:
+    folder, summary = exported_probe
+    code, found = evaluated(edgezo_json, bench, "label", folder)
+    assert code == 0
+    assert found["loss"] == pytest.approx(summary["eval_after"]["loss"], rel=1e-4)
+    assert found["value"] == summary["eval_after"]["value"]
+    other = evaluated(edgezo_json, bench, "completion", folder)[1]
+    (folder / "probe.safetensors").unlink()
+    assert evaluated(edgezo_json, bench, "completion", folder)[1]["loss"] == other["loss"]
+    assert evaluated(edgezo_json, bench, "label", folder)[1]["loss"] != found["loss"]
+
+
+def test_a_probe_of_nobody_knows_what_is_refused(
+    exported_probe: tuple[Path, Any], bench: Bench, edgezo_json: Any
+) -> None:
+    folder, _ = exported_probe
+    (folder / "edgezo.json").unlink()
+    code, told = evaluated(edgezo_json, bench, "label", folder)
+    assert code == 1 and "has a linear probe, but what it is for" in told["error"]
+
+
+def test_the_lines_of_the_readme_classify_by_an_exported_probe(
+    exported_probe: tuple[Path, Any], bench: Bench
+) -> None:
+    folder, summary = exported_probe
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    lines = next(p for p in readme.split("```python\n")[1:] if "probe.safetensors" in p)
+    names: dict[str, Any] = {}
+    exec(lines.split("```")[0], names)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    data = open_request(make_config(bench.settings("label"))).dataset
+    losses = [
+        -names["classify"](str(folder), tokenizer.decode(e.rows[0].ids)).log_softmax(-1)[e.label]
+        for e in data.validation
+    ]
+    assert float(torch.stack(losses).mean()) == pytest.approx(
+        summary["eval_after"]["loss"], rel=1e-4
+    )
 
 
 def test_an_adapter_says_where_its_base_is_and_what_merging_would_do(
