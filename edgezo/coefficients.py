@@ -51,7 +51,7 @@ CODES_UPDATE_TILES = (
 ANCHOR_TILES = 3
 # A dense tensor is read piece by piece in its own dtype (readers), so only a piece is staged.
 READ_PIECE_BYTES = 4 * MB
-# A chunk of full-vocabulary logits, its copy and its error.
+# Expanded rows of the head, a chunk of their logits as they come, and in fp32, where the error takes its place.
 LOGITS_BYTES = 24 << 20
 # The embedded tokens, the block's input, the residual after attention, its norm.
 HIDDEN_COPIES = 4

@@ -120,21 +120,24 @@ class Scorer:
 
         def nll() -> Tensor:
             for rows, chunk, logits in self._pieces(hidden, features, probe):
-                lse[chunk] = torch.logaddexp(lse[chunk], torch.logsumexp(logits, -1))
                 own = ids[chunk] - rows.start
                 inside = (own >= 0) & (own < logits.shape[1])
                 picked = logits.gather(1, own.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
                 target[chunk] = torch.where(inside, picked, target[chunk])
+                most = logits.amax(-1, keepdim=True)
+                summed = logits.sub_(most).exp_().sum(-1).log_().add_(most[:, 0])
+                lse[chunk] = torch.logaddexp(lse[chunk], summed)
             return lse - target
 
         def gradient(weight: Tensor, back: Tensor | None) -> None:
             weight = torch.where(torch.isfinite(lse - target), weight, 0.0)
             for rows, chunk, logits in self._pieces(hidden, features, probe):
-                error = torch.exp(logits - lse[chunk][:, None])
+                slope = self._slope(logits)
+                error = logits.sub_(lse[chunk][:, None]).exp_()
                 own = ids[chunk] - rows.start
                 inside = ((own >= 0) & (own < logits.shape[1])).nonzero()[:, 0]
                 error[inside, own[inside]] -= 1
-                error *= self._slope(logits) * weight[chunk][:, None]
+                error.mul_(slope).mul_(weight[chunk][:, None])
                 if self.exact is not None and features is not None:
                     self.exact.learn(rows, error, features[chunk])
                 if back is not None:
@@ -160,19 +163,22 @@ class Scorer:
     def _pieces(
         self, hidden: Tensor, features: Tensor | None, probe: Probe | None
     ) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Rows of the vocabulary, some of the states, and the logits of those, fp32."""
+        """Rows of the vocabulary, some of the states, and their logits, fp32; the next ones take the same memory."""
         vocab, d = self.head.matrix.layout.shape
-        step = max(1, _CHUNK_BYTES // (4 * d))
-        part = max(1, _CHUNK_BYTES // (4 * min(step, vocab)))
+        step = min(max(1, _CHUNK_BYTES // (4 * d)), vocab)
+        part = min(max(1, _CHUNK_BYTES // (4 * step)), len(hidden))
+        memory = torch.empty(part * step, device=hidden.device)
         for start in range(0, vocab, step):
             rows = slice(start, min(start + step, vocab))
             for first in range(0, len(hidden), part):
                 chunk = slice(first, min(first + part, len(hidden)))
                 at = torch.arange(chunk.start, chunk.stop, device=hidden.device)
                 own = None if probe is None else probe.at(at)
-                logits = self.head.logits(hidden[chunk], rows, own).float()
+                shape = (chunk.stop - chunk.start, rows.stop - rows.start)
+                logits = memory[: shape[0] * shape[1]].view(shape)
+                logits.copy_(self.head.logits(hidden[chunk], rows, own))
                 if features is not None and self.exact is not None:
-                    logits = logits.addmm(features[chunk], self.exact.delta[rows].T)
+                    logits.addmm_(features[chunk], self.exact.delta[rows].T)
                 yield rows, chunk, self._cap(logits)
 
     def _send_back(self, error: Tensor, own: slice, rows: slice | Tensor, back: Tensor) -> None:
@@ -185,8 +191,11 @@ class Scorer:
             back.add_(self.exact.back(error, own))
 
     def _cap(self, logits: Tensor) -> Tensor:
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+        """In place."""
+        return (
+            logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        )
 
     def _slope(self, capped: Tensor) -> Tensor | float:
         """d(capped)/d(logits)."""
-        return 1.0 if self.softcap is None else 1 - (capped / self.softcap) ** 2
+        return 1.0 if self.softcap is None else (capped / self.softcap).square_().neg_().add_(1)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import reference
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from workshop import KEY, SIGMA, Case, Tried, cases, close, of
 
-from edgezo import objective
+from edgezo import coefficients, objective
 from edgezo.head import ExactHead
+from edgezo.layouts import TILE_BYTES
 from edgezo.weights import Saved, saved_sha256
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,6 +58,50 @@ def test_the_exact_heads_gradient_is_autograds(
     assert gradient.abs().max() > 1e-3
     head.delta.zero_()
     head.gradient.zero_()
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes, of what operations make while this is entered, that are alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor):
+            storage = found.untyped_storage()
+            place, size = storage.data_ptr(), storage.nbytes()
+            if place not in given | self.known:
+                self.known.add(place)
+                self.now += size
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._freed, place, size)
+        return found
+
+    def _freed(self, place: int, size: int) -> None:
+        self.known.discard(place)
+        self.now -= size
+
+
+@cases([c for c in HEADS if c.kind == "completion" and c.precision == "fp32"])
+def test_scores_of_a_vocabulary_take_three_chunks(
+    tried: Tried, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, chunk_bytes = tried.model, 16_000
+    monkeypatch.setattr(objective, "_CHUNK_BYTES", chunk_bytes)
+    hidden = torch.randn(64, model.scorer.head.matrix.layout.shape[1])
+    ids = torch.arange(64)
+    nll, gradient = model.scorer._vocabulary(hidden, ids, None)
+    with Alive() as alive:
+        nll()
+        gradient(torch.ones(64), None)
+    # Expanded rows of the head, their logits as they come, and in fp32; the plan counts as much.
+    beside = 64 * 20 * 4
+    assert chunk_bytes < alive.most <= 3 * chunk_bytes + beside
+    assert coefficients.LOGITS_BYTES == 3 * (TILE_BYTES // 2)
 
 
 def test_the_head_takes_the_steps_of_torch_adam() -> None:
