@@ -125,11 +125,14 @@ class Footprint(Held):
         if self.c_kernels and width <= THIN:
             thin = {"full": 3}
         weights = len({(m.d_in, m.d_out) for m in matrices})
-        shapes = weights + sum(thin.get(part, 0) for part in self.cfg.train)
+        shapes = weights * self.ways + sum(thin.get(part, 0) for part in self.cfg.train)
         rows = min(self._at_once(precision, micro_batch), PRODUCT_ROWS[-1])
         sizes = bisect_left(PRODUCT_ROWS, rows) + 1
         reason = f"oneDNN's kernels for {shapes} bf16 products of {sizes} numbers of rows"
         return [Item("compiled products", KERNEL_BYTES * shapes * sizes, reason)]
+
+    # Products with a weight as it is stored, and on the way back with its transpose.
+    ways = 1
 
     @property
     def sides(self) -> int:

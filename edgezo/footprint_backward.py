@@ -17,7 +17,7 @@ BACKWARD_BYTES = 96 * MB
 LEAST_BACKWARD_TOKENS = 256
 # Of one block, for each token: hidden states of norms, residuals and their gradients, ...
 HIDDEN_KEPT = 9
-# ... queries, keys and values in rows, what attention puts out, and their gradients, ...
+# ... queries, keys and values in rows, what attention puts out, and their gradients, all fp32 (packing.py), ...
 QUERIES_KEPT, KEYS_KEPT = 4, 4
 # ... gate, its activation, up, their product, and three gradients; without a gate those of a GELU.
 MLP_KEPT = {True: 7, False: 6}
@@ -36,16 +36,19 @@ def backward_bytes(shape: ModelShape, rows: int, compute_bytes: int) -> int:
     """All that a backward pass over ``rows`` tokens holds beside the weights."""
     keys = (shape.qkv_width - shape.attention_width) // 2
     block = HIDDEN_KEPT * shape.hidden + MLP_KEPT[shape.gated] * shape.intermediate
-    block += QUERIES_KEPT * shape.attention_width + KEYS_KEPT * keys + 2 * shape.head_dim
+    attended = QUERIES_KEPT * shape.attention_width + KEYS_KEPT * keys + 2 * shape.head_dim
     # A gradient on its way, in fp32 where the block computes in less.
     wide = 0 if compute_bytes == 4 else 8 * max(m.d_out for m in shape.kinds)
-    held = kept_bytes(shape, rows, compute_bytes) + rows * (block * compute_bytes + wide)
+    block_bytes = block * compute_bytes + 4 * attended + wide
+    held = kept_bytes(shape, rows, compute_bytes) + rows * block_bytes
     return int((1 + LEFT) * held)
 
 
 @dataclass(frozen=True)
 class BackwardFootprint(Footprint):
     """One request with a backward pass, on the CPU."""
+
+    ways = 2
 
     def most_tokens(self, precision: str) -> int | None:
         """Tokens of a piece."""
@@ -103,6 +106,8 @@ class BackwardFootprint(Footprint):
 @dataclass(frozen=True)
 class MixedFootprint(Footprint):
     """One request with a backward pass over its short examples, on the CPU: what has room is short."""
+
+    ways = 2
 
     def filled(self, precision: str, micro_batch: int, on_disk: int, cap: int) -> Footprint:
         if self.cfg.short_tokens is not None:

@@ -165,6 +165,10 @@ def _attend(
     softcap: float | None,
 ) -> Tensor:
     q, k, v = rows
+    if torch.is_grad_enabled() and compiled(q):
+        # Products on the way back are as long as the rows, and each length would be compiled (products.py): 2 MB.
+        wide = [part.float() for part in rows]
+        return _attend(wide, group, causal, scale, window, softcap).to(q.dtype)
     length = q.shape[2]
     windowed = window is not None and window < length
     # Padding stands at the end of a row, where a causal row never looks; other rows need it masked.

@@ -39,11 +39,13 @@ pytestmark = [
 ]
 
 
-def opened(bench: Bench, kind: str = "label", **changes: Any) -> tuple[Opened, Model]:
+def opened(
+    bench: Bench, kind: str = "label", bf16_fast: bool = False, **changes: Any
+) -> tuple[Opened, Model]:
     said = {"estimator": "lora", "rank": 4, "weight_decay": DECAY, **changes}
     found = open_request(make_config(bench.settings(kind, **said)))
     # In fp32 on every machine: another dtype of the products is another rounding.
-    plain = replace(machine(), bf16_fast=False)
+    plain = replace(machine(), bf16_fast=bf16_fast)
     settle(found, plain, 0)
     return found, load_model(found, plain)
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Bench
+from test_lora import learn, opened
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from workshop import KEY, LOW, SIGMA, Tried, Workshop, cases, make_examples, of
@@ -123,6 +125,7 @@ PRODUCTS = (
     "linear",
     "mv",
     "addmv",
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
 )
 
 
@@ -153,6 +156,29 @@ def test_bf16_products_have_the_same_few_shapes_and_strides_for_all_batches(
     assert known & set(PRODUCT_ROWS)
     # Other rows in batches of the same and of other sizes.
     assert lengths(more, 16, 3, 5, 7) <= known | set(PRODUCT_ROWS) | {32, 48}  # or thin axes
+
+
+@pytest.mark.parametrize("kind", ["label", "completion"])
+@pytest.mark.parametrize("estimator", ["lora", "addax"])
+@pytest.mark.usefixtures("one_thread")
+def test_a_backward_pass_multiplies_few_shapes_whatever_the_rows_are(
+    estimator: str, kind: str, bench: Bench
+) -> None:
+    more = {} if estimator == "lora" else {"train": "lowrank", "short_tokens": 1000}
+    found, model = opened(
+        bench, kind, bf16_fast=True, estimator=estimator, precision="bf16", **more
+    )
+    rows = list(found.dataset.train)
+
+    def lengths(examples: Sequence[Example], size: int) -> set[int]:
+        with Lengths() as seen:
+            learn(model, examples, size, None)
+        return seen.seen
+
+    known = lengths(rows[:1], 1) | lengths(rows[:16], 16)
+    assert known & set(PRODUCT_ROWS)
+    for size in (16, 3, 5):
+        assert lengths(rows[16:32], size) <= known | set(PRODUCT_ROWS) | {32, 48}
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])  # the latter's scores are capped
