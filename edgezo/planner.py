@@ -150,12 +150,17 @@ def make_plan(
 
 
 FIRST_CHOICE, LAST_CHOICE = "lora", "grzo"  # of --estimator auto
+# With fewer, a linear probe on label words does as well or better (benchmarks/LOG.md, 2026-11-23, eighth entry).
+FIRST_ORDER_STEPS = 100
 
 
 def _best_that_fits(
-    shape: Shape, cfg: RunConfig, machine: Machine, *more: Any, **known: Any
+    shape: Shape, cfg: RunConfig, machine: Machine, tokens: TokenStats | None, **known: Any
 ) -> Plan:
-    """The plan of ``--estimator auto``: first-order LoRA where it fits, else the forward-only default."""
+    """The plan of ``--estimator auto``: first-order LoRA where it fits and has the time, else the default."""
+    forward_only = as_estimator(cfg, LAST_CHOICE)
+    by_words = (tokens or TokenStats.assumed(cfg)).label_words and cfg.objective == LOSS
+    probed = by_words and "probe" in forward_only.train
     asked_gpu = cfg.device == "cuda" or cfg.residency == "host"
     if asked_gpu or (machine.gpu is not None and choose_device(cfg, machine)[0] == "cuda"):
         why = f"{FIRST_CHOICE}'s backward pass is for the CPU, and there is a GPU to use"
@@ -163,14 +168,16 @@ def _best_that_fits(
         # Weights that come from the disk three times a step are no gain in time over twice forwards alone.
         wanted = replace(cfg, residency=cfg.residency or "resident")
         try:
-            plan = make_plan(shape, as_estimator(wanted, FIRST_CHOICE), machine, *more, **known)
-            why = (
-                f"first-order, and fits: {mb(plan.planned_peak_bytes)} of {mb(plan.max_mem_bytes)}"
-            )
-            return _because(plan, f"{why}; forwards alone reach less in the same time")
+            plan = make_plan(shape, as_estimator(wanted, FIRST_CHOICE), machine, tokens, **known)
+            steps = cfg.steps or int((cfg.for_s or 0.0) / plan.step_s)
+            if not probed or steps >= FIRST_ORDER_STEPS:
+                room = f"{mb(plan.planned_peak_bytes)} of {mb(plan.max_mem_bytes)}"
+                why = f"first-order, and fits: {room}; forwards alone reach less in as many steps"
+                return _because(plan, why)
+            why = f"{FIRST_CHOICE} fits, but a linear probe is better than its first {steps} steps"
         except PlanDoesNotFit as problem:
             why = f"first-order {FIRST_CHOICE} needs {mb(problem.smallest_bytes)}"
-    plan = make_plan(shape, as_estimator(cfg, LAST_CHOICE), machine, *more, **known)
+    plan = make_plan(shape, forward_only, machine, tokens, **known)
     return _because(plan, f"{why}, so forwards alone")
 
 
@@ -366,7 +373,7 @@ def _first_order(footprint: Footprint, batch_size: int, cap: int) -> Decision:
         return Decision("first-order LoRA", mb(least), reason)
     option, size = fits
     reason = (
-        f"fits with --estimator lora, a block at a time in {option.precision}, and reaches a higher "
+        f"fits with --estimator lora, a block at a time in {option.precision}, and given time reaches a higher "
         f"accuracy; {written}"
     )
     return Decision("first-order LoRA", mb(size), reason)

@@ -227,7 +227,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(bench, tmp_path):
 
 def test_a_run_of_auto_is_a_run_of_what_it_chose(bench, edgezo_json, tmp_path):
     run = tmp_path / "run"
-    said = bench.arguments(estimator="auto", out=run)
+    said = bench.arguments("completion", estimator="auto", out=run)
     code, summary = edgezo_json("finetune", *said)
     assert code == 0 and summary["estimator"] == "lora"
     assert 'estimator = "lora"' in (run / "config.toml").read_text()

@@ -15,7 +15,7 @@ from edgezo.cards import Shape, cards
 from edgezo.config import RunConfig, make_config
 from edgezo.errors import DoesNotFit
 from edgezo.plan import Decision, Plan, PlanDoesNotFit
-from edgezo.planner import PRECISIONS_TRIED, make_plan
+from edgezo.planner import FIRST_ORDER_STEPS, PRECISIONS_TRIED, make_plan
 from edgezo.shapes import MatrixShape, ModelShape, TokenStats
 
 MB = 1_000_000
@@ -356,6 +356,16 @@ def test_auto_takes_first_order_lora_where_it_fits_and_says_why():
     estimator, reason, settled = chosen(max_mem_bytes=900 * MB)
     assert estimator == settled.estimator == "lora" and settled.train == ("lora",)
     assert settled.step == request(estimator="lora").step and "first-order, and fits" in reason
+    few = {"max_mem_bytes": 900 * MB, "steps": FIRST_ORDER_STEPS - 1}
+    estimator, reason, settled = chosen(**few)
+    assert estimator == "grzo" and "a linear probe is better than its first 99 steps" in reason
+    assert settled == plan(**few).settle(request(**few))
+    step_s = plan(estimator="lora", residency="resident", max_mem_bytes=900 * MB).step_s
+    for steps, wanted in ((FIRST_ORDER_STEPS - 1, "grzo"), (FIRST_ORDER_STEPS + 1, "lora")):
+        timed = {"max_mem_bytes": 900 * MB, "for_s": steps * step_s, "steps": None}
+        assert chosen(**timed)[0] == wanted
+    text = replace(SST2, kind="text", label_words=0)
+    assert plan(text, estimator="auto", **few).estimator == "lora"  # nothing to classify
     resident = plan(estimator="lora", residency="resident", max_mem_bytes=900 * MB)
     least = resident.smallest_bytes
     estimator, reason, settled = chosen(max_mem_bytes=least - 5 * MB)
