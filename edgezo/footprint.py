@@ -55,6 +55,8 @@ class Footprint(Held):
     correction_bytes: int = 0  # of a forward, by a measurement
     kept_tokens: int = EVAL_KEPT_TOKENS  # by an evaluation
 
+    ways = 1  # of multiplying by a weight: 2 where a backward pass takes its transpose
+
     def peak_bytes(self, precision: str, micro_batch: int, on_disk: int = 0) -> int:
         return peak_bytes(self.items(precision, micro_batch, on_disk))
 
@@ -130,9 +132,6 @@ class Footprint(Held):
         sizes = bisect_left(PRODUCT_ROWS, rows) + 1
         reason = f"oneDNN's kernels for {shapes} bf16 products of {sizes} numbers of rows"
         return [Item("compiled products", KERNEL_BYTES * shapes * sizes, reason)]
-
-    # Products with a weight as it is stored, and on the way back with its transpose.
-    ways = 1
 
     @property
     def sides(self) -> int:

@@ -159,8 +159,8 @@ def _best_that_fits(
 ) -> Plan:
     """The plan of ``--estimator auto``: first-order LoRA where it fits and has the time, else the default."""
     forward_only = as_estimator(cfg, LAST_CHOICE)
-    by_words = (tokens or TokenStats.assumed(cfg)).label_words and cfg.objective == LOSS
-    probed = by_words and "probe" in forward_only.train
+    kind = (tokens or TokenStats.assumed(cfg)).kind
+    probed = kind == "label" and "probe" in forward_only.train
     asked_gpu = cfg.device == "cuda" or cfg.residency == "host"
     if asked_gpu or (machine.gpu is not None and choose_device(cfg, machine)[0] == "cuda"):
         why = f"{FIRST_CHOICE}'s backward pass is for the CPU, and there is a GPU to use"
