@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from edgezo.backward import product
-from edgezo.data import Example, tokens_of
+from edgezo.batches import Example, tokens_of
 from edgezo.lora import AdamW, Adapter
 from edgezo.perturb import PerturbedLinear
 

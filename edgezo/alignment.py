@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from edgezo import loader
+from edgezo.batches import Example, batch_indices, collate
 from edgezo.bench import UNLIMITED_BYTES, write_results
 from edgezo.config import RunConfig, make_config
-from edgezo.data import Dataset, Example, batch_indices, collate
+from edgezo.data import Dataset
 from edgezo.errors import UsageError
 from edgezo.estimators import Estimator, Recipe
 from edgezo.finetuner import Tuner, load_finetuner

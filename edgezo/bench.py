@@ -271,8 +271,8 @@ def _peak_of(pid: int) -> int:
 
 def inference(request: dict[str, Any]) -> dict[str, Any]:
     """The plain forward over the 2B rows of a step, in this process: what running the model takes."""
+    from edgezo.batches import pieces
     from edgezo.config import make_config
-    from edgezo.data import pieces
     from edgezo.session import load_model, open_request, settle
 
     meter = Meter(reset=True)

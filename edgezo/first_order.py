@@ -26,7 +26,8 @@ from edgezo.errors import EdgezoError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edgezo.data import Dataset, Example
+    from edgezo.batches import Example
+    from edgezo.data import Dataset
 
 EVAL_ROWS = 16  # of an evaluation batch
 
@@ -97,7 +98,7 @@ class Request:
 def run(said: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """Train and evaluate; returns, and writes last of all, what summary.json holds. Raises EdgezoError."""
     from edgezo import cards, loader
-    from edgezo.data import batch_indices
+    from edgezo.batches import batch_indices
     from edgezo.estimators import schedule
     from edgezo.memory import Meter, peak_rss_bytes
     from edgezo.runlog import MetricsLog

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgezo.data import Batch, Example, Row, collate, micro_batches
+from edgezo.batches import Batch, Example, Row, collate, micro_batches
 from edgezo.products import compiled
 from edgezo.tasks import Generation
 

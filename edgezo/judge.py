@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from edgezo.data import Batch, Dataset, Example
+from edgezo.batches import Batch, Example
+from edgezo.data import Dataset
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.generate import generate
 from edgezo.metrics import Fields, Metric, chosen, exact_match, means, numeric_match, token_f1

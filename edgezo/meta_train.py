@@ -32,10 +32,11 @@ from transformers.pytorch_utils import Conv1D
 
 from edgezo import noise
 from edgezo.alignment import example_loss, gradient_of, plain_module
+from edgezo.batches import Example, batch_indices, pieces
 from edgezo.bench import UNLIMITED_BYTES
 from edgezo.budget import default_budget, mb
 from edgezo.config import RunConfig, make_config
-from edgezo.data import Dataset, Example, batch_indices, pieces
+from edgezo.data import Dataset
 from edgezo.errors import DoesNotFit, UsageError
 from edgezo.estimators import Estimator, Recipe
 from edgezo.finetuner import Finetuner, Tuner

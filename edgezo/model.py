@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from edgezo import packing
 from edgezo.addax import Factors
-from edgezo.data import Batch
+from edgezo.batches import Batch
 from edgezo.estimators import TWO_SIDED, Evaluation
 from edgezo.head import ExactHead
 from edgezo.linear_probe import Readout, Taps

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgezo.data import Batch
+from edgezo.batches import Batch
 from edgezo.head import ExactHead
 from edgezo.layouts import TILE_BYTES
 from edgezo.perturb import PerturbedHead, Probe

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgezo.data import Example, collate, micro_batches
+from edgezo.batches import Example, collate, micro_batches
 from edgezo.noise import Key, tensor_id
 from edgezo.profiler import phase
 from edgezo.settings import LOSS

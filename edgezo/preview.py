@@ -91,7 +91,8 @@ def _hub_shape(repo: str) -> Shape:
 
 def show_batch(cfg: RunConfig) -> str:
     """The tokens of the first step's batch, what is scored in them marked."""
-    from edgezo.data import batch_indices, show_batch
+    from edgezo.batches import batch_indices
+    from edgezo.data import show_batch
     from edgezo.session import open_request
 
     opened = open_request(cfg)

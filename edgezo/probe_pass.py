@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from edgezo.data import Example, batch_indices, pieces
+from edgezo.batches import Example, batch_indices, pieces
 from edgezo.errors import EdgezoError
 from edgezo.files import atomic_path
 from edgezo.linear_probe import (

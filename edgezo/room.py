@@ -8,7 +8,7 @@ from functools import partial
 from typing import TypeVar
 
 from edgezo.addax import divide
-from edgezo.data import Batch, Example, collate, micro_batches, tokens_of
+from edgezo.batches import Batch, Example, collate, micro_batches, tokens_of
 from edgezo.device import confirmed
 from edgezo.errors import BudgetExceeded
 from edgezo.files import atomic_write

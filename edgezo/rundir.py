@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from edgezo.batches import Example
 from edgezo.cache import cache_dir
 from edgezo.config import RunConfig, completed, from_toml
-from edgezo.data import Dataset, Example
+from edgezo.data import Dataset
 from edgezo.errors import DoesNotFit, EdgezoError, UsageError
 from edgezo.files import atomic_path, locked
 from edgezo.journal import Journal, check_base, open_journal

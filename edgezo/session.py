@@ -11,9 +11,10 @@ import torch
 
 from edgezo import cards, loader
 from edgezo.assemble import ModelSpec, assemble
+from edgezo.batches import collate, evaluation_batches
 from edgezo.budget import budget, mb
 from edgezo.config import RunConfig
-from edgezo.data import DataRequest, Dataset, collate, evaluation_batches, load_dataset
+from edgezo.data import DataRequest, Dataset, load_dataset
 from edgezo.device import Memory, ProcessMemory, open_memory
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.estimators import TWO_SIDED, Estimator, Recipe

@@ -33,9 +33,10 @@ from torch import Tensor, nn
 from edgezo import kernels, noise
 from edgezo.alignment import plain_module, point_config
 from edgezo.baselines import SIGMA, mezo_in_place
+from edgezo.batches import Example, Row, batch_indices, pieces
 from edgezo.bench import write_results
 from edgezo.config import RunConfig
-from edgezo.data import Dataset, Example, Row, batch_indices, pieces
+from edgezo.data import Dataset
 from edgezo.errors import UsageError
 from edgezo.estimators import Estimator, Recipe
 from edgezo.journal import StepRecord, create_journal

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgezo.addax import divide
+from edgezo.batches import Batch, Example, batch_indices, collate, micro_batches
 from edgezo.config import RunConfig
-from edgezo.data import Batch, Example, batch_indices, collate, micro_batches
 from edgezo.device import Memory
 from edgezo.estimators import Estimator
 from edgezo.finetuner import Tuner

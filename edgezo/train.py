@@ -21,8 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from edgezo.batches import pieces
 from edgezo.config import RunConfig
-from edgezo.data import pieces
 from edgezo.device import confirmed
 from edgezo.errors import BudgetExceeded, EdgezoError, Interrupted
 from edgezo.estimators import schedule

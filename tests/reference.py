@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from edgezo import noise
-from edgezo.data import Example, Row
+from edgezo.batches import Example, Row
 from edgezo.directions import Target
 from edgezo.estimators import Recipe
 from edgezo.model import Model

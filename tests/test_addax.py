@@ -20,7 +20,7 @@ from test_runs import contents, of_evaluation, run_of
 
 from edgezo.addax import divide
 from edgezo.alignment import example_loss, in_trained, plain_module
-from edgezo.data import tokens_of
+from edgezo.batches import tokens_of
 from edgezo.journal import open_journal
 from edgezo.shapes import TokenStats
 

@@ -14,18 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers_fixture import byte_tokenizer, masked_tokenizer, piece_tokenizer
 
-from edgezo.data import (
-    DataRequest,
-    Dataset,
-    Example,
-    Row,
-    batch_indices,
-    collate,
-    load_dataset,
-    micro_batches,
-    show_batch,
-    tokens_of,
-)
+from edgezo.batches import Example, Row, batch_indices, collate, micro_batches, tokens_of
+from edgezo.data import DataRequest, Dataset, load_dataset, show_batch
 from edgezo.errors import UsageError
 from edgezo.tasks import EXAMPLE_FOLDER, TASKS
 

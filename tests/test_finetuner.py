@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from edgezo.assemble import ModelSpec, assemble
+from edgezo.batches import Example, Row
 from edgezo.config import make_config
-from edgezo.data import Dataset, Example, Row
+from edgezo.data import Dataset
 from edgezo.directions import DIRECTIONS
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.estimators import Recipe

@@ -13,8 +13,8 @@ from test_presets import SEED, SIGMA, Maker, maker
 from torch import Tensor
 
 from edgezo import noise
+from edgezo.batches import collate
 from edgezo.config import make_config
-from edgezo.data import collate
 from edgezo.directions import on_grid
 from edgezo.errors import BudgetExceeded, UsageError
 from edgezo.model import Model

@@ -19,8 +19,8 @@ from test_generate import written as transformers_writes
 from transformers import AutoModelForCausalLM
 
 from edgezo import coefficients, judge, session
+from edgezo.batches import batch_indices
 from edgezo.config import make_config
-from edgezo.data import batch_indices
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.evaluate import replay
 from edgezo.journal import StepRecord, open_journal

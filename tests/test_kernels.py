@@ -16,7 +16,7 @@ from torch import Tensor
 from workshop import KEY, SIGMA, Case, Workshop, make_examples, of
 
 from edgezo import kernels, noise, packing, products
-from edgezo.data import collate
+from edgezo.batches import collate
 from edgezo.fused import FusedGate, FusedNorm, activation_of
 from edgezo.layouts import Dense, Int4, Int8
 from edgezo.machine import kernels_library

@@ -41,7 +41,7 @@ from workshop import (
 
 from edgezo import layouts, objective
 from edgezo.assemble import ModelSpec, assemble
-from edgezo.data import Example, Row, collate, micro_batches
+from edgezo.batches import Example, Row, collate, micro_batches
 from edgezo.directions import Directions, Target
 from edgezo.errors import UsageError
 from edgezo.estimators import Recipe, preset

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from edgezo import loader
 from edgezo.assemble import ModelSpec, assemble
+from edgezo.batches import Example, Row, collate
 from edgezo.config import make_config
-from edgezo.data import Example, Row, collate
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.linear_probe import (
     RIDGES,

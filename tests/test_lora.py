@@ -20,8 +20,9 @@ from test_runs import of_evaluation, run_of
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from edgezo.alignment import example_loss
+from edgezo.batches import Example, batch_indices, pieces
 from edgezo.config import make_config
-from edgezo.data import Dataset, Example, batch_indices, pieces
+from edgezo.data import Dataset
 from edgezo.lora import ALPHA
 from edgezo.machine import machine
 from edgezo.model import Model

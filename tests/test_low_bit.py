@@ -18,8 +18,8 @@ from workshop import LABEL_IDS, make_examples
 
 from edgezo import anchors, layouts
 from edgezo.assemble import ModelSpec, assemble
+from edgezo.batches import collate
 from edgezo.config import make_config
-from edgezo.data import collate
 from edgezo.estimators import Recipe
 from edgezo.journal import Journal
 from edgezo.layouts import MOST_CODE, Int8

@@ -133,7 +133,7 @@ def test_module_and_store_agree_on_the_loss_all_along_a_trajectory(deep: Bench) 
             if number == 0:
                 first = row["loss"]
                 trainer.model.store.scales = {}
-            from edgezo.data import collate
+            from edgezo.batches import collate
 
             batch = collate(group, range(len(group)))
             held = float(trainer.model.losses(batch)[0].mean())

@@ -26,8 +26,8 @@ from workshop import LABEL_IDS, code_steps, make_examples
 
 from edgezo import layouts, masks
 from edgezo.assemble import ModelSpec, assemble
+from edgezo.batches import collate, micro_batches
 from edgezo.config import RunConfig, make_config
-from edgezo.data import collate, micro_batches
 from edgezo.errors import DoesNotFit
 from edgezo.estimators import Estimator, Recipe
 from edgezo.journal import Journal, StepRecord, create_journal, open_journal

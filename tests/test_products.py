@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from workshop import KEY, LOW, SIGMA, Tried, Workshop, cases, make_examples, of
 
 from edgezo import products
-from edgezo.data import Example, collate, micro_batches
+from edgezo.batches import Example, collate, micro_batches
 from edgezo.generate import generate
 from edgezo.products import SIZES, addmm_, along, mm, pieces
 from edgezo.shapes import PRODUCT_ROWS

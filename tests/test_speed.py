@@ -10,7 +10,7 @@ from conftest import make_model
 
 from edgezo import speed
 from edgezo.alignment import point_config
-from edgezo.data import Example, Row
+from edgezo.batches import Example, Row
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_baselines_are_the_methods_that_they_name(tmp_path, rows, one_thread):
     subject = speed._load("grzo", cfg)
     plain = speed.Plain(subject)
     group = list(subject.dataset.train[:3])
-    from edgezo.data import collate
+    from edgezo.batches import collate
 
     ours, _ = subject.model.losses(collate(group, range(3)))
     with torch.no_grad():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from workshop import KEY, Tried, Workshop, make_examples, of
 
-from edgezo.data import collate
+from edgezo.batches import collate
 from edgezo.directions import DIRECTIONS, Target
 from edgezo.estimators import Recipe, preset
 from edgezo.noise import Key, exact_grid

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from edgezo import layouts
 from edgezo.assemble import ModelSpec, assemble
-from edgezo.data import Batch, Example, Row, collate
+from edgezo.batches import Batch, Example, Row, collate
 from edgezo.directions import DIRECTIONS, Directions
 from edgezo.estimators import Recipe
 from edgezo.loader import open_model
