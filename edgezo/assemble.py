@@ -389,6 +389,9 @@ class _Builder:
             for parent in self.module.modules():
                 if parent is not sub and parent._parameters.get("bias") is sub.bias:
                     parent._parameters["bias"] = None
+        for parent in self.module.modules():  # and an untied one has another that nothing reads
+            if any(child is sub for child in parent.children()) and "bias" in parent._parameters:
+                parent._parameters["bias"] = None
         _become(sub, PerturbedHead, fields)
         self.head = sub  # type: ignore[assignment]
 

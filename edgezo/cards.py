@@ -246,7 +246,18 @@ def _local(path: Path) -> Path:
         return files[0]
     if files:
         raise EdgezoError(f"{path} holds {len(files)} GGUF files; name one, e.g. {files[0]}.")
-    raise EdgezoError(f"{path} holds no model: no config.json and no GGUF file.")
+    raise EdgezoError(f"{path} holds no model: no config.json and no GGUF file.{_instead(path)}")
+
+
+def _instead(directory: Path) -> str:
+    """What to do with a directory that is something else of edgezo's or peft's."""
+    if (directory / "journal.bin").exists():
+        return (
+            f"\nIt is a run: edgezo export {directory} --format hf --out DIR makes a model of it."
+        )
+    if (directory / "adapter_config.json").exists():
+        return "\nIt is an adapter alone: edgezo export RUN --format hf writes a whole model."
+    return ""
 
 
 def _unknown(model: str) -> str:

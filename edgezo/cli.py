@@ -150,7 +150,11 @@ def evaluate(config_file: str | None, as_json: bool, **said: str | None) -> None
             for name in ("data_root", "template", "labels", "label_field", "max_new_tokens"):
                 del lower[name]
             lower["objective"] = settings.LOSS  # that of the run belongs to its own data
+        objective, said["objective"] = said["objective"], None
         cfg = config.make_config(said, lower)
+        if objective is not None:  # nothing is trained by it here, so whatever was trained may be
+            judged = config.make_config({"model": target, "objective": objective}, need_data=False)
+            cfg = replace(cfg, objective=judged.objective)
     use_threads(cfg.threads)
     from edgezo.evaluate import evaluate as run_evaluation
 

@@ -25,7 +25,7 @@ from edgezo.forms import (
 )
 from edgezo.hub import DATA_ID, dataset
 from edgezo.metrics import Report
-from edgezo.preferences import PAIR, paired
+from edgezo.preferences import PAIR, paired, thumb_field
 from edgezo.rows import SUFFIXES, Problems, Record, find_splits, read_records
 from edgezo.tasks import TASKS, Generation, Task, task_folder
 
@@ -204,9 +204,9 @@ def load_dataset(request: DataRequest, tokenizer: Any, *, masked: bool = False) 
     task = _find_task(request, problems)
     path = _find_path(request, task, problems, notes)
     asked = ask(task, request.template, request.labels, request.label_field, problems)
-    train, validation = list[Record](), list[Record]()
+    train, validation, apart = list[Record](), list[Record](), True
     if path:
-        train, validation = _read(path, task, asked, request.held_out, problems, notes)
+        train, validation, apart = _read(path, task, asked, request.held_out, problems, notes)
     problems.raise_any()
 
     form = task_form(task, asked, masked, problems) or plain_form(train[0], asked, tokenizer)
@@ -216,7 +216,7 @@ def load_dataset(request: DataRequest, tokenizer: Any, *, masked: bool = False) 
         label_names = PAIR[1:]
     if form is None:
         form, label_ids, label_names = labelled_form(
-            asked, train, tokenizer, masked, problems, notes
+            asked, train, train if apart else train + validation, tokenizer, masked, problems, notes
         )
     elif masked and task is None:
         problems.add(
@@ -333,8 +333,11 @@ def _read(
     held_out: float | None,
     problems: Problems,
     notes: list[str],
-) -> tuple[list[Record], list[Record]]:
-    """Training and validation records; held out of the training rows where that is asked or there is one file."""
+) -> tuple[list[Record], list[Record], bool]:
+    """Training and validation records, and whether they are of different files.
+
+    Else these are held out of the training rows, as asked or because there is one file.
+    """
     train_files, validation_files = find_splits(path, problems)
     if held_out is not None:
         validation_files = []
@@ -350,8 +353,10 @@ def _read(
             [replace(r, fields=prepare(r.fields)) for r in records]
             for records in (train, validation)
         )
-    if not asked.labelled:
-        train, validation = (paired(rows, problems, notes) for rows in (train, validation))
+    if not asked.labelled and (thumb := thumb_field([*train, *validation])) is not None:
+        train, validation = (
+            paired(rows, thumb, problems, notes) if rows else [] for rows in (train, validation)
+        )
     if train and not validation_files:
         if len(train) < 2:
             problems.add(
@@ -363,7 +368,7 @@ def _read(
         train = [r for i, r in enumerate(train) if i not in held]
         why = "no validation file" if held_out is None else "--held-out"
         notes.append(f"{why}: {n} of {n + len(train)} rows are held out to evaluate")
-    return train, validation
+    return train, validation, bool(validation_files)
 
 
 def _eval_sample(records: list[Record], limit: int | None, notes: list[str]) -> list[Record]:

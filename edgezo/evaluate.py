@@ -139,7 +139,7 @@ def _check_task(header: dict[str, Any], cfg: RunConfig, dataset: Dataset) -> Non
     raise EdgezoError(
         f"the run trained {'+'.join(cfg.train)} for {words}; this data has "
         f"{', '.join(dataset.label_names) or dataset.kind}.\n"
-        "Evaluate it on data of the same task with the same label words."
+        "Evaluate it on data of the same task with the same label words in the same order (--labels)."
     )
 
 

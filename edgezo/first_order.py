@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from edgezo.batches import Example
     from edgezo.data import Dataset
+    from edgezo.judge import Judge
 
 EVAL_ROWS = 16  # of an evaluation batch
 
@@ -49,7 +50,7 @@ BASELINES = {
 SHARED = (
     *("model", "data", "task", "data_root", "template", "labels", "label_field", "max_length"),
     *("eval_limit", "held_out", "seed", "steps", "for_s", "batch_size", "eval_every", "schedule"),
-    *("weight_decay", "threads"),
+    *("weight_decay", "threads", "objective", "max_new_tokens"),
 )
 
 
@@ -102,14 +103,16 @@ def run(said: Mapping[str, Any], out: Path) -> dict[str, Any]:
     from edgezo.estimators import schedule
     from edgezo.memory import Meter, peak_rss_bytes
     from edgezo.runlog import MetricsLog
-    from edgezo.session import read_data
+    from edgezo.session import Opened, judge_of, read_data
 
     request = Request.of(said)
     cfg, meter = request.cfg, Meter()
     files = loader.open_model(cards.resolve(cfg.model))
-    dataset = read_data(cfg, files, loader.load_tokenizer(files.path))
+    tokenizer = loader.load_tokenizer(files.path)
+    dataset = read_data(cfg, files, tokenizer)
+    judge = judge_of(Opened(cfg, files, tokenizer, dataset))
     meter.mark("base")
-    trainer = Trainer(request, files.path, files.kind == "masked", dataset)
+    trainer = Trainer(request, files.path, files.kind == "masked", dataset, judge)
     meter.mark("load")
     out.mkdir(parents=True, exist_ok=True)
     assert cfg.batch_size is not None
@@ -168,7 +171,18 @@ def run(said: Mapping[str, Any], out: Path) -> dict[str, Any]:
 class Trainer:
     """The model, what is trained of it, and AdamW."""
 
-    def __init__(self, request: Request, path: Path, masked: bool, dataset: Dataset):
+    def __init__(
+        self,
+        request: Request,
+        path: Path,
+        masked: bool,
+        dataset: Dataset,
+        judge: Judge | None = None,
+    ):
+        if masked and request.baseline == "prefix":
+            raise EdgezoError(
+                "baseline prefix is for causal models (peft's prefix has no masked one); use lora or adamw"
+            )
         import torch
         from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -180,7 +194,7 @@ class Trainer:
         model.config.use_cache = False
         self.module = _adapted(request, model)
         self.module.train()
-        self.dataset, self.masked = dataset, masked
+        self.dataset, self.judge = dataset, judge
         self.trained = [p for p in self.module.parameters() if p.requires_grad]
         decay = request.cfg.weight_decay
         self.optimizer = torch.optim.AdamW(self.trained, lr=request.lr, weight_decay=decay)
@@ -200,21 +214,61 @@ class Trainer:
         """As ``session.evaluate_model``."""
         import torch
 
-        examples = sorted(self.dataset.validation, key=lambda e: max(len(r.ids) for r in e.rows))
-        total_loss, right, n = 0.0, 0, len(examples)
+        from edgezo.session import figures_of
+
+        rows, judge = self.dataset.validation, self.judge
+        order = sorted(range(len(rows)), key=lambda i: max(len(r.ids) for r in rows[i].rows))
+        total_loss, chosen, texts = 0.0, [-1] * len(rows), list[str]()
         self.module.eval()
         with torch.no_grad():
-            for start in range(0, n, EVAL_ROWS):
-                group = examples[start : start + EVAL_ROWS]
-                for example, (loss, said) in zip(group, self._scored(group), strict=True):
+            for start in range(0, len(order), EVAL_ROWS):
+                group = order[start : start + EVAL_ROWS]
+                for i, (loss, said) in zip(
+                    group, self._scored([rows[i] for i in group]), strict=True
+                ):
                     total_loss += float(loss)
-                    right += said == example.label
+                    chosen[i] = said
+            if judge is not None:
+                texts = self._written(judge) if judge.writes else judge.words(chosen, rows)
         self.module.train()
-        loss_mean = total_loss / n if n else float("nan")
-        if self.dataset.kind in ("label", "choice"):
-            value = right / n if n else 0.0
-            return {"metric": "accuracy", "value": value, "n": n, "loss": loss_mean}
-        return {"metric": "loss", "value": loss_mean, "n": n, "loss": loss_mean}
+        right = sum(said == row.label for said, row in zip(chosen, rows, strict=True))
+        return figures_of(self.dataset, total_loss, right, judge, texts)
+
+    def _written(self, judge: Judge) -> list[str]:
+        """What the model writes after each prompt, greedily, by transformers' own generate()."""
+        import torch
+
+        how = self.dataset.generation
+        assert how is not None
+        texts = []
+        for example in self.dataset.validation:
+            prompt = torch.tensor([list(example.prompt)])
+            found = self.module.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=self._greedy(judge, how.most),
+                **(
+                    {"stop_strings": list(how.stop), "tokenizer": judge.tokenizer}
+                    if how.stop
+                    else {}
+                ),
+            )
+            texts.append(judge.answer(found[0, prompt.shape[1] :].tolist()))
+        return texts
+
+    @staticmethod
+    def _greedy(judge: Judge, most: int) -> Any:
+        from transformers import GenerationConfig
+
+        ends = sorted(judge.ends)
+        pad = judge.tokenizer.pad_token_id
+        return GenerationConfig(
+            max_new_tokens=most,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=ends or None,
+            pad_token_id=pad if pad is not None else (ends or [0])[0],
+        )
 
     def _scored(self, group: Sequence[Example]) -> list[tuple[Tensor, int]]:
         """(loss, prediction) of each example, from one padded forward."""

@@ -386,6 +386,7 @@ def plain_form(first: Record, asked: Asked, tokenizer: Any) -> Form | None:
 def labelled_form(
     asked: Asked,
     train: Sequence[Record],
+    known: Sequence[Record],  # those that labels are found in, where no label words were given
     tokenizer: Any,
     masked: bool,
     problems: Problems,
@@ -408,7 +409,7 @@ def labelled_form(
     if options:
         words = {str(i): option.names[0] for i, option in enumerate(options)}
     elif words is None and asked.label_field in keys:
-        words = derive_labels(train, asked.label_field, problems)
+        words = derive_labels(known, asked.label_field, problems)
     problems.raise_any()
     assert template is not None and words is not None
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import reprlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,8 @@ def load_objective(name: str) -> Score | None:
     module_name, _, function = name.partition(":")
     with _current_directory_first():
         try:
-            module = importlib.import_module(module_name)
+            with redirect_stdout(sys.stderr):  # standard output is for the result
+                module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
                 raise UsageError(
@@ -69,7 +71,7 @@ def load_objective(name: str) -> Score | None:
                     "for modules; it is a file NAME.py, named without .py"
                 ) from error
             raise UsageError(f"--objective {name}: {module_name} needs {error.name!r}") from error
-        except Exception as error:  # the user's module is a program: any error can come
+        except (Exception, SystemExit) as error:  # a program of the user's: any error can come
             raise UsageError(
                 f"--objective {name}: {module_name} cannot be imported: {_shown(error)}"
             ) from error
@@ -96,7 +98,7 @@ def _current_directory_first() -> Iterator[None]:
             sys.path.append(here)
 
 
-def _shown(error: Exception) -> str:
+def _shown(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
@@ -178,21 +180,26 @@ class Judge:
             slots=slots,
             most_tokens=most_tokens,
         )
-        return [[self._answer(ids) for ids in side] for side in found]
+        return [[self.answer(ids) for ids in side] for side in found]
 
     def value(self, prediction: str, example: Example) -> float:
         """The objective's score of one prediction. EdgezoError for what is no finite number, or an exception."""
         assert self.score is not None and example.fields is not None
         try:
-            found = self.score(prediction, example.fields)
-        except Exception as error:  # of the user's function
+            with redirect_stdout(sys.stderr):
+                found = self.score(prediction, example.fields)
+        except (Exception, SystemExit) as error:  # of the user's function
             raise EdgezoError(
-                f"--objective {self.objective} failed on the prediction {prediction!r}: {_shown(error)}"
+                f"--objective {self.objective} failed on the prediction {prediction!r}: {_shown(error)}\n"
+                "Mend the function; a run that has begun goes on with --resume."
             ) from error
-        number = float(found) if isinstance(found, Real) else math.nan
+        try:
+            number = float(found) if isinstance(found, Real) else math.nan
+        except OverflowError:
+            number = math.inf
         if not math.isfinite(number):
             raise EdgezoError(
-                f"--objective {self.objective} gave {found!r} for the prediction {prediction!r}; it has to "
+                f"--objective {self.objective} gave {reprlib.repr(found)} for the prediction {prediction!r}; it has to "
                 "give a finite number, higher for a better prediction."
             )
         return number
@@ -200,11 +207,12 @@ class Judge:
     def _over(self, ids: list[int]) -> bool:
         return ids[-1] in self.ends or self._stop(self._text(ids)) is not None
 
-    def _answer(self, ids: list[int]) -> str:
+    def answer(self, ids: Sequence[int]) -> str:
+        """The text that these tokens are, up to its end."""
         text = self._text([i for i in ids if i not in self.ends])
         return text[: self._stop(text)].strip()
 
-    def _text(self, ids: list[int]) -> str:
+    def _text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _stop(self, text: str) -> int | None:
@@ -215,13 +223,14 @@ class Judge:
 
     # -- evaluation ---------------------------------------------------------------------------------------
 
-    def evaluate(self, model: Model, chosen_at: Sequence[int]) -> dict[str, float]:
-        """Figures of the validation rows; ``chosen_at`` are the options that were chosen, where there are any."""
+    def texts(self, model: Model, chosen_at: Sequence[int]) -> list[str]:
+        """Predictions of the validation rows; ``chosen_at`` are the options that were chosen, where there are any."""
         rows = self.dataset.validation
-        if self.writes:
-            texts = self._write_all(model, rows)
-        else:
-            texts = self.words(chosen_at, rows)
+        return self._write_all(model, rows) if self.writes else self.words(chosen_at, rows)
+
+    def figures(self, texts: Sequence[str]) -> dict[str, float]:
+        """What these predictions of the validation rows are worth."""
+        rows = self.dataset.validation
         fields = [row.fields for row in rows if row.fields is not None]
         of_task = self.dataset.report
         found = of_task(texts, fields) if of_task is not None else {}

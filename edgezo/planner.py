@@ -162,7 +162,9 @@ def _best_that_fits(
     kind = (tokens or TokenStats.assumed(cfg)).kind
     probed = kind == "label" and "probe" in forward_only.train
     asked_gpu = cfg.device == "cuda" or cfg.residency == "host"
-    if asked_gpu or (machine.gpu is not None and choose_device(cfg, machine)[0] == "cuda"):
+    if cfg.objective != LOSS:
+        why = f"a score of predictions ({cfg.objective}) has no gradient"
+    elif asked_gpu or (machine.gpu is not None and choose_device(cfg, machine)[0] == "cuda"):
         why = f"{FIRST_CHOICE}'s backward pass is for the CPU, and there is a GPU to use"
     else:
         # Weights that come from the disk three times a step are no gain in time over twice forwards alone.

@@ -10,7 +10,7 @@ more likely one of the two whatever their lengths.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -19,18 +19,26 @@ from edgezo.rows import Problems, Record
 
 PAIR = ("prompt", "chosen", "rejected")
 JUDGED = ("prompt", "completion")
-THUMBS = {"up": True, "down": False, "true": True, "false": False}
+WORDS = {"up": True, "down": False, "true": True, "false": False, "\N{THUMBS UP SIGN}": True}
+WORDS["\N{THUMBS DOWN SIGN}"] = False
+NUMBERS = {"1": True, "0": False}  # thumbs only where there are no others, which would be classes
 
 
-def thumb_field(fields: Mapping[str, Any]) -> str | None:
-    """The field that says whether an answer was liked, of a row that is an answer."""
-    if not all(name in fields for name in JUDGED):
-        return None
-    return next((name for name in ("thumb", "label") if _thumb(fields.get(name)) is not None), None)
+def thumb_field(records: Sequence[Record]) -> str | None:
+    """The field that says whether an answer was liked, of rows that are answers; None where none does.
+
+    ``thumb`` wherever a row has something in it; ``label`` where a row says up, down, true or false, or where rows
+    say 1 and 0 and nothing else.
+    """
+    answers = [r.fields for r in records if all(name in r.fields for name in JUDGED)]
+    if any(_said(fields.get("thumb")) for fields in answers):
+        return "thumb"
+    labels = {said for fields in answers if (said := _said(fields.get("label")))}
+    return "label" if labels & set(WORDS) or labels == set(NUMBERS) else None
 
 
-def _thumb(value: Any) -> bool | None:
-    return THUMBS.get(str(value).strip().lower())
+def _said(value: Any) -> str:
+    return "" if value is None else str(value).strip().lower()
 
 
 @dataclass
@@ -58,14 +66,13 @@ def _pair(liked: Record, disliked: Record) -> Record:
     return Record(f"{liked.where} and {disliked.where}", fields)
 
 
-def paired(records: Sequence[Record], problems: Problems, notes: list[str]) -> list[Record]:
-    """Answers with thumbs as pairs; other rows as they are. The first row says which they are."""
-    name = thumb_field(records[0].fields) if records else None
-    if name is None:
-        return list(records)
+def paired(
+    records: Sequence[Record], name: str, problems: Problems, notes: list[str]
+) -> list[Record]:
+    """Answers as pairs, by what the field ``name`` says of each."""
     by_prompt: dict[str, _Answers] = {}
     for record in records:
-        thumb = _thumb(record.fields.get(name))
+        thumb = {**WORDS, **NUMBERS}.get(_said(record.fields.get(name)))
         if thumb is None:
             problems.add(f"{name!r} says neither up nor down", at=f"{record.where}: {record.keys}")
             continue

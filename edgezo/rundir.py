@@ -297,6 +297,15 @@ def reopen(run: RunFiles, given: Mapping[str, Any], progress: RunProgress) -> Jo
                 f"{run.path} was trained on other rows than the ones that the data gives now.\n"
                 "Restore the data files, or start a new run with another --out."
             )
+        if began.get("dataset", given["dataset"]) != given["dataset"]:
+            first, now = (
+                ", ".join(facts["label_names"]) or facts["kind"]
+                for facts in (began["dataset"], given["dataset"])
+            )
+            raise EdgezoError(
+                f"{run.path} began with the label words {first}, but the data has {now} now.\n"
+                "Restore the data files, or start a new run with another --out."
+            )
         if began.get("finetuner_hash") != given.get("finetuner_hash"):
             raise EdgezoError(
                 f"{run.path} was trained with another finetuner than the one that --finetuner gives now.\n"

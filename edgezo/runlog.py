@@ -62,7 +62,7 @@ class RunLog(MetricsLog):
         self.moved: dict[str, list[int]] = {}  # bytes of weights elsewhere, a step
         self.evaluations: dict[tuple[str, int], dict[str, Any]] = {}  # by when and step
         self.paces: dict[int, dict[str, Any]] = {}  # by the step they hold from
-        self.last_step = 0
+        self.last_step = self.skipped_steps = 0
         for line in self.lines():
             self._take_in(line)
 
@@ -79,6 +79,7 @@ class RunLog(MetricsLog):
             self.paces[line["step"]] = line["pace"]
             return
         self.last_step = line["step"]
+        self.skipped_steps += bool(line.get("skipped"))
         for name, times_s in (("step_s", self.step_times_s), ("forward_s", self.forward_times_s)):
             if line.get(name) is not None:
                 times_s.append(line[name])

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from edgezo import cards, loader
 from edgezo.assemble import ModelSpec, assemble
-from edgezo.batches import collate, evaluation_batches
+from edgezo.batches import Example, collate, evaluation_batches
 from edgezo.budget import budget, mb
 from edgezo.config import RunConfig
 from edgezo.data import DataRequest, Dataset, load_dataset
@@ -60,10 +61,17 @@ def open_request(cfg: RunConfig) -> Opened:
     dataset = read_data(cfg, files, tokenizer)
     cfg = _for_kind(cfg, dataset.kind)
     opened = Opened(cfg, files, tokenizer, dataset)
-    if cfg.objective != LOSS or dataset.generation is not None or dataset.report is not None:
-        opened.judge = Judge.of(cfg, dataset, tokenizer, _end_ids(files))
+    opened.judge = judge_of(opened)
     malloc_trim()  # what parsing has left in the heap is no part of the process that a plan starts from
     return opened
+
+
+def judge_of(opened: Opened) -> Judge | None:
+    """What turns predictions into figures, where the task or the request asks for more than loss and accuracy."""
+    cfg, dataset = opened.cfg, opened.dataset
+    if cfg.objective == LOSS and dataset.generation is None and dataset.report is None:
+        return None
+    return Judge.of(cfg, dataset, opened.tokenizer, _end_ids(opened.files))
 
 
 def _for_kind(cfg: RunConfig, kind: str) -> RunConfig:
@@ -102,14 +110,28 @@ def read_data(cfg: RunConfig, files: ModelFiles, tokenizer: Any) -> Dataset:
             f"the tokenizer of {files.path} gives the token {max(used)}, but the model has only "
             f"{files.shape.vocab} words.\nThe two do not belong together: fetch the model again."
         )
+    if files.shape.positions:  # a learned table: there is nothing beyond its end
+        offset = int(files.config.pad_token_id) + 1 if files.kind == "masked" else 0
+        _check_lengths(dataset, examples, files.shape.max_positions - offset, files.path)
+    return dataset
+
+
+def _check_lengths(
+    dataset: Dataset, examples: Sequence[Example], positions: int, path: Path
+) -> None:
+    """UsageError for rows, or prompts and their answers, of more tokens than the model has positions."""
+    longest = max(len(row.ids) for example in examples for row in example.rows)
+    if longest > positions:
+        raise UsageError(
+            f"a row has {longest} tokens, but {path} knows {positions} positions: give --max-length {positions}"
+        )
     if dataset.generation is not None:
         longest = max(len(e.prompt) for e in examples) + dataset.generation.most
-        if 0 < files.shape.positions < longest:
+        if longest > positions:
             raise UsageError(
-                f"a prompt and its answer may have {longest} tokens, but {files.path} knows "
-                f"{files.shape.max_positions} positions: give a smaller --max-length or --max-new-tokens"
+                f"a prompt and its answer may have {longest} tokens, but {path} knows "
+                f"{positions} positions: give a smaller --max-length or --max-new-tokens"
             )
-    return dataset
 
 
 def _end_ids(files: ModelFiles) -> list[int]:
@@ -307,13 +329,21 @@ def evaluate_model(model: Model, dataset: Dataset, judge: Judge | None = None) -
         right += int((predicted[0] == packed.labels).sum())
         for i, option in zip(batch, predicted[0].tolist(), strict=True):
             chosen[i] = option
-    n = len(examples)
+    texts = judge.texts(model, chosen) if judge is not None else []
+    return figures_of(dataset, total_loss, right, judge, texts)
+
+
+def figures_of(
+    dataset: Dataset, total_loss: float, right: int, judge: Judge | None, texts: Sequence[str]
+) -> dict[str, Any]:
+    """The figures of an evaluation from its sums, and from the predictions ``texts`` where there is a judge."""
+    n = len(dataset.validation)
     loss = total_loss / n if n else float("nan")
     figures = {"loss": loss}
     if dataset.kind in ("label", "choice"):
         figures = {"accuracy": right / n if n else 0.0}
     if judge is not None:
-        found = judge.evaluate(model, chosen)
+        found = judge.figures(texts)
         own = judge.writes or dataset.report is not None
         figures = found if own else {**figures, **found}
     metric, value = next(iter(figures.items()))

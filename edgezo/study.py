@@ -39,6 +39,7 @@ from edgezo.config import RunConfig, make_config
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.first_order import Request
 from edgezo.settings import MOST_PROBE_ROWS, flag
+from edgezo.tasks import TASKS
 
 Settings = dict[str, Any]
 BUDGETS = ("forwards", "seconds")
@@ -46,6 +47,12 @@ KEYS = ("model", "tasks", "seeds", "reach", "common", "methods", "tune", *BUDGET
 DEFAULT_BATCH = 16
 HELD_OUT = 0.1
 FREE = ("threads", "data_root", "out")  # not part of what a run is
+# What every run is given, by what of the study.
+OF_STUDY = {
+    **dict.fromkeys(("steps", "for", "for_s"), "forwards or seconds"),
+    **dict.fromkeys(("seed",), "seeds"),
+    **dict.fromkeys(("out", "resume"), "--out"),
+}
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,8 @@ def steps_of(asked: RunConfig | Request, forwards: float) -> int:
 
 def read_study(found: Mapping[str, Any], methods: Sequence[str] = ()) -> Study:
     """Check a study; ``methods`` are those wanted of it. Raises UsageError with every problem found."""
+    if problems := _wrong_types(found):
+        raise UsageError(problems)
     problems = [f"unknown key {k!r}; there are {', '.join(KEYS)}" for k in found if k not in KEYS]
     for key in ("model", "tasks", "methods"):
         if not found.get(key):
@@ -106,6 +115,16 @@ def read_study(found: Mapping[str, Any], methods: Sequence[str] = ()) -> Study:
     if isinstance(tasks, list):
         tasks = {name: {"task": name} for name in tasks}
     named = {name: _plain(own) for name, own in found.get("methods", {}).items()}
+    problems += [
+        f"task {name!r} is not known; known are: {', '.join(TASKS)}"
+        for name, own in tasks.items()
+        if own.get("task", "sst2") not in TASKS
+    ]
+    for place in ("common", "tune"):
+        problems += _of_the_study(f"[{place}]", _plain(found.get(place, {})))
+    for name, own in (*tasks.items(), *named.items()):
+        problems += _of_the_study(name, _plain(own))
+        problems += [f"{name}: the list of {k} is empty" for k, v in own.items() if v == []]
     problems += [
         f"the study has no method {m!r}; it has {', '.join(named)}"
         for m in methods
@@ -146,6 +165,59 @@ def read_study(found: Mapping[str, Any], methods: Sequence[str] = ()) -> Study:
     if problems:
         raise UsageError(list(dict.fromkeys(problems)))
     return study
+
+
+def _wrong_types(found: Mapping[str, Any]) -> list[str]:
+    """What is not of the form that its key needs, with that form."""
+
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    def listed(value: Any, kind: Callable[[Any], bool]) -> bool:
+        return isinstance(value, list) and all(kind(one) for one in value)
+
+    def text(value: Any) -> bool:
+        return isinstance(value, str)
+
+    def whole(value: Any) -> bool:
+        return number(value) and value == int(value)
+
+    def tables(value: Any) -> bool:
+        return isinstance(value, dict) and all(isinstance(one, dict) for one in value.values())
+
+    forms: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "model": (text, "a name or path in quotes"),
+        "tasks": (
+            lambda v: listed(v, text) or tables(v),
+            'names, ["sst2"], or tables [tasks.NAME]',
+        ),
+        "seeds": (lambda v: listed(v, whole), "whole numbers, [0, 1, 2]"),
+        "reach": (lambda v: listed(v, number), "numbers, [0.8, 0.85]"),
+        "forwards": (number, "a number"),
+        "seconds": (number, "a number"),
+        "methods": (tables, "tables [methods.NAME]"),
+        "common": (lambda v: isinstance(v, dict), "a table [common]"),
+        "tune": (lambda v: isinstance(v, dict), "a table [tune]"),
+    }
+    tune = found.get("tune")
+    within = tune if isinstance(tune, dict) else {}
+    said = [(key, key, found[key]) for key in forms if key in found]
+    said += [("tune.seeds", "seeds", within["seeds"])] if "seeds" in within else []
+    problems = [
+        f"{name} needs {forms[key][1]}, not {v!r}" for name, key, v in said if not forms[key][0](v)
+    ]
+    if "tasks" in within and not listed(within["tasks"], text):
+        problems.append(f"tune.tasks needs names of the study's tasks, not {within['tasks']!r}")
+    return problems
+
+
+def _of_the_study(where: str, settings: Settings) -> list[str]:
+    """Problems with settings that the study itself decides for every run."""
+    return [
+        f"{where}: {name} is the study's ({instead}), not a setting of a run"
+        for name, instead in OF_STUDY.items()
+        if name in settings and (where, name) != ("[tune]", "seeds")
+    ]
 
 
 def _plain(settings: Mapping[str, Any]) -> Settings:
@@ -215,6 +287,11 @@ def bench_accuracy(
     found = {"model": study.model, what: amount, "rows": rows, "tuning": tried}
     found["medians"] = [_median(rows, t, m) for t, m in product(study.tasks, study.methods)]
     write_results(found, out / "accuracy", chart, note)
+    if rows and all("error" in row for row in rows):
+        raise EdgezoError(
+            f"none of the study's {len(rows)} runs succeeded ({out / 'accuracy.json'} says why of each). "
+            f"The first: {rows[0]['error']}\nOnce that is mended, the same command runs them again."
+        )
     return found
 
 
@@ -244,10 +321,17 @@ def _command(request: Settings, out: Path) -> list[str]:
     """What Python is to run: a fine-tune, which goes on where it was left, or a baseline, which begins anew."""
     if "baseline" in request:
         return ["-m", "edgezo.first_order", json.dumps({**request, "out": str(out)})]
-    said = [part for key, value in request.items() for part in (flag(key), str(value))]
+    said = [part for key, value in request.items() for part in _said(key, value)]
     if (out / "journal.bin").exists():
         said = ["--resume"]
     return ["-m", "edgezo", "finetune", *said, "--out", str(out), "--json"]
+
+
+def _said(key: str, value: Any) -> list[str]:
+    """A setting as on the command line."""
+    if isinstance(value, bool):
+        return [flag(key) if value else "--no-" + flag(key)[2:]]
+    return [flag(key), str(value)]
 
 
 def _figures(out: Path) -> dict[str, Any]:

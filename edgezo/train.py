@@ -211,6 +211,11 @@ class Training(Room):
                     self.model.store.finish(step)
             if self.model.store.residency is not None:
                 self.model.store.residency.flush()
+            if step and self.log.skipped_steps == step:
+                self.progress.note(
+                    f"warning: all {step} steps were skipped: the two sides of every probe scored the same, so "
+                    "probes taught nothing. An objective has to differ between predictions; a larger --sigma may help."
+                )
             after = self._evaluate("after", step)
             self.meter.mark("run")
             summary = self._summary(step, train_s, before, after)

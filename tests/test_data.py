@@ -533,3 +533,17 @@ def test_the_shown_mask_of_a_masked_model_is_its_answer(tmp_path: Path) -> None:
     data = load(GOOD_BAD, tmp_path, tokenizer, masked=True, **SST2_STYLE)
     shown = show_batch(data.train[:1], data, tokenizer)
     assert "was|⟦ " in shown and "<mask>" not in shown and "|</s>" in shown
+
+
+def test_labels_are_found_in_all_rows_of_a_file_that_some_are_held_out_of(tmp_path):
+    rows = [{"text": f"row {i}", "label": f"class {'abcdefghij'[i % 10]}"} for i in range(20)]
+    data = load_dataset(
+        DataRequest(data=write(tmp_path / "rows.jsonl", rows), template="{text} is"),
+        byte_tokenizer(),
+    )
+    assert len(data.label_names) == 10
+    two = [{"text": "one", "label": "good"}, {"text": "two", "label": "bad"}]
+    data = load_dataset(
+        DataRequest(data=write(tmp_path / "two.jsonl", two), template="{text} is"), byte_tokenizer()
+    )
+    assert data.label_names == ("bad", "good") and len(data.train) == len(data.validation) == 1

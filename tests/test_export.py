@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench, make_model
+from conftest import LABELLED, Bench, make_model
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -328,3 +328,16 @@ def test_a_large_matrix_is_written_tile_by_tile(
             assert up.any()
             wanted = wanted + ((up @ down).T if family == "gpt2" else up @ down)
         torch.testing.assert_close(whole[name], wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exported_model_is_evaluated_like_the_run(
+    families: Any, family: str, edgezo_json: Any, tmp_path: Path
+) -> None:
+    bench = families(family)
+    summary = run_of(bench, tmp_path / "run", train="lowrank+head", **LARGE)
+    export(tmp_path / "run", "hf", tmp_path / "hf")
+    asked = ("--data", bench.data / "label.jsonl", "--precision", "fp32")
+    said = [part for name, value in LABELLED.items() for part in (f"--{name}", value)]
+    code, found = edgezo_json("eval", "--model", tmp_path / "hf", *asked, *said)
+    assert code == 0 and found["loss"] == pytest.approx(ended(summary), rel=1e-4)

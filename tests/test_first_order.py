@@ -11,7 +11,7 @@ from test_runs import run_of
 from test_study import made
 
 from edgezo import study
-from edgezo.errors import UsageError
+from edgezo.errors import EdgezoError, UsageError
 from edgezo.first_order import BASELINES, Request, Trainer, loss_of, run
 
 pytestmark = [
@@ -102,3 +102,19 @@ def test_what_a_baseline_does_not_know_is_refused_with_what_it_takes(tmp_path):
         Request.of({"model": "m", "task": "sst2", "baseline": "sgd"})
     with pytest.raises(UsageError, match="no learning rate"):
         Request.of({"model": "m", "task": "sst2", "baseline": "adamw", "lr": 0})
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_writes_and_is_judged_as_a_run_is(name, bench, tmp_path):
+    more = {"max_new_tokens": 6}
+    ours = run_of(bench, tmp_path / "run", "completion", train="lowrank", **more)
+    theirs = run(asked(bench, "completion", baseline=name, **more), tmp_path / name)
+    assert theirs["eval_after"]["metric"] == "exact_match" and "f1" in theirs["eval_after"]
+    if name != "prefix":  # which is random at first
+        same = {k: ours["eval_before"][k] for k in ("metric", "value", "f1", "n")}
+        assert {k: theirs["eval_before"][k] for k in same} == same
+
+
+def test_a_prefix_for_a_masked_model_is_refused(tmp_path):
+    with pytest.raises(EdgezoError, match="prefix is for causal models"):
+        Trainer(Request("prefix", 0.01, {}, None), tmp_path, True, None)

@@ -52,6 +52,18 @@ def endless(prediction, row):
 def text(prediction, row):
     return "good"
 
+def loud(prediction, row):
+    print("looked at", prediction)
+    return len(prediction)
+
+def leaves(prediction, row):
+    raise SystemExit(0)
+
+def huge(prediction, row):
+    return 10**400
+
+print("imported")
+
 name = "no function"
 """
 Module = Callable[..., str]
@@ -247,7 +259,7 @@ def test_a_rule_s_own_end_and_a_new_line_end_a_text(bench: Bench) -> None:
     found = opened.judge
     assert found is not None
     ids = opened.tokenizer(" warm\n and more")["input_ids"]
-    assert found._over(ids) and found._answer(ids) == "warm"
+    assert found._over(ids) and found.answer(ids) == "warm"
     end = opened.tokenizer.eos_token_id
     assert found._over([ids[0], end]) and not found._over(ids[:1])
     assert found._answer([*opened.tokenizer(" warm dull")["input_ids"], end]) == "warm dull"
@@ -385,3 +397,37 @@ def test_directions_that_no_seed_has_score_label_words(bench: Bench, tmp_path: P
     summary = run_of(bench, tmp_path / "run", "label", **changes)
     assert summary["steps"] == 3
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["trained"]
+
+
+def test_what_a_function_prints_is_no_part_of_the_result(
+    bench: Bench, vowels: Module, edgezo_json: Any, tmp_path: Path
+) -> None:
+    asked = bench.arguments("label", objective=vowels("loud"), out=str(tmp_path / "run"))
+    code, found = edgezo_json("finetune", *asked)
+    assert code == 0 and found["steps"] == 3
+
+
+@pytest.mark.parametrize("name", ["leaves", "huge"])
+def test_a_function_that_leaves_or_overflows_ends_in_an_error(
+    name: str, bench: Bench, vowels: Module, edgezo_json: Any, tmp_path: Path
+) -> None:
+    asked = bench.arguments("label", objective=vowels(name), out=str(tmp_path / "run"))
+    code, found = edgezo_json("finetune", *asked)
+    assert code == 1 and f"own_scores:{name}" in found["error"]
+
+
+def test_a_run_is_evaluated_by_an_objective_that_it_was_not_trained_by(
+    bench: Bench, edgezo_json: Any, tmp_path: Path
+) -> None:
+    summary = run_of(bench, tmp_path / "run", "label")
+    assert "head" in summary["trained"] or "probe" in summary["trained"]
+    code, found = edgezo_json("eval", "--model", tmp_path / "run", "--objective", "accuracy")
+    assert code == 0 and found["objective"] == found["value"] == summary["eval_after"]["value"]
+
+
+def test_a_run_whose_probes_all_score_the_same_says_so(
+    bench: Bench, vowels: Module, edgezo: Any, tmp_path: Path
+) -> None:
+    asked = bench.arguments("label", objective=vowels("same"), out=str(tmp_path / "run"))
+    code, _, err = edgezo("finetune", *asked)
+    assert code == 0 and "all 3 steps were skipped" in err

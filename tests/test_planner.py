@@ -364,6 +364,8 @@ def test_auto_takes_first_order_lora_where_it_fits_and_says_why():
     for steps, wanted in ((FIRST_ORDER_STEPS - 1, "grzo"), (FIRST_ORDER_STEPS + 1, "lora")):
         timed = {"max_mem_bytes": 900 * MB, "for_s": steps * step_s, "steps": None}
         assert chosen(**timed)[0] == wanted
+    estimator, reason, _ = chosen(max_mem_bytes=900 * MB, objective="accuracy")
+    assert estimator == "grzo" and "a score of predictions (accuracy) has no gradient" in reason
     text = replace(SST2, kind="text", label_words=0)
     assert plan(text, estimator="auto", **few).estimator == "lora"  # nothing to classify
     resident = plan(estimator="lora", residency="resident", max_mem_bytes=900 * MB)

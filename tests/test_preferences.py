@@ -56,7 +56,14 @@ def test_a_pair_is_a_choice_between_its_answers_with_their_ends(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "up", "down"),
-    [("label", True, False), ("label", "true", "False"), ("thumb", "up", "Down")],
+    [
+        ("label", True, False),
+        ("label", "true", "False"),
+        ("label", 1, 0),
+        ("thumb", "up", "Down"),
+        ("thumb", 1, 0),
+        ("thumb", "\N{THUMBS UP SIGN}", "\N{THUMBS DOWN SIGN}"),
+    ],
 )
 def test_thumbs_on_answers_to_one_prompt_are_pairs(name, up, down, tmp_path):
     data = load(thumbs(name, up, down), tmp_path)
@@ -114,3 +121,15 @@ def test_learning_from_thumbs_turns_what_the_model_prefers(bench, tmp_path):
     disliked = finetune(make_config(settings | {"out": str(tmp_path / "other")}))
     assert liked["eval_after"]["value"] == disliked["eval_after"]["value"] == 1.0
     assert min(run["eval_before"]["value"] for run in (liked, disliked)) == 0.0
+
+
+def test_a_thumb_anywhere_makes_every_row_an_answer_that_needs_one(tmp_path):
+    rows = thumbs("thumb", "up", "down")
+    rows[0]["thumb"] = None
+    with pytest.raises(UsageError, match="says neither up nor down"):
+        load(rows, tmp_path)
+
+
+def test_labels_that_are_classes_are_no_thumbs(tmp_path):
+    rows = [{**row, "label": i % 3} for i, row in enumerate(thumbs())]
+    assert load(rows, tmp_path).kind == "completion"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -402,3 +403,40 @@ def test_rows_without_a_token_to_predict_are_left_out_of_a_run(bench, edgezo_jso
     run = tmp_path / "run"
     code, summary = edgezo_json("finetune", *bench.arguments("text", data=data, out=run))
     assert code == 0 and math.isfinite(summary["loss_last"])
+
+
+def test_a_run_does_not_go_on_with_other_label_words(bench, edgezo_json, tmp_path):
+    words = {"up": ("cold", "warm"), "renamed": ("no", "yes")}
+    for name, pair in words.items():
+        rows = [{"text": f"film {i}", "label": pair[i % 2]} for i in range(40)]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    data = tmp_path / "up.jsonl"
+    said = {
+        "data": str(data),
+        "template": "{text} It was",
+        "labels": None,
+        "out": str(tmp_path / "r"),
+    }
+    code, _ = edgezo_json("finetune", *bench.arguments(**said))
+    assert code == 0
+    (tmp_path / "renamed.jsonl").replace(data)
+    code, found = edgezo_json("finetune", "--resume", "--out", tmp_path / "r")
+    assert code == 1 and "label words cold, warm, but the data has no, yes" in found["error"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "roberta"])
+def test_rows_longer_than_a_table_of_positions_are_refused_before_anything_is_made(
+    family, bench, edgezo_json, tmp_path
+):
+    model = make_model(tmp_path / family, family)
+    rows = [{"text": f"film {i} " * 90, "label": ("cold", "warm")[i % 2]} for i in range(20)]
+    data = write_rows(tmp_path / "long.jsonl", rows)
+    template = "It is {mask}: {text}" if family == "roberta" else "{text} It was"
+    said = {"model": str(model), "data": str(data), "template": template, "labels": None}
+    out = tmp_path / "run"
+    code, found = edgezo_json("finetune", *bench.arguments(**said, out=str(out)))
+    assert code == 2 and not out.exists()
+    known = re.search(r"give --max-length (\d+)", found["error"])
+    assert known is not None
+    said |= {"max_length": known[1], "steps": 1}
+    assert edgezo_json("finetune", *bench.arguments(**said, out=str(out)))[0] == 0

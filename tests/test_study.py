@@ -8,7 +8,7 @@ import pytest
 from conftest import make_model
 
 from edgezo import study
-from edgezo.errors import UsageError
+from edgezo.errors import EdgezoError, UsageError
 
 
 def rows_file(folder, n=60):
@@ -157,3 +157,44 @@ def test_a_held_out_share_replaces_the_validation_rows(tmp_path, edgezo_json):
     assert found["eval_after"]["n"] == 12
     code, found = edgezo_json("finetune", *said, "--held-out", "0", "--out", tmp_path / "x")
     assert code == 2 and "--held-out" in found["error"]
+
+
+WRONG = {
+    "forwards": "many",
+    "seeds": 0,
+    "reach": 0.8,
+    "tasks": "sst2",
+    "methods": {"grzo": 3},
+    "common": [],
+    "model": 7,
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_value_of_another_form_is_named_with_the_form_it_needs(key, tmp_path):
+    with pytest.raises(UsageError, match=f"{key} needs"):
+        study.read_study(made(tmp_path, **{key: WRONG[key]}))
+
+
+def test_what_the_study_says_is_no_setting_of_a_method(tmp_path):
+    methods = {"grzo": {"steps": 3, "out": "here"}, "mezo": {"estimator": "mezo", "step": []}}
+    with pytest.raises(UsageError) as raised:
+        study.read_study(made(tmp_path, methods=methods, tasks=["nothing"]))
+    for problem in (
+        "steps is the study's",
+        "out is the study's",
+        "step is empty",
+        "'nothing' is not",
+    ):
+        assert problem in str(raised.value)
+
+
+def test_a_study_of_which_no_run_succeeds_is_an_error_that_says_why(tmp_path, edgezo_json):
+    said = made(tmp_path, seeds=[0], methods={"grzo": {"train": "lowrank", "profile": True}})
+    (tmp_path / "data" / "train.jsonl").unlink()
+    found = study.read_study(said)
+    with pytest.raises(EdgezoError, match="none of the study's 1 runs succeeded"):
+        study.bench_accuracy(found, out=tmp_path / "out")
+    assert "error" in json.loads((tmp_path / "out" / "accuracy.json").read_text())["rows"][0]
+    said = study._command({"profile": True, "steps": 3}, tmp_path / "run")
+    assert "--profile" in said and "True" not in said
