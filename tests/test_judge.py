@@ -262,7 +262,7 @@ def test_a_rule_s_own_end_and_a_new_line_end_a_text(bench: Bench) -> None:
     assert found._over(ids) and found.answer(ids) == "warm"
     end = opened.tokenizer.eos_token_id
     assert found._over([ids[0], end]) and not found._over(ids[:1])
-    assert found._answer([*opened.tokenizer(" warm dull")["input_ids"], end]) == "warm dull"
+    assert found.answer([*opened.tokenizer(" warm dull")["input_ids"], end]) == "warm dull"
 
 
 # ----------------------------------------------------------------------------- evaluation
