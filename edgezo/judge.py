@@ -185,9 +185,10 @@ class Judge:
     def value(self, prediction: str, example: Example) -> float:
         """The objective's score of one prediction. EdgezoError for what is no finite number, or an exception."""
         assert self.score is not None and example.fields is not None
+        row = {**example.fields, "answers": [*example.fields["answers"]]}  # the function's to change
         try:
             with redirect_stdout(sys.stderr):
-                found = self.score(prediction, example.fields)
+                found = self.score(prediction, row)
         except (Exception, SystemExit) as error:  # of the user's function
             raise EdgezoError(
                 f"--objective {self.objective} failed on the prediction {prediction!r}: {_shown(error)}\n"
