@@ -25,7 +25,7 @@ from edgezo.forms import (
 )
 from edgezo.hub import DATA_ID, dataset
 from edgezo.metrics import Report
-from edgezo.preferences import PAIR, paired, thumb_field
+from edgezo.preferences import PAIR, paired
 from edgezo.rows import SUFFIXES, Problems, Record, find_splits, read_records
 from edgezo.tasks import TASKS, Generation, Task, task_folder
 
@@ -353,10 +353,8 @@ def _read(
             [replace(r, fields=prepare(r.fields)) for r in records]
             for records in (train, validation)
         )
-    if not asked.labelled and (thumb := thumb_field([*train, *validation])) is not None:
-        train, validation = (
-            paired(rows, thumb, problems, notes) if rows else [] for rows in (train, validation)
-        )
+    if not asked.labelled:
+        train, validation = paired((train, validation), problems, notes)
     if train and not validation_files:
         if len(train) < 2:
             problems.add(

@@ -184,7 +184,7 @@ class Trainer:
                 "baseline prefix is for causal models (peft's prefix has no masked one); use lora or adamw"
             )
         import torch
-        from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+        from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GenerationConfig
 
         torch.manual_seed(request.cfg.seed)  # peft draws what it adds
         where = {"gguf_file": path.name} if path.is_file() else {}
@@ -192,6 +192,9 @@ class Trainer:
         auto: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
         model: Any = auto.from_pretrained(place, dtype=torch.float32, **where)
         model.config.use_cache = False
+        model.generation_config = (
+            GenerationConfig()
+        )  # penalties that a model ships with are not ours
         self.module = _adapted(request, model)
         self.module.train()
         self.dataset, self.judge = dataset, judge

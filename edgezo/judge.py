@@ -185,7 +185,10 @@ class Judge:
     def value(self, prediction: str, example: Example) -> float:
         """The objective's score of one prediction. EdgezoError for what is no finite number, or an exception."""
         assert self.score is not None and example.fields is not None
-        row = {**example.fields, "answers": [*example.fields["answers"]]}  # the function's to change
+        row = {
+            **example.fields,
+            "answers": [*example.fields["answers"]],
+        }  # the function's to change
         try:
             with redirect_stdout(sys.stderr):
                 found = self.score(prediction, row)
@@ -194,13 +197,15 @@ class Judge:
                 f"--objective {self.objective} failed on the prediction {prediction!r}: {_shown(error)}\n"
                 "Mend the function; a run that has begun goes on with --resume."
             ) from error
+        shown = "a number beyond a float's range"  # which Python may refuse to print
         try:
             number = float(found) if isinstance(found, Real) else math.nan
+            shown = reprlib.repr(found)
         except OverflowError:
             number = math.inf
         if not math.isfinite(number):
             raise EdgezoError(
-                f"--objective {self.objective} gave {reprlib.repr(found)} for the prediction {prediction!r}; it has to "
+                f"--objective {self.objective} gave {shown} for the prediction {prediction!r}; it has to "
                 "give a finite number, higher for a better prediction."
             )
         return number

@@ -1,7 +1,7 @@
 """Preferences: which of two answers to a prompt was liked.
 
     {"prompt", "chosen", "rejected"}                       a pair
-    {"prompt", "completion", "label": true or false}       an answer with thumbs up or down; also
+    {"prompt", "completion", "label": true or false}       an answer with thumbs up or down (or 1 or 0); also
     {"prompt", "completion", "thumb": "up" or "down"}      paired here with answers to the same prompt
 
 A pair is a choice: cross entropy over the two answers' mean token log-probabilities, so that the liked one becomes the
@@ -19,26 +19,41 @@ from edgezo.rows import Problems, Record
 
 PAIR = ("prompt", "chosen", "rejected")
 JUDGED = ("prompt", "completion")
-WORDS = {"up": True, "down": False, "true": True, "false": False, "\N{THUMBS UP SIGN}": True}
-WORDS["\N{THUMBS DOWN SIGN}"] = False
-NUMBERS = {"1": True, "0": False}  # thumbs only where there are no others, which would be classes
+WORDS = {"up": True, "down": False, "true": True, "false": False}
+WORDS |= {"\N{THUMBS UP SIGN}": True, "\N{THUMBS DOWN SIGN}": False}
+NUMBERS = {"1": True, "0": False, "1.0": True, "0.0": False}
+THUMBS = {**WORDS, **NUMBERS}
 
 
 def thumb_field(records: Sequence[Record]) -> str | None:
     """The field that says whether an answer was liked, of rows that are answers; None where none does.
 
-    ``thumb`` wherever a row has something in it; ``label`` where a row says up, down, true or false, or where rows
-    say 1 and 0 and nothing else.
+    ``thumb`` where any row has a thumb in it. ``label`` where rows say true and false (or up and down), or all say
+    nothing else; numbers alone may be classes or marks, so they count where some prompt has an answer of each kind.
     """
-    answers = [r.fields for r in records if all(name in r.fields for name in JUDGED)]
-    if any(_said(fields.get("thumb")) for fields in answers):
+    answers = [r.fields for r in records if _is_answer(r)]
+    if any(_said(fields.get("thumb")) in THUMBS for fields in answers):
         return "thumb"
     labels = {said for fields in answers if (said := _said(fields.get("label")))}
-    return "label" if labels & set(WORDS) or labels == set(NUMBERS) else None
+    said_both = {WORDS[said] for said in labels & set(WORDS)} == {True, False}
+    if said_both or (labels <= set(THUMBS) and labels & set(WORDS)):
+        return "label"
+    if not labels <= set(THUMBS):
+        return None
+    kinds: dict[str, set[bool]] = {}
+    for fields in answers:
+        if said := _said(fields.get("label")):
+            kinds.setdefault(str(fields["prompt"]), set()).add(THUMBS[said])
+    return "label" if any(len(found) == 2 for found in kinds.values()) else None
+
+
+def _is_answer(record: Record) -> bool:
+    return all(name in record.fields for name in JUDGED)
 
 
 def _said(value: Any) -> str:
-    return "" if value is None else str(value).strip().lower()
+    """What a field says; an emoji may have a selector behind it that asks for its picture."""
+    return "" if value is None else str(value).strip().lower().rstrip("\N{VARIATION SELECTOR-16}")
 
 
 @dataclass
@@ -67,24 +82,50 @@ def _pair(liked: Record, disliked: Record) -> Record:
 
 
 def paired(
+    splits: Sequence[Sequence[Record]], problems: Problems, notes: list[str]
+) -> list[list[Record]]:
+    """Of each split the answers with thumbs as pairs, and other rows as they are."""
+    every = [record for split in splits for record in split]
+    name = thumb_field(every)
+    if name is not None:
+        return [_paired(split, name, problems, notes) for split in splits]
+    for field in ("thumb", "label"):
+        if any(_said(record.fields.get(field)) for record in every if _is_answer(record)):
+            notes.append(
+                f"the field {field!r} is not used, so every completion is learned: it does not say of answers to one "
+                "prompt which was liked (up or down, true or false, 1 or 0)"
+            )
+    return [list(split) for split in splits]
+
+
+def _paired(
     records: Sequence[Record], name: str, problems: Problems, notes: list[str]
 ) -> list[Record]:
-    """Answers as pairs, by what the field ``name`` says of each."""
+    """Answers as pairs, by what the field ``name`` says of each, before rows that are pairs already."""
+    pairs = [record for record in records if all(n in record.fields for n in PAIR)]
+    if len(pairs) == len(records):
+        return pairs
     by_prompt: dict[str, _Answers] = {}
     for record in records:
-        thumb = {**WORDS, **NUMBERS}.get(_said(record.fields.get(name)))
+        if all(n in record.fields for n in PAIR):
+            continue
+        thumb = THUMBS.get(_said(record.fields.get(name)))
         if thumb is None:
-            problems.add(f"{name!r} says neither up nor down", at=f"{record.where}: {record.keys}")
+            problems.add(
+                f"{name!r} says neither up nor down (to learn every completion, remove or rename the field)",
+                at=f"{record.where}: {record.keys}",
+            )
             continue
         answers = by_prompt.setdefault(str(record.fields.get("prompt")), _Answers([], []))
         (answers.liked if thumb else answers.disliked).append(record)
     found = [pair for answers in by_prompt.values() for pair in answers.pairs()]
     left_out = sum(not answers.pairs() for answers in by_prompt.values())
-    notes.append(f"{len(records)} answers with thumbs up or down: {len(found)} pairs")
+    notes.append(f"{len(records) - len(pairs)} answers with thumbs up or down: {len(found)} pairs")
     if left_out:
         notes.append(f"{left_out} prompts left out: all answers liked, or none; there is no pair")
     if not found and not len(problems):
         problems.add(
-            "no prompt has an answer with thumbs up and one with thumbs down: there is nothing to compare"
+            "no prompt has an answer with thumbs up and one with thumbs down: there is nothing to compare "
+            f"(to learn every completion, remove or rename the field {name!r})"
         )
-    return found
+    return [*found, *pairs]

@@ -299,12 +299,12 @@ def reopen(run: RunFiles, given: Mapping[str, Any], progress: RunProgress) -> Jo
             )
         if began.get("dataset", given["dataset"]) != given["dataset"]:
             first, now = (
-                ", ".join(facts["label_names"]) or facts["kind"]
+                f"{facts['kind']}, {', '.join(facts['label_names']) or 'no label words'}, tokens {facts['label_ids']}"
                 for facts in (began["dataset"], given["dataset"])
             )
             raise EdgezoError(
-                f"{run.path} began with the label words {first}, but the data has {now} now.\n"
-                "Restore the data files, or start a new run with another --out."
+                f"{run.path} began with rows of another task than the data gives now: first {first}; now {now}.\n"
+                "Restore the data files and the tokenizer, or start a new run with another --out."
             )
         if began.get("finetuner_hash") != given.get("finetuner_hash"):
             raise EdgezoError(

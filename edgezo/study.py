@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -118,7 +119,7 @@ def read_study(found: Mapping[str, Any], methods: Sequence[str] = ()) -> Study:
     problems += [
         f"task {name!r} is not known; known are: {', '.join(TASKS)}"
         for name, own in tasks.items()
-        if own.get("task", "sst2") not in TASKS
+        if str(own.get("task", "sst2")) not in TASKS
     ]
     for place in ("common", "tune"):
         problems += _of_the_study(f"[{place}]", _plain(found.get(place, {})))
@@ -171,7 +172,8 @@ def _wrong_types(found: Mapping[str, Any]) -> list[str]:
     """What is not of the form that its key needs, with that form."""
 
     def number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        known = isinstance(value, int | float) and not isinstance(value, bool)
+        return known and math.isfinite(value)
 
     def listed(value: Any, kind: Callable[[Any], bool]) -> bool:
         return isinstance(value, list) and all(kind(one) for one in value)
@@ -180,7 +182,7 @@ def _wrong_types(found: Mapping[str, Any]) -> list[str]:
         return isinstance(value, str)
 
     def whole(value: Any) -> bool:
-        return number(value) and value == int(value)
+        return number(value) and isinstance(value, int)
 
     def tables(value: Any) -> bool:
         return isinstance(value, dict) and all(isinstance(one, dict) for one in value.values())
@@ -216,7 +218,7 @@ def _of_the_study(where: str, settings: Settings) -> list[str]:
     return [
         f"{where}: {name} is the study's ({instead}), not a setting of a run"
         for name, instead in OF_STUDY.items()
-        if name in settings and (where, name) != ("[tune]", "seeds")
+        if name in settings
     ]
 
 

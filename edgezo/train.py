@@ -213,8 +213,8 @@ class Training(Room):
                 self.model.store.residency.flush()
             if step and self.log.skipped_steps == step:
                 self.progress.note(
-                    f"warning: all {step} steps were skipped: the two sides of every probe scored the same, so "
-                    "probes taught nothing. An objective has to differ between predictions; a larger --sigma may help."
+                    f"warning: all {step} steps were skipped, so probes taught nothing: both sides of every one "
+                    "scored the same, or nothing finite. A larger --sigma may help, or an objective with finer scores."
                 )
             after = self._evaluate("after", step)
             self.meter.mark("run")

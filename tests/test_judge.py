@@ -60,7 +60,7 @@ def leaves(prediction, row):
     raise SystemExit(0)
 
 def huge(prediction, row):
-    return 10**400
+    return 10**5000
 
 print("imported")
 

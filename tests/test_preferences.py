@@ -62,7 +62,8 @@ def test_a_pair_is_a_choice_between_its_answers_with_their_ends(tmp_path):
         ("label", 1, 0),
         ("thumb", "up", "Down"),
         ("thumb", 1, 0),
-        ("thumb", "\N{THUMBS UP SIGN}", "\N{THUMBS DOWN SIGN}"),
+        ("thumb", "\N{THUMBS UP SIGN}\ufe0f", "\N{THUMBS DOWN SIGN}"),
+        ("label", 1.0, 0.0),
     ],
 )
 def test_thumbs_on_answers_to_one_prompt_are_pairs(name, up, down, tmp_path):
@@ -130,6 +131,24 @@ def test_a_thumb_anywhere_makes_every_row_an_answer_that_needs_one(tmp_path):
         load(rows, tmp_path)
 
 
-def test_labels_that_are_classes_are_no_thumbs(tmp_path):
-    rows = [{**row, "label": i % 3} for i, row in enumerate(thumbs())]
-    assert load(rows, tmp_path).kind == "completion"
+def test_labels_that_say_of_no_pair_which_was_liked_are_not_used_and_a_note_says_so(tmp_path):
+    classes = [{**row, "label": ("mixed", "fine", "true")[i % 3]} for i, row in enumerate(thumbs())]
+    marks = [
+        {"prompt": p["prompt"], "completion": p["chosen"], "label": i % 2}
+        for i, p in enumerate(PAIRS)
+    ]
+    for rows in (classes, marks):
+        data = load(rows, tmp_path)
+        assert data.kind == "completion"
+        assert any("field 'label' is not used" in note for note in data.notes)
+    pictures = [{**row, "thumb": "http://x/a.png", "label": None} for row in thumbs()]
+    assert load(pictures, tmp_path).kind == "completion"
+
+
+def test_a_split_of_pairs_goes_with_one_of_thumbs(tmp_path):
+    folder = tmp_path / "both"
+    folder.mkdir()
+    write_rows(folder / "train.jsonl", thumbs("thumb", "up", "down"))
+    write_rows(folder / "validation.jsonl", PAIRS[:4])
+    data = load_dataset(DataRequest(data=str(folder)), byte_tokenizer())
+    assert data.kind == "choice" and (len(data.train), len(data.validation)) == (12, 4)
