@@ -214,8 +214,7 @@ class _Builder:
             context=self.context,
             scorer=Scorer(recipe.kind, labels, self.head, softcap, exact),
             masked=masked,
-            # RoBERTa numbers positions from padding_idx + 1.
-            position_offset=int(config.pad_token_id) + 1 if masked else 0,
+            position_offset=self.files.position_offset,
             evaluations=recipe.evaluations,
             label_rows=self.label_rows,
             frozen=self.frozen,
@@ -383,14 +382,12 @@ class _Builder:
             "bias_row": None,
         }
         if getattr(sub, "bias", None) is not None:
-            # RoBERTa's head names the same bias twice; the first name is the one that files have.
+            # RoBERTa's head has the bias at its parent as well: tied the same, under the name that files have;
+            # else another one, which nothing reads.
             own = next(n for n, p in self.module.named_parameters() if p is sub.bias)
             fields["bias_vector"], fields["bias_row"] = self._vector(own)
-            for parent in self.module.modules():
-                if parent is not sub and parent._parameters.get("bias") is sub.bias:
-                    parent._parameters["bias"] = None
-        for parent in self.module.modules():  # and an untied one has another that nothing reads
-            if any(child is sub for child in parent.children()) and "bias" in parent._parameters:
+            parent = self.module.get_submodule(name.rpartition(".")[0])
+            if "bias" in parent._parameters:
                 parent._parameters["bias"] = None
         _become(sub, PerturbedHead, fields)
         self.head = sub  # type: ignore[assignment]

@@ -184,7 +184,7 @@ class Trainer:
                 "baseline prefix is for causal models (peft's prefix has no masked one); use lora or adamw"
             )
         import torch
-        from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GenerationConfig
+        from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
         torch.manual_seed(request.cfg.seed)  # peft draws what it adds
         where = {"gguf_file": path.name} if path.is_file() else {}
@@ -192,9 +192,7 @@ class Trainer:
         auto: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
         model: Any = auto.from_pretrained(place, dtype=torch.float32, **where)
         model.config.use_cache = False
-        model.generation_config = (
-            GenerationConfig()
-        )  # penalties that a model ships with are not ours
+        model.generation_config = _greedy(judge)
         self.module = _adapted(request, model)
         self.module.train()
         self.dataset, self.judge = dataset, judge
@@ -243,35 +241,20 @@ class Trainer:
 
         how = self.dataset.generation
         assert how is not None
+        stops: dict[str, Any] = {}
+        if how.stop:
+            stops = {"stop_strings": list(how.stop), "tokenizer": judge.tokenizer}
         texts = []
         for example in self.dataset.validation:
             prompt = torch.tensor([list(example.prompt)])
             found = self.module.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
-                generation_config=self._greedy(judge, how.most),
-                **(
-                    {"stop_strings": list(how.stop), "tokenizer": judge.tokenizer}
-                    if how.stop
-                    else {}
-                ),
+                max_new_tokens=how.most,
+                **stops,
             )
             texts.append(judge.answer(found[0, prompt.shape[1] :].tolist()))
         return texts
-
-    @staticmethod
-    def _greedy(judge: Judge, most: int) -> Any:
-        from transformers import GenerationConfig
-
-        ends = sorted(judge.ends)
-        pad = judge.tokenizer.pad_token_id
-        return GenerationConfig(
-            max_new_tokens=most,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=ends or None,
-            pad_token_id=pad if pad is not None else (ends or [0])[0],
-        )
 
     def _scored(self, group: Sequence[Example]) -> list[tuple[Tensor, int]]:
         """(loss, prediction) of each example, from one padded forward."""
@@ -290,6 +273,20 @@ class Trainer:
             loss_of([next(scored) for _ in example.rows], example, self.dataset)
             for example in group
         ]
+
+
+def _greedy(judge: Judge | None) -> Any:
+    """How transformers writes as a run does, and nothing that a model ships with, such as penalties."""
+    from transformers import GenerationConfig
+
+    if judge is None:
+        return GenerationConfig()
+    return GenerationConfig(
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=sorted(judge.ends) or None,
+        pad_token_id=judge.tokenizer.pad_token_id,
+    )
 
 
 def loss_of(logits: Sequence[Tensor], example: Example, dataset: Dataset) -> tuple[Tensor, int]:

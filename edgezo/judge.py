@@ -185,10 +185,8 @@ class Judge:
     def value(self, prediction: str, example: Example) -> float:
         """The objective's score of one prediction. EdgezoError for what is no finite number, or an exception."""
         assert self.score is not None and example.fields is not None
-        row = {
-            **example.fields,
-            "answers": [*example.fields["answers"]],
-        }  # the function's to change
+        # A copy, since the function is the user's and may change it.
+        row = {**example.fields, "answers": [*example.fields["answers"]]}
         try:
             with redirect_stdout(sys.stderr):
                 found = self.score(prediction, row)

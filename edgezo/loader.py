@@ -164,6 +164,11 @@ class ModelFiles:
     def shape(self) -> Shape:
         return shape_of(self.config)
 
+    @property
+    def position_offset(self) -> int:
+        """The number of a row's first position: RoBERTa counts from padding_idx + 1."""
+        return int(self.config.pad_token_id) + 1 if self.kind == "masked" else 0
+
 
 def open_model(path: Path) -> ModelFiles:
     """Read and check config and tensor table. EdgezoError for what edgezo cannot load."""

@@ -31,7 +31,7 @@ def thumb_field(records: Sequence[Record]) -> str | None:
     ``thumb`` where any row has a thumb in it. ``label`` where rows say true and false (or up and down), or all say
     nothing else; numbers alone may be classes or marks, so they count where some prompt has an answer of each kind.
     """
-    answers = [r.fields for r in records if _is_answer(r)]
+    answers = [r.fields for r in records if _has(r, JUDGED)]
     if any(_said(fields.get("thumb")) in THUMBS for fields in answers):
         return "thumb"
     labels = {said for fields in answers if (said := _said(fields.get("label")))}
@@ -47,8 +47,8 @@ def thumb_field(records: Sequence[Record]) -> str | None:
     return "label" if any(len(found) == 2 for found in kinds.values()) else None
 
 
-def _is_answer(record: Record) -> bool:
-    return all(name in record.fields for name in JUDGED)
+def _has(record: Record, names: Sequence[str]) -> bool:
+    return all(name in record.fields for name in names)
 
 
 def _said(value: Any) -> str:
@@ -90,7 +90,7 @@ def paired(
     if name is not None:
         return [_paired(split, name, problems, notes) for split in splits]
     for field in ("thumb", "label"):
-        if any(_said(record.fields.get(field)) for record in every if _is_answer(record)):
+        if any(_said(record.fields.get(field)) for record in every if _has(record, JUDGED)):
             notes.append(
                 f"the field {field!r} is not used, so every completion is learned: it does not say of answers to one "
                 "prompt which was liked (up or down, true or false, 1 or 0)"
@@ -102,13 +102,12 @@ def _paired(
     records: Sequence[Record], name: str, problems: Problems, notes: list[str]
 ) -> list[Record]:
     """Answers as pairs, by what the field ``name`` says of each, before rows that are pairs already."""
-    pairs = [record for record in records if all(n in record.fields for n in PAIR)]
-    if len(pairs) == len(records):
+    pairs = [record for record in records if _has(record, PAIR)]
+    rest = [record for record in records if not _has(record, PAIR)]
+    if not rest:
         return pairs
     by_prompt: dict[str, _Answers] = {}
-    for record in records:
-        if all(n in record.fields for n in PAIR):
-            continue
+    for record in rest:
         thumb = THUMBS.get(_said(record.fields.get(name)))
         if thumb is None:
             problems.add(
@@ -120,7 +119,7 @@ def _paired(
         (answers.liked if thumb else answers.disliked).append(record)
     found = [pair for answers in by_prompt.values() for pair in answers.pairs()]
     left_out = sum(not answers.pairs() for answers in by_prompt.values())
-    notes.append(f"{len(records) - len(pairs)} answers with thumbs up or down: {len(found)} pairs")
+    notes.append(f"{len(rest)} answers with thumbs up or down: {len(found)} pairs")
     if left_out:
         notes.append(f"{left_out} prompts left out: all answers liked, or none; there is no pair")
     if not found and not len(problems):

@@ -111,8 +111,8 @@ def read_data(cfg: RunConfig, files: ModelFiles, tokenizer: Any) -> Dataset:
             f"{files.shape.vocab} words.\nThe two do not belong together: fetch the model again."
         )
     if files.shape.positions:  # a learned table: there is nothing beyond its end
-        offset = int(files.config.pad_token_id) + 1 if files.kind == "masked" else 0
-        _check_lengths(dataset, examples, files.shape.max_positions - offset, files.path)
+        positions = files.shape.max_positions - files.position_offset
+        _check_lengths(dataset, examples, positions, files.path)
     return dataset
 
 

@@ -51,8 +51,9 @@ FREE = ("threads", "data_root", "out")  # not part of what a run is
 # What every run is given, by what of the study.
 OF_STUDY = {
     **dict.fromkeys(("steps", "for", "for_s"), "forwards or seconds"),
-    **dict.fromkeys(("seed",), "seeds"),
-    **dict.fromkeys(("out", "resume"), "--out"),
+    "seed": "seeds",
+    "out": "--out",
+    "resume": "--out",
 }
 
 
@@ -117,9 +118,9 @@ def read_study(found: Mapping[str, Any], methods: Sequence[str] = ()) -> Study:
         tasks = {name: {"task": name} for name in tasks}
     named = {name: _plain(own) for name, own in found.get("methods", {}).items()}
     problems += [
-        f"task {name!r} is not known; known are: {', '.join(TASKS)}"
-        for name, own in tasks.items()
-        if str(own.get("task", "sst2")) not in TASKS
+        f"task {own['task']!r} is not known; known are: {', '.join(TASKS)}"
+        for own in tasks.values()
+        if "task" in own and own["task"] not in list(TASKS)
     ]
     for place in ("common", "tune"):
         problems += _of_the_study(f"[{place}]", _plain(found.get(place, {})))
