@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from test_study import made
 from edgezo import study
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.first_order import BASELINES, Request, Trainer, loss_of, run
+from edgezo.session import open_request
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -44,8 +46,6 @@ def test_before_the_first_step_a_baseline_has_the_losses_of_a_run(kind, bench, t
 @pytest.mark.parametrize("name", BASELINES)
 def test_what_is_trained_is_all_weights_or_what_peft_adds(name, bench):
     request = Request.of(asked(bench, baseline=name))
-    from edgezo.session import open_request
-
     dataset = open_request(request.cfg).dataset
     trainer = Trainer(request, bench.model, False, dataset)
     values = sum(p.numel() for p in trainer.trained)
@@ -59,8 +59,6 @@ def test_what_is_trained_is_all_weights_or_what_peft_adds(name, bench):
 
 def test_padding_changes_no_loss(bench):
     request = Request.of(asked(bench, baseline="adamw"))
-    from edgezo.session import open_request
-
     dataset = open_request(request.cfg).dataset
     trainer = Trainer(request, bench.model, False, dataset)
     with torch.no_grad():
@@ -118,3 +116,19 @@ def test_a_baseline_writes_and_is_judged_as_a_run_is(name, bench, tmp_path):
 def test_a_prefix_for_a_masked_model_is_refused(tmp_path):
     with pytest.raises(EdgezoError, match="prefix is for causal models"):
         Trainer(Request("prefix", 0.01, {}, None), tmp_path, True, None)
+
+
+def test_a_baseline_writes_without_the_penalties_that_a_model_ships_with(bench, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(bench.model, model)
+    shipped = {"repetition_penalty": 5.0, "do_sample": True, "no_repeat_ngram_size": 1}
+    (model / "generation_config.json").write_text(json.dumps(shipped))
+
+    def texts(path):
+        said = asked(bench, "completion", baseline="adamw", max_new_tokens=6, model=str(path))
+        request = Request.of(said)
+        opened = open_request(request.cfg)
+        assert opened.judge is not None
+        return Trainer(request, path, False, opened.dataset, opened.judge)._written(opened.judge)
+
+    assert texts(model) == texts(bench.model)
