@@ -18,8 +18,8 @@ from pathlib import Path
 import plan_grid
 import torch
 
-from edgezo.config import make_config
-from edgezo.train import finetune
+from edgezo.plan.request import make_config
+from edgezo.run.train import finetune
 
 MB = 1e6
 

@@ -24,17 +24,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgezo import cards
-from edgezo.assemble import ModelSpec, assemble
-from edgezo.config import RunConfig, make_config
-from edgezo.estimators import Recipe, schedule
-from edgezo.journal import StepRecord, open_journal
-from edgezo.layouts import Int8, tiles
-from edgezo.loader import ModelFiles, open_model
-from edgezo.rundir import RunFiles
-from edgezo.session import recipe_of
-from edgezo.train import finetune
-from edgezo.weights import WeightStore
+from edgezo.network import cards
+from edgezo.network.assemble import ModelSpec, assemble
+from edgezo.network.loader import ModelFiles, open_model
+from edgezo.plan.request import RunConfig, make_config
+from edgezo.run.directory import RunFiles
+from edgezo.run.journal import StepRecord, open_journal
+from edgezo.run.session import recipe_of
+from edgezo.run.train import finetune
+from edgezo.weights.layouts import Int8, tiles
+from edgezo.weights.store import WeightStore
+from edgezo.zo.credit import Recipe, schedule
 
 LABELS, TOKENS = (28, 253), 40
 

@@ -77,7 +77,7 @@ def make_model(name: str, layers: int | None, folder: Path) -> Path:
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from edgezo import cards, loader
+    from edgezo.network import cards, loader
 
     made.mkdir(parents=True, exist_ok=True)
     values = dict(CONFIGS[name], tie_word_embeddings=True, max_position_embeddings=8192)

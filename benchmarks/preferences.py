@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from edgezo.tasks import EXAMPLE_FOLDER
+from edgezo.data.tasks import EXAMPLE_FOLDER
 
 ROWS = 240
 SHORT = "Done: {intent}."

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from plan_grid import make_model, make_rows
 
-from edgezo.cards import find_card
-from edgezo.shapes import ModelShape
-from edgezo.speed import straight
+from edgezo.bench.speed import straight
+from edgezo.network.cards import find_card
+from edgezo.plan.shapes import ModelShape
 
 SIZES = ["smollm2-135m-instruct", "smollm2-360m-instruct", "qwen2.5-0.5b", "qwen2.5-1.5b"]
 

@@ -16,15 +16,15 @@ __version__ = "0.1.0"
 __all__ = ["RunConfig", "__version__", "finetune", "make_config", "make_plan"]
 
 if TYPE_CHECKING:
-    from edgezo.config import RunConfig, make_config
-    from edgezo.planner import make_plan
-    from edgezo.train import finetune
+    from edgezo.plan.planner import make_plan
+    from edgezo.plan.request import RunConfig, make_config
+    from edgezo.run.train import finetune
 
 _HOMES = {
-    "RunConfig": "edgezo.config",
-    "finetune": "edgezo.train",
-    "make_config": "edgezo.config",
-    "make_plan": "edgezo.planner",
+    "RunConfig": "edgezo.plan.request",
+    "finetune": "edgezo.run.train",
+    "make_config": "edgezo.plan.request",
+    "make_plan": "edgezo.plan.planner",
 }
 
 

@@ -1,6 +1,6 @@
 """``python -m edgezo`` is ``edgezo``."""
 
-from edgezo.cli import main
+from edgezo.cli.main import main
 
 if __name__ == "__main__":
     main()

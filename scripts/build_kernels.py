@@ -1,4 +1,4 @@
-"""The build's hook that compiles edgezo/kernels.c with GCC into edgezo/_kernels.so.
+"""The build's hook that compiles edgezo/machine/kernels.c with GCC into edgezo/machine/_kernels.so.
 
 Without a compiler the package is installed without it and runs on torch alone: nothing fails here.
 OpenMP's functions stay undefined: they are to be those of the runtime that torch loads.
@@ -21,7 +21,7 @@ FLAGS = "-std=gnu11 -O3 -fno-math-errno -fno-trapping-math -fopenmp -fPIC -Wall 
 
 class KernelsHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        package = Path(self.root, "edgezo")
+        package = Path(self.root, "edgezo", "machine")
         library = package / "_kernels.so"
         try:
             library.unlink(missing_ok=True)
@@ -30,7 +30,7 @@ class KernelsHook(BuildHookInterface):
             said = getattr(error, "stderr", None) or error
             self.app.display_warning(f"edgezo is installed without its C kernels: {said}")
             return
-        build_data["artifacts"].append("edgezo/_kernels.so")
+        build_data["artifacts"].append("edgezo/machine/_kernels.so")
         build_data["pure_python"] = False
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["tag"] = f"py3-none-{platform}"

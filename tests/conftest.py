@@ -41,7 +41,7 @@ class Bench:
 
     def arguments(self, kind: str = "label", **changes: Any) -> list[str]:
         """The same request as options of the command line."""
-        from edgezo.settings import flag
+        from edgezo.plan.fields import flag
 
         pairs = self.settings(kind, **changes).items()
         return [part for name, value in pairs for part in (flag(name), str(value))]
@@ -130,7 +130,7 @@ Command = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def edgezo(own_cache: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
     """``edgezo("eval", "--model", run) -> (exit code, standard output, standard error)``."""
-    from edgezo import cli
+    from edgezo.cli import main as cli
 
     def command(*args: object) -> tuple[int, str, str]:
         capsys.readouterr()

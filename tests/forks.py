@@ -21,9 +21,9 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
         "__main__",
-        "edgezo.train",
-        "edgezo.evaluate",
-        "edgezo.cli",
+        "edgezo.run.train",
+        "edgezo.run.evaluate",
+        "edgezo.cli.main",
         "transformers.models.llama.modeling_llama",
         "optimum.quanto",
     ]
@@ -88,9 +88,10 @@ def _half_line(write: Callable[..., None], part: float, log: Any, record: Any) -
 
 
 def _arm(blow: Blow) -> None:
-    from edgezo import rundir, runlog, weights
-    from edgezo.head import ExactHead
-    from edgezo.linear_probe import StateFile
+    from edgezo.network.exact_head import ExactHead
+    from edgezo.network.readout import StateFile
+    from edgezo.run import directory, metrics_log
+    from edgezo.weights import store
 
     if blow.point == "record":  # the journal's one write a step
         _strike(
@@ -112,15 +113,15 @@ def _arm(blow: Blow) -> None:
             ),
         )
     elif blow.point == "update":  # of one tile of one tensor
-        _strike(weights.WeightStore, "_move", blow)
+        _strike(store.WeightStore, "_move", blow)
     elif blow.point == "head":
         _strike(ExactHead, "update", blow)
     elif blow.point == "snapshot":
-        _strike(rundir, "write_saved", blow, torn=_half_file)
+        _strike(directory, "write_saved", blow, torn=_half_file)
     elif blow.point == "states":
         _strike(StateFile, "append", blow, torn=_half_states)
     elif blow.point == "metrics":
-        _strike(runlog.MetricsLog, "write", blow, torn=_half_line)
+        _strike(metrics_log.MetricsLog, "write", blow, torn=_half_line)
     else:  # the rename that gives a file its name
         named = blow.point
         _strike(os, "replace", blow, wanted=lambda source, goal: Path(goal).name == named)
@@ -129,7 +130,7 @@ def _arm(blow: Blow) -> None:
 def _command(args: list[str], output: Path, blow: Blow | None, largest_file: int | None) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
-    from edgezo import cli
+    from edgezo.cli import main as cli
 
     if blow is not None:
         _arm(blow)

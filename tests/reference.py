@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from edgezo import noise
-from edgezo.batches import Example, Row
-from edgezo.directions import Target
-from edgezo.estimators import Recipe
-from edgezo.model import Model
-from edgezo.noise import Key
-from edgezo.weights import Trainable, WeightStore
+from edgezo.data.batches import Example, Row
+from edgezo.network.model import Model
+from edgezo.weights.store import Trainable, WeightStore
+from edgezo.zo import noise
+from edgezo.zo.credit import Recipe
+from edgezo.zo.directions import Target
+from edgezo.zo.noise import Key
 
 # ----------------------------------------------------------------------------- noise
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from edgezo.tasks import EXAMPLE_FOLDER
+from edgezo.data.tasks import EXAMPLE_FOLDER
 
 WORDS = ("good", "bad", "yes", "no", "alarm", "weather", "music", "great", "terrible")
 CHAT_TEMPLATE = (

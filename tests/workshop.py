@@ -19,14 +19,14 @@ import tiny_models
 import torch
 from torch import Tensor, nn
 
-from edgezo import layouts
-from edgezo.assemble import ModelSpec, assemble
-from edgezo.batches import Batch, Example, Row, collate
-from edgezo.directions import DIRECTIONS, Directions
-from edgezo.estimators import Recipe
-from edgezo.loader import open_model
-from edgezo.model import Model
-from edgezo.noise import Key, exact_grid
+from edgezo.data.batches import Batch, Example, Row, collate
+from edgezo.network.assemble import ModelSpec, assemble
+from edgezo.network.loader import open_model
+from edgezo.network.model import Model
+from edgezo.weights import layouts
+from edgezo.zo.credit import Recipe
+from edgezo.zo.directions import DIRECTIONS, Directions
+from edgezo.zo.noise import Key, exact_grid
 
 LABEL_IDS = (7, 31, 200)
 MASK_ID = 3

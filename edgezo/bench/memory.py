@@ -1,0 +1,341 @@
+"""``edgezo bench memory``: the peak memory of every way to train, each in a process of its own on the same rows.
+
+    edgezo's methods    the command itself: ``edgezo finetune`` on the rows, at full micro-batch, without a cap
+    inference           edgezo's plain forward over the 2B rows of a step
+    baselines           memory_baselines.py: transformers, peft and torch; MeZO in place
+
+All learn to predict every token of the rows. Finished points are kept in ``points.jsonl`` and not measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+from edgezo import __version__
+from edgezo.errors import EdgezoError, UsageError
+from edgezo.machine.files import atomic_write
+from edgezo.machine.hardware import machine
+from edgezo.machine.process_memory import Meter, allocator_policy, read_status
+from edgezo.plan.fields import FIELDS, flag
+
+UNLIMITED_BYTES = 10**15  # what is measured is what a method takes, not what it is held to
+STEPS = 2  # an optimizer's state stands from the second step on
+
+
+class Method(NamedTuple):
+    """What is measured. ``request`` are fields of edgezo's configuration; None: a baseline."""
+
+    title: str
+    precision: str
+    request: dict[str, str] | None
+
+
+SIGNS = {"estimator": "grzo", "directions": "signs"}
+METHODS = {
+    "inference": Method("plain forward over 2B rows, bf16", "bf16", {}),
+    "grzo": Method("GRZO, signs, bf16", "bf16", SIGNS),
+    "grzo-rademacher": Method(
+        "GRZO, rademacher, bf16", "bf16", {"estimator": "grzo", "directions": "rademacher"}
+    ),
+    "grzo-int4": Method("GRZO, signs, int4", "int4", SIGNS),
+    "inference-int8": Method("plain forward over 2B rows, int8", "int8", {}),
+    "grzo-int8": Method("GRZO, signs, int8", "int8", SIGNS),
+    "lora-int8": Method(
+        "LoRA block by block, int8 base", "int8", {"estimator": "lora", "train": "lora"}
+    ),
+    "mezo": Method(
+        "MeZO, bf16, noise a tile at a time", "bf16", {"estimator": "mezo", "directions": "shared"}
+    ),
+    "mezo-in-place": Method("MeZO in place, bf16, as published", "bf16", None),
+    "lora": Method("LoRA, bf16 base", "bf16", None),
+    "lora-checkpoint": Method("LoRA + gradient checkpointing, bf16 base", "bf16", None),
+    "lora-checkpoint-int4": Method("LoRA + gradient checkpointing, int4 base", "int4", None),
+    "adamw": Method("full AdamW, fp32", "fp32", None),
+}
+
+
+def bench_memory(
+    model: str,
+    *,
+    methods: Sequence[str] = tuple(METHODS),
+    batch_sizes: Sequence[int] = (16,),
+    tokens: Sequence[int] = (128,),
+    threads: int | None = None,
+    device: str = "cpu",
+    cap_bytes: int | None = None,
+    limit_s: float | None = None,
+    out: Path,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Measure every method at every (batch size, tokens); writes points.jsonl, memory.json and memory.png to ``out``.
+
+    The files hold the points of earlier calls as well, which are not measured again; the result has those asked for.
+    ``peak_rss_bytes`` of a row is the peak of the process, ``train_peak_rss_bytes`` that of the steps (of edgezo's
+    methods: of all that follows loading). A method that fails (no memory, a package that is missing) is a row with
+    ``error``; a baseline that takes longer than ``limit_s`` is stopped, and its row holds the peak so far and
+    ``stopped_s``. On ``cuda`` the peak is ``cuda_peak_bytes``: what the allocator reserved and the driver's context.
+    Raises UsageError for unknown methods and sizes, EdgezoError for a model that cannot be had.
+    """
+    unknown = [m for m in methods if m not in METHODS]
+    problems = [f"there is no method {m!r}; there are {', '.join(METHODS)}" for m in unknown]
+    problems += [f"--batch-sizes: {n} is not 1 or more" for n in batch_sizes if n < 1]
+    least = int(FIELDS["max_length"].low or 1)
+    problems += [f"--tokens: {n} is not {least} or more" for n in tokens if n < least]
+    if problems:
+        raise UsageError(problems)
+    from edgezo.network import cards
+
+    path = cards.resolve(model, progress=note)
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "points.jsonl"
+    known = _read_points(log)
+    rows = []
+    always = {
+        "model": model,
+        "edgezo": __version__,
+        "device": device,
+        "threads": threads or machine().cores,
+    }
+    for method, batch_size, length in product(methods, batch_sizes, tokens):
+        asked = always | {"method": method, "batch_size": batch_size, "tokens": length}
+        found = next((p for p in known if asked.items() <= p.items() and "error" not in p), None)
+        note(
+            f"{method}, B = {batch_size}, {length} tokens{': as in points.jsonl' if found else ''}"
+        )
+        if found is None:
+            known = [p for p in known if not asked.items() <= p.items()]  # one that failed
+            known.append(found := asked | _measure(path, asked, limit_s))
+            atomic_write(log, "".join(json.dumps(p) + "\n" for p in known).encode())
+        rows.append(_row(found))
+    result: dict[str, Any] = {"model": model, "cap_bytes": cap_bytes, "rows": rows}
+    together = result | {"rows": [_row(p) for p in known if always.items() <= p.items()]}
+    write_results(together, out / "memory", chart, note)
+    return result
+
+
+def write_results(
+    result: dict[str, Any],
+    stem: Path,
+    draw: Callable[[dict[str, Any], Path], None],
+    note: Callable[[str], None],
+) -> None:
+    """``stem``.json, and ``stem``.png drawn of it unless every row is an error; says so where nothing can be drawn."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(stem.with_suffix(".json"), (json.dumps(result, indent=1) + "\n").encode())
+    if find_spec("matplotlib") is None:
+        note("no chart: that takes matplotlib, which pip install 'edgezo[bench]' brings")
+    elif any("error" not in row for row in result["rows"]):
+        draw(result, stem.with_suffix(".png"))
+
+
+def train_peak_bytes(point: dict[str, Any]) -> int:
+    """Of the training steps, in the memory that the device computes in."""
+    peak_bytes: int = point.get("cuda_peak_bytes", point["train_peak_rss_bytes"])
+    return peak_bytes
+
+
+def _row(point: dict[str, Any]) -> dict[str, Any]:
+    """A point with what it is a point of."""
+    method = METHODS[point["method"]]
+    chosen = method.request or {}
+    named = {name: chosen.get(name) for name in ("estimator", "directions")}
+    phases = ("load_peak_rss_bytes", "train_peak_rss_bytes")
+    peak_bytes = max((point[phase] for phase in phases if phase in point), default=None)
+    return {**named, "precision": method.precision, "peak_rss_bytes": peak_bytes, **point}
+
+
+def _read_points(log: Path) -> list[dict[str, Any]]:
+    try:
+        lines = log.read_text().splitlines() if log.exists() else []
+        return [{"device": "cpu"} | json.loads(line) for line in lines]
+    except ValueError as problem:
+        raise EdgezoError(
+            f"{log} is damaged ({problem}).\nRemove it, or give another --out."
+        ) from problem
+
+
+def _measure(path: Path, asked: dict[str, Any], limit_s: float | None) -> dict[str, Any]:
+    """One point in a process of its own."""
+    method = METHODS[asked["method"]]
+    with tempfile.TemporaryDirectory(prefix="edgezo-bench-") as folder:
+        data = Path(folder, "rows")
+        data.mkdir()
+        batch_size, length = asked["batch_size"], asked["tokens"]
+        _write_rows(data / "train.jsonl", batch_size * STEPS, length)
+        _write_rows(data / "validation.jsonl", 1, length)
+        threads = str(asked["threads"])
+        if method.request is None:
+            rows = str(data / "train.jsonl")
+            spec = asked | {"model": str(path), "rows": rows, "steps": STEPS}
+            command = ("-m", "edgezo.bench.memory_baselines", json.dumps(spec))
+            return _child(threads, *command, limit_s=limit_s)
+        request = {
+            "model": str(path),
+            "data": str(data),
+            "max_length": length,
+            "batch_size": batch_size,
+            "micro_batch": batch_size,
+            "device": asked["device"],
+            "max_mem_bytes": UNLIMITED_BYTES,
+            "threads": threads,
+            "train": "lowrank",
+            "precision": method.precision,
+            **method.request,
+        }
+        if not method.request:
+            return _child(threads, "-m", "edgezo.bench.memory", json.dumps(request))
+        found = _child(
+            threads,
+            *("-m", "edgezo", "finetune", "--json", "--steps", str(STEPS)),
+            *("--out", str(Path(folder, "run")), *_options(request)),
+        )
+        if "error" in found:
+            return found
+        kept = (
+            "base_rss_bytes",
+            "load_peak_rss_bytes",
+            "peak_rss_bytes",
+            "planned_peak_bytes",
+            "cuda_peak_bytes",
+            "step_s",
+        )
+        found["train_peak_rss_bytes"] = found["run_peak_rss_bytes"]
+        return {k: found[k] for k in (*kept, "train_peak_rss_bytes") if k in found}
+
+
+def _write_rows(file: Path, rows: int, tokens: int) -> None:
+    """Rows of text of at least ``tokens`` tokens, from the bundled example; readers cut them to length."""
+    from edgezo.data.tasks import EXAMPLE_FOLDER
+
+    lines = (EXAMPLE_FOLDER / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    with file.open("w", encoding="utf-8") as out:
+        at = 0
+        for _ in range(rows):
+            words: list[str] = []
+            while len(words) < tokens:  # a word is a token or more
+                words += texts[at % len(texts)].split()
+                at += 1
+            out.write(json.dumps({"text": " ".join(words)}) + "\n")
+
+
+def _options(request: dict[str, Any]) -> list[str]:
+    return [part for name, value in request.items() for part in (flag(name), str(value))]
+
+
+def _child(threads: str, *args: str, limit_s: float | None = None) -> dict[str, Any]:
+    """The JSON object that a Python process prints; ``error`` where it prints none or fails.
+
+    After ``limit_s`` seconds it is ended: ``stopped_s``, and the peak of its last phase so far.
+    """
+    env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, *args], stdout=pipe, stderr=pipe, text=True, env=env
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            peak_bytes = _peak_of(process.pid)
+            process.kill()
+            return {"stopped_s": limit_s, "train_peak_rss_bytes": peak_bytes}
+    lines = out.strip().splitlines()
+    try:
+        found: dict[str, Any] = json.loads(lines[-1])
+    except (IndexError, ValueError):
+        found = {}
+    if "error" not in found and (process.returncode or not found):
+        last = (err.strip().splitlines() or ["no message"])[-1]
+        found = {"error": f"exit status {process.returncode}: {last}"}
+    return found
+
+
+def _peak_of(pid: int) -> int:
+    """Of another process, since it last reset its peak; its resident memory where no peak is kept."""
+    peak_bytes = read_status(process=pid).get("VmHWM")
+    return psutil.Process(pid).memory_info().rss if peak_bytes is None else peak_bytes
+
+
+def inference(request: dict[str, Any]) -> dict[str, Any]:
+    """The plain forward over the 2B rows of a step, in this process: what running the model takes."""
+    from edgezo.data.batches import pieces
+    from edgezo.plan.request import make_config
+    from edgezo.run.session import load_model, open_request, settle
+
+    meter = Meter(reset=True)
+    opened = open_request(make_config({**request, "train": "head"}))  # nothing beside the weights
+    base = meter.mark("base")
+    settle(opened, machine(), base.rss_bytes)
+    model = load_model(opened, machine())
+    model.scorer.exact = None  # a forward that learns nothing has no head beside the head
+    opened.memory.loaded()
+    meter.mark("load")
+    examples = opened.dataset.train
+    size = int(request["batch_size"])
+    times_s = []
+    for start in range(0, len(examples), size):
+        begun_s = time.monotonic()
+        batch = examples[start : start + size]
+        for piece in pieces(batch, size, model.most_tokens):
+            model.losses(piece, sides=2)
+        times_s.append(time.monotonic() - begun_s)
+    meter.mark("train")
+    opened.memory.look_again()
+    found: dict[str, Any] = meter.summary() | opened.memory.figures()
+    kept = ("base_rss_bytes", "load_peak_rss_bytes", "train_peak_rss_bytes", "cuda_peak_bytes")
+    return {k: found[k] for k in kept if k in found} | {"step_s": statistics.median(times_s)}
+
+
+def chart(result: dict[str, Any], file: Path) -> None:
+    """Peak against batch size and against tokens, one line a method, the cap across. PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points = [p for p in result["rows"] if "error" not in p]
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    for panel, across, fixed in zip(
+        panels, ("batch_size", "tokens"), ("tokens", "batch_size"), strict=True
+    ):
+        least = min((p[fixed] for p in points), default=0)
+        for method in METHODS:
+            own = sorted(
+                (p[across], train_peak_bytes(p) / 1e9)
+                for p in points
+                if p["method"] == method and p[fixed] == least
+            )
+            if own:
+                panel.plot(*zip(*own, strict=True), marker="o", label=METHODS[method].title)
+        if result["cap_bytes"]:
+            panel.axhline(
+                result["cap_bytes"] / 1e9, color="black", ls="--", lw=1, label="--max-mem"
+            )
+        panel.set_xlabel(f"{across.replace('_', ' ')} ({least} {fixed.replace('_', ' ')})")
+        panel.set_yscale("log")
+        panel.grid(alpha=0.3, which="both")
+    where = "peak GPU memory" if any("cuda_peak_bytes" in p for p in points) else "peak RSS"
+    panels[0].set_ylabel(f"{where} of the training steps, GB")
+    panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.suptitle(f"{result['model']}: peak memory")
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    allocator_policy()
+    print(json.dumps(inference(json.loads(sys.argv[1]))))

@@ -1,0 +1,496 @@
+"""What a person or a program gets to see: tables, the live line, metrics.jsonl.
+
+Progress goes to standard error; standard output holds results only. Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from edgezo.machine.hardware import format_bytes
+
+if TYPE_CHECKING:
+    from edgezo.network.cards import Card
+    from edgezo.plan.plan import Plan
+
+PLAIN_LINES = 20  # progress lines of a run whose standard error is no terminal
+REFRESHES_PER_S = 2  # of a terminal's live line; each costs a millisecond or so
+
+
+PLAIN_WIDTH = 110  # columns of a table that goes to a file or a pipe
+
+
+def stdout() -> Console:
+    return _console(sys.stdout)
+
+
+def stderr() -> Console:
+    return _console(sys.stderr)
+
+
+def _console(file: TextIO) -> Console:
+    width = None if file.isatty() or "COLUMNS" in os.environ else PLAIN_WIDTH
+    return Console(file=file, highlight=False, width=width)
+
+
+def to_json(value: Any) -> str:
+    """One line of strict JSON: what is not finite becomes null."""
+    return json.dumps(_finite(value), allow_nan=False, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables
+
+
+def plan_table(plan: Plan, largest: Plan | None = None) -> RenderableType:
+    """Items with their reasons, the peak, the decisions and the groups of parameters.
+
+    ``largest`` is the plan of the largest model with a card that the same budget has room for.
+    """
+    items = Table(
+        title=f"{plan.model}: planned memory", title_justify="left", box=None, pad_edge=False
+    )
+    items.add_column("item")
+    items.add_column("size", justify="right", no_wrap=True)
+    items.add_column("when", no_wrap=True)
+    items.add_column("why", style="dim")
+    for item in plan.items:
+        items.add_row(item.name, format_bytes(item.bytes), item.phase, item.reason)
+    items.add_section()
+    items.add_row("peak", format_bytes(plan.planned_peak_bytes), "", "always + the largest phase")
+    items.add_row("cap", format_bytes(plan.max_mem_bytes), "", "--max-mem")
+    smallest = f"the smallest budget that works ({plan.smallest_flags})"
+    items.add_row("least", format_bytes(plan.smallest_bytes), "", smallest)
+    if largest is not None:
+        what = f"{largest.model} in {largest.precision}: the largest card that fits, rows of --max-length"
+        items.add_row("largest", format_bytes(largest.planned_peak_bytes), "", what)
+    time = f"{plan.step_s:.2g} s"
+    basis = {"cpu": "this machine's clock and vector width", "cuda": "a few steps on an H100"}
+    items.add_row("step", time, "", f"about, from {basis[plan.device]}")
+
+    decisions = Table(title="decisions", title_justify="left", box=None, pad_edge=False)
+    decisions.add_column("what")
+    decisions.add_column("value", no_wrap=True)
+    decisions.add_column("why", style="dim")
+    for d in plan.decisions:
+        is_size = d.name.endswith("_bytes") and isinstance(d.value, int)
+        value = format_bytes(int(d.value or 0)) if is_size else str(d.value)
+        decisions.add_row(d.name.removesuffix("_bytes"), value, d.reason)
+
+    groups = Table(box=None, pad_edge=False, show_header=False)
+    groups.add_column("group", no_wrap=True)
+    groups.add_column("members")
+    groups.add_row("trained", "; ".join(plan.trained) or "nothing")
+    groups.add_row("frozen", "; ".join(plan.frozen) or "nothing")
+    return Group(items, Text(), decisions, Text(), groups)
+
+
+def memory_table(found: Mapping[str, Any]) -> RenderableType:
+    """Rows of ``edgezo bench memory``: peaks, and how many times GRZO's (signs, bf16, same sizes) each is."""
+    from edgezo.bench.memory import METHODS, train_peak_bytes
+
+    table = Table(
+        title=f"{found['model']}: peak memory", title_justify="left", box=None, pad_edge=False
+    )
+    for name in ("method", "B", "tokens", "loading", "training", "x grzo", "s a step"):
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    own = {
+        (p["batch_size"], p["tokens"]): train_peak_bytes(p)
+        for p in found["rows"]
+        if p["method"] == "grzo" and "error" not in p
+    }
+    failed = []
+    for p in found["rows"]:
+        row = [METHODS[p["method"]].title, str(p["batch_size"]), str(p["tokens"])]
+        if "error" in p:
+            table.add_row(*row, "failed")
+            failed.append(Text(f"{', '.join(row)}: {p['error']}"))
+            continue
+        peak, base = train_peak_bytes(p), own.get((p["batch_size"], p["tokens"]))
+        ratio = f"{peak / base:.2f}" if base else ""
+        if "stopped_s" in p:  # its peak so far
+            at_least = f">= {ratio}" if ratio else ""
+            table.add_row(*row, "", f">= {format_bytes(peak)}", at_least, "stopped")
+            continue
+        row += [format_bytes(p["load_peak_rss_bytes"]), format_bytes(peak)]
+        table.add_row(*row, ratio, f"{p['step_s']:.2f}")
+    return Group(table, *failed)
+
+
+def alignment_table(found: Mapping[str, Any]) -> RenderableType:
+    """Rows of ``edgezo bench alignment``; cosines times the root of the coordinates, to be compared."""
+    table = Table(
+        title=f"{found['model']}: alignment", title_justify="left", box=None, pad_edge=False
+    )
+    for name in (
+        "estimator",
+        "B",
+        "train",
+        "d",
+        "cos",
+        "x sqrt(d)",
+        "+-",
+        "theory",
+        "signal/noise",
+    ):
+        table.add_column(name, justify="left" if name in ("estimator", "train") else "right")
+    for row in found["rows"]:
+        scale = math.sqrt(row["coordinates"])
+        theory, signal = row["cosine_theory"], row["signal_to_noise"]
+        table.add_row(
+            row["estimator"],
+            str(row["batch_size"]),
+            row["train"],
+            f"{row['coordinates']:,.0f}",
+            f"{row['cosine_mean']:.2e}",
+            f"{row['cosine_mean'] * scale:.2f}",
+            f"{row['cosine_error'] * scale:.2f}",
+            "" if theory is None else f"{theory * scale:.2f}",
+            "" if signal is None else f"{signal:.1f}",
+        )
+    return table
+
+
+def speed_table(found: Mapping[str, Any]) -> RenderableType:
+    """Rows of ``edgezo bench speed``: medians in seconds, and what the forward reaches of the machine."""
+    table = Table(
+        title=f"{found['model']}: a step, {found['threads']} threads"
+        + ("" if found["kernels"] else ", without C kernels"),
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    names = ("estimator", "store", "B", "tokens", "forward", "probe", "update", "step", "x")
+    for name in (*names, "spread", "tokens/s", "MM", "BW"):
+        where: Any = "left" if name == "estimator" else "right"
+        table.add_column(name, justify=where, no_wrap=True)
+    for row in found["rows"]:
+        head = (row["estimator"], row["precision"], str(row["batch_size"]), str(row["tokens"]))
+        rate = f"{row['tokens_per_s']:,.0f}"
+        if row["ratio"] is None:  # a baseline
+            table.add_row(*head, "", "", "", f"{row['step_s']:.3f}", "", "", rate)
+            continue
+        times = [f"{row[n]:.3f}" for n in ("forward_s", "perturbed_s", "update_s", "step_s")]
+        spread = f"{row['ratio_least']:.2f}-{row['ratio_most']:.2f}"
+        shares = [f"{row[n]:.0%}" for n in ("share_of_products", "share_of_bandwidth")]
+        table.add_row(*head, *times, f"{row['ratio']:.3f}", spread, rate, *shares)
+    noise = ", ".join(
+        f"{found[name] / 1e9:.2f} G {what} a second"
+        for name, what in (("sign_bits_per_s", "sign bits"), ("normals_per_s", "normals"))
+    )
+    copied = f"{found['copy_bytes_per_s'] / 1e9:.1f} GB/s"
+    most = max(row.get("bookkeeping_share", 0.0) for row in found["rows"])  # baselines have none
+    about = (
+        "x: step/forward of one round. MM: what the forward reaches of bare matrix products; BW: bytes of its "
+        f"weights, of what a copy moves ({copied}).\nNoise: {noise}.\n"
+        f"Journal, metrics, guard and progress take at most {most:.2%} of a step."
+    )
+    lines = [
+        f"{fit['estimator']} {fit['precision']}: a step takes {fit['fixed_s']:.3f} s and {fit['s_a_row'] * 1e3:.3f} ms "
+        f"a row of tokens (R^2 {fit['r2']:.4f} over {fit['sizes']} sizes)"
+        for fit in found["fits"]
+    ]
+    return Group(table, Text("\n".join([about, *lines])))
+
+
+def accuracy_table(found: Mapping[str, Any]) -> RenderableType:
+    """``medians`` of ``edgezo bench accuracy``: a row for each method on each task."""
+    goals = [name for name in found["medians"][0] if name.startswith("seconds_to_")]
+    table = Table(
+        title=f"{found['model']}: held-out rows", title_justify="left", box=None, pad_edge=False
+    )
+    heads = ["task", "method", "median", "least", "most", "seeds", "peak", "train s", "s a step"]
+    for name in (*heads, *(f"s to {goal.removeprefix('seconds_to_')}" for goal in goals)):
+        table.add_column(name, justify="left" if name in ("task", "method") else "right")
+    for row in found["medians"]:
+        if "value" not in row:
+            table.add_row(row["task"], row["method"], "failed")
+            continue
+        values = [f"{row[name]:.4f}" for name in ("value", "least", "most")]
+        seeds = f"{row['seeds']}" + (f" (+{row['failed']} failed)" if row["failed"] else "")
+        peak, times = format_bytes(row["peak_bytes"]), [f"{row['train_s']:.0f}"]
+        times.append(f"{row['step_s']:.2f}")
+        times += ["never" if row.get(goal) is None else f"{row[goal]:.0f}" for goal in goals]
+        table.add_row(row["task"], row["method"], *values, seeds, peak, *times)
+    picked = [
+        f"{row['method']} on {row['task']}: tuned to {to_json(row['settings'])}"
+        + (", an end of its grid: widen it" if row["at_edge"] else "")
+        for row in found["rows"]
+        if any(t["method"] == row["method"] for t in found["tuning"])
+    ]
+    return Group(table, *(Text(line) for line in dict.fromkeys(picked)))
+
+
+def verdict(summary: Mapping[str, Any]) -> RenderableType:
+    """The end of a run: what it reached, how long a step took, what memory it planned and took."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column("what", no_wrap=True)
+    table.add_column("value")
+    before, after = summary.get("eval_before"), summary.get("eval_after")
+    if after:
+        start = f"{before['value']:.4f} -> " if before else ""
+        table.add_row(str(after["metric"]), f"{start}{after['value']:.4f}  ({after['n']} rows)")
+        for name, value in _further(after).items():
+            start = f"{before[name]:.4f} -> " if before and name in before else ""
+            table.add_row(name, f"{start}{value:.4f}")
+    if _has(summary, "loss_first", "loss_last"):
+        losses = f"{summary['loss_first']:.4f} -> {summary['loss_last']:.4f}"
+        table.add_row("training loss", f"{losses}  ({summary.get('steps', '?')} steps)")
+    if _has(summary, "step_s"):
+        line = f"{summary['step_s']:.3f} s a step"
+        if _has(summary, "forward_s"):
+            ratio = summary["step_s"] / summary["forward_s"] if summary["forward_s"] else math.nan
+            line += f", {ratio:.2f} x a plain forward over the same rows"
+        table.add_row("time", line)
+    if _has(summary, "base_rss_bytes", "load_peak_rss_bytes"):
+        base, load = summary["base_rss_bytes"], summary["load_peak_rss_bytes"]
+        parts = f"process alone {format_bytes(base)}, while loading {format_bytes(load)}"
+        table.add_row("memory", parts)
+    if phases := summary.get("phases"):
+        peaks = (f"{name} {format_bytes(p['peak_rss_bytes'])}" for name, p in phases.items())
+        table.add_row("as sampled", ", ".join(peaks))
+    if _has(summary, "peak_rss_bytes"):
+        where = "GPU memory" if _has(summary, "cuda_peak_bytes") else "peak memory"
+        table.add_row(where, peaks_line(summary))
+        if where == "GPU memory":
+            table.add_row("RAM", f"measured {format_bytes(summary['peak_rss_bytes'])}, not capped")
+    return table
+
+
+def _has(summary: Mapping[str, Any], *names: str) -> bool:
+    return all(summary.get(name) is not None for name in names)
+
+
+def peaks_line(summary: Mapping[str, Any]) -> str:
+    """Planned, measured, inference, cap: the peaks by which a run is judged."""
+    unit = "cuda" if _has(summary, "cuda_peak_bytes") else "rss"
+    peak = summary["cuda_peak_bytes" if unit == "cuda" else "peak_rss_bytes"]
+    parts = [f"measured {format_bytes(peak)}"]
+    if _has(summary, "planned_peak_bytes"):
+        parts.insert(0, f"planned {format_bytes(summary['planned_peak_bytes'])}")
+    if _has(summary, f"inference_peak_{unit}_bytes"):
+        inference = summary[f"inference_peak_{unit}_bytes"]
+        parts.append(f"{peak / inference:.2f} x inference {format_bytes(inference)}")
+    if _has(summary, "max_mem_bytes"):
+        cap = summary["max_mem_bytes"]
+        kept = "kept" if peak <= cap else "NOT kept"
+        parts.append(f"cap {format_bytes(cap)} {kept} ({100 * peak / cap:.0f} % used)")
+    return ", ".join(parts)
+
+
+# Figures that an evaluation may have beside its metric.
+MEASURED = ("accuracy", "f1", "exact_match", "numeric_match", "objective")
+
+
+def evaluation_line(result: Mapping[str, Any]) -> str:
+    further = "".join(f", {name} {value:.4f}" for name, value in _further(result).items())
+    return f"{result['metric']} {result['value']:.4f} on {result['n']} validation rows{further}"
+
+
+def _further(result: Mapping[str, Any]) -> dict[str, float]:
+    """What an evaluation found beside its metric, in the order of MEASURED."""
+    return {n: result[n] for n in MEASURED if n in result and n != result["metric"]}
+
+
+def models_table(cards: Iterable[Card]) -> RenderableType:
+    table = Table(box=None, pad_edge=False)
+    for column in ("model", "family", "kind"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("weights", justify="right", no_wrap=True)
+    table.add_column("where")
+    for card in cards:
+        sources = "; ".join(str(source) for source in card.sources)
+        table.add_row(card.name, card.family, card.kind, f"{card.parameters / 1e6:,.0f} M", sources)
+    return table
+
+
+def estimators_list(rows: Sequence[dict[str, Any]]) -> RenderableType:
+    parts: list[RenderableType] = []
+    for row in rows:
+        costs = (
+            f"{row['forwards']} forwards, state {row['state']}, weight-sized noise {row['noise']}"
+        )
+        lines = [f"{row['paper']}", f"{costs}; trains {'+'.join(row['train'])}"]
+        lines += [row["equation"], *([f"({row['note']})"] if row["note"] else [])]
+        parts += [Text(row["name"], style="bold"), Padding(Text("\n".join(lines)), (0, 0, 0, 4))]
+    return Group(*parts)
+
+
+# ---------------------------------------------------------------------------------------------
+# Progress
+
+
+class RunProgress(Protocol):
+    """What a run reports while it goes on; pass your own object to ``finetune`` as a callback."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line: a file that is fetched, rows that were cut."""
+        ...
+
+    def plan(self, plan: Plan) -> None:
+        """The plan that the run follows."""
+        ...
+
+    def begin(self, *, done: int, steps: int | None, cap_bytes: int) -> None:
+        """Training starts after ``done`` steps; ``steps`` is None where time bounds the run."""
+        ...
+
+    def step(
+        self,
+        step: int,
+        *,
+        fraction: float,
+        loss: float,
+        step_s: float,
+        rss_bytes: int,
+        metric: str = "",
+    ) -> None:
+        """Step number ``step`` (from 1) is done, and ``fraction`` (0 to 1) of the run with it."""
+        ...
+
+    def close(self) -> None:
+        """Training is over, or was interrupted."""
+        ...
+
+
+class Silent:
+    """A RunProgress that shows nothing."""
+
+    def note(self, text: str) -> None: ...
+
+    def plan(self, plan: Plan) -> None: ...
+
+    def begin(self, *, done: int, steps: int | None, cap_bytes: int) -> None: ...
+
+    def step(
+        self,
+        step: int,
+        *,
+        fraction: float,
+        loss: float,
+        step_s: float,
+        rss_bytes: int,
+        metric: str = "",
+    ) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TerminalProgress:
+    """One live line on a terminal; elsewhere about ``PLAIN_LINES`` plain lines."""
+
+    def __init__(self, console: Console | None = None):
+        self._console = console or stderr()
+        self._live: Progress | None = None
+        self._task: TaskID | None = None
+        self._total = ""
+        self._cap = ""
+        self._metric = ""
+        self._shown = 0.0  # fraction at the last plain line
+        self._start_s = 0.0
+        self._start_fraction: float | None = None
+
+    def note(self, text: str) -> None:
+        console = self._live.console if self._live is not None else self._console
+        console.print(Text(text))
+
+    def plan(self, plan: Plan) -> None:
+        self._console.print(plan_table(plan))
+        self._console.print()
+
+    def begin(self, *, done: int, steps: int | None, cap_bytes: int) -> None:
+        self._total = f"/{steps}" if steps is not None else ""
+        self._cap = format_bytes(cap_bytes)
+        self._start_s, self._start_fraction, self._shown = time.monotonic(), None, 0.0
+        if done:
+            self.note(f"resuming after step {done}")
+        if not self._console.is_terminal:
+            return
+        self._live = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TaskProgressColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            refresh_per_second=REFRESHES_PER_S,
+        )
+        self._task = self._live.add_task("starting", total=1.0)
+        self._live.start()
+
+    def step(
+        self,
+        step: int,
+        *,
+        fraction: float,
+        loss: float,
+        step_s: float,
+        rss_bytes: int,
+        metric: str = "",
+    ) -> None:
+        self._metric = metric or self._metric
+        parts = [f"step {step}{self._total}", f"loss {loss:.4f}"]
+        parts += [self._metric] if self._metric else []
+        parts += [f"{step_s:.2f} s/step", f"mem {format_bytes(rss_bytes)}/{self._cap}"]
+        line = "  ".join(parts)
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, completed=fraction, description=line)
+            return
+        if self._start_fraction is None:
+            self._start_fraction = fraction
+        elif metric == "" and fraction < 1 and fraction - self._shown < 1 / PLAIN_LINES:
+            return
+        self._shown = fraction
+        self.note(line + self._eta(fraction))
+
+    def _eta(self, fraction: float) -> str:
+        """Seconds that are left at the pace of this process, once there is a pace."""
+        gone = fraction - (self._start_fraction or 0.0)
+        if gone <= 0 or fraction >= 1:
+            return ""
+        left_s = (time.monotonic() - self._start_s) * (1 - fraction) / gone
+        return f"  eta {left_s:.0f} s"
+
+    def refresh(self) -> None:
+        """Draw the live line now, as happens ``REFRESHES_PER_S`` times a second."""
+        if self._live is not None:
+            self._live.refresh()
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+# ---------------------------------------------------------------------------------------------
+# metrics.jsonl

@@ -1,0 +1,419 @@
+"""Rows on disk become token sequences.
+
+row_files.py: file -> Record     row_kinds.py: Record -> Draft     here: Draft -> Example     batches.py: -> Batch
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgezo.data.batches import Example, Row, permutation
+from edgezo.data.metrics import Report
+from edgezo.data.preferences import PAIR, paired
+from edgezo.data.row_files import SUFFIXES, Problems, Record, find_splits, read_records
+from edgezo.data.row_kinds import (
+    Asked,
+    Draft,
+    PairForm,
+    Piece,
+    ask,
+    labelled_form,
+    plain_form,
+    task_form,
+)
+from edgezo.data.tasks import TASKS, Generation, Task, task_folder
+from edgezo.errors import SourceError, UsageError
+from edgezo.machine.downloads import DATA_ID, dataset
+
+VALIDATION_SHARE = 0.1  # of the rows that is held out where there is no validation file
+ENCODE_ROWS = 256  # texts tokenized at a time: bounds what the tokenizer holds
+MOST_WRITTEN = 32  # tokens of an answer, where neither task nor user says how many
+
+# Streams of the Philox generator beside the epochs 0, 1, 2, ... Their seed is always 0: every run
+# is measured on the same rows, and `edgezo eval` sees those that training held out.
+_HOLD_OUT, _EVAL_SAMPLE = 2**63, 2**63 + 1
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """``kind`` is "label", "choice", "completion" or "text"."""
+
+    kind: str
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    label_ids: tuple[int, ...]  # kind "label": the candidate token ids in label order, else ()
+    label_names: tuple[str, ...]
+    notes: tuple[str, ...]  # what the user should know: "12 of 4000 rows cut to 512 tokens"
+    generation: Generation | None = None  # how answers are written, where they are
+    report: Report | None = None  # figures of an evaluation, beside or in place of accuracy
+
+
+@dataclass(frozen=True)
+class DataRequest:
+    """What the user asked for; names as on the command line."""
+
+    data: str | None = None
+    task: str | None = None
+    data_root: str | None = None
+    template: str | None = None
+    labels: str | None = None
+    label_field: str = "label"
+    max_length: int = 512  # tokens that go through the model in one row
+    eval_limit: int | None = None
+    held_out: float | None = None  # share of the training rows to evaluate on instead
+    seed: int = 0
+    judged: bool = False  # an objective will score predictions, in training too
+    max_new_tokens: int | None = None  # of a written answer
+
+
+# ---------------------------------------------------------------------------------- tokenization
+
+
+class _Encoder:
+    """Drafts to examples with one tokenizer; counts the rows that it had to cut."""
+
+    def __init__(self, tokenizer: Any, max_length: int, masked: bool):
+        self.tokenizer, self.max_length, self.masked = tokenizer, max_length, masked
+        self.prefix, self.suffix = _special_ids(tokenizer)
+        self.cut = 0
+
+    def ids(self, texts: Sequence[str], offsets: bool = False) -> Iterator[tuple[list[int], Any]]:
+        """(token ids, character offsets or None) of each text, without special tokens."""
+        for start in range(0, len(texts), ENCODE_ROWS):
+            encoded = self.tokenizer(
+                list(texts[start : start + ENCODE_ROWS]),
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                return_offsets_mapping=offsets,
+                verbose=False,
+            )
+            found = encoded["input_ids"]
+            spans = encoded["offset_mapping"] if offsets else [None] * len(found)
+            yield from zip(found, spans, strict=True)
+
+    def examples(
+        self, drafts: Sequence[Draft], split: str, notes: list[str]
+    ) -> tuple[Example, ...]:
+        """All drafts but those without a token to predict; notes say what was cut or left out."""
+        pieces = [piece for draft in drafts for piece in draft.pieces]
+        make = self._span_rows if all(piece.spans for piece in pieces) else self._label_rows
+        rows = make(pieces)
+        self.cut = 0
+        every = [
+            Example(
+                tuple(next(rows) for _ in d.pieces),
+                d.label,
+                d.fields,
+                () if d.fields is None else d.options,
+            )
+            for d in drafts
+        ]
+        kept = tuple(e for e in every if all(row.score_at for row in e.rows))
+        if self.cut:
+            notes.append(
+                f"{self.cut} of {len(pieces)} {split} rows cut to {self.max_length} tokens "
+                "(--max-length)"
+            )
+        if len(kept) < len(every):
+            notes.append(f"{len(every) - len(kept)} {split} rows left out: no token to predict")
+        return kept
+
+    def _span_rows(self, pieces: Sequence[Piece]) -> Iterator[Row]:
+        encoded = self.ids([piece.text for piece in pieces], offsets=True)
+        end_id = self.tokenizer.eos_token_id
+        for piece, (ids, offsets) in zip(pieces, encoded, strict=True):
+            # An empty stretch (the mark of a word's start in some vocabularies) counts as one.
+            scored = [
+                any(first < end and max(last, first + 1) > start for start, end in piece.spans)
+                for first, last in offsets
+            ]
+            if piece.ends and end_id is not None:
+                ids, scored = [*ids, end_id], [*scored, True]
+            yield self._causal_row(() if piece.bare else self.prefix, ids, scored)
+
+    def _causal_row(self, prefix: Sequence[int], ids: list[int], scored: list[bool]) -> Row:
+        """Cuts on the left of the first scored token, and only then at the end."""
+        first = scored.index(True) if True in scored else len(ids)
+        last = max((i for i, s in enumerate(scored) if s), default=-1)
+        ids, scored = ids[: last + 1], scored[: last + 1]  # nothing reads what follows
+        room = self.max_length + 1 - len(prefix)  # the last token is predicted, not read
+        if len(ids) > room:
+            self.cut += 1
+            left = max(0, min(len(ids) - room, first - (0 if prefix else 1)))
+            ids, scored = ids[left : left + room], scored[left : left + room]
+        ids, scored = [*prefix, *ids], [False] * len(prefix) + scored
+        targets = [i for i, is_scored in enumerate(scored) if is_scored and i > 0]
+        return Row(
+            array("i", ids[:-1]),
+            _compact([i - 1 for i in targets]),
+            array("i", [ids[i] for i in targets]),
+        )
+
+    def _label_rows(self, pieces: Sequence[Piece]) -> Iterator[Row]:
+        lefts = self.ids([piece.text for piece in pieces])
+        rights = self.ids([piece.right or "" for piece in pieces])
+        around = [*self.prefix, self.tokenizer.mask_token_id, *self.suffix]
+        fixed = len(around) if self.masked else len(self.prefix)
+        room = self.max_length - fixed
+        for (left, _), (right, _) in zip(lefts, rights, strict=True):
+            self.cut += len(left) + len(right) > room
+            right = right[: max(room - len(left), room // 2)]
+            left = left[max(0, len(left) - (room - len(right))) :]
+            ids = [*self.prefix, *left]
+            if self.masked:
+                ids += [self.tokenizer.mask_token_id]
+            score_at = (len(ids) - 1,) if ids else ()
+            if self.masked:
+                ids += [*right, *self.suffix]
+            yield Row(array("i", ids), score_at, ())
+
+
+def _compact(positions: list[int]) -> Sequence[int]:
+    if positions and positions[-1] - positions[0] == len(positions) - 1:
+        return range(positions[0], positions[-1] + 1)
+    return array("i", positions)
+
+
+def _special_ids(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the tokenizer puts before and after a text by itself."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return tuple(whole[:start]), tuple(whole[start + len(plain) :])
+    return (), ()
+
+
+# --------------------------------------------------------------------------------------- loading
+
+
+def load_dataset(request: DataRequest, tokenizer: Any, *, masked: bool = False) -> Dataset:
+    """Reads, recognises and tokenizes the data that a request names.
+
+    ``tokenizer`` is a transformers tokenizer with character offsets (a "fast" one); ``masked`` is
+    for masked language models. Raises UsageError with every problem that was found.
+    """
+    problems, notes = Problems(), list[str]()
+    encoder = _Encoder(tokenizer, request.max_length, masked)
+    _check_numbers(request, encoder, problems)
+    task = _find_task(request, problems)
+    path = _find_path(request, task, problems, notes)
+    asked = ask(task, request.template, request.labels, request.label_field, problems)
+    train, validation, apart = list[Record](), list[Record](), True
+    if path:
+        train, validation, apart = _read(path, task, asked, request.held_out, problems, notes)
+    problems.raise_any()
+
+    form = task_form(task, asked, masked, problems) or plain_form(train[0], asked, tokenizer)
+    label_ids: tuple[int, ...] = ()
+    label_names: tuple[str, ...] = ()
+    if isinstance(form, PairForm):
+        label_names = PAIR[1:]
+    if form is None:
+        form, label_ids, label_names = labelled_form(
+            asked, train, train if apart else train + validation, tokenizer, masked, problems, notes
+        )
+    elif masked and task is None:
+        problems.add(
+            "a masked language model learns from labelled rows only: give --template, --labels and "
+            f"--label-field (the rows have: {train[0].keys})"
+        )
+    problems.raise_any()
+
+    validation = _eval_sample(validation, request.eval_limit, notes)
+    # Label words of the user are not those that a report knows.
+    report = task.report if task and not request.labels else None
+    generation = _generation(request, task, form.kind, train)
+    if generation is not None:
+        end = "a new line or the end token" if "\n" in generation.stop else "the end token"
+        notes.append(f"answers are written, up to {generation.most} tokens or {end}")
+    judged = {
+        "training": request.judged,
+        "validation": request.judged or report is not None or generation is not None,
+    }
+    drafts = {
+        name: [
+            _with_fields(d, r, label_names) if judged[name] else d
+            for r in records
+            if (d := form.draft(r, problems))
+        ]
+        for name, records in (("training", train), ("validation", validation))
+    }
+    problems.raise_any()
+    splits = [encoder.examples(drafts[name], name, notes) for name in drafts]
+    for name, examples in zip(drafts, splits, strict=True):
+        if not examples:
+            raise UsageError(f"no {name} row has a token to predict: every text is one token long")
+    found = (form.kind, splits[0], splits[1], label_ids, label_names, tuple(notes))
+    return Dataset(*found, generation, report)
+
+
+def _with_fields(draft: Draft, record: Record, names: Sequence[str]) -> Draft:
+    """With what a prediction is judged by."""
+    answers = draft.answers
+    if not answers and draft.label >= 0:
+        answers = ((draft.options or names)[draft.label],)
+    return replace(draft, fields={**record.fields, "answers": list(answers)})
+
+
+def _generation(
+    request: DataRequest, task: Task | None, kind: str, train: Sequence[Record]
+) -> Generation | None:
+    """How answers are written; of the user's own rows only where a prediction is asked for.
+
+    They end with their line where no completion has more than one.
+    """
+    most = request.max_new_tokens
+    if task is not None and task.generation is not None:
+        return task.generation._replace(most=most) if most else task.generation
+    if kind != "completion" or not (request.judged or most):
+        return None
+    lines = any("\n" in str(record.fields.get("completion", "\n")).strip() for record in train)
+    return Generation(most or MOST_WRITTEN, () if lines else ("\n",))
+
+
+def _check_numbers(request: DataRequest, encoder: _Encoder, problems: Problems) -> None:
+    least = len(encoder.prefix) + len(encoder.suffix) + 2
+    if request.max_length < least:
+        problems.add(f"--max-length {request.max_length} leaves no room for text (least: {least})")
+    if request.eval_limit is not None and request.eval_limit < 1:
+        problems.add(f"--eval-limit {request.eval_limit} is not 1 or more")
+
+
+def _find_task(request: DataRequest, problems: Problems) -> Task | None:
+    if request.task is None:
+        return None
+    if request.task not in TASKS:
+        problems.add(f"unknown task {request.task!r}; known are: {', '.join(TASKS)}")
+    return TASKS.get(request.task)
+
+
+def _given_path(data: str, problems: Problems, notes: list[str]) -> Path | None:
+    """The path, or the folder of a data set of the hub; what looks like a path here does not reach the network."""
+    path = Path(data).expanduser()
+    local = path.exists() or Path(data.partition("/")[0]).exists()
+    if local or path.suffix in SUFFIXES or not DATA_ID.fullmatch(data):
+        return path
+    try:
+        return dataset(data, SUFFIXES, notes.append)
+    except SourceError as problem:
+        problems.add(f"no such file or directory: {path}; and as a data set of the hub: {problem}")
+        return None
+
+
+def _find_path(
+    request: DataRequest, task: Task | None, problems: Problems, notes: list[str]
+) -> Path | None:
+    if request.data is not None:
+        return _given_path(request.data, problems, notes)
+    if request.task is None:
+        problems.add(
+            "nothing to train on: give --data PATH, or --task NAME (--task example needs no files)"
+        )
+    if task is None:
+        return None
+    folder = task_folder(task, request.data_root)
+    if folder is None:
+        problems.add(
+            f"--task {task.name} reads {task.name}/train.jsonl under a folder of data sets: name "
+            "that folder with --data-root"
+        )
+    return folder
+
+
+def _read(
+    path: Path,
+    task: Task | None,
+    asked: Asked,
+    held_out: float | None,
+    problems: Problems,
+    notes: list[str],
+) -> tuple[list[Record], list[Record], bool]:
+    """Training and validation records, and whether they are of different files.
+
+    Else these are held out of the training rows, as asked or because there is one file.
+    """
+    train_files, validation_files = find_splits(path, problems)
+    if held_out is not None:
+        validation_files = []
+    train, validation = (
+        [record for file in files for record in read_records(file, problems)]
+        for files in (train_files, validation_files)
+    )
+    if validation_files and validation_files[0].name.startswith("test"):
+        notes.append(f"no validation file: {validation_files[0].name} is used to evaluate")
+    if task and task.prepare:
+        prepare = task.prepare
+        train, validation = (
+            [replace(r, fields=prepare(r.fields)) for r in records]
+            for records in (train, validation)
+        )
+    if not asked.labelled:
+        train, validation = paired((train, validation), problems, notes)
+    if train and not validation_files:
+        if len(train) < 2:
+            problems.add(
+                f"{train_files[0]} has one row; two are the least, one of them to evaluate"
+            )
+        n = max(1, int(len(train) * (held_out or VALIDATION_SHARE)))
+        held = set(permutation(len(train), 0, _HOLD_OUT)[:n].tolist())
+        validation = [r for i, r in enumerate(train) if i in held]
+        train = [r for i, r in enumerate(train) if i not in held]
+        why = "no validation file" if held_out is None else "--held-out"
+        notes.append(f"{why}: {n} of {n + len(train)} rows are held out to evaluate")
+    return train, validation, bool(validation_files)
+
+
+def _eval_sample(records: list[Record], limit: int | None, notes: list[str]) -> list[Record]:
+    if limit is None or len(records) <= limit:
+        return records
+    chosen = sorted(permutation(len(records), 0, _EVAL_SAMPLE)[:limit].tolist())
+    notes.append(f"evaluated on {limit} of {len(records)} validation rows, the same in every run")
+    return [records[i] for i in chosen]
+
+
+# -------------------------------------------------------------------------------- what is learned
+
+
+def show_batch(examples: Sequence[Example], dataset: Dataset, tokenizer: Any) -> str:
+    """The tokens of each row, the predicted ones in ⟦ ⟧ and marked ^ on the line below."""
+    lines = [f"{dataset.kind}: {len(examples)} examples, ⟦ ⟧ marks the tokens that are predicted"]
+    if dataset.label_names:
+        lines.append(f"candidates: {', '.join(dataset.label_names)}")
+    for slot, example in enumerate(examples):
+        right = None
+        if example.label >= 0 and dataset.label_names:
+            right = dataset.label_names[example.label]
+        lines.append(f"\nexample {slot}" + (f", right answer: {right}" if right else ""))
+        for number, row in enumerate(example.rows):
+            texts, marks = _marked(row, example.label, dataset, tokenizer)
+            head = f"option {number}" if dataset.kind == "choice" else "row"
+            sign = " (right)" if dataset.kind == "choice" and number == example.label else ""
+            lines += [f"  {head}, {len(row.ids)} tokens{sign}", "  " + texts, "  " + marks]
+    return "\n".join(lines)
+
+
+def _marked(row: Row, label: int, dataset: Dataset, tokenizer: Any) -> tuple[str, str]:
+    """One line of tokens and one of marks, equally long."""
+    tokens = [(_token_text(tokenizer, token), False) for token in row.ids]
+    if dataset.kind == "label":
+        at, mask_id = row.score_at[0], tokenizer.mask_token_id
+        answer = (_token_text(tokenizer, dataset.label_ids[label]), True)
+        is_mask = mask_id is not None and row.ids[at] == mask_id
+        tokens[at + (not is_mask) : at + 1] = [answer]
+    for at, token in zip(row.score_at, row.score_ids, strict=False):
+        tokens[at + 1 : at + 2] = [(_token_text(tokenizer, token), True)]
+    shown = [(f"⟦{text}⟧", "^") if scored else (text, "-") for text, scored in tokens]
+    return "|".join(t for t, _ in shown), " ".join(mark * len(t) for t, mark in shown)
+
+
+def _token_text(tokenizer: Any, token: int) -> str:
+    """A token with the space that it stands for; control characters escaped."""
+    piece = str(tokenizer.convert_ids_to_tokens(token))
+    text = piece.replace("▁", " ") if "▁" in piece else str(tokenizer.decode([token]))
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

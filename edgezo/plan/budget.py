@@ -1,0 +1,65 @@
+"""Whose memory a request is planned into, the machine's or its GPU's, and how much of it. Pure, as planner.py."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from edgezo.errors import UsageError
+from edgezo.plan.calibration import MB
+from edgezo.plan.request import RunConfig
+
+if TYPE_CHECKING:
+    from edgezo.machine.hardware import Gpu, Machine
+
+
+def choose_device(cfg: RunConfig, machine: Machine) -> tuple[str, str]:
+    """(cpu or cuda, reason). UsageError where a GPU is asked for and there is none."""
+    gpu = machine.gpu
+    if cfg.backward:
+        return "cpu", f"--estimator {cfg.estimator} has a backward pass, which is for the CPU"
+    if cfg.device == "cpu" or cfg.residency == "disk":
+        return "cpu", "as given" if cfg.device == "cpu" else "weights on disk are for the CPU"
+    if gpu is not None:
+        free = f"{gpu.name}, {mb(gpu.available_bytes)} of it free"
+        return "cuda", f"as given: {free}" if cfg.device == "cuda" else free
+    if cfg.device == "auto" and cfg.residency != "host":
+        return "cpu", "there is no GPU that PyTorch could use"
+    asked = "--device cuda" if cfg.device == "cuda" else "--residency host"
+    raise UsageError(
+        f"{asked}: no GPU was found that PyTorch could use. It has to be shown by nvidia-smi, allowed by "
+        "CUDA_VISIBLE_DEVICES, and PyTorch has to be built for CUDA.\nUse --device cpu, with a --max-mem of its own."
+    )
+
+
+def default_budget(memory: Machine | Gpu) -> tuple[int, str]:
+    """``--max-mem`` where it is not given: 80 % of what is free, leaving others 2 GB or 10 %.
+
+    On a machine with little free memory the headroom yields: half of what is free is always used.
+    """
+    free = memory.available_bytes
+    headroom = max(2000 * MB, memory.total_bytes // 10)
+    budget = max(free // 2, min(free * 8 // 10, free - headroom))
+    share = round(100 * budget / free) if free else 0
+    return budget, f"--max-mem not given: {share} % of the {free // MB}MB available now"
+
+
+def portable(cfg: RunConfig, machine: Machine) -> RunConfig:
+    """The request of a run, to be evaluated or replayed here: without its GPU on the CPU, under a cap of its own."""
+    if cfg.device != "cuda" or machine.gpu is not None:
+        return cfg
+    return replace(cfg, device="cpu", max_mem_bytes=None, residency=None)
+
+
+def budget(cfg: RunConfig, machine: Machine) -> tuple[int, str]:
+    """(bytes, reason) of the request: of RAM, or of a GPU's memory where that computes."""
+    if cfg.max_mem_bytes is not None:
+        return cfg.max_mem_bytes, "as given"
+    on_gpu = choose_device(cfg, machine)[0] == "cuda"
+    return default_budget(machine.gpu if on_gpu and machine.gpu is not None else machine)
+
+
+def mb(n_bytes: int) -> str:
+    """Rounded up, so that the number printed is enough when it is given back as --max-mem."""
+    return f"{math.ceil(n_bytes / MB)}MB"

@@ -1,0 +1,153 @@
+"""What a run with a backward pass through one block at a time takes (network/backward.py). Pure, as footprint.py.
+
+Between its two visits of a block a step keeps one hidden state a token and block; during the second what autograd keeps
+of that one block, with the gradients on their way. An evaluation, and the plain forward, take what they always do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from edgezo.plan.calibration import ACTIVATIONS, LEAST_PIECE_TOKENS, MB, Item
+from edgezo.plan.footprint import Footprint
+from edgezo.plan.shapes import ModelShape
+
+# A piece of a micro-batch takes no more, but for the least that is worth reading all weights three times for.
+BACKWARD_BYTES = 96 * MB
+LEAST_BACKWARD_TOKENS = 256
+# Of one block, for each token: hidden states of norms, residuals and their gradients, ...
+HIDDEN_KEPT = 9
+# ... queries, keys and values in rows, what attention puts out, and their gradients, all fp32 (network/packing.py), ...
+QUERIES_KEPT, KEYS_KEPT = 4, 4
+# ... gate, its activation, up, their product, and three gradients; without a gate those of a GELU.
+MLP_KEPT = {True: 7, False: 6}
+# Value, gradient and AdamW's two moments, fp32.
+ADAPTER_COPIES = 4
+# Of what a step takes, in pages of maps that are not full and blocks too small for one (calibrated).
+LEFT = 0.06
+
+
+def kept_bytes(shape: ModelShape, rows: int, compute_bytes: int) -> int:
+    """Inputs of all blocks over ``rows`` tokens, and what the last one puts out."""
+    return rows * shape.hidden * (shape.layers + 1) * compute_bytes
+
+
+def backward_bytes(shape: ModelShape, rows: int, compute_bytes: int) -> int:
+    """All that a backward pass over ``rows`` tokens holds beside the weights."""
+    keys = (shape.qkv_width - shape.attention_width) // 2
+    block = HIDDEN_KEPT * shape.hidden + MLP_KEPT[shape.gated] * shape.intermediate
+    attended = QUERIES_KEPT * shape.attention_width + KEYS_KEPT * keys + 2 * shape.head_dim
+    # A gradient on its way, in fp32 where the block computes in less.
+    wide = 0 if compute_bytes == 4 else 8 * max(m.d_out for m in shape.kinds)
+    block_bytes = block * compute_bytes + 4 * attended + wide
+    held = kept_bytes(shape, rows, compute_bytes) + rows * block_bytes
+    return int((1 + LEFT) * held)
+
+
+@dataclass(frozen=True)
+class BackwardFootprint(Footprint):
+    """One request with a backward pass, on the CPU."""
+
+    ways = 2
+
+    def most_tokens(self, precision: str) -> int | None:
+        """Tokens of a piece."""
+        a_token = self._backward(1, self._compute_bytes(precision))
+        return max(LEAST_BACKWARD_TOKENS, BACKWARD_BYTES // a_token)
+
+    def reused_tokens(self, precision: str) -> int:
+        """None: what is kept and what comes and goes would leave holes between each other in the heap."""
+        return 0
+
+    def _kept(self, rows: int, compute_bytes: int) -> int:
+        return kept_bytes(self.shape, rows, compute_bytes)
+
+    def _backward(self, rows: int, compute_bytes: int) -> int:
+        return backward_bytes(self.shape, rows, compute_bytes)
+
+    def _trained(self, compute_bytes: int) -> list[Item]:
+        shape, rank = self.shape, self.cfg.rank
+        values = (shape.rows + shape.cols) * rank
+        reason = (
+            f"rank {rank}: {values:,} trained values, their gradient and AdamW's two moments, fp32"
+        )
+        return [Item("adapters", 4 * ADAPTER_COPIES * values, reason)]
+
+    def _forward(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
+        shape, tokens = self.shape, self.tokens
+        trained = tokens.at_once(micro_batch, self.most_tokens(precision))
+        whole = tokens.longest(micro_batch)
+        what = (
+            f"{micro_batch} examples" if trained == whole else f"a piece of {micro_batch} examples"
+        )
+        kept = self._kept(trained, compute_bytes)
+        reason = f"inputs of {shape.layers} blocks, {trained:,} tokens of {what}"
+        items = [Item("block inputs", kept, reason, "forward")]
+        block = self._backward(trained, compute_bytes) - kept
+        # Nothing is kept of an evaluation.
+        evaluated = self._activations(self._at_once(precision, micro_batch), compute_bytes)
+        reason = "one block, run again for its backward pass, with its gradients"
+        items.append(Item(ACTIVATIONS, max(block, evaluated - kept), reason, "forward"))
+        items += self._expanded(precision, compute_bytes)
+        scored = min(micro_batch * tokens.scored, trained)
+        logits, what = self._logits(scored)
+        # Scored when all block inputs are kept, before a block is run again.
+        scores = logits + 8 * (scored + 2 * trained) * shape.hidden - items[1].bytes
+        reason = f"hidden states, their gradients and logits of {scored:,} scored positions, {what}"
+        if scores > 0:
+            items.append(Item("scores", scores, reason, "forward"))
+        return [*items, *self._beside(micro_batch, compute_bytes)]
+
+    def _largest_trained(self) -> int:
+        """Bytes in fp32 of the largest factor."""
+        return 4 * self.cfg.rank * max(max(m.d_out, m.d_in) for m in self.shape.kinds)
+
+
+@dataclass(frozen=True)
+class MixedFootprint(Footprint):
+    """One request with a backward pass over its short examples, on the CPU: what has room is short."""
+
+    ways = 2
+
+    def filled(self, precision: str, micro_batch: int, on_disk: int, cap: int) -> Footprint:
+        if self.cfg.short_tokens is not None:
+            return self
+        # From all that the data has down to nothing; beyond BACKWARD_BYTES a piece only takes more.
+        most = max(BACKWARD_BYTES // self._back(1, precision), LEAST_BACKWARD_TOKENS)
+        longest = self.tokens.tokens[0]
+        wanted = (max(most, longest), most, *(most * part // 16 for part in range(15, 0, -1)))
+        for tokens in wanted:
+            found = replace(self, cfg=replace(self.cfg, short_tokens=tokens))
+            if found.peak_bytes(precision, micro_batch, on_disk) <= cap:
+                return found
+        return replace(self, cfg=replace(self.cfg, short_tokens=0))
+
+    def _back(self, rows: int, precision: str) -> int:
+        return backward_bytes(self.shape, rows, self._compute_bytes(precision))
+
+    def reused_tokens(self, precision: str) -> int:
+        """None: what a backward pass keeps would leave holes in the heap."""
+        return 0
+
+    def most_tokens(self, precision: str) -> int | None:
+        reused = super().reused_tokens(precision)
+        return reused // self.sides if reused >= LEAST_PIECE_TOKENS else None
+
+    def _trained(self, compute_bytes: int) -> list[Item]:
+        values = self.shape.rows * self.cfg.rank
+        reason = f"gradient and AdamW's two moments of {values:,} factors, fp32"
+        moments = Item("gradients", 4 * (ADAPTER_COPIES - 1) * values, reason)
+        return [*super()._trained(compute_bytes), moments]
+
+    def _forward(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
+        items = super()._forward(precision, micro_batch, compute_bytes)
+        short = self.cfg.short_tokens or 0
+        lengths = [n for n in self.tokens.tokens if n <= short]
+        rows = min(short, sum(lengths[:micro_batch])) if self.tokens.known else short
+        shared = ("expanded weights", "correction")
+        held = sum(i.bytes for i in items if i.name not in shared)
+        more = self._back(rows, precision) - held
+        if more > 0:
+            reason = f"back through {rows:,} tokens of short examples: more than a probe takes"
+            items.append(Item("backward pass", more, reason, "forward"))
+        return items

@@ -1,0 +1,328 @@
+"""The run directory: its files, its snapshot, its weights on disk, and what may go on in it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from edgezo.cli.report import RunProgress
+from edgezo.data.batches import Example
+from edgezo.data.dataset import Dataset
+from edgezo.errors import DoesNotFit, EdgezoError, UsageError
+from edgezo.machine.cache import cache_dir
+from edgezo.machine.files import atomic_path, locked
+from edgezo.machine.hardware import format_bytes
+from edgezo.network.model import Model
+from edgezo.plan.fields import FREE_ON_RESUME, flag
+from edgezo.plan.request import RunConfig, completed, from_toml
+from edgezo.run.journal import Journal, check_base, open_journal
+from edgezo.weights.layouts import tiles
+from edgezo.weights.safetensors_file import SAFETENSORS_NAMES
+from edgezo.weights.store import Saved
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgezo.run.session import Opened
+    from edgezo.weights.disk import DiskMedium
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Names inside a run directory."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.bin"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile.json"
+
+    @property
+    def snapshot(self) -> Path:
+        return self.path / "head.safetensors"
+
+    @property
+    def probe(self) -> Path:
+        """The linear probe, once it is fitted."""
+        return self.path / "probe.safetensors"
+
+    @property
+    def states(self) -> Path:
+        """What it is fitted to, until then."""
+        return self.path / "probe.states"
+
+    @property
+    def overlay(self) -> Path:
+        """Weights on disk of a model that does not fit; can be deleted whenever no run is going."""
+        return self.path / "overlay"
+
+    @property
+    def trained(self) -> Path:
+        """What ``replay`` writes: every trained tensor."""
+        return self.path / "trained.safetensors"
+
+    @property
+    def exported(self) -> Path:
+        """In a directory that ``export`` wrote: of what run it is."""
+        return self.path / "edgezo.json"
+
+    def read_config(self) -> RunConfig:
+        try:
+            return from_toml(self.config.read_text(encoding="utf-8"))
+        except FileNotFoundError as problem:
+            raise EdgezoError(
+                f"{self.path} is no run: it has no config.toml.\n"
+                "Give the --out directory of an edgezo finetune, or one that edgezo replay wrote."
+            ) from problem
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """Where weights on disk go, and of what they have to be to be used again."""
+
+    directory: Path
+    run: Mapping[str, Any]
+    way_out: str = "give an --out on another disk, or more --max-mem"
+
+    @staticmethod
+    def of(run: RunFiles, header: Mapping[str, Any]) -> Overlay:
+        """That of a run: what may change when it goes on does not make its files foreign."""
+        config = {k: v for k, v in header["config"].items() if k not in FREE_ON_RESUME}
+        return Overlay(run.overlay, {**header, "config": config})
+
+    def medium(self, resident_blocks: int) -> DiskMedium:
+        from edgezo.weights.disk import DiskMedium
+
+        identity = hashlib.sha256(json.dumps(self.run, sort_keys=True).encode()).hexdigest()
+        return DiskMedium(self.directory, identity, resident_blocks)
+
+    def check_room(self, needed_bytes: int) -> None:
+        """DoesNotFit unless the disk has room for what is not there yet."""
+        held = sum(f.stat().st_size for f in self.directory.glob("*.overlay"))
+        existing = next(p for p in (self.directory, *self.directory.parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        if needed_bytes - held > free:
+            raise DoesNotFit(
+                f"the weights on disk take {format_bytes(needed_bytes)} in {self.directory}, "
+                f"but only {format_bytes(free + held)} are free there.\n"
+                f"Free some space, {self.way_out}."
+            )
+
+    def remove(self) -> None:
+        """Delete it: base and journal are enough to make it again."""
+        for file in self.directory.glob("*.overlay"):
+            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there, or not ours alone
+            self.directory.rmdir()
+
+
+@contextlib.contextmanager
+def temporary_overlay() -> Iterator[Overlay]:
+    """A place in the cache for weights on disk, for as long as a model is evaluated or replayed."""
+    folder = cache_dir() / "overlay"
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob("*/lock"):  # by processes that were killed
+        with open(left, "wb") as lock:
+            if locked(lock):
+                shutil.rmtree(left.parent, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder) as name, open(Path(name, "lock"), "wb") as lock:
+        locked(lock)
+        yield Overlay(Path(name), {}, "or set EDGEZO_CACHE to a folder on another disk")
+
+
+def save_snapshot(run: RunFiles, model: Model, step: int) -> None:
+    """State without a seed form after ``step`` steps, atomically: the exact head; weights whose directions had none."""
+    if not model.needs_snapshots:
+        return
+    tensors: dict[str, Tensor] = {}
+    for part in model.learned.values():
+        tensors |= part.tensors()
+    if model.guided:
+        tensors = {**tensors, **model.store.kept()}
+    saved = [Saved.of(name, tensor.contiguous()) for name, tensor in tensors.items()]
+    with atomic_path(run.snapshot) as temporary:
+        write_saved(temporary, saved, {"step": str(step)})
+
+
+def write_saved(path: Path, tensors: Sequence[Saved], metadata: dict[str, str]) -> None:
+    """As safetensors' own save_file, but a piece at a time: trained weights on disk are never in memory together."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for tensor in tensors:
+        end = offset + math.prod(tensor.shape) * tensor.dtype.itemsize
+        spelling = SAFETENSORS_NAMES[tensor.dtype]
+        header[tensor.name] = {
+            "dtype": spelling,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            for piece in tensor.bytes():
+                file.write(piece)
+
+
+def lost_head(run: RunFiles, cfg: RunConfig, steps: int) -> EdgezoError:
+    """The error of a run of ``steps`` steps whose snapshot is not there: removed, or not yet written."""
+    again = (
+        f"Compute it again with: edgezo finetune --resume --out {run.path}"
+        if cfg.steps is not None
+        else "Restore it from a copy: a run of a given time cannot be computed again to the same end."
+    )
+    return EdgezoError(
+        f"{run.path} has {steps} steps in its journal, but {run.snapshot.name}, the head after them, "
+        f"is not there.\n{again}"
+    )
+
+
+def load_snapshot(run: RunFiles, model: Model) -> int:
+    """Read the snapshot into ``model``; the number of steps that it stands after (0 where there is none)."""
+    if not model.needs_snapshots or not run.snapshot.exists():
+        return 0
+    try:
+        with safe_open(run.snapshot, "pt") as file:
+            step = int(file.metadata()["step"])
+            for part in model.learned.values():
+                part.load({name: file.get_tensor(name) for name in part.tensors()})
+            for name, held in (model.store.kept() if model.guided else {}).items():
+                _read_into(held, file.get_slice(name))
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as problem:
+        raise EdgezoError(
+            f"{run.snapshot} is damaged ({problem}).\n"
+            "It holds what the run has trained; restore it from a copy, or start again."
+        ) from problem
+    return step
+
+
+def _read_into(held: Tensor, stored: Any) -> None:
+    """Copy a slice of a file into a tensor, a tile at a time. ValueError for another shape."""
+    if tuple(stored.get_shape()) != tuple(held.shape):
+        raise ValueError(f"{stored.get_shape()} where {list(held.shape)} belong")
+    for rows in tiles(len(held), held[0].numel()):
+        held[rows].copy_(stored[rows])
+
+
+def data_hash(examples: Sequence[Example]) -> str:
+    """SHA-256 (hex) of the tokens, targets and labels that training sees."""
+    digest = hashlib.sha256()
+    for example in examples:
+        rows = [[list(r.ids), list(r.score_at), list(r.score_ids)] for r in example.rows]
+        digest.update(json.dumps([rows, example.label]).encode())
+        if example.fields is not None:  # what its predictions are scored by
+            digest.update(json.dumps(example.fields, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def dataset_facts(dataset: Dataset) -> dict[str, Any]:
+    """What tells whether other data is of the same task."""
+    return {
+        "kind": dataset.kind,
+        "label_ids": list(dataset.label_ids),
+        "label_names": list(dataset.label_names),
+    }
+
+
+def header_of(opened: Opened) -> dict[str, Any]:
+    """What the journal remembers of a request: enough to replay it, and to refuse another one."""
+    # Nothing that replay needs.
+    free = ("out", "max_mem_bytes", "device", "threads", "profile", "finetuner")
+    told = {} if opened.finetuner is None else {"finetuner_hash": opened.finetuner.sha256}
+    return {
+        **told,
+        "content_hash": opened.files.content_hash,
+        "data_hash": data_hash(opened.dataset.train),
+        "dataset": dataset_facts(opened.dataset),
+        "config": {k: v for k, v in opened.cfg.to_dict().items() if k not in free},
+    }
+
+
+def prepare(run: RunFiles) -> None:
+    """The directory of a new run. Refused where a run is: not one byte of it changes."""
+    if os.path.lexists(run.journal):
+        raise UsageError(
+            f"{run.path} already holds a run. Go on with it (--resume --out {run.path}), "
+            "or give another --out."
+        )
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise EdgezoError(
+            f"the run directory {run.path} cannot be made ({problem.strerror}).\nGive another --out."
+        ) from problem
+
+
+def reopen(run: RunFiles, given: Mapping[str, Any], progress: RunProgress) -> Journal:
+    """The journal of a run to go on with, if it is the run of the header ``given``: base, rows and settings."""
+    journal = open_journal(run.journal, resume=True)
+    try:
+        began = journal.header
+        check_base(began, given["content_hash"])
+        if began.get("data_hash") != given["data_hash"]:
+            raise EdgezoError(
+                f"{run.path} was trained on other rows than the ones that the data gives now.\n"
+                "Restore the data files, or start a new run with another --out."
+            )
+        if began.get("dataset", given["dataset"]) != given["dataset"]:
+            first, now = (
+                f"{facts['kind']}, {', '.join(facts['label_names']) or 'no label words'}, tokens {facts['label_ids']}"
+                for facts in (began["dataset"], given["dataset"])
+            )
+            raise EdgezoError(
+                f"{run.path} began with rows of another task than the data gives now: first {first}; now {now}.\n"
+                "Restore the data files and the tokenizer, or start a new run with another --out."
+            )
+        if began.get("finetuner_hash") != given.get("finetuner_hash"):
+            raise EdgezoError(
+                f"{run.path} was trained with another finetuner than the one that --finetuner gives now.\n"
+                "Restore the file, or start a new run with another --out."
+            )
+        asked = completed(began["config"])
+        changed = [
+            f"{flag(name)} was {asked.get(name)} when the run began, not {value}; "
+            "a resumed run goes on as it began"
+            for name, value in given["config"].items()
+            if name not in FREE_ON_RESUME and asked.get(name) != value
+        ]
+        if changed:
+            raise UsageError(changed)
+    except BaseException:
+        journal.close()
+        raise
+    if journal.note:
+        progress.note(journal.note)
+    return journal

@@ -1,0 +1,286 @@
+"""Predictions as text, and what they are worth: an objective for training, figures for an evaluation.
+
+    label      the most likely label word
+    choice     the most likely option
+    completion what the model writes after the prompt (network/generate.py), under the probe
+
+An objective is a function (prediction, row) -> float, higher is better, of any shape: the loss of an example is minus
+its score. ``row`` has the fields of the row and ``answers``, all right ones. ``module:function`` names one of the
+user's own, from the current directory or wherever Python finds modules.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import reprlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from edgezo.data.batches import Batch, Example
+from edgezo.data.dataset import Dataset
+from edgezo.data.metrics import Fields, Metric, chosen, exact_match, means, numeric_match, token_f1
+from edgezo.errors import EdgezoError, UsageError
+from edgezo.network.generate import generate
+from edgezo.plan.fields import EVAL_TOKENS, LOSS, OBJECTIVES
+from edgezo.zo.presets import DIRECTIONS
+
+if TYPE_CHECKING:
+    from edgezo.network.model import Model
+    from edgezo.network.perturb import Probe
+    from edgezo.plan.request import RunConfig
+
+Score = Callable[[str, Fields], float]
+
+_METRICS: dict[str, Metric] = {
+    "accuracy": chosen,
+    "exact-match": exact_match,
+    "token-f1": token_f1,
+    "numeric-match": numeric_match,
+}
+assert set(OBJECTIVES) == {LOSS, *_METRICS}
+
+
+def load_objective(name: str) -> Score | None:
+    """The function that ``--objective`` names; None for the model's own loss.
+
+    Raises UsageError where there is none.
+    """
+    if name == LOSS:
+        return None
+    if name in _METRICS:
+        metric = _METRICS[name]
+        return lambda prediction, row: metric(prediction, row["answers"])
+    module_name, _, function = name.partition(":")
+    with _current_directory_first():
+        try:
+            with redirect_stdout(sys.stderr):  # standard output is for the result
+                module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+                raise UsageError(
+                    f"--objective {name}: no module {error.name!r} in {os.getcwd()} or where Python looks "
+                    "for modules; it is a file NAME.py, named without .py"
+                ) from error
+            raise UsageError(f"--objective {name}: {module_name} needs {error.name!r}") from error
+        except (Exception, SystemExit) as error:  # a program of the user's: any error can come
+            raise UsageError(
+                f"--objective {name}: {module_name} cannot be imported: {_shown(error)}"
+            ) from error
+    found: Any = module
+    for part in function.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        raise UsageError(f"--objective {name}: {module_name} has no function {function!r}")
+    score: Score = found
+    return score
+
+
+@contextmanager
+def _current_directory_first() -> Iterator[None]:
+    """Modules of the current directory are found; what they import later, after all others."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+        if here not in sys.path:
+            sys.path.append(here)
+
+
+def _shown(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Turns a model's predictions on one data set into texts, scores and figures."""
+
+    dataset: Dataset
+    tokenizer: Any
+    objective: str
+    score: Score | None
+    ends: frozenset[int]  # tokens that end a text
+
+    @staticmethod
+    def of(cfg: RunConfig, dataset: Dataset, tokenizer: Any, ends: Sequence[int]) -> Judge:
+        """Raises UsageError where the objective, or what it needs, is not to be had."""
+        score = load_objective(cfg.objective)
+        if score is not None:
+            _check(cfg, dataset)
+        own = tokenizer.eos_token_id
+        return Judge(
+            dataset,
+            tokenizer,
+            cfg.objective,
+            score,
+            frozenset(ends) | ({own} if own is not None else frozenset()),
+        )
+
+    @property
+    def writes(self) -> bool:
+        """Whether predictions are written."""
+        return self.dataset.generation is not None
+
+    # -- training -----------------------------------------------------------------------------------------
+
+    def losses(
+        self,
+        model: Model,
+        batch: Batch,
+        examples: Sequence[Example],  # of the batch
+        probe: Callable[[Batch], Probe | None],
+        sides: int,
+    ) -> Tensor:
+        """Minus the score of each example on each side, (sides, b) fp32. EdgezoError where it has none."""
+        if self.writes:
+            texts = self.write(model, examples, probe, sides, batch.slots, model.most_tokens)
+        else:
+            _, predicted = model.losses(batch, probe(batch), sides=sides)
+            texts = [self.words(side.tolist(), examples) for side in predicted]
+        return -torch.tensor(
+            [[self.value(t, e) for t, e in zip(side, examples, strict=True)] for side in texts]
+        )
+
+    def words(self, predicted: Sequence[int], examples: Sequence[Example]) -> list[str]:
+        """Label words or options by their number."""
+        names = self.dataset.label_names
+        return [
+            (example.options or names)[i] for i, example in zip(predicted, examples, strict=True)
+        ]
+
+    def write(
+        self,
+        model: Model,
+        examples: Sequence[Example],
+        probe: Callable[[Batch], Probe | None] = lambda batch: None,
+        sides: int = 1,
+        slots: Sequence[int] | None = None,
+        most_tokens: int | None = None,
+    ) -> list[list[str]]:
+        """What each side writes for each example."""
+        assert self.dataset.generation is not None
+        found = generate(
+            model,
+            [example.prompt for example in examples],
+            self.dataset.generation,
+            self._over,
+            sides=sides,
+            probe=probe,
+            slots=slots,
+            most_tokens=most_tokens,
+        )
+        return [[self.answer(ids) for ids in side] for side in found]
+
+    def value(self, prediction: str, example: Example) -> float:
+        """The objective's score of one prediction. EdgezoError for what is no finite number, or an exception."""
+        assert self.score is not None and example.fields is not None
+        # A copy, since the function is the user's and may change it.
+        row = {**example.fields, "answers": [*example.fields["answers"]]}
+        try:
+            with redirect_stdout(sys.stderr):
+                found = self.score(prediction, row)
+        except (Exception, SystemExit) as error:  # of the user's function
+            raise EdgezoError(
+                f"--objective {self.objective} failed on the prediction {prediction!r}: {_shown(error)}\n"
+                "Mend the function; a run that has begun goes on with --resume."
+            ) from error
+        shown = "a number beyond a float's range"  # which Python may refuse to print
+        try:
+            number = float(found) if isinstance(found, Real) else math.nan
+            shown = reprlib.repr(found)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise EdgezoError(
+                f"--objective {self.objective} gave {shown} for the prediction {prediction!r}; it has to "
+                "give a finite number, higher for a better prediction."
+            )
+        return number
+
+    def _over(self, ids: list[int]) -> bool:
+        return ids[-1] in self.ends or self._stop(self._text(ids)) is not None
+
+    def answer(self, ids: Sequence[int]) -> str:
+        """The text that these tokens are, up to its end."""
+        text = self._text([i for i in ids if i not in self.ends])
+        return text[: self._stop(text)].strip()
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _stop(self, text: str) -> int | None:
+        """Where the first stop begins."""
+        assert self.dataset.generation is not None
+        found = [text.find(stop) for stop in self.dataset.generation.stop]
+        return min((at for at in found if at >= 0), default=None)
+
+    # -- evaluation ---------------------------------------------------------------------------------------
+
+    def texts(self, model: Model, chosen_at: Sequence[int]) -> list[str]:
+        """Predictions of the validation rows; ``chosen_at`` are the options that were chosen, where there are any."""
+        rows = self.dataset.validation
+        return self._write_all(model, rows) if self.writes else self.words(chosen_at, rows)
+
+    def figures(self, texts: Sequence[str]) -> dict[str, float]:
+        """What these predictions of the validation rows are worth."""
+        rows = self.dataset.validation
+        fields = [row.fields for row in rows if row.fields is not None]
+        of_task = self.dataset.report
+        found = of_task(texts, fields) if of_task is not None else {}
+        if self.score is not None:
+            scores = [self.value(text, row) for text, row in zip(texts, rows, strict=True)]
+            found["objective"] = sum(scores) / max(1, len(scores))
+        if of_task is None and self.writes:
+            found |= means(exact_match=exact_match, f1=token_f1)(texts, fields)
+        return found
+
+    def _write_all(self, model: Model, rows: Sequence[Example]) -> list[str]:
+        assert self.dataset.generation is not None
+        texts = [""] * len(rows)
+        for part in evaluation_parts(rows, self.dataset.generation.most, model.kept_tokens):
+            (found,) = self.write(model, [rows[i] for i in part], most_tokens=EVAL_TOKENS)
+            for i, text in zip(part, found, strict=True):
+                texts[i] = text
+        return texts
+
+
+def evaluation_parts(rows: Sequence[Example], most: int, kept_tokens: int) -> list[list[int]]:
+    """Rows that write at once, of like length: they keep ``kept_tokens`` at most, or are one row."""
+    lengths = [len(row.prompt) for row in rows]
+    found: list[list[int]] = []
+    for i in sorted(range(len(rows)), key=lambda i: (-lengths[i], i)):
+        room = lengths[found[-1][0] if found else i] + most  # of each row: the longest comes first
+        if not found or (len(found[-1]) + 1) * room > kept_tokens:
+            found.append([])
+        found[-1].append(i)
+    return found
+
+
+def _check(cfg: RunConfig, dataset: Dataset) -> None:
+    kind, name = dataset.kind, cfg.objective
+    if kind == "text":
+        raise UsageError(
+            f"--objective {name} scores a prediction, and rows of text have none: give rows with prompt and "
+            "completion, or labels"
+        )
+    if kind == "completion" and name == "accuracy":
+        raise UsageError(
+            "--objective accuracy is for label words and options; for what a model writes take exact-match, "
+            "token-f1 or numeric-match"
+        )
+    if kind == "completion" and DIRECTIONS[cfg.directions].guided:
+        raise UsageError(
+            f"--directions {cfg.directions} are made from what the layers read in one forward; a text is written "
+            f"in many, so --objective {name} needs other directions"
+        )

@@ -1,0 +1,418 @@
+"""Files that stand in for memory: decoder blocks and tables of a model that does not fit.
+
+They are private copies in the layouts of the store, never the user's checkpoint, and hold nothing that base and
+journal do not: whatever is damaged or half-written is made again from those. Each begins with one page:
+
+======  ========  ======================================================================
+offset  type      field
+======  ========  ======================================================================
+0       8 bytes   magic ``89 45 5A 4F 0D 0A 1A 0A``
+8       u32       format version, 1
+12      u32       1 if the data are whole, 0 while they are being written
+16      u32       applied_step: the updates of steps 0 to applied_step - 1 are in the data
+20      u32       CRC of the sums of the data's pages, as 64-bit words
+24      32 bytes  SHA-256 of what the file is of: run, tensor names, dtypes, shapes
+56      u32       CRC of the bytes before
+======  ========  ======================================================================
+
+then the raw tensors, each from the start of a page. A write in place first marks the file as being written, so a
+kill at any moment leaves a file that is whole or says that it is not; a power loss that reorders writes shows in
+the CRC. Plain reads and writes into memory that is used again: a mapped file would count as resident.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgezo.errors import EdgezoError
+from edgezo.machine.files import write_error
+from edgezo.plan.calibration import PAGE_BYTES, QUANTISE_BYTES
+from edgezo.weights.layouts import Dense, Layout, tiles
+
+if TYPE_CHECKING:
+    from edgezo.weights.residency import Home
+
+MAGIC = b"\x89EZO\r\n\x1a\n"
+VERSION = 1
+_HEAD = struct.Struct("<8sIIII32s")
+_CRC = struct.Struct("<I")
+
+
+class Damaged(Exception):
+    """The bytes read are not the bytes written."""
+
+
+@dataclass
+class Traffic:
+    """Bytes of blocks elsewhere that a running model has read and written, counted when they are asked for."""
+
+    read_bytes: int = 0
+    written_bytes: int = 0
+
+
+class Part(NamedTuple):
+    """One raw tensor of a file."""
+
+    owner: str  # the matrix's name
+    suffix: str  # the raw tensor's name in its layout
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int  # from the start of the data
+    nbytes: int
+
+    def view(self, data: Tensor) -> Tensor:
+        """The tensor inside ``data`` (flat uint8)."""
+        return data[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
+
+
+def parts_of(layouts: Mapping[str, Layout]) -> tuple[list[Part], int]:
+    """Where the raw tensors of (vacant) layouts lie, each from the start of a page; and how long that is."""
+    parts, offset = [], 0
+    for owner, layout in layouts.items():
+        for suffix, tensor in layout.tensors().items():
+            nbytes = tensor.numel() * tensor.element_size()
+            parts.append(Part(owner, suffix, tensor.dtype, tuple(tensor.shape), offset, nbytes))
+            offset += -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+    return parts, offset
+
+
+class OverlayFile:
+    """One file: head page and data. Raises EdgezoError where the disk refuses, OSError never."""
+
+    def __init__(self, path: Path, identity: str, layouts: Mapping[str, Layout], traffic: Traffic):
+        self.path, self.name, self.traffic = path, str(path), traffic
+        self.parts, self.data_bytes = parts_of(layouts)
+        told = [identity, [(p.owner, p.suffix, str(p.dtype), p.shape) for p in self.parts]]
+        self._digest = hashlib.sha256(json.dumps(told).encode()).digest()
+        self._fd = -1
+        self._crc = 0
+
+    @property
+    def size_bytes(self) -> int:
+        return PAGE_BYTES + self.data_bytes
+
+    def open(self) -> int | None:
+        """Open for reading and writing, made if need be; its applied step if it is whole and of this run."""
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+        try:
+            self._fd = os.open(self.path, flags, 0o600)
+        except OSError as problem:
+            raise write_error(self.path, self.path.name, problem) from problem
+        try:
+            if os.fstat(self._fd).st_size != self.size_bytes:
+                return None
+            head = _read(self._fd, bytearray(_HEAD.size + _CRC.size), 0)
+        except OSError:
+            return None
+        fixed, crc = bytes(head[: _HEAD.size]), bytes(head[_HEAD.size :])
+        if crc != _CRC.pack(zlib.crc32(fixed)):
+            return None
+        magic, version, whole, applied, self._crc, digest = _HEAD.unpack(fixed)
+        sound = (magic, version, whole, digest) == (MAGIC, VERSION, 1, self._digest)
+        return int(applied) if sound else None
+
+    def reserve(self) -> None:
+        """Give the file its full size now, so that no later write finds the disk full."""
+        try:
+            os.ftruncate(self._fd, 0)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._fd, 0, self.size_bytes)
+            else:
+                os.ftruncate(self._fd, self.size_bytes)
+        except OSError as problem:
+            raise write_error(self.path, f"{self.size_bytes:,} bytes", problem) from problem
+
+    def read(self, data: Tensor) -> None:
+        """Fill ``data`` (flat uint8, at least data_bytes). Raises Damaged."""
+        view = _bytes_of(data, self.data_bytes)
+        try:
+            _read(self._fd, view, PAGE_BYTES)
+        except OSError as problem:
+            raise Damaged(str(problem)) from problem
+        if _checksum(view) != self._crc:
+            raise Damaged("its checksum does not fit")
+
+    def write(self, data: Tensor, applied: int) -> None:
+        """Replace the data, which hold the updates before step ``applied``."""
+        view = _bytes_of(data, self.data_bytes)
+        self._crc = _checksum(view)
+        try:
+            self.mark(whole=False, applied=0)
+            _write(self._fd, view, PAGE_BYTES)
+            self.mark(whole=True, applied=applied)
+        except OSError as problem:
+            raise write_error(self.path, f"{self.data_bytes:,} bytes", problem) from problem
+
+    def mark(self, *, whole: bool, applied: int) -> None:
+        fixed = _HEAD.pack(MAGIC, VERSION, whole, applied, self._crc, self._digest)
+        _write(self._fd, fixed + _CRC.pack(zlib.crc32(fixed)), 0)
+
+    def read_at(self, view: memoryview, offset: int) -> None:
+        """Fill ``view`` from ``offset`` of the data, unchecked. Raises Damaged where it is cut short."""
+        try:
+            _read(self._fd, view, PAGE_BYTES + offset)
+        except OSError as problem:
+            raise Damaged(str(problem)) from problem
+        self.traffic.read_bytes += len(view)
+
+    def write_at(self, view: memoryview, offset: int) -> None:
+        try:
+            _write(self._fd, view, PAGE_BYTES + offset)
+        except OSError as problem:
+            raise write_error(self.path, f"{len(view):,} bytes", problem) from problem
+        self.traffic.written_bytes += len(view)
+
+    def close(self) -> None:
+        """Close the file; what was written stays."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _bytes_of(data: Tensor, nbytes: int) -> memoryview:
+    return data.numpy().data[:nbytes]
+
+
+def _checksum(view: memoryview) -> int:
+    words = np.frombuffer(view, np.uint64).reshape(-1, PAGE_BYTES // 8)
+    return zlib.crc32(np.add.reduce(words, axis=1).tobytes())
+
+
+def _read(fd: int, into: bytearray | memoryview, offset: int) -> bytearray | memoryview:
+    view, at = memoryview(into), 0
+    while at < len(view):
+        if hasattr(os, "preadv"):
+            got = os.preadv(fd, [view[at:]], offset + at)
+        else:  # Windows: one thread at a time reads a file, so its position may move
+            os.lseek(fd, offset + at, os.SEEK_SET)
+            piece = os.read(fd, min(len(view) - at, 1 << 24))
+            got = len(piece)
+            view[at : at + got] = piece
+        if got == 0:
+            raise OSError(f"it ends {len(view) - at:,} bytes too early")
+        at += got
+    return into
+
+
+def _write(fd: int, data: bytes | memoryview, offset: int) -> None:
+    view, at = memoryview(data), 0
+    while at < len(view):
+        if hasattr(os, "pwrite"):
+            at += os.pwrite(fd, view[at:], offset + at)
+        else:
+            os.lseek(fd, offset + at, os.SEEK_SET)
+            at += os.write(fd, view[at : at + (1 << 24)])
+
+
+@dataclass
+class DiskMedium:
+    """Where an overlay lies, and which decoder layers stay in memory: the first ones.
+
+    One thread does all reads and writes of blocks, in the order in which they were queued.
+    """
+
+    directory: Path
+    identity: str  # of the run that the files must be of
+    resident_blocks: int = 0
+    kind: str = "disk"
+    traffic: Traffic = field(default_factory=Traffic)
+    _files: list[OverlayFile] = field(default_factory=list)
+    _tables: int = 0
+
+    def __post_init__(self) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise write_error(self.directory, "the overlay", problem) from problem
+        for file in self.directory.glob("block-*.overlay"):
+            # Of a layer that stays in memory now: what it holds would be outdated when it is wanted again.
+            if int(file.name.split("-")[1].split(".")[0]) < self.resident_blocks:
+                file.unlink(missing_ok=True)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="overlay")
+
+    def home(self, name: str, layouts: Mapping[str, Layout]) -> OverlayFile:
+        file = OverlayFile(self.directory / f"{name}.overlay", self.identity, layouts, self.traffic)
+        self._files.append(file)
+        return file
+
+    def table(self, vacant: Layout, make: Callable[[slice], Layout]) -> DiskTable:
+        file = self.home(f"table-{self._tables}", {"table": vacant})
+        self._tables += 1
+        file.open()
+        held = DiskTable(file, vacant)
+        held.fill(make)
+        return held
+
+    def slot(self, nbytes: int) -> Tensor:
+        return torch.zeros(nbytes, dtype=torch.uint8)
+
+    def read(self, home: Home, slot: Tensor) -> Future[None]:
+        return self._thread.submit(home.read, slot)
+
+    def write(self, home: Home, slot: Tensor, applied: int) -> Future[None]:
+        return self._thread.submit(home.write, slot, applied)
+
+    def close(self) -> None:
+        """Wait for what is queued and close the files."""
+        self._thread.shutdown(wait=True)
+        for file in self._files:
+            file.close()
+
+
+class DiskTable:
+    """An embedding table on disk: rows are read and written as they are used. Stands in for a Layout.
+
+    The file is made anew at every start (its rows change in place, one by one); a checksum of each row is kept in
+    memory, so a row that changed on disk is an error and never a weight.
+    """
+
+    def __init__(self, file: OverlayFile, vacant: Layout):
+        self.file, self._vacant = file, vacant
+        self.shape = vacant.shape
+        rows = self.shape[0]
+        self._sums = {part.suffix: np.zeros(rows, np.uint64) for part in file.parts}
+
+    def fill(self, make: Callable[[slice], Layout]) -> None:
+        """Write the table, made some rows at a time. Raises EdgezoError where there is no room."""
+        self.file.reserve()
+        for tile in tiles(*self.shape, QUANTISE_BYTES):
+            self._store(tile, make(tile).tensors())
+
+    # -- Layout -------------------------------------------------------------------------------------------
+
+    def expand(self, rows: slice | Tensor, out: Tensor) -> Tensor:
+        part, index = self._load(rows)
+        return part.expand(index, out)
+
+    def direct(self, dtype: torch.dtype) -> Tensor | None:
+        return None
+
+    def nbytes(self) -> int:
+        """What stays in memory."""
+        return sum(sums.nbytes for sums in self._sums.values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self._vacant.tensors()
+
+    def adopt(self, tensors: dict[str, Tensor]) -> None:
+        raise TypeError("a table on disk has its own bytes")
+
+    # -- as a trained matrix (Dense) ----------------------------------------------------------------------
+
+    def raw(self, rows: slice) -> dict[str, Tensor]:
+        return self._load(rows)[0].tensors()
+
+    def read(self, rows: slice | Tensor) -> Tensor:
+        part, index = self._load(rows)
+        assert isinstance(part, Dense)
+        return part.read(index)
+
+    def snap(self, values: Tensor, key: object, tensor: int, rows: slice | Tensor) -> Tensor:
+        assert isinstance(self._vacant, Dense)
+        return self._vacant.snap(values, key, tensor, rows)  # type: ignore[arg-type]
+
+    def write(self, rows: slice | Tensor, values: Tensor) -> None:
+        part = self._empty(len(values))
+        assert isinstance(part, Dense)
+        part.write(slice(0, len(values)), values)
+        self._store(rows, part.tensors())
+
+    # -- rows ---------------------------------------------------------------------------------------------
+
+    def _empty(self, rows: int) -> Layout:
+        """The layout of ``rows`` rows, in memory of its own."""
+        own = {s: torch.empty(rows, *t.shape[1:], dtype=t.dtype) for s, t in self.tensors().items()}
+        made: Layout = object.__new__(type(self._vacant))
+        made.__dict__.update(self._vacant.__dict__)
+        made.shape = (rows, self.shape[1])
+        made.adopt(own)
+        return made
+
+    def _load(self, rows: slice | Tensor) -> tuple[Layout, slice | Tensor]:
+        """A layout that holds ``rows``, and where in it they are."""
+        if isinstance(rows, slice):
+            runs, count = [(rows.start, rows.stop)], rows.stop - rows.start
+            index: slice | Tensor = slice(0, count)
+        else:
+            unique, index = torch.unique(rows, return_inverse=True)
+            runs, count = _runs(unique.numpy()), len(unique)
+        part = self._empty(count)
+        for suffix, tensor in part.tensors().items():
+            self._transfer(suffix, tensor, runs, write=False)
+            wanted = np.concatenate([self._sums[suffix][a:b] for a, b in runs])
+            if not np.array_equal(wanted, _row_sums(tensor)):
+                raise self._damaged("rows of it have changed")
+        return part, index
+
+    def _store(self, rows: slice | Tensor, raw: Mapping[str, Tensor]) -> None:
+        if isinstance(rows, slice):
+            runs = [(rows.start, rows.stop)]
+        else:  # unique, in any order
+            rows, order = torch.sort(rows)
+            runs = _runs(rows.numpy())
+            raw = {suffix: tensor[order] for suffix, tensor in raw.items()}
+        for suffix, tensor in raw.items():
+            tensor = tensor.contiguous()
+            self._transfer(suffix, tensor, runs, write=True)
+            sums, at = _row_sums(tensor), 0
+            for a, b in runs:
+                self._sums[suffix][a:b] = sums[at : at + b - a]
+                at += b - a
+
+    def _transfer(
+        self, suffix: str, tensor: Tensor, runs: list[tuple[int, int]], *, write: bool
+    ) -> None:
+        """Move the rows of ``runs`` between ``tensor`` and the file."""
+        part = next(p for p in self.file.parts if p.suffix == suffix)
+        stride, at = part.nbytes // self.shape[0], 0
+        view = tensor.view(torch.uint8).numpy().reshape(-1).data
+        for a, b in runs:
+            piece = view[at : at + (b - a) * stride]
+            at += len(piece)
+            offset = part.offset + a * stride
+            if write:
+                self.file.write_at(piece, offset)
+                continue
+            try:
+                self.file.read_at(piece, offset)
+            except Damaged as problem:
+                raise self._damaged(str(problem)) from problem
+
+    def _damaged(self, why: str) -> EdgezoError:
+        return EdgezoError(
+            f"{self.file.path} was changed on disk while it was in use: {why}.\n"
+            "It is a copy that is made again at every start, and nothing is lost: give the command again, "
+            "with --resume where a run was going."
+        )
+
+
+def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
+    """Sorted unique rows as [start, stop) runs."""
+    if not len(rows):
+        return []
+    ends = np.flatnonzero(np.diff(rows) != 1)
+    starts = [int(rows[0]), *(int(rows[i + 1]) for i in ends)]
+    return list(zip(starts, [*(int(rows[i]) + 1 for i in ends), int(rows[-1]) + 1], strict=True))
+
+
+def _row_sums(tensor: Tensor) -> np.ndarray:
+    """A 64-bit sum of each row's words."""
+    flat = tensor.contiguous().view(len(tensor), -1).view(torch.uint8).numpy()
+    for word in (np.uint64, np.uint32, np.uint16):
+        if flat.shape[1] % np.dtype(word).itemsize == 0:
+            flat = flat.view(word)
+            break
+    return np.add.reduce(flat, axis=1, dtype=np.uint64)

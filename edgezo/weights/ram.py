@@ -1,0 +1,150 @@
+"""Blocks in the RAM beside a GPU that has no room for them: what disk.py is for the disk.
+
+A buffer is page-locked, so that the GPU copies it by itself while it computes. Copies run on two streams of their
+own, one in each direction, in the order of their slots:
+
+    to the GPU     after what has been computed so far (the slot's last layer), and after every copy back
+    back           after what has been computed so far (the slot's update)
+
+and the computation waits for a copy where it uses its slot; the process waits for none. A buffer dies with its
+process, and a resume makes it again from base and journal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from edgezo.weights.disk import Traffic, parts_of
+from edgezo.weights.layouts import Layout
+from edgezo.weights.residency import Home, Pending
+
+
+class HostBuffer:
+    """The bytes of one block."""
+
+    def __init__(self, name: str, layouts: Mapping[str, Layout], pinned: bool):
+        self.name, self._pinned = name, pinned
+        self.parts, self.data_bytes = parts_of(layouts)
+        self._data = torch.empty(0, dtype=torch.uint8)
+
+    def open(self) -> int | None:
+        return None  # nothing is left of an earlier process
+
+    def reserve(self) -> None:
+        self._data = torch.empty(self.data_bytes, dtype=torch.uint8)
+        if self._pinned:
+            # Not pin_memory: its allocator rounds a size up to the next power of two.
+            runtime: Any = torch.cuda.cudart()
+            code = runtime.cudaHostRegister(self._data.data_ptr(), self.data_bytes, 0)
+            torch.cuda.check_error(code)
+
+    def read(self, data: Tensor) -> None:
+        data[: self.data_bytes].copy_(self._data, non_blocking=True)
+
+    def write(self, data: Tensor, applied: int) -> None:
+        self._data.copy_(data[: self.data_bytes], non_blocking=True)
+
+    def close(self) -> None:
+        if self._pinned and len(self._data):
+            runtime: Any = torch.cuda.cudart()
+            torch.cuda.check_error(runtime.cudaHostUnregister(self._data.data_ptr()))
+        self._data = torch.empty(0, dtype=torch.uint8)
+
+
+@dataclass
+class HostMedium:
+    """Where the blocks behind the first ``resident_blocks`` lie, and the slots on ``device`` that they visit."""
+
+    device: torch.device
+    resident_blocks: int = 0
+    kind: str = "host"
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def __post_init__(self) -> None:
+        self._copies: Copies = _Streams() if self.device.type == "cuda" else _Thread()
+
+    def home(self, name: str, layouts: Mapping[str, Layout]) -> HostBuffer:
+        return HostBuffer(name, layouts, self.device.type == "cuda")
+
+    def table(self, vacant: Layout, make: Callable[[slice], Layout]) -> None:
+        """Tables stay on the device."""
+
+    def slot(self, nbytes: int) -> Tensor:
+        return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+
+    def read(self, home: Home, slot: Tensor) -> Pending:
+        return self._copies.read(home, slot)
+
+    def write(self, home: Home, slot: Tensor, applied: int) -> Pending:
+        return self._copies.write(home, slot, applied)
+
+    def close(self) -> None:
+        self._copies.close()
+
+
+class Copies(Protocol):
+    """What moves bytes between buffers and slots beside the computation, in the order of their slots."""
+
+    def read(self, home: Home, slot: Tensor) -> Pending: ...
+
+    def write(self, home: Home, slot: Tensor, applied: int) -> Pending: ...
+
+    def close(self) -> None: ...
+
+
+class _Thread:
+    """Copies beside the computation of a CPU."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="host")
+
+    def read(self, home: Home, slot: Tensor) -> Pending:
+        return self._thread.submit(home.read, slot)
+
+    def write(self, home: Home, slot: Tensor, applied: int) -> Pending:
+        return self._thread.submit(home.write, slot, applied)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True)
+
+
+class _Streams:
+    """Copies beside the computation of a GPU."""
+
+    def __init__(self) -> None:
+        self._there, self._back = torch.cuda.Stream(), torch.cuda.Stream()
+
+    def read(self, home: Home, slot: Tensor) -> Pending:
+        self._there.wait_stream(torch.cuda.current_stream())
+        self._there.wait_stream(self._back)
+        with torch.cuda.stream(self._there):
+            home.read(slot)
+        return _Copy(self._there.record_event())
+
+    def write(self, home: Home, slot: Tensor, applied: int) -> Pending:
+        self._back.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._back):
+            home.write(slot, applied)
+        return _Copy(self._back.record_event())
+
+    def close(self) -> None:
+        torch.cuda.synchronize()
+
+
+@dataclass
+class _Copy:
+    """A copy on its way. ``result`` lets the computation wait for it, not the process."""
+
+    event: torch.cuda.Event
+
+    def done(self) -> bool:
+        return bool(self.event.query())
+
+    def result(self) -> None:
+        torch.cuda.current_stream().wait_event(self.event)

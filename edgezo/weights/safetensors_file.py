@@ -1,0 +1,337 @@
+"""Weights on disk, read one tensor at a time.
+
+A source opens a checkpoint, checks its structure once, and then hands out single tensors in
+freshly owned memory, under the names and in the layout of the Hugging Face module. Plain reads
+only: a mapped file counts towards the resident set that ``--max-mem`` bounds.
+
+Formats: a directory with ``model.safetensors``, a sharded one with an index, and GGUF.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from edgezo.errors import EdgezoError
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+PIECE_ELEMENTS = 1 << 18  # converted at a time
+_FETCH_AGAIN = "The file is damaged or incomplete: fetch it again."
+
+
+class TensorSource(Protocol):
+    """Tensors of one checkpoint by Hugging Face name."""
+
+    @property
+    def names(self) -> list[str]: ...
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files, in the order that the content hash takes them."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What ``read`` gives; float32 for a quantised GGUF tensor."""
+        ...
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of the tensor that ``read`` gives."""
+        ...
+
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
+    ) -> Tensor:
+        """The tensor, or some rows of an embedding, in memory of its own, in its own dtype or rounded to ``dtype``.
+
+        Conversion goes through small pieces: nothing but the result is as large as the tensor.
+        EdgezoError if it is cut short or holds NaN or Inf.
+        """
+        ...
+
+    def same_bytes(self, first: str, second: str) -> bool:
+        """Whether two tensors are stored with the same bytes, compared in bounded pieces."""
+        ...
+
+
+def open_tensors(path: Path, config: Any = None) -> TensorSource:
+    """The checkpoint at ``path``: a GGUF file or a directory with safetensors.
+
+    A GGUF needs no ``config``: its own metadata says how its tensors are laid out.
+    """
+    if path.is_file():
+        from edgezo.weights.gguf_file import GgufSource
+
+        return GgufSource(path)
+    return SafetensorsSource(path)
+
+
+# ----------------------------------------------------------------------------- safetensors
+
+
+@dataclass(frozen=True)
+class _Entry:
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int  # from the start of the file
+    size_bytes: int
+
+    def at(self, rows: slice | None) -> _Entry:
+        """The entry of these rows."""
+        if rows is None:
+            return self
+        row_bytes, count = self.size_bytes // self.shape[0], rows.stop - rows.start
+        return replace(
+            self,
+            shape=(count, *self.shape[1:]),
+            offset=self.offset + rows.start * row_bytes,
+            size_bytes=count * row_bytes,
+        )
+
+
+class SafetensorsSource:
+    """``model.safetensors``, or the shards named by ``model.safetensors.index.json``."""
+
+    def __init__(self, directory: Path):
+        self._entries: dict[str, _Entry] = {}
+        self._files = _weight_files(directory)
+        for file in self._files:
+            for name, entry in _read_safetensors_header(file).items():
+                if name in self._entries:
+                    other = self._entries[name].file.name
+                    raise EdgezoError(f"Tensor {name!r} is in both {other} and {file.name}.")
+                self._entries[name] = entry
+        missing = sorted(_indexed_names(directory) - set(self._entries))
+        if missing:
+            raise EdgezoError(
+                f"{directory} is incomplete: {len(missing)} tensors of its index are in no shard "
+                f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Fetch it again."
+            )
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    @property
+    def files(self) -> list[Path]:
+        return self._files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entries[name].dtype
+
+    def nbytes(self, name: str) -> int:
+        return self._entries[name].size_bytes
+
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
+    ) -> Tensor:
+        entry, what = self._entries[name].at(rows), f"tensor {name!r}"
+        out = torch.empty(entry.shape, dtype=dtype or entry.dtype)
+        if out.dtype == entry.dtype and entry.size_bytes:
+            read_into(entry.file, entry.offset, as_bytes(out), what)
+        elif entry.size_bytes:
+            flat, width = out.view(-1), entry.dtype.itemsize
+            raw = torch.empty(min(out.numel(), PIECE_ELEMENTS), dtype=entry.dtype)
+            for first, last in spans(out.numel(), PIECE_ELEMENTS):
+                piece = raw[: last - first]
+                read_into(entry.file, entry.offset + first * width, as_bytes(piece), what)
+                flat[first:last] = piece
+        check_finite(out, name, entry.file)
+        return out
+
+    def same_bytes(self, first: str, second: str) -> bool:
+        a, b = self._entries[first], self._entries[second]
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            return False
+        return equal_ranges(a.file, a.offset, b.file, b.offset, a.size_bytes)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    single = directory / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if (directory / "model.safetensors.index.json").is_file():
+        shards = [directory / shard for shard in sorted(set(_index(directory).values()))]
+        absent = [shard.name for shard in shards if not shard.is_file()]
+        if absent:
+            raise EdgezoError(
+                f"{directory} lacks {len(absent)} of the {len(shards)} shards of its index "
+                f"({', '.join(absent[:3])}). Fetch it again."
+            )
+        return shards
+    pickled = sorted(p.name for p in directory.glob("*.bin")) + sorted(
+        p.name for p in directory.glob("*.pt*")
+    )
+    if pickled:
+        raise EdgezoError(
+            f"{directory} holds only pickled weights ({pickled[0]}), which edgezo never loads: "
+            "they can run code. Convert them to safetensors first."
+        )
+    raise EdgezoError(f"{directory} holds no model.safetensors and no safetensors index.")
+
+
+def _index(directory: Path) -> dict[str, str]:
+    path = directory / "model.safetensors.index.json"
+    try:
+        weight_map = json.loads(path.read_bytes())["weight_map"]
+        names = {str(name): str(shard) for name, shard in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as problem:
+        raise EdgezoError(f"{path} is not a safetensors index ({problem}).") from problem
+    for shard in names.values():
+        if Path(shard).name != shard or "\\" in shard:
+            raise EdgezoError(f"{path} names a shard outside its directory: {shard!r}.")
+    return names
+
+
+def _indexed_names(directory: Path) -> set[str]:
+    if (directory / "model.safetensors").is_file():
+        return set()
+    return set(_index(directory))
+
+
+def _read_safetensors_header(file: Path) -> dict[str, _Entry]:
+    """The table of one file, checked: every byte after the header belongs to exactly one tensor."""
+    size = file.stat().st_size
+    if size < 8:
+        raise EdgezoError(f"{file} has {size} bytes, too few for safetensors. {_FETCH_AGAIN}")
+    with open(file, "rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        if header_bytes > min(size - 8, _MAX_HEADER_BYTES):
+            raise EdgezoError(
+                f"{file} has {size} bytes but announces a header of {header_bytes}. {_FETCH_AGAIN}"
+            )
+        raw = stream.read(header_bytes)
+    try:
+        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+        header.pop("__metadata__", None)
+        entries = {
+            name: _safetensors_entry(file, name, fields, 8 + header_bytes)
+            for name, fields in header.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+        raise EdgezoError(
+            f"{file}: the safetensors header cannot be read ({problem}). {_FETCH_AGAIN}"
+        ) from problem
+    end = 8 + header_bytes
+    for name, entry in sorted(
+        entries.items(), key=lambda item: (item[1].offset, item[1].size_bytes)
+    ):
+        if entry.offset != end:
+            fault = "overlaps another tensor" if entry.offset < end else "leaves a hole before it"
+            raise EdgezoError(f"{file}: tensor {name!r} {fault} (byte {entry.offset}, not {end}).")
+        end += entry.size_bytes
+    if end != size:
+        raise EdgezoError(
+            f"{file} has {size} bytes, its header describes {end} "
+            f"({abs(end - size)} {'missing' if end > size else 'too many'}). {_FETCH_AGAIN}"
+        )
+    return entries
+
+
+def _safetensors_entry(file: Path, name: str, fields: dict[str, Any], start: int) -> _Entry:
+    if fields["dtype"] not in _SAFETENSORS_DTYPES:
+        raise ValueError(
+            f"tensor {name!r} has dtype {fields['dtype']!r}; edgezo reads "
+            + ", ".join(_SAFETENSORS_DTYPES)
+        )
+    dtype = _SAFETENSORS_DTYPES[fields["dtype"]]
+    shape = tuple(fields["shape"])
+    first, last = fields["data_offsets"]
+    if any(type(n) is not int or n < 0 for n in (*shape, first, last)):
+        raise ValueError(f"tensor {name!r} has a shape or offset that is no whole number")
+    if math.prod(shape) * dtype.itemsize != last - first:
+        raise ValueError(
+            f"tensor {name!r} of shape {list(shape)} and dtype {fields['dtype']} "
+            f"cannot have {last - first} bytes"
+        )
+    return _Entry(file, dtype, shape, start + first, last - first)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
+
+
+# ----------------------------------------------------------------------------- plain reads
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """A writable view of a contiguous tensor's memory."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def read_into(file: Path, offset: int, out: memoryview, what: str) -> None:
+    """Fill ``out`` from ``offset`` of the file, or EdgezoError saying how much was there."""
+    done = 0
+    try:
+        with open(file, "rb", buffering=0) as stream:
+            stream.seek(offset)
+            while done < len(out):
+                got = stream.readinto(out[done:])
+                if not got:
+                    break
+                done += got
+    except OSError as problem:
+        raise EdgezoError(f"{file}: {what} cannot be read ({problem}).") from problem
+    if done < len(out):
+        raise EdgezoError(
+            f"{file}: {what} needs {len(out)} bytes from byte {offset}, the file gives {done}. "
+            + _FETCH_AGAIN
+        )
+
+
+def equal_ranges(file_a: Path, offset_a: int, file_b: Path, offset_b: int, size_bytes: int) -> bool:
+    """Whether two ranges hold the same bytes; memory is two 1 MiB pieces."""
+    for start in range(0, size_bytes, 1 << 20):
+        length = min(1 << 20, size_bytes - start)
+        a, b = bytearray(length), bytearray(length)
+        read_into(file_a, offset_a + start, memoryview(a), "a tensor")
+        read_into(file_b, offset_b + start, memoryview(b), "a tensor")
+        if a != b:
+            return False
+    return True
+
+
+def spans(total: int, piece: int) -> Iterator[tuple[int, int]]:
+    """``(first, last)`` of consecutive pieces that cover ``range(total)``."""
+    for first in range(0, total, piece):
+        yield first, min(first + piece, total)
+
+
+def check_finite(tensor: Tensor, name: str, file: Path) -> None:
+    """EdgezoError if a floating tensor holds NaN or Inf. One pass, no temporaries."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    low, high = torch.aminmax(tensor)  # both propagate NaN
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise EdgezoError(
+            f"{file}: tensor {name!r} holds values that are not finite as {tensor.dtype} "
+            f"(smallest {low.item()}, largest {high.item()}). {_FETCH_AGAIN}"
+        )

@@ -1,0 +1,236 @@
+"""Credit: how the losses of a step become an update. Pure functions, no state.
+
+A step evaluates the batch along ``evaluations``; with two sides
+
+    l+_i, l-_i   = L(theta + sigma*D_i ; x_i),  L(theta - sigma*D_i ; x_i)
+    delta_i      = l+_i - l-_i
+    theta       <- (1 - decay)*theta - rule(sum_i c_i D_i)
+
+    group        c_i = kappa*sigma*delta_i/std_j(delta_j)   GRZO, two-sided (arXiv 2606.02857, section 3)
+    raw          c_i = lr*delta_i/(2*sigma*B)               the same without the normaliser
+    one-sided    c_i = kappa*sigma*(l+_i - mean_j(l+_j))/std_j(l+_j)
+    uniform      c_i = kappa*sigma                          an ablation: a walk that no loss guides
+    mean         c   = lr*mean_i(delta_i)/(2*sigma)         MeZO (arXiv 2305.17333, algorithm 1), D_i shared
+    svrg         the same of delta_i(theta) - delta_i(anchor), and of the anchor's own estimate along its own D:
+                 MeZO-SVRG (arXiv 2404.08080, algorithm 1); at an anchor as mean
+    clipped      the same as mean, |c| at most lr*100       QZO (arXiv 2505.13430)
+    candidates   c_j = kappa*sigma*(l_j - l_0)/std_k(l_k)   FZOO (arXiv 2506.09034), l_j of the batch along D_j
+
+``step`` is the user's one knob: kappa, the fraction of the probe sigma*D_i that an example of credit 1 moves the
+weights by (kappa = lr/(2*sigma^2*B) in GRZO's symbols, lr/(sigma^2*N) in FZOO's), or a learning rate.
+
+Losses that are not finite, groups of one and groups without spread have defined results (see each function);
+no input gives a NaN in an update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from edgezo.plan.request import RunConfig
+from edgezo.zo.noise import exact_grid
+from edgezo.zo.presets import PRESETS, forwards
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CREDIT_CLIP = 8.0  # standard deviations; a lone outlier in a group of 64 already stands at 7.9
+LARGEST = 1e35  # of a coefficient: a sum over a group stays finite in fp32
+SLOPE_CLIP = 100.0  # QZO's C, of the directional derivative
+
+
+class Recipe(NamedTuple):
+    """One step's update: O(B) numbers from which every tensor's change can be rebuilt."""
+
+    step: int
+    coefficients: np.ndarray  # (K,) fp32 on the exact grid; zeros for a skipped step
+    decay: float  # weights are first multiplied by (1 - decay)
+    # Per direction, sorted rows of the embedding tables it moves; one for all where candidates share the batch.
+    touched: tuple[np.ndarray, ...] = ()
+    rate: float = 1.0  # what a rule with a state of its own multiplies its result by
+    curvature: float = 0.0  # |l+ + l- - 2 l0|/(2 sigma^2) of the batch, where it was measured
+    scales: np.ndarray | None = None  # (n,) fp32 of mask block, of the trained tensors by name
+    # The step before which the weights were the anchor; of another step: what its direction moves them by.
+    anchor: int | None = None
+    pull: float = 0.0
+    # By trained tensor the v_i of its directions, (K, cols): only of directions that no seed has.
+    guides: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class Evaluation(NamedTuple):
+    """One of a step's forwards over the batch: theta + sign*sigma*D."""
+
+    sign: int
+    candidate: int | None = None  # which D for all examples; None: each its own
+
+
+TWO_SIDED = (Evaluation(1), Evaluation(-1))
+PLAIN = Evaluation(0)
+
+
+class Estimator(NamedTuple):
+    """What a step evaluates, and how its losses become coefficients."""
+
+    evaluations: tuple[Evaluation, ...]
+    credit: Callable[[np.ndarray], np.ndarray]  # (S, B) fp32 losses -> (K,) fp32 credit
+    # (step, sigma, B) -> coefficient of one unit of credit
+    scale: Callable[[float, float, int], float]
+    rated: bool = False  # the rule multiplies by the step itself
+    slope_clip: float | None = None
+
+    @staticmethod
+    def of(cfg: RunConfig) -> Estimator:
+        return compose(cfg.credit, cfg.mask, cfg.rule, cfg.candidates)
+
+    def coefficients(self, credit: np.ndarray, step: float, sigma: float) -> np.ndarray:
+        """c_i, (K,) fp32 on the exact grid; for a rule with a rate those of step 1."""
+        credit = np.asarray(credit, np.float64)
+        if self.rated:
+            step = 1.0
+        if self.slope_clip is not None:
+            slope = abs(float(np.sum(credit))) * self.scale(1.0, sigma, len(credit))
+            credit = credit * min(1.0, self.slope_clip / slope) if slope else credit
+        found = credit * self.scale(step, sigma, len(credit))
+        return exact_grid(np.clip(found, -LARGEST, LARGEST))
+
+    def curvature(self, losses: np.ndarray, sigma: float) -> float:
+        """|l+ + l- - 2 l0|/(2 sigma^2) of the batch; 0 where it was not measured or is not finite."""
+        if len(self.evaluations) != 3 or self.evaluations[2] != PLAIN:
+            return 0.0
+        losses = np.asarray(losses, np.float64)
+        losses = losses[:, np.isfinite(losses).all(axis=0)]
+        if not losses.shape[1]:
+            return 0.0
+        plus, minus, plain = losses.mean(axis=1)
+        return float(abs(plus + minus - 2 * plain) / (2 * sigma**2))
+
+
+def group_credit(losses: np.ndarray) -> np.ndarray:
+    """delta_i over the group's standard deviation, no mean subtraction; (2, B) -> (B,) fp32.
+
+    Defined everywhere: an example with a non-finite loss gets credit 0 and does not count; a group of one gets
+    +-1 (the sign, there is no spread to measure); a spread below a tenth of the root mean square (identical
+    examples) is raised to it; no difference at all gives zeros; credits are clipped at ``CREDIT_CLIP``.
+    """
+    losses = np.asarray(losses, np.float64)
+    finite = np.isfinite(losses).all(axis=0)
+    credit = np.zeros(losses.shape[1])
+    delta = losses[0, finite] - losses[1, finite]
+    credit[finite] = _over_spread(delta, delta)
+    return credit.astype(np.float32)
+
+
+def _over_spread(differences: np.ndarray, spread_of: np.ndarray) -> np.ndarray:
+    """``differences`` over the standard deviation of ``spread_of``, with a floor and a clip."""
+    rms = float(np.sqrt(np.mean(differences**2))) if differences.size else 0.0
+    if rms == 0.0:
+        return 0 * differences
+    spread = rms if differences.size == 1 else max(float(np.std(spread_of)), rms / 10)
+    return np.clip(differences / spread, -CREDIT_CLIP, CREDIT_CLIP)
+
+
+def one_sided_credit(losses: np.ndarray) -> np.ndarray:
+    """l+_i less the group's mean, over its standard deviation; (1, B) -> (B,) fp32.
+
+    No finite difference: examples differ by more than what a probe does to them. A group of one, or of equal
+    losses, gives zeros; an example with a non-finite loss gets 0 and does not count.
+    """
+    plus = np.asarray(losses[0], np.float64)
+    finite = np.isfinite(plus)
+    credit = np.zeros(len(plus))
+    if finite.sum() > 1:
+        centred = plus[finite] - plus[finite].mean()
+        credit[finite] = _over_spread(centred, centred)
+    return credit.astype(np.float32)
+
+
+def uniform_credit(losses: np.ndarray) -> np.ndarray:
+    """1 for every example with a finite loss; (1, B) -> (B,) fp32."""
+    return np.isfinite(losses[0]).astype(np.float32)
+
+
+def difference_credit(losses: np.ndarray) -> np.ndarray:
+    """delta_i itself; a mean over the batch is taken by ``scale``. Non-finite examples count as zero."""
+    losses = np.asarray(losses[:2], np.float64)
+    finite = np.isfinite(losses).all(axis=0)
+    delta = np.where(finite, losses[0], 0.0) - np.where(finite, losses[1], 0.0)
+    return delta.astype(np.float32)
+
+
+def svrg_credit(losses: np.ndarray) -> np.ndarray:
+    """delta_i less delta_i at the anchor, (4, B) -> (B,) fp32; (2, B) of an anchor as ``difference_credit``."""
+    credit = difference_credit(losses)
+    if len(losses) == 4:
+        there = difference_credit(losses[2:])
+        finite = np.isfinite(losses).all(axis=0)
+        credit = np.where(finite, credit - there, 0.0).astype(np.float32)
+    return credit
+
+
+def candidate_credit(losses: np.ndarray) -> np.ndarray:
+    """(l_j - l_0)/std_k(l_k) of the batch's mean losses; (1 + N, B), the plain one first -> (N,) fp32.
+
+    Examples without a finite plain loss do not count; a candidate that is not finite on the others gets 0. One
+    candidate gets its sign; a spread below a tenth of the root mean square of the differences is raised to it.
+    """
+    losses = np.asarray(losses, np.float64)
+    counted = losses[:, np.isfinite(losses[0])]
+    credit = np.zeros(len(losses) - 1)
+    if counted.shape[1]:
+        means = counted.mean(axis=1)
+        finite = np.isfinite(means[1:])
+        drawn = means[1:][finite]
+        credit[finite] = _over_spread(drawn - means[0], drawn)
+    return credit.astype(np.float32)
+
+
+def _of_probe(step: float, sigma: float, batch: int) -> float:
+    return step * sigma
+
+
+def _of_slope(step: float, sigma: float, batch: int) -> float:
+    return step / (2 * sigma * batch)
+
+
+_Scale = Callable[[float, float, int], float]
+CREDITS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], _Scale]] = {
+    "group": (group_credit, _of_probe),
+    "raw": (difference_credit, _of_slope),
+    "one-sided": (one_sided_credit, _of_probe),
+    "uniform": (uniform_credit, _of_probe),
+    "mean": (difference_credit, _of_slope),
+    "clipped": (difference_credit, _of_slope),
+    "svrg": (svrg_credit, _of_slope),
+    "candidates": (candidate_credit, _of_probe),
+}
+
+
+def compose(credit: str, mask: str, rule: str, candidates: int) -> Estimator:
+    """The estimator of these choices."""
+    evaluations = list(TWO_SIDED[: forwards(credit, "none", 0)])
+    if credit == "candidates":
+        evaluations = [PLAIN, *(Evaluation(1, j) for j in range(candidates))]
+    evaluations += [PLAIN] * (forwards(credit, mask, 0) - forwards(credit, "none", 0))
+    function, scale = CREDITS[credit]
+    return Estimator(
+        tuple(evaluations),
+        function,
+        scale,
+        rated=rule != "sgd",
+        slope_clip=SLOPE_CLIP if credit == "clipped" else None,
+    )
+
+
+def preset(name: str, candidates: int = 8) -> Estimator:
+    """The estimator of a row of the table."""
+    row = PRESETS[name]
+    return compose(row.credit, row.mask, row.rule, candidates)
+
+
+def schedule(kind: str, progress: float) -> float:
+    """Factor on the step at ``progress`` in [0, 1). Normalised steps never shrink by themselves: linear by default."""
+    return 1.0 - progress if kind == "linear" else 1.0

@@ -1,0 +1,209 @@
+"""Noise as a pure function: ``bits(key, tensor, stream, offset)``.
+
+Every random number of a run is read from the counter-based generator Philox4x64-10 (Salmon et al., "Parallel
+random numbers: as easy as 1, 2, 3", SC 2011) at an address, never drawn from a sequence:
+
+    key     = (run seed, 64-bit hash of the tensor's name)
+    counter = (block, stream, step, layout version)         one block = 4 words of 64 bits
+
+so the same bits come back on every device, for every dtype, thread count and tile size, and a slice equals the
+slice of the whole. numpy's ``Philox`` generates the words (its stream is covered by numpy's compatibility
+guarantee; ``tests/reference.py`` holds the ten rounds in plain Python).
+
+Matrices are addressed row by row; each row starts on a block boundary, so any tile of rows can be generated alone.
+
+    signs     one bit an element      ->  -1 or +1
+    normals   16 bits an element      ->  N(0, 1) quantised to 65,536 equally probable levels, variance exactly 1
+    uniform   16 bits an element      ->  (k + 1/2) / 65,536
+
+The normals come from a table, not from log and cos, because libraries disagree in the last bit of those.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgezo.machine import kernels
+
+_LAYOUT_VERSION = 1
+_BLOCK_BITS = 256
+_PART_ELEMENTS = 1 << 18
+_U64 = (1 << 64) - 1
+
+# Streams: independent uses of one tensor's noise within a step.
+ROW, COLUMN, DENSE, ROUNDING, BASIS, ORDER = range(6)
+LEFT, SPAN, CENTRE, PROBE_GRID, UPDATE_GRID, CHOICE = range(6, 12)
+
+
+class Key(NamedTuple):
+    """Address of one step's noise."""
+
+    seed: int  # the run's seed, any integer (taken modulo 2**64)
+    step: int  # 0, 1, ...
+
+
+def tensor_id(name: str) -> int:
+    """A stable 64-bit number for a tensor's name."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def _address(key: Key, tensor: int, stream: int) -> tuple[int, ...]:
+    """Philox's key, and its counter but for the block."""
+    return key.seed & _U64, tensor & _U64, stream, key.step, _LAYOUT_VERSION
+
+
+def words(key: Key, tensor: int, stream: int, block: int, n_blocks: int) -> np.ndarray:
+    """Words ``4*block .. 4*(block + n_blocks)`` of a stream, shape (4*n_blocks,) uint64, little endian."""
+    seed, name, *counter = _address(key, tensor, stream)
+    generator = np.random.Philox(
+        key=np.array([seed, name], dtype=np.uint64),
+        counter=np.array([block, *counter], dtype=np.uint64),
+    )
+    raw: np.ndarray = generator.random_raw(4 * n_blocks)
+    return raw.astype("<u8", copy=False)
+
+
+def _row_words(
+    key: Key, tensor: int, stream: int, rows: slice, width_bits: int
+) -> tuple[np.ndarray, int]:
+    """Words of ``rows`` (n, words a row), each row on its own block boundary."""
+    blocks = -(-width_bits // _BLOCK_BITS)
+    count = rows.stop - rows.start
+    raw = words(key, tensor, stream, rows.start * blocks, count * blocks)
+    return raw.reshape(count, 4 * blocks), count
+
+
+@functools.cache
+def _sign_table() -> np.ndarray:
+    """(256,) uint64: the eight signs of a byte, least significant bit first, as eight int8."""
+    bit = (np.arange(256)[:, None] >> np.arange(8)) & 1
+    table: np.ndarray = (2 * bit - 1).astype(np.int8).view(np.uint64).ravel()
+    return table
+
+
+@functools.cache
+def _normal_table() -> np.ndarray:
+    """(65536,) fp32: N(0,1) quantiles at (k + 1/2)/65536, scaled to variance 1 (+4.2 sigma at most)."""
+    half = np.array([NormalDist().inv_cdf((k + 0.5) / 65536) for k in range(32768, 65536)])
+    half /= np.sqrt(np.mean(half**2))
+    # The negative half mirrors the positive one exactly, so the mean is exactly zero.
+    return np.concatenate([-half[::-1], half]).astype(np.float32)
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="noise")
+
+
+if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def _in_parts(rows: slice, width: int, fill: Callable[[slice, slice], None]) -> None:
+    """``fill(rows of the matrix, places in the result)``, in parts that a cache holds, on every thread where that pays.
+
+    A row's bits do not depend on which part it is in.
+    """
+    count = rows.stop - rows.start
+    step = max(1, _PART_ELEMENTS // max(1, width))
+    places = [slice(i, min(i + step, count)) for i in range(0, count, step)]
+
+    def run(own: list[slice]) -> None:
+        for place in own:
+            fill(slice(rows.start + place.start, rows.start + place.stop), place)
+
+    threads = min(torch.get_num_threads(), len(places))
+    if threads <= 1:
+        return run(places)
+    share = -(-len(places) // threads)
+    list(_pool(threads).map(run, [places[i : i + share] for i in range(0, len(places), share)]))
+
+
+def signs(key: Key, tensor: int, stream: int, rows: slice, width: int) -> Tensor:
+    """Rows ``rows`` of a matrix of independent fair signs, shape (n, width) int8."""
+    found = kernels.noise(_address(key, tensor, stream), _sign_table(), rows, width)
+    if found is not None:
+        return found
+    made = np.empty((rows.stop - rows.start, 32 * -(-width // _BLOCK_BITS)), np.uint64)
+
+    def fill(part: slice, place: slice) -> None:
+        raw, count = _row_words(key, tensor, stream, part, width)
+        _sign_table().take(raw.view(np.uint8).reshape(count, -1), out=made[place], mode="clip")
+
+    _in_parts(rows, width, fill)
+    return torch.from_numpy(made.view(np.int8))[:, :width]
+
+
+@functools.cache
+def _uniform_table() -> np.ndarray:
+    """(65536,) fp32: (k + 1/2)/65536."""
+    return (np.arange(65536, dtype=np.float32) + np.float32(0.5)) / np.float32(65536)
+
+
+def _levels(
+    key: Key, tensor: int, stream: int, rows: slice, width: int, table: np.ndarray
+) -> Tensor:
+    """(n, width) fp32: the table's value for 16 bits an element."""
+    found = kernels.noise(_address(key, tensor, stream), table, rows, width)
+    if found is not None:
+        return found
+    made = np.empty((rows.stop - rows.start, width), np.float32)
+
+    def fill(part: slice, place: slice) -> None:
+        raw, count = _row_words(key, tensor, stream, part, 16 * width)
+        codes = raw.view("<u2").reshape(count, -1)[:, :width]
+        table.take(codes, out=made[place], mode="clip")
+
+    _in_parts(rows, width, fill)
+    return torch.from_numpy(made)
+
+
+def normals(key: Key, tensor: int, stream: int, rows: slice, width: int) -> Tensor:
+    """Rows ``rows`` of a matrix of independent standard normals, shape (n, width) fp32."""
+    return _levels(key, tensor, stream, rows, width, _normal_table())
+
+
+def uniform(key: Key, tensor: int, stream: int, rows: slice, width: int) -> Tensor:
+    """Rows ``rows`` of uniforms in (0, 1), shape (n, width) fp32, a multiple of 2**-17."""
+    return _levels(key, tensor, stream, rows, width, _uniform_table())
+
+
+def uniform_at(key: Key, tensor: int, stream: int, rows: slice | Tensor, width: int) -> Tensor:
+    """``uniform`` of rows in any order."""
+    if isinstance(rows, slice):
+        return uniform(key, tensor, stream, rows, width)
+    lines = [uniform(key, tensor, stream, slice(r, r + 1), width) for r in rows.tolist()]
+    return torch.cat(lines) if lines else torch.zeros(0, width)
+
+
+def permutation(key: Key, tensor: int, stream: int, size: int) -> np.ndarray:
+    """A random order of ``range(size)``, (size,) int64."""
+    drawn = words(key, tensor, stream, 0, -(-size // 4))[:size]
+    return np.argsort(drawn, kind="stable")
+
+
+def exact_grid(coefficients: np.ndarray) -> np.ndarray:
+    """Round (n,) coefficients to multiples of a power of two so that sums of +-coefficients are exact in fp32.
+
+    The grid is 2**-16 of the largest coefficient's binade, so each is an integer of at most 17 bits times the
+    grid and a sum of up to 128 of them stays below 2**24: no order of summation, matrix product, device or tile
+    size can change a bit of an update. The rounding is 1.5e-5 of the largest coefficient.
+    """
+    coefficients = np.asarray(coefficients, dtype=np.float64)
+    largest = float(np.max(np.abs(coefficients), initial=0.0))
+    if largest == 0.0 or not np.isfinite(largest):
+        return np.zeros(coefficients.shape, dtype=np.float32)
+    # Groups above 128 examples give up one bit for each doubling.
+    extra = max(0, int(np.ceil(np.log2(max(len(coefficients), 1) / 128))))
+    grid = 2.0 ** (np.floor(np.log2(largest)) - 16 + extra)
+    return (np.round(coefficients / grid) * grid).astype(np.float32)

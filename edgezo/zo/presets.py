@@ -1,0 +1,461 @@
+"""The family as a table: a preset is a row, a choice on each of five axes (standard library only).
+
+    losses          L(theta + sigma*D_i ; x), L(theta - sigma*D_i ; x), ...    D_i = mask(directions)
+    a               = credit(losses)
+    g               = sum_i a_i D_i, in the credit's own scale
+    theta          <- (1 - decay)*theta - rule(g)                              of what is trained
+
+What a row costs follows from its choices: forwards from the credit and the mask, state from the rule and the mask.
+``refusals`` says which combinations mean nothing, and why. The functions behind the names are in credit.py,
+directions.py, masks.py and rules.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Directions(NamedTuple):
+    per_example: bool  # one D_i for each example (or candidate); else one D for the whole batch
+    text: str
+    dense: bool = True  # a factor of the weight's size is made, tile by tile
+    refreshed: bool = False  # its basis is drawn anew every --refresh steps
+    guided: bool = False  # made from what the layer reads: no seed has it, and no journal
+
+
+class Mask(NamedTuple):
+    text: str
+    state: int = 0  # fp32 values for each trained one
+    forwards: int = 0  # on top of the credit's
+    by_row: bool = False  # its state is of a row of a matrix, not of each value
+    dense: bool = False
+
+
+class Credit(NamedTuple):
+    per_example: bool  # which directions it goes with
+    forwards: int
+    text: str
+    step: str  # what --step means with it
+    # Compared with the same at an anchor, the weights of every --refresh-th step: a second copy of what is trained,
+    # and so many times the forwards of a step.
+    anchored: bool = False
+
+
+class Rule(NamedTuple):
+    text: str
+    state: int = 0  # fp32 values for each trained one
+    step: str = ""  # what --step means, where that is no longer the credit's
+
+
+KAPPA = "kappa: the fraction of the probe that one unit of credit moves the weights by"
+RATE = "learning rate of the gradient estimate"
+PER_WEIGHT = "about how far one step moves a weight"
+
+DIRECTIONS = {
+    "signs": Directions(True, "r_i s_i^T, no weight-sized noise", dense=False),
+    "rademacher": Directions(True, "U*(r_i s_i^T), U of +-1"),
+    "gaussian": Directions(True, "U*(r_i s_i^T), U of N(0,1)"),
+    "shared": Directions(False, "U of N(0,1), one for the batch"),
+    "lowrank": Directions(True, "(A V^T)*(r_i s_i^T)/sqrt(rank)", refreshed=True),
+    "lowrank-strict": Directions(
+        True, "diag(r_i) A V^T/sqrt(rank): updates stay in span V", refreshed=True
+    ),
+    "lowrank-shared": Directions(
+        False, "A V^T/sqrt(rank), one for the batch", dense=False, refreshed=True
+    ),
+    "subspace": Directions(
+        False, "P Z Q^T, P and Q with orthonormal columns, Z of N(0,1)", dense=False, refreshed=True
+    ),
+    "centred": Directions(False, "around their own moving average, one for the batch"),
+    "activation": Directions(
+        True,
+        "r_i v_i^T, v_i = X_i^T z_i/|X_i^T z_i| of example i's own inputs to the layer",
+        dense=False,
+        guided=True,
+    ),
+    "activation-shared": Directions(
+        False,
+        "A V^T, one for the batch, V a basis of the last step's inputs by power iteration",
+        dense=False,
+        guided=True,
+    ),
+}
+
+MASKS = {
+    "none": Mask("every trained value"),
+    "sparse": Mask("the --keep smallest of a matrix's weights, by size", dense=True),
+    "layers": Mask("a --keep share of the blocks, drawn every step"),
+    "hessian": Mask("over the root of a running diagonal curvature", 1, 1, dense=True),
+    "hessian-block": Mask(
+        "over the root of a running curvature, one for each row of a matrix",
+        *(1, 1),
+        by_row=True,
+        dense=True,
+    ),
+    "quantized": Mask("rounded to 8 bits, once for the probe and again for the update", dense=True),
+    "block": Mask("times s_b of each tensor from --finetuner, sum_b d_b s_b^2 = sum_b d_b"),
+}
+
+CREDITS = {
+    "group": Credit(True, 2, "delta_i/std_j(delta_j)", KAPPA),
+    "raw": Credit(True, 2, "delta_i", RATE),
+    "one-sided": Credit(True, 1, "(l+_i - mean_j(l+_j))/std_j(l+_j)", KAPPA),
+    "uniform": Credit(True, 1, "1, whatever the losses are", KAPPA),
+    "mean": Credit(False, 2, "mean_i(delta_i)", RATE),
+    "clipped": Credit(False, 2, "mean_i(delta_i), its slope clipped at 100", RATE),
+    "svrg": Credit(
+        False,
+        2,
+        "mean_i(delta_i) less that at the anchor; and the anchor's own, of --refresh batches, along its D",
+        RATE,
+        anchored=True,
+    ),
+    "candidates": Credit(True, 1, "(l_j - l_0)/std_k(l_k) of --candidates directions", KAPPA),
+}
+
+RULES = {
+    "sgd": Rule("g"),
+    "momentum": Rule("m = 0.9 m + 0.1 g", 1),
+    "adam": Rule("m/(sqrt(v) + 1e-8), betas 0.9 and 0.999", 2, PER_WEIGHT),
+    "sign": Rule("sign(g)", 0, PER_WEIGHT),
+    "centred": Rule("g/sqrt(v + 1e-8), v of the probe's own parts"),
+}
+
+
+class Preset(NamedTuple):
+    """A row of the family. ``describe`` says its equation, forwards, state and memory, which follow from the axes."""
+
+    name: str
+    directions: str
+    credit: str
+    paper: str
+    step: float
+    mask: str = "none"
+    rule: str = "sgd"
+    sigma: float = 2e-3
+    train: tuple[str, ...] = ("lowrank", "head", "probe")
+    rounding: str | None = None
+    keep: float = 0.25
+    refresh: int = 50
+    note: str = ""  # where it differs from the paper
+
+    def describe(self) -> dict[str, Any]:
+        """What ``edgezo estimators`` prints of a row; costs are for its own settings."""
+        mask, rule, credit = MASKS[self.mask], RULES[self.rule], CREDITS[self.credit]
+        return {
+            "name": self.name,
+            "paper": self.paper,
+            "directions": self.directions,
+            "mask": self.mask,
+            "credit": self.credit,
+            "rule": self.rule,
+            "train": list(self.train),
+            "step": self.step,
+            "sigma": self.sigma,
+            "step_meaning": step_meaning(self.credit, self.rule),
+            "equation": self.equation,
+            "forwards": mean_forwards(self.credit, self.mask, 8, self.refresh),
+            "state_values": mask.state + rule.state + credit.anchored,
+            "state": self.state,
+            "noise": "a tile" if DIRECTIONS[self.directions].dense or mask.dense else "none",
+            "note": self.note,
+        }
+
+    @property
+    def equation(self) -> str:
+        """D, credit and rule in the module's symbols."""
+        parts = [f"D = {DIRECTIONS[self.directions].text}"]
+        if self.mask != "none":
+            parts.append(f"mask: {MASKS[self.mask].text}")
+        return "; ".join(
+            [*parts, f"a = {CREDITS[self.credit].text}", f"step: {RULES[self.rule].text}"]
+        )
+
+    @property
+    def state(self) -> str:
+        """What is kept beside the weights, in fp32."""
+        kept = MASKS[self.mask].state + RULES[self.rule].state + CREDITS[self.credit].anchored
+        if not kept:
+            return "none"
+        per = "row and rank" if in_span(self.directions) else "trained value"
+        per = "row" if MASKS[self.mask].by_row else per
+        return f"{kept} per {per}"
+
+
+FULL = ("full",)
+GRZO = "GRZO, arXiv 2606.02857"
+MEZO = "MeZO, arXiv 2305.17333"
+LOZO = "LOZO, arXiv 2410.07698"
+SPARSE = "Sparse-MeZO, arXiv 2402.15751"
+TUNER = "ZO Fine-tuner, arXiv 2510.00419"
+SIGNS = "both factors are signs, where the paper draws normals: their products are exact"
+LOW_BIT = "with --precision int8 all on the codes' own grid; on dense weights directions of 8 bits"
+SCALED = (
+    "an embedding table counts by the tokens of an example, where the release has 15 a row of the batch; "
+    "its hidden factor of 10 on the learning rate is left to --step"
+)
+GAINS = "gains relative to a row's scales, where the paper moves the scales themselves"
+
+PRESETS = {
+    row.name: row
+    for row in (
+        Preset("grzo", "signs", "group", GRZO, 0.1),
+        Preset("grzo-raw", "signs", "raw", f"{GRZO}, its mode 'two'", 1e-4),
+        Preset("grzo-one-sided", "signs", "one-sided", f"{GRZO}, its mode 'one'", 0.05),
+        Preset("grzo-uniform", "signs", "uniform", f"{GRZO}, an ablation: no signal", 0.05),
+        Preset("mezo", "shared", "mean", MEZO, 1e-4),
+        Preset("mezo-adam", "shared", "mean", f"{MEZO}, with Adam", 1e-3, rule="adam"),
+        Preset(
+            "mezo-svrg",
+            "shared",
+            "svrg",
+            "MeZO-SVRG, arXiv 2404.08080",
+            1e-5,
+            train=("lowrank",),
+            refresh=10,
+            note="the anchor's estimate is of the batches up to the next anchor, where the paper takes every row; a "
+            "step goes along one direction --refresh times, so it has to be that much smaller than MeZO's",
+        ),
+        Preset(
+            "zo-adamu",
+            "centred",
+            "mean",
+            "ZO-AdaMU, arXiv 2312.15184",
+            1e-4,
+            rule="centred",
+            note="fresh share 0.5 and weight 0.9 stay as they are, where the paper anneals them; "
+            "both moments come from the seeds of 8 steps, so that none is stored; over the root of v, "
+            "where the paper has v^2 below it: m/v has no finite variance",
+        ),
+        Preset(
+            "fzoo",
+            "rademacher",
+            "candidates",
+            "FZOO, arXiv 2506.09034",
+            0.05,
+            note="the N directions share U and differ by r_j s_j^T: one pass serves them all",
+        ),
+        Preset("lezo", "shared", "mean", "LeZO, arXiv 2410.09823", 1e-4, mask="layers", keep=0.25),
+        Preset(
+            "hizoo",
+            "shared",
+            "mean",
+            "HiZOO, arXiv 2402.15173",
+            1e-4,
+            mask="hessian",
+            note="the update takes the curvature that was probed, where the release takes the new one",
+        ),
+        Preset(
+            "hizoo-block",
+            "shared",
+            "mean",
+            "HiZOO, arXiv 2402.15173, a scalar a block",
+            1e-4,
+            mask="hessian-block",
+            note="a block is a row of a matrix; with one probe of the whole model all rows are told nearly the same "
+            "curvature, so it is a step that shrinks by itself at a fraction of the state",
+        ),
+        Preset("lozo", "lowrank-shared", "mean", LOZO, 1e-4, train=FULL, note=SIGNS),
+        Preset(
+            "lozo-m", "lowrank-shared", "mean", LOZO, 1e-4, rule="momentum", train=FULL, note=SIGNS
+        ),
+        Preset("lo-grzo", "lowrank", "group", f"{GRZO} on LOZO", 0.1, train=FULL, note=SIGNS),
+        Preset(
+            "lo-grzo-strict",
+            "lowrank-strict",
+            "group",
+            f"{GRZO} on LOZO, s = 1",
+            0.1,
+            train=FULL,
+            note=SIGNS,
+        ),
+        Preset(
+            "subzero",
+            "subspace",
+            "mean",
+            "SubZero, arXiv 2410.08989",
+            1e-4,
+            train=FULL,
+            refresh=1000,
+            note="orthonormal columns by dealing rows out to them, where the paper decomposes normals",
+        ),
+        Preset("sparse-mezo", "shared", "mean", SPARSE, 1e-4, mask="sparse", train=FULL),
+        Preset(
+            "sparse-grzo",
+            "gaussian",
+            "group",
+            f"{GRZO} on {SPARSE}",
+            0.1,
+            mask="sparse",
+            train=FULL,
+        ),
+        Preset(
+            "quzo",
+            "shared",
+            "mean",
+            "QuZO, arXiv 2502.12346",
+            1e-4,
+            mask="quantized",
+            train=FULL,
+            rounding="stochastic",
+            note=LOW_BIT,
+        ),
+        Preset(
+            "qu-grzo",
+            "gaussian",
+            "group",
+            f"{GRZO} on QuZO",
+            0.1,
+            mask="quantized",
+            train=FULL,
+            rounding="stochastic",
+            note=LOW_BIT,
+        ),
+        Preset(
+            "qzo",
+            "shared",
+            "clipped",
+            "QZO, arXiv 2505.13430",
+            1e-5,
+            train=("scales",),
+            note=GAINS,
+        ),
+        Preset(
+            "agzo",
+            "activation-shared",
+            "mean",
+            "AGZO, arXiv 2601.17261",
+            1e-5,
+            train=FULL,
+            note="the basis is that of the step before, turned by one power iteration, where the paper makes it in a "
+            "forward of its own; resumed from snapshots",
+        ),
+        Preset(
+            "ag-grzo",
+            "activation",
+            "group",
+            f"{GRZO} on AGZO, arXiv 2601.17261",
+            0.1,
+            train=FULL,
+            note="a direction of its own for each example, where AGZO has one basis for the batch; a run is "
+            "resumed from snapshots, for no seed has its directions",
+        ),
+        Preset("qzo-grzo", "signs", "group", f"{GRZO} on QZO", 0.1, train=("scales",), note=GAINS),
+        Preset(
+            "zo-finetuner", "shared", "mean", TUNER, 1e-4, mask="block", train=FULL, note=SCALED
+        ),
+        Preset(
+            "zo-finetuner-grzo",
+            "signs",
+            "group",
+            f"{GRZO} on {TUNER}",
+            0.1,
+            mask="block",
+            train=FULL,
+            note=SCALED,
+        ),
+    )
+}
+
+
+class FirstOrder(NamedTuple):
+    """A row beside the family: what it trains goes along its own gradient, so the axes say nothing of it."""
+
+    name: str
+    paper: str
+    equation: str
+    step: float
+    train: tuple[str, ...]
+    state: int  # fp32 values for each trained one
+    step_meaning: str
+    less: tuple[str, ...] = ()  # what may be left out of train
+    note: str = ""
+
+    def describe(self) -> dict[str, Any]:
+        """What ``edgezo estimators`` prints of a row."""
+        axes = dict.fromkeys(("directions", "mask", "credit", "rule", "sigma"))
+        return {
+            **axes,
+            "name": self.name,
+            "paper": self.paper,
+            "train": list(self.train),
+            "step": self.step,
+            "step_meaning": self.step_meaning,
+            "equation": self.equation,
+            "forwards": BACKWARD_PASSES,
+            "state_values": self.state,
+            "state": f"{self.state} per trained value",
+            "noise": "none",
+            "note": self.note,
+        }
+
+
+# Of a step by true gradients, in forwards over the batch: there, again block by block, and back by the inputs alone.
+BACKWARD_PASSES = 3
+FIRST_ORDER = {
+    row.name: row
+    for row in (
+        FirstOrder(
+            "lora",
+            "LoRA, arXiv 2106.09685",
+            "y = W x + 8/rank B (A x); A and B by AdamW along their gradient",
+            1e-3,
+            ("lora",),
+            2,
+            "learning rate of AdamW",
+            note="first-order: a backward pass through one recomputed block at a time, over the same frozen base; "
+            "resumed from snapshots, for no seed has what it trains",
+        ),
+        FirstOrder(
+            "addax",
+            "Addax, arXiv 2410.06441",
+            "A <- A - AdamW(gradient of the short examples) - kappa sum_i a_i sigma D_i of the others, "
+            "D_i = r_i t_i^T, a_i = delta_i/std_j(delta_j)",
+            0.1,
+            ("lowrank", "head"),
+            2,
+            KAPPA,
+            less=("head",),
+            note="gradients where an example is short enough for the memory (--short-tokens), GRZO elsewhere; "
+            "each has a rate of its own, where the paper weighs both into one SGD step; resumed from snapshots",
+        ),
+    )
+}
+AUTO = "auto"
+ESTIMATORS = (*PRESETS, *FIRST_ORDER)
+# Parts that need no probing: trained by their own gradient, or fitted.
+EXACT = frozenset({"head", "probe", "lora"})
+
+
+def forwards(credit: str, mask: str, candidates: int) -> int:
+    """Forward passes over the batch in a step."""
+    drawn = candidates if credit == "candidates" else 0
+    return CREDITS[credit].forwards + drawn + MASKS[mask].forwards
+
+
+def mean_forwards(credit: str, mask: str, candidates: int, refresh: int) -> float:
+    """Forward passes over a batch in a step, on average: an anchor's step takes in ``refresh`` batches, others two."""
+    once = forwards(credit, mask, candidates)
+    if not CREDITS[credit].anchored:
+        return once
+    return once * (refresh + 2 * (refresh - 1)) / refresh
+
+
+def in_span(directions: str) -> bool:
+    """Whether every update lies in the span of a basis, so that a rule may keep its state in coordinates."""
+    return directions in ("lowrank-strict", "lowrank-shared")
+
+
+def step_meaning(credit: str, rule: str) -> str:
+    return RULES[rule].step or CREDITS[credit].step
+
+
+def default_step(row: Preset, credit: str, rule: str) -> float:
+    """The row's own where its step means the same with these, else what is usual for the meaning."""
+    meaning = step_meaning(credit, rule)
+    usual = {KAPPA: 0.1, RATE: 1e-4, PER_WEIGHT: 1e-3}
+    if CREDITS[credit].anchored and credit != row.credit:
+        # As many times along one direction as --refresh says.
+        anchored = PRESETS["mezo-svrg"]
+        return anchored.step * anchored.refresh / row.refresh
+    return row.step if step_meaning(row.credit, row.rule) == meaning else usual[meaning]

@@ -1,0 +1,154 @@
+"""Rows that say which answer was liked: how they are read, and that learning from them turns choices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_rows
+from tokenizers_fixture import byte_tokenizer
+
+from edgezo.data.dataset import DataRequest, Dataset, load_dataset, show_batch
+from edgezo.errors import UsageError
+from edgezo.plan.request import make_config
+from edgezo.run.train import finetune
+
+PAIRS = [
+    {"prompt": f"Request {i}:", "chosen": "done", "rejected": "I would be delighted"}
+    for i in range(12)
+]
+
+
+def thumbs(name: str = "label", up: Any = True, down: Any = False) -> list[dict[str, Any]]:
+    rows = []
+    for pair in PAIRS:
+        rows.append({"prompt": pair["prompt"], "completion": pair["rejected"], name: down})
+        rows.append({"prompt": pair["prompt"], "completion": pair["chosen"], name: up})
+    return rows
+
+
+def load(rows: list[dict[str, Any]], folder: Path, **asked: Any) -> Dataset:
+    file = write_rows(folder / "rows.jsonl", rows)
+    return load_dataset(DataRequest(data=str(file), **asked), byte_tokenizer())
+
+
+def texts(data: Dataset) -> set[tuple[str, str, str]]:
+    tokenizer, found = byte_tokenizer(), set()
+    for example in (*data.train, *data.validation):
+        whole = [tokenizer.decode([*row.ids, row.score_ids[-1]]) for row in example.rows]
+        scored = [tokenizer.decode(list(row.score_ids)) for row in example.rows]
+        assert example.label == 0 and len(whole) == 2
+        prompts = {w[: len(w) - len(s)] for w, s in zip(whole, scored, strict=True)}
+        assert len(prompts) == 1
+        found.add((prompts.pop().strip(), scored[0].strip(), scored[1].strip()))
+    return found
+
+
+def test_a_pair_is_a_choice_between_its_answers_with_their_ends(tmp_path):
+    data = load(PAIRS, tmp_path)
+    end = byte_tokenizer().eos_token
+    expected = {(p["prompt"], p["chosen"] + end, p["rejected"] + end) for p in PAIRS}
+    assert data.kind == "choice" and texts(data) == expected
+    shown = show_batch(data.train[:1], data, byte_tokenizer())
+    assert "chosen" in shown and "option 0" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "up", "down"),
+    [
+        ("label", True, False),
+        ("label", "true", "False"),
+        ("label", 1, 0),
+        ("thumb", "up", "Down"),
+        ("thumb", 1, 0),
+        ("thumb", "\N{THUMBS UP SIGN}\ufe0f", "\N{THUMBS DOWN SIGN}"),
+        ("label", 1.0, 0.0),
+    ],
+)
+def test_thumbs_on_answers_to_one_prompt_are_pairs(name, up, down, tmp_path):
+    data = load(thumbs(name, up, down), tmp_path)
+    assert texts(data) == texts(load(PAIRS, tmp_path))
+    assert "24 answers with thumbs up or down: 12 pairs" in data.notes
+
+
+def test_every_answer_meets_one_of_the_other_kind(tmp_path):
+    def row(prompt: str, answer: str, liked: bool) -> dict[str, Any]:
+        return {"prompt": prompt, "completion": answer, "label": liked}
+
+    rows = [row("a", "x", True), row("a", "y", False), row("a", "z", False)]
+    rows += [row("b", "x", True), row("b", "w", True)]  # nothing to compare with
+    rows += [row("c", "p", True), row("c", "q", True), row("c", "r", False)]
+    data = load(rows, tmp_path)
+    end = byte_tokenizer().eos_token
+    assert texts(data) == {
+        (prompt, liked + end, other + end) for prompt, liked, other in ("axy", "axz", "cpr", "cqr")
+    }
+    assert any(note.startswith("1 prompts left out") for note in data.notes)
+
+
+def test_a_completion_with_a_number_for_a_label_is_no_preference(tmp_path):
+    rows = [{**row, "label": 1} for row in thumbs("other")]
+    assert load(rows, tmp_path).kind == "completion"
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([*thumbs(), {"prompt": "p", "completion": "c", "label": "perhaps"}], "neither up nor"),
+        ([row for row in thumbs() if row["label"]], "nothing to compare"),
+        ([*PAIRS, {"prompt": "p", "chosen": "same", "rejected": "same"}], "twice the same"),
+        ([*PAIRS, {"prompt": "p", "chosen": "x"}], "'rejected' is missing"),
+    ],
+)
+def test_what_is_no_preference_is_named(rows, said, tmp_path):
+    with pytest.raises(UsageError, match=said):
+        load(rows, tmp_path)
+
+
+def test_learning_from_thumbs_turns_what_the_model_prefers(bench, tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", thumbs())
+    settings = bench.settings(
+        data=str(file),
+        template=None,
+        labels=None,
+        train="lowrank+head",
+        steps=40,
+        out=str(tmp_path / "run"),
+    )
+    liked = finetune(make_config(settings))
+    other = [{**row, "label": not row["label"]} for row in thumbs()]
+    write_rows(file, other)
+    disliked = finetune(make_config(settings | {"out": str(tmp_path / "other")}))
+    assert liked["eval_after"]["value"] == disliked["eval_after"]["value"] == 1.0
+    assert min(run["eval_before"]["value"] for run in (liked, disliked)) == 0.0
+
+
+def test_a_thumb_anywhere_makes_every_row_an_answer_that_needs_one(tmp_path):
+    rows = thumbs("thumb", "up", "down")
+    rows[0]["thumb"] = None
+    with pytest.raises(UsageError, match="says neither up nor down"):
+        load(rows, tmp_path)
+
+
+def test_labels_that_say_of_no_pair_which_was_liked_are_not_used_and_a_note_says_so(tmp_path):
+    classes = [{**row, "label": ("mixed", "fine", "true")[i % 3]} for i, row in enumerate(thumbs())]
+    marks = [
+        {"prompt": p["prompt"], "completion": p["chosen"], "label": i % 2}
+        for i, p in enumerate(PAIRS)
+    ]
+    for rows in (classes, marks):
+        data = load(rows, tmp_path)
+        assert data.kind == "completion"
+        assert any("field 'label' is not used" in note for note in data.notes)
+    pictures = [{**row, "thumb": "http://x/a.png", "label": None} for row in thumbs()]
+    assert load(pictures, tmp_path).kind == "completion"
+
+
+def test_a_split_of_pairs_goes_with_one_of_thumbs(tmp_path):
+    folder = tmp_path / "both"
+    folder.mkdir()
+    write_rows(folder / "train.jsonl", thumbs("thumb", "up", "down"))
+    write_rows(folder / "validation.jsonl", PAIRS[:4])
+    data = load_dataset(DataRequest(data=str(folder)), byte_tokenizer())
+    assert data.kind == "choice" and (len(data.train), len(data.validation)) == (12, 4)

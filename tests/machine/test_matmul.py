@@ -1,0 +1,203 @@
+"""Products in pieces of a few sizes: the values of one product, few different shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Bench
+from test_lora import learn, opened
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from workshop import KEY, LOW, SIGMA, Tried, Workshop, cases, make_examples, of
+
+from edgezo.data.batches import Example, collate, micro_batches
+from edgezo.data.tasks import Generation
+from edgezo.machine import matmul
+from edgezo.machine.matmul import SIZES, addmm_, along, mm, pieces
+from edgezo.network.generate import generate
+from edgezo.plan.shapes import PRODUCT_ROWS
+
+
+@pytest.fixture
+def bf16():
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator).bfloat16()
+
+
+def test_pieces_cover_the_rows_once_and_only_the_last_is_not_full():
+    for n in range(1, 5000, 7):
+        found = list(pieces(n))
+        starts = [at for at, _ in found]
+        assert starts == [sum(size for _, size in found[:i]) for i in range(len(found))]
+        assert {size for _, size in found} <= set(SIZES)
+        assert starts[-1] < n <= sum(size for _, size in found)
+        # Nothing cheaper: a row that is missing costs as much as one that is there.
+        if n <= SIZES[-1]:
+            above = min(size for size in SIZES if size >= n)
+            spent = sum(size + matmul.CALL_ROWS for _, size in found)
+            assert n < spent <= above + matmul.CALL_ROWS
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 63, 200, 700, 1039, 2111])
+@pytest.mark.parametrize("k, m", [(48, 96), (96, 5), (7, 96), (576, 192)])
+def test_values_are_those_of_one_product(bf16, n, k, m):
+    x, w, y = bf16(n, k), bf16(m, k), bf16(n, m)
+    exact = x.double() @ w.T.double()
+    # A bf16 result is rounded once, to 2^-9 of itself; sums of k products in fp32 are far closer.
+    close = {"rtol": 2**-8, "atol": 2**-10}
+    assert torch.allclose(mm(x, w.T).double(), exact, **close)
+    whole = torch.full((n, m + 3), 9.0).bfloat16()
+    assert mm(x, w.T, whole[:, 1 : m + 1]).data_ptr() == whole[:, 1:].data_ptr()
+    assert torch.allclose(whole[:, 1 : m + 1].double(), exact, **close)
+    assert (whole[:, 0] == 9).all() and (whole[:, m + 1 :] == 9).all()
+    total = y.double() + exact
+    assert torch.allclose(addmm_(y.clone(), x, w.T).double(), total, **close)
+    # Each piece is rounded: to 2^-9 of a sum of k products, four standard deviations large at most.
+    rounding = 2**-9 * 4 * k**0.5
+    assert torch.allclose(along(w, x.T.contiguous()).double(), exact.T, rtol=2**-8, atol=rounding)
+
+
+def test_a_row_does_not_depend_on_what_it_is_beside(bf16):
+    x, w = bf16(300, 64), bf16(32, 64)
+    x[:20] = float("nan")
+    found = mm(x, w.T)
+    assert found[:20].isnan().all() and found[20:].isfinite().all()
+    assert mm(x[20:], w.T).isfinite().all()
+
+
+def test_other_products_pass_whole():
+    x, w = torch.randn(700, 8), torch.randn(5, 8)
+    assert torch.equal(mm(x, w.T), torch.mm(x, w.T))
+    assert torch.equal(addmm_(torch.ones(700, 5), x, w.T), torch.ones(700, 5).addmm_(x, w.T))
+    assert torch.equal(along(x.T.contiguous(), x), x.T @ x)
+
+
+def test_few_shapes_are_compiled_however_many_numbers_of_tokens_there_are(bf16, monkeypatch):
+    seen = set()
+    real = torch.mm
+
+    def noted(a, b, **kwargs):
+        seen.add((a.shape, b.shape))
+        return real(a, b, **kwargs)
+
+    monkeypatch.setattr(torch, "mm", noted)
+    w = bf16(96, 64)
+    for n in range(1, 2048, 13):
+        mm(bf16(n, 64), w.T)
+    assert len(seen) == len(SIZES)
+    seen.clear()
+    for examples in range(1, 17):  # of a micro-batch
+        mm(bf16(100, 64), bf16(examples, 64).T)
+    assert len(seen) == 1
+
+
+class Lengths(TorchDispatchMode):
+    """The lengths and strides of what every bf16 product reads while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [a for a in args if isinstance(a, Tensor)]
+        if func.overloadpacket.__name__ in PRODUCTS and given[0].dtype == torch.bfloat16:
+            for a in given:
+                self.seen |= {
+                    n for length, n in zip(a.shape, a.stride(), strict=True) if length > 1
+                }
+                self.seen |= set(a.shape)
+        return func(*args, **(kwargs or {}))
+
+
+PRODUCTS = (
+    "mm",
+    "addmm",
+    "addmm_",
+    "bmm",
+    "baddbmm",
+    "baddbmm_",
+    "matmul",
+    "linear",
+    "mv",
+    "addmv",
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
+)
+
+
+@cases(LOW)
+@pytest.mark.usefixtures("one_thread")
+def test_bf16_products_have_the_same_few_shapes_and_strides_for_all_batches(
+    tried: Tried, workshop: Workshop
+) -> None:
+    """Kernels are compiled for each shape, and kept: memory would grow with every batch (machine/matmul.py)."""
+    model = workshop.model(tried.case, torch.bfloat16)
+    model.store.load_trained(tried.start)
+    few, many, more = (
+        make_examples(tried.case.kind, model.masked, n, seed)
+        for seed, n in ((0, 1), (1, 16), (2, 16))
+    )
+
+    def lengths(examples: Sequence[Example], *sizes: int) -> set[int]:
+        with Lengths() as found:
+            for part in (part for n in sizes for part in micro_batches(examples, n)):
+                batch = collate([examples[slot] for slot in part], part)
+                model.losses(batch, model.probe(batch, KEY, SIGMA), sides=2)
+                model.losses(batch)
+                model.take_touched(len(examples))
+                model.store.take_guides(learn=False)
+        return found.seen
+
+    known = lengths(few, 1) | lengths(many, 16)
+    assert known & set(PRODUCT_ROWS)
+    # Other rows in batches of the same and of other sizes.
+    assert lengths(more, 16, 3, 5, 7) <= known | set(PRODUCT_ROWS) | {32, 48}  # or thin axes
+
+
+@pytest.mark.parametrize("kind", ["label", "completion"])
+@pytest.mark.parametrize("estimator", ["lora", "addax"])
+@pytest.mark.usefixtures("one_thread")
+def test_a_backward_pass_multiplies_few_shapes_whatever_the_rows_are(
+    estimator: str, kind: str, bench: Bench
+) -> None:
+    more = {} if estimator == "lora" else {"train": "lowrank", "short_tokens": 1000}
+    found, model = opened(
+        bench, kind, bf16_fast=True, estimator=estimator, precision="bf16", **more
+    )
+    rows = list(found.dataset.train)
+
+    def lengths(examples: Sequence[Example], size: int) -> set[int]:
+        with Lengths() as seen:
+            learn(model, examples, size, None)
+        return seen.seen
+
+    known = lengths(rows[:1], 1) | lengths(rows[:16], 16)
+    assert known & set(PRODUCT_ROWS)
+    for size in (16, 3, 5):
+        assert lengths(rows[16:32], size) <= known | set(PRODUCT_ROWS) | {32, 48}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # the latter's scores are capped
+@pytest.mark.usefixtures("one_thread")
+def test_writing_multiplies_few_shapes_however_many_rows_there_are(
+    family: str, workshop: Workshop
+) -> None:
+    case = replace(of(family, "lowrank", kind="completion", tied=False), precision="bf16")
+    model = workshop.model(case, torch.bfloat16)
+    numbers = np.random.default_rng(0)
+
+    def lengths(*counts: int) -> set[int]:
+        with Lengths() as found:
+            for n in counts:
+                prompts = [
+                    numbers.integers(5, 300, size).tolist() for size in numbers.integers(1, 9, n)
+                ]
+                generate(model, prompts, Generation(5), lambda ids: ids[-1] % 3 == 0)
+        return found.seen
+
+    known = lengths(16, 16)
+    assert lengths(3, 5, 7, 11, 13) <= known | set(PRODUCT_ROWS) | {32, 48}

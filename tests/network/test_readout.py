@@ -1,0 +1,308 @@
+"""The linear probe: its equation against a slow twin, what it reads, and runs with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_model
+from safetensors.torch import load_file
+
+from edgezo.data.batches import Example, Row, collate
+from edgezo.errors import EdgezoError, UsageError
+from edgezo.network import loader
+from edgezo.network.assemble import ModelSpec, assemble
+from edgezo.network.readout import (
+    RIDGES,
+    LinearProbe,
+    StateFile,
+    Taps,
+    attach,
+    candidates,
+    fit,
+    fit_block,
+    unit,
+)
+from edgezo.plan.fields import PROBED_BLOCKS
+from edgezo.plan.request import make_config
+from edgezo.run.train import finetune
+from edgezo.weights.residency import decoder_layers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def rows(n: int, hidden: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """States that tell their label with some noise."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % classes
+    centres = torch.randn(classes, hidden, generator=generator)
+    return unit(centres[labels] + 2 * torch.randn(n, hidden, generator=generator)), labels
+
+
+def twin(x: torch.Tensor, labels: torch.Tensor, classes: int, ridge: float) -> dict[str, Any]:
+    """Ridge regression by its normal equations in float64, and every row predicted by a fit without it.
+
+    Standardised, and the targets centred, by all rows, as in the method.
+    """
+    x = x.double()
+    z = (x - x.mean(0)) / x.std(0, unbiased=False)
+    targets = F.one_hot(labels, classes).double()
+    share = targets.mean(0)
+    n, d = z.shape
+
+    def solve(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(d, K) weights and (K,) intercept, which is not shrunk, of a fit to ``rows``."""
+        held = torch.cat([z[rows], torch.ones(len(rows), 1, dtype=torch.float64)], 1)
+        shrink = n * ridge * torch.eye(d + 1, dtype=torch.float64)
+        shrink[d, d] = 0.0
+        found = torch.linalg.solve(held.T @ held + shrink, held.T @ (targets[rows] - share))
+        return found[:d], found[d]
+
+    held_out = torch.empty(n, classes, dtype=torch.float64)
+    for row in range(n):
+        weight, intercept = solve(torch.tensor([r for r in range(n) if r != row]))
+        held_out[row] = z[row] @ weight + intercept + share
+    weight, intercept = solve(torch.arange(n))
+    return {"held_out": held_out, "scores": z @ weight + intercept + share, "targets": targets}
+
+
+@pytest.mark.parametrize(("n", "hidden"), [(60, 16), (24, 48)])
+def test_a_block_is_fitted_as_the_normal_equations_have_it_and_held_out_rows_as_fits_without_them(
+    n, hidden
+):
+    x, labels = rows(n, hidden, 3)
+    found = fit_block(x.clone(), labels, 3)
+    errors = {}
+    for ridge in RIDGES:
+        slow = twin(x, labels, 3, ridge)
+        errors[ridge] = float((slow["held_out"] - slow["targets"]).square().mean())
+    assert found.ridge == min(errors, key=lambda ridge: errors[ridge])
+    slow = twin(x, labels, 3, found.ridge)
+    assert torch.allclose(found.held_out.double(), slow["held_out"], atol=1e-4)
+    assert found.error == pytest.approx(errors[found.ridge], rel=1e-3)
+    scores = x @ found.weight.T + found.bias
+    assert torch.allclose(scores.double(), slow["scores"], atol=1e-4)
+
+
+def test_the_best_blocks_are_averaged_and_their_factor_is_the_one_of_least_held_out_loss():
+    known, labels = rows(90, 12, 3)
+    noise = [unit(torch.randn(90, 12, generator=torch.Generator().manual_seed(s))) for s in (1, 2)]
+    states = {4: noise[0], 5: known, 6: noise[1], 7: known, 8: known, 9: known, 10: known}
+    blocks = tuple(states)
+    found = fit(lambda i: states[blocks[i]].clone(), blocks, labels, 3)
+    assert found.probe.blocks == (5, 7, 8, 9, 10) and len(found.probe.blocks) == PROBED_BLOCKS
+    one = fit_block(known.clone(), labels, 3)
+    losses = {k: float(F.cross_entropy(one.held_out * 2 ** (k / 4), labels)) for k in range(29)}
+    assert found.loss == pytest.approx(min(losses.values()), rel=1e-5)
+    factor = 2 ** (min(losses, key=lambda k: losses[k]) / 4)
+    logits = found.probe.logits([known] * PROBED_BLOCKS)
+    assert torch.allclose(logits, (known @ one.weight.T + one.bias) * factor, atol=1e-4)
+    assert found.accuracy == float((one.held_out.argmax(1) == labels).double().mean())
+
+
+@pytest.mark.parametrize("hidden", [8, 200])
+def test_states_that_are_all_alike_give_a_finite_probe(hidden):
+    labels = torch.arange(20) % 2
+    found = fit(lambda i: torch.ones(20, hidden), (0,), labels, 2)
+    assert torch.isfinite(found.probe.weight).all() and torch.isfinite(found.probe.bias).all()
+    assert found.loss == pytest.approx(0.6931, abs=0.05)
+
+
+def test_a_class_that_no_row_has_is_never_predicted():
+    x, labels = rows(60, 16, 3)
+    found = fit(lambda i: x.clone(), (0,), labels, 5)
+    assert set(found.probe.logits([x]).argmax(1).tolist()) == {0, 1, 2}
+
+
+def test_states_are_kept_row_by_row_and_what_was_cut_off_is_forgotten(tmp_path):
+    states = StateFile(tmp_path / "states", 2, 3)
+    first, second = torch.randn(2, 4, 3), torch.randn(2, 2, 3)
+    states.append(list(first), torch.arange(4.0))
+    states.append(list(second), torch.arange(2.0))
+    assert states.rows() == 6
+    with open(states.path, "ab") as file:
+        file.write(b"torn")
+    assert states.rows() == 6
+    for number in range(2):
+        expected = torch.cat([first[number], second[number]]).half().float()
+        assert torch.equal(states.block(number, 6), expected)
+    assert states.losses(6).tolist() == [0, 1, 2, 3, 0, 1]
+    states.keep(4)
+    assert states.rows() == 4
+
+
+# ---------------------------------------------------------------------------------------------
+# In a model
+
+
+def small_model(folder: Path, family: str, train: str = "lowrank", layers: int = 3) -> Any:
+    files = loader.open_model(make_model(folder, family, num_hidden_layers=layers))
+    spec = ModelSpec("fp32", tuple(train.split("+")), "signs", 0, kind="label", label_ids=(5, 6))
+    return files, assemble(files, spec)
+
+
+def batch_of(lengths: tuple[int, ...]) -> Any:
+    examples = [
+        Example((Row([3 + (k * 7 + n) % 40 for n in range(length)], [length - 1], ()),), k % 2)
+        for k, length in enumerate(lengths)
+    ]
+    return collate(examples, range(len(examples)))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma3_text"])
+def test_the_states_are_those_that_transformers_puts_out_for_each_block(family, tmp_path):
+    files, model = small_model(tmp_path, family)
+    batch = batch_of((5, 9, 3))
+    model.taps = Taps.on(decoder_layers(model.module, 3)[1], range(3))
+    model.losses(batch)
+    found = model.taps.take()
+    module = loader.model_class(files).from_pretrained(files.path).eval()
+    start = 0
+    for row, length in enumerate(batch.lengths):
+        ids = batch.ids[start : start + length][None]
+        with torch.no_grad():
+            whole = module(input_ids=ids, output_hidden_states=True).hidden_states
+        start += length
+        # The last of them is after the final norm, in most families.
+        for block in range(2):
+            expected = unit(whole[block + 1][0, -1:])
+            assert torch.allclose(found[block][row], expected[0], atol=1e-4), (family, block)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "roberta"])
+def test_with_a_probe_later_blocks_are_neither_run_nor_trained(family, tmp_path):
+    files, model = small_model(tmp_path, family, "lowrank+norms")
+    prefix, layers = decoder_layers(model.module, 3)
+    ran: list[int] = []
+    for number, layer in enumerate(layers):
+        layer.register_forward_hook(lambda *given, number=number: ran.append(number))
+    probe = LinearProbe((0, 1), torch.randn(2, 2, files.shape.hidden), torch.zeros(2))
+    before = set(model.store.trainables)
+    attach(model, 3, probe)
+    losses, predicted = model.losses(batch_of((4, 6)))
+    assert ran == [0, 1] and losses.shape == predicted.shape == (1, 2)
+    left = set(model.store.trainables)
+    assert left < before and all(f"{prefix}.2." not in name for name in left)
+    assert {n for n in before if f"{prefix}.0." in n or f"{prefix}.1." in n} <= left
+    assert all(n.startswith(prefix) or "emb" in n for n in left)
+
+
+def test_a_probe_of_a_larger_model_is_refused(tmp_path):
+    _, model = small_model(tmp_path, "llama")
+    with pytest.raises(EdgezoError, match="block 7, but the model has 3"):
+        attach(model, 3, LinearProbe((7,), torch.zeros(1, 2, 16), torch.zeros(2)))
+
+
+def test_the_lower_third_of_the_blocks_is_not_looked_at():
+    assert candidates(30) == tuple(range(10, 30))
+    assert candidates(1) == (0,) and candidates(2) == (0, 1)
+
+
+# ---------------------------------------------------------------------------------------------
+# In a run
+
+
+def run_of(bench, out: Path, kind: str = "label", **changes: Any) -> dict[str, Any]:
+    return finetune(make_config(bench.settings(kind, out=str(out), **changes)))
+
+
+def of_evaluation(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: found[name] for name in ("metric", "value", "n", "loss")}
+
+
+def test_a_run_with_a_probe_is_evaluated_replayed_and_resumed_as_one_run(
+    bench, edgezo_json, tmp_path
+):
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    summary = run_of(bench, run, train="lowrank+probe", steps=6)
+    assert summary["trained"] == "lowrank+probe" and summary["steps"] == 6
+    probe = summary["probe"]
+    assert probe["used"] and probe["rows"] == 24 and probe["blocks"] == [0]
+    code, found = edgezo_json("eval", "--model", run)
+    assert code == 0 and of_evaluation(found) == of_evaluation(summary["eval_after"])
+    code, replayed = edgezo_json("replay", run, "--out", copy)
+    assert code == 0 and replayed["trained_sha256"] == summary["trained_sha256"]
+    code, found = edgezo_json("eval", "--model", copy)
+    assert code == 0 and of_evaluation(found) == of_evaluation(summary["eval_after"])
+    code, again = edgezo_json("finetune", "--resume", "--out", run)
+    assert code == 0 and again == json.loads((run / "summary.json").read_text())
+    assert not (run / "probe.states").exists()
+
+
+def test_a_probe_alone_is_fitted_to_as_many_rows_as_steps_say_and_takes_no_step(
+    bench, edgezo_json, tmp_path
+):
+    run = tmp_path / "run"
+    summary = run_of(bench, run, train="probe", steps=5)
+    assert summary["steps"] == 0 and summary["probe"]["rows"] == 20
+    assert summary["train_s"] >= summary["probe"]["fit_s"] > 0
+    before = (run / "summary.json").read_text()
+    code, again = edgezo_json("finetune", "--resume", "--out", run)
+    assert code == 0 and again == json.loads(before)
+    code, found = edgezo_json("eval", "--model", run)
+    assert code == 0 and of_evaluation(found) == of_evaluation(summary["eval_after"])
+    code, found = edgezo_json("replay", run, "--out", tmp_path / "copy")
+    assert code == 0 and found["trained_sha256"] == summary["trained_sha256"]
+
+
+def test_every_row_is_shown_once_however_many_steps_there_are(bench, tmp_path):
+    assert run_of(bench, tmp_path / "run", train="probe", steps=500)["probe"]["rows"] == 36
+
+
+def test_a_probe_that_predicts_worse_than_the_label_words_is_left_out(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr("edgezo.run.readout_pass.fit", _useless)
+    summary = run_of(bench, tmp_path / "run", train="lowrank+head+probe")
+    assert not summary["probe"]["used"] and summary["trained"] == "lowrank+head"
+    assert (tmp_path / "run" / "head.safetensors").exists()
+    alone = run_of(bench, tmp_path / "alone", train="lowrank+probe")
+    assert alone["probe"]["used"]
+
+
+def _useless(*given: Any) -> Any:
+    return fit(*given)._replace(loss=99.0)
+
+
+def test_rows_without_classes_are_trained_by_the_head(bench, tmp_path):
+    summary = run_of(bench, tmp_path / "run", "completion", train="lowrank+head+probe")
+    assert summary["trained"] == "lowrank+head" and "probe" not in summary
+    with pytest.raises(UsageError, match="tells classes apart"):
+        run_of(bench, tmp_path / "alone", "text", train="probe")
+
+
+def test_a_probe_beside_full_weights_is_refused(bench):
+    with pytest.raises(UsageError, match="reads the blocks alone"):
+        make_config(bench.settings(train="full+probe"))
+
+
+def test_micro_batches_show_the_same_states_up_to_rounding(bench, tmp_path):
+    found = [
+        run_of(bench, tmp_path / f"{size}", train="probe", micro_batch=size) for size in (1, 4)
+    ]
+    files = [load_file(tmp_path / f"{size}" / "probe.safetensors") for size in (1, 4)]
+    assert found[0]["probe"]["rows"] == found[1]["probe"]["rows"]
+    assert torch.allclose(files[0]["probe.weight"], files[1]["probe.weight"], rtol=0.05, atol=0.05)
+
+
+def test_a_lost_or_damaged_probe_is_named_and_nothing_is_computed_with_another(
+    bench, edgezo_json, tmp_path
+):
+    run = tmp_path / "run"
+    run_of(bench, run, train="lowrank+probe")
+    file = run / "probe.safetensors"
+    whole = file.read_bytes()
+    (run / "summary.json").unlink()
+    for damage in (None, whole[: len(whole) // 2], b"garbage"):
+        file.unlink()
+        if damage is not None:
+            file.write_bytes(damage)
+        commands = [("eval", "--model", run), ("finetune", "--resume", "--out", run)]
+        commands.append(("replay", run, "--out", tmp_path / "copy"))
+        for command in commands:
+            code, found = edgezo_json(*command)
+            assert code == 1 and "probe.safetensors" in found["error"]
+        file.write_bytes(whole)
+    assert edgezo_json("finetune", "--resume", "--out", run)[0] == 0

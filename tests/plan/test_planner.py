@@ -1,0 +1,389 @@
+"""The plan: itemised, honest about the cap, monotone, and computed without weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgezo.errors import DoesNotFit
+from edgezo.network.cards import Shape, cards
+from edgezo.plan import calibration, planner
+from edgezo.plan.budget import default_budget, mb
+from edgezo.plan.plan import Decision, Plan, PlanDoesNotFit
+from edgezo.plan.planner import FIRST_ORDER_STEPS, PRECISIONS_TRIED, make_plan
+from edgezo.plan.request import RunConfig, make_config
+from edgezo.plan.shapes import MatrixShape, ModelShape, TokenStats
+
+MB = 1_000_000
+SMOL = "smollm2-135m-instruct"
+SST2 = TokenStats("label", (70, 69, 66, *[60] * 61), 1, 2)
+MACHINE = SimpleNamespace(
+    total_bytes=8000 * MB,
+    available_bytes=6000 * MB,
+    cores=2,
+    bf16_fast=False,
+    flops_s=1.5e11,
+    bf16_flops_s=3e11,
+    c_kernels=True,
+    gpu=None,
+)
+FAST = SimpleNamespace(**{**vars(MACHINE), "bf16_fast": True})
+
+
+def request(**said: object) -> RunConfig:
+    return make_config({"model": SMOL, "task": "sst2", **said})
+
+
+def plan(tokens: TokenStats | None = SST2, machine: object = MACHINE, **said: object) -> Plan:
+    return make_plan(cards()[SMOL], request(**said), machine, tokens)
+
+
+def item(found: Plan, name: str) -> int:
+    return sum(i.bytes for i in found.items if i.name == name)
+
+
+def test_thin_products_are_not_compiled_where_there_are_c_kernels():
+    without = SimpleNamespace(**{**vars(FAST), "c_kernels": False})
+
+    def compiled(machine: object, **said: object) -> int:
+        found = plan(machine=machine, max_mem_bytes=1500 * MB, precision="bf16", **said)
+        return next(item.bytes for item in found.items if item.name == "compiled products")
+
+    for train in ("lowrank", "full"):
+        assert compiled(FAST, train=train) < compiled(without, train=train)
+    wide = {"train": "lowrank", "rank": 80}  # more than the kernels take
+    assert compiled(FAST, **wide) == compiled(without, **wide)
+
+
+def test_every_matrix_of_a_card_is_counted_once():
+    for card in cards().values():
+        shape = ModelShape.of(card, card.name)
+        matrices = sum(m.numel for m in (*shape.matrices, *shape.tables))
+        assert matrices + shape.vector_elements == card.parameters
+        assert 0 < shape.vector_elements < card.parameters / 100
+
+
+def test_the_peak_is_the_permanent_items_and_the_largest_phase():
+    found = plan(max_mem_bytes=2000 * MB)
+    sums = {phase: 0 for phase in ("always", *calibration.PHASES)}
+    for i in found.items:
+        assert i.bytes >= 0 and i.reason
+        sums[i.phase] += i.bytes
+    assert found.planned_peak_bytes == sums["always"] + max(
+        sums[phase] for phase in calibration.PHASES
+    )
+    assert found.load_peak_bytes == sums["always"] + sums["load"]
+
+
+def test_weights_take_what_their_store_takes():
+    n = 106_168_320  # weights in the linears of SmolLM2-135M
+    table, rows = 49_152 * 576, 30 * (576 + 192 + 192 + 576 + 1536 + 1536 + 576)
+    cap = 4000 * MB
+    assert item(plan(precision="fp32", max_mem_bytes=cap), "linear weights") == 4 * n
+    assert item(plan(precision="bf16", max_mem_bytes=cap), "linear weights") == 2 * n
+    assert item(plan(precision="int8", max_mem_bytes=cap), "linear weights") == n + 4 * rows
+    assert item(plan(precision="int4", max_mem_bytes=cap), "embedding") == table + 4 * 49_152
+    # rows fall into groups of 32, each with an fp32 scale and shift
+    groups = n // 32
+    assert item(plan(precision="int4", max_mem_bytes=cap), "linear weights") == n // 2 + 8 * groups
+
+
+def test_stored_bytes_are_those_of_the_layouts():
+    import torch
+
+    from edgezo.weights.layouts import place
+
+    for rows, cols in ((6, 576), (7, 128), (10, 50)):
+        weight = torch.randn(rows, cols)
+        for precision in ("fp32", "bf16", "fp16", "int8", "int4"):
+            layout = place(weight, precision, table=False, rounding=None, trained=False)
+            assert layout.nbytes() == MatrixShape("w", rows, cols).stored_bytes(precision)
+
+
+def test_full_weights_with_the_low_plane_take_one_more_byte_each():
+    stochastic = plan(train="full", rounding="stochastic", max_mem_bytes=4000 * MB)
+    plane = plan(train="full", max_mem_bytes=4000 * MB)
+    assert (plane.precision, plane.rounding, stochastic.rounding) == ("bf16", "plane", "stochastic")
+    more = item(plane, "linear weights") - item(stochastic, "linear weights")
+    assert more == 106_168_320
+
+
+def test_weights_in_the_compute_dtype_are_read_as_they_are():
+    names = {i.name for i in plan(machine=FAST, precision="bf16", max_mem_bytes=4000 * MB).items}
+    assert "expanded weights" not in names
+    assert item(plan(precision="bf16", max_mem_bytes=4000 * MB), "expanded weights") > 0
+
+
+def test_longer_and_more_examples_take_more_activations():
+    sizes = [
+        item(plan(TokenStats("label", (n,), 1, 2), max_mem_bytes=90_000 * MB), "activations")
+        for n in (10, 20, 80, 160)
+    ]
+    assert sizes[0] < sizes[1] < 2.6 * sizes[0], "in proportion, but for what the heap keeps"
+    assert sizes[1] < sizes[2] == sizes[3] <= calibration.REUSED_BYTES, "a batch runs in pieces"
+
+
+def test_pieces_of_a_micro_batch_are_the_same_wherever_the_weights_are():
+    long = TokenStats("label", (300,), 1, 2)
+    found = plan(long, max_mem_bytes=4000 * MB)
+    assert found.most_tokens is not None and found.most_tokens < 16 * 300
+    assert not found.maps and "a piece of 16 examples" in str(found.items)
+    away = plan(long, max_mem_bytes=4000 * MB, residency="disk")
+    assert away.most_tokens == found.most_tokens, "so that losses have the same bits"
+    one = plan(TokenStats("label", (2000,), 1, 2), max_mem_bytes=4000 * MB)
+    assert one.maps, "an example is not split"
+
+
+def test_lengths_of_the_data_bound_the_longest_micro_batch():
+    assert SST2.longest(2) == 139
+    assert SST2.longest(100) == sum(SST2.tokens) + 36 * 70
+    rows = SimpleNamespace(ids=(1, 2, 3), score_at=(2,))
+    example = SimpleNamespace(rows=(rows, rows), label=0)
+    data = SimpleNamespace(
+        kind="choice", train=(example,), validation=(), label_ids=(), generation=None
+    )
+    assert TokenStats.of(data) == TokenStats("choice", (6,), 2, 0, 6.0, examples=1)
+
+
+@pytest.mark.parametrize("cap", [650, 1000, 2000, 6000, 40_000])
+def test_the_largest_card_fits_and_no_larger_one_does(cap):
+    cfg = request(max_mem_bytes=cap * MB, max_length=128)
+    causal = [card for card in cards().values() if card.kind == "causal"]
+    found = planner.largest_card(causal, cfg, MACHINE)
+    assert found is not None and found.planned_peak_bytes <= cap * MB
+    own = next(card for card in causal if card.name == found.model)
+    for card in causal:
+        if card.parameters > own.parameters:
+            with pytest.raises(PlanDoesNotFit):
+                make_plan(card, replace(cfg, model=card.name, residency="resident"), MACHINE)
+    assert planner.largest_card(causal, request(max_mem_bytes=MB), MACHINE) is None
+
+
+def test_the_time_of_a_step_follows_batch_tokens_and_speed():
+    cap = 9000 * MB
+    one = plan(TokenStats("label", (64,), 1, 2, 20.0), max_mem_bytes=cap)
+    # 2 operations x 106,168,320 weights x 20 tokens x 16 examples x 2 sides at 60 % of 150 GFLOP/s
+    assert one.step_s == pytest.approx(2 * 106_168_320 * 20 * 32 / 0.6e11)
+    assert plan(TokenStats("label", (64,), 1, 2, 40.0), max_mem_bytes=cap).step_s == 2 * one.step_s
+    twice = SimpleNamespace(**{**vars(MACHINE), "flops_s": 3e11})
+    assert (
+        plan(TokenStats("label", (64,), 1, 2, 20.0), twice, max_mem_bytes=cap).step_s
+        == one.step_s / 2
+    )
+
+
+def test_without_data_rows_of_max_length_are_assumed_and_said():
+    found = plan(None, max_length=256, max_mem_bytes=4000 * MB)
+    reason = next(i.reason for i in found.items if i.name == "activations")
+    assert "--max-length" in reason and f"{2 * 256 * 16:,}" in reason
+
+
+def test_a_refusal_names_the_number_the_items_and_a_budget_that_works():
+    with pytest.raises(PlanDoesNotFit) as caught:
+        plan(precision="bf16", residency="resident", max_mem_bytes=600 * MB)
+    error = caught.value
+    assert isinstance(error, DoesNotFit) and error.exit_code == 3
+    text = str(error)
+    assert "600MB" in text and "linear weights" in text and "--precision int4 would need" in text
+    smallest = mb(error.smallest_bytes)
+    assert f"--max-mem {smallest}" in text
+    fits = plan(precision="bf16", residency="resident", max_mem_bytes=smallest)
+    assert f"--precision bf16 --micro-batch {fits.micro_batch}" in text
+    assert fits.smallest_flags in text
+    with pytest.raises(PlanDoesNotFit):
+        plan(precision="bf16", residency="resident", max_mem_bytes=error.smallest_bytes - 1)
+
+
+def test_a_cap_below_the_process_says_so():
+    with pytest.raises(PlanDoesNotFit, match="The process alone takes 380MB"):
+        plan(max_mem_bytes=100 * MB)
+
+
+def test_a_measured_process_replaces_the_constant():
+    cfg = request(max_mem_bytes=900 * MB)
+    found = make_plan(cards()[SMOL], cfg, MACHINE, SST2, base_bytes=371 * MB)
+    assert item(found, "base process") == 371 * MB
+
+
+@given(
+    low=st.integers(100, 4000),
+    more=st.integers(0, 4000),
+    train=st.sampled_from(["lowrank+head", "full", "norms", "scales+head"]),
+    length=st.integers(8, 2048),
+)
+@settings(deadline=None, max_examples=80)
+def test_more_memory_never_gives_less(low, more, train, length):
+    """Precision first, then micro-batch; a plan stays under its cap and above the smallest."""
+    tokens = TokenStats("completion", (length,), length, 0)
+
+    def rank(cap: int) -> tuple[int, int]:
+        try:
+            found = plan(tokens, train=train, max_mem_bytes=cap * MB)
+        except PlanDoesNotFit as error:
+            assert error.smallest_bytes > cap * MB
+            return (-1, 0)
+        assert found.smallest_bytes <= found.planned_peak_bytes <= cap * MB
+        assert found.micro_batch <= found.batch_size
+        precision = len(PRECISIONS_TRIED) - PRECISIONS_TRIED.index(found.precision)
+        return (precision, found.residency == "resident", found.micro_batch)
+
+    assert rank(low) <= rank(low + more)
+
+
+@given(heads=st.integers(1, 8), kv=st.integers(1, 8), layers=st.integers(1, 4), tied=st.booleans())
+@settings(deadline=None)
+def test_any_shape_can_be_planned(heads, kv, layers, tied):
+    shape = Shape(
+        layers=layers,
+        hidden=32,
+        intermediate=48,
+        heads=heads,
+        kv_heads=kv,
+        head_dim=8,
+        vocab=101,
+        max_positions=64,
+        tied=tied,
+    )
+    found = make_plan(shape, request(max_mem_bytes=8000 * MB), MACHINE, SST2)
+    assert found.precision == "bf16" and found.micro_batch == found.batch_size
+
+
+def test_every_decision_has_a_reason_and_settles_the_request():
+    found = plan(max_mem_bytes=650 * MB)
+    assert all(d.reason for d in found.decisions)
+    settled = found.settle(request(max_mem_bytes=650 * MB))
+    assert settled.precision == found.precision == "int8"
+    assert settled.batch_size == 16 and settled.micro_batch == found.micro_batch
+    again = make_plan(cards()[SMOL], settled, MACHINE, SST2)
+    assert again.items == found.items
+    assert found.to_dict()["planned_peak_bytes"] == found.planned_peak_bytes
+
+
+def test_what_was_asked_for_is_not_overruled():
+    found = plan(precision="int4", batch_size=6, micro_batch=5, max_mem_bytes=4000 * MB)
+    assert (found.precision, found.batch_size, found.micro_batch) == ("int4", 6, 5)
+
+
+def test_a_parameter_is_trained_or_frozen_and_listed():
+    default = plan(max_mem_bytes=2000 * MB)
+    assert any("low-rank" in name for name in default.trained)
+    assert any("embedding" in name for name in default.frozen)
+    full = plan(train="full", max_mem_bytes=2000 * MB)
+    assert full.frozen == () and any("embedding" in name for name in full.trained)
+    norms = plan(train="norms", max_mem_bytes=2000 * MB)
+    assert norms.trained == ("norms and biases (35,136 values)",)
+
+
+@given(total=st.integers(1, 10**13), share=st.floats(0, 1))
+def test_the_default_budget_leaves_room_and_is_never_more_than_there_is(total, share):
+    free = int(total * share)
+    budget, reason = default_budget(SimpleNamespace(total_bytes=total, available_bytes=free))
+    assert free // 2 <= budget <= free * 0.8 + 1
+    assert "--max-mem not given" in reason
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights on disk
+
+
+def test_disk_is_used_only_where_memory_is_too_small_and_keeps_what_fits():
+    asked = {"precision": "bf16", "train": "full", "micro_batch": 16}
+    resident = plan(**asked, max_mem_bytes=2000 * MB)
+    assert (resident.residency, resident.disk_bytes) == ("resident", 0)
+    least = plan(**asked, residency="disk", max_mem_bytes=2000 * MB)
+    assert least.blocks_on_disk == 30
+    previous = 31
+    for cap in range(least.planned_peak_bytes, resident.planned_peak_bytes, 10 * MB):
+        found = plan(**asked, max_mem_bytes=cap)
+        assert found.residency == "disk" and found.planned_peak_bytes <= cap
+        assert found.blocks_on_disk <= previous, "more memory never sends more to disk"
+        previous = found.blocks_on_disk
+    assert previous < 10
+
+
+def test_the_overlay_holds_every_weight_with_its_plane():
+    found = plan(precision="bf16", train="full", residency="disk", max_mem_bytes=2000 * MB)
+    weights = 106_168_320 + 49152 * 576
+    assert 3 * weights < found.disk_bytes < 3 * weights + 3 * MB
+    frozen = plan(precision="int8", train="lowrank", residency="disk", max_mem_bytes=2000 * MB)
+    assert weights < frozen.disk_bytes < 1.01 * weights + 3 * MB
+
+
+def test_a_model_much_larger_than_the_cap_has_a_plan_from_disk():
+    found = make_plan(
+        cards()["smollm2-1.7b-instruct"],
+        request(train="full", precision="bf16", max_mem_bytes=1100 * MB),
+        MACHINE,
+        SST2,
+    )
+    assert found.residency == "disk"
+    with pytest.raises(PlanDoesNotFit, match="--residency disk"):
+        make_plan(
+            cards()["smollm2-1.7b-instruct"],
+            request(train="full", precision="bf16", residency="resident", max_mem_bytes=1100 * MB),
+            MACHINE,
+            SST2,
+        )
+
+
+def test_the_largest_card_is_one_that_stays_in_memory():
+    found = planner.largest_card(cards().values(), request(max_mem_bytes=900 * MB), MACHINE)
+    assert found is not None and found.residency == "resident"
+
+
+def test_first_order_lora_is_named_where_it_fits():
+    def decision(cap: int) -> Decision:
+        found = plan(max_mem_bytes=cap)
+        return next(d for d in found.decisions if d.name == "first-order LoRA")
+
+    tight, wide = decision(600 * MB), decision(900 * MB)
+    assert "does not fit" in tight.reason and "as people write it" in tight.reason
+    assert "fits with --estimator lora" in wide.reason
+    needed = plan(estimator="lora", max_mem_bytes=900 * MB).planned_peak_bytes
+    assert wide.value == mb(needed)
+
+
+def test_auto_takes_first_order_lora_where_it_fits_and_says_why():
+    def chosen(machine: object = MACHINE, **said: object) -> tuple[str, str, RunConfig]:
+        found = plan(machine=machine, estimator="auto", **said)
+        reason = next(d.reason for d in found.decisions if d.name == "estimator")
+        return found.estimator, reason, found.settle(request(estimator="auto", **said))
+
+    estimator, reason, settled = chosen(max_mem_bytes=900 * MB)
+    assert estimator == settled.estimator == "lora" and settled.train == ("lora",)
+    assert settled.step == request(estimator="lora").step and "first-order, and fits" in reason
+    few = {"max_mem_bytes": 900 * MB, "steps": FIRST_ORDER_STEPS - 1}
+    estimator, reason, settled = chosen(**few)
+    assert estimator == "grzo" and "a linear probe is better than its first 99 steps" in reason
+    assert settled == plan(**few).settle(request(**few))
+    step_s = plan(estimator="lora", residency="resident", max_mem_bytes=900 * MB).step_s
+    for steps, wanted in ((FIRST_ORDER_STEPS - 1, "grzo"), (FIRST_ORDER_STEPS + 1, "lora")):
+        timed = {"max_mem_bytes": 900 * MB, "for_s": steps * step_s, "steps": None}
+        assert chosen(**timed)[0] == wanted
+    estimator, reason, _ = chosen(max_mem_bytes=900 * MB, objective="accuracy")
+    assert estimator == "grzo" and "a score of predictions (accuracy) has no gradient" in reason
+    text = replace(SST2, kind="text", label_words=0)
+    assert plan(text, estimator="auto", **few).estimator == "lora"  # nothing to classify
+    resident = plan(estimator="lora", residency="resident", max_mem_bytes=900 * MB)
+    least = resident.smallest_bytes
+    estimator, reason, settled = chosen(max_mem_bytes=least - 5 * MB)
+    assert settled == plan(max_mem_bytes=least - 5 * MB).settle(
+        request(max_mem_bytes=least - 5 * MB)
+    )
+    assert estimator == "grzo" and mb(least) in reason
+    gpu = SimpleNamespace(name="a GPU", total_bytes=9000 * MB, available_bytes=9000 * MB)
+    with_gpu = SimpleNamespace(**{**vars(MACHINE), "gpu": gpu})
+    assert chosen(machine=with_gpu, max_mem_bytes=4000 * MB)[0] == "grzo"
+
+
+def test_lora_takes_what_it_keeps_of_every_block_and_nothing_of_the_size_of_the_model():
+    found = plan(estimator="lora", precision="int8", max_mem_bytes=900 * MB)
+    again = plan(estimator="lora", precision="int8", rank=16, max_mem_bytes=900 * MB)
+    assert item(again, "adapters") == 2 * item(found, "adapters") == 16 * 16 * 30 * (5184 + 4992)
+    assert found.most_tokens is not None and found.reused_tokens == 0
+    forward_only = plan(precision="int8", max_mem_bytes=900 * MB)
+    assert found.planned_peak_bytes < 1.25 * forward_only.planned_peak_bytes

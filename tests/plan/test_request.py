@@ -1,0 +1,234 @@
+"""Requests: merging, validation, and the two written forms."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgezo.errors import UsageError
+from edgezo.plan import fields
+from edgezo.plan import request as config
+from edgezo.plan.fields import FIELDS, parse_duration
+from edgezo.plan.request import RunConfig, from_toml, make_config
+from edgezo.zo import presets
+from edgezo.zo.presets import PRESETS
+
+BASE = {"model": "m", "task": "sst2"}
+
+
+def problems_of(*layers: dict, **options: bool) -> str:
+    with pytest.raises(UsageError) as caught:
+        make_config(*layers, **options)
+    return "\n".join(caught.value.problems)
+
+
+def test_every_field_of_a_request_has_a_law_and_a_flag():
+    assert list(FIELDS) == [field.name for field in dataclasses.fields(RunConfig)]
+    assert fields.flag("max_mem_bytes") == "--max-mem"
+    assert fields.flag("micro_batch") == "--micro-batch"
+
+
+def test_defaults_train_low_rank_factors_and_the_head_by_grzo_with_signs():
+    cfg = make_config(BASE)
+    assert (cfg.estimator, cfg.directions) == ("grzo", "signs")
+    assert cfg.train == ("lowrank", "head", "probe")
+    assert cfg.steps == fields.DEFAULT_STEPS
+    assert cfg.precision is None and cfg.batch_size is None and cfg.max_mem_bytes is None
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_row_of_the_table_is_a_request_that_means_something(name):
+    row, base = PRESETS[name], {**BASE, "estimator": name}
+    base |= {"finetuner": "f"} if row.mask == "block" else {}
+    cfg = make_config(base)
+    for field in fields.OF_PRESET:
+        assert getattr(cfg, field) == getattr(row, field)
+    of_matrices = row.mask == "sparse" or presets.DIRECTIONS[row.directions].guided
+    other = {} if of_matrices else {"train": "scales+norms"}
+    assert make_config({}, {**base, **other}).estimator == name
+
+
+def test_choices_by_hand_make_the_row_that_has_a_name():
+    by_hand = {"directions": "shared", "credit": "mean"}
+    cfg, mezo = make_config({**BASE, **by_hand}), make_config({**BASE, "estimator": "mezo"})
+    for field in fields.OF_PRESET:
+        assert getattr(cfg, field) == getattr(mezo, field)
+
+
+def test_a_configuration_of_an_earlier_version_is_completed_by_its_row():
+    saved = make_config({**BASE, "estimator": "mezo"}).to_dict()
+    new = ("mask", "credit", "rule", "keep", "refresh", "candidates")
+    old = {k: v for k, v in saved.items() if k not in new}
+    assert config.completed(old) == saved
+    assert make_config({}, old).to_dict() == saved
+
+
+def test_higher_layers_win_and_none_means_not_said():
+    cfg = make_config({**BASE, "rank": None, "seed": 3}, {"rank": 4, "seed": 5}, {"rank": 16})
+    assert (cfg.rank, cfg.seed) == (4, 3)
+
+
+def test_a_higher_layer_replaces_the_lower_layers_alternative():
+    cfg = make_config({"model": "m", "data": "d.jsonl", "for_s": "90s"}, {"task": "x", "steps": 5})
+    assert (cfg.data, cfg.task, cfg.steps, cfg.for_s) == ("d.jsonl", None, None, 90.0)
+
+
+def test_all_problems_are_reported_together():
+    text = problems_of(
+        {"data": "d", "task": "t", "steps": "zero", "sigma": -1, "precision": "int3", "modle": "m"}
+    )
+    for part in (
+        "--model is missing",
+        "exclude each other",
+        "--steps",
+        "--sigma",
+        "int3",
+        "'model'",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"directions": "shared"}, "one direction per example"),
+        ({"estimator": "mezo", "directions": "signs"}, "one direction for the whole batch"),
+        ({"credit": "mean"}, "one direction for the whole batch"),
+        ({"estimator": "mezo", "credit": "group"}, "--credit group: it compares one direction"),
+        ({"mask": "sparse"}, "--train full"),
+        ({"mask": "quantized"}, "every grid already"),
+        ({"mask": "hessian"}, "along one direction of the whole batch"),
+        ({"rule": "centred"}, "two halves of ZO-AdaMU"),
+        ({"directions": "lowrank", "rule": "adam"}, "second moments cannot follow"),
+        ({"keep": 0.5}, "no effect"),
+        ({"refresh": 5}, "no effect"),
+        ({"candidates": 5}, "no effect"),
+        ({"train": "full", "rule": "adam", "residency": "disk"}, "beside the weights"),
+        ({"train": "full", "precision": "int4"}, "codes are frozen"),
+        (
+            {"estimator": "quzo", "precision": "int8", "rounding": "plane"},
+            "use --rounding stochastic",
+        ),
+        ({"train": "full", "precision": "bf16", "rounding": "anchored"}, "needs --precision int8"),
+        ({"train": "full", "precision": "int8", "residency": "disk"}, "stay in memory"),
+        (
+            {"train": "full", "precision": "int8", "rounding": "anchored", "rule": "momentum"},
+            "state of --rule momentum",
+        ),
+        (
+            {"estimator": "agzo", "precision": "int8", "rounding": "anchored"},
+            "no journal has --directions activation-shared",
+        ),
+        (
+            {"estimator": "quzo", "precision": "int8", "rounding": "anchored"},
+            "depends on the codes",
+        ),
+        ({"train": "full+lowrank"}, "already hold"),
+        ({"train": "full", "rounding": "plane", "precision": "fp32"}, "exact"),
+        ({"rounding": "plane"}, "--train full"),
+        ({"batch_size": 4, "micro_batch": 8}, "more than --batch-size 4"),
+        ({"steps": 5, "for_s": 5}, "exclude each other"),
+        ({"train": "head", "sigma": 0.01}, "perturbs nothing"),
+        ({"train": "full", "rank": 4}, "no effect"),
+        ({"train": "lowrank", "head_lr": 0.01}, "no effect"),
+        ({"train": "lowrank+tail"}, "'tail' is not one of"),
+        ({"max_mem_bytes": "12 bananas"}, "--max-mem"),
+        ({"seed": 1.5}, "whole number"),
+        ({"profile": "yes"}, "true or false"),
+        ({"step": "nan"}, "finite"),
+    ],
+)
+def test_meaningless_requests_are_refused_with_the_reason(said, reason):
+    assert reason in problems_of({**BASE, **said})
+
+
+def test_two_roundings_are_for_a_plane_below_dense_weights_too():
+    said = {**BASE, "estimator": "quzo", "precision": "bf16", "rounding": "plane"}
+    # What such a run's own file says when it is resumed.
+    assert make_config(said).rounding == "plane"
+
+
+def test_what_a_lower_layer_says_in_vain_is_ignored():
+    assert make_config({**BASE, "train": "full"}, {"rank": 4}).train == ("full",)
+
+
+def test_parts_to_train_have_one_order_and_no_repeats():
+    assert make_config({**BASE, "train": "head+lowrank+head"}).train == ("lowrank", "head")
+
+
+def test_a_plan_needs_no_data_but_a_model():
+    assert make_config({"model": "m"}, need_data=False).task is None
+    assert "--data or --task" in problems_of({"model": "m"})
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("120s", 120), ("1.5 m", 90), (" 2h", 7200), (".5s", 0.5)]
+)
+def test_durations_are_read_as_people_write_them(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@given(st.text(max_size=12))
+def test_a_duration_is_read_or_refused_but_never_crashes(text):
+    try:
+        assert parse_duration(text) >= 0
+    except ValueError as error:
+        assert "120s" in str(error)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "seed": st.integers(0, 2**63 - 1),
+            "steps": st.integers(1, 10**6),
+            "rank": st.integers(1, 256),
+            "sigma": st.floats(1e-9, 1.0),
+            "step": st.floats(1e-12, 1e6),
+            "weight_decay": st.floats(0, 1),
+            "batch_size": st.integers(1, 1024),
+            "template": st.text(min_size=1).filter(str.strip),
+            "max_mem_bytes": st.integers(1, 10**15),
+            "threads": st.integers(1, 64),
+        },
+    )
+)
+def test_a_request_survives_toml_and_its_json_is_canonical(said):
+    cfg = make_config({}, {**BASE, **said})
+    assert from_toml(cfg.to_toml()) == cfg
+    text = cfg.canonical_json()
+    assert list(json.loads(text)) == sorted(FIELDS)
+    assert from_toml(cfg.to_toml()).canonical_json() == text
+
+
+def test_a_file_may_use_the_flags_spelling():
+    layer = config.parse_toml('model = "m"\ntask = "t"\nmax-mem = "2GB"\nfor = "10m"', "x")
+    cfg = make_config({}, layer)
+    assert (cfg.max_mem_bytes, cfg.for_s) == (2_000_000_000, 600.0)
+
+
+def test_a_file_that_is_no_toml_is_named_with_the_place(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text("model = \n")
+    with pytest.raises(UsageError, match=r"a\.toml is not valid TOML.*line 1"):
+        config.read_toml(path)
+    with pytest.raises(UsageError, match="no_such"):
+        config.read_toml(tmp_path / "no_such.toml")
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="UTF-8"):
+        config.read_toml(path)
+
+
+def test_config_planner_and_footprint_import_nothing_heavy():
+    code = (
+        "import sys, edgezo.plan.request, edgezo.plan.planner, edgezo.plan.footprint\n"
+        "bad = {'torch', 'transformers', 'psutil', 'click', 'numpy', 'rich'} & set(sys.modules)\n"
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
