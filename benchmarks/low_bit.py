@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgezo.machine.limits import tiles
 from edgezo.network import cards
 from edgezo.network.assemble import ModelSpec, assemble
 from edgezo.network.loader import ModelFiles, open_model
@@ -32,9 +33,10 @@ from edgezo.run.directory import RunFiles
 from edgezo.run.journal import StepRecord, open_journal
 from edgezo.run.session import recipe_of
 from edgezo.run.train import finetune
-from edgezo.weights.layouts import Int8, tiles
+from edgezo.weights.layouts import Int8
 from edgezo.weights.store import WeightStore
-from edgezo.zo.credit import Recipe, schedule
+from edgezo.zo.credit import schedule
+from edgezo.zo.recipe import Recipe
 
 LABELS, TOKENS = (28, 253), 40
 

@@ -25,11 +25,12 @@ from transformers.pytorch_utils import Conv1D
 
 from edgezo.data.batches import Example, Row
 from edgezo.network.model import Model
-from edgezo.weights.store import Trainable, WeightStore
+from edgezo.weights.store import WeightStore
+from edgezo.weights.trainable import Trainable
 from edgezo.zo import noise
-from edgezo.zo.credit import Recipe
 from edgezo.zo.directions import Target
 from edgezo.zo.noise import Key
+from edgezo.zo.recipe import Recipe
 
 # ----------------------------------------------------------------------------- noise
 

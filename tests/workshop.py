@@ -24,9 +24,9 @@ from edgezo.network.assemble import ModelSpec, assemble
 from edgezo.network.loader import open_model
 from edgezo.network.model import Model
 from edgezo.weights import layouts
-from edgezo.zo.credit import Recipe
 from edgezo.zo.directions import DIRECTIONS, Directions
 from edgezo.zo.noise import Key, exact_grid
+from edgezo.zo.recipe import Recipe
 
 LABEL_IDS = (7, 31, 200)
 MASK_ID = 3

@@ -39,7 +39,8 @@ from edgezo.bench.accuracy_baselines import Request
 from edgezo.bench.memory import write_results
 from edgezo.data.tasks import TASKS
 from edgezo.errors import EdgezoError, UsageError
-from edgezo.plan.fields import MOST_PROBE_ROWS, flag
+from edgezo.machine.limits import MOST_PROBE_ROWS
+from edgezo.plan.fields import flag
 from edgezo.plan.request import RunConfig, make_config
 
 Settings = dict[str, Any]

@@ -162,8 +162,7 @@ def run(said: Mapping[str, Any], out: Path) -> dict[str, Any]:
         **meter.summary(),
         "peak_rss_bytes": peak_rss_bytes(),
     }
-    from edgezo.cli.report import to_json
-    from edgezo.machine.files import atomic_write
+    from edgezo.machine.files import atomic_write, to_json
 
     atomic_write(out / "summary.json", (to_json(summary) + "\n").encode())
     return summary

@@ -36,11 +36,13 @@ from edgezo.network.model import Model
 from edgezo.plan.request import RunConfig, make_config
 from edgezo.run.finetuner import Tuner, load_finetuner
 from edgezo.run.session import Opened, load_model, open_request, settle
-from edgezo.weights.store import Trainable, WeightStore
-from edgezo.zo.credit import Estimator, Recipe
+from edgezo.weights.store import WeightStore
+from edgezo.weights.trainable import Trainable
+from edgezo.zo.credit import Estimator
 from edgezo.zo.masks import block_of
 from edgezo.zo.noise import Key
 from edgezo.zo.presets import DIRECTIONS, EXACT, PRESETS
+from edgezo.zo.recipe import Recipe
 
 Gradient = dict[str, Tensor]  # of every trained tensor, (rows, cols) fp32
 

@@ -44,11 +44,12 @@ from edgezo.plan.shapes import ModelShape
 from edgezo.run.finetuner import Finetuner, Tuner
 from edgezo.run.journal import StepRecord
 from edgezo.run.session import Opened, load_model, open_request, read_data, recipe_of, settle
-from edgezo.weights.store import Trainable
+from edgezo.weights.trainable import Trainable
 from edgezo.zo import noise
-from edgezo.zo.credit import Estimator, Recipe
+from edgezo.zo.credit import Estimator
 from edgezo.zo.noise import Key
 from edgezo.zo.presets import EXACT, PRESETS
+from edgezo.zo.recipe import Recipe
 
 SHARINGS = ("block", "layer")
 MOMENTUM, LONGEST_GRADIENT = 0.8, 1.0  # of the trajectory

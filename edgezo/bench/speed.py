@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from edgezo.bench.alignment import plain_module, point_config
 from edgezo.bench.memory import write_results
 from edgezo.bench.memory_baselines import SIGMA, mezo_in_place
-from edgezo.cli.report import REFRESHES_PER_S, TerminalProgress
 from edgezo.data.batches import Example, Row, batch_indices, pieces
 from edgezo.data.dataset import Dataset
 from edgezo.errors import UsageError
@@ -45,12 +44,14 @@ from edgezo.network.perturb import PerturbedLinear
 from edgezo.plan.request import RunConfig
 from edgezo.run.journal import StepRecord, create_journal
 from edgezo.run.metrics_log import RunLog, step_line
+from edgezo.run.progress import LiveProgress
 from edgezo.run.session import journal_is_shaped, load_model, open_request, settle
 from edgezo.weights.layouts import DENSE_DTYPES, Layout
 from edgezo.zo import noise
-from edgezo.zo.credit import Estimator, Recipe
+from edgezo.zo.credit import Estimator
 from edgezo.zo.noise import Key
 from edgezo.zo.presets import PRESETS
+from edgezo.zo.recipe import Recipe
 
 OWN = "own"  # of --tokens: the rows as they are
 COPIED_BYTES = 256 << 20
@@ -113,6 +114,7 @@ def bench_speed(
     repeats: int = 5,
     baselines: bool = True,
     out: Path,
+    terminal: Callable[[Console], LiveProgress],
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Measure every estimator (``name`` or ``name:directions``) on every store; writes speed.json and speed.png.
@@ -139,7 +141,7 @@ def bench_speed(
     rows: list[dict[str, Any]] = []
     for size in batch_sizes:
         for length in tokens:
-            measured = _measure(subjects, plain, size, length, repeats)
+            measured = _measure(subjects, plain, size, length, repeats, terminal)
             for row in measured:
                 note(line(row))
             rows += measured
@@ -187,7 +189,12 @@ def stretched(example: Example, length: int | str) -> Example:
 
 
 def _measure(
-    subjects: Sequence[Subject], plain: Plain | None, size: int, length: int | str, repeats: int
+    subjects: Sequence[Subject],
+    plain: Plain | None,
+    size: int,
+    length: int | str,
+    repeats: int,
+    terminal: Callable[[Console], LiveProgress],
 ) -> list[dict[str, Any]]:
     """One row for each subject and baseline."""
     train = subjects[0].dataset.train
@@ -223,7 +230,7 @@ def _measure(
         row["forward_flops_per_s"] = 2 * weights * row["rows"] / row["forward_s"]
         row["share_of_bandwidth"] = subject.weight_bytes / row["forward_s"] / copied
         row["train"] = "+".join(subject.cfg.train)
-        row["bookkeeping_share"] = bookkeeping(subject.cfg, size, row["step_s"])
+        row["bookkeeping_share"] = bookkeeping(subject.cfg, size, row["step_s"], terminal)
         made.append(row)
     for name in BASELINES if plain is not None else ():
         assert plain is not None
@@ -235,13 +242,19 @@ def _measure(
     return [{**row, **size_of, "tokens_per_s": row["rows"] / row["step_s"]} for row in made]
 
 
-def bookkeeping(cfg: RunConfig, size: int, step_s: float, steps: int = 50) -> float:
+def bookkeeping(
+    cfg: RunConfig,
+    size: int,
+    step_s: float,
+    terminal: Callable[[Console], LiveProgress],
+    steps: int = 50,
+) -> float:
     """What a run spends on journal, metrics, guard and a terminal's progress, as a share of its steps' time."""
     losses = np.ones((max(2, cfg.passes), size), np.float32)
     losses[0] += np.arange(size, dtype=np.float32)
     credit = Estimator.of(cfg).credit(losses) if cfg.probing else losses[0]
-    guard, terminal = Guard(1 << 60, 0), Console(file=io.StringIO(), force_terminal=True)
-    progress = TerminalProgress(terminal)
+    guard = Guard(1 << 60, 0)
+    progress = terminal(Console(file=io.StringIO(), force_terminal=True))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
         header = {"content_hash": "sha256:0"}
         file = Path(folder, "journal.bin")
@@ -263,7 +276,7 @@ def bookkeeping(cfg: RunConfig, size: int, step_s: float, steps: int = 50) -> fl
         begun_s = time.perf_counter()
         for _ in range(steps):
             progress.refresh()
-        refreshing = (time.perf_counter() - begun_s) / steps * REFRESHES_PER_S
+        refreshing = (time.perf_counter() - begun_s) / steps * progress.refreshes_per_s
     return own_s / step_s + refreshing
 
 

@@ -57,12 +57,13 @@ def bench_memory(
 ) -> None:
     """Peak memory of inference, GRZO, MeZO, LoRA and AdamW on the same rows: table, JSON, chart."""
     from edgezo.bench import memory
-    from edgezo.cli import report
+    from edgezo.cli import tables
+    from edgezo.cli.terminal import TerminalProgress
     from edgezo.machine.hardware import parse_bytes
 
     if model is None:
         raise UsageError("--model is needed: a card, a directory, a .gguf file or a hub id")
-    progress = report.TerminalProgress()
+    progress = TerminalProgress()
     found = memory.bench_memory(
         model,
         methods=_names(methods) if methods else tuple(memory.METHODS),
@@ -75,7 +76,7 @@ def bench_memory(
         out=Path(out),
         note=progress.note,
     )
-    emit(as_json, found, report.memory_table(found))
+    emit(as_json, found, tables.memory_table(found))
 
 
 @bench.command("alignment")
@@ -104,10 +105,11 @@ def bench_alignment(
     """Cosine of one step's estimate to the true gradient, beside theory: table, JSON, chart."""
     use_threads(said["threads"])
     from edgezo.bench import alignment
-    from edgezo.cli import report
+    from edgezo.cli import tables
+    from edgezo.cli.terminal import TerminalProgress
     from edgezo.zo import presets
 
-    progress = report.TerminalProgress()
+    progress = TerminalProgress()
     names = [
         row.name for row in presets.PRESETS.values() if said["finetuner"] or row.mask != "block"
     ]
@@ -119,7 +121,7 @@ def bench_alignment(
         out=Path(out),
         note=progress.note,
     )
-    emit(as_json, found, report.alignment_table(found))
+    emit(as_json, found, tables.alignment_table(found))
 
 
 @bench.command("speed")
@@ -164,9 +166,10 @@ def bench_speed(
     """A step beside the plain forward over the same rows, and that beside the machine: table, JSON, chart."""
     use_threads(said["threads"])
     from edgezo.bench import speed
-    from edgezo.cli import report
+    from edgezo.cli import tables
+    from edgezo.cli.terminal import TerminalProgress
 
-    progress = report.TerminalProgress()
+    progress = TerminalProgress()
     lengths = [n if n == speed.OWN else _integers("--tokens", n)[0] for n in tokens.split(",")]
     found = speed.bench_speed(
         said,
@@ -177,9 +180,10 @@ def bench_speed(
         repeats=repeats,
         baselines=baselines,
         out=Path(out),
+        terminal=TerminalProgress,
         note=progress.note,
     )
-    emit(as_json, found, report.speed_table(found))
+    emit(as_json, found, tables.speed_table(found))
 
 
 @bench.command("accuracy")
@@ -201,9 +205,10 @@ def bench_accuracy(
 ) -> None:
     """Tasks x methods x seeds at equal forwards or seconds, as the file STUDY says: table, JSON, chart."""
     from edgezo.bench import accuracy
-    from edgezo.cli import report
+    from edgezo.cli import tables
+    from edgezo.cli.terminal import TerminalProgress
 
-    progress = report.TerminalProgress()
+    progress = TerminalProgress()
     named = _names(methods) if methods else []
     found = accuracy.bench_accuracy(
         accuracy.read_study(config.read_toml(study_file), named),
@@ -213,7 +218,7 @@ def bench_accuracy(
         out=Path(out),
         note=progress.note,
     )
-    emit(as_json, found, report.accuracy_table(found))
+    emit(as_json, found, tables.accuracy_table(found))
 
 
 def _names(text: str) -> list[str]:

@@ -12,10 +12,9 @@ from edgezo.network import cards
 from edgezo.plan.plan import Plan
 from edgezo.plan.planner import DEFAULT_BATCH, largest_card, make_plan
 from edgezo.plan.request import RunConfig
-from edgezo.plan.shapes import TokenStats
 
 if TYPE_CHECKING:
-    from edgezo.network.cards import Shape
+    from edgezo.plan.shapes import Shape
 
 _TIMEOUT_S = 5
 
@@ -43,7 +42,7 @@ def plan(cfg: RunConfig, note: Callable[[str], None] = lambda text: None) -> Pla
     opened = open_request(cfg)
     for text in opened.dataset.notes:
         note(text)
-    return make_plan(opened.files.shape, cfg, machine(), TokenStats.of(opened.dataset))
+    return make_plan(opened.files.shape, cfg, machine(), opened.dataset.token_stats())
 
 
 def largest(cfg: RunConfig) -> Plan | None:

@@ -76,10 +76,11 @@ def finetune(
 ) -> None:
     """Fine-tune a model under --max-mem."""
     from edgezo.cli import dry_run as preview
-    from edgezo.cli import report
+    from edgezo.cli import tables
+    from edgezo.cli.terminal import TerminalProgress
     from edgezo.machine import profiler
 
-    progress = report.TerminalProgress()
+    progress = TerminalProgress()
     cfg, resuming = _finetune_config(said, config_file, resume, progress.note)
     use_threads(cfg.threads)
     if show_batch:
@@ -88,7 +89,7 @@ def finetune(
         return
     if dry_run:
         plan = preview.plan(cfg, progress.note)
-        emit(as_json, plan.to_dict(), report.plan_table(plan))
+        emit(as_json, plan.to_dict(), tables.plan_table(plan))
         return
     cfg = cfg if cfg.out is not None else replace(cfg, out=_free_run_directory(cfg))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -100,7 +101,7 @@ def finetune(
             summary = run_finetune(cfg, resume=resuming, progress=progress)
         finally:
             progress.close()
-    emit(as_json, summary, report.verdict(summary))
+    emit(as_json, summary, tables.verdict(summary))
     if not as_json:
         click.echo(f"run {cfg.out}")
 
@@ -113,11 +114,12 @@ def finetune(
 def plan(config_file: str | None, as_json: bool, **said: str | None) -> None:
     """Show what a fine-tune would take, item by item, without reading a weight."""
     from edgezo.cli import dry_run as preview
-    from edgezo.cli import report
+    from edgezo.cli import tables
+    from edgezo.cli.terminal import TerminalProgress
     from edgezo.plan.plan import PlanDoesNotFit
 
     cfg = _merge(said, config_file, need_data=False)
-    note = report.TerminalProgress().note
+    note = TerminalProgress().note
     try:
         found = preview.plan(cfg, note)
     except PlanDoesNotFit:
@@ -128,7 +130,7 @@ def plan(config_file: str | None, as_json: bool, **said: str | None) -> None:
     named = largest and {
         k: getattr(largest, k) for k in ("model", "precision", "planned_peak_bytes")
     }
-    emit(as_json, {**found.to_dict(), "largest": named}, report.plan_table(found, largest))
+    emit(as_json, {**found.to_dict(), "largest": named}, tables.plan_table(found, largest))
 
 
 @cli.command("eval")
@@ -138,7 +140,7 @@ def plan(config_file: str | None, as_json: bool, **said: str | None) -> None:
 @json_option
 def evaluate(config_file: str | None, as_json: bool, **said: str | None) -> None:
     """Evaluate a model, or a run (--model RUN) on its own data or other data."""
-    from edgezo.cli import report
+    from edgezo.cli import tables
     from edgezo.machine.hardware import machine
     from edgezo.plan.budget import portable
 
@@ -164,7 +166,7 @@ def evaluate(config_file: str | None, as_json: bool, **said: str | None) -> None
     from edgezo.run.evaluate import evaluate as run_evaluation
 
     result = run_evaluation(target, cfg, lambda text: click.echo(text, err=True))
-    emit(as_json, result, report.evaluation_line(result))
+    emit(as_json, result, tables.evaluation_line(result))
 
 
 @cli.command()
@@ -206,7 +208,7 @@ def export(run: str, form: str, dtype: str | None, out: str, as_json: bool) -> N
 @json_option
 def models(as_json: bool) -> None:
     """List the models that come with a card."""
-    from edgezo.cli import report
+    from edgezo.cli import tables
     from edgezo.network.cards import cards
 
     found = list(cards().values())
@@ -221,19 +223,19 @@ def models(as_json: bool) -> None:
         }
         for card in found
     ]
-    emit(as_json, {"models": rows}, report.models_table(found))
+    emit(as_json, {"models": rows}, tables.models_table(found))
 
 
 @cli.command()
 @json_option
 def estimators(as_json: bool) -> None:
     """List the rows of the family: equation, forwards, state and noise of each."""
-    from edgezo.cli import report
+    from edgezo.cli import tables
     from edgezo.zo import presets
 
     rows = [row.describe() for row in presets.PRESETS.values()]
     rows += [row.describe() for row in presets.FIRST_ORDER.values()]
-    emit(as_json, {"estimators": rows}, report.estimators_list(rows))
+    emit(as_json, {"estimators": rows}, tables.estimators_list(rows))
 
 
 @cli.command("convert-finetuner")
@@ -282,7 +284,7 @@ def meta_train(
     **said: Any,
 ) -> None:
     """Learn a ZO Fine-tuner for a model on small tasks: with gradients, so with several times the memory."""
-    from edgezo.cli import report
+    from edgezo.cli.terminal import TerminalProgress
     from edgezo.machine.hardware import parse_bytes
 
     use_threads(said["threads"])
@@ -296,7 +298,7 @@ def meta_train(
         meta.MetaRequest(steps, restart, sharing, rate, lr),
         Path(out),
         max_mem_bytes=parse_bytes(cap) if cap else None,
-        note=report.TerminalProgress().note,
+        note=TerminalProgress().note,
     )
     shown = f"{found['blocks']} networks in {out}, scales at the base {found['scales']}"
     emit(as_json, found, shown)
@@ -430,9 +432,9 @@ def run(args: Sequence[str]) -> int:
         if not isinstance(error, _EXPECTED):  # a bug: show where it is
             traceback.print_exc()
         if as_json:
-            from edgezo.cli import report
+            from edgezo.machine.files import to_json
 
-            click.echo(report.to_json({"error": message, "exit_code": code, **more}))
+            click.echo(to_json({"error": message, "exit_code": code, **more}))
         elif isinstance(error, click.UsageError):
             error.show()
         else:

@@ -144,9 +144,10 @@ def use_threads(threads: int | None) -> None:
 
 
 def emit(as_json: bool, payload: Mapping[str, Any], shown: Any) -> None:
-    from edgezo.cli import report
+    from edgezo.cli.terminal import stdout
+    from edgezo.machine.files import to_json
 
     if as_json:
-        click.echo(report.to_json(payload))
+        click.echo(to_json(payload))
     else:
-        report.stdout().print(shown, markup=False)
+        stdout().print(shown, markup=False)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgezo.plan.fields import EVAL_TOKENS
+from edgezo.machine.limits import EVAL_TOKENS
 
 if TYPE_CHECKING:  # torch is imported where tensors are made; reading data does not need it
     from torch import Tensor

@@ -26,6 +26,7 @@ from edgezo.data.row_kinds import (
     task_form,
 )
 from edgezo.data.tasks import TASKS, Generation, Task, task_folder
+from edgezo.data.token_stats import KEPT_LENGTHS, TokenStats
 from edgezo.errors import SourceError, UsageError
 from edgezo.machine.downloads import DATA_ID, dataset
 
@@ -50,6 +51,27 @@ class Dataset:
     notes: tuple[str, ...]  # what the user should know: "12 of 4000 rows cut to 512 tokens"
     generation: Generation | None = None  # how answers are written, where they are
     report: Report | None = None  # figures of an evaluation, beside or in place of accuracy
+
+    def token_stats(self) -> TokenStats:
+        """Token counts of every example, training and validation: what a planner needs to know."""
+        examples = [*self.train, *self.validation]
+        scored = max((sum(len(row.score_at) for row in e.rows) for e in examples), default=1)
+        writes = self.generation
+        tokens = sorted((sum(len(row.ids) for row in e.rows) for e in self.train), reverse=True)
+        return TokenStats(
+            kind=self.kind,
+            tokens=tuple(tokens[:KEPT_LENGTHS]) or (1,),
+            scored=scored,
+            label_words=len(self.label_ids),
+            mean=sum(tokens) / max(1, len(tokens)),
+            evaluated=max((sum(len(r.ids) for r in e.rows) for e in self.validation), default=0),
+            written=writes.most if writes else 0,
+            prompt=max((len(e.prompt) for e in self.train), default=0) if writes else 0,
+            evaluated_prompt=max((len(e.prompt) for e in self.validation), default=0)
+            if writes
+            else 0,
+            examples=len(self.train),
+        )
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import json
+import math
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from edgezo.errors import EdgezoError
 
@@ -138,3 +140,18 @@ def locked(file: int | BinaryIO) -> bool:
     except OSError:
         pass  # a file system without locks (some network ones)
     return True
+
+
+def to_json(value: Any) -> str:
+    """One line of strict JSON: what is not finite becomes null."""
+    return json.dumps(_finite(value), allow_nan=False, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value

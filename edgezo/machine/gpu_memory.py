@@ -19,9 +19,8 @@ import torch
 from edgezo.errors import BudgetExceeded
 from edgezo.machine import kernels
 from edgezo.machine.hardware import Gpu, Machine, format_bytes
+from edgezo.machine.limits import CONTEXT_BYTES, GUARD_MARGIN_BYTES
 from edgezo.machine.process_memory import malloc_trim, peak_rss_bytes, rss_bytes
-from edgezo.plan.calibration import GUARD_MARGIN_BYTES
-from edgezo.plan.footprint_gpu import CONTEXT_BYTES
 
 
 class Memory(Protocol):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from edgezo.machine import kernels
-from edgezo.plan.shapes import PRODUCT_ROWS as SIZES
-from edgezo.plan.shapes import THIN
+from edgezo.machine.limits import PRODUCT_ROWS as SIZES
+from edgezo.machine.limits import THIN
 
 CALL_ROWS = 32  # about what one more product costs, in rows (a weight is laid out anew for each)
 

@@ -52,17 +52,18 @@ from edgezo.weights.layouts import (
     place,
     vacant,
 )
-from edgezo.weights.store import Trainable, WeightStore
-from edgezo.zo.credit import TWO_SIDED, Evaluation
+from edgezo.weights.store import WeightStore
+from edgezo.weights.trainable import Trainable
 from edgezo.zo.directions import DIRECTIONS, orthonormal
 from edgezo.zo.masks import mask_of
 from edgezo.zo.noise import Key
+from edgezo.zo.recipe import TWO_SIDED, Evaluation
 from edgezo.zo.rules import RULES
 
 if TYPE_CHECKING:
     from edgezo.network.loader import ModelFiles
-    from edgezo.weights.residency import Medium
-    from edgezo.weights.safetensors_file import TensorSource
+    from edgezo.weights.home import Medium
+    from edgezo.weights.tensor_source import TensorSource
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class _Builder:
 
     def _recomputed(self) -> None:
         """Blocks are run again for the backward pass; those that are elsewhere are bound for that."""
-        from edgezo.weights.residency import decoder_layers
+        from edgezo.network.loader import decoder_layers
 
         _, layers = decoder_layers(self.module, self.files.shape.layers)
         away = self.away
@@ -238,7 +239,7 @@ class _Builder:
     def _read(self, name: str) -> Tensor:
         return self.files.source.read(self.names[name])
 
-    def _layout(self, name: str, *, table: bool, transpose: bool = False) -> Layout | DiskTable:
+    def _layout(self, name: str, *, table: bool, transpose: bool = False) -> Layout:
         recipe = self.recipe
         how: dict[str, Any] = {
             "table": table,
@@ -267,7 +268,7 @@ class _Builder:
             return weight.T.contiguous() if transpose else weight
 
         self.bases[name] = base
-        layout: Layout | DiskTable | None = None
+        layout: Layout | None = None
         if self.away is not None:
             rows, cols = self.files.source.shape(self.names[name])
             shape = (cols, rows) if transpose else (rows, cols)
@@ -293,7 +294,7 @@ class _Builder:
     def _matrix(
         self,
         name: str,
-        layout: Layout | DiskTable,
+        layout: Layout,
         *,
         touched_offset: int | None = None,
         fixed: Tensor | None = None,
@@ -442,7 +443,8 @@ class _Away:
     """The builder's part that gives the last blocks a home elsewhere, one block at a time."""
 
     def __init__(self, builder: _Builder, medium: Medium):
-        from edgezo.weights.residency import Residency, decoder_layers
+        from edgezo.network.loader import decoder_layers
+        from edgezo.weights.residency import Residency
 
         self.store, self.first = builder.store, medium.resident_blocks
         count = builder.files.shape.layers

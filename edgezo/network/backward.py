@@ -19,9 +19,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from edgezo.machine.limits import tiles
 from edgezo.machine.matmul import addmm_, mm
 from edgezo.network.perturb import Matrix
-from edgezo.weights.layouts import tiles
 
 Visit = Callable[[], AbstractContextManager[None]]
 

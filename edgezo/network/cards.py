@@ -25,98 +25,9 @@ from typing import Any
 from edgezo.errors import EdgezoError, SourceError
 from edgezo.machine import downloads
 from edgezo.machine.cache import cache_dir, file_sha256
+from edgezo.plan.shapes import NamedShape, Shape
 
 # ----------------------------------------------------------------------------- shapes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """All that a planner needs to count bytes without weights. Counts are elements, not bytes."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    max_positions: int
-    tied: bool
-    gated: bool = True  # MLP with gate and up (fused or not) instead of one up matrix
-    norm: str = "rms"  # "rms" | "rms+1" (scale is 1 + weight) | "layer" (with bias) | "none"
-    layer_norms: int = 2  # norms of width hidden in each layer
-    final_norm: bool = True
-    qk_norm: bool = False  # one norm of width head_dim for q and one for k in each layer
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    positions: int = 0  # rows of a learned position embedding; 0: rotary
-    type_rows: int = 0  # rows of a token type embedding
-    embed_dim: int = 0  # width of the token embedding where it is not hidden (OPT-350m)
-    masked_head: bool = False  # dense + norm + output bias before the tied decoder (RoBERTa)
-    sliding_window: int = 0  # tokens; 0: none
-
-    @property
-    def embed_width(self) -> int:
-        return self.embed_dim or self.hidden
-
-    @property
-    def layer_matrices(self) -> tuple[tuple[str, int, int], ...]:
-        """``(role, d_out, d_in)`` of the matrices of one layer, q, k, v and gate, up unfused."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        mlp = (("gate", self.intermediate, self.hidden),) if self.gated else ()
-        return (
-            ("q", q, self.hidden),
-            ("k", kv, self.hidden),
-            ("v", kv, self.hidden),
-            ("o", self.hidden, q),
-            *mlp,
-            ("up", self.intermediate, self.hidden),
-            ("down", self.hidden, self.intermediate),
-        )
-
-    @property
-    def layer_vectors(self) -> int:
-        """Elements of the norms and biases of one layer."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return (
-            self.layer_norms * self.hidden * self._norm_vectors
-            + (2 * self.head_dim if self.qk_norm else 0)
-            + (q + 2 * kv if self.qkv_bias else 0)
-            + (self.hidden if self.o_bias else 0)
-            + (self.intermediate * (2 if self.gated else 1) + self.hidden if self.mlp_bias else 0)
-        )
-
-    @property
-    def embedding_elements(self) -> int:
-        """Token, position and type embeddings, and OPT-350m's projections."""
-        width = self.embed_width
-        projections = 2 * width * self.hidden if width != self.hidden else 0
-        return self.vocab * width + (self.positions + self.type_rows) * self.hidden + projections
-
-    @property
-    def head_elements(self) -> int:
-        """What the output head adds to the embeddings: nothing where it is tied."""
-        own = 0 if self.tied else self.vocab * self.embed_width
-        if self.masked_head:
-            own += self.hidden * self.hidden + 3 * self.hidden + self.vocab
-        return own
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of the module, tied ones counted once."""
-        matrices = sum(rows * columns for _, rows, columns in self.layer_matrices)
-        outer_norms = int(self.final_norm) + int(self.masked_head)  # RoBERTa: after the embeddings
-        return (
-            self.layers * (matrices + self.layer_vectors)
-            + self.embedding_elements
-            + self.head_elements
-            + outer_norms * self.hidden * self._norm_vectors
-        )
-
-    @property
-    def _norm_vectors(self) -> int:
-        return {"rms": 1, "rms+1": 1, "layer": 2, "none": 0}[self.norm]
 
 
 # ----------------------------------------------------------------------------- cards
@@ -154,10 +65,9 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Card(Shape):
+class Card(NamedShape):
     """One model. ``settings`` are run options that were measured to work with it."""
 
-    name: str
     family: str
     kind: str  # "causal" | "masked"
     aliases: tuple[str, ...] = ()

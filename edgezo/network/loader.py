@@ -24,9 +24,9 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from edgezo.errors import EdgezoError
 from edgezo.machine.cache import file_sha256
-from edgezo.network.cards import Shape
+from edgezo.plan.shapes import Shape
 from edgezo.weights.gguf_file import gguf_config, read_header
-from edgezo.weights.safetensors_file import TensorSource, open_tensors
+from edgezo.weights.tensor_source import TensorSource, open_tensors
 
 # transformers reports each generated default as information; a run has its own report.
 transformers.logging.set_verbosity_error()
@@ -403,3 +403,11 @@ def _gguf_tokenizer(path: Path) -> Any:
             ]
         )
     return tokenizer
+
+
+def decoder_layers(module: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
+    """Name and list of the ``count`` blocks of a model, wherever its family keeps them."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.ModuleList) and len(part) == count:
+            return name, part
+    raise EdgezoError(f"no list of {count} layers was found in the model")

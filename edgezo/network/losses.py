@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgezo.data.batches import Batch
+from edgezo.machine.limits import TILE_BYTES
 from edgezo.network.exact_head import ExactHead
 from edgezo.network.perturb import PerturbedHead, Probe
-from edgezo.weights.layouts import TILE_BYTES
 
 _CHUNK_BYTES = TILE_BYTES // 2
 

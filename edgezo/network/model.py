@@ -21,12 +21,13 @@ from edgezo.network.lora import Adapters
 from edgezo.network.losses import Scorer
 from edgezo.network.perturb import Context, Probe
 from edgezo.network.readout import Readout, Taps
-from edgezo.weights.store import Saved, WeightStore
-from edgezo.zo.credit import TWO_SIDED, Evaluation
+from edgezo.weights.store import WeightStore
+from edgezo.weights.trainable import Saved
 from edgezo.zo.noise import Key
+from edgezo.zo.recipe import TWO_SIDED, Evaluation
 
 if TYPE_CHECKING:
-    from edgezo.network.generate import KeyValues
+    from edgezo.network.key_values import KeyValues
 
 
 class Learned(Protocol):

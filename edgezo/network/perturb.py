@@ -29,10 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgezo.machine.limits import TILE_BYTES, tiles
 from edgezo.machine.matmul import Own, Term, add_thin, addmm_, along, few, mm, own
 from edgezo.network.fused import Norm
-from edgezo.weights.layouts import CPU, TILE_BYTES, Layout, tiles
-from edgezo.weights.store import Trainable
+from edgezo.weights.layouts import CPU, Layout
+from edgezo.weights.trainable import Trainable
 from edgezo.zo.directions import Directions, on_grid
 from edgezo.zo.masks import Mask
 from edgezo.zo.noise import COLUMN, Key, signs, tensor_id

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edgezo.errors import UsageError
-from edgezo.plan.calibration import MB
+from edgezo.machine.limits import MB
 from edgezo.plan.request import RunConfig
 
 if TYPE_CHECKING:

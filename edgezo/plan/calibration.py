@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-MB = 1_000_000
+from edgezo.machine.limits import MB
+
 ACTIVATIONS = "activations"  # the item's name
 PHASES = ("load", "forward", "update", "fit")
 
@@ -32,14 +33,8 @@ QUANTO_BYTES = 4 * MB
 PANEL_BYTES = 2800
 # What is compiled for a shape of a bf16 product: 0.63 MB measured with AVX-512 BF16.
 KERNEL_BYTES = 630_000
-# memory.Guard stops a run that comes nearer to the cap than this.
-GUARD_MARGIN_BYTES = 16 << 20
 # Journal buffers, metrics, step records.
 RUN_BYTES = 2 * MB
-# No temporary of the weights is larger, whatever the largest matrix.
-TILE_BYTES = 16 << 20
-# A weight being quantised: in fp32, with the copies that rounding it takes; of a tile so many bytes are held.
-QUANTISE_BYTES = 16
 # An update holds a tile of weights, one of the direction, one of the change and their product; where it rounds, the
 # high part, its spacing and the low part.
 UPDATE_TILES = 4
@@ -61,9 +56,6 @@ MLP_COPIES = {True: 3, False: 4}
 QUERY_COPIES = 5
 # Keys and values, rotated, in rows, and the temporaries of the rotation.
 KEY_COPIES = 6
-# Activations of this size in all stay in the heap, which saves their page faults; what attention has left there is
-# used again in part only (calibrated). Larger ones are mapped and given back one by one (memory.Heap).
-REUSED_BYTES = 40 * MB
 HEAP_LEFT = 0.6
 # In pieces of fewer tokens too much of a forward would go into making fp32 of weights.
 LEAST_PIECE_TOKENS = 1024
@@ -72,9 +64,6 @@ ATTENDING_TOKENS = 4096
 # Keys and values of an evaluation, unless one row alone has more: of so many tokens, or more where there is room. The
 # more rows write at once, the less often the weights are read.
 EVAL_KEPT_TOKENS, MOST_KEPT_TOKENS = 1024, 8192
-# Slots that blocks on disk are read into: one computes or is written back, the other is read into.
-SLOTS = 2
-PAGE_BYTES = 4096
 # Change, gradient and Adam's two moments, fp32.
 HEAD_COPIES = 4
 # A linear probe's fit (calibrated).

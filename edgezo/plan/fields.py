@@ -27,11 +27,6 @@ LOSS = "loss"  # the objective that is the model's own loss
 OBJECTIVES = (LOSS, "accuracy", "exact-match", "token-f1", "numeric-match")
 
 DEFAULT_STEPS = 400
-MOST_PROBE_ROWS = 4096
-# Blocks that a linear probe averages: one alone is up to 3 points worse, and its choice is noisy (LOG.md).
-PROBED_BLOCKS = 5
-PROBE_SHARE = 0.7  # of a run's time for a linear probe, where something else is trained after it
-EVAL_TOKENS = 512  # packed tokens of an evaluation batch, unless one example is longer
 # What an estimator's row of the table decides where the request does not.
 AXES = ("directions", "mask", "credit", "rule", "train")
 OF_PRESET = (*AXES, "step", "sigma", "keep", "refresh")

@@ -6,6 +6,16 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
+from edgezo.data.token_stats import KEPT_LENGTHS
+from edgezo.machine.limits import (
+    EVAL_TOKENS,
+    GUARD_MARGIN_BYTES,
+    PROBED_BLOCKS,
+    PRODUCT_ROWS,
+    REUSED_BYTES,
+    THIN,
+    TILE_BYTES,
+)
 from edgezo.plan.calibration import (
     ACTIVATIONS,
     ANCHOR_TILES,
@@ -14,7 +24,6 @@ from edgezo.plan.calibration import (
     EVAL_KEPT_TOKENS,
     FIT_COPIES,
     GRAM_COPIES,
-    GUARD_MARGIN_BYTES,
     HEAP_LEFT,
     HIDDEN_COPIES,
     KERNEL_BYTES,
@@ -27,24 +36,16 @@ from edgezo.plan.calibration import (
     PANEL_BYTES,
     QUANTO_BYTES,
     QUERY_COPIES,
-    REUSED_BYTES,
     ROUNDED_UPDATE_TILES,
     RUN_BYTES,
     SLACK_BYTES,
-    TILE_BYTES,
     UPDATE_TILES,
     Item,
     peak_bytes,
 )
-from edgezo.plan.fields import EVAL_TOKENS, LOSS, PROBED_BLOCKS, QUANTIZED
+from edgezo.plan.fields import LOSS, QUANTIZED
 from edgezo.plan.footprint_held import Held, rounding_of
-from edgezo.plan.shapes import (
-    BYTES_PER_WEIGHT,
-    KEPT_LENGTHS,
-    PRODUCT_ROWS,
-    THIN,
-    MatrixShape,
-)
+from edgezo.plan.shapes import BYTES_PER_WEIGHT, MatrixShape
 from edgezo.zo.presets import DIRECTIONS, MASKS, RULES
 
 

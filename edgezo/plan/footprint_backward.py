@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from edgezo.plan.calibration import ACTIVATIONS, LEAST_PIECE_TOKENS, MB, Item
+from edgezo.machine.limits import MB
+from edgezo.plan.calibration import ACTIVATIONS, LEAST_PIECE_TOKENS, Item
 from edgezo.plan.footprint import Footprint
 from edgezo.plan.shapes import ModelShape
 

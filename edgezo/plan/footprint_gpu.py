@@ -10,22 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgezo.plan.calibration import (
-    HIDDEN_COPIES,
-    KEY_COPIES,
-    MB,
-    MLP_COPIES,
-    PAGE_BYTES,
-    QUERY_COPIES,
-    SLOTS,
-    TILE_BYTES,
-    Item,
-)
+from edgezo.machine.limits import CONTEXT_BYTES, MB, PAGE_BYTES, SLOTS, TILE_BYTES
+from edgezo.plan.calibration import HIDDEN_COPIES, KEY_COPIES, MLP_COPIES, QUERY_COPIES, Item
 from edgezo.plan.footprint import Footprint
 from edgezo.plan.shapes import BYTES_PER_WEIGHT, MatrixShape
 
-# The driver's context with the kernels of a run, cuBLAS's among them (calibrated on one GPU, an H100).
-CONTEXT_BYTES = 742 * MB
 # With blocks in the RAM: the queues of two more streams, and the GPU's page tables of the locked RAM.
 COPYING_BYTES = 72 * MB
 LOCKED_SHARE = 1 / 500

@@ -6,28 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from edgezo.data.token_stats import TokenStats
+from edgezo.machine.limits import PAGE_BYTES, QUANTISE_BYTES, SLOTS, TILE_BYTES
 from edgezo.plan.calibration import (
     BASE_BYTES,
     BASE_VOCAB,
     HEAD_COPIES,
     NETWORK,
-    PAGE_BYTES,
-    QUANTISE_BYTES,
     READ_PIECE_BYTES,
-    SLOTS,
-    TILE_BYTES,
     TOKENIZER_BYTES_PER_WORD,
     Item,
 )
 from edgezo.plan.conflicts import cannot_anchor
 from edgezo.plan.fields import QUANTIZED, UNROUNDED
 from edgezo.plan.request import RunConfig
-from edgezo.plan.shapes import (
-    BYTES_PER_WEIGHT,
-    MatrixShape,
-    ModelShape,
-    TokenStats,
-)
+from edgezo.plan.shapes import BYTES_PER_WEIGHT, MatrixShape, ModelShape
 from edgezo.zo.presets import DIRECTIONS, MASKS, RULES, in_span
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edgezo.errors import DoesNotFit
-from edgezo.plan.calibration import ACTIVATIONS, REUSED_BYTES, Item, peak_bytes, phase_bytes
+from edgezo.machine.limits import REUSED_BYTES
+from edgezo.plan.calibration import ACTIVATIONS, Item, peak_bytes, phase_bytes
 from edgezo.plan.request import RunConfig, as_estimator
 from edgezo.zo.presets import AUTO
 

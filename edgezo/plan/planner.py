@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from edgezo.data.token_stats import TokenStats
 from edgezo.errors import UsageError
+from edgezo.machine.limits import MB
 from edgezo.plan.budget import budget, choose_device, mb
-from edgezo.plan.calibration import MB
 from edgezo.plan.conflicts import needs_memory
 from edgezo.plan.fields import LOSS
 from edgezo.plan.footprint import Footprint
@@ -23,12 +24,12 @@ from edgezo.plan.footprint_gpu import CudaFootprint
 from edgezo.plan.footprint_held import rounding_of
 from edgezo.plan.plan import Decision, Plan, PlanDoesNotFit
 from edgezo.plan.request import RunConfig, as_estimator
-from edgezo.plan.shapes import ModelShape, TokenStats
+from edgezo.plan.shapes import ModelShape, assumed_tokens
 from edgezo.zo.presets import AUTO, FIRST_ORDER, PRESETS, step_meaning
 
 if TYPE_CHECKING:
     from edgezo.machine.hardware import Machine
-    from edgezo.network.cards import Card, Shape
+    from edgezo.plan.shapes import NamedShape, Shape
 
 DEFAULT_BATCH = 16  # directions a step: more take too long on a small machine, fewer are noisy
 SHARE_OF_PEAK = 0.4  # of the estimated speed that a whole step reaches
@@ -70,7 +71,7 @@ def make_plan(
     footprint = (CudaFootprint if device == "cuda" else here)(
         shape=ModelShape.of(shape, name),
         cfg=cfg,
-        tokens=tokens or TokenStats.assumed(cfg),
+        tokens=tokens or assumed_tokens(cfg),
         bf16_fast=machine.bf16_fast,
         c_kernels=machine.c_kernels,
         base_bytes=base_bytes,
@@ -159,7 +160,7 @@ def _best_that_fits(
 ) -> Plan:
     """The plan of ``--estimator auto``: first-order LoRA where it fits and has the time, else the default."""
     forward_only = as_estimator(cfg, LAST_CHOICE)
-    kind = (tokens or TokenStats.assumed(cfg)).kind
+    kind = (tokens or assumed_tokens(cfg)).kind
     probed = kind == "label" and "probe" in forward_only.train
     asked_gpu = cfg.device == "cuda" or cfg.residency == "host"
     if cfg.objective != LOSS:
@@ -192,7 +193,7 @@ def _because(plan: Plan, why: str) -> Plan:
     return replace(plan, decisions=told)
 
 
-def largest_card(cards: Iterable[Card], cfg: RunConfig, machine: Machine) -> Plan | None:
+def largest_card(cards: Iterable[NamedShape], cfg: RunConfig, machine: Machine) -> Plan | None:
     """The plan of the card with the most parameters that the budget of the request has room for.
 
     Cards of the same kind (causal or masked) should be given. The precision is free; without data, rows

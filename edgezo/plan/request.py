@@ -18,13 +18,13 @@ from typing import Any
 import tomli_w
 
 from edgezo.errors import UsageError
+from edgezo.machine.limits import MOST_PROBE_ROWS
 from edgezo.plan.conflicts import combinations, unused
 from edgezo.plan.fields import (
     ALTERNATIVES,
     DEFAULT_STEPS,
     FIELDS,
     LOSS,
-    MOST_PROBE_ROWS,
     OF_PRESET,
     UNROUNDED,
     flags,

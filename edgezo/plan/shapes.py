@@ -4,32 +4,112 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from edgezo.data.tasks import TASKS
+from edgezo.data.token_stats import TokenStats
+from edgezo.machine.limits import int4_group
 from edgezo.plan.request import RunConfig
-
-if TYPE_CHECKING:
-    from edgezo.data.dataset import Dataset
-    from edgezo.network.cards import Shape
 
 BYTES_PER_WEIGHT = {"fp32": 4, "bf16": 2, "fp16": 2}
 UNKNOWN_LABEL_WORDS = 16
-KEPT_LENGTHS = 1024  # of the longest examples: as many as a batch can hold
 
 
-def int4_group(cols: int) -> int:
-    """Weights of a row that share a scale and a shift: 32 where it divides the row, else the whole row.
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """All that a planner needs to count bytes without weights. Counts are elements, not bytes."""
 
-    quanto's default is 128; with 32 they cost 2 bits a weight more, and a base that comes from a GGUF
-    Q4 file, whose blocks are 32 as well, stays as it is.
-    """
-    return 32 if cols % 32 == 0 else cols
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    max_positions: int
+    tied: bool
+    gated: bool = True  # MLP with gate and up (fused or not) instead of one up matrix
+    norm: str = "rms"  # "rms" | "rms+1" (scale is 1 + weight) | "layer" (with bias) | "none"
+    layer_norms: int = 2  # norms of width hidden in each layer
+    final_norm: bool = True
+    qk_norm: bool = False  # one norm of width head_dim for q and one for k in each layer
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    positions: int = 0  # rows of a learned position embedding; 0: rotary
+    type_rows: int = 0  # rows of a token type embedding
+    embed_dim: int = 0  # width of the token embedding where it is not hidden (OPT-350m)
+    masked_head: bool = False  # dense + norm + output bias before the tied decoder (RoBERTa)
+    sliding_window: int = 0  # tokens; 0: none
+
+    @property
+    def embed_width(self) -> int:
+        return self.embed_dim or self.hidden
+
+    @property
+    def layer_matrices(self) -> tuple[tuple[str, int, int], ...]:
+        """``(role, d_out, d_in)`` of the matrices of one layer, q, k, v and gate, up unfused."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        mlp = (("gate", self.intermediate, self.hidden),) if self.gated else ()
+        return (
+            ("q", q, self.hidden),
+            ("k", kv, self.hidden),
+            ("v", kv, self.hidden),
+            ("o", self.hidden, q),
+            *mlp,
+            ("up", self.intermediate, self.hidden),
+            ("down", self.hidden, self.intermediate),
+        )
+
+    @property
+    def layer_vectors(self) -> int:
+        """Elements of the norms and biases of one layer."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return (
+            self.layer_norms * self.hidden * self._norm_vectors
+            + (2 * self.head_dim if self.qk_norm else 0)
+            + (q + 2 * kv if self.qkv_bias else 0)
+            + (self.hidden if self.o_bias else 0)
+            + (self.intermediate * (2 if self.gated else 1) + self.hidden if self.mlp_bias else 0)
+        )
+
+    @property
+    def embedding_elements(self) -> int:
+        """Token, position and type embeddings, and OPT-350m's projections."""
+        width = self.embed_width
+        projections = 2 * width * self.hidden if width != self.hidden else 0
+        return self.vocab * width + (self.positions + self.type_rows) * self.hidden + projections
+
+    @property
+    def head_elements(self) -> int:
+        """What the output head adds to the embeddings: nothing where it is tied."""
+        own = 0 if self.tied else self.vocab * self.embed_width
+        if self.masked_head:
+            own += self.hidden * self.hidden + 3 * self.hidden + self.vocab
+        return own
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the module, tied ones counted once."""
+        matrices = sum(rows * columns for _, rows, columns in self.layer_matrices)
+        outer_norms = int(self.final_norm) + int(self.masked_head)  # RoBERTa: after the embeddings
+        return (
+            self.layers * (matrices + self.layer_vectors)
+            + self.embedding_elements
+            + self.head_elements
+            + outer_norms * self.hidden * self._norm_vectors
+        )
+
+    @property
+    def _norm_vectors(self) -> int:
+        return {"rms": 1, "rms+1": 1, "layer": 2, "none": 0}[self.norm]
 
 
-# Of a bf16 product on a CPU: its rows pass in pieces of these sizes (machine/matmul.py).
-PRODUCT_ROWS = (16, 64, 128, 256, 512, 1024, 2048)
-THIN = 64  # up to here an axis may be the examples of a group, or a rank
+@dataclass(frozen=True, kw_only=True)
+class NamedShape(Shape):
+    """The shape of a model that has a name."""
+
+    name: str
 
 
 class MatrixShape(NamedTuple):
@@ -137,63 +217,13 @@ class ModelShape:
         return sum(m.d_in for m in self.matrices)
 
 
-@dataclass(frozen=True)
-class TokenStats:
-    """What the planner needs to know about the data."""
-
-    kind: str  # label, choice, completion or text
-    tokens: tuple[int, ...]  # tokens of the longest to train on (all rows of each), descending
-    scored: int  # most scored positions of one example
-    label_words: int  # K; 0 where the whole vocabulary is scored
-    mean: float = 0.0  # tokens of an example; 0: as the longest
-    known: bool = True  # False: assumed, because no data was given
-    evaluated: int = 0  # tokens of the longest to evaluate on
-    # Of answers that the model writes: tokens at most (0: it writes none), and of the longest prompts that they follow.
-    written: int = 0
-    prompt: int = 0
-    evaluated_prompt: int = 0
-    examples: int | None = None  # to train on; None: not known
-
-    @staticmethod
-    def of(dataset: Dataset) -> TokenStats:
-        """Measured on every example, training and validation."""
-        examples = [*dataset.train, *dataset.validation]
-        scored = max((sum(len(row.score_at) for row in e.rows) for e in examples), default=1)
-        writes = dataset.generation
-        tokens = sorted((sum(len(row.ids) for row in e.rows) for e in dataset.train), reverse=True)
-        return TokenStats(
-            kind=dataset.kind,
-            tokens=tuple(tokens[:KEPT_LENGTHS]) or (1,),
-            scored=scored,
-            label_words=len(dataset.label_ids),
-            mean=sum(tokens) / max(1, len(tokens)),
-            evaluated=max((sum(len(r.ids) for r in e.rows) for e in dataset.validation), default=0),
-            written=writes.most if writes else 0,
-            prompt=max((len(e.prompt) for e in dataset.train), default=0) if writes else 0,
-            evaluated_prompt=max((len(e.prompt) for e in dataset.validation), default=0)
-            if writes
-            else 0,
-            examples=len(dataset.train),
-        )
-
-    @staticmethod
-    def assumed(cfg: RunConfig) -> TokenStats:
-        """Without data: every row as long as --max-length allows."""
-        n = cfg.max_length
-        task = TASKS.get(cfg.task or "")
-        if task is not None and task.generation is not None:
-            most = cfg.max_new_tokens or task.generation.most
-            return TokenStats("completion", (n,), n, 0, 0.0, False, n, most, n, n)
-        if cfg.task is not None or cfg.labels is not None:
-            return TokenStats("label", (n,), 1, UNKNOWN_LABEL_WORDS, known=False)
-        return TokenStats("text", (n,), n, 0, known=False)
-
-    def longest(self, examples: int) -> int:
-        """Tokens of that many of the longest examples together; the longest repeats if need be."""
-        found = self.tokens[:examples]
-        return sum(found) + self.tokens[0] * (examples - len(found))
-
-    def at_once(self, examples: int, most: int | None) -> int:
-        """The same of what passes at once, where a micro-batch is split into pieces of ``most`` tokens."""
-        longest = self.longest(examples)
-        return longest if most is None else min(longest, max(most, self.tokens[0]))
+def assumed_tokens(cfg: RunConfig) -> TokenStats:
+    """Without data: every row as long as --max-length allows."""
+    n = cfg.max_length
+    task = TASKS.get(cfg.task or "")
+    if task is not None and task.generation is not None:
+        most = cfg.max_new_tokens or task.generation.most
+        return TokenStats("completion", (n,), n, 0, 0.0, False, n, most, n, n)
+    if cfg.task is not None or cfg.labels is not None:
+        return TokenStats("label", (n,), 1, UNKNOWN_LABEL_WORDS, known=False)
+    return TokenStats("text", (n,), n, 0, known=False)

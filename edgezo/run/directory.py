@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -16,20 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from edgezo.cli.report import RunProgress
 from edgezo.data.batches import Example
 from edgezo.data.dataset import Dataset
 from edgezo.errors import DoesNotFit, EdgezoError, UsageError
 from edgezo.machine.cache import cache_dir
 from edgezo.machine.files import atomic_path, locked
 from edgezo.machine.hardware import format_bytes
+from edgezo.machine.limits import tiles
 from edgezo.network.model import Model
 from edgezo.plan.fields import FREE_ON_RESUME, flag
 from edgezo.plan.request import RunConfig, completed, from_toml
 from edgezo.run.journal import Journal, check_base, open_journal
-from edgezo.weights.layouts import tiles
-from edgezo.weights.safetensors_file import SAFETENSORS_NAMES
-from edgezo.weights.store import Saved
+from edgezo.run.progress import RunProgress
+from edgezo.weights.safetensors_file import write_saved
+from edgezo.weights.trainable import Saved
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -173,28 +172,6 @@ def save_snapshot(run: RunFiles, model: Model, step: int) -> None:
     saved = [Saved.of(name, tensor.contiguous()) for name, tensor in tensors.items()]
     with atomic_path(run.snapshot) as temporary:
         write_saved(temporary, saved, {"step": str(step)})
-
-
-def write_saved(path: Path, tensors: Sequence[Saved], metadata: dict[str, str]) -> None:
-    """As safetensors' own save_file, but a piece at a time: trained weights on disk are never in memory together."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    for tensor in tensors:
-        end = offset + math.prod(tensor.shape) * tensor.dtype.itemsize
-        spelling = SAFETENSORS_NAMES[tensor.dtype]
-        header[tensor.name] = {
-            "dtype": spelling,
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            for piece in tensor.bytes():
-                file.write(piece)
 
 
 def lost_head(run: RunFiles, cfg: RunConfig, steps: int) -> EdgezoError:

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from edgezo.cli.report import to_json
 from edgezo.data.dataset import Dataset
 from edgezo.errors import EdgezoError, UsageError
-from edgezo.machine.files import atomic_path, atomic_write
+from edgezo.machine.files import atomic_path, atomic_write, to_json
 from edgezo.machine.gpu_memory import confirmed
 from edgezo.machine.hardware import machine
 from edgezo.machine.process_memory import Meter, rss_bytes
@@ -23,7 +22,7 @@ from edgezo.network import cards, loader
 from edgezo.network.model import Model
 from edgezo.plan.budget import portable
 from edgezo.plan.request import RunConfig
-from edgezo.run.directory import RunFiles, load_snapshot, lost_head, temporary_overlay, write_saved
+from edgezo.run.directory import RunFiles, load_snapshot, lost_head, temporary_overlay
 from edgezo.run.journal import Journal, check_base, open_journal
 from edgezo.run.readout_pass import recall
 from edgezo.run.session import (
@@ -35,6 +34,7 @@ from edgezo.run.session import (
     replay_into,
     settle,
 )
+from edgezo.weights.safetensors_file import write_saved
 from edgezo.weights.store import saved_sha256
 
 

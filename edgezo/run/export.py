@@ -33,18 +33,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from edgezo.cli.report import to_json
 from edgezo.errors import UsageError
 from edgezo.machine.downloads import BESIDE_WEIGHTS
-from edgezo.machine.files import atomic_folder
+from edgezo.machine.files import atomic_folder, to_json
+from edgezo.machine.limits import tiles
 from edgezo.network.cards import HubSource, find_card
 from edgezo.network.loader import build_meta, load_tokenizer, source_names
 from edgezo.network.lora import ALPHA
 from edgezo.plan.fields import QUANTIZED
-from edgezo.run.directory import RunFiles, dataset_facts, write_saved
+from edgezo.run.directory import RunFiles, dataset_facts
 from edgezo.run.evaluate import Brought, brought_back
-from edgezo.weights.layouts import DENSE_DTYPES, tiles
-from edgezo.weights.store import Saved
+from edgezo.weights.layouts import DENSE_DTYPES
+from edgezo.weights.safetensors_file import write_saved
+from edgezo.weights.trainable import Saved
 
 BESIDE = frozenset(
     {"lowrank", "lora", "head", "probe"}

@@ -35,10 +35,11 @@ from torch import Tensor
 from edgezo.data.dataset import Dataset
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.files import atomic_write
+from edgezo.machine.limits import tiles
 from edgezo.run.journal import StepRecord
 from edgezo.run.pickled import read_networks
-from edgezo.weights.layouts import tiles
-from edgezo.weights.store import Trainable, WeightStore
+from edgezo.weights.store import WeightStore
+from edgezo.weights.trainable import Trainable
 
 FEATURES, HIDDEN = 5, 64  # as published
 LARGEST, LEAST = 1e6, 1e-6  # of a sigma, and of their root mean square before it counts as 0

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from edgezo.cli.report import to_json
 from edgezo.errors import EdgezoError
+from edgezo.machine.files import to_json
 from edgezo.run.journal import StepRecord
 
 

@@ -29,8 +29,9 @@ from edgezo.data.batches import Batch, Example
 from edgezo.data.dataset import Dataset
 from edgezo.data.metrics import Fields, Metric, chosen, exact_match, means, numeric_match, token_f1
 from edgezo.errors import EdgezoError, UsageError
+from edgezo.machine.limits import EVAL_TOKENS
 from edgezo.network.generate import generate
-from edgezo.plan.fields import EVAL_TOKENS, LOSS, OBJECTIVES
+from edgezo.plan.fields import LOSS, OBJECTIVES
 from edgezo.zo.presets import DIRECTIONS
 
 if TYPE_CHECKING:

@@ -22,23 +22,14 @@ from safetensors import SafetensorError, safe_open
 from edgezo.data.batches import Example, batch_indices, pieces
 from edgezo.errors import EdgezoError
 from edgezo.machine.files import atomic_path
+from edgezo.machine.limits import PROBE_SHARE
 from edgezo.machine.profiler import phase
-from edgezo.network.readout import (
-    LEAST_ROWS,
-    Fitted,
-    LinearProbe,
-    StateFile,
-    Taps,
-    attach,
-    candidates,
-    fit,
-    reading,
-)
-from edgezo.plan.fields import PROBE_SHARE
-from edgezo.run.directory import write_saved
+from edgezo.network.attach import attach, reading
+from edgezo.network.loader import decoder_layers
+from edgezo.network.readout import LEAST_ROWS, Fitted, LinearProbe, StateFile, Taps, candidates, fit
 from edgezo.run.session import evaluate_model
-from edgezo.weights.residency import decoder_layers
-from edgezo.weights.store import Saved
+from edgezo.weights.safetensors_file import write_saved
+from edgezo.weights.trainable import Saved
 
 if TYPE_CHECKING:
     from edgezo.network.model import Model

@@ -25,18 +25,18 @@ from edgezo.plan.fields import LOSS
 from edgezo.plan.plan import Plan, PlanDoesNotFit
 from edgezo.plan.planner import make_plan
 from edgezo.plan.request import RunConfig
-from edgezo.plan.shapes import TokenStats
 from edgezo.run.journal import Journal, StepRecord
 from edgezo.run.objective import Judge
 from edgezo.weights.layouts import DENSE_DTYPES
 from edgezo.weights.ram import HostMedium
-from edgezo.zo.credit import TWO_SIDED, Estimator, Recipe
+from edgezo.zo.credit import Estimator
+from edgezo.zo.recipe import TWO_SIDED, Recipe
 
 if TYPE_CHECKING:
     from edgezo.network.loader import ModelFiles
     from edgezo.run.directory import Overlay
     from edgezo.run.finetuner import Finetuner
-    from edgezo.weights.residency import Medium
+    from edgezo.weights.home import Medium
 
 
 @dataclass
@@ -142,7 +142,7 @@ def _end_ids(files: ModelFiles) -> list[int]:
 
 def settle(opened: Opened, machine: Machine, base_bytes: int, correction_bytes: int = 0) -> Plan:
     """Plan the request against this machine; afterwards ``opened.cfg`` has nothing left open."""
-    tokens = TokenStats.of(opened.dataset)
+    tokens = opened.dataset.token_stats()
     plan = make_plan(
         opened.files.shape,
         opened.cfg,

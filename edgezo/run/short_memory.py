@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-from edgezo.cli.report import to_json
 from edgezo.data.batches import Batch, Example, collate, micro_batches, tokens_of
 from edgezo.errors import BudgetExceeded
-from edgezo.machine.files import atomic_write
+from edgezo.machine.files import atomic_write, to_json
 from edgezo.machine.gpu_memory import confirmed
 from edgezo.machine.hardware import machine
 from edgezo.machine.process_memory import Guard

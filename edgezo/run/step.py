@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgezo.cli.report import RunProgress
 from edgezo.data.batches import Batch, Example, batch_indices, collate, micro_batches
+from edgezo.data.token_stats import TokenStats
 from edgezo.machine.gpu_memory import Memory
 from edgezo.machine.process_memory import Guard, Meter
 from edgezo.machine.profiler import phase
@@ -21,12 +21,12 @@ from edgezo.network.addax import divide
 from edgezo.network.model import Model
 from edgezo.plan.plan import Plan
 from edgezo.plan.request import RunConfig
-from edgezo.plan.shapes import TokenStats
 from edgezo.run.auto_step import Pace
 from edgezo.run.directory import RunFiles, save_snapshot
 from edgezo.run.finetuner import Tuner
 from edgezo.run.journal import Journal, StepRecord
 from edgezo.run.metrics_log import RunLog
+from edgezo.run.progress import RunProgress
 from edgezo.run.session import Opened, recipe_of
 from edgezo.zo.credit import Estimator
 from edgezo.zo.noise import Key
@@ -233,4 +233,4 @@ class Steps:
 
     @cached_property
     def tokens(self) -> TokenStats:
-        return TokenStats.of(self.opened.dataset)
+        return self.opened.dataset.token_stats()

@@ -21,10 +21,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from edgezo.cli.report import RunProgress, Silent, peaks_line, to_json
 from edgezo.data.batches import pieces
 from edgezo.errors import BudgetExceeded, EdgezoError, Interrupted
-from edgezo.machine.files import atomic_write, remove_leftovers
+from edgezo.machine.files import atomic_write, remove_leftovers, to_json
 from edgezo.machine.gpu_memory import confirmed
 from edgezo.machine.hardware import machine
 from edgezo.machine.process_memory import Meter, peak_rss_bytes, rss_bytes
@@ -43,6 +42,7 @@ from edgezo.run.directory import (
 from edgezo.run.finetuner import Tuner, load_finetuner
 from edgezo.run.journal import StepRecord, create_journal
 from edgezo.run.metrics_log import RunLog, mean_loss, step_line
+from edgezo.run.progress import RunProgress, Silent, peaks_line
 from edgezo.run.readout_pass import Outcome, ProbePass, recall
 from edgezo.run.session import (
     evaluate_model,

@@ -31,7 +31,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -39,54 +39,18 @@ from torch import Tensor
 
 from edgezo.errors import EdgezoError
 from edgezo.machine.files import write_error
-from edgezo.plan.calibration import PAGE_BYTES, QUANTISE_BYTES
-from edgezo.weights.layouts import Dense, Layout, tiles
+from edgezo.machine.limits import PAGE_BYTES, QUANTISE_BYTES, tiles
+from edgezo.weights.home import Damaged, Traffic, parts_of
+from edgezo.weights.layouts import Dense, Layout
+from edgezo.zo.noise import Key
 
 if TYPE_CHECKING:
-    from edgezo.weights.residency import Home
+    from edgezo.weights.home import Home
 
 MAGIC = b"\x89EZO\r\n\x1a\n"
 VERSION = 1
 _HEAD = struct.Struct("<8sIIII32s")
 _CRC = struct.Struct("<I")
-
-
-class Damaged(Exception):
-    """The bytes read are not the bytes written."""
-
-
-@dataclass
-class Traffic:
-    """Bytes of blocks elsewhere that a running model has read and written, counted when they are asked for."""
-
-    read_bytes: int = 0
-    written_bytes: int = 0
-
-
-class Part(NamedTuple):
-    """One raw tensor of a file."""
-
-    owner: str  # the matrix's name
-    suffix: str  # the raw tensor's name in its layout
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int  # from the start of the data
-    nbytes: int
-
-    def view(self, data: Tensor) -> Tensor:
-        """The tensor inside ``data`` (flat uint8)."""
-        return data[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
-
-
-def parts_of(layouts: Mapping[str, Layout]) -> tuple[list[Part], int]:
-    """Where the raw tensors of (vacant) layouts lie, each from the start of a page; and how long that is."""
-    parts, offset = [], 0
-    for owner, layout in layouts.items():
-        for suffix, tensor in layout.tensors().items():
-            nbytes = tensor.numel() * tensor.element_size()
-            parts.append(Part(owner, suffix, tensor.dtype, tuple(tensor.shape), offset, nbytes))
-            offset += -(-nbytes // PAGE_BYTES) * PAGE_BYTES
-    return parts, offset
 
 
 class OverlayFile:
@@ -320,9 +284,16 @@ class DiskTable:
         assert isinstance(part, Dense)
         return part.read(index)
 
-    def snap(self, values: Tensor, key: object, tensor: int, rows: slice | Tensor) -> Tensor:
+    def snap(self, values: Tensor, key: Key, tensor: int, rows: slice | Tensor) -> Tensor:
         assert isinstance(self._vacant, Dense)
-        return self._vacant.snap(values, key, tensor, rows)  # type: ignore[arg-type]
+        return self._vacant.snap(values, key, tensor, rows)
+
+    def as_read(self, rows: slice | Tensor, values: Tensor) -> Tensor:
+        assert isinstance(self._vacant, Dense)
+        return self._vacant.as_read(rows, values)
+
+    def grid_step(self, rows: slice | Tensor) -> Tensor | None:
+        return None
 
     def write(self, rows: slice | Tensor, values: Tensor) -> None:
         part = self._empty(len(values))

@@ -10,15 +10,13 @@ Shapes: a matrix is (rows, cols) = (out_features, in_features). Rows are the uni
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from edgezo.machine import kernels
-from edgezo.plan.calibration import QUANTISE_BYTES, TILE_BYTES
-from edgezo.plan.shapes import int4_group
+from edgezo.machine.limits import MOST_CODE, QUANTISE_BYTES, int4_group, tiles
 from edgezo.zo import noise
 from edgezo.zo.noise import Key
 
@@ -27,19 +25,11 @@ DENSE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 
 # A row that has outgrown its scale is given more than it needs, and then left alone for a while.
 WIDER = 1 + 1 / 64
-MOST_CODE = 127  # symmetric: a direction's two sides have the same room
 
 
 # Bits of the significand after the leading one, and the smallest positive step of the format.
 _MANTISSA = {torch.bfloat16: 7, torch.float16: 10}
 _SMALLEST_STEP = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
-
-
-def tiles(rows: int, cols: int, bytes_per_element: int = 4) -> Iterator[slice]:
-    """Row slices of at most ``TILE_BYTES`` each (one row at least)."""
-    step = max(1, TILE_BYTES // max(1, cols * bytes_per_element))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
 
 
 class Rows(Protocol):
@@ -72,6 +62,34 @@ class Layout(Protocol):
 
     def adopt(self, tensors: dict[str, Tensor]) -> None:
         """Let these be the raw tensors, views of a slot for instance; names as ``tensors`` gives them."""
+        ...
+
+
+class TrainedLayout(Layout, Protocol):
+    """A matrix that updates may change, some rows at a time."""
+
+    def raw(self, rows: slice) -> dict[str, Tensor]:
+        """``tensors`` of some rows."""
+        ...
+
+    def read(self, rows: slice | Tensor) -> Tensor:
+        """The exact stored values of ``rows``, (n, cols) fp32, freshly owned."""
+        ...
+
+    def snap(self, values: Tensor, key: Key, tensor: int, rows: slice | Tensor) -> Tensor:
+        """Round (n, cols) fp32 ``values`` to the layout's grid. They may be overwritten."""
+        ...
+
+    def write(self, rows: slice | Tensor, values: Tensor) -> None:
+        """Store (n, cols) fp32 values that ``snap`` gave."""
+        ...
+
+    def as_read(self, rows: slice | Tensor, values: Tensor) -> Tensor:
+        """fp32 ``values`` of some rows, on the layout's grid, as a forward pass reads them."""
+        ...
+
+    def grid_step(self, rows: slice | Tensor) -> Tensor | None:
+        """(n, 1) fp32: the distance between two codes of each row; None where values are not codes."""
         ...
 
 
@@ -152,6 +170,12 @@ class Dense:
         if self.low is not None:
             wide = high.float()
             self.low[rows] = self._low_codes(values, wide, self._ulp(wide)).to(torch.int8)
+
+    def as_read(self, rows: slice | Tensor, values: Tensor) -> Tensor:
+        return values.to(self.values.dtype).float()
+
+    def grid_step(self, rows: slice | Tensor) -> Tensor | None:
+        return None
 
     def _ulp(self, values: Tensor) -> Tensor:
         """Spacing of the stored dtype at fp32 ``values``: the binade's power of two times 2**-mantissa."""
@@ -258,6 +282,14 @@ class Int8:
     def write(self, rows: slice | Tensor, values: Tensor) -> None:
         """Store (n, cols) fp32 values that ``snap`` gave."""
         self._store(rows, values / self.scale[rows])
+
+    def as_read(self, rows: slice | Tensor, values: Tensor) -> Tensor:
+        if self.low is None:
+            return values
+        return (values / self.scale[rows]).round_().mul_(self.scale[rows])
+
+    def grid_step(self, rows: slice | Tensor) -> Tensor | None:
+        return self.scale[rows]
 
 
 def _below(steps: Tensor, codes: Tensor) -> Tensor:

@@ -20,9 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from edgezo.weights.disk import Traffic, parts_of
+from edgezo.weights.home import Home, Pending, Traffic, parts_of
 from edgezo.weights.layouts import Layout
-from edgezo.weights.residency import Home, Pending
 
 
 class HostBuffer:

@@ -16,16 +16,14 @@ before the last.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from edgezo.zo.credit import Recipe
-
-if TYPE_CHECKING:
-    from edgezo.weights.store import Trainable, WeightStore
+from edgezo.weights.trainable import Trainable
+from edgezo.zo.recipe import Recipe
 
 FIRST_STEPS = 16
 GROWTH = 4  # the next anchor is a GROWTH-th of the steps so far away
@@ -53,10 +51,32 @@ def between(recipes: Sequence[Recipe]) -> Iterator[Sequence[Recipe]]:
             start = place
 
 
+class ReplaysSteps(Protocol):
+    """What making codes anew asks of the weight store (store.py)."""
+
+    device: torch.device
+
+    def past(self, first: int, stop: int) -> Iterator[list[Recipe]]: ...
+
+    def moved(
+        self,
+        row: Trainable,
+        recipe: Recipe,
+        coefficients: Tensor,
+        rows: slice | Tensor,
+        values: Tensor,
+        member: Tensor | None = None,
+    ) -> bool: ...
+
+    def own_rows(self, row: Trainable, recipe: Recipe) -> list[np.ndarray]: ...
+
+    def membership(self, own: list[np.ndarray], rows: np.ndarray) -> Tensor: ...
+
+
 class Replayed:
     """A trained matrix as fp32 weights would be after the steps before ``stop``, made row by row when asked for."""
 
-    def __init__(self, store: WeightStore, row: Trainable, stop: int):
+    def __init__(self, store: ReplaysSteps, row: Trainable, stop: int):
         assert row.base is not None
         self.store, self.row, self.stop = store, row, stop
         self.base = row.base()

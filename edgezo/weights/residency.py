@@ -15,76 +15,17 @@ its block is written. Two slots are all the memory that the blocks take, however
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 
-from edgezo.errors import EdgezoError
-from edgezo.plan.calibration import SLOTS
-from edgezo.weights.disk import Damaged, DiskTable, Part, Traffic
+from edgezo.machine.limits import SLOTS
+from edgezo.weights.home import Damaged, Home, Medium, Pending
 from edgezo.weights.layouts import Layout
-
-
-class Home(Protocol):
-    """Where the bytes of one block lie while it is not in a slot."""
-
-    name: str
-    parts: list[Part]
-    data_bytes: int
-
-    def open(self) -> int | None:
-        """The step up to which updates are in what an earlier process left here; None: nothing that could be used."""
-        ...
-
-    def reserve(self) -> None: ...
-
-    def read(self, data: Tensor) -> None:
-        """Fill ``data`` (flat uint8, at least data_bytes). Raises Damaged."""
-        ...
-
-    def write(self, data: Tensor, applied: int) -> None:
-        """Replace the bytes, which hold the updates before step ``applied``."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class Pending(Protocol):
-    """A read or write that was queued."""
-
-    def done(self) -> bool: ...
-
-    def result(self) -> None:
-        """Let what follows come after it. Raises what it raised."""
-        ...
-
-
-class Medium(Protocol):
-    """Where blocks have their homes, and what moves them to their slots and back beside the computation."""
-
-    kind: str  # disk or host
-    resident_blocks: int  # the first decoder layers stay in memory
-    traffic: Traffic
-
-    def home(self, name: str, layouts: Mapping[str, Layout]) -> Home: ...
-
-    def table(self, vacant: Layout, make: Callable[[slice], Layout]) -> DiskTable | None:
-        """A home for an embedding table, made anew; None where tables stay in memory."""
-        ...
-
-    def slot(self, nbytes: int) -> Tensor:
-        """(nbytes,) uint8 zeros."""
-        ...
-
-    def read(self, home: Home, slot: Tensor) -> Pending: ...
-
-    def write(self, home: Home, slot: Tensor, applied: int) -> Pending: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass
@@ -304,11 +245,3 @@ class _Visit(ModelHook):
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         self.residency.release()
         return output
-
-
-def decoder_layers(module: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
-    """Name and list of the ``count`` blocks of a model, wherever its family keeps them."""
-    for name, part in module.named_modules():
-        if isinstance(part, nn.ModuleList) and len(part) == count:
-            return name, part
-    raise EdgezoError(f"no list of {count} layers was found in the model")

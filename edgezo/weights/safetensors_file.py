@@ -1,25 +1,19 @@
-"""Weights on disk, read one tensor at a time.
-
-A source opens a checkpoint, checks its structure once, and then hands out single tensors in
-freshly owned memory, under the names and in the layout of the Hugging Face module. Plain reads
-only: a mapped file counts towards the resident set that ``--max-mem`` bounds.
-
-Formats: a directory with ``model.safetensors``, a sharded one with an index, and GGUF.
-"""
+"""Safetensors checkpoints, one file or sharded with an index, read and written a piece at a time by plain reads."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from edgezo.errors import EdgezoError
+from edgezo.weights.trainable import Saved
 
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -37,54 +31,6 @@ SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 PIECE_ELEMENTS = 1 << 18  # converted at a time
 _FETCH_AGAIN = "The file is damaged or incomplete: fetch it again."
-
-
-class TensorSource(Protocol):
-    """Tensors of one checkpoint by Hugging Face name."""
-
-    @property
-    def names(self) -> list[str]: ...
-
-    @property
-    def files(self) -> list[Path]:
-        """The weight files, in the order that the content hash takes them."""
-        ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def dtype(self, name: str) -> torch.dtype:
-        """What ``read`` gives; float32 for a quantised GGUF tensor."""
-        ...
-
-    def nbytes(self, name: str) -> int:
-        """Bytes of the tensor that ``read`` gives."""
-        ...
-
-    def read(
-        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
-    ) -> Tensor:
-        """The tensor, or some rows of an embedding, in memory of its own, in its own dtype or rounded to ``dtype``.
-
-        Conversion goes through small pieces: nothing but the result is as large as the tensor.
-        EdgezoError if it is cut short or holds NaN or Inf.
-        """
-        ...
-
-    def same_bytes(self, first: str, second: str) -> bool:
-        """Whether two tensors are stored with the same bytes, compared in bounded pieces."""
-        ...
-
-
-def open_tensors(path: Path, config: Any = None) -> TensorSource:
-    """The checkpoint at ``path``: a GGUF file or a directory with safetensors.
-
-    A GGUF needs no ``config``: its own metadata says how its tensors are laid out.
-    """
-    if path.is_file():
-        from edgezo.weights.gguf_file import GgufSource
-
-        return GgufSource(path)
-    return SafetensorsSource(path)
 
 
 # ----------------------------------------------------------------------------- safetensors
@@ -335,3 +281,25 @@ def check_finite(tensor: Tensor, name: str, file: Path) -> None:
             f"{file}: tensor {name!r} holds values that are not finite as {tensor.dtype} "
             f"(smallest {low.item()}, largest {high.item()}). {_FETCH_AGAIN}"
         )
+
+
+def write_saved(path: Path, tensors: Sequence[Saved], metadata: dict[str, str]) -> None:
+    """As safetensors' own save_file, but a piece at a time: trained weights on disk are never in memory together."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for tensor in tensors:
+        end = offset + math.prod(tensor.shape) * tensor.dtype.itemsize
+        spelling = SAFETENSORS_NAMES[tensor.dtype]
+        header[tensor.name] = {
+            "dtype": spelling,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            for piece in tensor.bytes():
+                file.write(piece)

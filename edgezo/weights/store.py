@@ -17,57 +17,28 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from edgezo.errors import EdgezoError
+from edgezo.machine.limits import tiles
 from edgezo.weights import requantise
-from edgezo.weights.layouts import CPU, Dense, Int8, Layout, Rows, tiles
+from edgezo.weights.layouts import CPU, Dense, Int8, Layout, TrainedLayout
+from edgezo.weights.trainable import Saved, Trainable
 from edgezo.zo import noise
-from edgezo.zo.credit import Recipe
 from edgezo.zo.directions import Directions, Target, centred, orthonormal
-from edgezo.zo.masks import Mask, as_read
+from edgezo.zo.masks import Mask
 from edgezo.zo.noise import Key
+from edgezo.zo.recipe import Recipe
 from edgezo.zo.rules import RULES, Rule
 
 RECIPES_AT_ONCE = 64  # one sweep over the weights for so many past steps
 
 if TYPE_CHECKING:
-    from edgezo.weights.disk import DiskTable
     from edgezo.weights.residency import Residency
-
-
-@dataclass
-class Trainable:
-    """One trained tensor: where it lies and which of its rows an update may move."""
-
-    target: Target
-    layout: Dense | Int8 | DiskTable  # a vector is a (rows, 1) matrix
-    touched_offset: int | None = (
-        None  # rows named by the recipe, numbered from here; None: not by example
-    )
-    fixed_rows: Tensor | None = (
-        None  # only these rows are ever probed (label words of an untied head)
-    )
-    away: bool = False  # in a block that is elsewhere: updated when it is next bound
-    least: float | None = None  # no value goes below
-    threshold: float | None = None  # of a sparse mask
-    base: Callable[[], Rows] | None = None  # of codes that are anchored: the checkpoint's matrix
-    # v_i by slot, of the step that is being probed; None where directions come from seeds alone.
-    guides: dict[int, Tensor] | None = None
-    basis: Tensor | None = None  # V^T (k, cols) of a shared direction, in the compute dtype
-    sketch: Tensor | None = None  # (cols, k) fp32: what this step's inputs make of it
-    # Of the rule, the mask and an anchor: (rows, cols) fp32 each, or (rows, rank) in a basis, or (rows, 1).
-    state: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def values(self) -> Tensor:
-        """A vector or factor, which always stays in memory: (rows, cols), the tensor itself."""
-        assert isinstance(self.layout, Dense)
-        return self.layout.values
 
 
 @dataclass
@@ -94,7 +65,7 @@ class WeightStore:
     def train(
         self,
         name: str,
-        layout: Dense | Int8 | DiskTable,
+        layout: TrainedLayout,
         *,
         vector: bool = False,
         touched_offset: int | None = None,
@@ -314,7 +285,7 @@ class WeightStore:
 
         def shape(u: Tensor) -> Tensor:
             before.append(u)
-            seen = functools.partial(as_read, row.layout, rows, values)
+            seen = functools.partial(row.layout.as_read, rows, values)
             return self.mask.shape(u, key, row, rows, seen, probing=False)
 
         shaped = shape if self.mask.shapes(row) else None
@@ -503,23 +474,6 @@ def _row_sets(row: Trainable) -> Iterable[slice | Tensor]:
     if row.fixed_rows is not None:
         return [row.fixed_rows]
     return tiles(row.target.rows, row.target.cols)
-
-
-class Saved(NamedTuple):
-    """One trained tensor to be hashed or written, a bounded piece of rows at a time."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    pieces: Callable[[], Iterable[Tensor]]
-
-    @staticmethod
-    def of(name: str, tensor: Tensor) -> Saved:
-        return Saved(name, tuple(tensor.shape), tensor.dtype, lambda: [tensor])
-
-    def bytes(self) -> Iterator[memoryview]:
-        for piece in self.pieces():
-            yield piece.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
 
 
 def saved_sha256(saved: Iterable[Saved]) -> str:

@@ -25,51 +25,37 @@ no input gives a NaN in an update.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from edgezo.plan.request import RunConfig
 from edgezo.zo.noise import exact_grid
 from edgezo.zo.presets import PRESETS, forwards
+from edgezo.zo.recipe import PLAIN, TWO_SIDED, Evaluation
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 CREDIT_CLIP = 8.0  # standard deviations; a lone outlier in a group of 64 already stands at 7.9
 LARGEST = 1e35  # of a coefficient: a sum over a group stays finite in fp32
 SLOPE_CLIP = 100.0  # QZO's C, of the directional derivative
 
 
-class Recipe(NamedTuple):
-    """One step's update: O(B) numbers from which every tensor's change can be rebuilt."""
+class Choices(Protocol):
+    """The values of a request that decide an estimator."""
 
-    step: int
-    coefficients: np.ndarray  # (K,) fp32 on the exact grid; zeros for a skipped step
-    decay: float  # weights are first multiplied by (1 - decay)
-    # Per direction, sorted rows of the embedding tables it moves; one for all where candidates share the batch.
-    touched: tuple[np.ndarray, ...] = ()
-    rate: float = 1.0  # what a rule with a state of its own multiplies its result by
-    curvature: float = 0.0  # |l+ + l- - 2 l0|/(2 sigma^2) of the batch, where it was measured
-    scales: np.ndarray | None = None  # (n,) fp32 of mask block, of the trained tensors by name
-    # The step before which the weights were the anchor; of another step: what its direction moves them by.
-    anchor: int | None = None
-    pull: float = 0.0
-    # By trained tensor the v_i of its directions, (K, cols): only of directions that no seed has.
-    guides: Mapping[str, Tensor] = MappingProxyType({})
+    @property
+    def credit(self) -> str: ...
 
+    @property
+    def mask(self) -> str: ...
 
-class Evaluation(NamedTuple):
-    """One of a step's forwards over the batch: theta + sign*sigma*D."""
+    @property
+    def rule(self) -> str: ...
 
-    sign: int
-    candidate: int | None = None  # which D for all examples; None: each its own
-
-
-TWO_SIDED = (Evaluation(1), Evaluation(-1))
-PLAIN = Evaluation(0)
+    @property
+    def candidates(self) -> int: ...
 
 
 class Estimator(NamedTuple):
@@ -83,8 +69,8 @@ class Estimator(NamedTuple):
     slope_clip: float | None = None
 
     @staticmethod
-    def of(cfg: RunConfig) -> Estimator:
-        return compose(cfg.credit, cfg.mask, cfg.rule, cfg.candidates)
+    def of(chosen: Choices) -> Estimator:
+        return compose(chosen.credit, chosen.mask, chosen.rule, chosen.candidates)
 
     def coefficients(self, credit: np.ndarray, step: float, sigma: float) -> np.ndarray:
         """c_i, (K,) fp32 on the exact grid; for a rule with a rate those of step 1."""

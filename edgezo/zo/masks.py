@@ -16,24 +16,46 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from edgezo.weights.layouts import MOST_CODE, Dense, Int8, tiles
+from edgezo.machine.limits import MOST_CODE, tiles
 from edgezo.zo import noise
+from edgezo.zo.directions import Target
 from edgezo.zo.noise import Key
-
-if TYPE_CHECKING:
-    from edgezo.weights.store import Trainable
 
 HESSIAN_PACE = 1e-6  # of the running curvature; HiZOO's smooth type
 LEAST_CURVATURE = 1e-8
 LEVELS = 127  # of 8 bits, symmetric, over the range of noise.normals
 _RANGE = 4.25
 _SQUARES = 2.0**16
+
+
+class MaskedLayout(Protocol):
+    """What a mask asks of a stored matrix (weights/layouts.py)."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def read(self, rows: slice | Tensor) -> Tensor: ...
+
+    def grid_step(self, rows: slice | Tensor) -> Tensor | None: ...
+
+
+class Masked(Protocol):
+    """What a mask asks of a trained tensor (weights/trainable.py)."""
+
+    @property
+    def target(self) -> Target: ...
+
+    @property
+    def layout(self) -> MaskedLayout: ...
+
+    state: dict[str, Tensor]
+    threshold: float | None
 
 
 class Mask:
@@ -43,10 +65,10 @@ class Mask:
     states: tuple[str, ...] = ()  # fp32 tensors beside a trained one, all ones at the start
     by_row = False  # they have one column
 
-    def prepare(self, row: Trainable) -> None:
+    def prepare(self, row: Masked) -> None:
         """Look at a trained tensor once, when it has the base's values."""
 
-    def shapes(self, row: Trainable) -> bool:
+    def shapes(self, row: Masked) -> bool:
         """Whether rows of U have to go through ``shape``."""
         return False
 
@@ -54,7 +76,7 @@ class Mask:
         self,
         u: Tensor,  # (n, cols) fp32 rows of U, or ones
         key: Key,
-        row: Trainable,
+        row: Masked,
         rows: slice | Tensor,
         seen: Callable[[], Tensor],  # (n, cols) the weights there, as the forward reads them
         *,
@@ -62,11 +84,11 @@ class Mask:
     ) -> Tensor:
         raise NotImplementedError
 
-    def scale(self, key: Key, row: Trainable, told: float = 1.0) -> float:
+    def scale(self, key: Key, row: Masked, told: float = 1.0) -> float:
         """Of the tensor's whole direction; 0: it is left alone this step. ``told``: what a finetuner makes of it."""
         return 1.0
 
-    def learn(self, row: Trainable, rows: slice | Tensor, u: Tensor, curvature: Tensor) -> None:
+    def learn(self, row: Masked, rows: slice | Tensor, u: Tensor, curvature: Tensor) -> None:
         """Take in what the step has measured, (n or 1, 1), along unmasked rows ``u`` of U."""
 
 
@@ -80,10 +102,10 @@ class Sparse(Mask):
     def __init__(self, keep: float):
         self.keep = keep
 
-    def shapes(self, row: Trainable) -> bool:
+    def shapes(self, row: Masked) -> bool:
         return row.threshold is not None
 
-    def prepare(self, row: Trainable) -> None:
+    def prepare(self, row: Masked) -> None:
         """h: the ``keep`` quantile of |theta| to bf16's precision, from a histogram made tile by tile."""
         if row.target.vector or "#" in row.target.name:
             return
@@ -98,7 +120,7 @@ class Sparse(Mask):
         self,
         u: Tensor,
         key: Key,
-        row: Trainable,
+        row: Masked,
         rows: slice | Tensor,
         seen: Callable[[], Tensor],
         *,
@@ -117,7 +139,7 @@ class Layers(Mask):
         self.keep = keep
         self.blocks: Collection[int] = set()
 
-    def prepare(self, row: Trainable) -> None:
+    def prepare(self, row: Masked) -> None:
         block = block_of(row.target.name)
         self.blocks = set(self.blocks) | ({block} if block is not None else set())
 
@@ -127,7 +149,7 @@ class Layers(Mask):
         order = noise.permutation(key, noise.tensor_id("layers"), noise.CHOICE, len(blocks))
         return {blocks[i] for i in order[:count]}
 
-    def scale(self, key: Key, row: Trainable, told: float = 1.0) -> float:
+    def scale(self, key: Key, row: Masked, told: float = 1.0) -> float:
         block = block_of(row.target.name)
         return 1.0 if block is None or block in self.chosen(key) else 0.0
 
@@ -148,14 +170,14 @@ class Hessian(Mask):
     name = "hessian"
     states = ("hessian",)
 
-    def shapes(self, row: Trainable) -> bool:
+    def shapes(self, row: Masked) -> bool:
         return True
 
     def shape(
         self,
         u: Tensor,
         key: Key,
-        row: Trainable,
+        row: Masked,
         rows: slice | Tensor,
         seen: Callable[[], Tensor],
         *,
@@ -163,7 +185,7 @@ class Hessian(Mask):
     ) -> Tensor:
         return u / row.state["hessian"][rows].sqrt()
 
-    def learn(self, row: Trainable, rows: slice | Tensor, u: Tensor, curvature: Tensor) -> None:
+    def learn(self, row: Masked, rows: slice | Tensor, u: Tensor, curvature: Tensor) -> None:
         held = row.state["hessian"]
         h = held[rows]
         # One operation at a time: a fused one rounds differently at a vector's end.
@@ -200,14 +222,14 @@ class Quantized(Mask):
     def __init__(self, sigma: float):
         self.sigma = sigma
 
-    def shapes(self, row: Trainable) -> bool:
+    def shapes(self, row: Masked) -> bool:
         return True
 
     def shape(
         self,
         u: Tensor,
         key: Key,
-        row: Trainable,
+        row: Masked,
         rows: slice | Tensor,
         seen: Callable[[], Tensor],
         *,
@@ -216,8 +238,7 @@ class Quantized(Mask):
         stream = noise.PROBE_GRID if probing else noise.UPDATE_GRID
         step: float | Tensor = _RANGE / LEVELS
         room = None
-        if isinstance(row.layout, Int8):
-            scale = row.layout.scale[rows]
+        if (scale := row.layout.grid_step(rows)) is not None:
             step = scale / self.sigma
             room = MOST_CODE - (seen() / scale).round_().abs_()
         whole = u / step
@@ -234,7 +255,7 @@ class Block(Mask):
 
     name = "block"
 
-    def scale(self, key: Key, row: Trainable, told: float = 1.0) -> float:
+    def scale(self, key: Key, row: Masked, told: float = 1.0) -> float:
         return told
 
 
@@ -249,12 +270,3 @@ def mask_of(name: str, keep: float, sigma: float) -> Mask:
         "block": Block,
     }
     return makers[name]()
-
-
-def as_read(layout: object, rows: slice | Tensor, values: Tensor) -> Tensor:
-    """fp32 ``values`` of some rows, on a store's grid, as the forward reads them."""
-    if isinstance(layout, Dense):
-        return values.to(layout.values.dtype).float()
-    if isinstance(layout, Int8) and layout.low is not None:
-        return (values / layout.scale[rows]).round_().mul_(layout.scale[rows])
-    return values

@@ -10,7 +10,7 @@ from conftest import make_model
 from rich.console import Console
 
 from edgezo.bench import memory
-from edgezo.cli import report
+from edgezo.cli import tables
 
 MB = 1_000_000
 
@@ -69,5 +69,5 @@ def test_a_baseline_that_takes_too_long_is_ended_with_its_peak_so_far():
     assert found["stopped_s"] == 2 and found["train_peak_rss_bytes"] > 50 * MB
     point = {"method": "lora", "batch_size": 16, "tokens": 128, **found}
     console = Console(width=150, file=io.StringIO())
-    console.print(report.memory_table({"model": "m", "rows": [point]}))
+    console.print(tables.memory_table({"model": "m", "rows": [point]}))
     assert ">= " in console.file.getvalue() and "stopped" in console.file.getvalue()

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from edgezo.cli import main as cli
-from edgezo.cli import report
+from edgezo.cli import terminal
 from edgezo.errors import BaseMismatch, BudgetExceeded, EdgezoError, Interrupted
 from edgezo.plan.request import make_config
 from edgezo.run import metrics_log
@@ -298,12 +298,12 @@ def test_metrics_that_cannot_be_written_are_an_error_with_the_place(tmp_path):
 
 
 def test_progress_without_a_terminal_is_a_bounded_number_of_lines(capsys):
-    progress = report.TerminalProgress()
+    progress = terminal.TerminalProgress()
     progress.begin(done=0, steps=1000, cap_bytes=10**9)
     for step in range(1, 1001):
         progress.step(step, fraction=step / 1000, loss=0.5, step_s=0.1, rss_bytes=5 * 10**8)
     progress.close()
     out, err = capsys.readouterr()
     lines = err.splitlines()
-    assert out == "" and 10 <= len(lines) <= report.PLAIN_LINES + 2
+    assert out == "" and 10 <= len(lines) <= terminal.PLAIN_LINES + 2
     assert "step 1000/1000" in lines[-1] and "500.0 MB/1.00 GB" in lines[-1]

@@ -16,9 +16,9 @@ from edgezo.plan.request import make_config
 from edgezo.run.train import Training, finetune
 from edgezo.weights.layouts import moved, place
 from edgezo.weights.store import WeightStore, saved_sha256
-from edgezo.zo.credit import Recipe
 from edgezo.zo.directions import DIRECTIONS
 from edgezo.zo.noise import exact_grid
+from edgezo.zo.recipe import Recipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 MB = 1_000_000

@@ -18,9 +18,9 @@ from workshop import KEY, LOW, SIGMA, Tried, Workshop, cases, make_examples, of
 from edgezo.data.batches import Example, collate, micro_batches
 from edgezo.data.tasks import Generation
 from edgezo.machine import matmul
+from edgezo.machine.limits import PRODUCT_ROWS
 from edgezo.machine.matmul import SIZES, addmm_, along, mm, pieces
 from edgezo.network.generate import generate
-from edgezo.plan.shapes import PRODUCT_ROWS
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from test_runs import contents, of_evaluation, run_of
 
 from edgezo.bench.alignment import example_loss, in_trained, plain_module
 from edgezo.data.batches import tokens_of
+from edgezo.data.token_stats import TokenStats
 from edgezo.network.addax import divide
-from edgezo.plan.shapes import TokenStats
 from edgezo.run.journal import open_journal
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from workshop import KEY, SIGMA, Case, Tried, cases, close, of
 
+from edgezo.machine.limits import TILE_BYTES
 from edgezo.network import losses
 from edgezo.network.exact_head import ExactHead
 from edgezo.plan import calibration
-from edgezo.weights.layouts import TILE_BYTES
-from edgezo.weights.store import Saved, saved_sha256
+from edgezo.weights.store import saved_sha256
+from edgezo.weights.trainable import Saved
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

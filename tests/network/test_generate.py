@@ -24,7 +24,8 @@ from workshop import (
 
 from edgezo.data.tasks import Generation
 from edgezo.machine.process_memory import Heap
-from edgezo.network.generate import KeyValues, generate
+from edgezo.network.generate import generate
+from edgezo.network.key_values import KeyValues
 from edgezo.network.model import Model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

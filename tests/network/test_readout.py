@@ -14,23 +14,23 @@ from safetensors.torch import load_file
 
 from edgezo.data.batches import Example, Row, collate
 from edgezo.errors import EdgezoError, UsageError
+from edgezo.machine.limits import PROBED_BLOCKS
 from edgezo.network import loader
 from edgezo.network.assemble import ModelSpec, assemble
+from edgezo.network.attach import attach
+from edgezo.network.loader import decoder_layers
 from edgezo.network.readout import (
     RIDGES,
     LinearProbe,
     StateFile,
     Taps,
-    attach,
     candidates,
     fit,
     fit_block,
     unit,
 )
-from edgezo.plan.fields import PROBED_BLOCKS
 from edgezo.plan.request import make_config
 from edgezo.run.train import finetune
-from edgezo.weights.residency import decoder_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgezo.data.token_stats import TokenStats
 from edgezo.errors import UsageError
 from edgezo.machine.hardware import Gpu
 from edgezo.network.cards import cards
@@ -18,7 +19,6 @@ from edgezo.plan.budget import portable
 from edgezo.plan.plan import Plan, PlanDoesNotFit
 from edgezo.plan.planner import make_plan
 from edgezo.plan.request import RunConfig, from_toml, make_config
-from edgezo.plan.shapes import TokenStats
 
 MB = 1_000_000
 SMOL, LARGE = "smollm2-135m-instruct", "smollm2-1.7b-instruct"

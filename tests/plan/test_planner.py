@@ -9,14 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgezo.data.token_stats import TokenStats
 from edgezo.errors import DoesNotFit
-from edgezo.network.cards import Shape, cards
+from edgezo.machine import limits
+from edgezo.network.cards import cards
 from edgezo.plan import calibration, planner
 from edgezo.plan.budget import default_budget, mb
 from edgezo.plan.plan import Decision, Plan, PlanDoesNotFit
 from edgezo.plan.planner import FIRST_ORDER_STEPS, PRECISIONS_TRIED, make_plan
 from edgezo.plan.request import RunConfig, make_config
-from edgezo.plan.shapes import MatrixShape, ModelShape, TokenStats
+from edgezo.plan.shapes import MatrixShape, ModelShape, Shape
 
 MB = 1_000_000
 SMOL = "smollm2-135m-instruct"
@@ -124,7 +126,7 @@ def test_longer_and_more_examples_take_more_activations():
         for n in (10, 20, 80, 160)
     ]
     assert sizes[0] < sizes[1] < 2.6 * sizes[0], "in proportion, but for what the heap keeps"
-    assert sizes[1] < sizes[2] == sizes[3] <= calibration.REUSED_BYTES, "a batch runs in pieces"
+    assert sizes[1] < sizes[2] == sizes[3] <= limits.REUSED_BYTES, "a batch runs in pieces"
 
 
 def test_pieces_of_a_micro_batch_are_the_same_wherever_the_weights_are():
@@ -146,7 +148,7 @@ def test_lengths_of_the_data_bound_the_longest_micro_batch():
     data = SimpleNamespace(
         kind="choice", train=(example,), validation=(), label_ids=(), generation=None
     )
-    assert TokenStats.of(data) == TokenStats("choice", (6,), 2, 0, 6.0, examples=1)
+    assert data.token_stats() == TokenStats("choice", (6,), 2, 0, 6.0, examples=1)
 
 
 @pytest.mark.parametrize("cap", [650, 1000, 2000, 6000, 40_000])

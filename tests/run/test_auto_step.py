@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from edgezo.cli.report import to_json
 from edgezo.errors import UsageError
+from edgezo.machine.files import to_json
 from edgezo.plan.request import make_config
 from edgezo.run.auto_step import (
     FASTER,

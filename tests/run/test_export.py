@@ -315,7 +315,7 @@ def test_a_large_matrix_is_written_tile_by_tile(
     """The pieces of a file are those of one whole product."""
     bench = families(family)
     run_of(bench, tmp_path / "run", train="lowrank", **LARGE)
-    monkeypatch.setattr("edgezo.weights.layouts.TILE_BYTES", 4000)
+    monkeypatch.setattr("edgezo.machine.limits.TILE_BYTES", 4000)
     export(tmp_path / "run", "hf", tmp_path / "hf")
     export(tmp_path / "run", "peft", tmp_path / "peft")
     base = dict(auto(bench.model, dtype=torch.float32).named_parameters())

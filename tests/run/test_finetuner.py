@@ -27,9 +27,9 @@ from edgezo.run.journal import StepRecord, create_journal, open_journal
 from edgezo.run.train import finetune
 from edgezo.weights.layouts import Dense
 from edgezo.weights.store import WeightStore
-from edgezo.zo.credit import Recipe
 from edgezo.zo.directions import DIRECTIONS
 from edgezo.zo.masks import mask_of
+from edgezo.zo.recipe import Recipe
 from edgezo.zo.rules import RULES
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -22,7 +22,7 @@ from conftest import make_model, write_rows
 from safetensors.torch import load_file
 
 from edgezo.errors import UsageError
-from edgezo.plan.calibration import GUARD_MARGIN_BYTES
+from edgezo.machine.limits import GUARD_MARGIN_BYTES
 from edgezo.plan.request import make_config
 from edgezo.run.journal import open_journal
 from edgezo.run.train import finetune

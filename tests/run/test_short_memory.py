@@ -13,17 +13,17 @@ import forks
 import numpy as np
 import pytest
 
-from edgezo.cli.report import Silent
 from edgezo.errors import BudgetExceeded, EdgezoError
 from edgezo.machine import process_memory
 from edgezo.machine.hardware import machine
-from edgezo.plan.calibration import GUARD_MARGIN_BYTES
+from edgezo.machine.limits import GUARD_MARGIN_BYTES
 from edgezo.plan.plan import PlanDoesNotFit
 from edgezo.plan.request import from_toml, make_config
 from edgezo.run import session, short_memory
 from edgezo.run import train as training
 from edgezo.run.journal import StepRecord, open_journal
 from edgezo.run.metrics_log import MetricsLog
+from edgezo.run.progress import Silent
 from edgezo.run.session import Opened, open_request, settle, settle_again, split_less
 from edgezo.run.train import finetune
 
@@ -356,8 +356,8 @@ from edgezo.machine import process_memory as memory
 memory.allocator_policy()
 from edgezo.plan.request import make_config
 from edgezo.errors import EdgezoError
-from edgezo.plan.calibration import GUARD_MARGIN_BYTES
-from edgezo.cli.report import Silent
+from edgezo.machine.limits import (GUARD_MARGIN_BYTES)
+from edgezo.run.progress import (Silent)
 
 class Ballast(Silent):
     def plan(self, plan):

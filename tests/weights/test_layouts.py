@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optimum.quanto import AbsmaxOptimizer, MaxOptimizer, qint4, qint8, quantize_weight
 
-from edgezo.plan.shapes import int4_group
+from edgezo.machine import limits
+from edgezo.machine.limits import int4_group, tiles
 from edgezo.weights import layouts
-from edgezo.weights.layouts import Dense, Int4, Int8, place, tiles
+from edgezo.weights.layouts import Dense, Int4, Int8, place
 from edgezo.zo.noise import Key
 
 SHAPES = [(8, 32), (6, 96), (10, 128), (4, 256), (12, 40), (2, 7)]
@@ -78,7 +79,7 @@ def test_what_int4_cannot_halve_and_tables_are_int8():
 def test_quantising_does_not_depend_on_the_tile(monkeypatch):
     weight = _weight(20, 64)
     before = [Int8.quantise(weight).tensors(), Int4.quantise(weight).tensors()]
-    monkeypatch.setattr(layouts, "TILE_BYTES", 3 * 64 * 16)
+    monkeypatch.setattr(limits, "TILE_BYTES", 3 * 64 * 16)
     for old, new in zip(
         before, [Int8.quantise(weight).tensors(), Int4.quantise(weight).tensors()], strict=True
     ):
@@ -92,7 +93,7 @@ def test_tiles_cover_every_row_once_within_the_bound(rows, cols):
     assert found[-1].stop == rows
     for tile in found:
         count = tile.stop - tile.start
-        assert count == 1 or count * cols * 4 <= layouts.TILE_BYTES
+        assert count == 1 or count * cols * 4 <= limits.TILE_BYTES
 
 
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

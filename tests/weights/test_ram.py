@@ -19,7 +19,7 @@ from edgezo.plan.request import make_config
 from edgezo.run import session
 from edgezo.run.train import Training, finetune
 from edgezo.weights import ram as host
-from edgezo.weights.residency import Home
+from edgezo.weights.home import Home
 from edgezo.weights.store import WeightStore
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from workshop import LABEL_IDS, make_examples
 
 from edgezo.data.batches import collate
+from edgezo.machine import limits
+from edgezo.machine.limits import MOST_CODE
 from edgezo.network.assemble import ModelSpec, assemble
 from edgezo.network.loader import open_model
 from edgezo.network.model import Model
@@ -24,11 +26,11 @@ from edgezo.plan.planner import make_plan
 from edgezo.plan.request import make_config
 from edgezo.run.journal import Journal
 from edgezo.run.train import finetune
-from edgezo.weights import layouts, requantise
-from edgezo.weights.layouts import MOST_CODE, Int8
+from edgezo.weights import requantise
+from edgezo.weights.layouts import Int8
 from edgezo.weights.store import saved_sha256
-from edgezo.zo.credit import Recipe
 from edgezo.zo.noise import Key, exact_grid
+from edgezo.zo.recipe import Recipe
 
 maker = test_presets.maker
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -254,8 +256,8 @@ def test_codes_at_an_anchor_are_the_fp32_runs_quantised_bit_for_bit(
         assert same == requantise.due(steps), steps
     walked = saved_sha256(pair.codes.store.saved())
     # A resume between two anchors: from the base, in other tiles, with the same bits.
-    for tile_bytes in (layouts.TILE_BYTES, 3000):
-        monkeypatch.setattr(layouts, "TILE_BYTES", tile_bytes)
+    for tile_bytes in (limits.TILE_BYTES, 3000):
+        monkeypatch.setattr(limits, "TILE_BYTES", tile_bytes)
         for replay in (lambda m: m.store.replay(7), lambda m: m.store.apply(pair.recipes)):
             model = pair.again()
             replay(model)

@@ -20,19 +20,21 @@ from conftest import Bench, make_model
 from forks import Blow
 from safetensors import safe_open
 
-from edgezo.cli.report import Silent
 from edgezo.errors import EdgezoError
 from edgezo.machine.cache import cache_dir
+from edgezo.machine.limits import EVAL_TOKENS
 from edgezo.network.model import Model
 from edgezo.plan import footprint
-from edgezo.plan.fields import EVAL_TOKENS
 from edgezo.plan.request import make_config
 from edgezo.run import session
 from edgezo.run.journal import open_journal
+from edgezo.run.progress import Silent
 from edgezo.run.train import Training, finetune
-from edgezo.weights.disk import PAGE_BYTES, DiskTable, OverlayFile, Traffic
+from edgezo.weights.disk import PAGE_BYTES, DiskTable, OverlayFile
+from edgezo.weights.home import Traffic
 from edgezo.weights.layouts import Dense, place, vacant
-from edgezo.weights.store import Saved, saved_sha256
+from edgezo.weights.store import saved_sha256
+from edgezo.weights.trainable import Saved
 from edgezo.zo.noise import Key
 
 

@@ -41,16 +41,18 @@ from workshop import (
 
 from edgezo.data.batches import Example, Row, collate, micro_batches
 from edgezo.errors import UsageError
+from edgezo.machine import limits
 from edgezo.network import losses as objective
 from edgezo.network.assemble import ModelSpec, assemble
 from edgezo.network.loader import open_model
 from edgezo.network.model import Model
 from edgezo.weights import layouts
 from edgezo.weights.store import saved_sha256
-from edgezo.zo.credit import Recipe, preset
+from edgezo.zo.credit import preset
 from edgezo.zo.directions import Directions, Target
 from edgezo.zo.noise import Key
 from edgezo.zo.presets import PRESETS
+from edgezo.zo.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -307,8 +309,8 @@ def test_many_recipes_at_once_give_the_bits_of_one_by_one_for_any_tile(
     one_by_one = saved_sha256(store.saved())
     tried.restore()
     assert saved_sha256(store.saved()) != one_by_one
-    for tile_bytes in (layouts.TILE_BYTES, 3000):
-        monkeypatch.setattr(layouts, "TILE_BYTES", tile_bytes)
+    for tile_bytes in (limits.TILE_BYTES, 3000):
+        monkeypatch.setattr(limits, "TILE_BYTES", tile_bytes)
         tried.restore()
         store.apply([*recipes[:2], skipped, *recipes[2:]])
         assert saved_sha256(store.saved()) == one_by_one, tile_bytes
@@ -317,7 +319,7 @@ def test_many_recipes_at_once_give_the_bits_of_one_by_one_for_any_tile(
 @cases([*pick(kind="completion"), *pick(family="phi3"), *pick(precision="int4")])
 def test_losses_do_not_depend_on_the_tile(tried: Tried, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tried.losses()
-    monkeypatch.setattr(layouts, "TILE_BYTES", 2000)
+    monkeypatch.setattr(limits, "TILE_BYTES", 2000)
     monkeypatch.setattr(objective, "_CHUNK_BYTES", 2000)
     close(tried.losses(), whole, atol=2e-5)
 

@@ -25,24 +25,25 @@ from torch import Tensor
 from workshop import LABEL_IDS, code_steps, make_examples
 
 from edgezo.data.batches import collate, micro_batches
+from edgezo.data.token_stats import TokenStats
 from edgezo.errors import DoesNotFit
+from edgezo.machine import limits
 from edgezo.network.assemble import ModelSpec, assemble
 from edgezo.network.loader import open_model
 from edgezo.network.model import Model
 from edgezo.plan.planner import make_plan
 from edgezo.plan.request import RunConfig, make_config
-from edgezo.plan.shapes import TokenStats
 from edgezo.run.journal import Journal, StepRecord, create_journal, open_journal
 from edgezo.run.session import recipe_of
 from edgezo.run.train import finetune
-from edgezo.weights import layouts
 from edgezo.weights.layouts import Dense, Int8
 from edgezo.weights.store import WeightStore, saved_sha256
 from edgezo.zo import masks
-from edgezo.zo.credit import Estimator, Recipe
+from edgezo.zo.credit import Estimator
 from edgezo.zo.noise import Key
 from edgezo.zo.presets import CREDITS, ESTIMATORS, PRESETS, forwards
 from edgezo.zo.presets import DIRECTIONS as DIRECTION_LAWS
+from edgezo.zo.recipe import Recipe
 
 SEED, SIGMA, STEPS = 11, 0.01, 3
 MACHINE: Any = SimpleNamespace(
@@ -455,7 +456,7 @@ def test_many_steps_at_once_give_the_bits_of_one_by_one_for_any_tile(
     again = maker.model(trial.cfg)
     if any(np.any(r.coefficients) for r in recipes):
         assert saved_sha256(again.store.saved()) != whole
-    monkeypatch.setattr(layouts, "TILE_BYTES", 3000)
+    monkeypatch.setattr(limits, "TILE_BYTES", 3000)
     again.store.apply(recipes)
     assert saved_sha256(again.store.saved()) == whole
     rows = zip(again.store.trainables.values(), trial.model.store.trainables.values(), strict=True)

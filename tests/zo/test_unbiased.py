@@ -14,9 +14,10 @@ from torch import Tensor
 from workshop import KEY, Tried, Workshop, make_examples, of
 
 from edgezo.data.batches import collate
-from edgezo.zo.credit import Recipe, preset
+from edgezo.zo.credit import preset
 from edgezo.zo.directions import DIRECTIONS, Target
 from edgezo.zo.noise import Key, exact_grid
+from edgezo.zo.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,70 +1,23 @@
-"""What a person or a program gets to see: tables, the live line, metrics.jsonl.
-
-Progress goes to standard error; standard output holds results only. Nothing here decides anything.
-"""
+"""Tables and lines that a person reads: plans, verdicts, benchmarks, models, estimators. Nothing here decides."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.padding import Padding
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
+from edgezo.machine.files import to_json
 from edgezo.machine.hardware import format_bytes
+from edgezo.run.progress import _has, peaks_line
 
 if TYPE_CHECKING:
     from edgezo.network.cards import Card
     from edgezo.plan.plan import Plan
-
-PLAIN_LINES = 20  # progress lines of a run whose standard error is no terminal
-REFRESHES_PER_S = 2  # of a terminal's live line; each costs a millisecond or so
-
-
-PLAIN_WIDTH = 110  # columns of a table that goes to a file or a pipe
-
-
-def stdout() -> Console:
-    return _console(sys.stdout)
-
-
-def stderr() -> Console:
-    return _console(sys.stderr)
-
-
-def _console(file: TextIO) -> Console:
-    width = None if file.isatty() or "COLUMNS" in os.environ else PLAIN_WIDTH
-    return Console(file=file, highlight=False, width=width)
-
-
-def to_json(value: Any) -> str:
-    """One line of strict JSON: what is not finite becomes null."""
-    return json.dumps(_finite(value), allow_nan=False, ensure_ascii=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return value
 
 
 # ---------------------------------------------------------------------------------------------
@@ -286,27 +239,6 @@ def verdict(summary: Mapping[str, Any]) -> RenderableType:
     return table
 
 
-def _has(summary: Mapping[str, Any], *names: str) -> bool:
-    return all(summary.get(name) is not None for name in names)
-
-
-def peaks_line(summary: Mapping[str, Any]) -> str:
-    """Planned, measured, inference, cap: the peaks by which a run is judged."""
-    unit = "cuda" if _has(summary, "cuda_peak_bytes") else "rss"
-    peak = summary["cuda_peak_bytes" if unit == "cuda" else "peak_rss_bytes"]
-    parts = [f"measured {format_bytes(peak)}"]
-    if _has(summary, "planned_peak_bytes"):
-        parts.insert(0, f"planned {format_bytes(summary['planned_peak_bytes'])}")
-    if _has(summary, f"inference_peak_{unit}_bytes"):
-        inference = summary[f"inference_peak_{unit}_bytes"]
-        parts.append(f"{peak / inference:.2f} x inference {format_bytes(inference)}")
-    if _has(summary, "max_mem_bytes"):
-        cap = summary["max_mem_bytes"]
-        kept = "kept" if peak <= cap else "NOT kept"
-        parts.append(f"cap {format_bytes(cap)} {kept} ({100 * peak / cap:.0f} % used)")
-    return ", ".join(parts)
-
-
 # Figures that an evaluation may have beside its metric.
 MEASURED = ("accuracy", "f1", "exact_match", "numeric_match", "objective")
 
@@ -343,154 +275,3 @@ def estimators_list(rows: Sequence[dict[str, Any]]) -> RenderableType:
         lines += [row["equation"], *([f"({row['note']})"] if row["note"] else [])]
         parts += [Text(row["name"], style="bold"), Padding(Text("\n".join(lines)), (0, 0, 0, 4))]
     return Group(*parts)
-
-
-# ---------------------------------------------------------------------------------------------
-# Progress
-
-
-class RunProgress(Protocol):
-    """What a run reports while it goes on; pass your own object to ``finetune`` as a callback."""
-
-    def note(self, text: str) -> None:
-        """Something worth a line: a file that is fetched, rows that were cut."""
-        ...
-
-    def plan(self, plan: Plan) -> None:
-        """The plan that the run follows."""
-        ...
-
-    def begin(self, *, done: int, steps: int | None, cap_bytes: int) -> None:
-        """Training starts after ``done`` steps; ``steps`` is None where time bounds the run."""
-        ...
-
-    def step(
-        self,
-        step: int,
-        *,
-        fraction: float,
-        loss: float,
-        step_s: float,
-        rss_bytes: int,
-        metric: str = "",
-    ) -> None:
-        """Step number ``step`` (from 1) is done, and ``fraction`` (0 to 1) of the run with it."""
-        ...
-
-    def close(self) -> None:
-        """Training is over, or was interrupted."""
-        ...
-
-
-class Silent:
-    """A RunProgress that shows nothing."""
-
-    def note(self, text: str) -> None: ...
-
-    def plan(self, plan: Plan) -> None: ...
-
-    def begin(self, *, done: int, steps: int | None, cap_bytes: int) -> None: ...
-
-    def step(
-        self,
-        step: int,
-        *,
-        fraction: float,
-        loss: float,
-        step_s: float,
-        rss_bytes: int,
-        metric: str = "",
-    ) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class TerminalProgress:
-    """One live line on a terminal; elsewhere about ``PLAIN_LINES`` plain lines."""
-
-    def __init__(self, console: Console | None = None):
-        self._console = console or stderr()
-        self._live: Progress | None = None
-        self._task: TaskID | None = None
-        self._total = ""
-        self._cap = ""
-        self._metric = ""
-        self._shown = 0.0  # fraction at the last plain line
-        self._start_s = 0.0
-        self._start_fraction: float | None = None
-
-    def note(self, text: str) -> None:
-        console = self._live.console if self._live is not None else self._console
-        console.print(Text(text))
-
-    def plan(self, plan: Plan) -> None:
-        self._console.print(plan_table(plan))
-        self._console.print()
-
-    def begin(self, *, done: int, steps: int | None, cap_bytes: int) -> None:
-        self._total = f"/{steps}" if steps is not None else ""
-        self._cap = format_bytes(cap_bytes)
-        self._start_s, self._start_fraction, self._shown = time.monotonic(), None, 0.0
-        if done:
-            self.note(f"resuming after step {done}")
-        if not self._console.is_terminal:
-            return
-        self._live = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TaskProgressColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-            refresh_per_second=REFRESHES_PER_S,
-        )
-        self._task = self._live.add_task("starting", total=1.0)
-        self._live.start()
-
-    def step(
-        self,
-        step: int,
-        *,
-        fraction: float,
-        loss: float,
-        step_s: float,
-        rss_bytes: int,
-        metric: str = "",
-    ) -> None:
-        self._metric = metric or self._metric
-        parts = [f"step {step}{self._total}", f"loss {loss:.4f}"]
-        parts += [self._metric] if self._metric else []
-        parts += [f"{step_s:.2f} s/step", f"mem {format_bytes(rss_bytes)}/{self._cap}"]
-        line = "  ".join(parts)
-        if self._live is not None and self._task is not None:
-            self._live.update(self._task, completed=fraction, description=line)
-            return
-        if self._start_fraction is None:
-            self._start_fraction = fraction
-        elif metric == "" and fraction < 1 and fraction - self._shown < 1 / PLAIN_LINES:
-            return
-        self._shown = fraction
-        self.note(line + self._eta(fraction))
-
-    def _eta(self, fraction: float) -> str:
-        """Seconds that are left at the pace of this process, once there is a pace."""
-        gone = fraction - (self._start_fraction or 0.0)
-        if gone <= 0 or fraction >= 1:
-            return ""
-        left_s = (time.monotonic() - self._start_s) * (1 - fraction) / gone
-        return f"  eta {left_s:.0f} s"
-
-    def refresh(self) -> None:
-        """Draw the live line now, as happens ``REFRESHES_PER_S`` times a second."""
-        if self._live is not None:
-            self._live.refresh()
-
-    def close(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-
-
-# ---------------------------------------------------------------------------------------------
-# metrics.jsonl

@@ -1,0 +1,139 @@
+"""The terminal: where results and progress are printed, and the live line of a run.
+
+Progress goes to standard error; standard output holds results only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from edgezo.cli.tables import plan_table
+from edgezo.machine.hardware import format_bytes
+
+if TYPE_CHECKING:
+    from edgezo.plan.plan import Plan
+
+
+PLAIN_LINES = 20  # progress lines of a run whose standard error is no terminal
+
+
+REFRESHES_PER_S = 2  # of a terminal's live line; each costs a millisecond or so
+
+
+PLAIN_WIDTH = 110  # columns of a table that goes to a file or a pipe
+
+
+def stdout() -> Console:
+    return _console(sys.stdout)
+
+
+def stderr() -> Console:
+    return _console(sys.stderr)
+
+
+def _console(file: TextIO) -> Console:
+    width = None if file.isatty() or "COLUMNS" in os.environ else PLAIN_WIDTH
+    return Console(file=file, highlight=False, width=width)
+
+
+class TerminalProgress:
+    """One live line on a terminal; elsewhere about ``PLAIN_LINES`` plain lines."""
+
+    refreshes_per_s = REFRESHES_PER_S
+
+    def __init__(self, console: Console | None = None):
+        self._console = console or stderr()
+        self._live: Progress | None = None
+        self._task: TaskID | None = None
+        self._total = ""
+        self._cap = ""
+        self._metric = ""
+        self._shown = 0.0  # fraction at the last plain line
+        self._start_s = 0.0
+        self._start_fraction: float | None = None
+
+    def note(self, text: str) -> None:
+        console = self._live.console if self._live is not None else self._console
+        console.print(Text(text))
+
+    def plan(self, plan: Plan) -> None:
+        self._console.print(plan_table(plan))
+        self._console.print()
+
+    def begin(self, *, done: int, steps: int | None, cap_bytes: int) -> None:
+        self._total = f"/{steps}" if steps is not None else ""
+        self._cap = format_bytes(cap_bytes)
+        self._start_s, self._start_fraction, self._shown = time.monotonic(), None, 0.0
+        if done:
+            self.note(f"resuming after step {done}")
+        if not self._console.is_terminal:
+            return
+        self._live = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TaskProgressColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            refresh_per_second=REFRESHES_PER_S,
+        )
+        self._task = self._live.add_task("starting", total=1.0)
+        self._live.start()
+
+    def step(
+        self,
+        step: int,
+        *,
+        fraction: float,
+        loss: float,
+        step_s: float,
+        rss_bytes: int,
+        metric: str = "",
+    ) -> None:
+        self._metric = metric or self._metric
+        parts = [f"step {step}{self._total}", f"loss {loss:.4f}"]
+        parts += [self._metric] if self._metric else []
+        parts += [f"{step_s:.2f} s/step", f"mem {format_bytes(rss_bytes)}/{self._cap}"]
+        line = "  ".join(parts)
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, completed=fraction, description=line)
+            return
+        if self._start_fraction is None:
+            self._start_fraction = fraction
+        elif metric == "" and fraction < 1 and fraction - self._shown < 1 / PLAIN_LINES:
+            return
+        self._shown = fraction
+        self.note(line + self._eta(fraction))
+
+    def _eta(self, fraction: float) -> str:
+        """Seconds that are left at the pace of this process, once there is a pace."""
+        gone = fraction - (self._start_fraction or 0.0)
+        if gone <= 0 or fraction >= 1:
+            return ""
+        left_s = (time.monotonic() - self._start_s) * (1 - fraction) / gone
+        return f"  eta {left_s:.0f} s"
+
+    def refresh(self) -> None:
+        """Draw the live line now."""
+        if self._live is not None:
+            self._live.refresh()
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None

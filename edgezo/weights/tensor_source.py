@@ -1,0 +1,65 @@
+"""Weights on disk, read one tensor at a time.
+
+A source opens a checkpoint, checks its structure once, and then hands out single tensors in
+freshly owned memory, under the names and in the layout of the Hugging Face module. Plain reads
+only: a mapped file counts towards the resident set that ``--max-mem`` bounds.
+
+Formats: a directory with ``model.safetensors``, a sharded one with an index, and GGUF.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from edgezo.weights.gguf_file import GgufSource
+from edgezo.weights.safetensors_file import SafetensorsSource
+
+
+class TensorSource(Protocol):
+    """Tensors of one checkpoint by Hugging Face name."""
+
+    @property
+    def names(self) -> list[str]: ...
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files, in the order that the content hash takes them."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What ``read`` gives; float32 for a quantised GGUF tensor."""
+        ...
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of the tensor that ``read`` gives."""
+        ...
+
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
+    ) -> Tensor:
+        """The tensor, or some rows of an embedding, in memory of its own, in its own dtype or rounded to ``dtype``.
+
+        Conversion goes through small pieces: nothing but the result is as large as the tensor.
+        EdgezoError if it is cut short or holds NaN or Inf.
+        """
+        ...
+
+    def same_bytes(self, first: str, second: str) -> bool:
+        """Whether two tensors are stored with the same bytes, compared in bounded pieces."""
+        ...
+
+
+def open_tensors(path: Path, config: Any = None) -> TensorSource:
+    """The checkpoint at ``path``: a GGUF file or a directory with safetensors.
+
+    A GGUF needs no ``config``: its own metadata says how its tensors are laid out.
+    """
+    if path.is_file():
+        return GgufSource(path)
+    return SafetensorsSource(path)
