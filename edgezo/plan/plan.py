@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from edgezo.errors import DoesNotFit
 from edgezo.machine.limits import REUSED_BYTES
 from edgezo.plan.calibration import ACTIVATIONS, Item, peak_bytes, phase_bytes
-from edgezo.plan.request import RunConfig, as_estimator
+from edgezo.plan.request import RunConfig, Settled, as_estimator
 from edgezo.zo.presets import AUTO
 
 
@@ -72,11 +72,11 @@ class Plan:
     def planned_peak_bytes(self) -> int:
         return peak_bytes(self.items)
 
-    def settle(self, cfg: RunConfig) -> RunConfig:
+    def settle(self, cfg: RunConfig) -> Settled:
         """The request with everything decided that it left open."""
         if cfg.estimator == AUTO:
             cfg = as_estimator(cfg, self.estimator)
-        return replace(
+        return Settled.of(
             cfg,
             device=self.device,
             max_mem_bytes=self.max_mem_bytes,

@@ -30,6 +30,7 @@ from edgezo.plan.fields import (
     flags,
     read_layer,
 )
+from edgezo.zo.parts import Trained, trained
 from edgezo.zo.presets import (
     BACKWARD_PASSES,
     CREDITS,
@@ -104,9 +105,14 @@ class RunConfig:
         return self.estimator == "addax"
 
     @property
+    def parts(self) -> Trained:
+        """What is trained, by what it is: ``cfg.parts.weights``, ``cfg.parts.head``, ..."""
+        return trained(self.train)
+
+    @property
     def probing(self) -> bool:
         """Whether anything is trained along what is probed."""
-        return not EXACT.issuperset(self.train)
+        return self.parts.perturbed
 
     @property
     def rates(self) -> dict[str, float]:
@@ -164,6 +170,21 @@ class RunConfig:
     def to_toml(self) -> str:
         """The resolved configuration as TOML; what is None is left out. See :func:`from_toml`."""
         return tomli_w.dumps({k: v for k, v in self.to_dict().items() if v is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled(RunConfig):
+    """A request with everything decided that it may leave to the planner; see ``plan.Plan.settle``."""
+
+    max_mem_bytes: int
+    precision: str
+    batch_size: int
+    micro_batch: int
+
+    @staticmethod
+    def of(cfg: RunConfig, **decided: Any) -> Settled:
+        """``cfg`` with these fields changed; what it leaves open has to be among them."""
+        return Settled(**{f.name: getattr(cfg, f.name) for f in fields(cfg)} | decided)
 
 
 def make_config(*layers: Mapping[str, Any], need_data: bool = True) -> RunConfig:
