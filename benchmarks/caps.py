@@ -1,11 +1,11 @@
-"""Runs inside real memory control groups whose limit is the cap: random caps, and caps just below the smallest.
+"""Does a run keep its cap? Runs inside memory control groups, with random caps and with caps that are too small.
 
     python benchmarks/caps.py --out DIR [--caps 40] [--below 5] [--seed 0] [--steps 2] [-- more options of finetune]
 
 Needs the right to make control groups (version 1 or 2), as root has it. A cap is drawn between the smallest that the
-plan names and 4 GB (its logarithm uniformly, so that many are tight), with what is asked (precision, what is trained,
-batch) drawn too; each run must end with exit 0, no kill by the kernel, no swap, and a peak within the cap. Below the
-smallest the exit code must be 3 every time.
+plan names and 4 GB, its logarithm uniformly, so that many are tight. The options (precision, what is trained, batch
+size) are drawn too. Each run must end with exit code 0, no kill by the kernel, no swap, and a peak within the cap. With
+a cap below the smallest, the exit code must be 3 every time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 LARGEST_BYTES = 4_000_000_000
 BASE = ["--model", "smollm2-135m-instruct", "--task", "example"]
-WISHES = [
+OPTIONS = [
     [],
     ["--precision", "int4"],
     ["--precision", "int8", "--batch-size", "8"],
@@ -37,7 +37,7 @@ WISHES = [
 
 @contextmanager
 def control_group(limit_bytes: int) -> Iterator[Path]:
-    """A new group below the one of this process, with a memory limit and no swap."""
+    """A new control group with a memory limit and no swap; removed afterwards."""
     root = Path("/sys/fs/cgroup")
     if (root / "cgroup.controllers").exists():
         folder, limit, swap = root / f"edgezo-{os.getpid()}", "memory.max", "memory.swap.max"
@@ -50,7 +50,7 @@ def control_group(limit_bytes: int) -> Iterator[Path]:
             (folder / swap).write_text("0")
         yield folder
     finally:
-        for _ in range(50):  # a group is busy until its last process is gone
+        for _ in range(50):  # a group cannot be removed before its last process has ended
             try:
                 folder.rmdir()
                 break
@@ -59,7 +59,7 @@ def control_group(limit_bytes: int) -> Iterator[Path]:
 
 
 def kills(group: Path) -> int:
-    """Processes that the kernel has killed in the group for want of memory."""
+    """Number of processes in the group that the kernel has killed because memory ran out."""
     for name in ("memory.events", "memory.oom_control"):
         if (group / name).exists():
             for line in (group / name).read_text().splitlines():
@@ -69,6 +69,8 @@ def kills(group: Path) -> int:
 
 
 def run(args: list[str], group: Path | None) -> subprocess.CompletedProcess[str]:
+    """Run edgezo with these arguments inside a control group."""
+
     def enter() -> None:
         if group is not None:
             (group / "cgroup.procs").write_text(str(os.getpid()))
@@ -77,9 +79,9 @@ def run(args: list[str], group: Path | None) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, preexec_fn=enter)
 
 
-def smallest(wish: list[str]) -> int:
-    """The smallest cap that the plan names for a request, found where nothing fits."""
-    done = run(["finetune", *BASE, *wish, "--dry-run", "--json", "--max-mem", "100MB"], None)
+def smallest(options: list[str]) -> int:
+    """The smallest cap for these options, in bytes, which a plan names when the cap is too small."""
+    done = run(["finetune", *BASE, *options, "--dry-run", "--json", "--max-mem", "100MB"], None)
     return int(json.loads(done.stdout)["smallest_bytes"])
 
 
@@ -93,11 +95,11 @@ def main() -> None:
     parser.add_argument("more", nargs="*")
     args = parser.parse_args()
     draw = random.Random(args.seed)
-    least = {i: smallest(wish) for i, wish in enumerate(WISHES)}
+    least = {i: smallest(options) for i, options in enumerate(OPTIONS)}
     args.out.mkdir(parents=True, exist_ok=True)
     lines = []
     for number in range(args.caps + args.below):
-        which = draw.randrange(len(WISHES))
+        which = draw.randrange(len(OPTIONS))
         fits = number < args.caps
         if fits:
             cap = -(-least[which] // 10**6)
@@ -105,24 +107,24 @@ def main() -> None:
         else:
             cap = least[which] // 10**6 - draw.randint(1, 5)
         out = args.out / f"run-{args.seed}-{number}"
-        request = [*BASE, *WISHES[which], "--max-mem", f"{cap}MB", "--steps", str(args.steps)]
+        request = [*BASE, *OPTIONS[which], "--max-mem", f"{cap}MB", "--steps", str(args.steps)]
         request += ["--eval-limit", "24", "--out", str(out), "--json", *args.more]
         with control_group(cap * 10**6) as group:
             done = run(["finetune", *request], group)
             killed = kills(group)
         line = {
             "cap_mb": cap,
-            "wish": " ".join(WISHES[which]),
+            "wish": " ".join(OPTIONS[which]),
             "exit": done.returncode,
             "kills": killed,
         }
         if done.returncode == 0:
-            found = json.loads(done.stdout)
+            summary = json.loads(done.stdout)
             line |= {
-                "precision": found["precision"],
-                "residency": found["residency"],
-                "peak_mb": found["peak_rss_bytes"] / 1e6,
-                "planned_mb": found["planned_peak_bytes"] / 1e6,
+                "precision": summary["precision"],
+                "residency": summary["residency"],
+                "peak_mb": summary["peak_rss_bytes"] / 1e6,
+                "planned_mb": summary["planned_peak_bytes"] / 1e6,
             }
         line["kept"] = (
             killed == 0
@@ -135,7 +137,9 @@ def main() -> None:
         if not line["kept"]:
             print(done.stderr[-600:], flush=True)
     kept = sum(line["kept"] for line in lines)
-    print(f"{kept} of {len(lines)} kept: {args.caps} caps that fit, {args.below} that do not")
+    print(
+        f"{kept} of {len(lines)} as they should be: {args.caps} caps that fit, {args.below} below the smallest"
+    )
     (args.out / f"caps-{args.seed}.json").write_text(json.dumps(lines, indent=1))
 
 

@@ -1,10 +1,11 @@
-"""Does a finetuner that was trained on one task lower the final loss on others? Each run in a process of its own.
+"""Does a finetuner that was trained on one task lower the final loss on others?
 
     python benchmarks/finetuner.py --data-root DIR [--learn sst2] [--unseen trec snips] [--seeds 0 1 2] [--out DIR]
 
-Meta-trains one finetuner a credit on --learn, then trains on every unseen task with and without it, over the same grid
-of steps for both; a method's row is that of its best step by the median over seeds. Finished runs are kept, so the
-same command goes on where it stopped. Hours on a CPU.
+Meta-trains one finetuner for each credit on the tasks of --learn, then trains on every unseen task with and without it,
+over the same grid of step sizes. A line is printed for each, with the step size that is best by the median over seeds.
+Each run is a process of its own. Finished runs are kept, so the same command goes on where it stopped. It takes hours
+on a CPU.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 TUNED = {"mezo": "zo-finetuner", "grzo": "zo-finetuner-grzo"}
-STEPS = {"mezo": 1e-4, "grzo": 0.1}  # what a step size means is the same with a finetuner
-LAST = 20  # steps that the final training loss is the mean of
+STEPS = {"mezo": 1e-4, "grzo": 0.1}  # with and without a finetuner
+LAST = 20  # the final training loss is the mean over so many steps
 
 
 def edgezo(*arguments: object) -> None:
+    """Run a command of edgezo; an error ends this script."""
     subprocess.run([sys.executable, "-m", "edgezo", *map(str, arguments)], check=True)
 
 
 def finetuner(plain: str, args: argparse.Namespace) -> Path:
-    """The finetuner of a credit, made if it is not there yet; begun anew where that was cut off."""
+    """The file of a credit's finetuner, trained now unless it is there. An interrupted training starts anew."""
     done = Path(args.out) / f"{plain}.safetensors"
     if not done.exists():
         made = done.with_name(f"{plain}-unfinished.safetensors")
@@ -46,7 +48,7 @@ def finetuner(plain: str, args: argparse.Namespace) -> Path:
 def run(
     task: str, plain: str, file: Path | None, step: float, seed: int, args: argparse.Namespace
 ) -> dict[str, float]:
-    """Final losses of one run, made or gone on with if it is not finished."""
+    """Final losses and metric of one run, which is made or resumed unless it is finished."""
     name = f"{task}-{plain}-{'tuned' if file else 'plain'}-{step:g}-{seed}"
     out = Path(args.out) / name
     if not (out / "summary.json").exists():
@@ -84,7 +86,9 @@ def main() -> None:
     parser.add_argument("--meta-steps", type=int, default=200)
     parser.add_argument("--meta-batch", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--precision", default="fp32", help="of the runs; meta-training has fp32")
+    parser.add_argument(
+        "--precision", default="fp32", help="store of the runs; meta-training uses fp32"
+    )
     parser.add_argument("--eval-limit", type=int, default=400)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", default="runs/finetuner")
@@ -100,10 +104,10 @@ def main() -> None:
                     tried[step] = [run(task, plain, file, step, seed, args) for seed in args.seeds]
 
                 def middle(step: float, name: str, tried: dict[float, Any] = tried) -> float:
-                    return statistics.median(found[name] for found in tried[step])
+                    return statistics.median(figures[name] for figures in tried[step])
 
                 best = min(tried, key=lambda step: middle(step, "train"))
-                each = " ".join(f"{found['train']:.4f}" for found in tried[best])
+                each = " ".join(f"{figures['train']:.4f}" for figures in tried[best])
                 print(
                     f"{task:9} {plain:7} {which:9} {best:6.1e} {middle(best, 'train'):.4f} ({each})"
                     f"   {middle(best, 'eval'):.4f}      {middle(best, 'value'):.4f}",

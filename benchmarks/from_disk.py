@@ -1,10 +1,10 @@
-"""A model whose bf16 weights are several times the cap: full-weight training from disk beside the same in memory.
+"""Can weights of several times the cap be trained? Full-weight training from disk beside the same run in memory.
 
     python benchmarks/from_disk.py --out DIR [--model smollm2-1.7b] [--layers N] [--max-mem 1100MB] [--steps 10]
 
-Random weights of the card's shape, 40 to 64 tokens a row, B = 16. Prints the ratio of the weights to the cap, whether
-the bits are equal, the ratio of the step times (median), and what a step reads and writes. Then the int4 store with
-low-rank factors, of which nothing may be written.
+The weights are random and of the card's shape; rows have 16 to 64 tokens, B = 16. Prints the ratio of the weights to
+the cap, whether both runs end with equal bits, the ratio of their median step times, and what a step reads and writes.
+A third run trains low-rank factors on int4 codes, of which nothing may be written.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ RUNS = ["disk", "memory", "int4"]
 
 
 def run(request: list[str], out: Path) -> dict[str, Any]:
+    """The summary of a run, which is made unless it is finished."""
     if not (out / "summary.json").exists():
         command = [sys.executable, "-m", "edgezo", "finetune", *request, "--out", str(out)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(done.stderr[-1500:])
-    found: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step_s"] for line in lines if line.get("step_s")]
-    found["step_s"] = statistics.median(steps[1:])  # the first has nothing to write back
-    return found
+    summary["step_s"] = statistics.median(steps[1:])  # the first step has nothing to write back
+    return summary
 
 
 def main() -> None:
@@ -59,8 +60,8 @@ def main() -> None:
         "memory": [*full, "--max-mem", "22GB"],
         "int4": [*codes, "--max-mem", args.max_mem],
     }
-    found = {name: run(requests[name], args.out / name) for name in args.runs}
-    for name, summary in found.items():
+    summaries = {name: run(requests[name], args.out / name) for name in args.runs}
+    for name, summary in summaries.items():
         moved = [summary.get(f"disk_{way}_bytes", 0) / 1e6 for way in ("read", "written")]
         cap = summary["max_mem_bytes"]
         print(
@@ -69,8 +70,8 @@ def main() -> None:
             f"  planned {summary['planned_peak_bytes'] / 1e6:,.0f} MB"
             f"  reads {moved[0]:,.0f} MB, writes {moved[1]:,.0f} MB a step"
         )
-    if {"disk", "memory"} <= found.keys():
-        disk, memory = found["disk"], found["memory"]
+    if {"disk", "memory"} <= summaries.keys():
+        disk, memory = summaries["disk"], summaries["memory"]
         equal = disk["trained_sha256"] == memory["trained_sha256"]
         print(f"bits equal after {args.steps} steps: {equal}")
         print(f"step from disk / step in memory: {disk['step_s'] / memory['step_s']:.2f}")

@@ -1,11 +1,11 @@
-"""A GPU's memory against its plan, what a probe costs there, and models that do not fit.
+"""Do plans hold on a GPU, what does a step cost there, and can models be trained that do not fit?
 
     python benchmarks/gpu.py grid --out DIR --tokenizer MODEL_OR_CARD
     python benchmarks/gpu.py host --out DIR --tokenizer MODEL_OR_CARD --layers 40
 
-``grid``: random weights of a published shape (fewer blocks with --layers), planned and measured peaks. ``host``: a
-model whose weights are three times the cap, every weight trained, against the same run with all of them on the GPU,
-twice.
+``grid``: planned and measured peaks, with random weights of published shapes (NAME:LAYERS has fewer blocks). ``host``:
+every weight of a model is trained whose weights are three times the cap, beside the same run with all of them on the
+GPU, twice.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from edgezo.run.train import finetune
 MB = 1e6
 
 
-def run(out: Path, model: Path, rows: Path, **said: object) -> dict:
-    """One run in this process, its peaks its own."""
+def run(out: Path, model: Path, rows: Path, **settings: object) -> dict:
+    """The summary of a run in this process, whose peaks are measured from its start."""
     gc.collect()
     torch.cuda.empty_cache()
     request = {"model": str(model), "data": str(rows), "out": str(out), "eval_limit": 20}
@@ -34,10 +34,11 @@ def run(out: Path, model: Path, rows: Path, **said: object) -> dict:
         rows.write_text("".join(json.dumps(row) + "\n" for row in texts))
     else:
         request |= {"template": "{text} It was", "labels": "0=bad,1=good"}
-    return finetune(make_config(request | {"device": "cuda"} | said))
+    return finetune(make_config(request | {"device": "cuda"} | settings))
 
 
 def grid(args: argparse.Namespace) -> None:
+    """Print planned and measured peaks over models, stores, lengths and what is trained."""
     columns = ("planned", "peak", "context", "reserved", "allocated")
     head = f"{'model':28}{'store':>6}{'tokens':>7}{'train':>8}{'kind':>6}"
     print(head + "".join(f"{c:>10}" for c in columns) + "   over  step_s forward_s")
@@ -51,7 +52,7 @@ def grid(args: argparse.Namespace) -> None:
                         continue
                     rows = plan_grid.make_rows(tokens, kind, args.out)
                     made = args.out / "runs" / f"{model.name}-{precision}-{tokens}-{kind}-{train}"
-                    found = run(
+                    summary = run(
                         made,
                         model,
                         rows,
@@ -64,30 +65,32 @@ def grid(args: argparse.Namespace) -> None:
                         max_mem_bytes=60 * 10**9,
                         profile=True,
                     )
-                    planned, peak = found["planned_peak_bytes"], found["cuda_peak_bytes"]
-                    sizes = [planned, peak, found["cuda_context_bytes"]]
-                    sizes += [found[f"cuda_peak_{n}_bytes"] for n in ("reserved", "allocated")]
+                    planned, peak = summary["planned_peak_bytes"], summary["cuda_peak_bytes"]
+                    sizes = [planned, peak, summary["cuda_context_bytes"]]
+                    sizes += [summary[f"cuda_peak_{n}_bytes"] for n in ("reserved", "allocated")]
                     over = planned - peak
                     kept = 0 <= over <= max(40e6, 0.05 * peak)
                     print(
                         f"{model.name:28}{precision:>6}{tokens:>7}{train:>8.8}{kind:>6.6}"
                         + "".join(f"{size / MB:>10.1f}" for size in sizes)
-                        + f"{over / MB:>7.0f}{found['step_s']:>8.3f}{found['forward_s']:>10.3f}"
+                        + f"{over / MB:>7.0f}{summary['step_s']:>8.3f}{summary['forward_s']:>10.3f}"
                         + ("" if kept else "  MISSED"),
                         flush=True,
                     )
                     if args.detail:
-                        _detail(made, found)
+                        _detail(made, summary)
 
 
-def _detail(made: Path, found: dict) -> None:
+def _detail(made: Path, summary: dict) -> None:
+    """Print the items of the plan and the GPU memory of each phase, in MB."""
     items = json.loads((made / "plan.json").read_text())["items"]
     print("   ", {f"{i['name']} ({i['phase']})": round(i["bytes"] / MB, 1) for i in items})
-    phases = found["phases"]
+    phases = summary["phases"]
     print("   ", {n: round(p.get("cuda_allocated_bytes", 0) / MB, 1) for n, p in phases.items()})
 
 
 def host(args: argparse.Namespace) -> None:
+    """Print whether a run with blocks in RAM ends with the bits of a run on the GPU, and how much slower it is."""
     model = plan_grid.make_model(args.models[0], args.layers, args.out)
     rows = plan_grid.make_rows(args.tokens[0], "label", args.out)
     weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
@@ -100,14 +103,14 @@ def host(args: argparse.Namespace) -> None:
         "steps": args.steps,
     }
     cap = int(weights / 3)
-    found, losses = {}, {}
-    for name, said in (
+    summaries, losses = {}, {}
+    for name, cap_setting in (
         ("resident", {"max_mem_bytes": 60 * 10**9}),
         ("resident-again", {"max_mem_bytes": 60 * 10**9}),
         ("host", {"max_mem_bytes": cap}),
     ):
         made = args.out / "runs" / f"{model.name}-{name}"
-        found[name] = one = run(made, model, rows, **request, **said)
+        summaries[name] = one = run(made, model, rows, **request, **cap_setting)
         lines = (made / "metrics.jsonl").read_text().splitlines()
         losses[name] = [json.loads(line)["loss"] for line in lines if '"loss"' in line]
         moved = one.get("host_read_bytes", 0), one.get("host_written_bytes", 0)
@@ -122,8 +125,8 @@ def host(args: argparse.Namespace) -> None:
             flush=True,
         )
     for name in ("resident-again", "host"):
-        ratio = found[name]["step_s"] / found["resident"]["step_s"]
-        same = found[name]["trained_sha256"] == found["resident"]["trained_sha256"]
+        ratio = summaries[name]["step_s"] / summaries["resident"]["step_s"]
+        same = summaries[name]["trained_sha256"] == summaries["resident"]["trained_sha256"]
         pairs = enumerate(zip(losses["resident"], losses[name], strict=True))
         differ = [line for line, (one, other) in pairs if one != other]
         bits = (

@@ -1,13 +1,14 @@
-"""What rounding does to full weights on int8 codes: one journal applied to fp32 weights and to codes.
+"""How far do int8 codes drift from fp32 weights when all weights are trained? One journal is applied to both.
 
     python benchmarks/low_bit.py --model MODEL [--steps 300] [--methods grzo quzo qzo] [--every 50]
-    python benchmarks/low_bit.py --run RUN --own DIR     # an fp32 run of --train full: its journal; and trained again
+    python benchmarks/low_bit.py --run RUN [--own DIR]   # with the journal of an fp32 run of --train full
 
-The steps are a run's, or made up: credits of N(0,1), for a credit in units of the loss times --delta, linear decay, 40
-tokens an example drawn as 1/rank; storage needs no forward. Distances are Frobenius norms over all matrices that lie in
-int8, relative to the fp32 weights of the same step. ``quantised`` is what rounding those once gives, ``ratio`` a
-store's distance over that. Two stores of one journal differ by storage alone; ``--own`` trains the run's request on
-codes, losses and all, and compares the ends.
+The steps are those of a run, or made up, as no forward is needed: credits from N(0,1) (times --delta where a credit is
+in units of the loss), linear decay, 40 tokens an example, drawn with a probability of 1/rank. Distances are Frobenius
+norms over all matrices that are stored in int8, relative to the fp32 weights of the same step. ``quantised`` is the
+distance after rounding those weights once, ``ratio`` the distance of a store over that. Two stores with one journal
+differ by storage alone. With --own, the request of the run is also trained again on int8 codes, whose losses then
+differ, and the ends are compared.
 """
 
 from __future__ import annotations
@@ -30,41 +31,46 @@ from edgezo.network.assemble import ModelSpec, assemble
 from edgezo.network.loader import ModelFiles, open_model
 from edgezo.plan.request import RunConfig, make_config
 from edgezo.run.directory import RunFiles
-from edgezo.run.journal import StepRecord, open_journal
-from edgezo.run.session import recipe_of
+from edgezo.run.journal import open_journal
+from edgezo.run.journal_record import StepRecord
+from edgezo.run.recipes import recipe_of
 from edgezo.run.train import finetune
 from edgezo.weights.layouts import Int8
 from edgezo.weights.store import WeightStore
 from edgezo.zo.credit import schedule
 from edgezo.zo.recipe import Recipe
 
-LABELS, TOKENS = (28, 253), 40
+LABELS = (28, 253)  # tokens of made-up label words
+TOKENS = 40  # of a made-up example
 
 
 class Journal(NamedTuple):
+    """A run's steps, and what a store needs to follow them."""
+
     cfg: RunConfig
     recipes: list[Recipe]
     kind: str
     label_ids: tuple[int, ...]
 
 
-def made_up(cfg: RunConfig, vocab: int, steps: int, delta: float) -> Journal:
+def made_up(cfg: RunConfig, batch_size: int, vocab: int, steps: int, delta: float) -> Journal:
+    """A journal of random credits and tokens."""
     rng = np.random.default_rng(cfg.seed)
-    assert cfg.batch_size is not None
     scale = 1.0 if cfg.credit == "group" else delta
     recipes = []
     for step in range(steps):
-        credit = (scale * rng.standard_normal(cfg.batch_size)).astype(np.float32)
-        drawn = np.exp(rng.uniform(0, math.log(vocab), (cfg.batch_size, TOKENS))).astype(np.int64)
+        credit = (scale * rng.standard_normal(batch_size)).astype(np.float32)
+        drawn = np.exp(rng.uniform(0, math.log(vocab), (batch_size, TOKENS))).astype(np.int64)
         touched = tuple(np.union1d(ids, LABELS) for ids in drawn - 1)
         size = cfg.step * schedule(cfg.schedule, step / steps)
-        losses = np.zeros((2, cfg.batch_size), np.float32)
+        losses = np.zeros((2, batch_size), np.float32)
         record = StepRecord(step, cfg.sigma, size, False, losses, credit, touched)
         recipes.append(recipe_of(cfg, record))
     return Journal(cfg, recipes, "label", LABELS)
 
 
 def of_run(run: RunFiles) -> Journal:
+    """The journal of a run."""
     cfg = run.read_config()
     with open_journal(run.journal, resume=False) as journal:
         recipes = [recipe_of(cfg, record) for record in journal.records()]
@@ -75,7 +81,8 @@ def of_run(run: RunFiles) -> Journal:
 def store_of(
     files: ModelFiles, journal: Journal, precision: str, mask: str, rounding: str
 ) -> WeightStore:
-    cfg, own = journal.cfg, journal.recipes
+    """The weights of the base in a store that follows the journal."""
+    cfg, recipes = journal.cfg, journal.recipes
     spec = ModelSpec(
         precision,
         cfg.train,
@@ -90,13 +97,13 @@ def store_of(
         sigma=cfg.sigma,
         refresh=cfg.refresh,
     )
-    found = assemble(files, spec).store
-    found.history = lambda first, stop: own[first:stop]
-    return found
+    store = assemble(files, spec).store
+    store.history = lambda first, stop: recipes[first:stop]
+    return store
 
 
 def rows_of(store: WeightStore, name: str, part: slice) -> Tensor:
-    """Effective weights, gains of a row included."""
+    """Rows ``part`` of the weights that a forward uses, gains included, (n, cols) fp32."""
     layout = store.layouts[name]
     values = layout.expand(part, torch.empty(part.stop - part.start, layout.shape[1]))
     gain = store.trainables.get(f"{name}#gain")
@@ -104,7 +111,7 @@ def rows_of(store: WeightStore, name: str, part: slice) -> Tensor:
 
 
 def distances(exact: WeightStore, stores: Iterable[WeightStore]) -> list[float]:
-    """Of fp32 rounded once, then of each store; relative to fp32's norm."""
+    """Distances to the fp32 weights, over their norm: of those weights rounded once, then of each store."""
     stores = list(stores)
     squares, norm = np.zeros(1 + len(stores)), 0.0
     for name, layout in stores[0].layouts.items():
@@ -113,13 +120,13 @@ def distances(exact: WeightStore, stores: Iterable[WeightStore]) -> list[float]:
             true = rows_of(exact, name, part)
             norm += float(true.double().square().sum())
             once = Int8.quantise(true).read(slice(0, len(true)))
-            found = [once, *(rows_of(store, name, part) for store in stores)]
-            squares += [float((values - true).double().square().sum()) for values in found]
+            compared = [once, *(rows_of(store, name, part) for store in stores)]
+            squares += [float((values - true).double().square().sum()) for values in compared]
     return [math.sqrt(s / norm) for s in squares]
 
 
 def moved(exact: WeightStore, base: WeightStore) -> float:
-    """How far the fp32 weights have come, relative to their norm."""
+    """Distance of the fp32 weights to the base, over their norm."""
     square = norm = 0.0
     for name, layout in base.layouts.items():
         for part in tiles(*layout.shape):
@@ -130,13 +137,13 @@ def moved(exact: WeightStore, base: WeightStore) -> float:
 
 
 def by_storage(files: ModelFiles, journal: Journal, every: int) -> None:
-    """One journal on every store, with the distances on the way."""
+    """Apply one journal to every store, and print the distances on the way."""
     cfg, steps = journal.cfg, len(journal.recipes)
     exact = store_of(files, journal, "fp32", "none", "stochastic")
     kinds = {"stochastic": "stochastic"}
-    if cfg.mask == "none" and "full" in cfg.train:
+    if cfg.mask == "none" and cfg.parts.weights:
         kinds |= {"plane": "plane", "anchored": "anchored"}
-    if cfg.train == ("scales",):
+    if cfg.parts.gains and not cfg.parts.weights:
         kinds = {"gains on codes": "stochastic"}
     stores = {k: store_of(files, journal, "int8", cfg.mask, r) for k, r in kinds.items()}
     spent = dict.fromkeys(["fp32", *stores], 0.0)
@@ -166,12 +173,12 @@ def by_storage(files: ModelFiles, journal: Journal, every: int) -> None:
     print(f"fp32 weights have moved by {moved(exact, base):.4f} of their norm")
     print(
         "  ".join(f"{name} {s / steps:.3f} s a step" for name, s in spent.items())
-        + ", updates and anchors only\n"
+        + ", updates and re-quantising only\n"
     )
 
 
 def by_training(run: RunFiles, files: ModelFiles, journal: Journal, out: Path) -> None:
-    """The run's request again on codes: what trajectories that see their own losses end up as."""
+    """Train the run's request again on codes, and print the distances of the ends: here the losses differ too."""
     cfg = journal.cfg
     exact = store_of(files, journal, "fp32", "none", "stochastic")
     exact.apply(journal.recipes)
@@ -180,11 +187,11 @@ def by_training(run: RunFiles, files: ModelFiles, journal: Journal, out: Path) -
         place = out / rounding
         request = {**cfg.to_dict(), "precision": "int8", "rounding": rounding, "out": str(place)}
         if not (place / "summary.json").exists():
-            finetune(make_config({}, request))  # a lower layer may say what goes unused
-        own = of_run(RunFiles(place))
-        store = store_of(files, own, "int8", cfg.mask, rounding)
-        store.replay(len(own.recipes))
-        store.finish(len(own.recipes))
+            finetune(make_config({}, request))  # in a lower layer, settings may be unused
+        again = of_run(RunFiles(place))
+        store = store_of(files, again, "int8", cfg.mask, rounding)
+        store.replay(len(again.recipes))
+        store.finish(len(again.recipes))
         once, distance = distances(exact, [store])
         print(f"{rounding:>12}{distance:11.6f}  ratio {distance / once:.3f}", flush=True)
 
@@ -193,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a card, directory or .gguf file")
     parser.add_argument("--run", type=Path)
-    parser.add_argument("--own", type=Path)
+    parser.add_argument("--own", dest="again", type=Path, help="where to train again")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--every", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -209,18 +216,22 @@ def main() -> None:
         journal = of_run(run)
         files = open_model(cards.resolve(journal.cfg.model))
         by_storage(files, journal, args.every)
-        if args.own is not None:
-            by_training(run, files, journal, args.own)
+        if args.again is not None:
+            by_training(run, files, journal, args.again)
         return
     files = open_model(cards.resolve(args.model))
     for name in args.methods:
-        said = {"estimator": name, "batch_size": args.batch_size, "step": args.step}
+        settings = {"estimator": name, "batch_size": args.batch_size, "step": args.step}
         train = "scales" if name.startswith("qzo") else "full"
         cfg = make_config(
-            said, {"model": args.model, "task": "sst2", "train": train, "precision": "fp32"}
+            settings, {"model": args.model, "task": "sst2", "train": train, "precision": "fp32"}
         )
         cfg = replace(cfg, steps=args.steps)
-        by_storage(files, made_up(cfg, files.shape.vocab, args.steps, args.delta), args.every)
+        by_storage(
+            files,
+            made_up(cfg, args.batch_size, files.shape.vocab, args.steps, args.delta),
+            args.every,
+        )
 
 
 if __name__ == "__main__":

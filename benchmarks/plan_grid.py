@@ -1,11 +1,11 @@
-"""Planned against measured peak over stores, batch sizes and lengths; each run in a process of its own.
+"""How far is the plan above the measured peak? Runs over stores, batch sizes and lengths, each in its own process.
 
     python benchmarks/plan_grid.py --out DIR [--models smollm2-135m-instruct qwen2.5-0.5b] [--layers N]
         [--precisions fp32 bf16 int8 int4] [--batch-sizes 4 16 64] [--tokens 64 512] [--kind label]
 
-The weights are random and of the card's shape, on disk as a Hugging Face directory; --layers makes a model of fewer
-blocks, whose activations are the same and whose forward is faster. Rows have up to --tokens tokens, the longest
-exactly that many. The plan has to be above the measured peak, by at most 5 % or 40 MB. What has run is kept.
+The weights are random and of the card's shape, on disk as a Hugging Face directory. With --layers a model has fewer
+blocks; its activations are as large, and its forward is faster. Rows have up to --tokens tokens, the longest exactly
+that many. The plan has to be above the measured peak, by at most 5 % or 40 MB. Finished runs are kept.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def make_model(name: str, layers: int | None, folder: Path) -> Path:
             values_of.add_(1.0 if "norm" in key else 0.0)
         shards.setdefault(part, {})[key] = values_of.bfloat16()
         index[key] = f"model-{part}.safetensors"
-        if len(shards) > 1:  # keep one in memory
+        if len(shards) > 1:  # only one shard stays in memory
             done = next(iter(shards))
             if done != part:
                 save_file(shards.pop(done), made / f"model-{done}.safetensors", {"format": "pt"})
@@ -115,7 +115,7 @@ def make_rows(tokens: int, kind: str, folder: Path) -> Path:
     file = folder / f"{kind}-{tokens}.jsonl"
     generator = random.Random(0)
     lengths = [tokens] * 4 + [generator.randint(tokens // 4, tokens) for _ in range(196)]
-    rest = 2 if kind == "label" else 0  # " It was" behind the text
+    rest = 2 if kind == "label" else 0  # the template adds " It was"
     rows = [{"text": " the" * (n - rest)} for n in lengths]
     if kind == "label":
         rows = [{**row, "label": generator.randint(0, 1)} for row in rows]
@@ -139,7 +139,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"{'model':24}{'store':>6}{'B':>4}{'tokens':>7}{'planned':>9}{'measured':>9}{'over':>7}")
-    worst = []
+    within = []
     grid = itertools.product(args.models, args.precisions, args.batch_sizes, args.tokens)
     for name, precision, batch, tokens in grid:
         model = make_model(name, args.layers, args.out)
@@ -167,17 +167,17 @@ def main() -> None:
             if done.returncode:
                 print(f"{label}: exit {done.returncode}\n{done.stderr[-800:]}")
                 continue
-        found = json.loads((run / "summary.json").read_text())
-        planned, measured = found["planned_peak_bytes"], found["peak_rss_bytes"]
+        summary = json.loads((run / "summary.json").read_text())
+        planned, measured = summary["planned_peak_bytes"], summary["peak_rss_bytes"]
         over = planned - measured
         kept = 0 <= over <= max(40e6, 0.05 * measured)
-        worst.append(kept)
+        within.append(kept)
         print(
             f"{model.name:24}{precision:>6}{batch:>4}{tokens:>7}{planned / 1e6:>9.0f}{measured / 1e6:>9.0f}"
             f"{over / 1e6:>7.0f}{'' if kept else '  MISSED'}",
             flush=True,
         )
-    print(f"{sum(worst)} of {len(worst)} within 5 % or 40 MB above the measured peak")
+    print(f"{sum(within)} of {len(within)} within 5 % or 40 MB above the measured peak")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A preference file out of the bundled example: a user who likes short answers to requests.
+"""Writes a preference file from the bundled example: a user who likes short answers to requests.
 
     python benchmarks/preferences.py --out prefs.jsonl
     edgezo finetune --model smollm2-135m-instruct --data prefs.jsonl --max-mem 900MB --steps 30
 
-Each request has two answers, one with thumbs up and one with thumbs down; a tenth of the pairs is held out.
+Each request has two answers, one with thumbs up and one with thumbs down. Finetune holds out a tenth of the pairs.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ LONG = (
 
 
 def rows(count: int = ROWS) -> list[dict[str, str | bool]]:
-    """``count`` requests with two answers each, thumbs on both."""
-    found: list[dict[str, str | bool]] = []
+    """Two answers to each of ``count`` requests, one liked and one not."""
+    answers: list[dict[str, str | bool]] = []
     for line in (EXAMPLE_FOLDER / "train.jsonl").read_text(encoding="utf-8").splitlines()[:count]:
         row = json.loads(line)
         prompt, intent = f"User: {row['text']}\nAssistant:", row["intent"].replace("_", " ")
         for answer, liked in ((SHORT, True), (LONG, False)):
             completion = answer.format(intent=intent)
-            found.append({"prompt": prompt, "completion": completion, "label": liked})
-    return found
+            answers.append({"prompt": prompt, "completion": completion, "label": liked})
+    return answers
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""Seconds of a step over the parameters of a model, with random weights of real shapes: is the cost linear in them?
+"""Is the time of a step linear in the parameters of a model? Random weights of real shapes.
 
     python benchmarks/sizes.py --out DIR [--models NAME ...] [--precisions bf16 int4] [--batch-size 4] [--tokens 64]
 
-One `edgezo bench speed` a model, each in a process of its own; what has run is kept. Parameters are those of the
-matrices of the blocks, which every token passes. Writes DIR/sizes.json.
+Runs ``edgezo bench speed`` once for each model, in a process of its own; finished runs are kept. Parameters are those
+of the matrices of the blocks, which every token passes. Writes DIR/sizes.json.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIZES = ["smollm2-135m-instruct", "smollm2-360m-instruct", "qwen2.5-0.5b", "qwen
 
 
 def parameters(name: str) -> int:
-    """Of the blocks' matrices, as the model's card has them."""
+    """Number of parameters of the blocks' matrices, from the model's card."""
     card = find_card(name)
     assert card is not None, name
     shape = ModelShape.of(card, name)
@@ -34,6 +34,7 @@ def parameters(name: str) -> int:
 
 
 def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of speed.json for a model, measured now unless they are there."""
     out = args.out / f"speed-{name}"
     if not (out / "speed.json").exists():
         rows = make_rows(args.tokens, "label", args.out)
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    found = [
+    rows = [
         {"model": name, "parameters": parameters(name), **row}
         for name in args.models
         for row in measure(name, args)
@@ -67,13 +68,13 @@ def main() -> None:
     fits = []
     print("precision   parameters   forward      step   ratio")
     for precision in args.precisions:
-        own = [row for row in found if row["precision"] == precision]
-        for row in own:
+        of_store = [row for row in rows if row["precision"] == precision]
+        for row in of_store:
             print(
                 f"{precision:9} {row['parameters'] / 1e6:10.0f} M {row['forward_s']:8.3f} s "
                 f"{row['step_s']:7.3f} s {row['ratio']:6.3f}   {row['model']}"
             )
-        x, y = (np.array([row[key] for row in own], float) for key in ("parameters", "step_s"))
+        x, y = (np.array([row[key] for row in of_store], float) for key in ("parameters", "step_s"))
         slope, fixed, r2 = straight(x, y)
         fits.append(
             {"precision": precision, "fixed_s": fixed, "s_a_billion": slope * 1e9, "r2": r2}
@@ -81,7 +82,7 @@ def main() -> None:
         print(
             f"{precision}: {fixed:.3f} s + {slope * 1e9:.3f} s a billion parameters, R^2 {r2:.4f}"
         )
-    (args.out / "sizes.json").write_text(json.dumps({"rows": found, "fits": fits}, indent=1))
+    (args.out / "sizes.json").write_text(json.dumps({"rows": rows, "fits": fits}, indent=1))
 
 
 if __name__ == "__main__":

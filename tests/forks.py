@@ -113,7 +113,7 @@ def _arm(blow: Blow) -> None:
             ),
         )
     elif blow.point == "update":  # of one tile of one tensor
-        _strike(store.WeightStore, "_move", blow)
+        _strike(store.WeightStore, "_advance_on_grid", blow)
     elif blow.point == "head":
         _strike(ExactHead, "update", blow)
     elif blow.point == "snapshot":

@@ -24,7 +24,8 @@ from edgezo.network.assemble import ModelSpec, assemble
 from edgezo.network.loader import open_model
 from edgezo.network.model import Model
 from edgezo.weights import layouts
-from edgezo.zo.directions import DIRECTIONS, Directions
+from edgezo.weights.saved import load_trained, trained_tensors
+from edgezo.zo.directions import DIRECTION_KINDS, Directions
 from edgezo.zo.noise import Key, exact_grid
 from edgezo.zo.recipe import Recipe
 
@@ -65,7 +66,7 @@ def of(family: str, train: str, directions: str = "signs", **more: Any) -> Case:
 BESIDE = "lowrank+norms+scales"  # everything that can be trained beside frozen matrices
 ALL = "full+lowrank+scales"  # and everything at once (full includes norms and biases)
 FIRST = ("signs", "rademacher", "gaussian", "shared")
-LATER = tuple(d for d in DIRECTIONS if d not in FIRST)
+LATER = tuple(d for d in DIRECTION_KINDS if d not in FIRST)
 WINDOW = (("sliding_window", 8),)
 PART_WINDOW = (*WINDOW, ("use_sliding_window", True), ("max_window_layers", 1))
 
@@ -79,7 +80,7 @@ CASES: tuple[Case, ...] = (
         for train in ("lowrank", "norms", "scales", "lowrank+norms", ALL)
         for d in FIRST
     ),
-    *(of("llama", "full", d) for d in DIRECTIONS if d not in ("signs", "shared")),
+    *(of("llama", "full", d) for d in DIRECTION_KINDS if d not in ("signs", "shared")),
     *(of("gpt2", BESIDE, d) for d in LATER),
     *(of("llama", BESIDE, d) for d in ("signs", "shared")),
     # Embeddings: tied and not, label words and whole vocabularies.
@@ -97,11 +98,11 @@ CASES: tuple[Case, ...] = (
     of("phi3", "full", changes=WINDOW),
     of("qwen2", "full", changes=PART_WINDOW),
     # Every store that the choice allows.
-    *(of("llama", "full", d, precision="bf16") for d in DIRECTIONS),
+    *(of("llama", "full", d, precision="bf16") for d in DIRECTION_KINDS),
     of("llama", "full", precision="fp16"),
     *(of("gpt2", "full", precision=p, rounding="stochastic") for p in ("bf16", "fp16")),
     of("gemma2", "full", precision="bf16", kind="completion"),
-    *(of("llama", "full", d, precision="int8", rounding="anchored") for d in DIRECTIONS),
+    *(of("llama", "full", d, precision="int8", rounding="anchored") for d in DIRECTION_KINDS),
     *(of(f, "full", precision="int8", rounding="stochastic") for f in ("gpt2", "phi3")),
     *(of(f, "full", precision="int8", rounding="plane") for f in ("llama", "gpt2")),
     of("gemma2", "full", precision="int8", kind="completion", rounding="anchored"),
@@ -221,7 +222,7 @@ class Tried:
         return {name: row.layout.read(slice(0, row.target.rows)).double() for name, row in rows}
 
     def restore(self) -> None:
-        self.model.store.load_trained(self.start)
+        load_trained(self.model.store, self.start)
         self.model.context.touched = []
 
 
@@ -265,7 +266,7 @@ class Workshop:
         if case not in self.made:
             tried = Tried(case, self.path(case), self.model(case))
             settle(tried.model)
-            tried.start = copy.deepcopy(tried.model.store.trained_tensors())
+            tried.start = copy.deepcopy(trained_tensors(tried.model.store))
             self.made[case] = tried
         return self.made[case]
 

@@ -1,12 +1,12 @@
-"""First-order baselines of ``bench accuracy``: AdamW on all weights, LoRA and prefix tuning, as people write them.
+"""First-order baselines of ``bench accuracy``: AdamW, LoRA and prefix tuning, with stock peft and PyTorch.
 
-    model       transformers' in fp32, every position's logits, the whole batch at once, padded to its longest row
-    trained     all weights, or what peft adds: LoRA on every linear, or keys and values of a prefix
-    rule        torch.optim.AdamW; the rate falls as in a run of edgezo
+    model       transformers' module in fp32, logits of every position; a batch is padded to its longest row
+    trained     all weights, or what peft adds: LoRA on every linear, or the keys and values of a prefix
+    rule        torch.optim.AdamW; the learning rate falls by the schedule of a run of edgezo
 
-Rows, their order, losses and evaluation are those of a run with the same seed. Runs as a process of its own,
-``python -m edgezo.bench.accuracy_baselines '{"baseline": "lora", "lr": 1e-3, ...}'``, and writes summary.json and
-metrics.jsonl.
+The rows, their order, the losses and the evaluation are those of a run of edgezo with the same seed. Each baseline is a
+process of its own, ``python -m edgezo.bench.accuracy_baselines '{"baseline": "lora", "lr": 1e-3, ...}'``, and writes
+summary.json and metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgezo.errors import EdgezoError, UsageError
+from edgezo.plan.planner import DEFAULT_BATCH
 from edgezo.plan.request import RunConfig, make_config
 
 if TYPE_CHECKING:
@@ -29,25 +30,26 @@ if TYPE_CHECKING:
 
     from edgezo.data.batches import Example
     from edgezo.data.dataset import Dataset
+    from edgezo.run.metrics_log import MetricsLog
     from edgezo.run.objective import Judge
 
-EVAL_ROWS = 16  # of an evaluation batch
+EVAL_ROWS = 16  # examples that are evaluated at once
 
 
 class Baseline(NamedTuple):
-    """A way to train that others ship."""
+    """A way to train that other libraries ship."""
 
-    lr: float  # where the study says none
-    passes: int  # a step in forwards: a backward takes one for the inputs and one for the weights
-    settings: Mapping[str, Any]  # what else may be said, with its default
+    lr: float  # learning rate, unless the study gives one
+    passes: int  # cost of a step in forwards: a backward counts one for the inputs and one for the weights
+    settings: Mapping[str, Any]  # further settings and their defaults
 
 
-BASELINES = {
+FIRST_ORDER_BASELINES = {
     "adamw": Baseline(1e-5, 3, {}),
     "lora": Baseline(1e-3, 2, {"rank": 8, "alpha": 16}),
     "prefix": Baseline(1e-2, 2, {"virtual_tokens": 8}),
 }
-# Fields of a run that mean the same here; those of a study's [common] that are about a run of edgezo's are left out.
+# Settings of a run of edgezo that mean the same for a baseline. A baseline ignores the others in a study's [common].
 SHARED = (
     *("model", "data", "task", "data_root", "template", "labels", "label_field", "max_length"),
     *("eval_limit", "held_out", "seed", "steps", "for_s", "batch_size", "eval_every", "schedule"),
@@ -61,115 +63,135 @@ class Request:
 
     baseline: str
     lr: float
-    settings: Mapping[str, Any]
-    cfg: RunConfig  # of the fields in ``SHARED``
+    settings: Mapping[str, Any]  # of the baseline itself, see ``Baseline.settings``
+    cfg: RunConfig  # of the settings in ``SHARED``
 
     @staticmethod
-    def of(said: Mapping[str, Any], own: Sequence[str] = ()) -> Request:
-        """Check a request; ``own``: the fields that were said of this method alone. Raises UsageError."""
-        name = said["baseline"]
-        known = BASELINES.get(name)
-        if known is None:
-            raise UsageError(f"there is no baseline {name!r}; there are {', '.join(BASELINES)}")
-        usable = ("baseline", "lr", *known.settings, *SHARED)
+    def of(given: Mapping[str, Any], of_method: Sequence[str] = ()) -> Request:
+        """Check the settings of a run; those named in ``of_method`` have to mean something to the baseline.
+
+        Raises UsageError with every problem.
+        """
+        name = given["baseline"]
+        baseline = FIRST_ORDER_BASELINES.get(name)
+        if baseline is None:
+            known = ", ".join(FIRST_ORDER_BASELINES)
+            raise UsageError(f"there is no baseline {name!r}; there are {known}")
+        usable = ("baseline", "lr", *baseline.settings, *SHARED)
         problems = [
             f"{field} means nothing to baseline {name}; it takes {', '.join(usable)}"
-            for field in own
+            for field in of_method
             if field not in usable
         ]
-        lr = said.get("lr", known.lr)
+        lr = given.get("lr", baseline.lr)
         if not isinstance(lr, int | float) or not 0 < lr < float("inf"):
-            problems.append(f"lr: {lr!r} is no learning rate")
-        settings = {field: said.get(field, default) for field, default in known.settings.items()}
+            problems.append(f"lr: {lr!r} is no learning rate; give a number above 0")
+        settings = {field: given.get(field, usual) for field, usual in baseline.settings.items()}
         problems += [
-            f"{field}: {value!r} is no number of 1 or more"
+            f"{field}: {value!r} is not a whole number of 1 or more"
             for field, value in settings.items()
             if not isinstance(value, int) or value < 1
         ]
         if problems:
             raise UsageError(problems)
-        shared = {field: value for field, value in said.items() if field in SHARED}
+        shared = {field: value for field, value in given.items() if field in SHARED}
         return Request(name, float(lr), settings, make_config({}, shared))
 
     @property
+    def batch_size(self) -> int:
+        """Examples in a step."""
+        return self.cfg.batch_size or DEFAULT_BATCH
+
+    @property
     def mean_passes(self) -> float:
-        """Of a step, in forwards over its batch."""
-        return BASELINES[self.baseline].passes
+        """Cost of a step, in forwards over its batch."""
+        return FIRST_ORDER_BASELINES[self.baseline].passes
 
 
-def run(said: Mapping[str, Any], out: Path) -> dict[str, Any]:
-    """Train and evaluate; returns, and writes last of all, what summary.json holds. Raises EdgezoError."""
-    from edgezo.data.batches import batch_indices
+def run(given: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """Train a baseline and evaluate it; returns the content of summary.json, which is written last.
+
+    Raises UsageError for settings, EdgezoError for models, rows and packages that are missing.
+    """
+    from edgezo.machine.files import atomic_write, to_json
     from edgezo.machine.process_memory import Meter, peak_rss_bytes
-    from edgezo.network import cards, loader
     from edgezo.run.metrics_log import MetricsLog
-    from edgezo.run.session import Opened, judge_of, read_data
-    from edgezo.zo.credit import schedule
+    from edgezo.run.session import open_request
 
-    request = Request.of(said)
-    cfg, meter = request.cfg, Meter()
-    files = loader.open_model(cards.resolve(cfg.model))
-    tokenizer = loader.load_tokenizer(files.path)
-    dataset = read_data(cfg, files, tokenizer)
-    judge = judge_of(Opened(cfg, files, tokenizer, dataset))
+    request, meter = Request.of(given), Meter()
+    opened = open_request(request.cfg)
+    files = opened.files
     meter.mark("base")
-    trainer = Trainer(request, files.path, files.kind == "masked", dataset, judge)
+    masked = files.kind == "masked"
+    trainer = Trainer(request, files.path, masked, opened.dataset, opened.judge)
     meter.mark("load")
     out.mkdir(parents=True, exist_ok=True)
-    assert cfg.batch_size is not None
-    log, times_s, losses, evaluated_s = MetricsLog(out / "metrics.jsonl"), [], [], 0.0
-
-    def evaluate(when: str, step: int) -> dict[str, Any]:
-        found = trainer.evaluate()
-        log.write({"step": step, "eval": when, **found})
-        return found
-
-    before = evaluate("before", 0)
-    begun_s, step = time.monotonic(), 0
-    while True:
-        spent_s = time.monotonic() - begun_s - evaluated_s
-        fraction = step / cfg.steps if cfg.steps else spent_s / (cfg.for_s or 1.0)
-        if fraction >= 1:
-            break
-        if cfg.eval_every and step and step % cfg.eval_every == 0:
-            paused_s = time.monotonic()
-            evaluate("during", step)
-            evaluated_s += time.monotonic() - paused_s
-        step_s = time.monotonic()
-        picked = batch_indices(len(dataset.train), cfg.batch_size, cfg.seed, step)
-        rate = request.lr * schedule(cfg.schedule, fraction)
-        losses.append(trainer.step([dataset.train[i] for i in picked], rate))
-        times_s.append(time.monotonic() - step_s)
-        step += 1
-        log.write({"step": step, "loss": losses[-1], "step_s": times_s[-1]})
-    train_s = time.monotonic() - begun_s - evaluated_s
-    after = evaluate("after", step)
+    log = MetricsLog(out / "metrics.jsonl")
+    figures = _train(trainer, request, log)
     log.close()
     summary = {
-        "model": cfg.model,
+        "model": request.cfg.model,
         "baseline": request.baseline,
         "lr": request.lr,
         **request.settings,
-        "steps": step,
-        "batch_size": cfg.batch_size,
-        "loss_first": losses[0] if losses else None,
-        "loss_last": losses[-1] if losses else None,
-        "eval_before": before,
-        "eval_after": after,
-        "train_s": train_s,
-        "step_s": statistics.median(times_s) if times_s else None,
+        "batch_size": request.batch_size,
+        **figures,
         "trained_values": sum(p.numel() for p in trainer.trained),
         **meter.summary(),
         "peak_rss_bytes": peak_rss_bytes(),
     }
-    from edgezo.machine.files import atomic_write, to_json
-
     atomic_write(out / "summary.json", (to_json(summary) + "\n").encode())
     return summary
 
 
+def _train(trainer: Trainer, request: Request, log: MetricsLog) -> dict[str, Any]:
+    """Train for the steps or the seconds of the request; returns the figures of the training."""
+    from edgezo.data.batches import batch_indices
+    from edgezo.zo.credit import schedule
+
+    cfg, rows = request.cfg, trainer.dataset.train
+    losses: list[float] = []
+    times_s: list[float] = []
+    evaluations_s = 0.0
+
+    def evaluate(when: str, step: int) -> dict[str, Any]:
+        figures = trainer.evaluate()
+        log.write({"step": step, "eval": when, **figures})
+        return figures
+
+    before = evaluate("before", 0)
+    begun_s, step = time.monotonic(), 0
+    while (fraction := _fraction(cfg, step, time.monotonic() - begun_s - evaluations_s)) < 1:
+        if cfg.eval_every and step and step % cfg.eval_every == 0:
+            paused_s = time.monotonic()
+            evaluate("during", step)
+            evaluations_s += time.monotonic() - paused_s
+        step_begun_s = time.monotonic()
+        picked = batch_indices(len(rows), request.batch_size, cfg.seed, step)
+        rate = request.lr * schedule(cfg.schedule, fraction)
+        losses.append(trainer.step([rows[i] for i in picked], rate))
+        times_s.append(time.monotonic() - step_begun_s)
+        step += 1
+        log.write({"step": step, "loss": losses[-1], "step_s": times_s[-1]})
+    train_s = time.monotonic() - begun_s - evaluations_s
+    return {
+        "steps": step,
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
+        "eval_before": before,
+        "eval_after": evaluate("after", step),
+        "train_s": train_s,
+        "step_s": statistics.median(times_s) if times_s else None,
+    }
+
+
+def _fraction(cfg: RunConfig, step: int, spent_s: float) -> float:
+    """How much of a run is over, from 0 to 1: of its steps, or of its seconds without evaluations."""
+    return step / cfg.steps if cfg.steps else spent_s / (cfg.for_s or 1.0)
+
+
 class Trainer:
-    """The model, what is trained of it, and AdamW."""
+    """A model in transformers' and peft's modules, the parameters that are trained, and AdamW."""
 
     def __init__(
         self,
@@ -181,12 +203,12 @@ class Trainer:
     ):
         if masked and request.baseline == "prefix":
             raise EdgezoError(
-                "baseline prefix is for causal models (peft's prefix has no masked one); use lora or adamw"
+                "baseline prefix is for causal models: peft has no prefix for masked ones. Use lora or adamw."
             )
         import torch
         from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-        torch.manual_seed(request.cfg.seed)  # peft draws what it adds
+        torch.manual_seed(request.cfg.seed)  # peft starts what it adds from random values
         where = {"gguf_file": path.name} if path.is_file() else {}
         place = path.parent if path.is_file() else path
         auto: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
@@ -201,9 +223,9 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.trained, lr=request.lr, weight_decay=decay)
 
     def step(self, group: Sequence[Example], rate: float) -> float:
-        """One step on the mean loss of a group, which it returns."""
-        for settings in self.optimizer.param_groups:
-            settings["lr"] = rate
+        """Make one step on the mean loss of a group of examples, at learning rate ``rate``; returns that loss."""
+        for options in self.optimizer.param_groups:
+            options["lr"] = rate
         losses = [loss for loss, _ in self._scored(group)]
         total = sum(losses[1:], losses[0]) / len(losses)
         total.backward()
@@ -212,10 +234,10 @@ class Trainer:
         return float(total.detach())
 
     def evaluate(self) -> dict[str, Any]:
-        """As ``session.evaluate_model``."""
+        """Figures on the validation rows, as ``figures.evaluate_model`` gives them for a run."""
         import torch
 
-        from edgezo.run.session import figures_of
+        from edgezo.run.figures import figures_of
 
         rows, judge = self.dataset.validation, self.judge
         order = sorted(range(len(rows)), key=lambda i: max(len(r.ids) for r in rows[i].rows))
@@ -224,40 +246,39 @@ class Trainer:
         with torch.no_grad():
             for start in range(0, len(order), EVAL_ROWS):
                 group = order[start : start + EVAL_ROWS]
-                for i, (loss, said) in zip(
-                    group, self._scored([rows[i] for i in group]), strict=True
-                ):
+                scored = self._scored([rows[i] for i in group])
+                for i, (loss, prediction) in zip(group, scored, strict=True):
                     total_loss += float(loss)
-                    chosen[i] = said
+                    chosen[i] = prediction
             if judge is not None:
                 texts = self._written(judge) if judge.writes else judge.words(chosen, rows)
         self.module.train()
-        right = sum(said == row.label for said, row in zip(chosen, rows, strict=True))
+        right = sum(option == row.label for option, row in zip(chosen, rows, strict=True))
         return figures_of(self.dataset, total_loss, right, judge, texts)
 
     def _written(self, judge: Judge) -> list[str]:
-        """What the model writes after each prompt, greedily, by transformers' own generate()."""
+        """The answer that the model writes to each prompt, greedily, by transformers' generate()."""
         import torch
 
-        how = self.dataset.generation
-        assert how is not None
+        generation = self.dataset.generation
+        assert generation is not None
         stops: dict[str, Any] = {}
-        if how.stop:
-            stops = {"stop_strings": list(how.stop), "tokenizer": judge.tokenizer}
+        if generation.stop:
+            stops = {"stop_strings": list(generation.stop), "tokenizer": judge.tokenizer}
         texts = []
         for example in self.dataset.validation:
             prompt = torch.tensor([list(example.prompt)])
-            found = self.module.generate(
+            ids = self.module.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
-                max_new_tokens=how.most,
+                max_new_tokens=generation.most,
                 **stops,
             )
-            texts.append(judge.answer(found[0, prompt.shape[1] :].tolist()))
+            texts.append(judge.answer(ids[0, prompt.shape[1] :].tolist()))
         return texts
 
     def _scored(self, group: Sequence[Example]) -> list[tuple[Tensor, int]]:
-        """(loss, prediction) of each example, from one padded forward."""
+        """(loss, prediction) of each example of a group, from one forward over its rows, padded to the longest."""
         import torch
 
         rows = [row for example in group for row in example.rows]
@@ -276,7 +297,7 @@ class Trainer:
 
 
 def _greedy(judge: Judge | None) -> Any:
-    """How transformers writes as a run does, and nothing that a model ships with, such as penalties."""
+    """Settings of generate() that write as a run does, without those that a model ships with, such as penalties."""
     from transformers import GenerationConfig
 
     if judge is None:
@@ -290,7 +311,10 @@ def _greedy(judge: Judge | None) -> Any:
 
 
 def loss_of(logits: Sequence[Tensor], example: Example, dataset: Dataset) -> tuple[Tensor, int]:
-    """(loss, prediction or -1) of an example as objective.Scorer has it; ``logits``: (p, V) fp32 of each row."""
+    """(loss, prediction) of an example, as losses.Scorer gives them; the prediction is -1 where there is none.
+
+    ``logits``: for each row of the example (p, V) fp32, of the p positions that are scored.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -299,8 +323,8 @@ def loss_of(logits: Sequence[Tensor], example: Example, dataset: Dataset) -> tup
         return F.cross_entropy(words, torch.tensor([example.label])), int(words.argmax())
     nll = torch.stack(
         [
-            F.cross_entropy(own, torch.tensor(row.score_ids))
-            for own, row in zip(logits, example.rows, strict=True)
+            F.cross_entropy(of_row, torch.tensor(row.score_ids))
+            for of_row, row in zip(logits, example.rows, strict=True)
         ]
     )
     if dataset.kind == "choice":
@@ -309,31 +333,33 @@ def loss_of(logits: Sequence[Tensor], example: Example, dataset: Dataset) -> tup
 
 
 def _adapted(request: Request, model: Any) -> Any:
-    """The model with what the baseline trains."""
+    """The model with the parts that the baseline trains. Raises EdgezoError without peft."""
     if request.baseline == "adamw":
         return model
     try:
         from peft import LoraConfig, PrefixTuningConfig, get_peft_model
     except ImportError as problem:
         raise EdgezoError(
-            f"baseline {request.baseline} takes peft: pip install 'edgezo[bench]'"
+            f"baseline {request.baseline} needs peft: pip install 'edgezo[bench]'"
         ) from problem
-    own = request.settings
+    settings = request.settings
     if request.baseline == "lora":
         config: Any = LoraConfig(
-            r=own["rank"], lora_alpha=own["alpha"], target_modules="all-linear"
+            r=settings["rank"], lora_alpha=settings["alpha"], target_modules="all-linear"
         )
     else:
-        config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=own["virtual_tokens"])
+        config = PrefixTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=settings["virtual_tokens"]
+        )
     return get_peft_model(model, config)
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    if asked.get("threads"):
-        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(asked["threads"])
+    arguments = json.loads(sys.argv[1])
+    if arguments.get("threads"):
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(arguments["threads"])
     try:
-        print(json.dumps(run(asked, Path(asked.pop("out")))))
+        print(json.dumps(run(arguments, Path(arguments.pop("out")))))
     except EdgezoError as problem:
         print(json.dumps({"error": str(problem)}))
         sys.exit(problem.exit_code)

@@ -1,10 +1,11 @@
-"""``edgezo bench memory``: the peak memory of every way to train, each in a process of its own on the same rows.
+"""``edgezo bench memory``: the peak memory of each way to train, on the same rows.
 
-    edgezo's methods    the command itself: ``edgezo finetune`` on the rows, at full micro-batch, without a cap
+    edgezo's methods    the command itself: ``edgezo finetune``, the whole batch as one micro-batch, without a cap
     inference           edgezo's plain forward over the 2B rows of a step
-    baselines           memory_baselines.py: transformers, peft and torch; MeZO in place
+    baselines           memory_baselines.py: stock transformers, peft and PyTorch, and MeZO in place
 
-All learn to predict every token of the rows. Finished points are kept in ``points.jsonl`` and not measured again.
+Every method learns to predict every token of the rows, in a process of its own. Finished points are kept in
+``points.jsonl`` and not measured again.
 """
 
 from __future__ import annotations
@@ -31,28 +32,28 @@ from edgezo.machine.hardware import machine
 from edgezo.machine.process_memory import Meter, allocator_policy, read_status
 from edgezo.plan.fields import FIELDS, flag
 
-UNLIMITED_BYTES = 10**15  # what is measured is what a method takes, not what it is held to
-STEPS = 2  # an optimizer's state stands from the second step on
+UNLIMITED_BYTES = 10**15  # a cap that no method reaches, since what it takes freely is measured
+STEPS = 2  # from the second step on an optimizer has its state in memory
 
 
 class Method(NamedTuple):
-    """What is measured. ``request`` are fields of edgezo's configuration; None: a baseline."""
+    """A way to train that is measured."""
 
     title: str
     precision: str
-    request: dict[str, str] | None
+    settings: dict[str, str] | None  # of finetune; empty: the plain forward; None: a baseline
 
 
-SIGNS = {"estimator": "grzo", "directions": "signs"}
+GRZO_WITH_SIGNS = {"estimator": "grzo", "directions": "signs"}
 METHODS = {
     "inference": Method("plain forward over 2B rows, bf16", "bf16", {}),
-    "grzo": Method("GRZO, signs, bf16", "bf16", SIGNS),
+    "grzo": Method("GRZO, signs, bf16", "bf16", GRZO_WITH_SIGNS),
     "grzo-rademacher": Method(
         "GRZO, rademacher, bf16", "bf16", {"estimator": "grzo", "directions": "rademacher"}
     ),
-    "grzo-int4": Method("GRZO, signs, int4", "int4", SIGNS),
+    "grzo-int4": Method("GRZO, signs, int4", "int4", GRZO_WITH_SIGNS),
     "inference-int8": Method("plain forward over 2B rows, int8", "int8", {}),
-    "grzo-int8": Method("GRZO, signs, int8", "int8", SIGNS),
+    "grzo-int8": Method("GRZO, signs, int8", "int8", GRZO_WITH_SIGNS),
     "lora-int8": Method(
         "LoRA block by block, int8 base", "int8", {"estimator": "lora", "train": "lora"}
     ),
@@ -80,21 +81,19 @@ def bench_memory(
     out: Path,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Measure every method at every (batch size, tokens); writes points.jsonl, memory.json and memory.png to ``out``.
+    """Measure every method at every batch size and every number of tokens in a row.
 
-    The files hold the points of earlier calls as well, which are not measured again; the result has those asked for.
-    ``peak_rss_bytes`` of a row is the peak of the process, ``train_peak_rss_bytes`` that of the steps (of edgezo's
-    methods: of all that follows loading). A method that fails (no memory, a package that is missing) is a row with
-    ``error``; a baseline that takes longer than ``limit_s`` is stopped, and its row holds the peak so far and
-    ``stopped_s``. On ``cuda`` the peak is ``cuda_peak_bytes``: what the allocator reserved and the driver's context.
-    Raises UsageError for unknown methods and sizes, EdgezoError for a model that cannot be had.
+    Writes points.jsonl, memory.json and memory.png to ``out``. The files also hold the points of earlier calls, which
+    are not measured again; the result has those asked for.
+
+    In a row, ``peak_rss_bytes`` is the peak of the process and ``train_peak_rss_bytes`` the peak of the steps (with
+    edgezo's methods, of everything after loading). On ``cuda``, ``cuda_peak_bytes`` is what the allocator reserved and
+    the driver's context. A method that fails (no memory, a missing package) is a row with ``error``. A baseline that
+    takes longer than ``limit_s`` is stopped; its row holds the peak so far and ``stopped_s``. ``cap_bytes`` is only
+    drawn into the chart.
+    Raises UsageError for unknown methods and sizes, EdgezoError for a model that cannot be loaded.
     """
-    unknown = [m for m in methods if m not in METHODS]
-    problems = [f"there is no method {m!r}; there are {', '.join(METHODS)}" for m in unknown]
-    problems += [f"--batch-sizes: {n} is not 1 or more" for n in batch_sizes if n < 1]
-    least = int(FIELDS["max_length"].low or 1)
-    problems += [f"--tokens: {n} is not {least} or more" for n in tokens if n < least]
-    if problems:
+    if problems := _problems(methods, batch_sizes, tokens):
         raise UsageError(problems)
     from edgezo.network import cards
 
@@ -103,27 +102,33 @@ def bench_memory(
     log = out / "points.jsonl"
     known = _read_points(log)
     rows = []
-    always = {
-        "model": model,
-        "edgezo": __version__,
-        "device": device,
-        "threads": threads or machine().cores,
-    }
+    always: dict[str, Any] = {"model": model, "edgezo": __version__, "device": device}
+    always["threads"] = threads or machine().cores
     for method, batch_size, length in product(methods, batch_sizes, tokens):
-        asked = always | {"method": method, "batch_size": batch_size, "tokens": length}
-        found = next((p for p in known if asked.items() <= p.items() and "error" not in p), None)
-        note(
-            f"{method}, B = {batch_size}, {length} tokens{': as in points.jsonl' if found else ''}"
-        )
-        if found is None:
-            known = [p for p in known if not asked.items() <= p.items()]  # one that failed
-            known.append(found := asked | _measure(path, asked, limit_s))
+        place = always | {"method": method, "batch_size": batch_size, "tokens": length}
+        point = next((p for p in known if place.items() <= p.items() and "error" not in p), None)
+        as_before = ": as in points.jsonl" if point else ""
+        note(f"{method}, B = {batch_size}, {length} tokens{as_before}")
+        if point is None:
+            known = [p for p in known if not place.items() <= p.items()]  # without a failed attempt
+            known.append(point := place | _measure(path, place, limit_s))
             atomic_write(log, "".join(json.dumps(p) + "\n" for p in known).encode())
-        rows.append(_row(found))
+        rows.append(_row(point))
     result: dict[str, Any] = {"model": model, "cap_bytes": cap_bytes, "rows": rows}
     together = result | {"rows": [_row(p) for p in known if always.items() <= p.items()]}
     write_results(together, out / "memory", chart, note)
     return result
+
+
+def _problems(
+    methods: Sequence[str], batch_sizes: Sequence[int], tokens: Sequence[int]
+) -> list[str]:
+    """Problems with the names and sizes that are asked for."""
+    unknown = [m for m in methods if m not in METHODS]
+    problems = [f"there is no method {m!r}; there are {', '.join(METHODS)}" for m in unknown]
+    problems += [f"--batch-sizes: {n} is not 1 or more" for n in batch_sizes if n < 1]
+    least = int(FIELDS["max_length"].low or 1)
+    return problems + [f"--tokens: {n} is not {least} or more" for n in tokens if n < least]
 
 
 def write_results(
@@ -132,26 +137,29 @@ def write_results(
     draw: Callable[[dict[str, Any], Path], None],
     note: Callable[[str], None],
 ) -> None:
-    """``stem``.json, and ``stem``.png drawn of it unless every row is an error; says so where nothing can be drawn."""
+    """Write ``result`` to ``stem``.json, and draw ``stem``.png with ``draw`` unless every row is an error.
+
+    Without matplotlib there is no chart, and ``note`` is called with what to install.
+    """
     stem.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(stem.with_suffix(".json"), (json.dumps(result, indent=1) + "\n").encode())
     if find_spec("matplotlib") is None:
-        note("no chart: that takes matplotlib, which pip install 'edgezo[bench]' brings")
+        note("no chart, because matplotlib is missing: pip install 'edgezo[bench]'")
     elif any("error" not in row for row in result["rows"]):
         draw(result, stem.with_suffix(".png"))
 
 
 def train_peak_bytes(point: dict[str, Any]) -> int:
-    """Of the training steps, in the memory that the device computes in."""
+    """Peak of the training steps: of GPU memory where there is a GPU, else resident memory."""
     peak_bytes: int = point.get("cuda_peak_bytes", point["train_peak_rss_bytes"])
     return peak_bytes
 
 
 def _row(point: dict[str, Any]) -> dict[str, Any]:
-    """A point with what it is a point of."""
+    """A row of memory.json: a point with the estimator, directions and precision of its method."""
     method = METHODS[point["method"]]
-    chosen = method.request or {}
-    named = {name: chosen.get(name) for name in ("estimator", "directions")}
+    settings = method.settings or {}
+    named = {name: settings.get(name) for name in ("estimator", "directions")}
     phases = ("load_peak_rss_bytes", "train_peak_rss_bytes")
     peak_bytes = max((point[phase] for phase in phases if phase in point), default=None)
     return {**named, "precision": method.precision, "peak_rss_bytes": peak_bytes, **point}
@@ -167,19 +175,19 @@ def _read_points(log: Path) -> list[dict[str, Any]]:
         ) from problem
 
 
-def _measure(path: Path, asked: dict[str, Any], limit_s: float | None) -> dict[str, Any]:
-    """One point in a process of its own."""
-    method = METHODS[asked["method"]]
-    with tempfile.TemporaryDirectory(prefix="edgezo-bench-") as folder:
-        data = Path(folder, "rows")
+def _measure(path: Path, point: dict[str, Any], limit_s: float | None) -> dict[str, Any]:
+    """Figures of one point, measured in a process of its own."""
+    method = METHODS[point["method"]]
+    with tempfile.TemporaryDirectory(prefix="edgezo-bench-") as name:
+        folder, threads = Path(name), str(point["threads"])
+        data = folder / "rows"
         data.mkdir()
-        batch_size, length = asked["batch_size"], asked["tokens"]
+        batch_size, length = point["batch_size"], point["tokens"]
         _write_rows(data / "train.jsonl", batch_size * STEPS, length)
         _write_rows(data / "validation.jsonl", 1, length)
-        threads = str(asked["threads"])
-        if method.request is None:
+        if method.settings is None:
             rows = str(data / "train.jsonl")
-            spec = asked | {"model": str(path), "rows": rows, "steps": STEPS}
+            spec = point | {"model": str(path), "rows": rows, "steps": STEPS}
             command = ("-m", "edgezo.bench.memory_baselines", json.dumps(spec))
             return _child(threads, *command, limit_s=limit_s)
         request = {
@@ -188,36 +196,32 @@ def _measure(path: Path, asked: dict[str, Any], limit_s: float | None) -> dict[s
             "max_length": length,
             "batch_size": batch_size,
             "micro_batch": batch_size,
-            "device": asked["device"],
+            "device": point["device"],
             "max_mem_bytes": UNLIMITED_BYTES,
             "threads": threads,
             "train": "lowrank",
             "precision": method.precision,
-            **method.request,
+            **method.settings,
         }
-        if not method.request:
+        if not method.settings:
             return _child(threads, "-m", "edgezo.bench.memory", json.dumps(request))
-        found = _child(
-            threads,
-            *("-m", "edgezo", "finetune", "--json", "--steps", str(STEPS)),
-            *("--out", str(Path(folder, "run")), *_options(request)),
-        )
-        if "error" in found:
-            return found
-        kept = (
-            "base_rss_bytes",
-            "load_peak_rss_bytes",
-            "peak_rss_bytes",
-            "planned_peak_bytes",
-            "cuda_peak_bytes",
-            "step_s",
-        )
-        found["train_peak_rss_bytes"] = found["run_peak_rss_bytes"]
-        return {k: found[k] for k in (*kept, "train_peak_rss_bytes") if k in found}
+        return _finetuned(request, threads, folder / "run")
+
+
+def _finetuned(request: dict[str, Any], threads: str, out: Path) -> dict[str, Any]:
+    """Figures of a run of ``edgezo finetune``."""
+    options = [part for name, value in request.items() for part in (flag(name), str(value))]
+    command = ("-m", "edgezo", "finetune", "--json", "--steps", str(STEPS), "--out", str(out))
+    summary = _child(threads, *command, *options)
+    if "error" in summary:
+        return summary
+    kept = ("base_rss_bytes", "load_peak_rss_bytes", "peak_rss_bytes", "planned_peak_bytes")
+    figures = {k: summary[k] for k in (*kept, "cuda_peak_bytes", "step_s") if k in summary}
+    return figures | {"train_peak_rss_bytes": summary["run_peak_rss_bytes"]}
 
 
 def _write_rows(file: Path, rows: int, tokens: int) -> None:
-    """Rows of text of at least ``tokens`` tokens, from the bundled example; readers cut them to length."""
+    """Write rows of at least ``tokens`` tokens, of texts of the bundled example; readers cut them to length."""
     from edgezo.data.tasks import EXAMPLE_FOLDER
 
     lines = (EXAMPLE_FOLDER / "train.jsonl").read_text(encoding="utf-8").splitlines()
@@ -226,20 +230,17 @@ def _write_rows(file: Path, rows: int, tokens: int) -> None:
         at = 0
         for _ in range(rows):
             words: list[str] = []
-            while len(words) < tokens:  # a word is a token or more
+            while len(words) < tokens:  # a word is at least one token
                 words += texts[at % len(texts)].split()
                 at += 1
             out.write(json.dumps({"text": " ".join(words)}) + "\n")
 
 
-def _options(request: dict[str, Any]) -> list[str]:
-    return [part for name, value in request.items() for part in (flag(name), str(value))]
-
-
 def _child(threads: str, *args: str, limit_s: float | None = None) -> dict[str, Any]:
-    """The JSON object that a Python process prints; ``error`` where it prints none or fails.
+    """The JSON object that Python prints when it is run with these arguments; ``error`` where it prints none or fails.
 
-    After ``limit_s`` seconds it is ended: ``stopped_s``, and the peak of its last phase so far.
+    A process that takes longer than ``limit_s`` is killed; the result is then ``stopped_s`` and the peak of its last
+    phase so far.
     """
     env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     pipe = subprocess.PIPE
@@ -254,23 +255,23 @@ def _child(threads: str, *args: str, limit_s: float | None = None) -> dict[str, 
             return {"stopped_s": limit_s, "train_peak_rss_bytes": peak_bytes}
     lines = out.strip().splitlines()
     try:
-        found: dict[str, Any] = json.loads(lines[-1])
+        printed: dict[str, Any] = json.loads(lines[-1])
     except (IndexError, ValueError):
-        found = {}
-    if "error" not in found and (process.returncode or not found):
+        printed = {}
+    if "error" not in printed and (process.returncode or not printed):
         last = (err.strip().splitlines() or ["no message"])[-1]
-        found = {"error": f"exit status {process.returncode}: {last}"}
-    return found
+        return {"error": f"exit status {process.returncode}: {last}"}
+    return printed
 
 
 def _peak_of(pid: int) -> int:
-    """Of another process, since it last reset its peak; its resident memory where no peak is kept."""
+    """Peak RSS of another process since it last reset it, in bytes; its RSS now where the system keeps no peak."""
     peak_bytes = read_status(process=pid).get("VmHWM")
     return psutil.Process(pid).memory_info().rss if peak_bytes is None else peak_bytes
 
 
 def inference(request: dict[str, Any]) -> dict[str, Any]:
-    """The plain forward over the 2B rows of a step, in this process: what running the model takes."""
+    """Figures of the plain forward over the 2B rows of a step, measured in this process: what running a model takes."""
     from edgezo.data.batches import pieces
     from edgezo.plan.request import make_config
     from edgezo.run.session import load_model, open_request, settle
@@ -278,10 +279,9 @@ def inference(request: dict[str, Any]) -> dict[str, Any]:
     meter = Meter(reset=True)
     opened = open_request(make_config({**request, "train": "head"}))  # nothing beside the weights
     base = meter.mark("base")
-    settle(opened, machine(), base.rss_bytes)
-    model = load_model(opened, machine())
-    model.scorer.exact = None  # a forward that learns nothing has no head beside the head
-    opened.memory.loaded()
+    model, memory = load_model(settle(opened, machine(), base.rss_bytes), machine())
+    model.scorer.exact = None  # the trained copy of the head, which a forward alone does not need
+    memory.loaded()
     meter.mark("load")
     examples = opened.dataset.train
     size = int(request["batch_size"])
@@ -293,14 +293,14 @@ def inference(request: dict[str, Any]) -> dict[str, Any]:
             model.losses(piece, sides=2)
         times_s.append(time.monotonic() - begun_s)
     meter.mark("train")
-    opened.memory.look_again()
-    found: dict[str, Any] = meter.summary() | opened.memory.figures()
+    memory.look_again()
+    figures: dict[str, Any] = meter.summary() | memory.figures()
     kept = ("base_rss_bytes", "load_peak_rss_bytes", "train_peak_rss_bytes", "cuda_peak_bytes")
-    return {k: found[k] for k in kept if k in found} | {"step_s": statistics.median(times_s)}
+    return {k: figures[k] for k in kept if k in figures} | {"step_s": statistics.median(times_s)}
 
 
 def chart(result: dict[str, Any], file: Path) -> None:
-    """Peak against batch size and against tokens, one line a method, the cap across. PNG."""
+    """Draw a PNG: the peak over the batch size and over the tokens in a row, a line for each method, and the cap."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -313,13 +313,13 @@ def chart(result: dict[str, Any], file: Path) -> None:
     ):
         least = min((p[fixed] for p in points), default=0)
         for method in METHODS:
-            own = sorted(
+            peaks = sorted(
                 (p[across], train_peak_bytes(p) / 1e9)
                 for p in points
                 if p["method"] == method and p[fixed] == least
             )
-            if own:
-                panel.plot(*zip(*own, strict=True), marker="o", label=METHODS[method].title)
+            if peaks:
+                panel.plot(*zip(*peaks, strict=True), marker="o", label=METHODS[method].title)
         if result["cap_bytes"]:
             panel.axhline(
                 result["cap_bytes"] / 1e9, color="black", ls="--", lw=1, label="--max-mem"

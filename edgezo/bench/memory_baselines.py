@@ -1,8 +1,8 @@
-"""Baselines for ``edgezo bench``: transformers, peft and torch as people use them, and MeZO as published.
+"""Baselines of ``bench memory``: LoRA and AdamW with stock transformers, peft and PyTorch, and MeZO as published.
 
-Runs as a process of its own: ``python -m edgezo.bench.memory_baselines '{"method": "lora", ...}'`` prints one JSON
-object. Of edgezo only the meter and the machine's facts are shared, which import neither torch nor transformers, so
-that all methods are measured with the same instrument.
+A baseline is a process of its own: ``python -m edgezo.bench.memory_baselines '{"method": "lora", ...}'`` prints one
+JSON object. Of edgezo it uses the meter and the facts of the machine, so that every method is measured with the same
+instrument; neither of them imports torch or transformers.
 """
 
 from __future__ import annotations
@@ -15,70 +15,83 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgezo.machine.hardware import machine
+from edgezo.machine.hardware import Gpu, machine
 from edgezo.machine.process_memory import Meter
 
 
-class Recipe(NamedTuple):
-    """How a baseline is set up; the field's names."""
+class BaselineSetup(NamedTuple):
+    """How the model of a baseline is set up and trained."""
 
-    dtype: str
+    dtype: str  # of torch
     lora: bool = False
     checkpointing: bool = False  # activations of a block are computed again in the backward pass
-    int4: bool = False  # the base in quanto qint4
-    forwards_only: bool = False  # MeZO: the weights move there and back in place
+    int4: bool = False  # the base is quantised to quanto's qint4
+    forwards_only: bool = False  # MeZO: the weights are perturbed and restored in place
 
 
-RECIPES = {
-    "lora": Recipe("bfloat16", lora=True),
-    "lora-checkpoint": Recipe("bfloat16", lora=True, checkpointing=True),
-    "lora-checkpoint-int4": Recipe("bfloat16", lora=True, checkpointing=True, int4=True),
-    "adamw": Recipe("float32"),
-    "mezo-in-place": Recipe("bfloat16", forwards_only=True),
+SETUPS = {
+    "lora": BaselineSetup("bfloat16", lora=True),
+    "lora-checkpoint": BaselineSetup("bfloat16", lora=True, checkpointing=True),
+    "lora-checkpoint-int4": BaselineSetup("bfloat16", lora=True, checkpointing=True, int4=True),
+    "adamw": BaselineSetup("float32"),
+    "mezo-in-place": BaselineSetup("bfloat16", forwards_only=True),
 }
-RANK = 8
-SIGMA = 1e-3
+RANK = 8  # of LoRA
+SIGMA = 1e-3  # of MeZO
 
 
 def run(spec: dict[str, Any]) -> dict[str, Any]:
-    """Train ``steps`` steps.
+    """Train for ``steps`` steps; returns peaks by phase (imports, loading, training) and of the GPU, in bytes.
 
     ``spec`` has method, model (a path), rows (a JSONL file), batch_size, tokens, steps and device (cpu or cuda).
-    Peaks are by phase, in bytes: importing, loading, training; and the GPU's over all.
     """
     gpu = machine().gpu if spec["device"] == "cuda" else None  # before this process takes any of it
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    recipe = RECIPES[spec["method"]]
-    meter = Meter(reset=True)
+    meter, setup = Meter(reset=True), SETUPS[spec["method"]]
     path = Path(spec["model"])
     where = {"gguf_file": path.name} if path.is_file() else {}
     place = path.parent if path.is_file() else path
     tokenizer = AutoTokenizer.from_pretrained(place, **where)
     meter.mark("base")
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        place, dtype=getattr(torch, recipe.dtype), **where
-    )
-    if recipe.int4:
+    dtype = getattr(torch, setup.dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **where)
+    model = _prepared(model, setup).to(spec["device"])
+    meter.mark("load")
+    figures = _train(model, tokenizer, spec)
+    meter.mark("train")
+    phases = meter.summary()
+    names = ("base_rss_bytes", "load_peak_rss_bytes", "train_peak_rss_bytes")
+    on_gpu = {} if gpu is None else {"cuda_peak_bytes": _gpu_peak_bytes(gpu)}
+    return on_gpu | figures | {name: phases[name] for name in names}
+
+
+def _prepared(model: Any, setup: BaselineSetup) -> Any:
+    """The model quantised, with LoRA and with checkpointing as the setup asks, ready to be trained."""
+    if setup.int4:
         from optimum.quanto import freeze, qint4, quantize
 
         quantize(model, weights=qint4, exclude="lm_head")
         freeze(model)
-    if recipe.lora:
+    if setup.lora:
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(
             r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"
         )
         model = get_peft_model(model, config)
-    if recipe.checkpointing:
+    if setup.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    model.to(spec["device"])
     model.config.use_cache = False
     model.train()
-    meter.mark("load")
+    return model
+
+
+def _train(model: Any, tokenizer: Any, spec: dict[str, Any]) -> dict[str, Any]:
+    """Make the steps, on the rows of exactly ``tokens`` tokens; returns the figures that are no peaks of memory."""
+    import torch
 
     texts = [json.loads(line)["text"] for line in Path(spec["rows"]).read_text().splitlines()]
     rows = tokenizer(texts, truncation=True, max_length=spec["tokens"])["input_ids"]
@@ -88,7 +101,8 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     def loss_of(batch: Any) -> Any:
         return model(input_ids=batch, labels=batch).loss
 
-    one_step = (mezo_in_place if recipe.forwards_only else _backward)(trained, loss_of)
+    make_step = mezo_in_place if SETUPS[spec["method"]].forwards_only else _adamw
+    one_step = make_step(trained, loss_of)
     losses, times_s = [], []
     for step in range(spec["steps"]):
         begun_s = time.monotonic()
@@ -96,25 +110,24 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         batch = ids[picked]
         losses.append(one_step(batch))
         times_s.append(time.monotonic() - begun_s)
-    meter.mark("train")
-    found = meter.summary()
-    on_gpu = {}
-    if gpu is not None:
-        taken = gpu.available_bytes - torch.cuda.mem_get_info()[0]
-        context = taken - torch.cuda.memory_reserved()
-        on_gpu["cuda_peak_bytes"] = context + torch.cuda.max_memory_reserved()
-    return on_gpu | {
+    return {
         "step_s": statistics.median(times_s),
         "losses": losses,
         "trained_parameters": sum(p.numel() for p in trained),
-        "base_rss_bytes": found["base_rss_bytes"],
-        "load_peak_rss_bytes": found["load_peak_rss_bytes"],
-        "train_peak_rss_bytes": found["train_peak_rss_bytes"],
     }
 
 
-def _backward(trained: list[Any], loss_of: Callable[[Any], Any]) -> Callable[[Any], float]:
-    """AdamW's step on a batch, of which ``loss_of`` gives the mean loss."""
+def _gpu_peak_bytes(gpu: Gpu) -> int:
+    """GPU memory that this process took at most: the driver's context, and what the allocator reserved."""
+    import torch
+
+    taken_bytes = gpu.available_bytes - torch.cuda.mem_get_info()[0]
+    context_bytes = taken_bytes - torch.cuda.memory_reserved()
+    return context_bytes + torch.cuda.max_memory_reserved()
+
+
+def _adamw(trained: list[Any], loss_of: Callable[[Any], Any]) -> Callable[[Any], float]:
+    """A function that makes AdamW's step on a batch and returns its loss; ``loss_of``: mean loss of a batch."""
     import torch
 
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
@@ -130,7 +143,10 @@ def _backward(trained: list[Any], loss_of: Callable[[Any], Any]) -> Callable[[An
 
 
 def mezo_in_place(trained: list[Any], loss_of: Callable[[Any], Any]) -> Callable[[Any], float]:
-    """MeZO's step (arXiv 2305.17333, algorithm 1): one direction for the batch, drawn again from its seed."""
+    """A function that makes MeZO's step on a batch (arXiv 2305.17333, algorithm 1) and returns the mean of both losses.
+
+    The step has one direction, which is drawn again from its seed for every use. ``loss_of``: mean loss of a batch.
+    """
     import torch
 
     generator = torch.Generator(trained[0].device)
@@ -146,8 +162,8 @@ def mezo_in_place(trained: list[Any], loss_of: Callable[[Any], Any]) -> Callable
                 weight.add_(noise, alpha=scale)
 
         losses = []
-        for there in (SIGMA, -2 * SIGMA):
-            move(there)
+        for scale in (SIGMA, -2 * SIGMA):
+            move(scale)
             losses.append(float(loss_of(batch)))
         move(SIGMA)
         move(-1e-6 * (losses[0] - losses[1]) / (2 * SIGMA))

@@ -1,15 +1,15 @@
-"""``edgezo bench speed``: what a step costs beside the plain forward over the same rows, and that beside the machine.
+"""``edgezo bench speed``: the time of a step beside a plain forward over the same rows, and that beside the machine.
 
-    forward     the model over all rows of a step (both sides), nothing perturbed
-    perturbed   the same with every example's direction
+    forward     the model over all rows of a step (both sides), unperturbed
+    perturbed   the forward with the directions of every example
     update      from losses to changed weights
-    step        both, with what is between them; ratio: step/forward of the same round
-    products    the bare matrix products of that forward, in the same dtype: share = products/forward
-    bandwidth   stored bytes of the weights, read once a forward, over what a copy of 256 MB reaches
+    step        perturbed and update, and what is between them; ratio: step/forward of the same round
+    products    the matrix products of that forward alone, in the same dtype; share: products/forward
+    bandwidth   stored bytes of the weights, read once in a forward, over what a copy of 256 MB reaches
 
-All models are loaded at once and measured in turns, so that what the machine does meanwhile meets each alike. Figures
-are medians over the rounds after the first. Baselines run transformers' module as people do: padded batches, logits of
-every position; in-place MeZO, and GRZO in the published form of hooks with weight-sized noise (linears only).
+All models are loaded at once and measured in turns, so that other load on the machine meets each of them alike. Figures
+are medians over the rounds after the first. The baselines (speed_baselines.py) are measured in the same rounds: MeZO in
+place, and GRZO in its published form, hooks with weight-sized noise (linears only).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import io
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -26,61 +27,67 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
-from edgezo.bench.alignment import plain_module, point_config
+from edgezo.bench.alignment import point_config
 from edgezo.bench.memory import write_results
-from edgezo.bench.memory_baselines import SIGMA, mezo_in_place
+from edgezo.bench.speed_baselines import PUBLISHED_STEPS, Plain
 from edgezo.data.batches import Example, Row, batch_indices, pieces
-from edgezo.data.dataset import Dataset
 from edgezo.errors import UsageError
 from edgezo.machine import kernels
 from edgezo.machine.hardware import machine
 from edgezo.machine.process_memory import Guard, rss_bytes
 from edgezo.network.model import Model
 from edgezo.network.perturb import PerturbedLinear
-from edgezo.plan.request import RunConfig
-from edgezo.run.journal import StepRecord, create_journal
+from edgezo.plan.request import RunConfig, Settled
+from edgezo.run.journal import create_journal
+from edgezo.run.journal_record import StepRecord
 from edgezo.run.metrics_log import RunLog, step_line
 from edgezo.run.progress import LiveProgress
-from edgezo.run.session import journal_is_shaped, load_model, open_request, settle
+from edgezo.run.recipes import journal_is_shaped
+from edgezo.run.session import Opened, load_model, open_request, settle
 from edgezo.weights.layouts import DENSE_DTYPES, Layout
 from edgezo.zo import noise
 from edgezo.zo.credit import Estimator
 from edgezo.zo.noise import Key
+from edgezo.zo.parts import PARTS
 from edgezo.zo.presets import PRESETS
 from edgezo.zo.recipe import Recipe
 
-OWN = "own"  # of --tokens: the rows as they are
+AS_THEY_ARE = "own"  # a value of --tokens: rows are not stretched
 COPIED_BYTES = 256 << 20
-BASELINES = ("mezo-in-place", "grzo-hooks")
 
 
 @dataclass
 class Subject:
-    """A way to make a step, ready to run."""
+    """An estimator with a store, loaded and ready to be measured."""
 
     name: str
-    precision: str
-    cfg: RunConfig
+    cfg: Settled
+    opened: Opened
     model: Model
-    dataset: Dataset
-    weight_bytes: int
+    weight_bytes: int  # as stored
+
+    @property
+    def label(self) -> str:
+        """What tells subjects apart."""
+        return f"{self.name} {self.cfg.precision}"
 
     @property
     def sides(self) -> int:
+        """Forwards over an example in a step."""
         return self.cfg.passes
 
     def forward(self, group: Sequence[Example]) -> dict[str, float]:
+        """Seconds of a plain forward over the rows of a step."""
         begun_s = time.perf_counter()
         for batch in pieces(group, len(group), self.model.most_tokens):
             self.model.losses(batch, sides=self.sides)
         return {"forward_s": time.perf_counter() - begun_s}
 
     def step(self, group: Sequence[Example], step: int) -> dict[str, float]:
-        """One step as run/train.py makes it, without journal and guard."""
+        """Seconds of a step and of its parts. The step is that of run/step.py, without journal and memory guard."""
         model, cfg = self.model, self.cfg
         begun_s = time.perf_counter()
         probing = cfg.probing
@@ -88,8 +95,8 @@ class Subject:
         losses = np.empty((self.sides, len(group)), np.float32)
         for batch in pieces(group, len(group), model.most_tokens):
             probe = model.probe(batch, Key(cfg.seed, step), cfg.sigma) if probing else None
-            found, _ = model.losses(batch, probe, sides=self.sides, learn=learn)
-            losses[:, batch.slots] = found.numpy()
+            of_batch, _ = model.losses(batch, probe, sides=self.sides, learn=learn)
+            losses[:, batch.slots] = of_batch.numpy()
         probed_s = time.perf_counter()
         if probing:
             estimator = Estimator.of(cfg)
@@ -110,34 +117,38 @@ def bench_speed(
     estimators: Sequence[str] = ("grzo", "grzo:rademacher", "grzo:gaussian", "mezo"),
     precisions: Sequence[str] = ("bf16", "int8", "int4"),
     batch_sizes: Sequence[int] = (16,),
-    tokens: Sequence[int | str] = (OWN, 256),
+    tokens: Sequence[int | str] = (AS_THEY_ARE, 256),
     repeats: int = 5,
     baselines: bool = True,
     out: Path,
     terminal: Callable[[Console], LiveProgress],
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Measure every estimator (``name`` or ``name:directions``) on every store; writes speed.json and speed.png.
+    """Measure every estimator (``name`` or ``name:directions``) on every store.
 
-    ``tokens``: rows are as they are ("own") or made this long by repeating them. Raises UsageError with every problem.
+    ``request``: settings that all of them share; ``tokens``: rows stay as they are ("own"), or are repeated up to this
+    length; ``terminal`` makes the progress whose cost is part of ``bookkeeping``. Writes speed.json and speed.png to
+    ``out``. Raises UsageError with every problem.
     """
     if any(n < 1 for n in (*batch_sizes, repeats)):
-        raise UsageError("--batch-sizes and --repeats are 1 or more")
+        raise UsageError("--batch-sizes and --repeats must be 1 or more")
     chosen = [
-        (name, point_config({**_trained(request, name), "precision": precision}, name))
+        (name, point_config({**_with_train(request, name), "precision": precision}, name))
         for precision in precisions
         for name in estimators
     ]
     if uneven := [name for name, cfg in chosen if cfg.anchored or cfg.mixed]:
         raise UsageError(
-            f"bench speed measures steps that are all alike; those of {uneven[0]} are not"
+            f"bench speed measures steps that are all alike; those of {uneven[0]} are not, "
+            "so leave it out of --estimators"
         )
     subjects = [_load(name, cfg) for name, cfg in chosen]
     note(f"{len(subjects)} models loaded")
-    dataset = subjects[0].dataset
-    if dataset.kind != "label":
-        raise UsageError("bench speed takes labelled rows (--template, --labels, or a --task)")
-    plain = Plain(subjects[0]) if baselines else None
+    if subjects[0].opened.dataset.kind != "label":
+        raise UsageError(
+            "bench speed needs labelled rows: give --template and --labels, or a --task"
+        )
+    plain = Plain(subjects[0].opened, subjects[0].model) if baselines else None
     rows: list[dict[str, Any]] = []
     for size in batch_sizes:
         for length in tokens:
@@ -152,17 +163,19 @@ def bench_speed(
     return result
 
 
-def _trained(request: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """With what a run of the estimator trains, its head included, where the request does not say.
+def _with_train(request: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The request with what the estimator's preset trains, head included, unless the request says what to train.
 
-    Not a linear probe: with one a step is shorter by the blocks that it does not read, which depends on the data.
+    The linear probe is left out. With it a step is shorter by the blocks that it does not read, and which these are
+    depends on the rows.
     """
-    row = PRESETS.get(name.partition(":")[0])
-    usual = "+".join(part for part in row.train if part != "probe") if row is not None else None
-    return {**request, "train": request.get("train") or usual}
+    preset = PRESETS.get(name.partition(":")[0])
+    parts = () if preset is None else (part for part in preset.train if not PARTS[part].readout)
+    return {**request, "train": request.get("train") or "+".join(parts) or None}
 
 
 def line(row: Mapping[str, Any]) -> str:
+    """A row of speed.json as one line of text."""
     ratio = "" if row["ratio"] is None else f", {row['ratio']:.3f} x the forward"
     where = (
         f"{row['estimator']} {row['precision']}, B = {row['batch_size']}, {row['tokens']} tokens"
@@ -171,15 +184,15 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def _load(name: str, cfg: RunConfig) -> Subject:
-    opened = open_request(cfg)
-    settle(opened, machine(), 0)
-    model = load_model(opened, machine())
-    held = sum(layout.nbytes() for layout in model.store.layouts.values())
-    return Subject(name, str(opened.cfg.precision), opened.cfg, model, opened.dataset, held)
+    """The subject ``name`` with this configuration, its model in memory."""
+    planned = settle(open_request(cfg), machine(), 0)
+    model = load_model(planned, machine()).model
+    weight_bytes = sum(layout.nbytes() for layout in model.store.layouts.values())
+    return Subject(name, planned.cfg, planned.opened, model, weight_bytes)
 
 
 def stretched(example: Example, length: int | str) -> Example:
-    """The example with its row repeated up to ``length`` tokens; the end, where it is scored, stays the end."""
+    """The example with its row repeated at the front up to ``length`` tokens, so that its scored end stays."""
     if not isinstance(length, int):
         return example
     (row,) = example.rows
@@ -196,50 +209,65 @@ def _measure(
     repeats: int,
     terminal: Callable[[Console], LiveProgress],
 ) -> list[dict[str, Any]]:
-    """One row for each subject and baseline."""
-    train = subjects[0].dataset.train
-    took: dict[str, list[dict[str, float]]] = {}
-    packed = []
-    for turn in range(repeats + 1):  # the first warms up
+    """Rows of speed.json for one batch size and length: one for each subject, and with ``plain`` for each baseline."""
+    times, tokens = _rounds(subjects, plain, size, length, repeats)
+    copied = copy_rate()
+    rows = [_subject_row(subject, times[subject.label], copied) for subject in subjects]
+    for subject, row in zip(subjects, rows, strict=True):
+        row["bookkeeping_share"] = bookkeeping(subject.cfg, size, row["step_s"], terminal)
+    if plain is not None:
+        (precision,) = (name for name, dtype in DENSE_DTYPES.items() if dtype is plain.dtype)
+        for name in PUBLISHED_STEPS:
+            row = {"estimator": name, "precision": precision, "ratio": None}
+            rows.append(row | _medians(times[name]))
+    sizes = {"batch_size": size, "tokens": length, "tokens_a_side": tokens}
+    return [{**row, **sizes, "tokens_per_s": row["rows"] / row["step_s"]} for row in rows]
+
+
+def _rounds(
+    subjects: Sequence[Subject], plain: Plain | None, size: int, length: int | str, repeats: int
+) -> tuple[dict[str, list[dict[str, float]]], float]:
+    """Seconds of each round by subject and baseline, and the median number of tokens on one side of a step.
+
+    A round measures every one of them once, on the same group of examples. A first round warms up and is left out.
+    """
+    train = subjects[0].opened.dataset.train
+    times = defaultdict[str, list[dict[str, float]]](list)
+    tokens = []
+    for turn in range(repeats + 1):
         group = [stretched(train[i], length) for i in batch_indices(len(train), size, 0, turn)]
         rows = sum(len(e.rows[0].ids) for e in group)
         for subject in subjects:
-            found = subject.forward(group) | subject.step(group, turn)
-            products = bare_products(subject.model, subject.sides * rows)
-            own = took.setdefault(f"{subject.name} {subject.precision}", [])
-            own.append(found | {"products_s": products, "rows": subject.sides * rows})
-        for name in BASELINES if plain is not None else ():
-            assert plain is not None
-            own = took.setdefault(name, [])
-            own.append({"step_s": plain.time(name, group), "rows": 2 * rows})
-        packed.append(rows)
-    copied = copy_rate()
-    made: list[dict[str, Any]] = []
-    for subject in subjects:
-        own = took[f"{subject.name} {subject.precision}"][1:]
-        row: dict[str, Any] = {"estimator": subject.name, "precision": subject.precision}
-        row |= _medians(own) | {"sides": subject.sides}
-        ratios = sorted(turn["step_s"] / turn["forward_s"] for turn in own)
-        row |= {
-            "ratio": statistics.median(ratios),
-            "ratio_least": ratios[0],
-            "ratio_most": ratios[-1],
-        }
-        row["share_of_products"] = statistics.median(t["products_s"] / t["forward_s"] for t in own)
-        weights = sum(rows * cols for rows, cols in (m.shape for m in matrices(subject.model)))
-        row["forward_flops_per_s"] = 2 * weights * row["rows"] / row["forward_s"]
-        row["share_of_bandwidth"] = subject.weight_bytes / row["forward_s"] / copied
-        row["train"] = "+".join(subject.cfg.train)
-        row["bookkeeping_share"] = bookkeeping(subject.cfg, size, row["step_s"], terminal)
-        made.append(row)
-    for name in BASELINES if plain is not None else ():
-        assert plain is not None
-        (precision,) = (name for name, dtype in DENSE_DTYPES.items() if dtype is plain.dtype)
-        row = {"estimator": name, "precision": precision, "ratio": None}
-        row |= _medians(took[name][1:])
-        made.append(row)
-    size_of = {"batch_size": size, "tokens": length, "tokens_a_side": statistics.median(packed[1:])}
-    return [{**row, **size_of, "tokens_per_s": row["rows"] / row["step_s"]} for row in made]
+            seconds = subject.forward(group) | subject.step(group, turn)
+            products_s = bare_products(subject.model, subject.sides * rows)
+            others = {"products_s": products_s, "rows": subject.sides * rows}
+            times[subject.label].append(seconds | others)
+        if plain is not None:
+            for name in PUBLISHED_STEPS:
+                times[name].append({"step_s": plain.time(name, group), "rows": 2 * rows})
+        tokens.append(rows)
+    measured = {name: rounds[1:] for name, rounds in times.items()}
+    return measured, statistics.median(tokens[1:])
+
+
+def _subject_row(subject: Subject, rounds: list[dict[str, float]], copied: float) -> dict[str, Any]:
+    """Medians of a subject's rounds, and its shares of what the machine can do; ``copied``: bytes a second."""
+    ratios = sorted(seconds["step_s"] / seconds["forward_s"] for seconds in rounds)
+    row: dict[str, Any] = {"estimator": subject.name, "precision": subject.cfg.precision}
+    row |= _medians(rounds) | {"sides": subject.sides}
+    row |= {
+        "ratio": statistics.median(ratios),
+        "ratio_least": ratios[0],
+        "ratio_most": ratios[-1],
+    }
+    row["share_of_products"] = statistics.median(
+        seconds["products_s"] / seconds["forward_s"] for seconds in rounds
+    )
+    weights = sum(rows * cols for rows, cols in (m.shape for m in matrices(subject.model)))
+    row["forward_flops_per_s"] = 2 * weights * row["rows"] / row["forward_s"]
+    row["share_of_bandwidth"] = subject.weight_bytes / row["forward_s"] / copied
+    row["train"] = "+".join(subject.cfg.train)
+    return row
 
 
 def bookkeeping(
@@ -249,62 +277,66 @@ def bookkeeping(
     terminal: Callable[[Console], LiveProgress],
     steps: int = 50,
 ) -> float:
-    """What a run spends on journal, metrics, guard and a terminal's progress, as a share of its steps' time."""
+    """The share of a step's time ``step_s`` that a run adds for journal, metrics, memory guard and progress.
+
+    Measured over ``steps`` made-up steps of ``size`` examples.
+    """
     losses = np.ones((max(2, cfg.passes), size), np.float32)
     losses[0] += np.arange(size, dtype=np.float32)
     credit = Estimator.of(cfg).credit(losses) if cfg.probing else losses[0]
     guard = Guard(1 << 60, 0)
     progress = terminal(Console(file=io.StringIO(), force_terminal=True))
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         header = {"content_hash": "sha256:0"}
         file = Path(folder, "journal.bin")
-        journal = held.enter_context(create_journal(file, header, shaped=journal_is_shaped(cfg)))
-        log = held.enter_context(closing(RunLog(Path(folder, "metrics.jsonl"))))
+        journal = stack.enter_context(create_journal(file, header, shaped=journal_is_shaped(cfg)))
+        log = stack.enter_context(closing(RunLog(Path(folder, "metrics.jsonl"))))
         progress.begin(done=0, steps=steps, cap_bytes=1 << 60)
-        held.callback(progress.close)
+        stack.callback(progress.close)
         begun_s = time.perf_counter()
         for step in range(steps):
             guard.check_again(0, "a step")
             record = StepRecord(step, cfg.sigma, cfg.step, False, losses, credit)
             journal.append(record)
-            held_bytes = rss_bytes()
-            line = step_line(record, True) | {"step_s": step_s, "rss_bytes": held_bytes}
+            resident_bytes = rss_bytes()
+            line = step_line(record, True) | {"step_s": step_s, "rss_bytes": resident_bytes}
             log.write(line)
-            shown = {"loss": line["loss"], "step_s": step_s, "rss_bytes": held_bytes}
+            shown = {"loss": line["loss"], "step_s": step_s, "rss_bytes": resident_bytes}
             progress.step(step + 1, fraction=step / steps, **shown)
-        own_s = (time.perf_counter() - begun_s) / steps
+        recording_s = (time.perf_counter() - begun_s) / steps
         begun_s = time.perf_counter()
         for _ in range(steps):
             progress.refresh()
-        refreshing = (time.perf_counter() - begun_s) / steps * progress.refreshes_per_s
-    return own_s / step_s + refreshing
+        refreshing_share = (time.perf_counter() - begun_s) / steps * progress.refreshes_per_s
+    return recording_s / step_s + refreshing_share
 
 
 def fits(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Least squares of a step's seconds over the rows of tokens that pass, where there are four sizes or more.
+    """For each estimator and store with four sizes or more: a step's seconds as a straight line in its rows of tokens.
 
-    ``step_s = fixed_s + rows * s_a_row``; ``r2`` is the share of the variance that the line explains.
+    ``step_s = fixed_s + rows * s_a_row`` by least squares; ``r2`` is the share of the variance that the line explains.
     """
-    found = []
-    for name in dict.fromkeys((row["estimator"], row["precision"]) for row in rows):
-        own = [row for row in rows if (row["estimator"], row["precision"]) == name]
-        x, y = (np.array([row[key] for row in own], float) for key in ("rows", "step_s"))
+    lines = []
+    for estimator, precision in dict.fromkeys((row["estimator"], row["precision"]) for row in rows):
+        name = {"estimator": estimator, "precision": precision}
+        points = [row for row in rows if name.items() <= row.items()]
+        x, y = (np.array([row[key] for row in points], float) for key in ("rows", "step_s"))
         if len(set(x)) < 4:
             continue
         slope, fixed, r2 = straight(x, y)
-        line = {"fixed_s": fixed, "s_a_row": slope, "r2": r2, "sizes": len(own)}
-        found.append({"estimator": name[0], "precision": name[1], **line})
-    return found
+        lines.append({**name, "fixed_s": fixed, "s_a_row": slope, "r2": r2, "sizes": len(points)})
+    return lines
 
 
 def straight(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    """Slope, intercept and R^2 of the line of least squares through (n,) points."""
+    """Slope, intercept and R^2 of the straight line through n points by least squares; ``x`` and ``y`` are (n,)."""
     slope, fixed = np.polyfit(x, y, 1)
     return float(slope), float(fixed), 1 - float(np.var(y - slope * x - fixed) / np.var(y))
 
 
-def _medians(turns: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    return {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
+def _medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """The median over the rounds of each of their figures."""
+    return {name: statistics.median(figures[name] for figures in rounds) for name in rounds[0]}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -312,33 +344,36 @@ def _medians(turns: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 def matrices(model: Model) -> list[Layout]:
-    """Every matrix that a forward multiplies all its rows with, in order: the tables are not among them."""
+    """Every matrix that a forward multiplies all its rows with, in order; tables are not among them."""
     return [m.matrix.layout for m in model.module.modules() if type(m) is PerturbedLinear]
 
 
 def bare_products(model: Model, rows: int) -> float:
-    """Seconds of the same sequence of matrix products over ``rows`` rows, in the dtype that the model computes in.
+    """Seconds of a forward's matrix products over ``rows`` rows, in the dtype that the model computes in.
 
-    With the model's own weights, each read from memory as a forward reads it, where they are held in that dtype; else
-    with one weight for each shape, which may come from the cache: more than a forward can have. Kernels are compiled
-    before the clock starts.
+    Where the weights are stored in that dtype, the products use them, so that each is read from memory as in a forward.
+    Otherwise there is one weight for each shape, which may stay in the cache, so that no forward can be as fast.
+    Kernels are compiled before the clock starts.
     """
     dtype, device = model.context.dtype, model.context.device
 
     def full(*shape: int) -> Tensor:
         return torch.full(shape, 0.01, dtype=dtype, device=device)
 
-    held = matrices(model)
-    shapes = {layout.shape for layout in held}
-    some = {shape: full(*shape) for shape in shapes}
+    layouts = matrices(model)
+    shapes = {layout.shape for layout in layouts}
+    one_of_each = {shape: full(*shape) for shape in shapes}
     inputs = {cols: full(rows, cols) for _, cols in shapes}
     outs = {width: full(rows, width) for width, _ in shapes}
-    weights = [w if (w := part.direct(dtype)) is not None else some[part.shape] for part in held]
+    weights = [
+        one_of_each[layout.shape] if (direct := layout.direct(dtype)) is None else direct
+        for layout in layouts
+    ]
 
     def multiply(w: Tensor) -> None:
         torch.mm(inputs[w.shape[1]], w.T, out=outs[w.shape[0]])
 
-    for w in some.values():
+    for w in one_of_each.values():
         multiply(w)
     begun_s = time.perf_counter()
     for w in weights:
@@ -347,7 +382,7 @@ def bare_products(model: Model, rows: int) -> float:
 
 
 def copy_rate() -> float:
-    """Bytes a second, read and written, of a copy that no cache holds."""
+    """Bytes a second, read and written together, of a copy that is too large for any cache."""
     source = torch.zeros(COPIED_BYTES, dtype=torch.uint8)
     target = torch.zeros_like(source)
     times_s = []
@@ -359,104 +394,21 @@ def copy_rate() -> float:
 
 
 def noise_rates() -> dict[str, float]:
-    """Sign bits and normals that are made in a second."""
+    """Sign bits and normals that the noise generator makes in a second."""
     key, side = Key(0, 0), 2048
-    found = {}
+    rates = {}
     for name, make in (("sign_bits_per_s", noise.signs), ("normals_per_s", noise.normals)):
         times_s = []
-        for turn in range(6):  # the first makes the tables
+        for turn in range(6):  # the first call makes the tables
             begun_s = time.perf_counter()
             make(key, turn, noise.DENSE, slice(0, side), side)
             times_s.append(time.perf_counter() - begun_s)
-        found[name] = side * side / min(times_s)
-    return found
-
-
-# ---------------------------------------------------------------------------------------------
-# Baselines
-
-
-class Plain:
-    """transformers' own module with the weights of a subject, and steps on it as others write them.
-
-    In the dtype that the subject computes in: bf16 where that is fast.
-    """
-
-    def __init__(self, subject: Subject):
-        opened = open_request(subject.cfg)
-        self.module = plain_module(opened, subject.model)
-        self.module.set_attn_implementation("sdpa")
-        self.dtype = subject.model.context.dtype
-        self.module.to(self.dtype)
-        self.label_ids = torch.tensor(subject.dataset.label_ids)
-        self.pad = opened.tokenizer.pad_token_id or 0
-        self.linears = [m for n, m in self.module.named_modules() if _is_inner_linear(n, m)]
-        self._mezo = mezo_in_place(
-            list(self.module.parameters()), lambda group: self.losses(group).mean()
-        )
-
-    def time(self, name: str, group: Sequence[Example]) -> float:
-        begun_s = time.perf_counter()
-        {"mezo-in-place": self._mezo, "grzo-hooks": self._hooked}[name](group)
-        return time.perf_counter() - begun_s
-
-    def losses(self, group: Sequence[Example]) -> Tensor:
-        """(B,) of the label words."""
-        rows = [torch.tensor(e.rows[0].ids) for e in group]
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
-        lengths = torch.tensor([len(row) for row in rows])
-        mask = torch.arange(ids.shape[1]) < lengths[:, None]
-        logits = self.module(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
-        words = logits[torch.arange(len(rows)), lengths - 1][:, self.label_ids].float()
-        return F.cross_entropy(words, torch.tensor([e.label for e in group]), reduction="none")
-
-    @torch.no_grad()
-    def _hooked(self, group: Sequence[Example]) -> None:
-        """GRZO as published (arXiv 2606.02857): y_i += sigma r_i * (U (s_i * x_i)) in a hook of every linear.
-
-        U is as large as the weight and drawn again from its seed for each side and for the update.
-        """
-        generator = torch.Generator()
-        b, seed = len(group), generator.seed()
-        signs = {
-            m: [torch.randint(0, 2, (b, n)).mul_(2).sub_(1).to(self.dtype) for n in m.weight.shape]
-            for m in self.linears
-        }
-
-        def base(at: int, linear: nn.Linear) -> Tensor:
-            return torch.empty_like(linear.weight).normal_(
-                generator=generator.manual_seed(seed + at)
-            )
-
-        def hook(at: int, linear: nn.Linear, scale: float) -> Any:
-            r, s = signs[linear]
-
-            def change(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
-                moved = F.linear(args[0] * s[:, None], base(at, linear))
-                return out + scale * r[:, None] * moved
-
-            return linear.register_forward_hook(change)
-
-        found = []
-        for scale in (SIGMA, -SIGMA):
-            hooks = [hook(at, linear, scale) for at, linear in enumerate(self.linears)]
-            found.append(self.losses(group))
-            for each in hooks:
-                each.remove()
-        delta = (found[0] - found[1]) / 2
-        a = (delta / (delta.std() + 1e-8)).to(self.dtype)
-        for at, linear in enumerate(self.linears):
-            r, s = signs[linear]
-            g = base(at, linear).mul_((a[:, None] * r).T @ s)
-            linear.weight.sub_(g, alpha=1e-9 / (2 * SIGMA * b))
-
-
-def _is_inner_linear(name: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and not name.endswith(("lm_head", "embed_out"))
+        rates[name] = side * side / min(times_s)
+    return rates
 
 
 def chart(result: Mapping[str, Any], file: Path) -> None:
-    """Parts of a step over the plain forward, a bar for each row. PNG."""
+    """Draw a PNG with a bar for each row: the parts of a step as multiples of the plain forward."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -465,11 +417,11 @@ def chart(result: Mapping[str, Any], file: Path) -> None:
     rows = [row for row in result["rows"] if row["ratio"] is not None]
     figure, panel = plt.subplots(figsize=(9, 1.2 + 0.3 * len(rows)))
     for at, row in enumerate(rows):
-        left = 0.0
+        start = 0.0
         for part, colour in (("perturbed_s", "C0"), ("update_s", "C1")):
             width = row[part] / row["forward_s"]
-            panel.barh(at, width, left=left, color=colour, label="" if at else part[:-2])
-            left += width
+            panel.barh(at, width, left=start, color=colour, label="" if at else part[:-2])
+            start += width
     panel.axvline(1.0, color="black", lw=1)
     panel.set_yticks(
         range(len(rows)),
@@ -478,7 +430,7 @@ def chart(result: Mapping[str, Any], file: Path) -> None:
     panel.invert_yaxis()
     panel.set_xlabel("times the plain forward over the same rows (the line)")
     panel.legend(fontsize=8)
-    figure.suptitle(f"{result['model']}: a step, {result['threads']} threads")
+    figure.suptitle(f"{result['model']}: time of a step, {result['threads']} threads")
     figure.tight_layout()
     figure.savefig(file, dpi=130)
     plt.close(figure)

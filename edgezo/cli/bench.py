@@ -1,7 +1,8 @@
-"""``edgezo bench``: comparisons with other ways to train."""
+"""``edgezo bench``: measurements of memory, speed, accuracy and alignment, beside other ways to train."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from edgezo.cli.options import (
     MEMORY,
     RUN,
     THREADS,
+    Command,
     emit,
     json_option,
     model_option,
@@ -19,20 +21,41 @@ from edgezo.cli.options import (
     use_threads,
 )
 from edgezo.errors import UsageError
-from edgezo.plan import request as config
+from edgezo.plan.request import read_toml
+
+batch_sizes_option = click.option(
+    "--batch-sizes",
+    metavar="N,N",
+    default="16",
+    show_default=True,
+    help="Examples in a step, joined by commas.",
+)
+
+
+def out_option(folder: str) -> Callable[[Command], Command]:
+    """The option for the directory of the result, ``runs/FOLDER`` unless it is given."""
+    return click.option(
+        "--out",
+        metavar="DIR",
+        default=f"runs/{folder}",
+        show_default=True,
+        help="Directory for the JSON file and the chart.",
+    )
 
 
 @click.group()
 def bench() -> None:
-    """Compare with other ways to train, each measured in a process of its own."""
+    """Measure memory, speed, accuracy and alignment, beside other ways to train."""
 
 
 @bench.command("memory")
 @model_option
-@click.option("--methods", metavar="NAMES", help="Joined by commas.  [default: all]")
-@click.option("--batch-sizes", metavar="N,N", default="16", show_default=True)
-@click.option("--tokens", metavar="N,N", default="128", show_default=True, help="Of a row.")
-@click.option("--max-mem", metavar="SIZE", help="Drawn into the chart as a line.")
+@click.option("--methods", metavar="NAMES", help="Methods, joined by commas.  [default: all]")
+@batch_sizes_option
+@click.option(
+    "--tokens", metavar="N,N", default="128", show_default=True, help="Lengths of a row in tokens."
+)
+@click.option("--max-mem", metavar="SIZE", help="Cap that the chart shows as a line.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", metavar="N", type=click.IntRange(1), help="[default: every core]")
 @click.option(
@@ -41,9 +64,9 @@ def bench() -> None:
     type=click.FloatRange(min=1),
     help="End a baseline that takes longer and report its peak so far.  [default: none]",
 )
-@click.option("--out", metavar="DIR", default="runs/bench-memory", show_default=True)
+@out_option("bench-memory")
 @json_option
-def bench_memory(
+def memory(
     model: str | None,
     methods: str | None,
     batch_sizes: str,
@@ -55,8 +78,8 @@ def bench_memory(
     out: str,
     as_json: bool,
 ) -> None:
-    """Peak memory of inference, GRZO, MeZO, LoRA and AdamW on the same rows: table, JSON, chart."""
-    from edgezo.bench import memory
+    """Measure peak memory of inference, GRZO, MeZO, LoRA and AdamW on the same rows: table, JSON, chart."""
+    from edgezo.bench.memory import METHODS, bench_memory
     from edgezo.cli import tables
     from edgezo.cli.terminal import TerminalProgress
     from edgezo.machine.hardware import parse_bytes
@@ -64,9 +87,9 @@ def bench_memory(
     if model is None:
         raise UsageError("--model is needed: a card, a directory, a .gguf file or a hub id")
     progress = TerminalProgress()
-    found = memory.bench_memory(
+    result = bench_memory(
         model,
-        methods=_names(methods) if methods else tuple(memory.METHODS),
+        methods=_names(methods) if methods else tuple(METHODS),
         batch_sizes=_integers("--batch-sizes", batch_sizes),
         tokens=_integers("--tokens", tokens),
         threads=threads,
@@ -76,7 +99,7 @@ def bench_memory(
         out=Path(out),
         note=progress.note,
     )
-    emit(as_json, found, tables.memory_table(found))
+    emit(as_json, result, tables.memory_table(result))
 
 
 @bench.command("alignment")
@@ -93,35 +116,41 @@ def bench_memory(
 @click.option(
     "--estimators",
     metavar="NAMES",
-    help="Joined by commas, name or name:directions. [default: all]",
+    help="Estimators, NAME or NAME:DIRECTIONS, joined by commas.  [default: all]",
 )
-@click.option("--batch-sizes", metavar="N,N", default="16", show_default=True)
-@click.option("--tries", metavar="N", type=click.IntRange(1), default=20, show_default=True)
-@click.option("--out", metavar="DIR", default="runs/bench-alignment", show_default=True)
+@batch_sizes_option
+@click.option(
+    "--tries",
+    metavar="N",
+    type=click.IntRange(1),
+    default=20,
+    show_default=True,
+    help="Steps with new directions that each figure is the mean of.",
+)
+@out_option("bench-alignment")
 @json_option
-def bench_alignment(
-    estimators: str | None, batch_sizes: str, tries: int, out: str, as_json: bool, **said: Any
+def alignment(
+    estimators: str | None, batch_sizes: str, tries: int, out: str, as_json: bool, **given: Any
 ) -> None:
-    """Cosine of one step's estimate to the true gradient, beside theory: table, JSON, chart."""
-    use_threads(said["threads"])
-    from edgezo.bench import alignment
+    """Measure the cosine of a step's estimate to the true gradient, beside theory: table, JSON, chart."""
+    use_threads(given["threads"])
+    from edgezo.bench.alignment import bench_alignment
     from edgezo.cli import tables
     from edgezo.cli.terminal import TerminalProgress
     from edgezo.zo import presets
 
     progress = TerminalProgress()
-    names = [
-        row.name for row in presets.PRESETS.values() if said["finetuner"] or row.mask != "block"
-    ]
-    found = alignment.bench_alignment(
-        said,
-        estimators=_names(estimators) if estimators else names,
+    # Presets with mask block need a finetuner.
+    usable = (p for p in presets.PRESETS.values() if given["finetuner"] or p.mask != "block")
+    result = bench_alignment(
+        given,
+        estimators=_names(estimators) if estimators else [preset.name for preset in usable],
         batch_sizes=_integers("--batch-sizes", batch_sizes),
         tries=tries,
         out=Path(out),
         note=progress.note,
     )
-    emit(as_json, found, tables.alignment_table(found))
+    emit(as_json, result, tables.alignment_table(result))
 
 
 @bench.command("speed")
@@ -132,27 +161,40 @@ def bench_alignment(
     metavar="NAMES",
     default="grzo,grzo:rademacher,grzo:gaussian,mezo",
     show_default=True,
-    help="Joined by commas, name or name:directions.",
+    help="Estimators, NAME or NAME:DIRECTIONS, joined by commas.",
 )
-@click.option("--precisions", metavar="NAMES", default="bf16,int8,int4", show_default=True)
-@click.option("--batch-sizes", metavar="N,N", default="16", show_default=True)
+@click.option(
+    "--precisions",
+    metavar="NAMES",
+    default="bf16,int8,int4",
+    show_default=True,
+    help="Stores of the weights, joined by commas.",
+)
+@batch_sizes_option
 @click.option(
     "--tokens",
     metavar="N,N",
     default="own,256",
     show_default=True,
-    help="Of a row: as it is, or repeated up to N.",
+    help="Lengths of a row in tokens: own (as it is) or N (repeated up to N).",
 )
-@click.option("--repeats", metavar="N", type=click.IntRange(1), default=5, show_default=True)
+@click.option(
+    "--repeats",
+    metavar="N",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Rounds that each figure is the median of.",
+)
 @click.option(
     "--baselines/--no-baselines",
     default=True,
     show_default=True,
-    help="MeZO in place and GRZO in hooks, as published.",
+    help="Also measure MeZO in place and GRZO in hooks, as published.",
 )
-@click.option("--out", metavar="DIR", default="runs/bench-speed", show_default=True)
+@out_option("bench-speed")
 @json_option
-def bench_speed(
+def speed(
     estimators: str,
     precisions: str,
     batch_sizes: str,
@@ -161,18 +203,18 @@ def bench_speed(
     baselines: bool,
     out: str,
     as_json: bool,
-    **said: Any,
+    **given: Any,
 ) -> None:
-    """A step beside the plain forward over the same rows, and that beside the machine: table, JSON, chart."""
-    use_threads(said["threads"])
-    from edgezo.bench import speed
+    """Measure a step beside a plain forward over the same rows, and that beside the machine: table, JSON, chart."""
+    use_threads(given["threads"])
+    from edgezo.bench.speed import AS_THEY_ARE, bench_speed
     from edgezo.cli import tables
     from edgezo.cli.terminal import TerminalProgress
 
     progress = TerminalProgress()
-    lengths = [n if n == speed.OWN else _integers("--tokens", n)[0] for n in tokens.split(",")]
-    found = speed.bench_speed(
-        said,
+    lengths = [n if n == AS_THEY_ARE else _integers("--tokens", n)[0] for n in tokens.split(",")]
+    result = bench_speed(
+        given,
         estimators=_names(estimators),
         precisions=_names(precisions),
         batch_sizes=_integers("--batch-sizes", batch_sizes),
@@ -183,18 +225,29 @@ def bench_speed(
         terminal=TerminalProgress,
         note=progress.note,
     )
-    emit(as_json, found, tables.speed_table(found))
+    emit(as_json, result, tables.speed_table(result))
 
 
 @bench.command("accuracy")
 @click.argument("study_file", metavar="STUDY", type=click.Path(dir_okay=False))
-@click.option("--methods", metavar="NAMES", help="Of the study, joined by commas.  [default: all]")
+@click.option(
+    "--methods",
+    metavar="NAMES",
+    help="Methods of the study to run, joined by commas.  [default: all]",
+)
 @click.option("--data-root", metavar="DIR", help="Folder that holds the data sets of the tasks.")
-@click.option("--threads", metavar="N", type=click.IntRange(1), help="Of each run.")
-@click.option("--parallel", metavar="N", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--out", metavar="DIR", default="runs/bench-accuracy", show_default=True)
+@click.option("--threads", metavar="N", type=click.IntRange(1), help="CPU threads of each run.")
+@click.option(
+    "--parallel",
+    metavar="N",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Runs at the same time.",
+)
+@out_option("bench-accuracy")
 @json_option
-def bench_accuracy(
+def accuracy(
     study_file: str,
     methods: str | None,
     data_root: str | None,
@@ -203,30 +256,34 @@ def bench_accuracy(
     out: str,
     as_json: bool,
 ) -> None:
-    """Tasks x methods x seeds at equal forwards or seconds, as the file STUDY says: table, JSON, chart."""
-    from edgezo.bench import accuracy
+    """Compare methods over tasks and seeds at equal forwards or seconds, as the file STUDY says: table, JSON, chart."""
+    from edgezo.bench.accuracy import bench_accuracy
+    from edgezo.bench.study import read_study
     from edgezo.cli import tables
     from edgezo.cli.terminal import TerminalProgress
 
     progress = TerminalProgress()
-    named = _names(methods) if methods else []
-    found = accuracy.bench_accuracy(
-        accuracy.read_study(config.read_toml(study_file), named),
+    result = bench_accuracy(
+        read_study(read_toml(study_file), _names(methods) if methods else []),
         data_root=data_root,
         threads=threads,
         parallel=parallel,
         out=Path(out),
         note=progress.note,
     )
-    emit(as_json, found, tables.accuracy_table(found))
+    emit(as_json, result, tables.accuracy_table(result))
 
 
 def _names(text: str) -> list[str]:
+    """Names that are joined by commas."""
     return [name.strip() for name in text.split(",")]
 
 
-def _integers(name: str, text: str) -> list[int]:
+def _integers(option: str, text: str) -> list[int]:
+    """Whole numbers that are joined by commas. Raises UsageError that names the option."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as problem:
-        raise UsageError(f"{name} {text!r} is not a list of numbers such as 4,16,64") from problem
+        raise UsageError(
+            f"{option} {text!r} is not a list of whole numbers such as 4,16,64"
+        ) from problem

@@ -1,4 +1,4 @@
-"""What can be said before a run: its plan and one of its batches. No weight is read."""
+"""What a run would do, before it starts: its plan, and its first batch. No weight is read."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from edgezo.plan.request import RunConfig
 if TYPE_CHECKING:
     from edgezo.plan.shapes import Shape
 
-_TIMEOUT_S = 5
+_TIMEOUT_S = 5  # for the hub to answer
 
 
 def plan(cfg: RunConfig, note: Callable[[str], None] = lambda text: None) -> Plan:
-    """The plan for this machine. Data, where it is given, is read and tokenised for its lengths.
+    """The plan of a request for this machine.
 
-    A card needs nothing else: no weights, no tokenizer, and PyTorch is not imported.
-    Raises UsageError and EdgezoError for bad data and models, DoesNotFit.
+    Rows, where they are given, are read and tokenised for their lengths. Without rows, a model with a card needs
+    neither weights nor tokenizer, and PyTorch is not imported. ``note`` is called with remarks for the user.
+    Raises UsageError and EdgezoError for rows and models that cannot be used, DoesNotFit.
     """
     if cfg.data is None and cfg.task is None:
         return make_plan(model_shape(cfg.model), cfg, machine())
@@ -34,7 +35,7 @@ def plan(cfg: RunConfig, note: Callable[[str], None] = lambda text: None) -> Pla
         if card is None:
             raise
         note(
-            f"{error}\nwithout its tokenizer every row is planned at --max-length {cfg.max_length}"
+            f"{error}\nWithout its tokenizer, every row is planned with --max-length {cfg.max_length} tokens."
         )
         return make_plan(card, cfg, machine())
     from edgezo.run.session import open_request
@@ -46,14 +47,14 @@ def plan(cfg: RunConfig, note: Callable[[str], None] = lambda text: None) -> Pla
 
 
 def largest(cfg: RunConfig) -> Plan | None:
-    """The plan of the largest model with a card that the request's budget has room for."""
-    own = cards.find_card(cfg.model)
-    kind = own.kind if own is not None else "causal"
+    """The plan of the largest model with a card, and of the request's kind, that fits its budget; None: none does."""
+    card = cards.find_card(cfg.model)
+    kind = card.kind if card is not None else "causal"
     return largest_card([c for c in cards.cards().values() if c.kind == kind], cfg, machine())
 
 
 def model_shape(model: str) -> Shape:
-    """Sizes of a card, a local model, or a hub id (of which only config.json is fetched)."""
+    """Sizes of a card, a local model or a hub id; from the hub, only config.json is fetched."""
     if not Path(model).expanduser().exists():
         card = cards.find_card(model)
         if card is not None:
@@ -67,6 +68,7 @@ def model_shape(model: str) -> Shape:
 
 
 def _hub_shape(repo: str) -> Shape:
+    """Sizes of a model on the hub. Raises EdgezoError without a connection or for an unknown family."""
     from huggingface_hub import hf_hub_download
     from transformers import AutoConfig
 
@@ -78,7 +80,7 @@ def _hub_shape(repo: str) -> Shape:
     except Exception as error:  # the hub client and transformers raise many types
         first = str(error).strip().partition("\n")[0]
         raise EdgezoError(
-            f"the configuration of {repo} can't be had from the hub: {first}\n"
+            f"can't fetch the configuration of {repo} from the hub: {first}\n"
             "Give --model a local directory, a .gguf file or a card (see edgezo models)."
         ) from error
     if config.model_type not in loader.FAMILIES:
@@ -89,7 +91,7 @@ def _hub_shape(repo: str) -> Shape:
 
 
 def show_batch(cfg: RunConfig) -> str:
-    """The tokens of the first step's batch, what is scored in them marked."""
+    """The tokens of the first step's batch, with those marked that are scored. Raises UsageError without rows."""
     from edgezo.data.batches import batch_indices
     from edgezo.data.dataset import show_batch
     from edgezo.run.session import open_request
@@ -97,7 +99,7 @@ def show_batch(cfg: RunConfig) -> str:
     opened = open_request(cfg)
     train = opened.dataset.train
     if not train:
-        raise UsageError("there are no training rows to show")
+        raise UsageError("there are no training rows to show; give --data or --task")
     size = cfg.batch_size or cfg.micro_batch or DEFAULT_BATCH
     picked = [train[i] for i in batch_indices(len(train), size, cfg.seed, 0)]
     return show_batch(picked, opened.dataset, opened.tokenizer)

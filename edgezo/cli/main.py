@@ -11,10 +11,10 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -34,13 +34,10 @@ from edgezo.cli.options import (
     options,
     use_threads,
 )
+from edgezo.cli.requests import evaluation_request, finetune_request, request
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.process_memory import allocator_policy
-from edgezo.plan import fields as settings
-from edgezo.plan import request as config
-
-if TYPE_CHECKING:
-    from edgezo.plan.request import RunConfig
+from edgezo.plan.request import read_toml
 
 INTERRUPTED = 130
 
@@ -72,7 +69,7 @@ def finetune(
     show_batch: bool,
     config_file: str | None,
     as_json: bool,
-    **said: Any,
+    **given: Any,
 ) -> None:
     """Fine-tune a model under --max-mem."""
     from edgezo.cli import dry_run as preview
@@ -81,7 +78,7 @@ def finetune(
     from edgezo.machine import profiler
 
     progress = TerminalProgress()
-    cfg, resuming = _finetune_config(said, config_file, resume, progress.note)
+    cfg, resuming = finetune_request(given, config_file, resume, progress.note)
     use_threads(cfg.threads)
     if show_batch:
         text = preview.show_batch(cfg)
@@ -91,7 +88,6 @@ def finetune(
         plan = preview.plan(cfg, progress.note)
         emit(as_json, plan.to_dict(), tables.plan_table(plan))
         return
-    cfg = cfg if cfg.out is not None else replace(cfg, out=_free_run_directory(cfg))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with profiler.profiling(cfg.profile):
         with profiler.phase("import"):
@@ -103,7 +99,7 @@ def finetune(
             progress.close()
     emit(as_json, summary, tables.verdict(summary))
     if not as_json:
-        click.echo(f"run {cfg.out}")
+        click.echo(f"run {summary['run']}")
 
 
 @cli.command()
@@ -111,26 +107,28 @@ def finetune(
 @options(*DATA, *PREDICTIONS, *MEMORY)
 @config_option
 @json_option
-def plan(config_file: str | None, as_json: bool, **said: str | None) -> None:
-    """Show what a fine-tune would take, item by item, without reading a weight."""
+def plan(config_file: str | None, as_json: bool, **given: str | None) -> None:
+    """Show the memory that a fine-tune would take, item by item, without reading a weight."""
     from edgezo.cli import dry_run as preview
     from edgezo.cli import tables
     from edgezo.cli.terminal import TerminalProgress
     from edgezo.plan.plan import PlanDoesNotFit
 
-    cfg = _merge(said, config_file, need_data=False)
+    cfg = request(given, config_file, need_data=False)
     note = TerminalProgress().note
     try:
-        found = preview.plan(cfg, note)
+        planned = preview.plan(cfg, note)
     except PlanDoesNotFit:
         if (largest := preview.largest(cfg)) is not None:
             note(f"the largest card that fits: {largest.model} in {largest.precision}")
         raise
-    largest = preview.largest(replace(cfg, device=found.device, max_mem_bytes=found.max_mem_bytes))
+    largest = preview.largest(
+        replace(cfg, device=planned.device, max_mem_bytes=planned.max_mem_bytes)
+    )
     named = largest and {
         k: getattr(largest, k) for k in ("model", "precision", "planned_peak_bytes")
     }
-    emit(as_json, {**found.to_dict(), "largest": named}, tables.plan_table(found, largest))
+    emit(as_json, {**planned.to_dict(), "largest": named}, tables.plan_table(planned, largest))
 
 
 @cli.command("eval")
@@ -138,30 +136,11 @@ def plan(config_file: str | None, as_json: bool, **said: str | None) -> None:
 @options(*DATA, *PREDICTIONS, *MEMORY[:3], THREADS)
 @config_option
 @json_option
-def evaluate(config_file: str | None, as_json: bool, **said: str | None) -> None:
-    """Evaluate a model, or a run (--model RUN) on its own data or other data."""
+def evaluate(config_file: str | None, as_json: bool, **given: str | None) -> None:
+    """Evaluate a model, or a run (--model RUN) on its data or on other data."""
     from edgezo.cli import tables
-    from edgezo.machine.hardware import machine
-    from edgezo.plan.budget import portable
 
-    model = said["model"]
-    saved = _saved_config(Path(model)) if model is not None else None
-    if saved is None:
-        cfg = _merge(said, config_file)
-        target = cfg.model
-    else:
-        target = str(model)
-        said["model"] = None
-        lower = _saved_layer(portable(saved, machine()), said)
-        if said["data"] is not None or said["task"] is not None:
-            for name in ("data_root", "template", "labels", "label_field", "max_new_tokens"):
-                del lower[name]
-            lower["objective"] = settings.LOSS  # that of the run belongs to its own data
-        objective, said["objective"] = said["objective"], None
-        cfg = config.make_config(said, lower)
-        if objective is not None:  # nothing is trained by it here, so whatever was trained may be
-            judged = config.make_config({"model": target, "objective": objective}, need_data=False)
-            cfg = replace(cfg, objective=judged.objective)
+    target, cfg = evaluation_request(given, config_file)
     use_threads(cfg.threads)
     from edgezo.run.evaluate import evaluate as run_evaluation
 
@@ -171,10 +150,10 @@ def evaluate(config_file: str | None, as_json: bool, **said: str | None) -> None
 
 @cli.command()
 @click.argument("run", metavar="RUN")
-@click.option("--out", metavar="DIR", required=True, help="Where the rebuilt run goes.")
+@click.option("--out", metavar="DIR", required=True, help="Directory for the rebuilt run.")
 @json_option
 def replay(run: str, out: str, as_json: bool) -> None:
-    """Rebuild a fine-tuned model from its base and its journal, without data or forwards."""
+    """Rebuild a fine-tuned model from its base and its journal, without data or forward passes."""
     from edgezo.run.evaluate import replay as run_replay
 
     result = run_replay(Path(run), Path(out))
@@ -189,12 +168,12 @@ def replay(run: str, out: str, as_json: bool) -> None:
 @click.option(
     "--dtype",
     type=click.Choice(["fp32", "bf16", "fp16"]),
-    help="Of hf's weights.  [default: fp32 where anything was trained beside frozen ones, else theirs]",
+    help="Type of the weights of hf.  [default: fp32 if adapters were trained, else the run's]",
 )
 @click.option("--out", metavar="DIR", required=True, help="A new directory.")
 @json_option
 def export(run: str, form: str, dtype: str | None, out: str, as_json: bool) -> None:
-    """Write a run's result for other programs: hf, a whole model; peft, the adapter alone."""
+    """Write the result of a run for other programs: hf, a whole model; peft, the adapter alone."""
     from edgezo.plan.budget import mb
     from edgezo.run.export import export as run_export
 
@@ -211,7 +190,7 @@ def models(as_json: bool) -> None:
     from edgezo.cli import tables
     from edgezo.network.cards import cards
 
-    found = list(cards().values())
+    every = list(cards().values())
     rows = [
         {
             "name": card.name,
@@ -221,21 +200,21 @@ def models(as_json: bool) -> None:
             "sources": [str(source) for source in card.sources],
             "settings": card.settings,
         }
-        for card in found
+        for card in every
     ]
-    emit(as_json, {"models": rows}, tables.models_table(found))
+    emit(as_json, {"models": rows}, tables.models_table(every))
 
 
 @cli.command()
 @json_option
 def estimators(as_json: bool) -> None:
-    """List the rows of the family: equation, forwards, state and noise of each."""
+    """List the estimators: equation, forward passes, state and noise of each."""
     from edgezo.cli import tables
     from edgezo.zo import presets
 
-    rows = [row.describe() for row in presets.PRESETS.values()]
-    rows += [row.describe() for row in presets.FIRST_ORDER.values()]
-    emit(as_json, {"estimators": rows}, tables.estimators_list(rows))
+    described = [preset.describe() for preset in presets.PRESETS.values()]
+    described += [preset.describe() for preset in presets.FIRST_ORDER.values()]
+    emit(as_json, {"estimators": described}, tables.estimators_list(described))
 
 
 @cli.command("convert-finetuner")
@@ -243,12 +222,12 @@ def estimators(as_json: bool) -> None:
 @click.argument("out", metavar="OUT.safetensors")
 @json_option
 def convert_finetuner(source: str, out: str, as_json: bool) -> None:
-    """Read a published ZO Fine-tuner (pickled networks, none of which is run) into safetensors."""
+    """Convert a published ZO Fine-tuner to safetensors. Nothing of the pickled file is run."""
     from edgezo.run.finetuner import convert_finetuner as convert
 
-    found = convert(Path(source), Path(out))
-    result = {"source": source, "out": out, "blocks": len(found.blocks)}
-    emit(as_json, result, f"{len(found.blocks)} networks of {source} in {out}")
+    finetuner = convert(Path(source), Path(out))
+    result = {"source": source, "out": out, "blocks": len(finetuner.blocks)}
+    emit(as_json, result, f"{len(finetuner.blocks)} networks of {source} in {out}")
 
 
 @cli.command("meta-train")
@@ -263,10 +242,30 @@ def convert_finetuner(source: str, out: str, as_json: bool) -> None:
     "--estimator", default="zo-finetuner", show_default=True, help="Or zo-finetuner-grzo."
 )
 @click.option("--sharing", metavar="[block|layer]", default="block", show_default=True)
-@click.option("--steps", type=int, default=200, show_default=True, help="Of the finetuner.")
-@click.option("--restart", type=int, default=50, show_default=True, help="Steps of a trajectory.")
-@click.option("--rate", type=float, default=0.05, show_default=True, help="Of the networks.")
-@click.option("--lr", type=float, default=0.01, show_default=True, help="Of the trajectory.")
+@click.option(
+    "--steps", type=int, default=200, show_default=True, help="Steps of training the finetuner."
+)
+@click.option(
+    "--restart",
+    type=int,
+    default=50,
+    show_default=True,
+    help="Steps of a trajectory before the model starts again.",
+)
+@click.option(
+    "--rate",
+    type=float,
+    default=0.05,
+    show_default=True,
+    help="Learning rate of the finetuner's networks.",
+)
+@click.option(
+    "--lr",
+    type=float,
+    default=0.01,
+    show_default=True,
+    help="Learning rate of the model along a trajectory.",
+)
 @click.option("--out", metavar="FILE", required=True, help="A new .safetensors file.")
 @config_option
 @json_option
@@ -281,106 +280,27 @@ def meta_train(
     out: str,
     config_file: str | None,
     as_json: bool,
-    **said: Any,
+    **given: Any,
 ) -> None:
-    """Learn a ZO Fine-tuner for a model on small tasks: with gradients, so with several times the memory."""
+    """Train a ZO Fine-tuner for a model on small tasks. It needs gradients, so several times the memory."""
     from edgezo.cli.terminal import TerminalProgress
     from edgezo.machine.hardware import parse_bytes
 
-    use_threads(said["threads"])
+    use_threads(given["threads"])
     from edgezo.bench import meta_train as meta
 
-    cap = said.pop("max_mem_bytes")
-    from_file = config.read_toml(config_file) if config_file is not None else {}
-    found = meta.meta_train(
-        {**from_file, **{name: value for name, value in said.items() if value is not None}},
+    cap = given.pop("max_mem_bytes")
+    from_file = read_toml(config_file) if config_file is not None else {}
+    result = meta.meta_train(
+        {**from_file, **{name: value for name, value in given.items() if value is not None}},
         [*({"task": task} for task in tasks), *({"data": file} for file in files)],
         meta.MetaRequest(steps, restart, sharing, rate, lr),
         Path(out),
         max_mem_bytes=parse_bytes(cap) if cap else None,
         note=TerminalProgress().note,
     )
-    shown = f"{found['blocks']} networks in {out}, scales at the base {found['scales']}"
-    emit(as_json, found, shown)
-
-
-def _merge(
-    said: Mapping[str, Any], config_file: str | None, *, need_data: bool = True
-) -> RunConfig:
-    """Command line over file over card over defaults."""
-    from edgezo.network.cards import find_card
-
-    from_file = config.read_toml(config_file) if config_file is not None else {}
-    model = said.get("model") or from_file.get("model")
-    card = find_card(model) if isinstance(model, str) else None
-    of_card = dict(card.settings) if card is not None else {}
-    estimator = said.get("estimator") or from_file.get("estimator") or "grzo"
-    by_hand = any(said.get(name) or from_file.get(name) for name in ("mask", "credit", "rule"))
-    if by_hand or estimator != of_card.get("estimator", "grzo"):
-        for name in settings.OF_PRESET:  # they were found for the card's estimator
-            of_card.pop(name, None)
-    return config.make_config(said, from_file, of_card, need_data=need_data)
-
-
-def _finetune_config(
-    said: Mapping[str, Any], config_file: str | None, resume: bool, note: Callable[[str], None]
-) -> tuple[RunConfig, bool]:
-    """(configuration, whether there are steps to go on from)."""
-    out = said["out"]
-    begun = out is not None and (Path(out) / "journal.bin").exists()
-    if not resume:
-        if begun:
-            raise UsageError(
-                f"{out} already holds a run. Go on with it (--resume --out {out}), "
-                "or give another --out."
-            )
-        return _merge(said, config_file), False
-    if out is None:
-        raise UsageError("--resume needs --out RUN, the directory of the run to go on with")
-    saved = _saved_config(Path(out))
-    if saved is None:
-        if said["model"] is None and config_file is None:
-            raise UsageError(f"there is nothing to resume in {out}: it has no config.toml")
-        note(f"there is nothing to resume in {out}; starting from the first step")
-        return _merge(said, config_file), False
-    layer = _saved_layer(saved, said)
-    cfg = config.make_config({**said, "model": said["model"] or saved.model}, layer)
-    cfg = replace(cfg, out=out)
-    changed = [
-        f"{settings.flag(f.name)} was {getattr(saved, f.name)} when the run began, "
-        f"not {getattr(cfg, f.name)}; a resumed run goes on as it began"
-        for f in fields(cfg)
-        if f.name not in settings.FREE_ON_RESUME and getattr(cfg, f.name) != getattr(saved, f.name)
-    ]
-    if changed:
-        raise UsageError(changed)
-    return cfg, begun
-
-
-def _saved_layer(saved: RunConfig, said: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's settings below what is said now. Its cap and residency go with its device."""
-    layer = saved.to_dict()
-    if said["device"] not in (None, saved.device):
-        layer |= {"max_mem_bytes": None, "residency": None}
-    return layer
-
-
-def _saved_config(run: Path) -> RunConfig | None:
-    """The configuration of a run directory, or None where there is none."""
-    file = run / "config.toml"
-    return config.from_toml(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
-def _free_run_directory(cfg: RunConfig) -> str:
-    """runs/MODEL-DATA, numbered where that name is taken."""
-    model = Path(cfg.model).name.removesuffix(".gguf")
-    data = cfg.task or Path(cfg.data or "data").stem
-    base = Path("runs") / f"{model}-{data}"
-    found, number = base, 1
-    while found.exists():
-        number += 1
-        found = base.with_name(f"{base.name}-{number}")
-    return str(found)
+    shown = f"{result['blocks']} networks in {out}, scales at the base {result['scales']}"
+    emit(as_json, result, shown)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Tables and lines that a person reads: plans, verdicts, benchmarks, models, estimators. Nothing here decides."""
+"""Tables and lines that a person reads: plans, verdicts, benchmarks, models, estimators. They only show results."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 def plan_table(plan: Plan, largest: Plan | None = None) -> RenderableType:
-    """Items with their reasons, the peak, the decisions and the groups of parameters.
+    """Planned memory item by item, the peak, the decisions with their reasons, and what is trained and frozen.
 
-    ``largest`` is the plan of the largest model with a card that the same budget has room for.
+    ``largest`` is the plan of the largest model with a card that fits the same budget.
     """
     items = Table(
         title=f"{plan.model}: planned memory", title_justify="left", box=None, pad_edge=False
@@ -44,11 +44,11 @@ def plan_table(plan: Plan, largest: Plan | None = None) -> RenderableType:
     smallest = f"the smallest budget that works ({plan.smallest_flags})"
     items.add_row("least", format_bytes(plan.smallest_bytes), "", smallest)
     if largest is not None:
-        what = f"{largest.model} in {largest.precision}: the largest card that fits, rows of --max-length"
+        what = f"{largest.model} in {largest.precision}: the largest card that fits, for rows of --max-length tokens"
         items.add_row("largest", format_bytes(largest.planned_peak_bytes), "", what)
     time = f"{plan.step_s:.2g} s"
     basis = {"cpu": "this machine's clock and vector width", "cuda": "a few steps on an H100"}
-    items.add_row("step", time, "", f"about, from {basis[plan.device]}")
+    items.add_row("step", time, "", f"an estimate from {basis[plan.device]}")
 
     decisions = Table(title="decisions", title_justify="left", box=None, pad_edge=False)
     decisions.add_column("what")
@@ -67,30 +67,30 @@ def plan_table(plan: Plan, largest: Plan | None = None) -> RenderableType:
     return Group(items, Text(), decisions, Text(), groups)
 
 
-def memory_table(found: Mapping[str, Any]) -> RenderableType:
-    """Rows of ``edgezo bench memory``: peaks, and how many times GRZO's (signs, bf16, same sizes) each is."""
+def memory_table(result: Mapping[str, Any]) -> RenderableType:
+    """Rows of ``edgezo bench memory``: peaks, and each as a multiple of GRZO's (signs, bf16) at the same sizes."""
     from edgezo.bench.memory import METHODS, train_peak_bytes
 
     table = Table(
-        title=f"{found['model']}: peak memory", title_justify="left", box=None, pad_edge=False
+        title=f"{result['model']}: peak memory", title_justify="left", box=None, pad_edge=False
     )
     for name in ("method", "B", "tokens", "loading", "training", "x grzo", "s a step"):
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-    own = {
+    grzo_bytes = {
         (p["batch_size"], p["tokens"]): train_peak_bytes(p)
-        for p in found["rows"]
+        for p in result["rows"]
         if p["method"] == "grzo" and "error" not in p
     }
     failed = []
-    for p in found["rows"]:
+    for p in result["rows"]:
         row = [METHODS[p["method"]].title, str(p["batch_size"]), str(p["tokens"])]
         if "error" in p:
             table.add_row(*row, "failed")
             failed.append(Text(f"{', '.join(row)}: {p['error']}"))
             continue
-        peak, base = train_peak_bytes(p), own.get((p["batch_size"], p["tokens"]))
+        peak, base = train_peak_bytes(p), grzo_bytes.get((p["batch_size"], p["tokens"]))
         ratio = f"{peak / base:.2f}" if base else ""
-        if "stopped_s" in p:  # its peak so far
+        if "stopped_s" in p:  # the peak until it was stopped
             at_least = f">= {ratio}" if ratio else ""
             table.add_row(*row, "", f">= {format_bytes(peak)}", at_least, "stopped")
             continue
@@ -99,10 +99,10 @@ def memory_table(found: Mapping[str, Any]) -> RenderableType:
     return Group(table, *failed)
 
 
-def alignment_table(found: Mapping[str, Any]) -> RenderableType:
-    """Rows of ``edgezo bench alignment``; cosines times the root of the coordinates, to be compared."""
+def alignment_table(result: Mapping[str, Any]) -> RenderableType:
+    """Rows of ``edgezo bench alignment``; cosines times sqrt(d), which can be compared between sizes of models."""
     table = Table(
-        title=f"{found['model']}: alignment", title_justify="left", box=None, pad_edge=False
+        title=f"{result['model']}: alignment", title_justify="left", box=None, pad_edge=False
     )
     for name in (
         "estimator",
@@ -116,7 +116,7 @@ def alignment_table(found: Mapping[str, Any]) -> RenderableType:
         "signal/noise",
     ):
         table.add_column(name, justify="left" if name in ("estimator", "train") else "right")
-    for row in found["rows"]:
+    for row in result["rows"]:
         scale = math.sqrt(row["coordinates"])
         theory, signal = row["cosine_theory"], row["signal_to_noise"]
         table.add_row(
@@ -133,11 +133,11 @@ def alignment_table(found: Mapping[str, Any]) -> RenderableType:
     return table
 
 
-def speed_table(found: Mapping[str, Any]) -> RenderableType:
-    """Rows of ``edgezo bench speed``: medians in seconds, and what the forward reaches of the machine."""
+def speed_table(result: Mapping[str, Any]) -> RenderableType:
+    """Rows of ``edgezo bench speed``: medians in seconds, and the shares that the forward reaches of the machine."""
     table = Table(
-        title=f"{found['model']}: a step, {found['threads']} threads"
-        + ("" if found["kernels"] else ", without C kernels"),
+        title=f"{result['model']}: time of a step, {result['threads']} threads"
+        + ("" if result["kernels"] else ", without C kernels"),
         title_justify="left",
         box=None,
         pad_edge=False,
@@ -146,7 +146,7 @@ def speed_table(found: Mapping[str, Any]) -> RenderableType:
     for name in (*names, "spread", "tokens/s", "MM", "BW"):
         where: Any = "left" if name == "estimator" else "right"
         table.add_column(name, justify=where, no_wrap=True)
-    for row in found["rows"]:
+    for row in result["rows"]:
         head = (row["estimator"], row["precision"], str(row["batch_size"]), str(row["tokens"]))
         rate = f"{row['tokens_per_s']:,.0f}"
         if row["ratio"] is None:  # a baseline
@@ -157,34 +157,34 @@ def speed_table(found: Mapping[str, Any]) -> RenderableType:
         shares = [f"{row[n]:.0%}" for n in ("share_of_products", "share_of_bandwidth")]
         table.add_row(*head, *times, f"{row['ratio']:.3f}", spread, rate, *shares)
     noise = ", ".join(
-        f"{found[name] / 1e9:.2f} G {what} a second"
+        f"{result[name] / 1e9:.2f} G {what} a second"
         for name, what in (("sign_bits_per_s", "sign bits"), ("normals_per_s", "normals"))
     )
-    copied = f"{found['copy_bytes_per_s'] / 1e9:.1f} GB/s"
-    most = max(row.get("bookkeeping_share", 0.0) for row in found["rows"])  # baselines have none
+    copied = f"{result['copy_bytes_per_s'] / 1e9:.1f} GB/s"
+    most = max(row.get("bookkeeping_share", 0.0) for row in result["rows"])  # baselines have none
     about = (
-        "x: step/forward of one round. MM: what the forward reaches of bare matrix products; BW: bytes of its "
-        f"weights, of what a copy moves ({copied}).\nNoise: {noise}.\n"
-        f"Journal, metrics, guard and progress take at most {most:.2%} of a step."
+        "x: step/forward of the same round. MM: time of the forward's matrix products alone, as a share of the "
+        f"forward. BW: bytes of weights a second, as a share of what a copy moves ({copied}).\nNoise: {noise}.\n"
+        f"Journal, metrics, memory guard and progress add at most {most:.2%} to a step."
     )
     lines = [
-        f"{fit['estimator']} {fit['precision']}: a step takes {fit['fixed_s']:.3f} s and {fit['s_a_row'] * 1e3:.3f} ms "
-        f"a row of tokens (R^2 {fit['r2']:.4f} over {fit['sizes']} sizes)"
-        for fit in found["fits"]
+        f"{fit['estimator']} {fit['precision']}: a step takes {fit['fixed_s']:.3f} s and, for each token that passes, "
+        f"{fit['s_a_row'] * 1e3:.3f} ms (R^2 {fit['r2']:.4f} over {fit['sizes']} sizes)"
+        for fit in result["fits"]
     ]
     return Group(table, Text("\n".join([about, *lines])))
 
 
-def accuracy_table(found: Mapping[str, Any]) -> RenderableType:
-    """``medians`` of ``edgezo bench accuracy``: a row for each method on each task."""
-    goals = [name for name in found["medians"][0] if name.startswith("seconds_to_")]
+def accuracy_table(result: Mapping[str, Any]) -> RenderableType:
+    """``medians`` of ``edgezo bench accuracy``, a row for each method on each task, and the points that tuning took."""
+    goals = [name for name in result["medians"][0] if name.startswith("seconds_to_")]
     table = Table(
-        title=f"{found['model']}: held-out rows", title_justify="left", box=None, pad_edge=False
+        title=f"{result['model']}: validation rows", title_justify="left", box=None, pad_edge=False
     )
     heads = ["task", "method", "median", "least", "most", "seeds", "peak", "train s", "s a step"]
     for name in (*heads, *(f"s to {goal.removeprefix('seconds_to_')}" for goal in goals)):
         table.add_column(name, justify="left" if name in ("task", "method") else "right")
-    for row in found["medians"]:
+    for row in result["medians"]:
         if "value" not in row:
             table.add_row(row["task"], row["method"], "failed")
             continue
@@ -196,15 +196,15 @@ def accuracy_table(found: Mapping[str, Any]) -> RenderableType:
         table.add_row(row["task"], row["method"], *values, seeds, peak, *times)
     picked = [
         f"{row['method']} on {row['task']}: tuned to {to_json(row['settings'])}"
-        + (", an end of its grid: widen it" if row["at_edge"] else "")
-        for row in found["rows"]
-        if any(t["method"] == row["method"] for t in found["tuning"])
+        + (", which ends its grid: widen the grid" if row["at_edge"] else "")
+        for row in result["rows"]
+        if any(t["method"] == row["method"] for t in result["tuning"])
     ]
     return Group(table, *(Text(line) for line in dict.fromkeys(picked)))
 
 
 def verdict(summary: Mapping[str, Any]) -> RenderableType:
-    """The end of a run: what it reached, how long a step took, what memory it planned and took."""
+    """The end of a run: its metrics, the time of a step, and the memory that was planned and taken."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column("what", no_wrap=True)
     table.add_column("value")
@@ -226,11 +226,11 @@ def verdict(summary: Mapping[str, Any]) -> RenderableType:
         table.add_row("time", line)
     if _has(summary, "base_rss_bytes", "load_peak_rss_bytes"):
         base, load = summary["base_rss_bytes"], summary["load_peak_rss_bytes"]
-        parts = f"process alone {format_bytes(base)}, while loading {format_bytes(load)}"
+        parts = f"{format_bytes(base)} before loading, {format_bytes(load)} while loading"
         table.add_row("memory", parts)
     if phases := summary.get("phases"):
         peaks = (f"{name} {format_bytes(p['peak_rss_bytes'])}" for name, p in phases.items())
-        table.add_row("as sampled", ", ".join(peaks))
+        table.add_row("sampled peaks", ", ".join(peaks))
     if _has(summary, "peak_rss_bytes"):
         where = "GPU memory" if _has(summary, "cuda_peak_bytes") else "peak memory"
         table.add_row(where, peaks_line(summary))
@@ -239,21 +239,23 @@ def verdict(summary: Mapping[str, Any]) -> RenderableType:
     return table
 
 
-# Figures that an evaluation may have beside its metric.
+# Figures that an evaluation may have besides its metric.
 MEASURED = ("accuracy", "f1", "exact_match", "numeric_match", "objective")
 
 
 def evaluation_line(result: Mapping[str, Any]) -> str:
+    """The figures of an evaluation as one line."""
     further = "".join(f", {name} {value:.4f}" for name, value in _further(result).items())
     return f"{result['metric']} {result['value']:.4f} on {result['n']} validation rows{further}"
 
 
 def _further(result: Mapping[str, Any]) -> dict[str, float]:
-    """What an evaluation found beside its metric, in the order of MEASURED."""
+    """The figures of an evaluation besides its metric, in the order of ``MEASURED``."""
     return {n: result[n] for n in MEASURED if n in result and n != result["metric"]}
 
 
 def models_table(cards: Iterable[Card]) -> RenderableType:
+    """Model cards, one in a line."""
     table = Table(box=None, pad_edge=False)
     for column in ("model", "family", "kind"):
         table.add_column(column, no_wrap=True)
@@ -265,9 +267,10 @@ def models_table(cards: Iterable[Card]) -> RenderableType:
     return table
 
 
-def estimators_list(rows: Sequence[dict[str, Any]]) -> RenderableType:
+def estimators_list(described: Sequence[dict[str, Any]]) -> RenderableType:
+    """Estimators with paper, cost and equation, from what their presets describe."""
     parts: list[RenderableType] = []
-    for row in rows:
+    for row in described:
         costs = (
             f"{row['forwards']} forwards, state {row['state']}, weight-sized noise {row['noise']}"
         )

@@ -27,21 +27,20 @@ from edgezo.machine.hardware import format_bytes
 if TYPE_CHECKING:
     from edgezo.plan.plan import Plan
 
-
-PLAIN_LINES = 20  # progress lines of a run whose standard error is no terminal
-
-
-REFRESHES_PER_S = 2  # of a terminal's live line; each costs a millisecond or so
-
-
+PLAIN_LINES = (
+    20  # about how many lines of progress a run prints where standard error is no terminal
+)
+REFRESHES_PER_S = 2  # how often the live line is drawn; each time costs about a millisecond
 PLAIN_WIDTH = 110  # columns of a table that goes to a file or a pipe
 
 
 def stdout() -> Console:
+    """A console on standard output, for results."""
     return _console(sys.stdout)
 
 
 def stderr() -> Console:
+    """A console on standard error, for progress."""
     return _console(sys.stderr)
 
 
@@ -51,7 +50,7 @@ def _console(file: TextIO) -> Console:
 
 
 class TerminalProgress:
-    """One live line on a terminal; elsewhere about ``PLAIN_LINES`` plain lines."""
+    """Progress of a run: one live line on a terminal, about ``PLAIN_LINES`` plain lines elsewhere."""
 
     refreshes_per_s = REFRESHES_PER_S
 
@@ -62,9 +61,9 @@ class TerminalProgress:
         self._total = ""
         self._cap = ""
         self._metric = ""
-        self._shown = 0.0  # fraction at the last plain line
+        self._shown = 0.0  # fraction of the run at the last plain line
         self._start_s = 0.0
-        self._start_fraction: float | None = None
+        self._start_fraction: float | None = None  # of the run, when this process began
 
     def note(self, text: str) -> None:
         console = self._live.console if self._live is not None else self._console
@@ -121,12 +120,12 @@ class TerminalProgress:
         self.note(line + self._eta(fraction))
 
     def _eta(self, fraction: float) -> str:
-        """Seconds that are left at the pace of this process, once there is a pace."""
-        gone = fraction - (self._start_fraction or 0.0)
-        if gone <= 0 or fraction >= 1:
+        """The seconds to go at the pace of this process, as text; empty until there is a pace."""
+        done = fraction - (self._start_fraction or 0.0)
+        if done <= 0 or fraction >= 1:
             return ""
-        left_s = (time.monotonic() - self._start_s) * (1 - fraction) / gone
-        return f"  eta {left_s:.0f} s"
+        remaining_s = (time.monotonic() - self._start_s) * (1 - fraction) / done
+        return f"  eta {remaining_s:.0f} s"
 
     def refresh(self) -> None:
         """Draw the live line now."""

@@ -1,7 +1,7 @@
 """Token sequences, and how those of a step are packed without padding.
 
-Which examples make up step t is a pure function of (seed, t), so a resumed run sees what an
-uninterrupted one would have seen.
+Which examples make up step t is a pure function of (seed, t), so a resumed run trains on the examples that an
+uninterrupted one would have trained on.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:  # torch is imported where tensors are made; reading data does
 
 @dataclass(frozen=True)
 class Row:
-    """One token sequence that goes through the model, without the token that is only predicted.
+    """One token sequence that goes through the model. A last token that is only predicted is not in ``ids``.
 
-    ``score_at`` are the positions in ``ids`` whose hidden state is read: for a causal model it
-    predicts the next token, for a masked model it is the mask. ``score_ids`` are the tokens to be
-    predicted there; () for kind "label", where the label words are the candidates.
+    ``score_at`` are the positions in ``ids`` whose hidden states are read: a causal model predicts the token after
+    them, a masked model the mask there. ``score_ids`` are the tokens to be predicted; () for kind "label", where the
+    label words are the candidates.
     """
 
     ids: Sequence[int]
@@ -36,17 +36,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Example:
-    """One example, that is one direction: one row, or one for each option of a choice."""
+    """One example, which has one direction: one row, or one row for each option of a choice."""
 
     rows: tuple[Row, ...]
     label: int  # index of the right candidate or option; -1 where there is none
-    # What a prediction is judged by, where it is: the fields of the row, and all right "answers".
+    # What predictions are judged by, if they are: the fields of the row, with "answers", the list of right ones.
     fields: Mapping[str, Any] | None = None
-    options: tuple[str, ...] = ()  # their texts, of a choice that is judged
+    options: tuple[str, ...] = ()  # the options' texts, of a choice that is judged
 
     @property
     def prompt(self) -> Sequence[int]:
-        """The tokens before the last stretch to be predicted: what an answer is written after."""
+        """The tokens that an answer is written after: those before the last stretch to be predicted."""
         row = self.rows[0]
         first = len(row.score_at) - 1
         while first > 0 and row.score_at[first - 1] == row.score_at[first] - 1:
@@ -56,7 +56,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of b examples laid end to end without padding; one side, on the CPU."""
+    """Rows of b examples laid end to end without padding, once (not for each side), on the CPU."""
 
     ids: Tensor  # (N,) int64
     lengths: tuple[int, ...]  # (R,) tokens of each row; the sum is N
@@ -75,7 +75,7 @@ def tokens_of(example: Example) -> int:
 
 @lru_cache(maxsize=4)
 def permutation(n: int, seed: int, stream: int) -> np.ndarray:
-    """(n,) int64, from Philox's raw bits: numpy may change its shuffles, but not these."""
+    """A random order of n rows, (n,) int64, from Philox's raw bits: numpy may change its shuffles, but not these."""
     key = np.array([seed % 2**64, stream], dtype=np.uint64)
     bits = np.random.Philox(key=key).random_raw(n)
     order = np.argsort(bits, kind="stable").astype(np.int64)
@@ -84,10 +84,10 @@ def permutation(n: int, seed: int, stream: int) -> np.ndarray:
 
 
 def batch_indices(n_rows: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """The examples of a step: a pure function of (seed, step).
+    """Indices of the examples of a step: a pure function of (seed, step).
 
-    Steps walk through one random permutation of all rows an epoch, so no row repeats within an
-    epoch; a batch may span two epochs, or more where it is larger than the data.
+    In each epoch, steps walk through one random permutation of all rows, so no row repeats within an epoch. A batch may
+    span two epochs, or more where it is larger than the data. Raises ValueError without rows, batch size or step >= 0.
     """
     if n_rows < 1 or batch_size < 1 or step < 0:
         raise ValueError(f"no batch for n_rows={n_rows}, batch_size={batch_size}, step={step}")
@@ -108,17 +108,17 @@ def micro_batches(
     """
     if micro_batch < 1:
         raise ValueError(f"micro_batch is {micro_batch}, not 1 or more")
-    found: list[list[int]] = []
-    held = 0
+    parts: list[list[int]] = []
+    tokens = 0  # of the last part
     for slot in sorted(range(len(examples)), key=lambda slot: (-tokens_of(examples[slot]), slot)):
         n = tokens_of(examples[slot])
-        over = most_tokens is not None and held + n > most_tokens
-        if not found or over or len(found[-1]) == micro_batch:
-            found.append([])
-            held = 0
-        found[-1].append(slot)
-        held += n
-    return found
+        over = most_tokens is not None and tokens + n > most_tokens
+        if not parts or over or len(parts[-1]) == micro_batch:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(slot)
+        tokens += n
+    return parts
 
 
 def pieces(group: Sequence[Example], micro_batch: int, most_tokens: int | None) -> Iterator[Batch]:
@@ -128,12 +128,12 @@ def pieces(group: Sequence[Example], micro_batch: int, most_tokens: int | None) 
 
 
 def evaluation_batches(examples: Sequence[Example]) -> list[list[int]]:
-    """Indices of examples in batches of like length and at most ``EVAL_TOKENS`` tokens (or one example)."""
+    """Indices of examples, in batches of like length and of at most ``EVAL_TOKENS`` tokens (or one example)."""
     return micro_batches(examples, max(1, len(examples)), EVAL_TOKENS)
 
 
 def collate(examples: Sequence[Example], slots: Sequence[int]) -> Batch:
-    """Packs examples; ``slots[k]`` is the slot of ``examples[k]`` in the whole group."""
+    """Pack examples; ``slots[k]`` is the slot of ``examples[k]`` in the whole group."""
     import torch
 
     if len(examples) != len(slots):

@@ -9,51 +9,43 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgezo.data.batches import Example, Row, permutation
 from edgezo.data.metrics import Report
-from edgezo.data.preferences import PAIR, paired
+from edgezo.data.preferences import paired
+from edgezo.data.recognition import Labelling, recognise
 from edgezo.data.row_files import SUFFIXES, Problems, Record, find_splits, read_records
-from edgezo.data.row_kinds import (
-    Asked,
-    Draft,
-    PairForm,
-    Piece,
-    ask,
-    labelled_form,
-    plain_form,
-    task_form,
-)
+from edgezo.data.row_kinds import Draft, Piece
 from edgezo.data.tasks import TASKS, Generation, Task, task_folder
 from edgezo.data.token_stats import KEPT_LENGTHS, TokenStats
 from edgezo.errors import SourceError, UsageError
 from edgezo.machine.downloads import DATA_ID, dataset
 
-VALIDATION_SHARE = 0.1  # of the rows that is held out where there is no validation file
-ENCODE_ROWS = 256  # texts tokenized at a time: bounds what the tokenizer holds
-MOST_WRITTEN = 32  # tokens of an answer, where neither task nor user says how many
+VALIDATION_SHARE = 0.1  # of the rows, which is held out where there is no validation file
+ENCODE_ROWS = 256  # texts that are tokenised at a time: bounds the tokenizer's memory
+MOST_WRITTEN = 32  # tokens of an answer, where neither task nor user sets a number
 
-# Streams of the Philox generator beside the epochs 0, 1, 2, ... Their seed is always 0: every run
-# is measured on the same rows, and `edgezo eval` sees those that training held out.
+# Streams of the Philox generator beside the epochs 0, 1, 2, ... Their seed is always 0: every run is measured on the
+# same rows, and `edgezo eval` evaluates on those that training held out.
 _HOLD_OUT, _EVAL_SAMPLE = 2**63, 2**63 + 1
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """``kind`` is "label", "choice", "completion" or "text"."""
+    """Examples to train and to evaluate on."""
 
-    kind: str
+    kind: str  # "label", "choice", "completion" or "text"
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
-    label_ids: tuple[int, ...]  # kind "label": the candidate token ids in label order, else ()
-    label_names: tuple[str, ...]
+    label_ids: tuple[int, ...]  # kind "label": the label words' token ids in label order; else ()
+    label_names: tuple[str, ...]  # the candidates' names, where they are the same in every row
     notes: tuple[str, ...]  # what the user should know: "12 of 4000 rows cut to 512 tokens"
-    generation: Generation | None = None  # how answers are written, where they are
+    generation: Generation | None = None  # how answers are written, if they are
     report: Report | None = None  # figures of an evaluation, beside or in place of accuracy
 
     def token_stats(self) -> TokenStats:
-        """Token counts of every example, training and validation: what a planner needs to know."""
+        """Token counts of the examples, which the planner needs."""
         examples = [*self.train, *self.validation]
         scored = max((sum(len(row.score_at) for row in e.rows) for e in examples), default=1)
         writes = self.generation
@@ -76,7 +68,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class DataRequest:
-    """What the user asked for; names as on the command line."""
+    """The settings of a run that decide its data, named as on the command line."""
 
     data: str | None = None
     task: str | None = None
@@ -86,17 +78,18 @@ class DataRequest:
     label_field: str = "label"
     max_length: int = 512  # tokens that go through the model in one row
     eval_limit: int | None = None
-    held_out: float | None = None  # share of the training rows to evaluate on instead
-    seed: int = 0
-    judged: bool = False  # an objective will score predictions, in training too
+    held_out: float | None = (
+        None  # share of the training rows to evaluate on, in place of validation rows
+    )
+    judged: bool = False  # an objective scores predictions, in training too
     max_new_tokens: int | None = None  # of a written answer
 
 
-# ---------------------------------------------------------------------------------- tokenization
+# ---------------------------------------------------------------------------------- tokenisation
 
 
 class _Encoder:
-    """Drafts to examples with one tokenizer; counts the rows that it had to cut."""
+    """Makes examples of drafts with one tokenizer, and counts the rows that had to be cut."""
 
     def __init__(self, tokenizer: Any, max_length: int, masked: bool):
         self.tokenizer, self.max_length, self.masked = tokenizer, max_length, masked
@@ -114,14 +107,14 @@ class _Encoder:
                 return_offsets_mapping=offsets,
                 verbose=False,
             )
-            found = encoded["input_ids"]
-            spans = encoded["offset_mapping"] if offsets else [None] * len(found)
-            yield from zip(found, spans, strict=True)
+            ids = encoded["input_ids"]
+            spans = encoded["offset_mapping"] if offsets else [None] * len(ids)
+            yield from zip(ids, spans, strict=True)
 
     def examples(
         self, drafts: Sequence[Draft], split: str, notes: list[str]
     ) -> tuple[Example, ...]:
-        """All drafts but those without a token to predict; notes say what was cut or left out."""
+        """The examples of all drafts that have a token to predict. Notes how many rows were cut or left out."""
         pieces = [piece for draft in drafts for piece in draft.pieces]
         make = self._span_rows if all(piece.spans for piece in pieces) else self._label_rows
         rows = make(pieces)
@@ -149,7 +142,7 @@ class _Encoder:
         encoded = self.ids([piece.text for piece in pieces], offsets=True)
         end_id = self.tokenizer.eos_token_id
         for piece, (ids, offsets) in zip(pieces, encoded, strict=True):
-            # An empty stretch (the mark of a word's start in some vocabularies) counts as one.
+            # A token of no characters (the mark of a word's start in some vocabularies) counts as one character.
             scored = [
                 any(first < end and max(last, first + 1) > start for start, end in piece.spans)
                 for first, last in offsets
@@ -159,15 +152,15 @@ class _Encoder:
             yield self._causal_row(() if piece.bare else self.prefix, ids, scored)
 
     def _causal_row(self, prefix: Sequence[int], ids: list[int], scored: list[bool]) -> Row:
-        """Cuts on the left of the first scored token, and only then at the end."""
+        """A row of at most ``max_length`` tokens, cut before its first scored token, and only then at its end."""
         first = scored.index(True) if True in scored else len(ids)
         last = max((i for i, s in enumerate(scored) if s), default=-1)
         ids, scored = ids[: last + 1], scored[: last + 1]  # nothing reads what follows
         room = self.max_length + 1 - len(prefix)  # the last token is predicted, not read
         if len(ids) > room:
             self.cut += 1
-            left = max(0, min(len(ids) - room, first - (0 if prefix else 1)))
-            ids, scored = ids[left : left + room], scored[left : left + room]
+            start = max(0, min(len(ids) - room, first - (0 if prefix else 1)))
+            ids, scored = ids[start : start + room], scored[start : start + room]
         ids, scored = [*prefix, *ids], [False] * len(prefix) + scored
         targets = [i for i, is_scored in enumerate(scored) if is_scored and i > 0]
         return Row(
@@ -177,32 +170,34 @@ class _Encoder:
         )
 
     def _label_rows(self, pieces: Sequence[Piece]) -> Iterator[Row]:
-        lefts = self.ids([piece.text for piece in pieces])
-        rights = self.ids([piece.right or "" for piece in pieces])
+        """Rows that end with the prompt; for a masked model, the prompt, the mask and the text after it."""
+        befores = self.ids([piece.text for piece in pieces])
+        afters = self.ids([piece.after or "" for piece in pieces])
         around = [*self.prefix, self.tokenizer.mask_token_id, *self.suffix]
         fixed = len(around) if self.masked else len(self.prefix)
         room = self.max_length - fixed
-        for (left, _), (right, _) in zip(lefts, rights, strict=True):
-            self.cut += len(left) + len(right) > room
-            right = right[: max(room - len(left), room // 2)]
-            left = left[max(0, len(left) - (room - len(right))) :]
-            ids = [*self.prefix, *left]
+        for (before, _), (after, _) in zip(befores, afters, strict=True):
+            self.cut += len(before) + len(after) > room
+            after = after[: max(room - len(before), room // 2)]
+            before = before[max(0, len(before) - (room - len(after))) :]
+            ids = [*self.prefix, *before]
             if self.masked:
                 ids += [self.tokenizer.mask_token_id]
             score_at = (len(ids) - 1,) if ids else ()
             if self.masked:
-                ids += [*right, *self.suffix]
+                ids += [*after, *self.suffix]
             yield Row(array("i", ids), score_at, ())
 
 
 def _compact(positions: list[int]) -> Sequence[int]:
+    """Ascending positions as a range where they follow each other, else as an array."""
     if positions and positions[-1] - positions[0] == len(positions) - 1:
         return range(positions[0], positions[-1] + 1)
     return array("i", positions)
 
 
 def _special_ids(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the tokenizer puts before and after a text by itself."""
+    """The special tokens that the tokenizer puts before and after a text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for start in range(len(whole) - len(plain) + 1):
@@ -215,68 +210,54 @@ def _special_ids(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def load_dataset(request: DataRequest, tokenizer: Any, *, masked: bool = False) -> Dataset:
-    """Reads, recognises and tokenizes the data that a request names.
+    """Read, recognise and tokenise the data that a request names.
 
-    ``tokenizer`` is a transformers tokenizer with character offsets (a "fast" one); ``masked`` is
-    for masked language models. Raises UsageError with every problem that was found.
+    ``tokenizer`` is a transformers tokenizer with character offsets (a "fast" one); ``masked``: for a masked language
+    model. Raises UsageError with every problem of the request and its rows.
     """
     problems, notes = Problems(), list[str]()
     encoder = _Encoder(tokenizer, request.max_length, masked)
     _check_numbers(request, encoder, problems)
     task = _find_task(request, problems)
     path = _find_path(request, task, problems, notes)
-    asked = ask(task, request.template, request.labels, request.label_field, problems)
-    train, validation, apart = list[Record](), list[Record](), True
+    labelling = Labelling.of(task, request.template, request.labels, request.label_field, problems)
+    rows = _Rows([], [], True)
     if path:
-        train, validation, apart = _read(path, task, asked, request.held_out, problems, notes)
+        rows = _read(path, task, labelling, request.held_out, problems, notes)
     problems.raise_any()
 
-    form = task_form(task, asked, masked, problems) or plain_form(train[0], asked, tokenizer)
-    label_ids: tuple[int, ...] = ()
-    label_names: tuple[str, ...] = ()
-    if isinstance(form, PairForm):
-        label_names = PAIR[1:]
-    if form is None:
-        form, label_ids, label_names = labelled_form(
-            asked, train, train if apart else train + validation, tokenizer, masked, problems, notes
-        )
-    elif masked and task is None:
-        problems.add(
-            "a masked language model learns from labelled rows only: give --template, --labels and "
-            f"--label-field (the rows have: {train[0].keys})"
-        )
-    problems.raise_any()
-
-    validation = _eval_sample(validation, request.eval_limit, notes)
-    # Label words of the user are not those that a report knows.
+    known = rows.train if rows.apart else rows.train + rows.validation
+    form, label_ids, label_names = recognise(
+        task, labelling, rows.train, known, tokenizer, masked, problems, notes
+    )
+    validation = _eval_sample(rows.validation, request.eval_limit, notes)
+    # A report knows the task's label words, not the user's.
     report = task.report if task and not request.labels else None
-    generation = _generation(request, task, form.kind, train)
-    if generation is not None:
-        end = "a new line or the end token" if "\n" in generation.stop else "the end token"
-        notes.append(f"answers are written, up to {generation.most} tokens or {end}")
-    judged = {
-        "training": request.judged,
-        "validation": request.judged or report is not None or generation is not None,
-    }
+    generation = _generation(request, task, form.kind, rows.train, notes)
+    judged = request.judged or report is not None or generation is not None
     drafts = {
         name: [
-            _with_fields(d, r, label_names) if judged[name] else d
-            for r in records
-            if (d := form.draft(r, problems))
+            _with_fields(draft, record, label_names) if with_fields else draft
+            for record in records
+            if (draft := form.draft(record, problems))
         ]
-        for name, records in (("training", train), ("validation", validation))
+        for name, records, with_fields in (
+            ("training", rows.train, request.judged),
+            ("validation", validation, judged),
+        )
     }
     problems.raise_any()
-    splits = [encoder.examples(drafts[name], name, notes) for name in drafts]
-    for name, examples in zip(drafts, splits, strict=True):
+    train, evaluated = (encoder.examples(drafts[name], name, notes) for name in drafts)
+    for name, examples in (("training", train), ("validation", evaluated)):
         if not examples:
             raise UsageError(f"no {name} row has a token to predict: every text is one token long")
-    found = (form.kind, splits[0], splits[1], label_ids, label_names, tuple(notes))
-    return Dataset(*found, generation, report)
+    return Dataset(
+        *(form.kind, train, evaluated, label_ids, label_names, tuple(notes)), generation, report
+    )
 
 
 def _with_fields(draft: Draft, record: Record, names: Sequence[str]) -> Draft:
-    """With what a prediction is judged by."""
+    """The draft with what a prediction is judged by: the row's fields and its right answers."""
     answers = draft.answers
     if not answers and draft.label >= 0:
         answers = ((draft.options or names)[draft.label],)
@@ -284,39 +265,55 @@ def _with_fields(draft: Draft, record: Record, names: Sequence[str]) -> Draft:
 
 
 def _generation(
-    request: DataRequest, task: Task | None, kind: str, train: Sequence[Record]
+    request: DataRequest,
+    task: Task | None,
+    kind: str,
+    train: Sequence[Record],
+    notes: list[str],
 ) -> Generation | None:
-    """How answers are written; of the user's own rows only where a prediction is asked for.
+    """How answers are written, if they are. Without a task they are written only where predictions are asked for.
 
-    They end with their line where no completion has more than one.
+    Such answers end with their line if no completion has more than one.
     """
     most = request.max_new_tokens
     if task is not None and task.generation is not None:
-        return task.generation._replace(most=most) if most else task.generation
-    if kind != "completion" or not (request.judged or most):
+        generation = task.generation._replace(most=most) if most else task.generation
+    elif kind != "completion" or not (request.judged or most):
         return None
-    lines = any("\n" in str(record.fields.get("completion", "\n")).strip() for record in train)
-    return Generation(most or MOST_WRITTEN, () if lines else ("\n",))
+    else:
+        texts = [str(record.fields.get("completion", "\n")).strip() for record in train]
+        stop = () if any("\n" in text for text in texts) else ("\n",)
+        generation = Generation(most or MOST_WRITTEN, stop)
+    end = "a new line or the end token" if "\n" in generation.stop else "the end token"
+    notes.append(f"answers are written, up to {generation.most} tokens or {end}")
+    return generation
 
 
 def _check_numbers(request: DataRequest, encoder: _Encoder, problems: Problems) -> None:
     least = len(encoder.prefix) + len(encoder.suffix) + 2
     if request.max_length < least:
-        problems.add(f"--max-length {request.max_length} leaves no room for text (least: {least})")
+        problems.add(
+            f"--max-length {request.max_length} leaves no room for text: give {least} or more"
+        )
     if request.eval_limit is not None and request.eval_limit < 1:
-        problems.add(f"--eval-limit {request.eval_limit} is not 1 or more")
+        problems.add(
+            f"--eval-limit {request.eval_limit} leaves no row to evaluate on: give 1 or more"
+        )
 
 
 def _find_task(request: DataRequest, problems: Problems) -> Task | None:
     if request.task is None:
         return None
     if request.task not in TASKS:
-        problems.add(f"unknown task {request.task!r}; known are: {', '.join(TASKS)}")
+        problems.add(f"there is no task {request.task!r}: --task takes one of {', '.join(TASKS)}")
     return TASKS.get(request.task)
 
 
 def _given_path(data: str, problems: Problems, notes: list[str]) -> Path | None:
-    """The path, or the folder of a data set of the hub; what looks like a path here does not reach the network."""
+    """The path of --data, or the folder of a dataset of the hub. What looks like a local path is never looked up there.
+
+    None after noting that there is neither.
+    """
     path = Path(data).expanduser()
     local = path.exists() or Path(data.partition("/")[0]).exists()
     if local or path.suffix in SUFFIXES or not DATA_ID.fullmatch(data):
@@ -342,24 +339,31 @@ def _find_path(
     folder = task_folder(task, request.data_root)
     if folder is None:
         problems.add(
-            f"--task {task.name} reads {task.name}/train.jsonl under a folder of data sets: name "
-            "that folder with --data-root"
+            f"--task {task.name} reads {task.name}/train.jsonl in a folder of data sets: give that "
+            "folder with --data-root"
         )
     return folder
+
+
+class _Rows(NamedTuple):
+    """Training and validation rows."""
+
+    train: list[Record]
+    validation: list[Record]
+    apart: (
+        bool  # they are of different files; else validation rows are held out of the training rows
+    )
 
 
 def _read(
     path: Path,
     task: Task | None,
-    asked: Asked,
+    labelling: Labelling,
     held_out: float | None,
     problems: Problems,
     notes: list[str],
-) -> tuple[list[Record], list[Record], bool]:
-    """Training and validation records, and whether they are of different files.
-
-    Else these are held out of the training rows, as asked or because there is one file.
-    """
+) -> _Rows:
+    """The rows of a file or folder, prepared as the task needs them."""
     train_files, validation_files = find_splits(path, problems)
     if held_out is not None:
         validation_files = []
@@ -375,23 +379,30 @@ def _read(
             [replace(r, fields=prepare(r.fields)) for r in records]
             for records in (train, validation)
         )
-    if not asked.labelled:
+    if not labelling.labelled:
         train, validation = paired((train, validation), problems, notes)
     if train and not validation_files:
         if len(train) < 2:
             problems.add(
-                f"{train_files[0]} has one row; two are the least, one of them to evaluate"
+                f"{train_files[0]} has one row: two are needed, one of them to evaluate on"
             )
-        n = max(1, int(len(train) * (held_out or VALIDATION_SHARE)))
-        held = set(permutation(len(train), 0, _HOLD_OUT)[:n].tolist())
-        validation = [r for i, r in enumerate(train) if i in held]
-        train = [r for i, r in enumerate(train) if i not in held]
+        train, validation = _held_out(train, held_out or VALIDATION_SHARE)
         why = "no validation file" if held_out is None else "--held-out"
-        notes.append(f"{why}: {n} of {n + len(train)} rows are held out to evaluate")
-    return train, validation, bool(validation_files)
+        n = len(validation)
+        notes.append(f"{why}: {n} of {n + len(train)} rows are held out to evaluate on")
+    return _Rows(train, validation, bool(validation_files))
+
+
+def _held_out(records: list[Record], share: float) -> tuple[list[Record], list[Record]]:
+    """The rows to train on, and a random ``share`` of them (one at least) to evaluate on."""
+    n = max(1, int(len(records) * share))
+    chosen = set(permutation(len(records), 0, _HOLD_OUT)[:n].tolist())
+    train = [r for i, r in enumerate(records) if i not in chosen]
+    return train, [r for i, r in enumerate(records) if i in chosen]
 
 
 def _eval_sample(records: list[Record], limit: int | None, notes: list[str]) -> list[Record]:
+    """At most ``limit`` rows to evaluate on."""
     if limit is None or len(records) <= limit:
         return records
     chosen = sorted(permutation(len(records), 0, _EVAL_SAMPLE)[:limit].tolist())
@@ -399,11 +410,11 @@ def _eval_sample(records: list[Record], limit: int | None, notes: list[str]) -> 
     return [records[i] for i in chosen]
 
 
-# -------------------------------------------------------------------------------- what is learned
+# --------------------------------------------------------------------------------------- showing
 
 
 def show_batch(examples: Sequence[Example], dataset: Dataset, tokenizer: Any) -> str:
-    """The tokens of each row, the predicted ones in ⟦ ⟧ and marked ^ on the line below."""
+    """A text with the tokens of each row; predicted tokens stand in ⟦ ⟧ and are marked ^ on the line below."""
     lines = [f"{dataset.kind}: {len(examples)} examples, ⟦ ⟧ marks the tokens that are predicted"]
     if dataset.label_names:
         lines.append(f"candidates: {', '.join(dataset.label_names)}")
@@ -421,7 +432,7 @@ def show_batch(examples: Sequence[Example], dataset: Dataset, tokenizer: Any) ->
 
 
 def _marked(row: Row, label: int, dataset: Dataset, tokenizer: Any) -> tuple[str, str]:
-    """One line of tokens and one of marks, equally long."""
+    """A line of tokens and a line of marks, equally long."""
     tokens = [(_token_text(tokenizer, token), False) for token in row.ids]
     if dataset.kind == "label":
         at, mask_id = row.score_at[0], tokenizer.mask_token_id

@@ -1,4 +1,4 @@
-"""Files of rows: JSONL, CSV or Parquet, one file or a folder with train and validation parts, also in shards.
+"""Files of rows: JSONL, JSON, CSV or Parquet; one file, or a folder with train and validation parts, also in shards.
 
 ``Problems`` collects whatever is wrong, so that one run reports all of it.
 """
@@ -19,13 +19,18 @@ from typing import Any, TextIO
 from edgezo.errors import UsageError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-ABOUT = ("dataset_infos.json", "dataset_dict.json", "state.json", "config.json")  # no rows
+ABOUT = (
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+    "config.json",
+)  # files without rows
 TRAIN_NAMES = ("train",)
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test")
 
 
 class Problems:
-    """What is wrong, by kind; ``raise_any`` shows a few places of each kind and their number."""
+    """Everything that is wrong: each kind of problem with the places where it occurs."""
 
     SHOWN = 5
 
@@ -33,6 +38,7 @@ class Problems:
         self._places: dict[str, list[str]] = {}
 
     def add(self, what: str, *, at: str = "") -> None:
+        """Note a problem; problems with the same ``what`` are shown together."""
         places = self._places.setdefault(what, [])
         if at:
             places.append(at)
@@ -41,7 +47,7 @@ class Problems:
         return len(self._places)
 
     def raise_any(self) -> None:
-        """Raises UsageError if anything was added."""
+        """Raise UsageError with all problems, and a few places and the number of each, if there are any."""
         if self._places:
             raise UsageError([self._render(what) for what in self._places])
 
@@ -58,27 +64,28 @@ class Problems:
 
 @dataclass(frozen=True)
 class Record:
-    """One row as it stands in its file."""
+    """One row of a file."""
 
     where: str  # "train.jsonl:12"
     fields: Mapping[str, Any]
 
     @property
     def keys(self) -> str:
+        """The names of its fields, for messages."""
         return ", ".join(map(str, self.fields)) or "none"
 
 
 def find_splits(path: Path, problems: Problems) -> tuple[list[Path], list[Path]]:
-    """The train and validation files of a directory, or a single file as train.
+    """The files of training rows and of validation rows at ``path``.
 
-    A directory, or its folder ``data``, holds ``train.jsonl`` or, as on the hub, the shards
-    ``train-00000-of-00002.parquet``, ..., and perhaps others of validation; where no file is named so, the only one
-    there is train.
+    A single file has training rows. A directory, or its folder ``data``, has ``train.jsonl`` or shards named as on the
+    hub, ``train-00000-of-00002.parquet``, ..., and may have validation files; if no file has such a name, its only file
+    has the training rows.
     """
     if path.is_file():
         if path.suffix not in SUFFIXES:
             problems.add(
-                f"cannot read {path}: edgezo reads {', '.join(SUFFIXES)} files (rows of named fields)"
+                f"cannot read {path}: edgezo reads {', '.join(SUFFIXES)} files with rows of named fields"
             )
             return [], []
         return [path], []
@@ -92,8 +99,8 @@ def find_splits(path: Path, problems: Problems) -> tuple[list[Path], list[Path]]
     for files in folders:
         if len(files) == 1 and not _part(files, VALIDATION_NAMES, problems):
             return files, []
-    held = sorted(p.name for p in path.iterdir())
-    listed = ", ".join(held[:8]) + (", ..." if len(held) > 8 else "")
+    names = sorted(p.name for p in path.iterdir())
+    listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     problems.add(
         f"no train.jsonl, .json, .csv or .parquet in {path} (it holds: {listed or 'nothing'})"
     )
@@ -101,16 +108,17 @@ def find_splits(path: Path, problems: Problems) -> tuple[list[Path], list[Path]]
 
 
 def _readable(folder: Path) -> list[Path]:
+    """The files of a folder that may have rows, in alphabetical order."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     return [f for f in files if f.suffix in SUFFIXES and f.name not in ABOUT and f.is_file()]
 
 
 def _part(files: Sequence[Path], names: Sequence[str], problems: Problems) -> list[Path]:
-    """The file, or the shards, of the first of ``names`` that is there."""
+    """The file or the shards of the first of ``names`` that a file has; [] if none has."""
     for name in names:
         for suffix in SUFFIXES:
-            if found := [file for file in files if file.name == f"{name}{suffix}"]:
-                return found
+            if single := [file for file in files if file.name == f"{name}{suffix}"]:
+                return single
             form = re.compile(rf"{name}-(\d+)-of-(\d+)(?:-[0-9a-f]+)?{re.escape(suffix)}")
             shards = sorted(
                 (int(match[1]), int(match[2]), file)
@@ -118,30 +126,30 @@ def _part(files: Sequence[Path], names: Sequence[str], problems: Problems) -> li
                 if (match := form.fullmatch(file.name))
             )
             if shards:
-                whole = max(count for _, count, _ in shards)
-                if [number for number, _, _ in shards] != list(range(whole)):
-                    where = shards[0][2].parent
+                count = max(count for _, count, _ in shards)
+                if [number for number, _, _ in shards] != list(range(count)):
                     problems.add(
-                        f"{len(shards)} shards of {name} are in {where}, not each of {whole} once"
+                        f"{shards[0][2].parent} has {len(shards)} shards of {name}, not each of {count} "
+                        "once: fetch those that are missing, or remove those of another set"
                     )
                 return [file for _, _, file in shards]
     return []
 
 
 def read_records(path: Path, problems: Problems) -> list[Record]:
-    """All rows of a file; problems name the file and the line."""
+    """All rows of a file. Problems are noted with the file and the line."""
     read = {".csv": _read_csv, ".parquet": _read_parquet}.get(path.suffix, _read_json)
     before = len(problems)
     try:
         records = list(read(path, problems))
     except UnicodeDecodeError as error:
-        problems.add(f"{path} is not UTF-8 text (byte {error.start} of a chunk: {error.reason})")
+        problems.add(f"{path} is not UTF-8 text ({error.reason}): save it as UTF-8")
         return []
     except OSError as error:
         problems.add(f"cannot read {path}: {error.strerror or error}")
         return []
     except csv.Error as error:
-        problems.add(f"{path} is not a CSV file that can be read: {error}")
+        problems.add(f"cannot read {path} as CSV: {error}")
         return []
     if not records and len(problems) == before:
         size = path.stat().st_size
@@ -150,7 +158,7 @@ def read_records(path: Path, problems: Problems) -> list[Record]:
 
 
 def _read_json(path: Path, problems: Problems) -> Iterator[Record]:
-    """One object a line; or one array of objects in a .json file."""
+    """Rows of JSON: one object a line, or in a .json file also one array of objects."""
     with path.open(encoding="utf-8-sig") as lines:
         first = lines.read(1) if path.suffix == ".json" else ""
         while first.isspace():
@@ -161,6 +169,7 @@ def _read_json(path: Path, problems: Problems) -> Iterator[Record]:
 
 
 def _array(file: TextIO, path: Path, problems: Problems) -> Iterator[Record]:
+    """Rows from one array of objects."""
     try:
         rows = json.load(file)
     except (ValueError, RecursionError) as error:
@@ -174,13 +183,13 @@ def _array(file: TextIO, path: Path, problems: Problems) -> Iterator[Record]:
             problems.add(f"not a JSON object in {path}", at=f"{where}: {_clip(str(row))}")
 
 
-# In a process of its own: what pyarrow takes (60 MB) is no part of a run's memory.
+# Runs in another process, so that the 60 MB of pyarrow are no part of a run's memory.
 _PARQUET = """
 import json, sys
 try:
     import pyarrow.parquet
 except ImportError:
-    sys.exit("it takes pyarrow to read: pip install pyarrow")
+    sys.exit("reading Parquet needs pyarrow: pip install pyarrow")
 def text(value):
     return value.decode() if isinstance(value, bytes) else str(value)
 try:
@@ -193,22 +202,22 @@ except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
 
 
 def _read_parquet(path: Path, problems: Problems) -> Iterator[Record]:
-    # -P: nothing is imported from the folder that the user stands in.
+    # -P: nothing is imported from the working directory.
     command = [sys.executable, "-P", "-X", "utf8", "-c", _PARQUET, str(path)]
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=said, encoding="utf-8"
+            command, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8"
         ) as child:
             assert child.stdout is not None
             yield from _records(child.stdout, path, problems)
         if child.returncode:
-            said.seek(0)
-            reason = said.read().strip().splitlines()[-1:] or [f"exit {child.returncode}"]
+            errors.seek(0)
+            reason = errors.read().strip().splitlines()[-1:] or [f"exit {child.returncode}"]
             problems.add(f"cannot read {path}: {reason[0]}")
 
 
 def _records(lines: Iterable[str], path: Path, problems: Problems) -> Iterator[Record]:
-    """One record a line of JSON."""
+    """One row for each line of JSON."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -1,4 +1,4 @@
-"""Built-in tasks: one row each, so that ``--task NAME`` needs no template and no label words.
+"""Built-in tasks, so that ``--task NAME`` needs no template and no label words.
 
 A prompt reads as natural text up to the label word. Label words are single, distinct tokens (with
 their leading space) of GPT-2 style vocabularies such as SmolLM2's.
@@ -19,7 +19,7 @@ EXAMPLE_FOLDER = Path(__file__).parent / "example"
 
 
 class Generation(NamedTuple):
-    """How a model writes an answer: greedily, to the end token, one of ``stop``, or ``most`` tokens."""
+    """How a model writes an answer: greedily, up to the end token, one of ``stop``, or ``most`` tokens."""
 
     most: int
     stop: tuple[str, ...] = ()
@@ -29,28 +29,25 @@ class Generation(NamedTuple):
 class Task:
     """How the rows of one labelled data set become prompts.
 
-    ``labels`` is written as for ``--labels``. A task with ``options`` has candidate texts of its
-    own in every row (templates, in label order) and no label words; one with ``own_options`` has a
-    list of them in that field, as many as a row likes. One with ``generation`` has answers that are
-    written: the target is the field ``completion``. ``prepare`` maps a row to the fields that are
-    named here and in the templates; where it gives ``answers``, all of them are right. ``source``
-    is the field that it takes them from. ``report`` gives the figures of an evaluation.
+    A label is predicted as its label word, as one of the texts that the row gives (``options``, ``options_field``), or
+    is no label but a text that is written (``generation``; the target is the row's field ``completion``).
     """
 
     name: str
     about: str
     template: str
-    labels: str | None = None
+    labels: str | None = None  # label words, as --labels has them
     label_field: str = "label"
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()  # templates of the candidate texts, in the order of the labels
+    # From a row to the fields that are named here; if there are "answers" among them, all of those are right.
     prepare: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
-    own_options: str | None = None
+    options_field: str | None = None  # the field with a list of candidate texts, of any length
     generation: Generation | None = None
-    source: str = "answers"
-    report: Report | None = None
+    source: str = "answers"  # the field that ``prepare`` takes answers from, for messages
+    report: Report | None = None  # the figures of an evaluation, in place of accuracy
 
 
-# Words that open a COPA sentence and lose their capital inside one; names and "I" keep theirs.
+# Words that begin a COPA sentence and lose their capital inside one; names and "I" keep theirs.
 _OPENERS = frozenset(
     "a an the he she it they we you his her its their our my your this that these those there "
     "someone everyone nobody no some many all one two several".split()
@@ -59,7 +56,7 @@ _CONNECTIVES = {"cause": "because", "effect": "so"}
 
 
 def _copa(row: Mapping[str, Any]) -> dict[str, Any]:
-    """One sentence of premise and alternative: '... the grass because the sun was rising.'"""
+    """Fields that make one sentence of premise and alternative: '... the grass because the sun was rising.'"""
     fields = dict(row)
     question = str(row.get("question", ""))
     if question in _CONNECTIVES:
@@ -74,7 +71,7 @@ def _copa(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _record(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The entities once each, and which of them is the first right one; highlights become sentences."""
+    """Each entity once, and the first right one as the label; highlights of the passage become sentences."""
     fields = dict(row)
     if isinstance(passage := row.get("passage"), str):
         passage = re.sub(r"([.?!\"'])\n@highlight\n", r"\1 ", passage)
@@ -87,12 +84,13 @@ def _record(row: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _texts(found: Any) -> list[str]:
-    """The texts of a list, stripped; [] of anything else."""
-    return [t.strip() for t in found if isinstance(t, str)] if isinstance(found, list) else []
+def _texts(value: Any) -> list[str]:
+    """The texts of a list, stripped; [] if ``value`` is no list."""
+    return [t.strip() for t in value if isinstance(t, str)] if isinstance(value, list) else []
 
 
 def _written(answers: list[str], fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a row with these right answers, of which the first is the target."""
     return fields | ({"answers": answers, "completion": answers[0]} if answers else {})
 
 
@@ -107,7 +105,7 @@ def _drop(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gsm8k(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The target is the solution with its steps; right is whatever ends in its number."""
+    """Fields with the solution and its steps as the target; every answer that ends in its number is right."""
     answer = row.get("answer")
     if not isinstance(answer, str) or metrics.final_number(answer) is None:
         return dict(row)
@@ -195,7 +193,7 @@ _TASKS = (
         "record",
         "who or what is left out of a sentence about a passage",
         '{passage}\n{query}\nQuestion: what is "@placeholder"?\nAnswer:',
-        own_options="entities",
+        options_field="entities",
         prepare=_record,
         report=metrics.means(
             accuracy=metrics.chosen, f1=metrics.token_f1, exact_match=metrics.exact_match
@@ -242,7 +240,7 @@ def task_folder(
     task: Task,
     data_root: str | None,  # folder of data sets, one folder each, named as the tasks are
 ) -> Path | None:
-    """The folder with the task's train and validation files; None if that takes a data root."""
+    """The folder with the task's train and validation files; None if it lies in a data root that was not given."""
     if task.name == "example":
         return EXAMPLE_FOLDER
     return Path(data_root).expanduser() / task.name if data_root else None

@@ -10,8 +10,8 @@ from typing import Any
 
 from edgezo.data.row_files import Problems, Record
 
-MASK = "mask"  # the name that stands for the masked model's mask token in a template
-MOST_LABELS = 256  # more different values than this are not labels
+MASK = "mask"  # in a template, stands for the mask token of a masked model
+MOST_LABELS = 256  # a field with more different values has no labels
 
 
 # ------------------------------------------------------------------------------------- templates
@@ -29,43 +29,47 @@ class Template:
 
     @property
     def tail(self) -> str:
-        """The literal text at the end, "" where the template ends with a field."""
+        """The literal text at the end; "" where the template ends with a field."""
         return self.parts[-1][0] if self.parts and self.parts[-1][1] is None else ""
 
     def fill(self, fields: Mapping[str, Any]) -> str:
-        """The text for one row; values lose the white space around them."""
+        """The text for one row. White space around its values is dropped."""
         return "".join(
             literal + ("" if name is None else str(fields[name]).strip())
             for literal, name in self.parts
         )
 
     def split(self) -> tuple[Template, Template | None]:
-        """Left and right of ``{mask}``; (self, None) where there is none."""
+        """The parts before and after ``{mask}``; (self, None) where there is no mask."""
         for index, (literal, name) in enumerate(self.parts):
             if name == MASK:
-                left = (*self.parts[:index], (literal, None))
-                return Template(left), Template(self.parts[index + 1 :])
+                before = (*self.parts[:index], (literal, None))
+                return Template(before), Template(self.parts[index + 1 :])
         return self, None
 
 
 def parse_template(text: str, problems: Problems) -> Template | None:
-    """Reads ``'{text} All in all it was'``; ``{{`` and ``}}`` are braces."""
+    """Parse ``'{text} All in all it was'``; ``{{`` and ``}}`` are braces. None after noting what is wrong."""
     try:
         parts = list(string.Formatter().parse(text))
     except ValueError as error:
-        problems.add(f"template {text!r}: {error} (a brace itself is written {{{{ or }}}})")
+        problems.add(f"template {text!r}: {error} (for a brace write {{{{ or }}}})")
         return None
     for _, name, spec, conversion in parts:
         if name is not None and (spec or conversion or not name):
-            problems.add(f"template {text!r}: only {{field}} names are understood in braces")
+            problems.add(
+                f"template {text!r}: braces may only have the name of a field, as {{text}}"
+            )
             return None
     template = Template(tuple((literal, name) for literal, name, _, _ in parts))
     fields = [name for name in template.names if name != MASK]
     if not fields:
-        problems.add(f"template {text!r} names no field of the rows; write one as {{text}}")
+        problems.add(f"template {text!r} names no field of the rows: write one as {{text}}")
         return None
     if template.names.count(MASK) > 1:
-        problems.add(f"template {text!r} has {{mask}} {template.names.count(MASK)} times, not once")
+        problems.add(
+            f"template {text!r} has {{mask}} {template.names.count(MASK)} times: it may have one"
+        )
         return None
     return template
 
@@ -74,7 +78,7 @@ def parse_template(text: str, problems: Problems) -> Template | None:
 
 
 def label_key(value: Any) -> str | None:
-    """The label of a row as text: 1, 1.0, "1" and " 1" are one label; None where it is no label."""
+    """The label of a row as text: 1, 1.0, "1" and " 1" are one label. None where it is neither text nor number."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, str | int | float):
@@ -84,7 +88,7 @@ def label_key(value: Any) -> str | None:
 
 
 def parse_labels(spec: str, problems: Problems) -> dict[str, str]:
-    """Reads ``'0=bad,1=good'`` as {"0": "bad", "1": "good"}."""
+    """Parse ``'0=bad,1=good'`` as {"0": "bad", "1": "good"}."""
     words: dict[str, str] = {}
     for item in spec.split(","):
         key, equals, word = item.partition("=")
@@ -99,12 +103,12 @@ def parse_labels(spec: str, problems: Problems) -> dict[str, str]:
             words[label] = word
     _check_words(words, problems)
     if len(words) == 1:
-        problems.add(f"--labels {spec!r}: one label only; there must be two to tell apart")
+        problems.add(f"--labels {spec!r}: one label only, where two or more are needed")
     return words
 
 
 def derive_labels(records: Sequence[Record], name: str, problems: Problems) -> dict[str, str]:
-    """The label strings themselves as words: "play_music" and "PlayMusic" say "play music"."""
+    """Label words made from the labels themselves: "play_music" and "PlayMusic" become "play music"."""
     keys = sorted({k for r in records if (k := label_key(r.fields.get(name)))})
     if not keys:
         return {}
@@ -112,14 +116,14 @@ def derive_labels(records: Sequence[Record], name: str, problems: Problems) -> d
     if all(re.fullmatch(r"[-+.\d]*\d|true|false", key) for key in keys):
         example = ",".join(f"{key}=..." for key in keys[:3])
         problems.add(
-            f"the values of {name!r} are not words ({listed}); "
-            f"say what they mean with --labels '{example}'"
+            f"the values of {name!r} are not words ({listed}): "
+            f"give a word for each with --labels '{example}'"
         )
         return {}
     if not 2 <= len(keys) <= MOST_LABELS:
         problems.add(
-            f"{name!r} has {len(keys)} different values ({listed}), not 2 to {MOST_LABELS}; "
-            "name the field of the label with --label-field"
+            f"{name!r} has {len(keys)} different values ({listed}), not 2 to {MOST_LABELS}: "
+            "give the field that has the labels with --label-field"
         )
         return {}
     words = {key: _as_words(key) for key in keys}
@@ -128,21 +132,22 @@ def derive_labels(records: Sequence[Record], name: str, problems: Problems) -> d
 
 
 def _as_words(key: str) -> str:
+    """A label's text with spaces in place of underscores and before capitals."""
     spaced = re.sub(r"[_\s]+", " ", key).strip()
     split = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", spaced)
     return split if split == spaced else split.lower()
 
 
 def word_ids(tokenizer: Any, word: str, spaced: bool) -> list[int]:
-    """Token ids of a word in running text: after a space, or at the start of a line."""
-    text, start = (f"a {word}", 1) if spaced else (f"\n{word}", 1)
+    """Token ids of a word inside a text: after a space, or at the start of a line."""
+    text = f"a {word}" if spaced else f"\n{word}"
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    return [token for token, (_, end) in pairs if end > start]
+    return [token for token, (_, end) in pairs if end > 1]  # not those of the first character
 
 
 def wants_space(tokenizer: Any, words: Sequence[str]) -> bool:
-    """Whether the words are no longer, in tokens, with a space before them than without."""
+    """Whether the words take no more tokens with a space before them than without."""
     with_space, without = (
         sum(len(word_ids(tokenizer, word, spaced)) for word in words) for spaced in (True, False)
     )
@@ -156,5 +161,5 @@ def _check_words(words: Mapping[str, str], problems: Problems) -> None:
     for word, keys in by_word.items():
         if len(keys) > 1:
             problems.add(
-                f"labels {', '.join(keys)} have the same word {word!r}; each needs its own"
+                f"labels {', '.join(keys)} have the same word {word!r}: give each another word"
             )

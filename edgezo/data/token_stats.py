@@ -1,36 +1,37 @@
-"""What a planner needs to know of rows: how many tokens they have, and how many of them are scored. Pure."""
+"""What a planner needs to know of the data: how many tokens examples have, and how many of them are scored. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+KEPT_LENGTHS = 1024  # lengths of so many of the longest examples are kept: a batch has no more
+
 
 @dataclass(frozen=True)
 class TokenStats:
-    """What the planner needs to know about the data."""
+    """Token counts of a dataset."""
 
     kind: str  # label, choice, completion or text
-    tokens: tuple[int, ...]  # tokens of the longest to train on (all rows of each), descending
+    tokens: tuple[
+        int, ...
+    ]  # tokens of the longest training examples (all rows of each), descending
     scored: int  # most scored positions of one example
     label_words: int  # K; 0 where the whole vocabulary is scored
-    mean: float = 0.0  # tokens of an example; 0: as the longest
+    mean: float = 0.0  # tokens of an example; 0: as many as the longest has
     known: bool = True  # False: assumed, because no data was given
-    evaluated: int = 0  # tokens of the longest to evaluate on
-    # Of answers that the model writes: tokens at most (0: it writes none), and of the longest prompts that they follow.
+    evaluated: int = 0  # tokens of the longest example to evaluate on
+    # Where the model writes answers: most tokens of an answer (0: it writes none), and of the longest prompts.
     written: int = 0
     prompt: int = 0
     evaluated_prompt: int = 0
     examples: int | None = None  # to train on; None: not known
 
     def longest(self, examples: int) -> int:
-        """Tokens of that many of the longest examples together; the longest repeats if need be."""
-        found = self.tokens[:examples]
-        return sum(found) + self.tokens[0] * (examples - len(found))
+        """Tokens of the ``examples`` longest examples together. The longest counts again where there are fewer."""
+        tokens = self.tokens[:examples]
+        return sum(tokens) + self.tokens[0] * (examples - len(tokens))
 
     def at_once(self, examples: int, most: int | None) -> int:
-        """The same of what passes at once, where a micro-batch is split into pieces of ``most`` tokens."""
+        """Most tokens that pass at once of such a micro-batch, which is split into pieces of ``most`` tokens."""
         longest = self.longest(examples)
         return longest if most is None else min(longest, max(most, self.tokens[0]))
-
-
-KEPT_LENGTHS = 1024  # of the longest examples: as many as a batch can hold

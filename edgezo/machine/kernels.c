@@ -1,8 +1,10 @@
-/* The hot loops that torch has no single operation for. Plain C, no torch headers; kernels.py says what each does.
+/* Loops for which torch has no single operation. Plain C, no torch headers; kernels.py says what each function does.
  *
- * Threads are torch's own: OpenMP's functions are left undefined here and are those of the runtime that torch has
- * loaded (a second one would compete with it for the cores). What belongs together in memory is read once, computed in
- * fp32 and rounded once, unless the torch path rounds more often and the bits have to be equal.
+ * Threads are torch's: OpenMP's functions are undefined symbols here, which resolve to the runtime that torch has
+ * loaded (a second runtime would compete with it for the cores). Numbers are read once, computed in fp32 and rounded
+ * once, unless torch rounds more often and the bits have to be equal.
+ *
+ * bf16 in an argument list: 1 where the tensors are bf16, 0 where they are fp32. threads: how many to use.
  */
 
 #include <math.h>
@@ -19,23 +21,24 @@
 #define CLONES
 #endif
 #define INLINE static inline __attribute__((always_inline))
-#define LANES 16  /* of a vector */
-#define STRIP (2 * LANES) /* what is summed at once: keys, dimensions, columns */
-#define PART 4096 /* elements that pass at once */
+#define LANES 16          /* fp32 numbers in a vector */
+#define STRIP (2 * LANES) /* keys, dimensions or columns that are summed at once */
+#define PART 4096         /* elements in a thread's turn */
 
-/* Of this file: kernels.py looks whether what is compiled is what lies beside it. */
+/* CRC-32 of this file when it was compiled. kernels.py uses the library only if the file beside it has that CRC. */
 uint32_t edgezo_source(void) { return EDGEZO_SOURCE; }
 
 /* ------------------------------------------------------------------------------------------ numbers */
 
+/* bf16 to fp32, which is exact. */
 INLINE float wide(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;
-    float found;
-    memcpy(&found, &bits, 4);
-    return found;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
 }
 
-/* To the nearest bf16, ties to even, as torch rounds. */
+/* fp32 to the nearest bf16, ties to even, as torch rounds. */
 INLINE uint16_t narrow(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
@@ -43,10 +46,12 @@ INLINE uint16_t narrow(float x) {
     return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)rounded;
 }
 
+/* Element i of x. */
 INLINE float get(const void *x, int64_t i, int bf16) {
     return bf16 ? wide(((const uint16_t *)x)[i]) : ((const float *)x)[i];
 }
 
+/* Element i of x becomes value. */
 INLINE void put(void *x, int64_t i, float value, int bf16) {
     if (bf16)
         ((uint16_t *)x)[i] = narrow(value);
@@ -54,6 +59,7 @@ INLINE void put(void *x, int64_t i, float value, int bf16) {
         ((float *)x)[i] = value;
 }
 
+/* Where element i of x lies. */
 INLINE const void *from(const void *x, int64_t i, int bf16) { return (const char *)x + i * (bf16 ? 2 : 4); }
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -78,6 +84,7 @@ INLINE void put_vec(void *x, int64_t i, vec value, int bf16) {
     *(halves *)((uint16_t *)x + i) = __builtin_convertvector((rounded & ~nan) | (0x7fc0 & nan), halves);
 }
 
+/* The sum of a vector's numbers. */
 INLINE float total(vec x) {
     float sum = 0;
     for (int lane = 0; lane < LANES; lane++)
@@ -85,7 +92,7 @@ INLINE float total(vec x) {
     return sum;
 }
 
-/* e^x to 2 ulp (Cephes' polynomial), in steps that a compiler turns into vectors. */
+/* e^x to within 2 ulp (Cephes' polynomial), in steps that a compiler can turn into vectors. */
 INLINE float exponential(float x) {
     x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
     float n = x * 1.44269504f + 12582912.0f;
@@ -106,6 +113,7 @@ INLINE float exponential(float x) {
 
 /* ------------------------------------------------------------------------------------------ norms */
 
+/* One row of edgezo_rms_norm. */
 INLINE void rms_row(const void *x, const void *weight, void *y, int64_t d, float eps, float offset, int bf16,
                     int bf16_weight) {
     float part[LANES] = {0}, sum = 0;
@@ -138,7 +146,7 @@ CLONES void rms_fp32(const void *x, const void *w, void *y, int64_t d, float eps
     rms_row(x, w, y, d, eps, offset, 0, 0);
 }
 
-/* weight_stride: 0 for one weight vector, d for one of each row */
+/* y (n, d) = x/sqrt(mean(x^2) + eps) * (weight + offset). weight_stride: 0 for one weight vector, d for one a row. */
 void edgezo_rms_norm(const void *x, const void *weight, void *y, int64_t n, int64_t d, int64_t weight_stride, float eps,
                      float offset, int bf16, int bf16_weight, int threads) {
     Rms *norm = bf16_weight ? rms_bf16 : bf16 ? rms_mixed : rms_fp32;
@@ -150,7 +158,7 @@ void edgezo_rms_norm(const void *x, const void *weight, void *y, int64_t n, int6
 
 /* ------------------------------------------------------------------------------------------ gates */
 
-/* up *= act(gate); x sigmoid(x), or with tanh GELU's tanh form: x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)) */
+/* up *= act(gate), act(x) = x sigmoid(x); with tanh: GELU's tanh form, x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)). */
 INLINE void gate_part(const void *gate, void *up, int64_t n, int tanh, int bf16) {
     for (int64_t i = 0; i < n; i++) {
         float x = get(gate, i, bf16);
@@ -179,9 +187,8 @@ void edgezo_gate(const void *gate, void *up, int64_t n, int tanh, int bf16, int 
 
 /* ------------------------------------------------------------------------------------------ thin products */
 
-#define FEW 8 /* columns that are summed at once */
-
-#define PAIR 2 /* rows that share a load of basis */
+#define FEW 8  /* rows of basis that are multiplied at once */
+#define PAIR 2 /* rows of x that share a load of basis */
 
 /* Up to PAIR rows of x (PAIR, d) times up to FEW rows of basis (FEW, d). */
 INLINE void few_columns(const void *x, const float *basis, float *out, int64_t rows, int64_t d, int64_t count, int64_t r,
@@ -189,13 +196,13 @@ INLINE void few_columns(const void *x, const float *basis, float *out, int64_t r
     vec sum[PAIR][FEW] = {{{0}}};
     int64_t i = 0;
     for (; i + LANES <= d; i += LANES) {
-        vec own[PAIR];
+        vec part[PAIR];
         for (int row = 0; row < PAIR; row++)
-            own[row] = get_vec(x, (row < rows ? row : 0) * d + i, bf16);
+            part[row] = get_vec(x, (row < rows ? row : 0) * d + i, bf16);
         for (int j = 0; j < FEW; j++) {
             vec column = load(basis + (j < count ? j : 0) * d + i);
             for (int row = 0; row < PAIR; row++)
-                sum[row][j] += own[row] * column;
+                sum[row][j] += part[row] * column;
         }
     }
     for (int64_t row = 0; row < rows; row++)
@@ -222,10 +229,11 @@ CLONES void few_fp32(const void *x, const float *basis, float *out, int64_t rows
     few_rows(x, basis, out, rows, d, r, 0);
 }
 
-#define ROWS 16 /* of a thread's turn */
+#define ROWS 16 /* rows in a thread's turn */
 
 /* out (n, r) = x (n, d) @ basis (r, d)^T */
-void edgezo_few(const void *x, const float *basis, float *out, int64_t n, int64_t d, int64_t r, int bf16, int threads) {
+void edgezo_thin_product(const void *x, const float *basis, float *out, int64_t n, int64_t d, int64_t r, int bf16,
+                         int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t at = 0; at < n; at += ROWS)
         (bf16 ? few_bf16 : few_fp32)(from(x, at * d, bf16), basis, out + at * r, n - at < ROWS ? n - at : ROWS, d, r);
@@ -246,8 +254,8 @@ CLONES float dot_bf16(const void *x, const void *y, int64_t d) { return dot(x, y
 CLONES float dot_fp32(const void *x, const void *y, int64_t d) { return dot(x, y, d, 0); }
 
 /* out (n,) = x (n, d) . cols[example] */
-void edgezo_own(const void *x, const void *cols, const int64_t *example, float *out, int64_t n, int64_t d, int bf16,
-                int threads) {
+void edgezo_dots_by_example(const void *x, const void *cols, const int64_t *example, float *out, int64_t n, int64_t d,
+                            int bf16, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t t = 0; t < n; t++)
         out[t] = (bf16 ? dot_bf16 : dot_fp32)(from(x, t * d, bf16), from(cols, example[t] * d, bf16), d);
@@ -257,13 +265,13 @@ typedef struct {
     void *y;                /* (n, m) */
     const float *left;      /* (n, k) */
     const float *right;     /* (k, m) */
-    const float *own;       /* (n,), or nothing */
-    const void *rows;       /* (b, m) of y's kind */
+    const float *weight;    /* (n,), or NULL */
+    const void *rows;       /* (b, m) in the dtype of y */
     const int64_t *example; /* (n,) */
     int64_t n, m, k;
 } Thin;
 
-#define ABREAST 4 /* rows that share a load of right */
+#define ABREAST 4 /* rows of y that share a load of right */
 
 INLINE void thin_rows(const Thin *a, int64_t first, int64_t count, int bf16) {
     int64_t m = a->m, k = a->k, i = 0, row[ABREAST];
@@ -275,8 +283,8 @@ INLINE void thin_rows(const Thin *a, int64_t first, int64_t count, int bf16) {
             for (int part = 0; part < 2; part++) {
                 int64_t at = i + part * LANES;
                 sum[j][part] = get_vec(a->y, row[j] * m + at, bf16);
-                if (a->own)
-                    sum[j][part] += a->own[row[j]] * get_vec(a->rows, a->example[row[j]] * m + at, bf16);
+                if (a->weight)
+                    sum[j][part] += a->weight[row[j]] * get_vec(a->rows, a->example[row[j]] * m + at, bf16);
             }
         for (int64_t c = 0; c < k; c++) {
             vec one = load(a->right + c * m + i), two = load(a->right + c * m + i + LANES);
@@ -292,8 +300,8 @@ INLINE void thin_rows(const Thin *a, int64_t first, int64_t count, int bf16) {
     for (; i < m; i++)
         for (int j = 0; j < count; j++) {
             float sum = get(a->y, row[j] * m + i, bf16);
-            if (a->own)
-                sum += a->own[row[j]] * get(a->rows, a->example[row[j]] * m + i, bf16);
+            if (a->weight)
+                sum += a->weight[row[j]] * get(a->rows, a->example[row[j]] * m + i, bf16);
             for (int64_t c = 0; c < k; c++)
                 sum += a->left[row[j] * k + c] * a->right[c * m + i];
             put(a->y, row[j] * m + i, sum, bf16);
@@ -303,7 +311,7 @@ INLINE void thin_rows(const Thin *a, int64_t first, int64_t count, int bf16) {
 CLONES void thin_bf16(const Thin *a, int64_t first, int64_t count) { thin_rows(a, first, count, 1); }
 CLONES void thin_fp32(const Thin *a, int64_t first, int64_t count) { thin_rows(a, first, count, 0); }
 
-/* y += left @ right + own * rows[example], rounded once */
+/* y += left @ right + weight * rows[example], rounded once */
 void edgezo_add_thin(const Thin *a, int bf16, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t at = 0; at < a->n; at += ABREAST)
@@ -327,7 +335,7 @@ typedef struct {
     int bf16;
 } Attention;
 
-/* Queries [at, at + count) of one head: scores along vectors of keys, sums along vectors of dimensions. */
+/* Queries [at, at + count) of one head: scores are computed along vectors of keys, sums along vectors of dimensions. */
 INLINE void attend(const Attention *a, int64_t start, int64_t length, int64_t padded, int64_t head, int64_t at, int count,
                    const float *keys, const float *values, float *scores, float *query, int bf16) {
     int64_t dim = a->dim, wide_dim = strips(dim), low[QUERIES], high[QUERIES], first = length, last = 0;
@@ -358,21 +366,21 @@ INLINE void attend(const Attention *a, int64_t start, int64_t length, int64_t pa
     }
     last = strips(last);
     for (int j = 0; j < QUERIES; j++) {
-        float *own = scores + j * padded, mosts[LANES], sums[LANES] = {0}, most = -INFINITY, sum = 0;
+        float *score = scores + j * padded, mosts[LANES], sums[LANES] = {0}, most = -INFINITY, sum = 0;
         for (int64_t t = first; t < last; t++)
-            own[t] = t < low[j] || t >= high[j] ? -INFINITY : own[t];
+            score[t] = t < low[j] || t >= high[j] ? -INFINITY : score[t];
         for (int lane = 0; lane < LANES; lane++)
             mosts[lane] = -INFINITY;
         for (int64_t t = first; t < last; t += LANES)
             for (int lane = 0; lane < LANES; lane++)
-                mosts[lane] = own[t + lane] > mosts[lane] ? own[t + lane] : mosts[lane];
+                mosts[lane] = score[t + lane] > mosts[lane] ? score[t + lane] : mosts[lane];
         for (int lane = 0; lane < LANES; lane++)
             most = mosts[lane] > most ? mosts[lane] : most;
         for (int64_t t = first; t < last; t += LANES)
             for (int lane = 0; lane < LANES; lane++) {
-                float e = exponential(own[t + lane] - most);
-                own[t + lane] = own[t + lane] == -INFINITY ? 0.0f : e;
-                sums[lane] += own[t + lane];
+                float e = exponential(score[t + lane] - most);
+                score[t + lane] = score[t + lane] == -INFINITY ? 0.0f : e;
+                sums[lane] += score[t + lane];
             }
         for (int lane = 0; lane < LANES; lane++)
             sum += sums[lane];
@@ -392,18 +400,19 @@ INLINE void attend(const Attention *a, int64_t start, int64_t length, int64_t pa
         for (int j = 0; j < count; j++) {
             int64_t base = (start + at + j) * a->out_stride + head * dim + d;
             for (int part = 0; part < 2; part++) {
-                vec own = sum[j][part] * whole[j];
-                int64_t left = dim - d - part * LANES;
-                if (left >= LANES)
-                    put_vec(a->out, base + part * LANES, own, bf16);
+                vec mean = sum[j][part] * whole[j];
+                int64_t rest = dim - d - part * LANES;
+                if (rest >= LANES)
+                    put_vec(a->out, base + part * LANES, mean, bf16);
                 else
-                    for (int64_t i = 0; i < left; i++)
-                        put(a->out, base + part * LANES + i, own[i], bf16);
+                    for (int64_t i = 0; i < rest; i++)
+                        put(a->out, base + part * LANES + i, mean[i], bf16);
             }
         }
     }
 }
 
+/* All heads of one row that share the keys and values of head kv, which are widened to fp32 and laid out anew. */
 INLINE void attend_row(const Attention *a, int64_t start, int64_t length, int64_t kv, float *scratch, int bf16) {
     int64_t dim = a->dim, wide_dim = strips(dim), padded = strips(length), group = a->heads / a->kv_heads;
     float *keys = scratch, *values = keys + dim * padded, *scores = values + wide_dim * padded;
@@ -436,21 +445,21 @@ CLONES void attend_row_fp32(const Attention *a, int64_t start, int64_t length, i
 
 int omp_get_thread_num(void);
 
-/* starts (rows + 1,): where each row's tokens lie. scratch: of each thread, scratch_stride floats. */
+/* starts (rows + 1,): where the tokens of each row begin. scratch: scratch_stride floats for each thread. */
 void edgezo_attention(const Attention *a, const int64_t *starts, int64_t rows, float *scratch, int64_t scratch_stride,
                       int threads) {
     int64_t tasks = rows * a->kv_heads;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t task = 0; task < tasks; task++) {
         int64_t row = task / a->kv_heads, start = starts[row], length = starts[row + 1] - start;
-        float *own = scratch + omp_get_thread_num() * scratch_stride;
-        (a->bf16 ? attend_row_bf16 : attend_row_fp32)(a, start, length, task % a->kv_heads, own);
+        float *buffer = scratch + omp_get_thread_num() * scratch_stride;
+        (a->bf16 ? attend_row_bf16 : attend_row_fp32)(a, start, length, task % a->kv_heads, buffer);
     }
 }
 
 /* ------------------------------------------------------------------------------------------ rotary positions */
 
-/* x (heads, dim) of one token, in place: each half turned against the other; cos, sin (dim,). */
+/* x (heads, dim) of one token, in place: (x1, x2) cos + (-x2, x1) sin, halves x1, x2 of a head; cos, sin (dim,). */
 INLINE void rotate(void *x, const void *cos, const void *sin, int64_t heads, int64_t dim, int bf16) {
     for (int64_t head = 0; head < heads; head++)
         for (int64_t i = 0; i < dim / 2; i++) {
@@ -471,23 +480,23 @@ CLONES void rotate_fp32(float *restrict x, const float *restrict cos, const floa
     rotate(x, cos, sin, heads, dim, 0);
 }
 
-/* x: n tokens, stride elements apart; cos, sin (n, dim) */
+/* x: n tokens, which are stride elements apart; cos, sin (n, dim). */
 void edgezo_rotate(void *x, const void *cos, const void *sin, int64_t n, int64_t stride, int64_t heads, int64_t dim,
                    int bf16, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t t = 0; t < n; t++) {
-        void *own = (void *)from(x, t * stride, bf16);
+        void *token = (void *)from(x, t * stride, bf16);
         if (bf16)
-            rotate_bf16(own, from(cos, t * dim, 1), from(sin, t * dim, 1), heads, dim);
+            rotate_bf16(token, from(cos, t * dim, 1), from(sin, t * dim, 1), heads, dim);
         else
-            rotate_fp32(own, from(cos, t * dim, 0), from(sin, t * dim, 0), heads, dim);
+            rotate_fp32(token, from(cos, t * dim, 0), from(sin, t * dim, 0), heads, dim);
     }
 }
 
 /* ------------------------------------------------------------------------------------------ codes */
 
-/* Where the torch path rounds a product before it adds, so do these: product and sum stand in loops of their own, because
- * a compiler makes one rounding of both where they meet in one. */
+/* Where torch rounds a product before it adds, so do these: product and sum stand in separate loops, because a compiler
+ * would fuse them into one operation, which rounds once, if they stood in one. */
 
 /* One row of int8 codes: out = code * scale. */
 INLINE void int8_row(const int8_t *codes, float scale, void *out, int64_t cols, int bf16) {
@@ -537,6 +546,7 @@ void edgezo_expand_int4(const uint8_t *packed, int nibble, const float *scale, c
 
 /* ------------------------------------------------------------------------------------------ planes */
 
+/* Distance of neighbouring bf16 numbers at high. */
 INLINE float spacing(float high) {
     uint32_t bits;
     float binade;
@@ -561,6 +571,7 @@ void edgezo_read_plane(const uint16_t *high, const int8_t *low, float *out, int6
         read_plane_part(high + at, low + at, out + at, n - at < PART ? n - at : PART);
 }
 
+/* value as a bf16 number high, its ulp, and what remains in 256ths of the ulp (returned; layouts.Dense). */
 INLINE float split(float value, uint16_t *high, float *ulp) {
     *high = narrow(value);
     float h = wide(*high);
@@ -582,7 +593,7 @@ void edgezo_write_plane(const float *values, uint16_t *high, int8_t *low, int64_
         write_plane_part(values + at, high + at, low + at, n - at < PART ? n - at : PART);
 }
 
-/* Values to what reading gives after writing them. */
+/* Round values to what reading them back would give after writing them. */
 CLONES void snap_plane_part(float *values, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
         float ulp;
@@ -600,7 +611,7 @@ void edgezo_snap_plane(float *values, int64_t n, int threads) {
 
 /* ------------------------------------------------------------------------------------------ noise */
 
-/* Philox4x64-10, as numpy counts: the words of block b are those of the counter b + 1. */
+/* Philox4x64-10 (Salmon et al., SC 2011), counting as numpy does: the words of block b are those of counter b + 1. */
 INLINE void philox(uint64_t block, const uint64_t counter[3], const uint64_t key[2], uint64_t out[4]) {
     uint64_t c0 = block + 1, c1 = counter[0], c2 = counter[1], c3 = counter[2], k0 = key[0], k1 = key[1];
     for (int round = 0; round < 10; round++) {
@@ -616,7 +627,7 @@ INLINE void philox(uint64_t block, const uint64_t counter[3], const uint64_t key
     out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
 }
 
-/* Rows [first, first + rows) of signs, (rows, width) int8; table (256,): the eight signs of a byte. */
+/* Rows [first, first + rows) of a matrix of signs, (rows, width) int8. table (256,): the eight signs of each byte. */
 void edgezo_signs(const uint64_t key[2], const uint64_t counter[3], const uint64_t *table, int8_t *out, int64_t first,
                   int64_t rows, int64_t width, int threads) {
     int64_t blocks = (width + 255) / 256;
@@ -624,21 +635,21 @@ void edgezo_signs(const uint64_t key[2], const uint64_t counter[3], const uint64
     for (int64_t row = 0; row < rows; row++)
         for (int64_t block = 0; block < blocks; block++) {
             uint64_t words[4], made[32];
-            int8_t *own = out + row * width + block * 256;
-            int64_t left = width - block * 256;
+            int8_t *place = out + row * width + block * 256;
+            int64_t rest = width - block * 256;
             philox((uint64_t)((first + row) * blocks + block), counter, key, words);
-            uint64_t *to = left < 256 ? made : (uint64_t *)own;
+            uint64_t *to = rest < 256 ? made : (uint64_t *)place;
             for (int word = 0; word < 4; word++)
                 for (int byte = 0; byte < 8; byte++) {
                     uint64_t eight = table[(words[word] >> (8 * byte)) & 255];
                     memcpy((char *)to + 64 * word + 8 * byte, &eight, 8);
                 }
-            if (left < 256)
-                memcpy(own, made, (size_t)left);
+            if (rest < 256)
+                memcpy(place, made, (size_t)rest);
         }
 }
 
-/* Rows of table[k], (rows, width) fp32, k 16 bits an element; table (65536,). */
+/* Rows [first, first + rows) of a matrix of table[k], (rows, width) fp32, k of 16 bits; table (65536,). */
 void edgezo_levels(const uint64_t key[2], const uint64_t counter[3], const float *table, float *out, int64_t first,
                    int64_t rows, int64_t width, int threads) {
     int64_t blocks = (16 * width + 255) / 256;
@@ -646,10 +657,10 @@ void edgezo_levels(const uint64_t key[2], const uint64_t counter[3], const float
     for (int64_t row = 0; row < rows; row++)
         for (int64_t block = 0; block < blocks; block++) {
             uint64_t words[4];
-            float *own = out + row * width + block * 16;
-            int left = width - block * 16 < 16 ? (int)(width - block * 16) : 16;
+            float *place = out + row * width + block * 16;
+            int count = width - block * 16 < 16 ? (int)(width - block * 16) : 16;
             philox((uint64_t)((first + row) * blocks + block), counter, key, words);
-            for (int i = 0; i < left; i++)
-                own[i] = table[(words[i / 4] >> (16 * (i % 4))) & 65535];
+            for (int i = 0; i < count; i++)
+                place[i] = table[(words[i / 4] >> (16 * (i % 4))) & 65535];
         }
 }

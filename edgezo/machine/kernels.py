@@ -1,8 +1,9 @@
-"""The hot loops of a CPU in C (kernels.c), each beside what torch does where there is no such library.
+"""Loops in C for a CPU (kernels.c): norms, gates, attention, thin products, codes, noise.
 
-The package's build compiles the file where it finds GCC (scripts/build_kernels.py); everything runs without it, slower.
-``EDGEZO_KERNELS=0`` leaves it alone. Noise, codes and updates have the same bits either way. A forward is equal
-to rounding: a norm or a gate rounds once here, where torch rounds between its operations.
+The package's build compiles the file where it finds GCC (scripts/build_kernels.py). Without the library, or with
+``EDGEZO_KERNELS=0``, everything runs on torch and numpy alone, slower: a function here then returns None or False, or
+does with torch what it says. Noise, codes and updates have the same bits either way. A forward is equal but for
+rounding: a norm or a gate rounds once here, where torch rounds between its operations.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from torch import Tensor
 
 from edgezo.machine.hardware import kernels_library
 
-_GRAIN = 1 << 15  # elements below which a second thread costs more than it does
-_STRIP, _QUERIES = 32, 4  # of kernels.c
-LONGEST = 1024  # tokens of a row whose attention is made here; longer ones have torch's blocks
+_GRAIN = 1 << 15  # a second thread costs more than it saves for fewer elements than twice this
+_STRIP, _QUERIES = 32, 4  # STRIP and QUERIES of kernels.c
+LONGEST = 1024  # tokens of the longest row whose attention is computed here; torch works on longer ones in blocks
 
 
 class _Attention(ctypes.Structure):
-    """``Attention`` of kernels.c."""
+    """Arguments of edgezo_attention: ``Attention`` of kernels.c."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("q", "k", "v", "out")),
@@ -42,10 +43,10 @@ class _Attention(ctypes.Structure):
 
 
 class _Thin(ctypes.Structure):
-    """``Thin`` of kernels.c."""
+    """Arguments of edgezo_add_thin: ``Thin`` of kernels.c."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("y", "left", "right", "own", "rows", "example")),
+        *((name, c_void_p) for name in ("y", "left", "right", "weight", "rows", "example")),
         *((name, c_int64) for name in ("n", "m", "k")),
     )
 
@@ -56,8 +57,8 @@ _SIGNATURES = {
     "gate": (_P, _P, _N, _I, _I, _I),
     "attention": (_P, _P, _N, _P, _N, _I),
     "rotate": (_P, _P, _P, _N, _N, _N, _N, _I, _I),
-    "few": (_P, _P, _P, _N, _N, _N, _I, _I),
-    "own": (_P, _P, _P, _P, _N, _N, _I, _I),
+    "thin_product": (_P, _P, _P, _N, _N, _N, _I, _I),
+    "dots_by_example": (_P, _P, _P, _P, _N, _N, _I, _I),
     "add_thin": (_P, _I, _I),
     "expand_int8": (_P, _P, _P, _N, _N, _I, _I),
     "expand_int4": (_P, _I, _P, _P, _P, _N, _N, _N, _I, _I),
@@ -71,29 +72,30 @@ _SIGNATURES = {
 
 @functools.cache
 def _library() -> Any:
-    """The loaded library; None without one that fits this source and the runtime of torch's threads."""
+    """The loaded library; None where there is none, or none that was compiled from the kernels.c beside it."""
     file = kernels_library()
     if file is None:
         return None
     try:
-        found = ctypes.CDLL(str(file))
-        found.edgezo_source.restype = ctypes.c_uint32
-        if found.edgezo_source() != zlib.crc32(file.with_name("kernels.c").read_bytes()):
+        library = ctypes.CDLL(str(file))
+        library.edgezo_source.restype = ctypes.c_uint32
+        if library.edgezo_source() != zlib.crc32(file.with_name("kernels.c").read_bytes()):
             return None
         for name, types in _SIGNATURES.items():
-            function = getattr(found, f"edgezo_{name}")
+            function = getattr(library, f"edgezo_{name}")
             function.argtypes, function.restype = types, None
     except (OSError, AttributeError):
         return None
-    return found
+    return library
 
 
 def loaded() -> bool:
+    """Whether there is a library, which the first call loads."""
     return _library() is not None
 
 
 def _reachable(*tensors: Tensor) -> bool:
-    """Whether a library is there, they lie in CPU memory, and no gradient is asked for."""
+    """Whether there is a library, the tensors lie in CPU memory, and none of them needs a gradient."""
     tracked = torch.is_grad_enabled()
     return loaded() and not any(
         t.is_cuda or t.is_meta or (tracked and t.requires_grad) for t in tensors
@@ -101,17 +103,17 @@ def _reachable(*tensors: Tensor) -> bool:
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether these may be passed as they lie in memory: reachable, and dense."""
+    """Whether the library may be given these tensors: it can reach them, and they are contiguous."""
     return _reachable(*tensors) and all(t.is_contiguous() for t in tensors)
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether these may be passed, and are of one kind that there are loops for."""
+    """Whether the library may be given these tensors, and has loops for their one dtype: fp32 or bf16."""
     return usable(*tensors) and _floats(*tensors)
 
 
 def _floats(*tensors: Tensor) -> bool:
-    """Whether they are all fp32 or all bf16."""
+    """Whether the tensors are all fp32 or all bf16."""
     (dtype, *others) = {t.dtype for t in tensors}
     return not others and dtype in (torch.float32, torch.bfloat16)
 
@@ -120,7 +122,7 @@ _forked = False
 
 
 def _after_fork() -> None:
-    """A child has none of its parent's threads, and OpenMP waits for them for ever."""
+    """From now on use one thread: a forked child has none of its parent's, and OpenMP would wait for them for ever."""
     global _forked
     _forked = True
 
@@ -130,7 +132,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _threads(elements: int) -> int:
-    """One or all: a team of another size ends the threads of the last one, which are made anew for the next."""
+    """How many threads to use: one or all, since OpenMP ends and restarts its threads when their number changes."""
     return 1 if _forked or elements < 2 * _GRAIN else torch.get_num_threads()
 
 
@@ -142,10 +144,10 @@ def _bf16(x: Tensor) -> int:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor | None:
-    """x/sqrt(mean(x^2) + eps) * (weight + offset) over the last axis of x (..., d), in its dtype.
+    """x/sqrt(mean(x^2) + eps) * (weight + offset) over the last axis of x (..., d), in the dtype of x.
 
-    ``weight``, in that dtype or fp32, is (d,), or (n, d) with one for each of the n rows of x. None where there is no
-    kernel for it.
+    ``weight``, in that dtype or fp32, is (d,), or (n, d) with one row for each of the n rows of x. None where no kernel
+    takes these tensors.
     """
     d = x.shape[-1]
     n = x.numel() // d
@@ -160,16 +162,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor | N
     return y
 
 
-ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
+# Activations that there are kernels for, by their number.
+GATE_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     F.silu,
     functools.partial(F.gelu, approximate="tanh"),
 )
 
 
 def gate(gate: Tensor, up: Tensor, activation: int) -> Tensor:
-    """act(gate) * up, of one shape; ``activation`` is a place in ``ACTIVATIONS``. ``up`` may be overwritten."""
+    """act(gate) * up, tensors of one shape. ``activation``: index into ``GATE_ACTIVATIONS``.
+
+    ``up`` may be overwritten.
+    """
     if not takes(gate, up):
-        return ACTIVATIONS[activation](gate) * up
+        return GATE_ACTIVATIONS[activation](gate) * up
     n = up.numel()
     shape = (n, activation, _bf16(up), _threads(n))
     _library().edgezo_gate(gate.data_ptr(), up.data_ptr(), *shape)
@@ -177,16 +183,21 @@ def gate(gate: Tensor, up: Tensor, activation: int) -> Tensor:
 
 
 def attention(
-    query: Tensor,  # (n, heads, dim): token by token, the heads of a token together
-    key: Tensor,  # (n, kv_heads, dim)
+    query: Tensor,
+    key: Tensor,
     value: Tensor,
-    starts: Tensor,  # (rows + 1,) int64, ascending
-    longest: int,  # tokens of the longest row
+    starts: Tensor,
+    longest: int,
     scale: float,
     causal: bool,
     window: int | None,
 ) -> Tensor | None:
-    """Attention within the rows of a packed axis, (n, heads, dim); None where there is no kernel for it."""
+    """Attention within each of the rows that are packed in one axis of n tokens, (n, heads, dim).
+
+    ``query`` is (n, heads, dim), ``key`` and ``value`` (n, kv_heads, dim); the heads of a token lie together in memory.
+    ``starts``: (rows + 1,) int64, where each row begins. ``longest``: tokens of the longest row. ``window``: how many
+    tokens a token sees; None: all. None is returned where no kernel takes these tensors.
+    """
     n, heads, dim = query.shape
     parts = (query, key, value)
     if longest > LONGEST or not _reachable(*parts) or not _floats(*parts):
@@ -198,26 +209,27 @@ def attention(
     padded, wide = (-(-size // _STRIP) * _STRIP for size in (longest, dim))
     stride = (dim + wide) * padded + _QUERIES * (padded + dim)
     scratch = query.new_empty(threads * stride, dtype=torch.float32)
-    asked = _Attention(
+    arguments = _Attention(
         *(t.data_ptr() for t in (*parts, out)),
         *(_token_stride(t) for t in parts),
         *(heads * dim, heads, key.shape[1], dim),
         *(scale, int(causal), window or 0, _bf16(query)),
     )
-    place = (starts.data_ptr(), rows, scratch.data_ptr(), stride, threads)
-    _library().edgezo_attention(ctypes.byref(asked), *place)
+    more = (starts.data_ptr(), rows, scratch.data_ptr(), stride, threads)
+    _library().edgezo_attention(ctypes.byref(arguments), *more)
     return out
 
 
 def _token_stride(x: Tensor) -> int | None:
-    """Elements from a token to the next; None where the heads of a token do not lie together."""
+    """Elements from one token to the next in x (n, heads, dim); None where a token's heads do not lie together."""
     return x.stride(0) if x.stride(2) == 1 and x.stride(1) == x.shape[2] else None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """x cos + (-x2, x1) sin, in place, x = (x1, x2) along the last axis; False where there is no kernel for it.
+    """x cos + (-x2, x1) sin in place, where x = (x1, x2) along the last axis: rotary positions.
 
-    x is (1, heads, n, dim), token by token in memory; cos and sin are (1, n, dim) in its dtype.
+    x is (1, heads, n, dim), token by token in memory; cos and sin are (1, n, dim) in its dtype. False, and x as it was,
+    where no kernel takes these tensors.
     """
     tokens, dim = x[0].transpose(0, 1), x.shape[3]
     stride = _token_stride(tokens)
@@ -227,31 +239,34 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
         return False
     if cos.shape != (1, x.shape[2], dim) or sin.shape != cos.shape or dim % 2:
         return False
-    held = (x.data_ptr(), cos.data_ptr(), sin.data_ptr())
+    pointers = (x.data_ptr(), cos.data_ptr(), sin.data_ptr())
     shape = (x.shape[2], stride, x.shape[1], dim, _bf16(x), _threads(x.numel()))
-    _library().edgezo_rotate(*held, *shape)
+    _library().edgezo_rotate(*pointers, *shape)
     return True
 
 
-def few(x: Tensor, basis: Tensor) -> Tensor | None:
-    """x (n, d) @ basis (r, d)^T of one dtype, r small, as fp32; None where there is no kernel for it."""
+def thin_product(x: Tensor, basis: Tensor) -> Tensor | None:
+    """x (n, d) @ basis (r, d)^T as fp32, r small, both of one dtype; None where no kernel takes them."""
     if not takes(x, basis):
         return None
     (n, d), r = x.shape, len(basis)
     basis, out = basis.float(), x.new_empty(n, r, dtype=torch.float32)
-    held = (x.data_ptr(), basis.data_ptr(), out.data_ptr())
-    _library().edgezo_few(*held, n, d, r, _bf16(x), _threads(n * d))
+    pointers = (x.data_ptr(), basis.data_ptr(), out.data_ptr())
+    _library().edgezo_thin_product(*pointers, n, d, r, _bf16(x), _threads(n * d))
     return out
 
 
-def own(x: Tensor, cols: Tensor, example: Tensor) -> Tensor | None:
-    """x_t . cols[example_t] of each row of x (n, d), (n,) fp32; cols (b, d). None where there is no kernel for it."""
+def dots_by_example(x: Tensor, cols: Tensor, example: Tensor) -> Tensor | None:
+    """x_t . cols[example_t] for each row x_t of x (n, d), (n,) fp32; cols is (b, d), example (n,) int64.
+
+    None where no kernel takes these tensors.
+    """
     if not usable(example) or not takes(x, cols):
         return None
     n, d = x.shape
     out = x.new_empty(n, dtype=torch.float32)
-    held = (x.data_ptr(), cols.data_ptr(), example.data_ptr(), out.data_ptr())
-    _library().edgezo_own(*held, n, d, _bf16(x), _threads(n * d))
+    pointers = (x.data_ptr(), cols.data_ptr(), example.data_ptr(), out.data_ptr())
+    _library().edgezo_dots_by_example(*pointers, n, d, _bf16(x), _threads(n * d))
     return out
 
 
@@ -259,18 +274,18 @@ def add_thin(
     y: Tensor,  # (n, m), changed
     left: Tensor,  # (n, k) fp32
     right: Tensor,  # (k, m) fp32
-    own: Tensor | None = None,  # (n,) fp32
+    weight: Tensor | None = None,  # (n,) fp32
     rows: Tensor | None = None,  # (b, m) in the dtype of y
     example: Tensor | None = None,  # (n,) int64
 ) -> bool:
-    """y += left @ right + own * rows[example], rounded once; False where there is no kernel for it."""
-    given = [t for t in (left, right, own, rows, example) if t is not None]
+    """y += left @ right + weight * rows[example], rounded once; False where no kernel takes these tensors."""
+    given = [t for t in (left, right, weight, rows, example) if t is not None]
     if not usable(y, *given) or not _floats(y, *([] if rows is None else [rows])):
         return False
     (n, m), k = y.shape, left.shape[1]
-    held = (None if t is None else t.data_ptr() for t in (y, left, right, own, rows, example))
-    asked = _Thin(*held, n, m, k)
-    _library().edgezo_add_thin(ctypes.byref(asked), _bf16(y), _threads(n * m))
+    tensors = (y, left, right, weight, rows, example)
+    arguments = _Thin(*(None if t is None else t.data_ptr() for t in tensors), n, m, k)
+    _library().edgezo_add_thin(ctypes.byref(arguments), _bf16(y), _threads(n * m))
     return True
 
 
@@ -278,7 +293,7 @@ def add_thin(
 
 
 def expand_int8(codes: Tensor, scale: Tensor, out: Tensor) -> bool:
-    """out (n, cols) = codes (n, cols) * scale (n, 1); False where there is no kernel for it."""
+    """out (n, cols) = codes (n, cols) * scale (n, 1); False where no kernel takes these tensors."""
     if not usable(codes, scale) or not takes(out):
         return False
     shape = (*codes.shape, _bf16(out), _threads(out.numel()))
@@ -287,36 +302,37 @@ def expand_int8(codes: Tensor, scale: Tensor, out: Tensor) -> bool:
 
 
 def expand_int4(packed: Tensor, nibble: int, scale: Tensor, shift: Tensor, out: Tensor) -> bool:
-    """out (n, cols) = code * scale - shift, codes in the bits from ``nibble`` on of packed (n, cols).
+    """out (n, cols) = code * scale - shift, scale and shift (n, groups, 1).
 
-    scale and shift are (n, groups, 1). False where there is no kernel for it.
+    A code is the four bits of packed (n, cols) from bit ``nibble`` (0 or 4) on. False where no kernel takes these
+    tensors.
     """
     if not usable(packed, scale, shift) or not takes(out):
         return False
     (n, cols), groups = out.shape, scale.shape[1]
-    held = (scale.data_ptr(), shift.data_ptr(), out.data_ptr())
+    pointers = (scale.data_ptr(), shift.data_ptr(), out.data_ptr())
     shape = (n, groups, cols // groups, _bf16(out), _threads(out.numel()))
-    _library().edgezo_expand_int4(packed.data_ptr(), nibble, *held, *shape)
+    _library().edgezo_expand_int4(packed.data_ptr(), nibble, *pointers, *shape)
     return True
 
 
 def read_plane(high: Tensor, low: Tensor, out: Tensor) -> bool:
-    """out (n, cols) fp32 = bf16 weights and their low-order plane (layouts.Dense); False without a kernel for it."""
+    """out (n, cols) fp32 = bf16 weights and their low-order plane (layouts.Dense); False where no kernel takes them."""
     return high.dtype is torch.bfloat16 and _plane("read", high, low, out)
 
 
 def write_plane(values: Tensor, high: Tensor, low: Tensor) -> bool:
-    """The other way, to the nearest; False without a kernel for it."""
+    """Split fp32 ``values`` into bf16 weights and their plane, to the nearest; False where no kernel takes them."""
     return high.dtype is torch.bfloat16 and _plane("write", values, high, low)
 
 
 def snap_plane(values: Tensor) -> bool:
-    """``values`` fp32 to what is read after they have been written, in place; False without a kernel for it."""
+    """Round fp32 ``values`` in place to what ``read_plane`` gives after ``write_plane``; False without a kernel."""
     return _plane("snap", values)
 
 
 def _plane(what: str, *parts: Tensor) -> bool:
-    """One pass over tensors of as many elements each."""
+    """Call edgezo_<what>_plane on tensors that all have the same number of elements."""
     if not usable(*parts):
         return False
     n = parts[0].numel()
@@ -329,12 +345,16 @@ def _plane(what: str, *parts: Tensor) -> bool:
 
 
 def noise(
-    address: tuple[int, ...],  # key (2 words), then the counter's last three
-    table: np.ndarray,  # (256,) uint64 of eight signs each; or (65536,) fp32
+    address: tuple[int, ...],
+    table: np.ndarray,
     rows: slice,
     width: int,
 ) -> Tensor | None:
-    """Rows of a matrix of signs (n, width) int8, or of the table's levels (n, width) fp32; None without a library."""
+    """Rows of a matrix of noise (zo/noise.py), (n, width); None without a library.
+
+    ``address``: Philox's key (2 words), then its counter's last three. ``table``: (256,) uint64, the eight signs of
+    each byte, gives int8; (65536,) fp32 gives its values.
+    """
     library = _library()
     if library is None:
         return None
@@ -344,6 +364,7 @@ def noise(
     words = (c_uint64 * 5)(*address)
     draw = library.edgezo_signs if signs else library.edgezo_levels
     shape = (made.data_ptr(), rows.start, n, width, _threads(made.numel()))
-    at = ctypes.addressof(words)
-    draw(at, at + 16, table.ctypes.data, *shape)
+    key = ctypes.addressof(words)
+    counter = key + 16  # the key is two words of 8 bytes
+    draw(key, counter, table.ctypes.data, *shape)
     return made

@@ -7,6 +7,13 @@
     the output embedding                                     Layout (the input's where tied), PerturbedHead
     1-D weight or bias                                       kept as it is, or a trained fp32 vector
 
+What a part of ``--train`` (zo/parts.py) makes of them:
+
+    weights     _matrix: the layout itself is a trainable
+    vectors     _vector: norm weights and biases are trainables
+    gains, factors, adapters   BESIDE_LINEAR: attributes of a perturbed linear
+    head        _exact_head
+
 Weights arrive one at a time, the largest first (when little else is resident), so loading never needs more than
 the model plus one tensor.
 """
@@ -25,11 +32,16 @@ from torch import Tensor, nn
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine import kernels
 from edgezo.network import loader, packing
-from edgezo.network.addax import Factors, MixedLinear
-from edgezo.network.backward import recompute
 from edgezo.network.exact_head import ExactHead
+from edgezo.network.first_order import (
+    Adapter,
+    Adapters,
+    LearnedFactors,
+    LoraLinear,
+    MixedLinear,
+    recompute,
+)
 from edgezo.network.fused import fuse_gates, fuse_norm, fuse_rotary, norm_of
-from edgezo.network.lora import Adapter, Adapters, LoraLinear
 from edgezo.network.losses import Scorer
 from edgezo.network.model import Model
 from edgezo.network.perturb import (
@@ -40,30 +52,21 @@ from edgezo.network.perturb import (
     PerturbedLinear,
     PerturbedNorm,
 )
+from edgezo.network.placement import BlocksElsewhere, StoredMatrix
 from edgezo.weights.disk import DiskTable
-from edgezo.weights.layouts import (
-    CPU,
-    DENSE_DTYPES,
-    Dense,
-    Int8,
-    Layout,
-    Rows,
-    moved,
-    place,
-    vacant,
-)
+from edgezo.weights.layouts import CPU, Dense, Int8, Layout, moved
 from edgezo.weights.store import WeightStore
 from edgezo.weights.trainable import Trainable
-from edgezo.zo.directions import DIRECTIONS, orthonormal
+from edgezo.zo.directions import DIRECTION_KINDS, orthonormal
 from edgezo.zo.masks import mask_of
 from edgezo.zo.noise import Key
+from edgezo.zo.parts import Trained, trained
 from edgezo.zo.recipe import TWO_SIDED, Evaluation
-from edgezo.zo.rules import RULES
+from edgezo.zo.rules import UPDATE_RULES
 
 if TYPE_CHECKING:
     from edgezo.network.loader import ModelFiles
     from edgezo.weights.home import Medium
-    from edgezo.weights.tensor_source import TensorSource
 
 
 @dataclass(frozen=True)
@@ -80,26 +83,30 @@ class ModelSpec:
     label_ids: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32  # compute dtype
     device: torch.device = CPU
-    away: Medium | None = None  # where blocks that do not stay in memory lie
+    away: Medium | None = None  # where blocks lie that do not stay in memory
     mask: str = "none"
     rule: str = "sgd"
     keep: float = 0.25
     sigma: float = 2e-3
     refresh: int = 50
     evaluations: tuple[Evaluation, ...] = TWO_SIDED  # of a step
-    anchored: bool = False  # a second copy of what is trained
+    anchored: bool = False  # SVRG: a second copy of what is trained
     decay: float = 0.0  # of AdamW, where there is a backward pass
-    mixed: bool = False  # low-rank factors go along their gradient as well (addax.py)
+    mixed: bool = False  # addax: low-rank factors are trained along their gradient as well
+
+    @property
+    def parts(self) -> Trained:
+        """What is trained, by what it is."""
+        return trained(self.train)
 
 
-def assemble(files: ModelFiles, recipe: ModelSpec) -> Model:
+def assemble(files: ModelFiles, spec: ModelSpec) -> Model:
     """Build the module on the meta device and stream the weights into their places.
 
     Raises UsageError where ``train`` asks for what the precision or the task cannot give, EdgezoError for files
     that do not hold what the architecture needs.
     """
-    train = set(recipe.train)
-    if "full" in train and recipe.precision == "int4":
+    if spec.parts.weights and spec.precision == "int4":
         raise UsageError(
             "--train full needs dense weights or int8 codes, but --precision is int4 (frozen codes).\n"
             "Train lowrank, scales, norms or head beside the codes, or use --precision int8 or bf16."
@@ -107,7 +114,7 @@ def assemble(files: ModelFiles, recipe: ModelSpec) -> Model:
     packing.register()
     module = loader.build_meta(files)
     module.set_attn_implementation(packing.ATTENTION)  # type: ignore[operator]
-    builder = _Builder(files, module, recipe)
+    builder = _Builder(files, module, spec)
     with torch.no_grad():
         builder.run()
     return builder.model()
@@ -116,51 +123,41 @@ def assemble(files: ModelFiles, recipe: ModelSpec) -> Model:
 class _Builder:
     """One walk over the module; see the module docstring."""
 
-    def __init__(self, files: ModelFiles, module: nn.Module, recipe: ModelSpec):
-        self.files, self.module, self.recipe = files, module, recipe
+    def __init__(self, files: ModelFiles, module: nn.Module, spec: ModelSpec):
+        self.files, self.module, self.spec, self.parts = files, module, spec, spec.parts
         self.names = loader.source_names(files, module)
-        self.device = recipe.device
+        self.device = spec.device
         self.fusing = self.device.type == "cpu" and kernels.loaded()
-        directions = DIRECTIONS[recipe.directions]._replace(
-            rank=recipe.rank, refresh=recipe.refresh
-        )
-        mask = mask_of(recipe.mask, recipe.keep, recipe.sigma)
-        rule = RULES[recipe.rule]
+        directions = DIRECTION_KINDS[spec.directions]._replace(rank=spec.rank, refresh=spec.refresh)
+        mask = mask_of(spec.mask, spec.keep, spec.sigma)
+        rule = UPDATE_RULES[spec.rule]
         self.store = WeightStore(
-            *(recipe.seed, recipe.rank, directions, self.device, mask, rule), recipe.anchored
+            *(spec.seed, spec.rank, directions, self.device, mask, rule), spec.anchored
         )
-        self.context = Context(recipe.dtype, self.device)
-        self.train = set(recipe.train)
-        self.adapters = Adapters(recipe.decay) if "lora" in self.train else None
-        self.factors = Factors() if recipe.mixed else None  # GRZO's step has the decay
-        self.bases: dict[str, Callable[[], Rows]] = {}  # where each matrix came from
-        self.table_rows = 0  # rows of all embedding tables seen so far, for `touched` numbering
+        self.context = Context(spec.dtype, self.device)
+        self.adapters = Adapters(spec.decay) if self.parts.adapters else None
+        self.factors = (
+            LearnedFactors() if spec.mixed else None
+        )  # no decay: GRZO's update applies it
+        self.matrices: dict[str, StoredMatrix] = {}  # by parameter name
+        self.table_rows = (
+            0  # rows of the embedding tables placed so far: ``touched`` numbers rows of all tables
+        )
         self.frozen: list[str] = []
         self.label_rows: np.ndarray | None = None
         self.output = module.get_output_embeddings()  # type: ignore[operator]
         self.input = module.get_input_embeddings()  # type: ignore[operator]
         self.tied = self.output.weight is self.input.weight
         self.head: PerturbedHead | None = None
-        self.away = _Away(self, recipe.away) if recipe.away is not None else None
+        self.blocks_name, self.blocks = loader.decoder_layers(module, files.shape.layers)
+        self.away: BlocksElsewhere | None = None
+        if spec.away is not None:
+            self.away = BlocksElsewhere(self.store, spec.away, self.blocks_name)
 
     def run(self) -> None:
-        owners = [
-            (name, sub)
-            for name, sub in self.module.named_modules()
-            if isinstance(getattr(sub, "weight", None), nn.Parameter)
-        ]
-        # Largest first, blocks that go elsewhere after that and one by one; the output embedding last, because
-        # a tied one is its input embedding.
+        """Place every weight."""
         away = self.away
-        owners.sort(
-            key=lambda item: (
-                item[1] is self.output,
-                away.block_of(item[0]) if away is not None else -1,
-                -item[1].weight.numel(),
-                item[0],
-            )
-        )
-        for name, sub in owners:
+        for name, sub in self._owners():
             if away is not None:
                 away.enter(away.block_of(name))
             if sub is self.output:
@@ -172,124 +169,124 @@ class _Builder:
             else:
                 self._linear(name, sub)
         if self.adapters is not None or self.factors is not None:
-            self._recomputed()
+            self._recompute_blocks()
         if away is not None:
             away.enter(-1)
-            away.residency.attach(list(away.layers)[away.first :])
+            away.residency.attach(list(self.blocks)[away.first :])
         self.store.prepare()
         if self.fusing:
             fuse_gates(self.module)
             fuse_rotary(self.module)
+        self._place_buffers()
+        self._check_all_placed()
+
+    def _owners(self) -> list[tuple[str, Any]]:
+        """Modules with a weight in the order of placing.
+
+        Largest first, after them one by one the blocks that go elsewhere; the output embedding last, because a tied
+        one is its input embedding.
+        """
+        away = self.away
+        owners = [
+            (name, sub)
+            for name, sub in self.module.named_modules()
+            if isinstance(getattr(sub, "weight", None), nn.Parameter)
+        ]
+        owners.sort(
+            key=lambda item: (
+                item[1] is self.output,
+                away.block_of(item[0]) if away is not None else -1,
+                -item[1].weight.numel(),
+                item[0],
+            )
+        )
+        return owners
+
+    def _recompute_blocks(self) -> None:
+        """Let blocks run again for the backward pass, bound to memory if they are elsewhere."""
+        away = self.away
+        for index, block in enumerate(self.blocks):
+            if away is None or index < away.first:
+                recompute(block)
+            else:
+                recompute(block, partial(away.residency.again, index - away.first))
+
+    def _place_buffers(self) -> None:
         for sub in self.module.modules():
             for name, buffer in sub._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     sub._buffers[name] = buffer.to(self.device)
-        left = [n for n, p in self.module.named_parameters() if p.is_meta]
-        left += [n for n, b in self.module.named_buffers() if b.is_meta]
-        if left:
+
+    def _check_all_placed(self) -> None:
+        missing = [n for n, p in self.module.named_parameters() if p.is_meta]
+        missing += [n for n, b in self.module.named_buffers() if b.is_meta]
+        if missing:
             raise EdgezoError(
-                f"{len(left)} tensors of the model have no place in edgezo, the first is {left[0]}.\n"
-                "The architecture is not supported; see README for the families that are."
+                f"edgezo does not know where {len(missing)} tensors of the model belong, the first is "
+                f"{missing[0]}.\nIts architecture is not supported; see README for the families that are."
             )
-
-    def _recomputed(self) -> None:
-        """Blocks are run again for the backward pass; those that are elsewhere are bound for that."""
-        from edgezo.network.loader import decoder_layers
-
-        _, layers = decoder_layers(self.module, self.files.shape.layers)
-        away = self.away
-        for index, layer in enumerate(layers):
-            if away is None or index < away.first:
-                recompute(layer)
-            else:
-                recompute(layer, partial(away.residency.again, index - away.first))
 
     def model(self) -> Model:
-        recipe, config = self.recipe, self.files.config
-        hidden = int(self.output.in_features)
-        exact = None
-        if "head" in self.train:
-            exact = (
-                ExactHead.for_labels(len(recipe.label_ids), hidden, self.device)
-                if recipe.kind == "label"
-                else ExactHead.for_vocabulary(
-                    self.output.out_features, hidden, recipe.rank, recipe.seed, self.device
-                )
-            )
+        spec, config = self.spec, self.files.config
         assert self.head is not None
         softcap = getattr(config.get_text_config(), "final_logit_softcapping", None)
-        labels = torch.tensor(recipe.label_ids, dtype=torch.int64, device=self.device)
-        masked = self.files.kind == "masked"
+        labels = torch.tensor(spec.label_ids, dtype=torch.int64, device=self.device)
+        exact = self._exact_head() if self.parts.head else None
         return Model(
             module=self.module,
             store=self.store,
             context=self.context,
-            scorer=Scorer(recipe.kind, labels, self.head, softcap, exact),
-            masked=masked,
+            scorer=Scorer(spec.kind, labels, self.head, softcap, exact),
+            masked=self.files.kind == "masked",
             position_offset=self.files.position_offset,
-            evaluations=recipe.evaluations,
+            blocks_name=self.blocks_name,
+            evaluations=spec.evaluations,
             label_rows=self.label_rows,
             frozen=self.frozen,
             adapters=self.adapters,
             factors=self.factors,
         )
 
+    def _exact_head(self) -> ExactHead:
+        spec, hidden = self.spec, int(self.output.in_features)
+        if spec.kind == "label":
+            return ExactHead.for_labels(len(spec.label_ids), hidden, self.device)
+        vocab = self.output.out_features
+        return ExactHead.for_vocabulary(vocab, hidden, spec.rank, spec.seed, self.device)
+
     # -- one parameter ------------------------------------------------------------------------------------
 
-    def _read(self, name: str) -> Tensor:
-        return self.files.source.read(self.names[name])
-
     def _layout(self, name: str, *, table: bool, transpose: bool = False) -> Layout:
-        recipe = self.recipe
-        how: dict[str, Any] = {
-            "table": table,
-            "rounding": recipe.rounding,
-            "trained": "full" in self.train,
-        }
-
-        def make(rows: slice | None = None) -> Layout:
-            # A dense store is read in its own dtype, piece by piece; codes are made from the source's values.
-            source, stored, dtype = self.files.source, self.names[name], None
-            if recipe.precision in DENSE_DTYPES:
-                dtype = DENSE_DTYPES[recipe.precision]
-            elif table and rows is None:  # the largest tensor is never whole beside its codes
-                plane = how["trained"] and recipe.rounding == "plane"
-                return Int8.quantise(_Rows(source, stored), plane=plane)
-            weight = source.read(stored, dtype, rows)
-            if transpose:
-                weight = weight.T.contiguous()
-            return place(weight, recipe.precision, **how)
-
-        def base() -> Rows:
-            source, stored = self.files.source, self.names[name]
-            if table:
-                return _Rows(source, stored)
-            weight = source.read(stored)
-            return weight.T.contiguous() if transpose else weight
-
-        self.bases[name] = base
-        layout: Layout | None = None
-        if self.away is not None:
-            rows, cols = self.files.source.shape(self.names[name])
-            shape = (cols, rows) if transpose else (rows, cols)
-            empty = vacant(shape, recipe.precision, **how)
-            if table:
-                layout = self.away.residency.medium.table(empty, make)
-            elif self.away.block_of(name) >= 0:
-                layout = self.away.hold(name, empty, make)
+        """Read a matrix into its layout, here or elsewhere."""
+        stored = StoredMatrix(
+            self.files.source,
+            self.names[name],
+            self.spec.precision,
+            self.spec.rounding,
+            trained=self.parts.weights,
+            table=table,
+            transpose=transpose,
+        )
+        self.matrices[name] = stored
+        layout = None if self.away is None else self.away.layout(name, stored)
         if layout is None:
-            layout = moved(make(), self.device)
+            layout = moved(stored.make(), self.device)
         self.store.layouts[name] = layout
         return layout
 
-    def _vector(self, name: str) -> tuple[Tensor | None, Trainable | None]:
-        """A 1-D parameter: (values, None) frozen in the compute dtype, or (None, row) trained in fp32."""
-        values = self._read(name)
-        if self.train & {"norms", "full"}:
-            return None, self.store.train_vector(name, values)
+    def _vector(self, name: str) -> Tensor | Trainable:
+        """A 1-D parameter: its values, frozen in the compute dtype, or its trainable in fp32."""
+        values = self.files.source.read(self.names[name])
+        if self.parts.vectors:
+            return self.store.train_vector(name, values)
         self.frozen.append(name)
-        held = self.store.vectors[name] = values.to(self.device, self.recipe.dtype)
-        return held, None
+        frozen = self.store.vectors[name] = values.to(self.device, self.spec.dtype)
+        return frozen
+
+    def _bias(self, name: str) -> dict[str, object]:
+        """The bias attribute of a perturbed module."""
+        bias = self._vector(name)
+        return {"trained_bias" if isinstance(bias, Trainable) else "frozen_bias": bias}
 
     def _matrix(
         self,
@@ -299,65 +296,66 @@ class _Builder:
         touched_offset: int | None = None,
         fixed: Tensor | None = None,
     ) -> Matrix:
-        full = None
-        if "full" in self.train:
-            assert isinstance(layout, Dense | Int8 | DiskTable)
-            full = self.store.train(name, layout, touched_offset=touched_offset, fixed_rows=fixed)
-            if isinstance(layout, Int8) and self.recipe.rounding == "anchored":
-                full.base = self.bases[name]
-        else:
+        if not self.parts.weights:
             self.frozen.append(name)
-        return Matrix(layout, self.context, full)
+            return Matrix(layout, self.context)
+        assert isinstance(layout, Dense | Int8 | DiskTable)
+        trainable = self.store.train(name, layout, touched_offset=touched_offset, fixed_rows=fixed)
+        if isinstance(layout, Int8) and self.spec.rounding == "anchored":
+            trainable.open_base = self.matrices[name].rows
+        return Matrix(layout, self.context, trainable)
 
     # -- one module ---------------------------------------------------------------------------------------
 
     def _linear(self, name: str, sub: nn.Module) -> None:
         weight = f"{name}.weight"
         layout = self._layout(weight, table=False, transpose=not isinstance(sub, nn.Linear))
-        fields: dict[str, object] = {
-            "matrix": self._matrix(weight, layout),
-            "context": self.context,
-            "bias_vector": None,
-            "bias_row": None,
-            "gain_row": None,
-            "lowrank_row": None,
-            "basis": None,
-        }
+        matrix = self._matrix(weight, layout)
+        fields: dict[str, object] = {"matrix": matrix, "context": self.context}
         if getattr(sub, "bias", None) is not None:
-            fields["bias_vector"], fields["bias_row"] = self._vector(f"{name}.bias")
-        rows, cols = layout.shape
+            fields |= self._bias(f"{name}.bias")
+        for part, build in BESIDE_LINEAR.items():
+            if getattr(self.parts, part):
+                fields |= build(self, weight, layout.shape)
+        self._guide(matrix.trained, self.store.trainables.get(f"{weight}#lowrank"))
+        kind: type[nn.Module] = PerturbedLinear
         if self.adapters is not None:
-            kept = ("matrix", "context", "bias_vector")
-            adapter = self.adapters.add(
-                weight, (rows, cols), self.recipe.rank, self.recipe.seed, self.device
-            )
-            _become(sub, LoraLinear, {**{n: fields[n] for n in kept}, "adapter": adapter})
-            return
-        full = fields["matrix"].full  # type: ignore[attr-defined]
-        if "scales" in self.train:
-            gain = self.store.train_vector(f"{weight}#gain", torch.zeros(rows))
-            gain.least = -1.0  # a scale of quantisation is never negative
-            fields["gain_row"] = gain
-        if "lowrank" in self.train:
-            factor = Dense(torch.zeros(rows, self.recipe.rank, device=self.device))
-            fields["lowrank_row"] = self.store.train(f"{weight}#lowrank", factor)
-            fields["basis"] = self.store.basis(weight, cols).to(self.device, self.recipe.dtype)
+            kind = LoraLinear
+        elif self.factors is not None:
+            kind = MixedLinear
+        _become(sub, kind, fields)
+
+    def _gain(self, weight: str, shape: tuple[int, int]) -> dict[str, object]:
+        gain = self.store.train_vector(f"{weight}#gain", torch.zeros(shape[0]))
+        gain.least = -1.0  # a scale of quantisation is never negative
+        return {"trained_gain": gain}
+
+    def _factor(self, weight: str, shape: tuple[int, int]) -> dict[str, object]:
+        layout = Dense(torch.zeros(shape[0], self.spec.rank, device=self.device))
+        factor = self.store.train(f"{weight}#lowrank", layout)
+        basis = self.store.basis(weight, shape[1]).to(self.device, self.spec.dtype)
+        fields: dict[str, object] = {"trained_factor": factor, "basis": basis}
+        if self.factors is not None:
+            leaf = self.factors.train(factor.target.name, factor.values)
+            fields["adapter"] = Adapter(basis, leaf, 1.0)
+        return fields
+
+    def _adapter(self, weight: str, shape: tuple[int, int]) -> dict[str, object]:
+        assert self.adapters is not None
+        spec = self.spec
+        return {"adapter": self.adapters.add(weight, shape, spec.rank, spec.seed, self.device)}
+
+    def _guide(self, weight: Trainable | None, factor: Trainable | None) -> None:
+        """Prepare a linear's trainables for directions that are made from what it reads."""
         directions = self.store.directions
         if directions.guided and directions.factored:
-            for trained in (full, fields["lowrank_row"]):
-                if isinstance(trained, Trainable):
-                    trained.guides = {}
-        elif directions.guided and full is not None:
-            start = directions.basis(Key(self.recipe.seed, 0), full.target)[:, : min(rows, cols)]
-            full.basis = orthonormal(start).to(self.device, self.recipe.dtype)
-        if self.factors is not None:
-            trained = fields["lowrank_row"]
-            basis = fields["basis"]
-            assert isinstance(trained, Trainable) and isinstance(basis, Tensor)
-            leaf = self.factors.train(trained.target.name, trained.values)
-            _become(sub, MixedLinear, {**fields, "leaf": Adapter(basis, leaf, 1.0)})
-            return
-        _become(sub, PerturbedLinear, fields)
+            for trainable in (weight, factor):
+                if trainable is not None:
+                    trainable.guides = {}
+        elif directions.guided and weight is not None:
+            rank = min(weight.target.rows, weight.target.cols)
+            start = directions.basis(Key(self.spec.seed, 0), weight.target)[:, :rank]
+            weight.basis = orthonormal(start).to(self.device, self.spec.dtype)
 
     def _embedding(self, name: str, sub: nn.Embedding) -> None:
         weight = f"{name}.weight"
@@ -365,18 +363,18 @@ class _Builder:
         offset: int | None = self.table_rows
         self.table_rows += layout.shape[0]
         if sub is self.input and self.tied:
-            if self.recipe.kind == "label":
+            if self.spec.kind == "label":
                 assert offset is not None
-                self.label_rows = np.array(self.recipe.label_ids, np.int64) + offset
+                self.label_rows = np.array(self.spec.label_ids, np.int64) + offset
             else:
-                offset = None  # the softmax reads, and so probes, every row
+                offset = None  # the softmax reads, and so perturbs, every row
         matrix = self._matrix(weight, layout, touched_offset=offset)
-        mixed = (
+        kind = (
             PerturbedEmbedding
             if type(sub) is nn.Embedding
             else type("Perturbed" + type(sub).__name__, (type(sub), PerturbedEmbedding), {})
         )
-        _become(sub, mixed, {"matrix": matrix, "context": self.context})
+        _become(sub, kind, {"matrix": matrix, "context": self.context})
 
     def _head(self, name: str, sub: nn.Module) -> None:
         weight = f"{name}.weight"
@@ -384,20 +382,15 @@ class _Builder:
             matrix: Matrix = self.input.matrix
         else:
             layout = self._layout(weight, table=True)
-            labels = self.recipe.kind == "label"
-            fixed = torch.tensor(self.recipe.label_ids, device=self.device) if labels else None
+            labels = self.spec.kind == "label"
+            fixed = torch.tensor(self.spec.label_ids, device=self.device) if labels else None
             matrix = self._matrix(weight, layout, fixed=fixed)
-        fields: dict[str, object] = {
-            "matrix": matrix,
-            "context": self.context,
-            "bias_vector": None,
-            "bias_row": None,
-        }
+        fields: dict[str, object] = {"matrix": matrix, "context": self.context}
         if getattr(sub, "bias", None) is not None:
-            # RoBERTa's head has the bias at its parent as well: tied the same, under the name that files have;
-            # else another one, which nothing reads.
-            own = next(n for n, p in self.module.named_parameters() if p is sub.bias)
-            fields["bias_vector"], fields["bias_row"] = self._vector(own)
+            # RoBERTa's head has the bias at its parent as well: the tied one, under the name that files have, or
+            # another one, which nothing reads.
+            bias = next(n for n, p in self.module.named_parameters() if p is sub.bias)
+            fields |= self._bias(bias)
             parent = self.module.get_submodule(name.rpartition(".")[0])
             if "bias" in parent._parameters:
                 parent._parameters["bias"] = None
@@ -406,78 +399,34 @@ class _Builder:
 
     def _norm(self, name: str, sub: nn.Module) -> None:
         names = [n for n, _ in sub.named_parameters(recurse=False)]
-        if not self.train & {"norms", "full"}:
-            for own in names:
-                values, _ = self._vector(f"{name}.{own}")
-                assert values is not None
-                sub._parameters[own] = nn.Parameter(values, requires_grad=False)
-            if self.fusing:
-                fuse_norm(sub)
+        vectors = {n: self._vector(f"{name}.{n}") for n in names}
+        if self.parts.vectors:
+            fields = {
+                "context": self.context,
+                "norm": norm_of(sub),
+                "trained_weight": vectors["weight"],
+                "trained_bias": vectors.get("bias"),
+            }
+            _become(sub, PerturbedNorm, fields)
             return
-        rows = {own: self._vector(f"{name}.{own}")[1] for own in names}
-        fields = {
-            "context": self.context,
-            "norm": norm_of(sub),
-            "weight_row": rows["weight"],
-            "bias_row": rows.get("bias"),
-        }
-        _become(sub, PerturbedNorm, fields)
+        for n, values in vectors.items():
+            assert isinstance(values, Tensor)
+            sub._parameters[n] = nn.Parameter(values, requires_grad=False)
+        if self.fusing:
+            fuse_norm(sub)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """A matrix of a checkpoint, of which rows are read when they are asked for."""
-
-    source: TensorSource
-    name: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape(self.name)
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        return self.source.read(self.name, None, rows)
-
-
-class _Away:
-    """The builder's part that gives the last blocks a home elsewhere, one block at a time."""
-
-    def __init__(self, builder: _Builder, medium: Medium):
-        from edgezo.network.loader import decoder_layers
-        from edgezo.weights.residency import Residency
-
-        self.store, self.first = builder.store, medium.resident_blocks
-        count = builder.files.shape.layers
-        self.prefix, self.layers = decoder_layers(builder.module, count)
-        self.residency = self.store.residency = Residency(medium, self.store.catch_up)
-        self._index = -1  # the block that is being put together, and its matrices
-        self._layouts: dict[str, Layout] = {}
-        self._make: dict[str, Callable[[], Layout]] = {}
-
-    def block_of(self, name: str) -> int:
-        """Which block a parameter or module is of, if that goes elsewhere; else -1."""
-        if not name.startswith(self.prefix + "."):
-            return -1
-        index = int(name[len(self.prefix) + 1 :].partition(".")[0])
-        return index if index >= self.first else -1
-
-    def hold(self, name: str, empty: Layout, make: Callable[[], Layout]) -> Layout:
-        self._layouts[name], self._make[name] = empty, make
-        return empty
-
-    def enter(self, index: int) -> None:
-        """The next module is of block ``index``: whatever was held of another block goes there."""
-        if index != self._index and self._layouts:
-            rows = [self.store.trainables[n] for n in self._layouts if n in self.store.trainables]
-            for row in rows:
-                row.away = True
-            self.residency.block(self._layouts, self._make, trained=bool(rows))
-            self._layouts, self._make = {}, {}
-        self._index = index
+# What a trained part adds to a linear, by its flag in zo/parts.py: (builder, weight's name, its shape) -> attributes
+# of the perturbed module.
+BESIDE_LINEAR: dict[str, Callable[[_Builder, str, tuple[int, int]], dict[str, object]]] = {
+    "gains": _Builder._gain,
+    "factors": _Builder._factor,
+    "adapters": _Builder._adapter,
+}
 
 
 def _become(sub: nn.Module, kind: type, fields: dict[str, object]) -> None:
-    """Turn ``sub`` into ``kind`` in place; its own parameters are gone, the store has them.
+    """Turn ``sub`` into ``kind`` in place, with these attributes; its parameters are gone, the store has them.
 
     An empty weight stays for code that asks for its dtype.
     """

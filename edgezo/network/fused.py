@@ -1,4 +1,7 @@
-"""Parts of transformers' modules with a faster equal in machine/kernels.py, found by what they hold, not by class."""
+"""Parts of transformers' modules that have a faster equal in machine/kernels.py.
+
+A part is recognised by its attributes and by what it computes on a small input, not by its class.
+"""
 
 from __future__ import annotations
 
@@ -22,21 +25,21 @@ class Norm(NamedTuple):
     offset: float  # 1.0 where the module multiplies by 1 + weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        """xhat, fp32 of the shape of x."""
+        """xhat, fp32, of the shape of x."""
         x = x.float()
         if self.centred:
             return F.layer_norm(x, x.shape[-1:], eps=self.eps)
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
 
     def fused(self, x: Tensor, weight: Tensor) -> Tensor | None:
-        """xhat * (weight + offset) as ``kernels.rms_norm`` has it; None without a kernel for it."""
+        """xhat * (weight + offset) by ``kernels.rms_norm``; None where there is no kernel for it."""
         return None if self.centred else kernels.rms_norm(x, weight, self.eps, self.offset)
 
 
 def norm_of(module: nn.Module) -> Norm:
-    """How ``module`` normalises.
+    """How ``module`` normalises, tried out on a small input.
 
-    Raises TypeError where it is no normalisation with one weight vector over its last axis.
+    Raises TypeError where it is not a normalisation with one weight vector over its last axis.
     """
     weight = module.weight
     assert isinstance(weight, Tensor)
@@ -48,8 +51,8 @@ def norm_of(module: nn.Module) -> Norm:
     def run(value: float) -> Tensor:
         fills = {n: torch.full(p.shape, value if n == "weight" else 0.0) for n, p in names.items()}
         with torch.no_grad():
-            found: Tensor = torch.func.functional_call(module, fills, (x,))
-        return found.float()
+            y: Tensor = torch.func.functional_call(module, fills, (x,))
+        return y.float()
 
     at_zero, at_one = run(0.0), run(1.0)
     slope = at_one - at_zero
@@ -67,38 +70,38 @@ def norm_of(module: nn.Module) -> Norm:
 
 
 class FusedNorm(nn.Module):
-    """In front of a frozen norm's own class, which goes on where there is no kernel."""
+    """Base in front of a frozen norm's class, whose forward runs where there is no kernel."""
 
     norm: Norm
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
         assert isinstance(weight, Tensor)
-        found = self.norm.fused(x, weight)
-        return super().forward(x) if found is None else found
+        fused = self.norm.fused(x, weight)
+        return super().forward(x) if fused is None else fused
 
 
 class FusedGate(nn.Module):
-    """down(act(gate(x)) * up(x)), the middle in one pass."""
+    """down(act(gate(x)) * up(x)), with act and the product in one pass."""
 
-    activation: int  # of kernels.ACTIVATIONS
+    activation: int  # index into kernels.GATE_ACTIVATIONS
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         gated = kernels.gate(self.gate_proj(x), self.up_proj(x), self.activation)
-        found: Tensor = self.down_proj(gated)
-        return found
+        y: Tensor = self.down_proj(gated)
+        return y
 
 
 def activation_of(module: nn.Module) -> int | None:
-    """The activation of a block's gated part, if ``module`` is such a part and has a known one."""
+    """Index of the activation of a block's gated part; None where ``module`` is no such part, or its is not known."""
     if not all(hasattr(module, n) for n in ("gate_proj", "up_proj", "down_proj", "act_fn")):
         return None
     x = torch.linspace(-6, 6, 49)
     gate, up = 2 * x - 1, x + 3
-    own = SimpleNamespace(
+    stand_in = SimpleNamespace(
         gate_proj=lambda _: gate,
         up_proj=lambda _: up.clone(),
         down_proj=lambda middle: 5 * middle,
@@ -106,17 +109,19 @@ def activation_of(module: nn.Module) -> int | None:
     )
     try:
         with torch.no_grad():
-            found = type(module).forward(own, x)
-    except Exception:  # it does more than that
+            y = type(module).forward(stand_in, x)
+    except (
+        Exception
+    ):  # its forward needs more than these attributes, so it is another kind of module
         return None
-    for place, activation in enumerate(kernels.ACTIVATIONS):
-        if torch.allclose(found, 5 * activation(gate) * up, atol=1e-5):
+    for place, activation in enumerate(kernels.GATE_ACTIVATIONS):
+        if torch.allclose(y, 5 * activation(gate) * up, atol=1e-5):
             return place
     return None
 
 
 def fuse_norm(module: nn.Module) -> None:
-    """Let a frozen norm with its weight in place use the kernel, if it is one that has one."""
+    """Let a frozen norm, whose weight is in place, use the kernel if there is one for it."""
     if getattr(module, "bias", None) is not None:
         return
     try:
@@ -137,57 +142,58 @@ def fuse_gates(model: nn.Module) -> None:
             object.__setattr__(module, "activation", activation)
 
 
-ROTARY = "apply_rotary_pos_emb"  # what transformers' attention modules call for positions
+ROTARY = "apply_rotary_pos_emb"  # the function by which transformers' attention modules rotate queries and keys
 Rotary = Callable[..., tuple[Tensor, Tensor]]
 
 
 @cache
-def _turned(own: Rotary) -> Rotary | None:
-    """``own`` with the kernel in front; None where ``own`` does something else."""
+def _fused_rotary(original: Rotary) -> Rotary | None:
+    """``original`` with the kernel in front; None where ``original`` computes something else than the kernel."""
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, heads, 5, 8, generator=generator) for heads in (3, 1))
     cos, sin = torch.randn(2, 1, 5, 8, generator=generator)
 
-    def wanted(x: Tensor) -> Tensor:
+    def expected(x: Tensor) -> Tensor:
         one, two = x.chunk(2, -1)
         return x * cos + torch.cat([-two, one], -1) * sin
 
     try:
-        found = own(q, k, cos, sin)
-    except Exception:  # it has other arguments
+        rotated = original(q, k, cos, sin)
+    except Exception:  # it takes other arguments
         return None
-    if not all(torch.allclose(f, wanted(x), atol=1e-5) for f, x in zip(found, (q, k), strict=True)):
+    pairs = zip(rotated, (q, k), strict=True)
+    if not all(torch.allclose(y, expected(x), atol=1e-5) for y, x in pairs):
         return None
 
-    def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> Any:
-        # What projections have just written is nobody else's.
+    def fused(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> Any:
+        # In place: projections have just written q and k, and nobody else reads them.
         if not more and not named and kernels.rotate(q, cos, sin):
             if not kernels.rotate(k, cos, sin):
-                k = own(k, k, cos, sin)[0]
+                k = original(k, k, cos, sin)[0]
             return q, k
-        return own(q, k, cos, sin, *more, **named)
+        return original(q, k, cos, sin, *more, **named)
 
-    return turned
+    return fused
 
 
 def _with_rotary(kind: type) -> type | None:
-    """A subclass whose forward is ``kind``'s own, but for the function that turns queries and keys."""
+    """A subclass with the forward of ``kind``, in which ROTARY is the fused function; None where there is none."""
     forward = getattr(kind, "forward", None)
     if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
         return None
-    own = forward.__globals__.get(ROTARY)
-    turned = None if own is None else _turned(own)
-    if turned is None:
+    original = forward.__globals__.get(ROTARY)
+    fused = None if original is None else _fused_rotary(original)
+    if fused is None:
         return None
-    seen = {**forward.__globals__, ROTARY: turned}
+    names = {**forward.__globals__, ROTARY: fused}
     rest = (forward.__name__, forward.__defaults__, forward.__closure__)
-    copied = FunctionType(forward.__code__, seen, *rest)
+    copied = FunctionType(forward.__code__, names, *rest)
     copied.__kwdefaults__ = forward.__kwdefaults__
     return type("Fused" + kind.__name__, (kind,), {"forward": copied})
 
 
 def fuse_rotary(model: nn.Module) -> None:
-    """Let attention turn its queries and keys in one pass."""
+    """Let attention rotate its queries and keys by the kernel, in one pass."""
     kinds = {kind: _with_rotary(kind) for kind in {type(module) for module in model.modules()}}
     for module in model.modules():
         module.__class__ = kinds[type(module)] or type(module)

@@ -1,10 +1,10 @@
-"""Greedy generation for packed rows, plain or under a probe: each side and example writes its own text.
+"""Greedy generation for packed rows, plain or perturbed: each side and example writes its text.
 
-    prompts  -> one packed forward (in pieces), keys and values of every layer kept
+    prompts  -> one packed forward (in pieces), which keeps keys and values of every layer
     a token  -> one packed forward over the last token of each row, which attends to what was kept
 
-A row that has ended goes on unread until half of the rows have; then the kept rows are moved together. The sides of an
-example stay together as long as one of them writes, so that what is probed has equal parts.
+A row that has ended goes on, and what it writes is ignored, until half of the rows have ended; then the kept rows are
+moved together. The sides of an example stay together as long as one of them writes, so that sides have equal parts.
 """
 
 from __future__ import annotations
@@ -37,26 +37,21 @@ def generate(
 ) -> list[list[list[int]]]:
     """The tokens that each side writes after each prompt, by side and prompt: ``limits.most`` or fewer.
 
-    The last one is that with which it was ``over``. ``probe`` makes the probe of packed rows, laid end to end once for
-    each of ``sides``; ``slots`` are those of the prompts in their group. Prompts pass in pieces of ``most_tokens``.
+    The last token is the one with which ``over`` was true. ``probe`` makes the probe of packed rows, laid end to end
+    once for each of ``sides``; ``slots`` are the slots of the prompts in their group. Prompts pass in pieces of
+    ``most_tokens``.
     """
     n = len(prompts)
     slots = list(range(n)) if slots is None else list(slots)
-    rows = [Example((Row(ids, (len(ids) - 1,), ()),), -1) for ids in prompts]
     room = max(len(ids) for ids in prompts) + limits.most - 1
     model.heap.expect(n * sides)
     kept = KeyValues(n * sides, room, model.heap.apart)
-    last = torch.empty(sides, n, dtype=torch.int64)  # the token that each row wrote last
+    written: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(sides)]
+    ended = torch.zeros(sides, n, dtype=torch.bool)
+    live = torch.arange(n)  # prompts whose rows are kept
+    now: Probe | None = None
     with torch.no_grad():
-        for part in micro_batches(rows, n, most_tokens):
-            batch = collate([rows[i] for i in part], [slots[i] for i in part])
-            at = torch.tensor(part)
-            kept.expect(_of_sides(at, n, sides), batch.lengths * sides)
-            last[:, at] = model.next_tokens(batch, kept, probe(batch), sides=sides)
-        written: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(sides)]
-        ended = torch.zeros(sides, n, dtype=torch.bool)
-        live = torch.arange(n)  # prompts whose rows are kept
-        now: Probe | None = None
+        last = _read_prompts(model, kept, prompts, slots, sides, probe, most_tokens)
         while True:
             for side in range(sides):
                 for place, i in enumerate(live.tolist()):
@@ -78,11 +73,32 @@ def generate(
             last = model.next_tokens(batch, kept, now, sides=sides, ids=last.reshape(-1))
 
 
+def _read_prompts(
+    model: Model,
+    kept: KeyValues,
+    prompts: Sequence[Sequence[int]],
+    slots: Sequence[int],
+    sides: int,
+    probe: Callable[[Batch], Probe | None],
+    most_tokens: int | None,
+) -> Tensor:
+    """Let ``kept`` take in the prompts; the token that each side writes first after each, (sides, n) int64."""
+    n = len(prompts)
+    rows = [Example((Row(ids, (len(ids) - 1,), ()),), -1) for ids in prompts]
+    first = torch.empty(sides, n, dtype=torch.int64)
+    for part in micro_batches(rows, n, most_tokens):
+        batch = collate([rows[i] for i in part], [slots[i] for i in part])
+        at = torch.tensor(part)
+        kept.expect(_of_sides(at, n, sides), batch.lengths * sides)
+        first[:, at] = model.next_tokens(batch, kept, probe(batch), sides=sides)
+    return first
+
+
 def _of_sides(rows: Tensor, n: int, sides: int) -> Tensor:
-    """The same ``rows`` of each side, where a side has ``n``."""
+    """``rows`` (R,) of the first side, and those rows of each other side, where a side has ``n``: (sides*R,)."""
     return (rows + n * torch.arange(sides)[:, None]).reshape(-1)
 
 
 def _single(last: Tensor, slots: Sequence[int]) -> Batch:
-    """One token of each row, those of the first side."""
+    """A batch of one token a row, the last one of the first side."""
     return collate([Example((Row((int(t),), (0,), ()),), -1) for t in last[0]], slots)

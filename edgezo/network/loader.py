@@ -1,7 +1,7 @@
-"""From a path to a model without weights: config, module on the meta device, tokenizer, names.
+"""From a path to a model without weights: config, module on the meta device, names of tensors, tokenizer.
 
-Whoever places the weights (the store) asks ``source_names`` where each parameter comes from and
-reads one tensor at a time. Nothing here holds a weight, and no code of a checkpoint is ever run.
+assemble.py places the weights: it asks ``source_names`` which tensor of the checkpoint each parameter is, and reads
+one tensor at a time. No weight is read here, and no code of a checkpoint is ever run.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 from edgezo.errors import EdgezoError
 from edgezo.machine.cache import file_sha256
 from edgezo.plan.shapes import Shape
-from edgezo.weights.gguf_file import gguf_config, read_header
+from edgezo.weights.gguf_config import gguf_config
+from edgezo.weights.gguf_header import read_header
 from edgezo.weights.tensor_source import TensorSource, open_tensors
 
-# transformers reports each generated default as information; a run has its own report.
+# transformers prints a line for every default of generation; a run prints its report instead.
 transformers.logging.set_verbosity_error()
 
 # ----------------------------------------------------------------------------- families
@@ -122,7 +123,7 @@ FAMILIES: dict[str, _Family] = {
 
 
 def shape_of(config: Any) -> Shape:
-    """The shape that a planner counts with, of an open model."""
+    """The shape of a model, which the planner counts with, from its config."""
     heads = config.num_attention_heads
     fields: dict[str, Any] = {
         "layers": config.num_hidden_layers,
@@ -145,7 +146,7 @@ def shape_of(config: Any) -> Shape:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A checkpoint whose structure was checked; no weight has been read."""
+    """A checkpoint whose structure was checked, and of which no weight was read."""
 
     path: Path
     config: Any  # transformers PretrainedConfig
@@ -154,7 +155,7 @@ class ModelFiles:
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 (hex) of the weight files in order; streamed, remembered by path, size, times."""
+        """SHA-256 (hex) of the weight files in order. It is remembered by each file's path, size and times."""
         digests = [file_sha256(file) for file in self.source.files]
         if len(digests) == 1:
             return digests[0]
@@ -171,7 +172,7 @@ class ModelFiles:
 
 
 def open_model(path: Path) -> ModelFiles:
-    """Read and check config and tensor table. EdgezoError for what edgezo cannot load."""
+    """Read and check the config and the table of tensors. Raises EdgezoError for what edgezo cannot load."""
     path = Path(path)
     if path.is_dir():
         config = _directory_config(path)
@@ -190,8 +191,8 @@ def open_model(path: Path) -> ModelFiles:
     if quantised:
         method = dict(quantised).get("quant_method", "?") if isinstance(quantised, dict) else "?"
         raise EdgezoError(
-            f"{path} is already quantised ({method}). Give the full-precision checkpoint, or a "
-            "GGUF file; --precision quantises while loading."
+            f"{path} is already quantised ({method}). Give the full-precision checkpoint, which "
+            "--precision quantises while it loads, or a GGUF file."
         )
     source = open_tensors(path, config)
     return ModelFiles(path, config, FAMILIES[config.model_type].kind, source)
@@ -203,12 +204,12 @@ def _directory_config(directory: Path) -> Any:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as problem:
         raise EdgezoError(
-            f"{directory} has no config.json, so it is no Hugging Face model directory."
+            f"{directory} has no config.json, so it is not a Hugging Face model directory."
         ) from problem
     except (OSError, ValueError) as problem:
         raise EdgezoError(f"{file} cannot be read ({problem}).") from problem
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
-        raise EdgezoError(f"{file} names no model_type, so edgezo cannot tell the family.")
+        raise EdgezoError(f"{file} has no model_type, so edgezo cannot tell the model's family.")
     if values["model_type"] not in (*FAMILIES, "gemma3"):
         raise EdgezoError(
             f"{directory} holds a model of type {values['model_type']!r}. "
@@ -235,7 +236,7 @@ def _gguf_file_config(file: Path) -> Any:
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """``torch.empty`` gives meta tensors: parameters cost nothing, computed buffers stay real."""
+    """Inside, ``torch.empty`` gives meta tensors: parameters take no memory, and computed buffers stay real."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -249,13 +250,13 @@ class _EmptyOnMeta(TorchFunctionMode):
 def build_meta(files: ModelFiles, attn_implementation: str | None = None) -> nn.Module:
     """The module in eval mode: every parameter on meta in float32, every buffer real on the CPU.
 
-    Tied parameters are one object. Where a config says "tied" but the checkpoint stores two
-    different matrices, they are not tied, as in transformers.
+    Tied parameters are one object. Where the config ties two matrices but the checkpoint stores two different ones,
+    they are not tied, as in transformers.
     """
     module = _build(files, attn_implementation)
     for names in _parameter_names(module).values():
-        found = {n: s for n in names if (s := _find(files.source, module, n)) is not None}
-        first, *others = dict.fromkeys(found.values()) or [""]
+        stored = [s for n in names if (s := _find(files.source, module, n)) is not None]
+        first, *others = dict.fromkeys(stored) or [""]
         if any(not files.source.same_bytes(first, other) for other in others):
             files.config.tie_word_embeddings = False
             return _build(files, attn_implementation)
@@ -267,9 +268,9 @@ def _auto(files: ModelFiles) -> Any:
 
 
 def model_class(files: ModelFiles) -> type[nn.Module]:
-    """transformers' class of the model, imported (80 MB with all that it imports, unless that was done before)."""
-    found: type[nn.Module] = _auto(files)._model_mapping[type(files.config)]
-    return found
+    """transformers' class of the model. The first use imports its code: 80 MB with all that it imports."""
+    kind: type[nn.Module] = _auto(files)._model_mapping[type(files.config)]
+    return kind
 
 
 def _build(files: ModelFiles, attn_implementation: str | None) -> nn.Module:
@@ -280,9 +281,9 @@ def _build(files: ModelFiles, attn_implementation: str | None) -> nn.Module:
             module = auto.from_config(
                 files.config, dtype=torch.float32, trust_remote_code=False, **options
             )
-    except Exception as problem:  # assertions, overflows, whatever a layer makes of odd sizes
+    except Exception as problem:  # assertions, overflows: layers fail in many ways on odd sizes
         raise EdgezoError(
-            f"{files.path}: no model can be built of this config ({problem}). Check it."
+            f"{files.path}: no model can be built from its config ({problem}). Check config.json."
         ) from problem
     # Small parameters made with ones() or zeros() are real: move them, keeping ties.
     moved: dict[nn.Parameter, nn.Parameter] = {}
@@ -299,11 +300,11 @@ def _build(files: ModelFiles, attn_implementation: str | None) -> nn.Module:
 def source_names(files: ModelFiles, module: nn.Module) -> dict[str, str]:
     """Parameter name (as ``module.named_parameters()`` gives it) -> name in ``files.source``.
 
-    EdgezoError if a parameter has no tensor, or one of another shape.
+    Raises EdgezoError if a parameter has no tensor, or one of another shape.
     """
-    found: dict[str, str] = {}
+    stored_names: dict[str, str] = {}
     absent: list[str] = []
-    unlike: list[str] = []
+    misshapen: list[str] = []
     parameters = dict(module.named_parameters())
     for names in _parameter_names(module).values():
         name = names[0]
@@ -311,20 +312,22 @@ def source_names(files: ModelFiles, module: nn.Module) -> dict[str, str]:
         if source is None:
             absent.append(name)
             continue
-        found[name] = source
-        if (stored := files.source.shape(source)) != (wanted := tuple(parameters[name].shape)):
-            unlike.append(f"{source} is {list(stored)}, the config wants {list(wanted)}")
-    if absent or unlike:
+        stored_names[name] = source
+        shape, expected = files.source.shape(source), tuple(parameters[name].shape)
+        if shape != expected:
+            misshapen.append(f"{source} is {list(shape)}, but the config needs {list(expected)}")
+    if absent or misshapen:
         lines = [f"{files.path} does not match its config."]
         if absent:
             lines.append(f"No tensor for {len(absent)} parameters: {_some(absent)}.")
-        if unlike:
-            lines.append(f"Other shapes: {_some(unlike)}.")
+        if misshapen:
+            lines.append(f"{len(misshapen)} tensors of another shape: {_some(misshapen)}.")
         raise EdgezoError(" ".join(lines) + " Fetch the checkpoint again, or check config.json.")
-    return found
+    return stored_names
 
 
 def _some(items: list[str]) -> str:
+    """At most four of ``items``, as one text."""
     return "; ".join(items[:4]) + ("; ..." if len(items) > 4 else "")
 
 
@@ -337,7 +340,7 @@ def _parameter_names(module: nn.Module) -> dict[nn.Parameter, list[str]]:
 
 
 def _find(source: TensorSource, module: nn.Module, name: str) -> str | None:
-    """The stored tensor of a parameter: its own name, or the same name with other prefixes."""
+    """The stored tensor with a parameter's name, or with its name behind other prefixes; None if there is none."""
     if name in source.names:
         return name
     base = str(getattr(module, "base_model_prefix", ""))
@@ -349,10 +352,10 @@ def _find(source: TensorSource, module: nn.Module, name: str) -> str | None:
 
 
 def _canonical(name: str, base: str) -> str:
-    """Without the prefixes that checkpoints of the same model differ in.
+    """A tensor's name without the prefixes in which checkpoints of one model differ.
 
-    A checkpoint of the base model lacks its prefix (``h.0.`` for ``transformer.h.0.``), a text
-    part of a larger model adds ``language_model.``, old ones call a norm's pair gamma and beta.
+    A checkpoint of the base model lacks its prefix (``h.0.`` for ``transformer.h.0.``), a text part of a larger model
+    adds ``language_model.``, old ones call a norm's weight and bias gamma and beta.
     """
     prefixes = ("language_model.", *([base + "."] if base else []))
     while name.startswith(prefixes):
@@ -371,7 +374,7 @@ _SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "ex
 def load_tokenizer(path: Path) -> Any:
     """The fast tokenizer of a model directory or GGUF file, chat template included.
 
-    Has a pad token (the end token where the model names none). EdgezoError if there is none.
+    Its pad token is the end token where the model names none. Raises EdgezoError if there is no fast tokenizer.
     """
     path = Path(path)
     try:
@@ -384,15 +387,17 @@ def load_tokenizer(path: Path) -> Any:
     except Exception as problem:  # tokenizers raises bare Exception for a malformed file
         raise EdgezoError(f"The tokenizer of {path} cannot be loaded ({problem}).") from problem
     if not tokenizer.is_fast:
-        raise EdgezoError(f"{path} has no fast tokenizer (tokenizer.json).")
+        raise EdgezoError(
+            f"{path} has no fast tokenizer: a tokenizer.json beside the weights is needed."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def _gguf_tokenizer(path: Path) -> Any:
-    # The class is named, not found by AutoTokenizer: that parses the metadata twice more with
-    # gguf's own reader (10 s and 170 MB for 49,152 tokens, against 0.7 s and 50 MB).
+    # Not through AutoTokenizer, which parses the metadata twice more with gguf's reader: 10 s and 170 MB for 49,152
+    # tokens, where this takes 0.7 s and 50 MB.
     header = read_header(path)
     tokenizer = FastTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     if header.metadata.get("tokenizer.ggml.pre") in _SINGLE_DIGITS:
@@ -406,8 +411,13 @@ def _gguf_tokenizer(path: Path) -> Any:
 
 
 def decoder_layers(module: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
-    """Name and list of the ``count`` blocks of a model, wherever its family keeps them."""
+    """Name and list of the ``count`` decoder layers of a model, wherever its family keeps them.
+
+    Raises EdgezoError if the module has no list of that length.
+    """
     for name, part in module.named_modules():
         if isinstance(part, nn.ModuleList) and len(part) == count:
             return name, part
-    raise EdgezoError(f"no list of {count} layers was found in the model")
+    raise EdgezoError(
+        f"the model has no list of {count} decoder layers, as its config says: check config.json"
+    )

@@ -1,10 +1,12 @@
 """A runnable model: transformers' module with its weights in a store and perturbed operations inside.
 
-``Model.losses`` is the engine's one entry. assemble.py puts a model together.
+``Model.losses`` is what a step calls. assemble.py puts a model together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from edgezo.data.batches import Batch
+from edgezo.errors import EdgezoError
 from edgezo.machine.process_memory import Heap
 from edgezo.network import packing
-from edgezo.network.addax import Factors
 from edgezo.network.exact_head import ExactHead
-from edgezo.network.lora import Adapters
+from edgezo.network.first_order import Adapters, LearnedFactors
 from edgezo.network.losses import Scorer
 from edgezo.network.perturb import Context, Probe
-from edgezo.network.readout import Readout, Taps
+from edgezo.network.readout import Readout, ReadoutWeights, Taps
+from edgezo.weights.saved import Saved, saved_tensors
 from edgezo.weights.store import WeightStore
-from edgezo.weights.trainable import Saved
 from edgezo.zo.noise import Key
 from edgezo.zo.recipe import TWO_SIDED, Evaluation
 
@@ -31,45 +33,52 @@ if TYPE_CHECKING:
 
 
 class Learned(Protocol):
-    """A part that is trained by its own gradient, which adds up while micro-batches pass."""
+    """A part that is trained by its gradient, which adds up while micro-batches pass."""
 
     def forget(self) -> None:
-        """Drop what this step has accumulated."""
+        """Drop the gradient that this step has added up."""
         ...
 
     def update(self, rate: float) -> None:
-        """One step along the gradient, which is then cleared."""
+        """Take one step along the gradient, and clear it."""
         ...
 
-    def trained(self) -> dict[str, Tensor]: ...
+    def trained(self) -> dict[str, Tensor]:
+        """The trained tensors that are saved from here, by name."""
+        ...
 
     def tensors(self) -> dict[str, Tensor]:
         """State that a snapshot keeps."""
         ...
 
-    def load(self, tensors: dict[str, Tensor]) -> None: ...
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what ``tensors()`` gave."""
+        ...
 
 
 @dataclass
 class Model:
-    """Module, store and task glued together. ``losses`` is the engine's one entry."""
+    """A module, the store of its weights, and the task that it is scored by."""
 
     module: nn.Module
     store: WeightStore
     context: Context
     scorer: Scorer
-    masked: bool
-    position_offset: int
+    masked: bool  # a masked language model; else a causal one
+    position_offset: int  # the number of a row's first position
+    blocks_name: str  # where the module keeps its decoder layers
     evaluations: tuple[Evaluation, ...] = TWO_SIDED
     heap: Heap = field(default_factory=Heap)  # where temporaries lie
-    most_tokens: int | None = None  # of one side, that should pass at once (Plan.most_tokens)
-    kept_tokens: int = 0  # by rows that write at once in an evaluation (Plan.kept_tokens)
+    most_tokens: int | None = None  # tokens of one side that should pass at once (Plan.most_tokens)
+    kept_tokens: int = (
+        0  # tokens whose keys and values an evaluation keeps at once (Plan.kept_tokens)
+    )
     label_rows: np.ndarray | None = None  # rows that every example of a tied label task touches
     frozen: list[str] = field(default_factory=list)
-    taps: Taps | None = None  # what is looked at of a forward
+    taps: Taps | None = None  # keeps hidden states of some blocks while rows pass
     readout: Readout | None = None  # a linear probe in the head's place
     adapters: Adapters | None = None
-    factors: Factors | None = None
+    factors: LearnedFactors | None = None
 
     @property
     def exact(self) -> ExactHead | None:
@@ -77,7 +86,7 @@ class Model:
 
     @property
     def learned(self) -> dict[str, Learned]:
-        """By the name of the part of ``--train``."""
+        """What is trained by its gradient, by the name of the part of ``--train``."""
         parts: dict[str, Learned | None] = {
             "head": self.exact,
             "lora": self.adapters,
@@ -86,29 +95,79 @@ class Model:
         return {name: part for name, part in parts.items() if part is not None}
 
     def forget(self) -> None:
-        """Drop the gradients that a step has accumulated."""
+        """Drop the gradients that this step has added up."""
         for part in self.learned.values():
             part.forget()
+
+    # -- a linear probe -----------------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder layers that run."""
+        blocks = self.module.get_submodule(self.blocks_name)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    def classify_by(self, weights: ReadoutWeights) -> None:
+        """Classify by a linear probe from now on.
+
+        What no loss depends on any more is neither run nor trained: blocks above the last one that is read, what comes
+        after the blocks, and the exact head. Raises EdgezoError for a probe of another model.
+        """
+        blocks, last = self.blocks, max(weights.blocks)
+        if last >= len(blocks):
+            raise EdgezoError(
+                f"the linear probe reads block {last}, but the model has {len(blocks)} blocks.\n"
+                "The probe belongs to another model: restore the run's probe.safetensors from a copy."
+            )
+        self.scorer.exact = None
+        self.readout = Readout(weights, Taps.on(blocks, weights.blocks))
+        names = [name for name, _ in self.module.named_modules()]
+        prefix = f"{self.blocks_name}.{last}"
+        used = set(names[: names.index(prefix)])
+        used.update(name for name in names if f"{name}.".startswith(f"{prefix}."))
+        self.store.keep_only([t for t in self.store.trainables if t.rpartition(".")[0] in used])
+        parent, _, name = self.blocks_name.rpartition(".")
+        setattr(self.module.get_submodule(parent), name, blocks[: last + 1])
+
+    @contextmanager
+    def classifying_by(self, weights: ReadoutWeights) -> Iterator[None]:
+        """Classify by a linear probe inside this context only. Every block still runs."""
+        taps = Taps.on(self.blocks, weights.blocks)
+        self.readout = Readout(weights, taps)
+        try:
+            yield
+        finally:
+            self.readout = None
+            taps.remove()
+
+    # -- forwards -----------------------------------------------------------------------------------------
+
+    @property
+    def candidates(self) -> int:
+        """Directions that the whole batch is tried along; 0 where each example has its own."""
+        return sum(e.candidate is not None for e in self.evaluations)
 
     def probe(self, batch: Batch, key: Key, sigma: float) -> Probe:
         """The probe of a batch's packed tokens, laid end to end once for each evaluation."""
         lengths = torch.tensor(batch.lengths)
-        own, device = batch.row_example.repeat_interleave(lengths), self.context.device
-        drawn = self.drawn
-        example = [
-            torch.full_like(own, e.candidate or 0) if drawn else own for e in self.evaluations
+        by_token = batch.row_example.repeat_interleave(lengths)  # (N,) each token's example
+        device, candidates = self.context.device, self.candidates
+        directions = [
+            torch.full_like(by_token, e.candidate or 0) if candidates else by_token
+            for e in self.evaluations
         ]
-        side = torch.ones(len(own), dtype=self.context.dtype, device=device)
+        ones = torch.ones(len(by_token), dtype=self.context.dtype, device=device)
         return Probe(
             self.store.directions,
             key,
             sigma,
-            range(drawn) if drawn else batch.slots,
-            torch.cat(example).to(device),
-            torch.cat([side * e.sign for e in self.evaluations]),
+            range(candidates) if candidates else batch.slots,
+            torch.cat(directions).to(device),
+            torch.cat([ones * e.sign for e in self.evaluations]),
             mask=self.store.mask,
             signs=[e.sign for e in self.evaluations],
-            owners=() if drawn else None,
+            owners=() if candidates else None,
             scales=self.store.scales,
         )
 
@@ -116,14 +175,15 @@ class Model:
     def losses(
         self, batch: Batch, probe: Probe | None = None, *, sides: int = 1, learn: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Losses (sides, b) fp32 and predictions (sides, b) of a packed batch, on the CPU.
+        """Losses (sides, b) fp32 and predictions (sides, b) int64 of a packed batch, on the CPU.
 
-        With a probe ``sides`` are the evaluations: the + side of every row, then the - side. ``learn``: see
-        ``Scorer``; without a probe the gradient goes on to what else is trained by it, back through the blocks.
+        With a probe ``sides`` are its evaluations: the + side of every row, then the - side. ``learn`` is the weight of
+        these losses in the gradients that are added up (``Scorer``); without a probe the gradient also goes back
+        through the blocks, to adapters and factors.
         """
         at = batch.score_index
         index = torch.cat([at + side * len(batch.ids) for side in range(sides)])
-        tracked = learn > 0 and probe is None and self.goes_back
+        tracked = learn > 0 and probe is None and self.has_backward_pass
         try:
             ids = batch.ids.repeat(sides)
             with torch.set_grad_enabled(tracked):
@@ -131,11 +191,11 @@ class Model:
             if self.readout is not None:
                 losses, predicted = self.readout(batch.labels, sides)
                 return losses.cpu(), predicted.cpu()
-            back = torch.zeros(hidden.shape, device=hidden.device) if tracked else None
-            scored = hidden.detach()
-            losses, predicted = self.scorer(scored, batch, probe, sides, learn, back)
-            if back is not None:
-                hidden.backward(back.to(hidden.dtype))
+            d_hidden = torch.zeros(hidden.shape, device=hidden.device) if tracked else None
+            states = hidden.detach()
+            losses, predicted = self.scorer(states, batch, probe, sides, learn, d_hidden)
+            if d_hidden is not None:
+                hidden.backward(d_hidden.to(hidden.dtype))
             return losses.cpu(), predicted.cpu()
         finally:
             self.context.probe = None
@@ -150,21 +210,21 @@ class Model:
         sides: int = 1,
         ids: Tensor | None = None,
     ) -> Tensor:
-        """The token that each side of each row of a batch goes on with, (sides, R) int64 on the CPU.
+        """The token that follows each row of a batch on each side, (sides, R) int64 on the CPU.
 
-        Rows begin where ``kept`` says that they stand, which takes them in. ``ids`` (sides*N,) are the tokens where
-        sides differ in them.
+        A row begins at the position where ``kept`` stands, which then takes in the row's keys and values. ``ids``
+        (sides*N,) are the tokens where the sides differ in them.
         """
         ids = batch.ids.repeat(sides) if ids is None else ids
         lengths = batch.lengths * sides
         try:
             index = torch.tensor(lengths).cumsum(0) - 1
             hidden, probe = self._states(ids, lengths, index, probe, kept)
-            found = self.scorer.next_tokens(hidden, probe).cpu()
+            tokens = self.scorer.next_tokens(hidden, probe).cpu()
         finally:
             self.context.probe = None
         kept.took()
-        return found.view(sides, -1)
+        return tokens.view(sides, -1)
 
     def _states(
         self,
@@ -174,7 +234,7 @@ class Model:
         probe: Probe | None,
         kept: KeyValues | None = None,
     ) -> tuple[Tensor, Probe | None]:
-        """What the head reads at the packed positions ``index`` (P,), (P, d), and the probe of those.
+        """What the head reads at the packed positions ``index`` (P,): (P, d), and the probe of those positions.
 
         ``ids`` (n,) are the tokens of rows of ``lengths``, all sides.
         """
@@ -193,7 +253,7 @@ class Model:
             hidden = self.module.base_model(  # type: ignore[operator]
                 input_ids=ids[None].to(device),
                 position_ids=positions[None].to(device),
-                **self._extra(),
+                **self._options(),
             )[0][0]
         if probe is not None:
             # From here on an operation's tokens are the scored positions (RoBERTa's head has linears too).
@@ -202,62 +262,59 @@ class Model:
             self.heap.give_back()
         return self.module.lm_head(hidden[index]), probe  # type: ignore[operator]
 
-    def _extra(self) -> dict[str, object]:
+    def _options(self) -> dict[str, object]:
         return {} if self.masked else {"use_cache": False}
-
-    @property
-    def drawn(self) -> int:
-        """Directions that the whole batch is tried along; 0 where each example has its own."""
-        return sum(e.candidate is not None for e in self.evaluations)
 
     def take_touched(self, group: int) -> tuple[np.ndarray, ...]:
         """Rows of embedding tables that each of the ``group`` examples used since the last call, sorted.
 
-        One array for all where every direction is tried on every example.
+        One array for all examples where every direction is tried on every example.
         """
-        group = 1 if self.drawn else group
+        group = 1 if self.candidates else group
         pairs, self.context.touched = self.context.touched, []
         if not pairs:
             return ()
         slot = np.concatenate([s for s, _ in pairs])
         rows = np.concatenate([r for _, r in pairs])
-        found = []
+        touched = []
         for example in range(group):
-            own = np.unique(rows[slot == example])
+            rows_of_example = np.unique(rows[slot == example])
             if self.label_rows is not None:
-                own = np.union1d(own, self.label_rows)
-            found.append(own)
-        return tuple(found)
+                rows_of_example = np.union1d(rows_of_example, self.label_rows)
+            touched.append(rows_of_example)
+        return tuple(touched)
+
+    # -- what is saved ------------------------------------------------------------------------------------
 
     @property
-    def goes_back(self) -> bool:
+    def has_backward_pass(self) -> bool:
         """Whether anything inside the blocks is trained by its gradient."""
         return self.adapters is not None or self.factors is not None
 
     @property
     def guided(self) -> bool:
-        """Whether no seed has what the store trains: directions come from what the layers read, or gradients too.
+        """Whether no seed can rebuild what the store trains, so that a snapshot has it and a replay does not make it.
 
-        Then a snapshot has the weights, and no replay.
+        Its directions come from what the layers read, or it takes gradients too.
         """
         return self.store.directions.guided or self.factors is not None
 
     @property
     def needs_snapshots(self) -> bool:
-        """Whether there is a state that no seed has."""
+        """Whether there is state that no seed can rebuild."""
         return self.guided or bool(self.learned)
 
     def saved(self) -> list[Saved]:
-        """Every trained tensor, those with a gradient of their own included."""
-        found = self.store.saved()
+        """Every trained tensor, whether by directions, by its gradient or fitted."""
+        saved = saved_tensors(self.store)
         for part in self.learned.values():
-            found += [Saved.of(name, tensor) for name, tensor in part.trained().items()]
+            saved += [Saved.of(name, tensor) for name, tensor in part.trained().items()]
         if self.readout is not None:
-            probe = self.readout.probe.tensors()
-            found += [Saved.of(name, tensor.contiguous()) for name, tensor in probe.items()]
-        return found
+            tensors = self.readout.weights.tensors()
+            saved += [Saved.of(name, tensor.contiguous()) for name, tensor in tensors.items()]
+        return saved
 
     def close(self) -> None:
-        """Let go of what weights elsewhere hold: files, threads, locked memory."""
+        """Close the files, threads and locked memory of weights that are elsewhere."""
         if self.store.residency is not None:
             self.store.residency.close()

@@ -1,7 +1,7 @@
 """Padding-free forwards: rows lie end to end in one token axis, and only attention sees them as rows.
 
 transformers' modules run on a batch of one long row. Their attention is routed here (``ATTENTION`` is registered
-in transformers' attention interface), where rows of like length are gathered into small padded groups.
+in transformers' attention interface), which gathers rows of like length into small padded groups.
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ from edgezo.machine.matmul import compiled
 from edgezo.weights.layouts import CPU
 
 ATTENTION = "edgezo_packed"
-_GROUP_TOKENS = 4096  # bound of one padded group: its scores and copies stay a tile
-LENGTH_STEP = 64  # tokens that a row's own products are rounded up to
-_WASTE = 1.15  # padded tokens of a group over real ones
+_GROUP_TOKENS = (
+    4096  # most tokens of a padded group, so that its scores and copies are no larger than a tile
+)
+LENGTH_STEP = 64  # softcapped products are padded to a multiple of so many tokens
+_WASTE = 1.15  # most padded tokens of a group for each real one
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of like length: ``index`` (rows, longest) into the packed axis, ``valid`` marks what is no padding."""
+    """Rows of like length, padded."""
 
-    index: Tensor  # (R, T) int64; padding repeats the row's first token
-    valid: Tensor  # (R, T) bool
+    index: Tensor  # (R, T) int64 into the packed axis; padding repeats the row's first token
+    valid: Tensor  # (R, T) bool: no padding
     at: tuple[Tensor, Tensor]  # (tokens,) int64 each: where ``valid`` is true
-    full: bool  # no padding at all
+    full: bool  # no padding in any row
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,13 @@ class Packing:
 
     lengths: tuple[int, ...]
     groups: tuple[Group, ...]
-    starts: Tensor  # (rows + 1,) int64 on the CPU: where each begins, and where the last one ends
+    starts: (
+        Tensor  # (rows + 1,) int64 on the CPU: where each row begins, and where the last one ends
+    )
 
     @staticmethod
     def of(lengths: tuple[int, ...], device: torch.device = CPU) -> Packing:
+        """The packing of rows of ``lengths`` tokens; longest rows are grouped first."""
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
@@ -72,17 +77,17 @@ class Packing:
 def _group(
     members: list[int], lengths: tuple[int, ...], starts: list[int], device: torch.device
 ) -> Group:
-    own = torch.tensor([lengths[m] for m in members])[:, None]
+    length = torch.tensor([lengths[m] for m in members])[:, None]
     begin = torch.tensor([starts[m] for m in members])[:, None]
-    column = torch.arange(int(own.max()))[None]
-    valid = column < own
+    column = torch.arange(int(length.max()))[None]
+    valid = column < length
     index = (begin + torch.where(valid, column, 0)).to(device)
     row, column = (at.to(device) for at in valid.nonzero(as_tuple=True))
     return Group(index, valid.to(device), (row, column), bool(valid.all()))
 
 
 class Kept(Protocol):
-    """Keys and values that later forwards attend to (generate.KeyValues)."""
+    """Keys and values that later forwards attend to (key_values.KeyValues)."""
 
     def store(self, module: nn.Module, key: Tensor, value: Tensor) -> None: ...
 
@@ -101,7 +106,7 @@ _current: ContextVar[tuple[Packing, Kept | None]] = ContextVar("packing")
 
 @contextmanager
 def packed(packing: Packing, kept: Kept | None = None) -> Iterator[None]:
-    """Attention inside this context follows ``packing``; and what ``kept`` holds, where rows go on."""
+    """Inside this context attention stays within the rows of ``packing``, and reads ``kept`` where rows go on."""
     token = _current.set((packing, kept))
     try:
         yield
@@ -122,7 +127,7 @@ def packed_attention(
     is_causal: bool | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Attention within rows; (1, n, heads, head_dim) and no weights, as transformers' interface asks."""
+    """Attention within rows, (1, n, heads, head_dim), and None for its weights: transformers' interface."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # (n, heads, head_dim)
     packing, kept = _current.get()
@@ -141,17 +146,17 @@ def packed_attention(
     for group in packing.groups:
         # (R, heads, T, head_dim) each
         in_rows = [_rows_of(part, group).transpose(1, 2) for part in (q, k, v)]
-        found = _attend(in_rows, group, bool(causal), scale, sliding_window, softcap)
-        found = found.transpose(1, 2)  # (R, T, heads, head_dim)
+        y = _attend(in_rows, group, bool(causal), scale, sliding_window, softcap)
+        y = y.transpose(1, 2)  # (R, T, heads, head_dim)
         if group.full:
-            out[group.index.reshape(-1)] = found.reshape(-1, *out.shape[1:])
+            out[group.index.reshape(-1)] = y.reshape(-1, *out.shape[1:])
         else:
-            out[group.index[group.at]] = found[group.at]
+            out[group.index[group.at]] = y[group.at]
     return out[None], None
 
 
 def _rows_of(tokens: Tensor, group: Group) -> Tensor:
-    """(R, T, heads, head_dim) of packed (n, heads, head_dim), which as a rule lie token by token."""
+    """A group's rows (R, T, heads, head_dim) of packed tokens (n, heads, head_dim)."""
     flat = tokens.reshape(len(tokens), -1).index_select(0, group.index.reshape(-1))
     return flat.view(*group.index.shape, *tokens.shape[1:])
 
@@ -164,43 +169,23 @@ def _attend(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
+    """Attention within the rows of one group, (R, heads, T, head_dim)."""
     q, k, v = rows
     if torch.is_grad_enabled() and compiled(q):
-        # Products on the way back are as long as the rows, and each length would be compiled (machine/matmul.py): 2 MB.
+        # The products of the backward pass are as long as the rows, and in bf16 each length would be compiled
+        # (machine/matmul.py), at 2 MB.
         wide = [part.float() for part in rows]
         return _attend(wide, group, causal, scale, window, softcap).to(q.dtype)
     length = q.shape[2]
-    windowed = window is not None and window < length
+    window = window if window is not None and window < length else None
     # Padding stands at the end of a row, where a causal row never looks; other rows need it masked.
-    plain = causal and not windowed
-    mask: Tensor | None = None
-    if not plain or softcap is not None:
-        mask = group.valid[:, None, None, :].expand(-1, 1, length, -1)
-        if causal or windowed:
-            at = torch.arange(length, device=q.device)
-            distance = at[:, None] - at[None]
-            near = torch.ones_like(distance, dtype=torch.bool)
-            if causal:
-                near &= distance >= 0
-            if windowed:
-                assert window is not None
-                near &= distance.abs() < window
-            mask = mask & near
+    plain = causal and window is None
+    mask = None if plain and softcap is None else _mask(group, causal, window)
     repeat = q.shape[1] // k.shape[1]
     if softcap is not None:
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
         assert mask is not None
-        if not compiled(q):
-            return _softcapped((q, k, v, mask), scale, softcap)
-        # Row by row, and longer than it is: few different shapes (machine/matmul.py). No token looks at what is added.
-        more = -length % LENGTH_STEP
-        q, k, v = (F.pad(part, (0, 0, 0, more)) for part in (q, k, v))
-        mask = F.pad(mask, (0, more, 0, more))
-        found = [
-            _softcapped([part[row : row + 1] for part in (q, k, v, mask)], scale, softcap)
-            for row in range(len(q))
-        ]
-        return torch.cat(found)[:, :, :length]
+        return _softcapped_rows((q, k, v, mask), scale, softcap)
     if mask is not None and q.is_cuda:  # the fused kernels take a mask or grouped keys, not both
         k, v, repeat = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), 1
     return F.scaled_dot_product_attention(
@@ -208,16 +193,48 @@ def _attend(
     )
 
 
-def _softcapped(rows: Sequence[Tensor], scale: float, softcap: float) -> Tensor:
-    """Attention of q, k, v under a mask."""
-    q, k, v, mask = rows
+def _mask(group: Group, causal: bool, window: int | None) -> Tensor:
+    """Which tokens each token of a row looks at, (R, 1, T, T) bool."""
+    length = group.index.shape[1]
+    mask = group.valid[:, None, None, :].expand(-1, 1, length, -1)
+    if not causal and window is None:
+        return mask
+    at = torch.arange(length, device=mask.device)
+    distance = at[:, None] - at[None]
+    near = torch.ones_like(distance, dtype=torch.bool)
+    if causal:
+        near &= distance >= 0
+    if window is not None:
+        near &= distance.abs() < window
+    return mask & near
+
+
+def _softcapped_rows(parts: Sequence[Tensor], scale: float, softcap: float) -> Tensor:
+    """Attention with softcapped scores, of q, k, v (R, heads, T, head_dim) and a mask (R, 1, T, T)."""
+    q, k, v, mask = parts
+    if not compiled(q):
+        return _softcapped(parts, scale, softcap)
+    # Row by row and padded, so that there are few different shapes (machine/matmul.py). No token looks at the padding.
+    length = q.shape[2]
+    more = -length % LENGTH_STEP
+    q, k, v = (F.pad(part, (0, 0, 0, more)) for part in (q, k, v))
+    mask = F.pad(mask, (0, more, 0, more))
+    rows = [
+        _softcapped([part[row : row + 1] for part in (q, k, v, mask)], scale, softcap)
+        for row in range(len(q))
+    ]
+    return torch.cat(rows)[:, :, :length]
+
+
+def _softcapped(parts: Sequence[Tensor], scale: float, softcap: float) -> Tensor:
+    q, k, v, mask = parts
     scores = torch.tanh((q @ k.transpose(2, 3)) * scale / softcap) * softcap
-    # Not -inf: a row of padding looks at nothing.
+    # Not -inf: a token of padding looks at nothing, and softmax would give NaN.
     return torch.softmax(scores.masked_fill(~mask, torch.finfo(q.dtype).min), -1) @ v
 
 
 def register() -> None:
-    """Make ``ATTENTION`` known to transformers; without a mask function of that name it builds no mask."""
+    """Register ``ATTENTION`` with transformers, which builds no mask as it has no mask function of that name."""
     from transformers.modeling_utils import AttentionInterface
 
     AttentionInterface.register(ATTENTION, packed_attention)

@@ -1,19 +1,19 @@
-"""The perturbed operations: what a linear, an embedding and a norm do while examples are probed.
+"""The perturbed operations: what a linear, an embedding and a norm compute at theta + sigma*D and theta - sigma*D.
 
 Tokens of all rows lie packed in one axis, n = 2N of them: the first N belong to side +sigma, the last N to side
--sigma of the same rows, so one pass over the weights serves both. With c = +-sigma per token and i its example,
+-sigma of the same rows, so one pass over the weights serves both. With c = +-sigma of a token and i its example,
 
-    Linear       y += c * r_i * (s_i . x)          = ((x S^T) * mask) R         mask (n, b) = c * [example = i]
+    Linear       y += c * r_i * (s_i . x)          = ((x S^T) * C) R         C (n, b), C[token, i] = c * [example = i]
                  y += c * r_i * (U (s_i * x))      for a dense factor U
     low rank     y += A (V x) + c * r_i * (t_i . V x)
-    activation   the same, with a v_i made from all x (or V x) of example i in place of s_i (or t_i)
+    activation   as above, with a v_i made from all x (or V x) of example i in place of s_i (or t_i)
     gain         y  = (1 + g + c * r_i) * (W x)
     bias         y += c * r_i
-    norm         y += c * r_i * xhat               (r_i the direction of its weight)
-    Embedding    e += c * r_i[token] * s_i         a tied head uses the same r_i, s_i
+    norm         y += c * r_i * xhat               r_i is the direction of its weight
+    Embedding    e += c * r_i[token] * s_i         a tied head uses the r_i and s_i of its embedding
 
-No weight is changed here. The classes are put in place of the module's own (``module.__class__``), so a subclass
-that scales or offsets its embedding (Gemma, OPT) keeps doing so through ``super()``.
+No weight is changed here. The classes are put in place of the module's (``module.__class__``), so a subclass that
+scales or offsets its embedding (Gemma, OPT) keeps doing so through ``super()``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgezo.machine.limits import TILE_BYTES, tiles
-from edgezo.machine.matmul import Own, Term, add_thin, addmm_, along, few, mm, own
+from edgezo.machine.matmul import (
+    ByExample,
+    Term,
+    add_thin,
+    addmm_,
+    along,
+    dots_by_example,
+    mm,
+    thin_product,
+)
 from edgezo.network.fused import Norm
 from edgezo.weights.layouts import CPU, Layout
 from edgezo.weights.trainable import Trainable
@@ -39,13 +48,15 @@ from edgezo.zo.masks import Mask
 from edgezo.zo.noise import COLUMN, Key, signs, tensor_id
 
 TOKENS = tensor_id("tokens of an example")
-MOST_SLOTS = 1024  # of a group: the noise of a token does not depend on how many there are
-SPUN_PIECES = 4  # of a tile: what is added at once
-UNSCALED: Mapping[str, float] = MappingProxyType({})
+MOST_SLOTS = (
+    1024  # width of the table of token signs: a sign does not depend on how many examples there are
+)
+DENSE_TERM_PIECES = 4  # a dense term is added in pieces of this share of a tile
+NO_SCALES: Mapping[str, float] = MappingProxyType({})
 
 
 class Probe:
-    """Who is perturbed how, for the tokens of one packed forward."""
+    """How the tokens of one packed forward are perturbed: along which directions, how far and on which side."""
 
     def __init__(
         self,
@@ -57,20 +68,26 @@ class Probe:
         side: Tensor,  # (n,) compute dtype, +1, -1 or 0
         *,
         mask: Mask | None = None,
-        signs: Sequence[int] = (1, -1),  # of the equal consecutive parts that the tokens are in
-        owners: Sequence[int] | None = None,  # slots of the batch's examples; () for all of them
-        scales: Mapping[str, float] = UNSCALED,  # of the tensors, where the mask takes any
+        signs: Sequence[int] = (
+            1,
+            -1,
+        ),  # one for each of the equal parts that follow each other in the tokens
+        owners: Sequence[int]
+        | None = None,  # slots of the batch's examples; () if all examples share a direction
+        scales: Mapping[
+            str, float
+        ] = NO_SCALES,  # by tensor name, where the mask takes them from a finetuner
     ):
         self.directions, self.key, self.sigma, self.slots = directions, key, sigma, tuple(slots)
-        self.mask_of, self.signs = mask or Mask(), tuple(signs)
+        self.mask, self.signs = mask or Mask(), tuple(signs)
         self.owners = self.slots if owners is None else tuple(owners)
         self.scales = scales
         self.example, self.side = example, side * sigma
         one_hot = F.one_hot(example, len(self.slots)).to(side.dtype)
-        self.mask = one_hot.mul_(self.side[:, None])  # (n, b)
+        self.by_example = one_hot.mul_(self.side[:, None])  # C (n, b)
 
     def at(self, index: Tensor) -> Probe:
-        """The same probe for the tokens ``index``."""
+        """This probe for the tokens ``index`` (m,) alone."""
         sign = torch.sign(self.side[index])
         return Probe(
             self.directions,
@@ -79,60 +96,62 @@ class Probe:
             self.slots,
             self.example[index],
             sign,
-            mask=self.mask_of,
+            mask=self.mask,
             signs=self.signs,
             owners=self.owners,
             scales=self.scales,
         )
 
-    def scale(self, row: Trainable) -> float:
+    def scale(self, trainable: Trainable) -> float:
         """What the tensor's direction is multiplied by."""
-        told = self.scales.get(row.target.name, 1.0)
-        return self.mask_of.scale(self.key, row, told)
+        from_finetuner = self.scales.get(trainable.target.name, 1.0)
+        return self.mask.scale(self.key, trainable, from_finetuner)
 
-    def moves(self, row: Trainable | None) -> TypeGuard[Trainable]:
-        """Whether a trained tensor is perturbed in this step."""
-        return row is not None and self.scale(row) != 0.0
+    def moves(self, trainable: Trainable | None) -> TypeGuard[Trainable]:
+        """Whether the tensor is trained, and perturbed in this step."""
+        return trainable is not None and self.scale(trainable) != 0.0
 
     def parts(self, n: int) -> Iterator[tuple[slice, int]]:
-        """The tokens of each part, and its sign."""
+        """The tokens of each evaluation, and its sign."""
         size = n // len(self.signs)
         for number, sign in enumerate(self.signs):
             yield slice(number * size, (number + 1) * size), sign
 
-    def rows(self, row: Trainable) -> Tensor:
-        found = self._here(self.directions.row_signs(self.key, row.target, self.slots))
-        scale = self.scale(row)
-        return found if scale == 1.0 else found * scale
+    def row_factor(self, trainable: Trainable) -> Tensor:
+        """r_i times the tensor's scale, (b, rows)."""
+        r = self._to_compute(self.directions.row_signs(self.key, trainable.target, self.slots))
+        scale = self.scale(trainable)
+        return r if scale == 1.0 else r * scale
 
-    def cols(self, row: Trainable, x: Tensor | None = None) -> Tensor:
-        """s_i of a tensor, (b, cols); or v_i, made from what its product reads, ``x`` (n, cols)."""
-        if row.guides is None or x is None:
-            return self._here(self.directions.col_signs(self.key, row.target, self.slots))
-        n = len(self.tokens[0])
+    def col_factor(self, trainable: Trainable, x: Tensor | None = None) -> Tensor:
+        """s_i, (b, cols); with guides v_i, made from ``x`` (n, cols), which the tensor's product reads, and kept."""
+        if trainable.guides is None or x is None:
+            s = self.directions.col_signs(self.key, trainable.target, self.slots)
+            return self._to_compute(s)
+        n = len(self.token_signs[0])
         assert n * len(self.signs) == len(x)
-        v = sum(along(self.tokens, x[part]) for part, _ in self.parts(len(x)))
+        v = sum(along(self.token_signs, x[part]) for part, _ in self.parts(len(x)))
         assert isinstance(v, Tensor)
-        found = on_grid(v / v.norm(dim=1, keepdim=True)).to(x.dtype)
-        row.guides.update(zip(self.slots, found, strict=True))
-        return found
+        v = on_grid(v / v.norm(dim=1, keepdim=True)).to(x.dtype)
+        trainable.guides.update(zip(self.slots, v, strict=True))
+        return v
 
-    def own(self, x: Tensor, cols: Tensor) -> Tensor | Own:
-        """c * (s_i . x) of each token, as a left factor (n, b)."""
-        return own(x, cols, self.example, self.mask, self.side)
+    def col_products(self, x: Tensor, cols: Tensor) -> Tensor | ByExample:
+        """c * (s_i . x) of each token, s_i = cols[i], as a left factor (n, b)."""
+        return dots_by_example(x, cols, self.example, self.by_example, self.side)
 
-    def learn(self, row: Trainable, x: Tensor) -> None:
-        """One power iteration of a shared basis on what a product reads, ``x`` (n, cols): X^T (X V)."""
-        if row.basis is None:
+    def sketch_basis(self, trainable: Trainable, x: Tensor) -> None:
+        """One power iteration of a shared basis V on what a product reads, ``x`` (n, cols): add X^T (X V)."""
+        if trainable.basis is None:
             return
-        seen = sum(x[part] for part, _ in self.parts(len(x)))
-        assert isinstance(seen, Tensor)
-        found = along(seen.T, mm(seen, row.basis.T))
-        row.sketch = found if row.sketch is None else row.sketch + found
+        read = sum(x[part] for part, _ in self.parts(len(x)))
+        assert isinstance(read, Tensor)
+        more = along(read.T, mm(read, trainable.basis.T))
+        trainable.sketch = more if trainable.sketch is None else trainable.sketch + more
 
     @cached_property
-    def tokens(self) -> Tensor:
-        """z, (b, n/sides) in the compute dtype: a sign for each token of each example, 0 for those of others.
+    def token_signs(self) -> Tensor:
+        """z (b, n/sides) in the compute dtype: a sign for each token of example i in row i, 0 for other tokens.
 
         A token is known by its example and its place there, so a group may be split in any way.
         """
@@ -144,57 +163,56 @@ class Probe:
         place[order] = torch.arange(n) - (counts.cumsum(0) - counts)[example[order]]
         longest = int(counts.max())
         table = signs(self.key, TOKENS, COLUMN, slice(0, longest), MOST_SLOTS)
-        found = torch.zeros(len(self.slots), n, dtype=torch.int8)
+        z = torch.zeros(len(self.slots), n, dtype=torch.int8)
         slot = torch.tensor(self.slots)[example]
-        found[example, torch.arange(n)] = table[place, slot]
-        return self._here(found)
+        z[example, torch.arange(n)] = table[place, slot]
+        return self._to_compute(z)
 
-    def spread(self, row: Trainable) -> bool:
-        """Whether the direction has a factor of the weight's size."""
-        return self.directions.dense is not None or self.mask_of.shapes(row)
+    def has_dense_factor(self, trainable: Trainable) -> bool:
+        """Whether the direction has a factor U of the weight's size."""
+        return self.directions.dense is not None or self.mask.shapes(trainable)
 
-    def thin(self, row: Trainable) -> bool:
-        """Whether that factor is a product of thin ones, which need not be multiplied out."""
-        return self.directions.of_rank and not self.mask_of.shapes(row)
+    def has_thin_factors(self, trainable: Trainable) -> bool:
+        """Whether U is a product of thin factors, which need not be multiplied out."""
+        return self.directions.of_rank and not self.mask.shapes(trainable)
 
-    def dense(self, row: Trainable, rows: slice | Tensor) -> Tensor:
-        """Rows of U as the mask leaves them."""
-        return self._scaled(row, self._masked(row, rows))
+    def dense_rows(self, trainable: Trainable, rows: slice | Tensor) -> Tensor:
+        """Rows of U after the mask, (k, cols)."""
+        u = self.directions.dense_at(self.key, trainable.target, rows, trainable.basis)
+        if self.mask.shapes(trainable):
+            u = u.to(self.by_example.device)
 
-    def factors(self, row: Trainable) -> tuple[Tensor, Tensor]:
-        """U = left @ right^T, (rows, k) and (cols, k)."""
-        left, right, scale = self.directions.factors(self.key, row.target, row.basis)
-        return self._scaled(row, left * scale), self._here(right)
+            def weights() -> Tensor:
+                return trainable.layout.expand(rows, torch.empty_like(u))
 
-    def vector(self, row: Trainable) -> Tensor:
+            u = self.mask.shape(u, self.key, trainable, rows, weights, probing=True)
+        return self._scaled(trainable, u)
+
+    def thin_factors(self, trainable: Trainable) -> tuple[Tensor, Tensor]:
+        """(left, right) of U = left @ right^T, (rows, k) and (cols, k)."""
+        left, right, scale = self.directions.factors(self.key, trainable.target, trainable.basis)
+        return self._scaled(trainable, left * scale), self._to_compute(right)
+
+    def vector(self, trainable: Trainable) -> Tensor:
         """D_i of a vector, (b, rows)."""
-        if not self.mask_of.shapes(row):
-            found = self._here(self.directions.vectors(self.key, row.target, self.slots))
-            scale = self.scale(row)
-            return found if scale == 1.0 else found * scale
-        u = self.dense(row, slice(0, row.target.rows)).T
-        return u * self.rows(row) if self.directions.factored else u.expand(len(self.slots), -1)
+        target = trainable.target
+        if not self.mask.shapes(trainable):
+            d = self._to_compute(self.directions.vectors(self.key, target, self.slots))
+            scale = self.scale(trainable)
+            return d if scale == 1.0 else d * scale
+        u = self.dense_rows(trainable, slice(0, target.rows)).T
+        if self.directions.factored:
+            return u * self.row_factor(trainable)
+        return u.expand(len(self.slots), -1)
 
-    def _scaled(self, row: Trainable, u: Tensor) -> Tensor:
-        """U in the compute dtype; where there is an r_i, that has the mask's scale."""
-        scale = 1.0 if self.directions.factored else self.scale(row)
-        return self._here(u if scale == 1.0 else u * scale)
+    def _scaled(self, trainable: Trainable, u: Tensor) -> Tensor:
+        """U in the compute dtype, times the tensor's scale unless r_i has it."""
+        scale = 1.0 if self.directions.factored else self.scale(trainable)
+        return self._to_compute(u if scale == 1.0 else u * scale)
 
-    def _masked(self, row: Trainable, rows: slice | Tensor) -> Tensor:
-        u = self.directions.dense_at(self.key, row.target, rows, row.basis)
-        if not self.mask_of.shapes(row):
-            return u
-
-        u = u.to(self.mask.device)
-
-        def seen() -> Tensor:
-            return row.layout.expand(rows, torch.empty_like(u))
-
-        return self.mask_of.shape(u, self.key, row, rows, seen, probing=True)
-
-    def _here(self, noise: Tensor) -> Tensor:
-        """Moved as it was made, signs as bytes, and only then widened."""
-        return noise.to(self.mask.device).to(self.mask.dtype)
+    def _to_compute(self, noise: Tensor) -> Tensor:
+        """Noise on the device in the compute dtype: moved as it was made (signs are bytes), and only then widened."""
+        return noise.to(self.by_example.device).to(self.by_example.dtype)
 
 
 @dataclass
@@ -209,17 +227,16 @@ class Context:
 
     def buffer(self, name: str, rows: int, cols: int) -> Tensor:
         """A reused (rows, cols) tile of the compute dtype."""
-        held = self.scratch.get(name)
-        if held is None or held.numel() < rows * cols:
-            self.scratch[name] = held = torch.empty(
-                rows * cols, dtype=self.dtype, device=self.device
-            )
-        return held[: rows * cols].view(rows, cols)
+        memory = self.scratch.get(name)
+        if memory is None or memory.numel() < rows * cols:
+            memory = torch.empty(rows * cols, dtype=self.dtype, device=self.device)
+            self.scratch[name] = memory
+        return memory[: rows * cols].view(rows, cols)
 
     def note_touched(self, ids: Tensor, offset: int) -> None:
         """Remember which rows of an embedding table each example used."""
         assert self.probe is not None
-        ids = ids.cpu()  # of all parts: what they write themselves differs
+        ids = ids.cpu()  # of all sides: where sides write text, their tokens differ
         slot = torch.zeros_like(ids)
         if self.probe.owners:
             slot = torch.tensor(self.probe.owners)[self.probe.example.cpu()]
@@ -228,11 +245,11 @@ class Context:
 
 @dataclass
 class Matrix:
-    """A weight matrix as the forward uses it: its layout and, if it is trained itself, its row of the store."""
+    """A weight matrix as the forward uses it: its layout and, if it is trained itself, its trainable."""
 
     layout: Layout
     context: Context
-    full: Trainable | None = None
+    trained: Trainable | None = None
 
     def tile(self, rows: slice | Tensor) -> Tensor:
         """Rows of W in the compute dtype, (k, cols); valid until the next call."""
@@ -243,21 +260,23 @@ class Matrix:
         return self.layout.expand(rows, self.context.buffer("expand", n, self.layout.shape[1]))
 
     def product(self, x: Tensor, rows: slice, out: Tensor) -> None:
-        """out (n, k) = x (n, cols) @ W[rows]^T, dense factors of a probe included."""
-        probe, w, full = self.context.probe, self.tile(rows), self.full
-        if probe is None or not probe.moves(full) or not probe.spread(full):
+        """out (n, k) = x (n, cols) @ W[rows]^T, perturbed by the probe's dense factor U where it has one."""
+        probe, w, trained = self.context.probe, self.tile(rows), self.trained
+        if probe is None or not probe.moves(trained) or not probe.has_dense_factor(trained):
             mm(x, w.T, out)
             return
-        if probe.thin(full):
+        if probe.has_thin_factors(trained):
             mm(x, w.T, out)
-            left, right = probe.factors(full)
+            left, right = probe.thin_factors(trained)
             if probe.directions.factored:
-                turned = x if probe.directions.strict else x * probe.cols(full)[probe.example]
-                _add_spun(out, mm(turned, right), left[rows], probe.mask, probe.rows(full)[:, rows])
+                strict = probe.directions.strict
+                turned = x if strict else x * probe.col_factor(trained)[probe.example]
+                r = probe.row_factor(trained)[:, rows]
+                _add_dense_term(out, mm(turned, right), left[rows], probe.by_example, r)
             else:
                 addmm_(out, mm(x, right).mul_(probe.side[:, None]), left[rows].T)
             return
-        u = probe.dense(full, rows)
+        u = probe.dense_rows(trained, rows)
         if not probe.directions.factored:
             # One direction for all: W + sigma*U and W - sigma*U, each for its side, at no extra product.
             moved = self.context.buffer("moved", *w.shape)
@@ -266,39 +285,45 @@ class Matrix:
                 mm(x[part], moved.T, out[part])
             return
         mm(x, w.T, out)
-        spun = x * probe.cols(full)[probe.example]
-        _add_spun(out, spun, u, probe.mask, probe.rows(full)[:, rows])
+        turned = x * probe.col_factor(trained)[probe.example]
+        _add_dense_term(out, turned, u, probe.by_example, probe.row_factor(trained)[:, rows])
 
-    def thin(self, x: Tensor) -> list[Term]:
-        """Rank-b factors ((n, b), (b, rows)) that sign directions add to the product."""
+    def sign_terms(self, x: Tensor) -> list[Term]:
+        """The product of rank b, as its factors ((n, b), (b, rows)), that directions without a U add."""
         probe = self.context.probe
-        if probe is None or not probe.moves(self.full):
+        if probe is None or not probe.moves(self.trained):
             return []
-        probe.learn(self.full, x)
-        if probe.spread(self.full):
+        probe.sketch_basis(self.trained, x)
+        if probe.has_dense_factor(self.trained):
             return []
-        return [(probe.own(x, probe.cols(self.full, x)), probe.rows(self.full))]
+        s = probe.col_factor(self.trained, x)
+        return [(probe.col_products(x, s), probe.row_factor(self.trained))]
 
 
-def _add_spun(y: Tensor, spun: Tensor, dense: Tensor, mask: Tensor, rows: Tensor) -> None:
-    """y (n, k) += (spun @ dense^T) * (mask @ rows), some columns at a time: each factor is as large as y."""
-    most = TILE_BYTES // (SPUN_PIECES * len(y) * y.element_size())
-    width = 1 << max(0, most.bit_length() - 1)  # few different ones (machine/matmul.py)
-    for start in range(0, len(dense), width):
+def _add_dense_term(y: Tensor, turned: Tensor, u: Tensor, by_example: Tensor, r: Tensor) -> None:
+    """y (n, m) += (turned @ u^T) * (by_example @ r): c * r_i * (U (s_i * x)), where ``turned`` (n, k) is s_i * x.
+
+    Some columns at a time, for each of the two products is as large as y.
+    """
+    most = TILE_BYTES // (DENSE_TERM_PIECES * len(y) * y.element_size())
+    width = 1 << max(
+        0, most.bit_length() - 1
+    )  # a power of 2: few different shapes (machine/matmul.py)
+    for start in range(0, len(u), width):
         part = slice(start, start + width)
-        y[:, part].addcmul_(mm(spun, dense[part].T), mm(mask, rows[:, part]))
+        y[:, part].addcmul_(mm(turned, u[part].T), mm(by_example, r[:, part]))
 
 
 class PerturbedLinear(nn.Module):
-    """y = (1 + g) * (W x) + A (V x) + b, each part with its probe. Also stands for GPT-2's Conv1D (W transposed)."""
+    """y = (1 + g) * (W x) + A (V x) + b, each part perturbed. Also stands for GPT-2's Conv1D (W transposed)."""
 
     matrix: Matrix
     context: Context
-    bias_vector: Tensor | None
-    bias_row: Trainable | None
-    gain_row: Trainable | None
-    lowrank_row: Trainable | None
-    basis: Tensor | None  # V (rank, d_in) in the compute dtype
+    frozen_bias: Tensor | None = None
+    trained_bias: Trainable | None = None
+    trained_gain: Trainable | None = None
+    trained_factor: Trainable | None = None
+    basis: Tensor | None = None  # V (rank, d_in) in the compute dtype
 
     def forward(self, x: Tensor) -> Tensor:
         shape, probe = x.shape, self.context.probe
@@ -307,75 +332,78 @@ class PerturbedLinear(nn.Module):
         y = torch.empty(len(x), rows, dtype=self.context.dtype, device=x.device)
         for tile in tiles(rows, cols, y.element_size()):
             self.matrix.product(x, tile, y[:, tile])
-        thin = self.matrix.thin(x)
-        if self.gain_row is not None:
-            add_thin(y, thin)
-            thin = []
-            gain = self.gain_row.values.T.to(y.dtype) + 1
-            if probe is not None and probe.moves(self.gain_row):
-                gain = mm(probe.mask, probe.vector(self.gain_row)).add_(gain)
+        terms = self.matrix.sign_terms(x)
+        if self.trained_gain is not None:
+            add_thin(y, terms)
+            terms = []
+            gain = self.trained_gain.values.T.to(y.dtype) + 1
+            if probe is not None and probe.moves(self.trained_gain):
+                gain = mm(probe.by_example, probe.vector(self.trained_gain)).add_(gain)
             y.mul_(gain)
-        if self.lowrank_row is not None:
-            thin += self._lowrank(x, y)
-        if self.bias_row is not None:
-            y.add_(self.bias_row.values.T.to(y.dtype))
-            if probe is not None and probe.moves(self.bias_row):
-                thin.append((probe.mask, probe.vector(self.bias_row)))
-        elif self.bias_vector is not None:
-            y.add_(self.bias_vector)
-        add_thin(y, thin)
+        if self.trained_factor is not None:
+            terms += self._factor_terms(x, y)
+        if self.trained_bias is not None:
+            y.add_(self.trained_bias.values.T.to(y.dtype))
+            if probe is not None and probe.moves(self.trained_bias):
+                terms.append((probe.by_example, probe.vector(self.trained_bias)))
+        elif self.frozen_bias is not None:
+            y.add_(self.frozen_bias)
+        add_thin(y, terms)
         return y.view(*shape[:-1], rows)
 
-    def _lowrank(self, x: Tensor, y: Tensor) -> list[Term]:
-        row, probe = self.lowrank_row, self.context.probe
-        assert row is not None and self.basis is not None
-        u = few(x, self.basis)  # (n, rank)
-        thin: list[Term] = [(u, row.values.T)]
-        if probe is None or not probe.moves(row):
-            return thin
+    def _factor_terms(self, x: Tensor, y: Tensor) -> list[Term]:
+        """A (V x) and its perturbation, as factors of what is added to ``y``; a dense factor's part is added here."""
+        factor, probe = self.trained_factor, self.context.probe
+        assert factor is not None and self.basis is not None
+        vx = thin_product(x, self.basis)  # (n, rank)
+        terms: list[Term] = [(vx, factor.values.T)]
+        if probe is None or not probe.moves(factor):
+            return terms
+        every_row = slice(0, factor.target.rows)
         if not probe.directions.factored:
-            dense = probe.dense(row, slice(0, row.target.rows))
-            return [*thin, (u * probe.side[:, None], dense.T)]
-        if not probe.spread(row):
-            return [*thin, (probe.own(u, probe.cols(row, u.to(y.dtype))), probe.rows(row))]
-        dense = probe.dense(row, slice(0, row.target.rows))
-        turned = u.to(y.dtype) * probe.cols(row)[probe.example]
-        _add_spun(y, turned, dense, probe.mask, probe.rows(row))
-        return thin
+            u = probe.dense_rows(factor, every_row)
+            return [*terms, (vx * probe.side[:, None], u.T)]
+        if not probe.has_dense_factor(factor):
+            t = probe.col_factor(factor, vx.to(y.dtype))
+            return [*terms, (probe.col_products(vx, t), probe.row_factor(factor))]
+        u = probe.dense_rows(factor, every_row)
+        turned = vx.to(y.dtype) * probe.col_factor(factor)[probe.example]
+        _add_dense_term(y, turned, u, probe.by_example, probe.row_factor(factor))
+        return terms
 
 
 class PerturbedHead(nn.Module):
-    """The output embedding. Called by the model it passes hidden states through; ``logits`` reads rows of it."""
+    """The output embedding. Called as a module it passes hidden states through; ``logits`` computes some logits."""
 
     matrix: Matrix
     context: Context
-    bias_vector: Tensor | None
-    bias_row: Trainable | None
+    frozen_bias: Tensor | None = None
+    trained_bias: Trainable | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
     def logits(self, hidden: Tensor, rows: slice | Tensor, probe: Probe | None) -> Tensor:
-        """Logits of the vocabulary ``rows`` (k,), (n, k) in the compute dtype; ``probe`` is that of the n tokens."""
+        """Logits (n, k) of the vocabulary's ``rows`` (k,) in the compute dtype; ``probe`` is that of the n states."""
         w = self.matrix.tile(rows)
         y = mm(hidden, w.T)
-        full = self.matrix.full
-        if probe is not None and probe.moves(full):
+        trained = self.matrix.trained
+        if probe is not None and probe.moves(trained):
             if not probe.directions.factored:
-                addmm_(y, hidden * probe.side[:, None], probe.dense(full, rows).T)
-            elif not probe.spread(full):
-                left = mm(hidden, probe.cols(full).T).mul_(probe.mask)
-                addmm_(y, left, probe.rows(full)[:, rows])
+                addmm_(y, hidden * probe.side[:, None], probe.dense_rows(trained, rows).T)
+            elif not probe.has_dense_factor(trained):
+                products = mm(hidden, probe.col_factor(trained).T).mul_(probe.by_example)
+                addmm_(y, products, probe.row_factor(trained)[:, rows])
             else:
-                spun = hidden * probe.cols(full)[probe.example]
-                dense = probe.dense(full, rows)
-                _add_spun(y, spun, dense, probe.mask, probe.rows(full)[:, rows])
-        if self.bias_row is not None:
-            y.add_(self.bias_row.values[rows].T.to(y.dtype))
-            if probe is not None and probe.moves(self.bias_row):
-                addmm_(y, probe.mask, probe.vector(self.bias_row)[:, rows])
-        elif self.bias_vector is not None:
-            y.add_(self.bias_vector[rows])
+                turned = hidden * probe.col_factor(trained)[probe.example]
+                u, r = probe.dense_rows(trained, rows), probe.row_factor(trained)[:, rows]
+                _add_dense_term(y, turned, u, probe.by_example, r)
+        if self.trained_bias is not None:
+            y.add_(self.trained_bias.values[rows].T.to(y.dtype))
+            if probe is not None and probe.moves(self.trained_bias):
+                addmm_(y, probe.by_example, probe.vector(self.trained_bias)[:, rows])
+        elif self.frozen_bias is not None:
+            y.add_(self.frozen_bias[rows])
         return y
 
 
@@ -390,52 +418,54 @@ class PerturbedEmbedding(nn.Embedding):
         cols = self.matrix.layout.shape[1]
         out = torch.empty(len(ids), cols, dtype=self.context.dtype, device=ids.device)
         self.matrix.layout.expand(ids, out)
-        full, probe = self.matrix.full, self.context.probe
-        if probe is not None and full is not None:
-            if full.touched_offset is not None:
-                self.context.note_touched(ids, full.touched_offset)
-            if probe.moves(full):
-                self._perturb(ids, out, full, probe)
+        trained, probe = self.matrix.trained, self.context.probe
+        if probe is not None and trained is not None:
+            if trained.touched_offset is not None:
+                self.context.note_touched(ids, trained.touched_offset)
+            if probe.moves(trained):
+                self._perturb(ids, out, trained, probe)
         return out.view(*input.shape, cols)
 
     @staticmethod
-    def _perturb(ids: Tensor, out: Tensor, full: Trainable, probe: Probe) -> None:
+    def _perturb(ids: Tensor, out: Tensor, trained: Trainable, probe: Probe) -> None:
+        """Add the direction's rows of ``ids`` (n,) to ``out`` (n, cols)."""
         if probe.directions.factored:
-            weight = probe.rows(full)[:, ids].T.mul(probe.mask)  # (n, b): c * r_i[token]
-            moved = mm(weight, probe.cols(full))
+            r = probe.row_factor(trained)[:, ids].T.mul(probe.by_example)  # (n, b): c * r_i[token]
+            change = mm(r, probe.col_factor(trained))
         else:
-            moved = probe.side[:, None].expand(out.shape)
-        if probe.spread(full):
+            change = probe.side[:, None].expand(out.shape)
+        if probe.has_dense_factor(trained):
             unique, inverse = torch.unique(ids, return_inverse=True)
-            moved = moved * probe.dense(full, unique)[inverse]
-        out.add_(moved)
+            change = change * probe.dense_rows(trained, unique)[inverse]
+        out.add_(change)
 
 
 class PerturbedNorm(nn.Module):
-    """y = weight * xhat + bias, both trained; ``norm`` is how the module's own normalises."""
+    """y = weight * xhat + bias, both trained; ``norm`` makes xhat as the module does."""
 
     context: Context
     norm: Norm
-    weight_row: Trainable
-    bias_row: Trainable | None
+    trained_weight: Trainable
+    trained_bias: Trainable | None
 
     def forward(self, x: Tensor) -> Tensor:
         probe = self.context.probe
-        weight = self.weight_row.values[:, 0]
-        moved: Tensor | None = None
-        if probe is not None and probe.moves(self.weight_row):
-            moved = mm(probe.mask, probe.vector(self.weight_row)).float().add_(weight)
-        if self.bias_row is None:
-            found = self.norm.fused(x, weight if moved is None else moved)
-            if found is not None:
-                return found
+        weight = self.trained_weight.values[:, 0]
+        perturbed: Tensor | None = None  # (n, d), a weight for each token
+        if probe is not None and probe.moves(self.trained_weight):
+            perturbed = mm(probe.by_example, probe.vector(self.trained_weight)).float().add_(weight)
+        if self.trained_bias is None:
+            fused = self.norm.fused(x, weight if perturbed is None else perturbed)
+            if fused is not None:
+                return fused
         hat = self.norm(x)
-        scale = weight if moved is None else self._as_tokens(moved, x)
+        scale = weight if perturbed is None else self._as_tokens(perturbed, x)
         y = hat * (scale + self.norm.offset).to(hat.dtype)
-        if self.bias_row is not None:
-            y = y + self.bias_row.values[:, 0].to(hat.dtype)
-            if probe is not None and probe.moves(self.bias_row):
-                y = y + self._as_tokens(mm(probe.mask, probe.vector(self.bias_row)), x)
+        if self.trained_bias is not None:
+            y = y + self.trained_bias.values[:, 0].to(hat.dtype)
+            if probe is not None and probe.moves(self.trained_bias):
+                change = mm(probe.by_example, probe.vector(self.trained_bias))
+                y = y + self._as_tokens(change, x)
         return y.to(x.dtype)
 
     @staticmethod

@@ -1,18 +1,18 @@
-"""A linear probe: classification read off the hidden states of the blocks that know most, by one pass over the rows.
+"""The readout (linear probe): classes read off hidden states of the blocks that know most, by one pass over the rows.
 
-What a classifier on frozen states takes is forwards and one small linear problem a block, so it is forward-only and
-exact. Of every block in the upper part of the model the state x at the scored position, at unit root mean square, is
-kept in a file of the run; then for each block, with z the standardised x and t the one-hot labels less their means,
+Fitting a classifier to frozen states takes one forward of each row and one small linear problem a block, solved
+exactly. The state x of every block in the upper part of the model at the scored position, at unit root mean square, is
+kept in a file of the run. Then for each block, with z the standardised x and t the one-hot labels less their means,
 
-    W       = argmin |Z W - T|^2/n + ridge*|W|^2           (Hoerl & Kennard 1970), for each ridge of a short list
-    error   = |(T - Z W)/(1 - h)|^2/(n K), h the leverages: what every row is predicted as by the others
-              (leave one out in closed form: Allen 1974), so that each row is held out once
+    W       = argmin |Z W - T|^2/n + ridge*|W|^2           (Hoerl & Kennard 1970), for each ridge of RIDGES
+    error   = |(T - Z W)/(1 - h)|^2/(n K), h the leverages: the error of every row predicted by a fit to the others
+              (leave one out in closed form: Allen 1974)
 
-and the ``PROBED_BLOCKS`` blocks of least error are averaged. Their scores are multiplied by the factor of least cross
-entropy on those held-out predictions, so that losses mean what those of a softmax mean. Blocks above the last one that
-is read are not run any more.
+and the ``PROBED_BLOCKS`` blocks of least error are averaged. Their scores are multiplied by the one of FACTORS with
+the least cross entropy on those left-out predictions, so that losses are on the scale of a softmax's. Blocks above the
+last one that is read do not run any more.
 
-With a probe GRZO can go on training the blocks below it: its losses are the probe's.
+GRZO can go on to train the blocks below: its losses are then the readout's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,38 +31,36 @@ from torch import Tensor, nn
 from edgezo.machine.files import write_error
 from edgezo.machine.limits import PROBED_BLOCKS
 
-if TYPE_CHECKING:
-    pass
-
-LOWEST = 1 / 3  # of the blocks below that none is looked at
+LOWEST_SHARE = 1 / 3  # blocks in this lower share of the model are not tried
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 FACTORS = tuple(2 ** (k / 4) for k in range(29))  # 1 to 128
 TILE_ROWS = 256
-LEAST_ROWS = 8  # fewer say nothing about each other
-EPS = 1e-6
+LEAST_ROWS = 8  # fewer rows cannot be fitted and judged by leaving one out
+LEAST_SPREAD = 1e-6  # of what is divided by
 
 
 def candidates(layers: int) -> tuple[int, ...]:
-    """The blocks whose outputs are looked at."""
-    return tuple(range(int(layers * LOWEST), layers))
+    """The blocks whose states are tried, of a model with ``layers`` blocks."""
+    return tuple(range(int(layers * LOWEST_SHARE), layers))
 
 
 @dataclass(frozen=True)
-class LinearProbe:
-    """Scores of K classes from the states of some blocks: factor/S * sum_s (W_s x_s) + bias."""
+class ReadoutWeights:
+    """What gives scores of K classes from the states of S blocks: factor/S * sum_s (W_s x_s) + bias."""
 
     blocks: tuple[int, ...]  # ascending
     weight: Tensor  # (S, K, hidden) fp32
     bias: Tensor  # (K,) fp32
 
     def logits(self, states: Sequence[Tensor]) -> Tensor:
-        """(n, K) fp32 of one (n, hidden) fp32 state for each of ``blocks``, as ``unit`` gives them."""
-        found = self.bias.expand(len(states[0]), -1)
+        """Logits (n, K) fp32 from the ``unit`` states of each of ``blocks``, (n, hidden) fp32 each."""
+        logits = self.bias.expand(len(states[0]), -1)
         for state, weight in zip(states, self.weight, strict=True):
-            found = found.addmm(state, weight.T)
-        return found
+            logits = logits.addmm(state, weight.T)
+        return logits
 
     def tensors(self) -> dict[str, Tensor]:
+        """The tensors of probe.safetensors, by name."""
         return {
             "probe.blocks": torch.tensor(self.blocks),
             "probe.weight": self.weight,
@@ -70,19 +68,22 @@ class LinearProbe:
         }
 
     @staticmethod
-    def of(tensors: dict[str, Tensor], device: torch.device) -> LinearProbe:
-        """The inverse of ``tensors``. Raises KeyError, ValueError for others."""
+    def of(tensors: dict[str, Tensor], device: torch.device) -> ReadoutWeights:
+        """The inverse of ``tensors()``. Raises KeyError for a missing name, ValueError for shapes that do not fit."""
         weight, bias = tensors["probe.weight"], tensors["probe.bias"]
         blocks = tuple(int(b) for b in tensors["probe.blocks"])
         if weight.dim() != 3 or bias.shape != weight.shape[1:2] or len(blocks) != len(weight):
             raise ValueError(f"weights {tuple(weight.shape)} for {len(blocks)} blocks")
-        return LinearProbe(blocks, weight.to(device), bias.to(device))
+        return ReadoutWeights(blocks, weight.to(device), bias.to(device))
 
 
 def unit(state: Tensor) -> Tensor:
-    """(n, hidden) states at unit root mean square, fp32: blocks differ in scale by orders, rows by their position."""
+    """(n, hidden) states at unit root mean square, fp32.
+
+    The scale of a state differs between blocks by orders of magnitude, and with its position in a row.
+    """
     state = state.float()
-    return state / state.square().mean(-1, keepdim=True).sqrt().clamp(min=EPS)
+    return state / state.square().mean(-1, keepdim=True).sqrt().clamp(min=LEAST_SPREAD)
 
 
 @dataclass
@@ -90,42 +91,44 @@ class Taps:
     """Forward hooks that keep the states of some blocks at the scored positions of each forward."""
 
     index: Tensor | None = None  # (n,) int64 into the packed tokens of the forward that runs
-    seen: dict[int, Tensor] = field(default_factory=dict)  # (n, hidden) fp32 by block
+    states: dict[int, Tensor] = field(default_factory=dict)  # (n, hidden) fp32 by block
     handles: list[Any] = field(default_factory=list)
 
     @staticmethod
     def on(layers: nn.ModuleList, blocks: Sequence[int]) -> Taps:
+        """Taps on those of a model's ``layers`` whose numbers are in ``blocks``."""
         taps = Taps()
         for block in blocks:
 
-            def keep(module: nn.Module, given: Any, output: Any, block: int = block) -> None:
-                whole = output[0] if isinstance(output, tuple) else output
-                taps.seen[block] = unit(whole.reshape(-1, whole.shape[-1])[taps.index])
+            def keep(module: nn.Module, args: Any, output: Any, block: int = block) -> None:
+                hidden = output[0] if isinstance(output, tuple) else output
+                taps.states[block] = unit(hidden.reshape(-1, hidden.shape[-1])[taps.index])
 
             taps.handles.append(layers[block].register_forward_hook(keep))
         return taps
 
     def take(self) -> list[Tensor]:
-        """What the last forward showed, from the lowest block up."""
-        found = [self.seen[block] for block in sorted(self.seen)]
-        self.seen = {}
-        return found
+        """The last forward's states, (n, hidden) fp32 each, from the lowest block up."""
+        states = [self.states[block] for block in sorted(self.states)]
+        self.states = {}
+        return states
 
     def remove(self) -> None:
+        """Take the hooks off the model."""
         for handle in self.handles:
             handle.remove()
 
 
 @dataclass
 class Readout:
-    """A probe and the taps that feed it: what takes the head's place."""
+    """A linear probe in the head's place: its weights, and the taps that feed it."""
 
-    probe: LinearProbe
+    weights: ReadoutWeights
     taps: Taps
 
     def __call__(self, labels: Tensor, sides: int) -> tuple[Tensor, Tensor]:
-        """Losses (sides, b) fp32 and predictions (sides, b) of the forward that has just run; labels (b,)."""
-        logits = self.probe.logits(self.taps.take())
+        """Losses (sides, b) fp32 and predictions (sides, b) int64 of the forward that has just run; labels (b,)."""
+        logits = self.weights.logits(self.taps.take())
         losses = F.cross_entropy(logits, labels.repeat(sides).to(logits.device), reduction="none")
         return losses.view(sides, -1), logits.argmax(-1).view(sides, -1)
 
@@ -136,9 +139,9 @@ class Readout:
 
 @dataclass(frozen=True)
 class StateFile:
-    """States of rows in the order in which they passed, (blocks, hidden) fp16 each, and their loss so far, fp32.
+    """The states (blocks, hidden) fp16 of each row in the order in which rows passed, and its label words' loss, fp32.
 
-    It only grows: after a kill the rows that are whole are there, and the pass goes on behind them.
+    The file only grows: after a kill it has every row that was written whole, and the pass goes on after them.
     """
 
     path: Path
@@ -150,16 +153,19 @@ class StateFile:
         return 2 * self.blocks * self.hidden + 4
 
     def rows(self) -> int:
-        """Whole rows that are there."""
+        """How many rows were written whole."""
         return self.path.stat().st_size // self.row_bytes if self.path.exists() else 0
 
     def keep(self, rows: int) -> None:
-        """Forget what is beyond ``rows``."""
+        """Cut the file after its first ``rows`` rows."""
         if self.path.exists():
             os.truncate(self.path, rows * self.row_bytes)
 
     def append(self, states: Sequence[Tensor], losses: Tensor) -> None:
-        """States of some rows, (n, hidden) for each block, and losses (n,). EdgezoError where the disk is full."""
+        """Add the states of some rows, (n, hidden) for each block, and their losses (n,).
+
+        Raises EdgezoError where the disk is full.
+        """
         rows = torch.stack(list(states), 1).half().cpu().numpy()
         parts = zip(rows, losses.float().numpy(), strict=True)
         data = b"".join(row.tobytes() + loss.tobytes() for row, loss in parts)
@@ -170,19 +176,19 @@ class StateFile:
             raise write_error(self.path, "states for the linear probe", problem) from problem
 
     def block(self, number: int, rows: int) -> Tensor:
-        """The states of one block, (rows, hidden) fp32."""
-        found = np.empty((rows, self.hidden), np.float32)
+        """States of the first ``rows`` rows at one of the blocks, (rows, hidden) fp32."""
+        states = np.empty((rows, self.hidden), np.float32)
         for row, piece in enumerate(self._pieces(2 * self.hidden * number, 2 * self.hidden, rows)):
-            found[row] = np.frombuffer(piece, np.float16)
-        return torch.from_numpy(found)
+            states[row] = np.frombuffer(piece, np.float16)
+        return torch.from_numpy(states)
 
     def losses(self, rows: int) -> Tensor:
-        """(rows,) fp32."""
+        """Losses of the first ``rows`` rows, (rows,) fp32."""
         pieces = self._pieces(self.row_bytes - 4, 4, rows)
         return torch.tensor([float(np.frombuffer(piece, np.float32)[0]) for piece in pieces])
 
     def _pieces(self, offset: int, size: int, rows: int) -> Iterator[bytes]:
-        """``size`` bytes at ``offset`` of each row; never more than a row in memory."""
+        """``size`` bytes at ``offset`` of each row, one row at a time in memory."""
         with open(self.path, "rb", buffering=0) as file:
             for row in range(rows):
                 file.seek(row * self.row_bytes + offset)
@@ -194,32 +200,33 @@ class StateFile:
 
 
 class BlockFit(NamedTuple):
-    """The best ridge of one block."""
+    """The linear problem of one block, solved with its best ridge."""
 
-    error: float  # mean square over rows and classes, each row predicted by the others
+    error: float  # mean square over rows and classes, each row predicted by a fit to the others
     ridge: float
     weight: Tensor  # (K, hidden) fp32
     bias: Tensor  # (K,) fp32
-    held_out: Tensor  # (n, K) fp32 scores of each row by the others
+    held_out: Tensor  # (n, K) fp32 scores, each row's by a fit to the others
 
 
 class Fitted(NamedTuple):
-    probe: LinearProbe
+    """A readout fitted to rows, and how well fits to the other rows predict each row."""
+
+    readout: ReadoutWeights
     ridges: tuple[float, ...]  # of its blocks
-    # Of the rows, each predicted by the others.
     accuracy: float
     loss: float
 
 
 def fit_block(x: Tensor, labels: Tensor, classes: int) -> BlockFit:
-    """The best of ``RIDGES`` for states ``x`` (n, hidden) fp32 and labels (n,); ``x`` is changed."""
+    """Fit labels (n,) from states ``x`` (n, hidden) fp32, with the best of ``RIDGES``. ``x`` is overwritten."""
     n = len(x)
     targets = F.one_hot(labels, classes).float()
     share = targets.mean(0)
     targets = targets - share
     mean = x.mean(0)
     x.sub_(mean)
-    spread = x.square().mean(0).sqrt_().clamp_(min=EPS)
+    spread = x.square().mean(0).sqrt_().clamp_(min=LEAST_SPREAD)
     x.div_(spread)
     # Z = U S V^T by the smaller of Z^T Z and Z Z^T; at most two matrices of the size of x at once.
     if n > x.shape[1]:
@@ -227,11 +234,11 @@ def fit_block(x: Tensor, labels: Tensor, classes: int) -> BlockFit:
         values.clamp_(min=0)
         turned = x @ right  # U S
     else:
-        values, left = torch.linalg.eigh(x @ x.T / n)
+        values, rotation = torch.linalg.eigh(x @ x.T / n)  # U
         values.clamp_(min=0)
         size = (n * values).sqrt_()
-        right = (x.T @ left) / size.clamp(min=EPS)
-        turned = left.mul_(size)
+        right = (x.T @ rotation) / size.clamp(min=LEAST_SPREAD)
+        turned = rotation.mul_(size)
     along = turned.T @ targets / n
     best: BlockFit | None = None
     for ridge in RIDGES:
@@ -240,8 +247,8 @@ def fit_block(x: Tensor, labels: Tensor, classes: int) -> BlockFit:
         leverage = (
             torch.cat([part.square() @ inverse for part in turned.split(TILE_ROWS)]) / n + 1 / n
         )
-        # A row that determines its own prediction says nothing about others.
-        held_out = targets - (targets - scores) / (1 - leverage).clamp(min=EPS)[:, None]
+        # A leverage of 1: the row alone decides its prediction, and no other row predicts it.
+        held_out = targets - (targets - scores) / (1 - leverage).clamp(min=LEAST_SPREAD)[:, None]
         error = float((held_out - targets).square().mean())
         if best is None or error < best.error:
             weight = (right @ (along * inverse[:, None])).T / spread
@@ -253,20 +260,24 @@ def fit_block(x: Tensor, labels: Tensor, classes: int) -> BlockFit:
 def fit(
     states: Callable[[int], Tensor], blocks: Sequence[int], labels: Tensor, classes: int
 ) -> Fitted:
-    """The probe of the best blocks; ``states(i)`` gives those of ``blocks[i]``, (n, hidden) fp32, freshly owned."""
-    kept: dict[int, BlockFit] = {}
+    """The readout from the best of ``blocks``, for labels (n,).
+
+    ``states(i)`` reads those of ``blocks[i]`` anew, (n, hidden) fp32: they are overwritten.
+    """
+    best: dict[int, BlockFit] = {}
     for number, block in enumerate(blocks):
-        kept[block] = fit_block(states(number), labels, classes)
-        kept = dict(sorted(kept.items(), key=lambda item: (item[1].error, item[0]))[:PROBED_BLOCKS])
-    kept = dict(sorted(kept.items()))
-    scores = torch.stack([own.held_out for own in kept.values()]).mean(0)
+        best[block] = fit_block(states(number), labels, classes)
+        best = dict(sorted(best.items(), key=lambda item: (item[1].error, item[0]))[:PROBED_BLOCKS])
+    best = dict(sorted(best.items()))
+    fits = list(best.values())
+    scores = torch.stack([block_fit.held_out for block_fit in fits]).mean(0)
     factor = min(FACTORS, key=lambda f: float(F.cross_entropy(scores * f, labels)))
-    scale = factor / len(kept)
-    probe = LinearProbe(
-        tuple(kept),
-        torch.stack([own.weight for own in kept.values()]) * scale,
-        torch.stack([own.bias for own in kept.values()]).sum(0) * scale,
+    scale = factor / len(fits)
+    readout = ReadoutWeights(
+        tuple(best),
+        torch.stack([block_fit.weight for block_fit in fits]) * scale,
+        torch.stack([block_fit.bias for block_fit in fits]).sum(0) * scale,
     )
     accuracy = float((scores.argmax(1) == labels).double().mean())
     loss = float(F.cross_entropy(scores * factor, labels))
-    return Fitted(probe, tuple(own.ridge for own in kept.values()), accuracy, loss)
+    return Fitted(readout, tuple(block_fit.ridge for block_fit in fits), accuracy, loss)

@@ -1,4 +1,4 @@
-"""What a run with a backward pass through one block at a time takes (network/backward.py). Pure, as footprint.py.
+"""What a run with a backward pass through one block at a time takes (network/first_order.py). Pure, as footprint.py.
 
 Between its two visits of a block a step keeps one hidden state a token and block; during the second what autograd keeps
 of that one block, with the gradients on their way. An evaluation, and the plain forward, take what they always do.

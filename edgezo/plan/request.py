@@ -186,6 +186,10 @@ class Settled(RunConfig):
         """``cfg`` with these fields changed; what it leaves open has to be among them."""
         return Settled(**{f.name: getattr(cfg, f.name) for f in fields(cfg)} | decided)
 
+    def reopened(self, **changes: Any) -> RunConfig:
+        """The request again, with these fields changed, or left open by None."""
+        return RunConfig(**{f.name: getattr(self, f.name) for f in fields(self)} | changes)
+
 
 def make_config(*layers: Mapping[str, Any], need_data: bool = True) -> RunConfig:
     """Merge the layers, highest first, and validate the result.

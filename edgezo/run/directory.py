@@ -1,4 +1,4 @@
-"""The run directory: its files, its snapshot, its weights on disk, and what may go on in it."""
+"""The run directory: the names of its files, its snapshot, its weights on disk, and the checks before a run goes on."""
 
 from __future__ import annotations
 
@@ -27,19 +27,17 @@ from edgezo.plan.fields import FREE_ON_RESUME, flag
 from edgezo.plan.request import RunConfig, completed, from_toml
 from edgezo.run.journal import Journal, check_base, open_journal
 from edgezo.run.progress import RunProgress
-from edgezo.weights.safetensors_file import write_saved
-from edgezo.weights.trainable import Saved
+from edgezo.weights.saved import Saved, snapshot_tensors, write_saved
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edgezo.run.session import Opened
     from edgezo.weights.disk import DiskMedium
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Names inside a run directory."""
+    """The paths of the files in a run directory."""
 
     path: Path
 
@@ -73,27 +71,27 @@ class RunFiles:
 
     @property
     def probe(self) -> Path:
-        """The linear probe, once it is fitted."""
+        """The linear probe; absent until it is fitted."""
         return self.path / "probe.safetensors"
 
     @property
     def states(self) -> Path:
-        """What it is fitted to, until then."""
+        """The hidden states that the linear probe is fitted to; removed once it is fitted."""
         return self.path / "probe.states"
 
     @property
     def overlay(self) -> Path:
-        """Weights on disk of a model that does not fit; can be deleted whenever no run is going."""
+        """Weights on disk of a model that does not fit. Can be deleted whenever no run is going."""
         return self.path / "overlay"
 
     @property
     def trained(self) -> Path:
-        """What ``replay`` writes: every trained tensor."""
+        """Every trained tensor, as ``replay`` writes them."""
         return self.path / "trained.safetensors"
 
     @property
     def exported(self) -> Path:
-        """In a directory that ``export`` wrote: of what run it is."""
+        """In a directory that ``export`` wrote: the run that it is of."""
         return self.path / "edgezo.json"
 
     def read_config(self) -> RunConfig:
@@ -106,9 +104,21 @@ class RunFiles:
             ) from problem
 
 
+def free_directory(cfg: RunConfig) -> Path:
+    """runs/MODEL-DATA, numbered where that name is taken."""
+    model = Path(cfg.model).name.removesuffix(".gguf")
+    data = cfg.task or Path(cfg.data or "data").stem
+    base = Path("runs") / f"{model}-{data}"
+    folder, number = base, 1
+    while folder.exists():
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+    return folder
+
+
 @dataclass(frozen=True)
 class Overlay:
-    """Where weights on disk go, and of what they have to be to be used again."""
+    """Where offloaded weights live, and the run that they must belong to."""
 
     directory: Path
     run: Mapping[str, Any]
@@ -116,7 +126,7 @@ class Overlay:
 
     @staticmethod
     def of(run: RunFiles, header: Mapping[str, Any]) -> Overlay:
-        """That of a run: what may change when it goes on does not make its files foreign."""
+        """The overlay of a run. Settings that a resume may change do not make its files foreign."""
         config = {k: v for k, v in header["config"].items() if k not in FREE_ON_RESUME}
         return Overlay(run.overlay, {**header, "config": config})
 
@@ -127,14 +137,14 @@ class Overlay:
         return DiskMedium(self.directory, identity, resident_blocks)
 
     def check_room(self, needed_bytes: int) -> None:
-        """DoesNotFit unless the disk has room for what is not there yet."""
-        held = sum(f.stat().st_size for f in self.directory.glob("*.overlay"))
+        """Raise DoesNotFit unless the disk has room for what is not there yet."""
+        there_bytes = sum(f.stat().st_size for f in self.directory.glob("*.overlay"))
         existing = next(p for p in (self.directory, *self.directory.parents) if p.exists())
-        free = shutil.disk_usage(existing).free
-        if needed_bytes - held > free:
+        free_bytes = shutil.disk_usage(existing).free
+        if needed_bytes - there_bytes > free_bytes:
             raise DoesNotFit(
                 f"the weights on disk take {format_bytes(needed_bytes)} in {self.directory}, "
-                f"but only {format_bytes(free + held)} are free there.\n"
+                f"but only {format_bytes(free_bytes + there_bytes)} are free there.\n"
                 f"Free some space, {self.way_out}."
             )
 
@@ -151,31 +161,34 @@ def temporary_overlay() -> Iterator[Overlay]:
     """A place in the cache for weights on disk, for as long as a model is evaluated or replayed."""
     folder = cache_dir() / "overlay"
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob("*/lock"):  # by processes that were killed
-        with open(left, "wb") as lock:
+    for abandoned in folder.glob("*/lock"):  # by processes that were killed
+        with open(abandoned, "wb") as lock:
             if locked(lock):
-                shutil.rmtree(left.parent, ignore_errors=True)
+                shutil.rmtree(abandoned.parent, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder) as name, open(Path(name, "lock"), "wb") as lock:
         locked(lock)
         yield Overlay(Path(name), {}, "or set EDGEZO_CACHE to a folder on another disk")
 
 
 def save_snapshot(run: RunFiles, model: Model, step: int) -> None:
-    """State without a seed form after ``step`` steps, atomically: the exact head; weights whose directions had none."""
+    """Write, as a whole or not at all, the state after ``step`` steps that no seed can rebuild.
+
+    That is the exact head, and weights whose directions come from what layers read.
+    """
     if not model.needs_snapshots:
         return
     tensors: dict[str, Tensor] = {}
     for part in model.learned.values():
         tensors |= part.tensors()
     if model.guided:
-        tensors = {**tensors, **model.store.kept()}
+        tensors = {**tensors, **snapshot_tensors(model.store)}
     saved = [Saved.of(name, tensor.contiguous()) for name, tensor in tensors.items()]
     with atomic_path(run.snapshot) as temporary:
         write_saved(temporary, saved, {"step": str(step)})
 
 
 def lost_head(run: RunFiles, cfg: RunConfig, steps: int) -> EdgezoError:
-    """The error of a run of ``steps`` steps whose snapshot is not there: removed, or not yet written."""
+    """The error for a run of ``steps`` steps whose snapshot was removed, or not written yet."""
     again = (
         f"Compute it again with: edgezo finetune --resume --out {run.path}"
         if cfg.steps is not None
@@ -196,22 +209,22 @@ def load_snapshot(run: RunFiles, model: Model) -> int:
             step = int(file.metadata()["step"])
             for part in model.learned.values():
                 part.load({name: file.get_tensor(name) for name in part.tensors()})
-            for name, held in (model.store.kept() if model.guided else {}).items():
+            for name, held in (snapshot_tensors(model.store) if model.guided else {}).items():
                 _read_into(held, file.get_slice(name))
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as problem:
         raise EdgezoError(
             f"{run.snapshot} is damaged ({problem}).\n"
-            "It holds what the run has trained; restore it from a copy, or start again."
+            "It holds weights that the run has trained; restore it from a copy, or start again."
         ) from problem
     return step
 
 
-def _read_into(held: Tensor, stored: Any) -> None:
-    """Copy a slice of a file into a tensor, a tile at a time. ValueError for another shape."""
-    if tuple(stored.get_shape()) != tuple(held.shape):
-        raise ValueError(f"{stored.get_shape()} where {list(held.shape)} belong")
-    for rows in tiles(len(held), held[0].numel()):
-        held[rows].copy_(stored[rows])
+def _read_into(tensor: Tensor, stored: Any) -> None:
+    """Copy a slice of a file into a tensor, a tile at a time. Raises ValueError for another shape."""
+    if tuple(stored.get_shape()) != tuple(tensor.shape):
+        raise ValueError(f"{stored.get_shape()} where {list(tensor.shape)} belong")
+    for rows in tiles(len(tensor), tensor[0].numel()):
+        tensor[rows].copy_(stored[rows])
 
 
 def data_hash(examples: Sequence[Example]) -> str:
@@ -226,7 +239,7 @@ def data_hash(examples: Sequence[Example]) -> str:
 
 
 def dataset_facts(dataset: Dataset) -> dict[str, Any]:
-    """What tells whether other data is of the same task."""
+    """The facts by which other data is recognised as data of the same task."""
     return {
         "kind": dataset.kind,
         "label_ids": list(dataset.label_ids),
@@ -234,22 +247,8 @@ def dataset_facts(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def header_of(opened: Opened) -> dict[str, Any]:
-    """What the journal remembers of a request: enough to replay it, and to refuse another one."""
-    # Nothing that replay needs.
-    free = ("out", "max_mem_bytes", "device", "threads", "profile", "finetuner")
-    told = {} if opened.finetuner is None else {"finetuner_hash": opened.finetuner.sha256}
-    return {
-        **told,
-        "content_hash": opened.files.content_hash,
-        "data_hash": data_hash(opened.dataset.train),
-        "dataset": dataset_facts(opened.dataset),
-        "config": {k: v for k, v in opened.cfg.to_dict().items() if k not in free},
-    }
-
-
 def prepare(run: RunFiles) -> None:
-    """The directory of a new run. Refused where a run is: not one byte of it changes."""
+    """Make the directory of a new run. Where a run is already, raise UsageError and change nothing."""
     if os.path.lexists(run.journal):
         raise UsageError(
             f"{run.path} already holds a run. Go on with it (--resume --out {run.path}), "
@@ -264,7 +263,10 @@ def prepare(run: RunFiles) -> None:
 
 
 def reopen(run: RunFiles, given: Mapping[str, Any], progress: RunProgress) -> Journal:
-    """The journal of a run to go on with, if it is the run of the header ``given``: base, rows and settings."""
+    """Open the journal of a run to go on with. ``given`` is the header of the request: base, rows and settings.
+
+    Raises BaseMismatch for another base, EdgezoError for other rows, UsageError for other settings.
+    """
     journal = open_journal(run.journal, resume=True)
     try:
         began = journal.header

@@ -1,4 +1,4 @@
-"""``edgezo eval`` and ``edgezo replay``: a run, or a plain model, brought back into memory; export.py does it too."""
+"""``edgezo eval`` and ``edgezo replay``: rebuild a run, or load a plain model, in memory. export.py does so too."""
 
 from __future__ import annotations
 
@@ -23,27 +23,21 @@ from edgezo.network.model import Model
 from edgezo.plan.budget import portable
 from edgezo.plan.request import RunConfig
 from edgezo.run.directory import RunFiles, load_snapshot, lost_head, temporary_overlay
+from edgezo.run.figures import evaluate_model
 from edgezo.run.journal import Journal, check_base, open_journal
 from edgezo.run.readout_pass import recall
-from edgezo.run.session import (
-    Opened,
-    evaluate_model,
-    follow,
-    load_model,
-    open_request,
-    replay_into,
-    settle,
-)
-from edgezo.weights.safetensors_file import write_saved
-from edgezo.weights.store import saved_sha256
+from edgezo.run.recipes import follow, replay_into
+from edgezo.run.session import Loaded, Opened, Planned, load_model, open_request, settle
+from edgezo.weights.saved import load_trained, saved_sha256, write_saved
 
 
 def evaluate(
     target: str, cfg: RunConfig, note: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Metric of a model or of a run (a directory with config.toml) on the validation rows of ``cfg``'s data.
+    """Evaluate a model, or a run (a directory with config.toml), on the validation rows of ``cfg``'s data.
 
-    ``note`` is told what there is to say about the data.
+    ``note`` gets a sentence for everything that a user should know about the data. Returns metric, value, n, loss and
+    the memory that it took.
     """
     meter = Meter()
     run = RunFiles(Path(target))
@@ -55,40 +49,42 @@ def evaluate(
     for text in opened.dataset.notes:
         note(text)
     base = meter.mark("base")
-    settle(opened, confirmed(machine()), base.rss_bytes)
-    with ExitStack() as held:
-        model = held.enter_context(loaded(opened))
+    planned = settle(opened, confirmed(machine()), base.rss_bytes)
+    with ExitStack() as at_end:
+        model, memory = at_end.enter_context(loaded(planned))
         steps = 0
         if trained is not None:
-            journal = held.enter_context(open_journal(run.journal, resume=False))
+            journal = at_end.enter_context(open_journal(run.journal, resume=False))
             steps = restore(run, trained, opened, model, journal)
         elif run.probe.is_file():
             note(_with_exported_probe(run, opened, model))
         meter.mark("load")
-        with opened.memory.short("an evaluation"):
-            found = evaluate_model(model, opened.dataset, opened.judge)
-    return {"model": target, "steps": steps, **found, **meter.summary(), **opened.memory.figures()}
+        with memory.short("an evaluation"):
+            figures = evaluate_model(model, opened.dataset, opened.judge)
+    return {"model": target, "steps": steps, **figures, **meter.summary(), **memory.figures()}
 
 
 @contextmanager
-def loaded(opened: Opened) -> Iterator[Model]:
-    """The model in memory; what does not fit lies elsewhere until the end of the block."""
-    with ExitStack() as held:
+def loaded(planned: Planned) -> Iterator[Loaded]:
+    """The model in memory; blocks that do not fit lie on disk until the end of the block."""
+    with ExitStack() as at_end:
         overlay = None
-        if opened.plan is not None and opened.plan.blocks_on_disk:
-            overlay = held.enter_context(temporary_overlay())
-        yield held.enter_context(closing(load_model(opened, machine(), overlay)))
+        if planned.plan.blocks_on_disk:
+            overlay = at_end.enter_context(temporary_overlay())
+        model, memory = load_model(planned, machine(), overlay)
+        yield Loaded(at_end.enter_context(closing(model)), memory)
 
 
 def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model, journal: Journal) -> int:
-    """Bring ``model`` to the end of a run or of what replay wrote; returns the steps. Checks the base.
+    """Bring ``model`` to the end of a run, or of what replay wrote; returns the number of steps.
 
     ``journal`` has to stay open as long as the model is used: blocks elsewhere read it when they are bound.
+    Raises BaseMismatch, or EdgezoError where a file is missing, damaged or of another task.
     """
     check_base(journal.header, opened.files.content_hash)
     _check_task(journal.header, cfg, opened.dataset)
     stop = journal.next_step
-    if "probe" in cfg.train and recall(run, model, opened.files.shape.layers) is None:
+    if cfg.parts.readout and recall(run, model, opened.files.shape.layers) is None:
         raise EdgezoError(
             f"{run.path} has no {run.probe.name} yet: its linear probe is not fitted.\n"
             f"Go on with: edgezo finetune --resume --out {run.path}"
@@ -110,32 +106,36 @@ def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model, journal
 
 
 def _with_exported_probe(folder: RunFiles, opened: Opened, model: Model) -> str:
-    """Let an exported model classify by the probe beside it, where the data is that of its run; what was done."""
+    """Let an exported model classify by the linear probe beside it, where the data is of the same task.
+
+    Returns a sentence that says whether it does.
+    """
     try:
-        began = json.loads(folder.exported.read_text(encoding="utf-8"))["dataset"]
-        ours = _same_task(began, opened.dataset)
-        words = ", ".join(began["label_names"])
+        of_run = json.loads(folder.exported.read_text(encoding="utf-8"))["dataset"]
+        same = _same_task(of_run, opened.dataset)
+        words = ", ".join(of_run["label_names"])
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise EdgezoError(
             f"{folder.path} has a linear probe, but what it is for cannot be read from {folder.exported.name} "
             f"({problem}).\nExport the run again, or remove {folder.probe.name} to evaluate without it."
         ) from problem
-    if not ours:
+    if not same:
         return f"the linear probe beside this model tells {words} apart, which is another task: not used"
     recall(folder, model, opened.files.shape.layers)
     return "classified by the linear probe that was exported with this model"
 
 
-def _same_task(began: dict[str, Any], dataset: Dataset) -> bool:
-    return began["kind"] == dataset.kind and tuple(began["label_ids"]) == dataset.label_ids
+def _same_task(of_run: dict[str, Any], dataset: Dataset) -> bool:
+    return of_run["kind"] == dataset.kind and tuple(of_run["label_ids"]) == dataset.label_ids
 
 
 def _check_task(header: dict[str, Any], cfg: RunConfig, dataset: Dataset) -> None:
-    """A trained head, and a full table, belong to the label words that the run was trained with."""
-    began = header["dataset"]
-    if _same_task(began, dataset) or not {"head", "probe", "full"} & set(cfg.train):
+    """Raise EdgezoError where trained weights belong to other label words than the data has."""
+    of_run = header["dataset"]
+    parts = cfg.parts
+    if _same_task(of_run, dataset) or not (parts.head or parts.readout or parts.weights):
         return
-    words = ", ".join(began["label_names"]) or began["kind"]
+    words = ", ".join(of_run["label_names"]) or of_run["kind"]
     raise EdgezoError(
         f"the run trained {'+'.join(cfg.train)} for {words}; this data has "
         f"{', '.join(dataset.label_names) or dataset.kind}.\n"
@@ -144,7 +144,7 @@ def _check_task(header: dict[str, Any], cfg: RunConfig, dataset: Dataset) -> Non
 
 
 def _load_trained(run: RunFiles, model: Model) -> int:
-    """Read what replay wrote; where blocks are elsewhere only the head, for the rest is in the journal."""
+    """Read what replay wrote; returns the steps. With blocks elsewhere only the head: the journal has the rest."""
     try:
         with safe_open(run.trained, "pt") as file:
             steps = int(file.metadata()["steps"])
@@ -157,10 +157,10 @@ def _load_trained(run: RunFiles, model: Model) -> int:
             f"{run.trained} cannot be read ({problem}).\nRun edgezo replay again from the original run."
         ) from problem
     if model.store.residency is None:
-        model.store.load_trained(tensors)
+        load_trained(model.store, tensors)
     for part in model.learned.values():
-        for name, held in part.trained().items():
-            held.copy_(learned[name])
+        for name, tensor in part.trained().items():
+            tensor.copy_(learned[name])
     return steps
 
 
@@ -174,14 +174,14 @@ def replay(source: Path, out: Path) -> dict[str, Any]:
     cfg = run.read_config()
     if made.journal.exists() and not made.trained.exists():
         raise UsageError(f"{out} holds a run, which a replay would overwrite. Give another --out.")
-    with brought_back(run, cfg) as found:
+    with brought_back(run, cfg) as rebuilt:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             raise EdgezoError(
                 f"{out} cannot be made ({problem.strerror}).\nGive another --out."
             ) from problem
-        steps, model = found.steps, found.model
+        steps, model = rebuilt.steps, rebuilt.model
         with atomic_path(made.trained) as temporary:
             write_saved(temporary, model.saved(), {"steps": str(steps)})
         digest = saved_sha256(model.saved())
@@ -189,46 +189,46 @@ def replay(source: Path, out: Path) -> dict[str, Any]:
         kept = [(run.journal, made.journal), (run.config, made.config)]
         if run.probe.exists():
             kept.insert(0, (run.probe, made.probe))
-        for own, copy in kept:
-            atomic_write(copy, own.read_bytes())
+        for original, copy in kept:
+            atomic_write(copy, original.read_bytes())
     result = {"run": str(source), "out": str(out), "steps": steps, "trained_sha256": digest}
     atomic_write(out / "replay.json", (to_json(result) + "\n").encode())
     return result
 
 
-class Brought(NamedTuple):
+class Rebuilt(NamedTuple):
     """A run in memory, at its end."""
 
-    opened: Opened
+    planned: Planned
     model: Model
     steps: int
 
 
 @contextmanager
-def brought_back(run: RunFiles, cfg: RunConfig) -> Iterator[Brought]:
-    """A run in memory until the end of the block, from its own files and the base: no data, no forwards.
+def brought_back(run: RunFiles, cfg: RunConfig) -> Iterator[Rebuilt]:
+    """A run in memory until the end of the block, rebuilt from its files and the base, without data or forward passes.
 
-    ``cfg`` is the configuration that the run has.
+    ``cfg`` is the configuration of the run.
     """
     cfg = portable(cfg, confirmed(machine()))
     files = loader.open_model(cards.resolve(cfg.model))
-    with ExitStack() as held:
-        journal = held.enter_context(open_journal(run.journal, resume=False))
+    with ExitStack() as at_end:
+        journal = at_end.enter_context(open_journal(run.journal, resume=False))
         check_base(journal.header, files.content_hash)
         opened = Opened(cfg, files, None, _shape_of_data(journal.header))
-        settle(opened, confirmed(machine()), rss_bytes())
-        model = held.enter_context(loaded(opened))
-        yield Brought(opened, model, restore(run, cfg, opened, model, journal))
+        planned = settle(opened, confirmed(machine()), rss_bytes())
+        model, _ = at_end.enter_context(loaded(planned))
+        yield Rebuilt(planned, model, restore(run, cfg, opened, model, journal))
 
 
 def _shape_of_data(header: dict[str, Any]) -> Dataset:
-    """The data's kind and label words, which the journal remembers: replay reads no data."""
-    found = header["dataset"]
+    """A data set without rows: kind and label words as the journal has them, because replay reads no data."""
+    facts = header["dataset"]
     return Dataset(
-        kind=found["kind"],
+        kind=facts["kind"],
         train=(),
         validation=(),
-        label_ids=tuple(found["label_ids"]),
-        label_names=tuple(found["label_names"]),
+        label_ids=tuple(facts["label_ids"]),
+        label_names=tuple(facts["label_names"]),
         notes=(),
     )

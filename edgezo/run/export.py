@@ -12,7 +12,7 @@
 int8 and int4 codes are expanded, as the run's forward reads them. What was trained beside frozen weights is fp32 in a
 run, and small: bf16 weights with it added would keep two thirds of it or less, so hf writes fp32 then unless asked.
 A linear probe has a place in neither form: it reads blocks in the middle of the model, and blocks above it were not
-run. Its file is copied beside them, where edgezo eval and a dozen lines of transformers (README) use it, and the
+run. Its file is copied beside them, where edgezo eval and a dozen lines of transformers use it (docs/export.md). The
 result says that the model alone does not predict what the run does.
 """
 
@@ -38,18 +38,14 @@ from edgezo.machine.downloads import BESIDE_WEIGHTS
 from edgezo.machine.files import atomic_folder, to_json
 from edgezo.machine.limits import tiles
 from edgezo.network.cards import HubSource, find_card
+from edgezo.network.first_order import ALPHA
 from edgezo.network.loader import build_meta, load_tokenizer, source_names
-from edgezo.network.lora import ALPHA
 from edgezo.plan.fields import QUANTIZED
 from edgezo.run.directory import RunFiles, dataset_facts
-from edgezo.run.evaluate import Brought, brought_back
+from edgezo.run.evaluate import Rebuilt, brought_back
 from edgezo.weights.layouts import DENSE_DTYPES
-from edgezo.weights.safetensors_file import write_saved
-from edgezo.weights.trainable import Saved
-
-BESIDE = frozenset(
-    {"lowrank", "lora", "head", "probe"}
-)  # what does not move the base's own weights
+from edgezo.weights.saved import Saved, write_saved
+from edgezo.zo.parts import PARTS
 
 
 def export(source: Path, form: str, out: Path, *, dtype: str | None = None) -> dict[str, Any]:
@@ -62,16 +58,18 @@ def export(source: Path, form: str, out: Path, *, dtype: str | None = None) -> d
     cfg = run.read_config()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is there already. Give another --out, or remove it.")
-    if form == "peft" and (own := [part for part in cfg.train if part not in BESIDE]):
+    if form == "peft" and (inside := [part for part in cfg.train if PARTS[part].in_base]):
         raise UsageError(
-            f"--format peft holds what lies beside frozen weights, and this run trained {'+'.join(own)}.\n"
+            f"--format peft holds what lies beside frozen weights, and this run trained {'+'.join(inside)}.\n"
             "Use --format hf, which writes the whole model."
         )
     if form == "peft" and dtype is not None:
-        raise UsageError("--dtype is that of hf's weights; an adapter is fp32")
-    with atomic_folder(out) as folder, brought_back(run, cfg) as found:
-        files = found.opened.files
-        exporter = _Exporter(found, build_meta(files))
+        raise UsageError(
+            "--dtype is the type of the weights that --format hf writes; an adapter is fp32"
+        )
+    with atomic_folder(out) as folder, brought_back(run, cfg) as rebuilt:
+        files = rebuilt.planned.opened.files
+        exporter = _Exporter(rebuilt, build_meta(files))
         about = exporter.peft(folder) if form == "peft" else exporter.hf(folder, dtype)
         _beside_weights(files.path, folder)
         notes = exporter.notes(form)
@@ -81,12 +79,12 @@ def export(source: Path, form: str, out: Path, *, dtype: str | None = None) -> d
             "run": str(source),
             "out": str(out),
             "format": form,
-            "steps": found.steps,
+            "steps": rebuilt.steps,
             "trained": list(cfg.train),
-            "precision": found.opened.cfg.precision,
+            "precision": rebuilt.planned.cfg.precision,
             "base": cfg.model,
             "base_sha256": files.content_hash,
-            "dataset": dataset_facts(found.opened.dataset),
+            "dataset": dataset_facts(rebuilt.planned.opened.dataset),
             "predicts_as_run": not exporter.probed,
             "notes": notes,
             **about,
@@ -121,45 +119,44 @@ class Product(NamedTuple):
 class _Exporter:
     """A run in memory, and the module on the meta device that names its parameters as files do."""
 
-    found: Brought
+    rebuilt: Rebuilt
     meta: Any
 
     @property
     def probed(self) -> bool:
-        return self.found.model.readout is not None
+        return self.rebuilt.model.readout is not None
 
     def notes(self, form: str) -> list[str]:
         """What whoever reads the files should know."""
-        found, model = [], self.found.model
+        notes, model = [], self.rebuilt.model
         if self.probed:
-            found.append(
+            notes.append(
                 "the run predicts by its linear probe, which these files have no place for: it lies beside them "
-                "(probe.safetensors; edgezo eval uses it there, README says how other programs do), and the model "
-                "alone predicts something else. Train without probe for that"
+                "(probe.safetensors). edgezo eval uses it there, and docs/export.md says how other programs do. The "
+                "model alone predicts something else; for a model that needs no second file, train without probe"
             )
-        if form == "peft" and self.found.opened.cfg.precision in QUANTIZED:
-            found.append(
-                f"trained beside {self.found.opened.cfg.precision} codes: over other weights losses differ a little"
+        if form == "peft" and self.rebuilt.planned.cfg.precision in QUANTIZED:
+            notes.append(
+                f"trained beside {self.rebuilt.planned.cfg.precision} codes: over other weights losses differ a little"
             )
         if form == "peft" and model.exact is not None and self._tied:
-            found.append(
+            notes.append(
                 "the head of this model is its embedding table too: merging the adapter would change both; "
                 "use --format hf for one model"
             )
-        return found
+        return notes
 
     @property
     def _tied(self) -> bool:
-        own = self.meta.get_output_embeddings().weight
-        return own is self.meta.get_input_embeddings().weight
+        head = self.meta.get_output_embeddings().weight
+        return head is self.meta.get_input_embeddings().weight
 
     def hf(self, folder: Path, asked: str | None) -> dict[str, Any]:
         """Every parameter, a tile at a time."""
-        model, cfg = self.found.model, self.found.opened.cfg
-        assert cfg.precision is not None
+        model, cfg = self.rebuilt.model, self.rebuilt.planned.cfg
         stored = "bf16" if cfg.precision in QUANTIZED else cfg.precision
         dtype = DENSE_DTYPES[asked or (stored if cfg.train == ("full",) else "fp32")]
-        config = self.found.opened.files.config
+        config = self.rebuilt.planned.opened.files.config
         config.dtype = dtype
         output = f"{self._name_of(self.meta.get_output_embeddings())}.weight"
         names = [name for name, _ in self.meta.named_parameters()]
@@ -176,7 +173,7 @@ class _Exporter:
 
     def peft(self, folder: Path) -> dict[str, Any]:
         """LoRA matrices and the configuration that peft reads."""
-        model, cfg = self.found.model, self.found.opened.cfg
+        model, cfg = self.rebuilt.model, self.rebuilt.planned.cfg
         products = dict(self._products())
         if not products:
             raise UsageError(
@@ -216,7 +213,7 @@ class _Exporter:
 
     def _base(self) -> str:
         """A hub id that the card or the user names, else the path of the base here."""
-        model = self.found.opened.cfg.model
+        model = self.rebuilt.planned.cfg.model
         card, path = find_card(model), Path(model).expanduser()
         hubs = [s.repo for s in card.sources if isinstance(s, HubSource)] if card else []
         if path.exists():
@@ -224,35 +221,35 @@ class _Exporter:
         return hubs[0] if hubs else model
 
     def _part_of_more(self) -> bool:
-        path = self.found.opened.files.path / "config.json"
+        path = self.rebuilt.planned.opened.files.path / "config.json"
         if not path.is_file():
             return False
-        said: str = json.loads(path.read_text(encoding="utf-8"))["model_type"]
-        return said != self.meta.config.model_type
+        model_type: str = json.loads(path.read_text(encoding="utf-8"))["model_type"]
+        return model_type != self.meta.config.model_type
 
     def _products(self) -> Iterator[tuple[str, Product]]:
         """All that was trained beside matrices, by module."""
-        store = self.found.model.store
+        store = self.rebuilt.model.store
         for name, layout in store.layouts.items():
             if (product := self._beside(name, layout.shape[1])) is not None:
                 yield name.removesuffix(".weight"), product
-        if self.found.model.exact is not None:
+        if self.rebuilt.model.exact is not None:
             yield self._name_of(self.meta.get_output_embeddings()), self._head()
 
     def _beside(self, name: str, cols: int) -> Product | None:
         """Of a matrix, without the exact head's change."""
-        store, adapters = self.found.model.store, self.found.model.adapters
-        row = store.trainables.get(f"{name}#lowrank")
-        if row is not None:
-            return Product(store.basis(name, cols), row.values.cpu(), float(store.rank))
+        store, adapters = self.rebuilt.model.store, self.rebuilt.model.adapters
+        factor = store.trainables.get(f"{name}#lowrank")
+        if factor is not None:
+            return Product(store.basis(name, cols), factor.values.cpu(), float(store.rank))
         if adapters is not None and f"{name}#lora_A" in adapters.values:
-            held = adapters.trained()
-            return Product(held[f"{name}#lora_A"], held[f"{name}#lora_B"], ALPHA)
+            trained = adapters.trained()
+            return Product(trained[f"{name}#lora_A"], trained[f"{name}#lora_B"], ALPHA)
         return None
 
     def _head(self) -> Product:
         """The exact head's change."""
-        model = self.found.model
+        model = self.rebuilt.model
         assert model.exact is not None
         delta = model.exact.delta.cpu()
         if model.exact.basis is not None:
@@ -263,35 +260,35 @@ class _Exporter:
         return Product(delta, up, float(len(delta)))
 
     def _name_of(self, module: Any) -> str:
-        return next(name for name, found in self.meta.named_modules() if found is module)
+        return next(name for name, other in self.meta.named_modules() if other is module)
 
     def _saved(self, name: str, dtype: torch.dtype, output: bool) -> Saved:
         """A parameter of the module as it was trained, in the shape that files have."""
-        store, held = self.found.model.store, self._places[name]
+        store, place = self.rebuilt.model.store, self._places[name]
         shape = tuple(self.meta.get_parameter(name).shape)
-        if held not in store.layouts:
-            if (row := store.trainables.get(held)) is not None:
-                values = row.values
-            elif held in store.vectors:
-                values = store.vectors[held]
+        if place not in store.layouts:
+            if (trainable := store.trainables.get(place)) is not None:
+                values = trainable.values
+            elif place in store.vectors:
+                values = store.vectors[place]
             else:  # above what a linear probe reads, and so not kept
-                values = self.found.opened.files.source.read(self._sources[held])
+                values = self.rebuilt.planned.opened.files.source.read(self._sources[place])
             return Saved.of(name, values.reshape(shape).to(dtype))
-        found = Saved(name, shape, dtype, partial(self._tiles, held, dtype, output))
+        saved = Saved(name, shape, dtype, partial(self._tiles, place, dtype, output))
         if isinstance(self.meta.get_submodule(name.rpartition(".")[0]), Conv1D):
-            return found._replace(pieces=lambda: [torch.cat(list(found.pieces())).T])
-        return found
+            return saved._replace(pieces=lambda: [torch.cat(list(saved.pieces())).T])
+        return saved
 
-    def _tiles(self, held: str, dtype: torch.dtype, output: bool) -> Iterator[Tensor]:
+    def _tiles(self, place: str, dtype: torch.dtype, output: bool) -> Iterator[Tensor]:
         """(n, cols) rows of a matrix, with what was trained beside it."""
-        store = self.found.model.store
+        store = self.rebuilt.model.store
         if store.residency is not None:
-            store.residency.bind_owner(held)
-        layout = store.layouts[held]
+            store.residency.bind_owner(place)
+        layout = store.layouts[place]
         rows, cols = layout.shape
-        gain = store.trainables.get(f"{held}#gain")
-        head = self._head() if output and self.found.model.exact is not None else None
-        products = [product for product in (self._beside(held, cols), head) if product is not None]
+        gain = store.trainables.get(f"{place}#gain")
+        head = self._head() if output and self.rebuilt.model.exact is not None else None
+        products = [product for product in (self._beside(place, cols), head) if product is not None]
         for part in tiles(rows, cols):
             size = part.stop - part.start
             values = layout.expand(part, torch.empty(size, cols, device=store.device)).cpu()
@@ -304,12 +301,12 @@ class _Exporter:
     @cached_property
     def _places(self) -> dict[str, str]:
         """The store's name of each parameter, where it has one: a tied head has its embedding's."""
-        store = self.found.model.store
+        store = self.rebuilt.model.store
         kept = {*store.layouts, *store.vectors, *store.trainables}
         every = list(self.meta.named_parameters(remove_duplicate=False))
-        held = {id(parameter): name for name, parameter in every if name in kept}
-        return {name: held.get(id(parameter), name) for name, parameter in every}
+        places = {id(parameter): name for name, parameter in every if name in kept}
+        return {name: places.get(id(parameter), name) for name, parameter in every}
 
     @cached_property
     def _sources(self) -> dict[str, str]:
-        return source_names(self.found.opened.files, self.meta)
+        return source_names(self.rebuilt.planned.opened.files, self.meta)

@@ -1,17 +1,17 @@
-"""ZO Fine-tuner (arXiv 2510.00419): how long the noise of each block is at every step, told by small networks.
+"""ZO Fine-tuner (arXiv 2510.00419): small networks that scale the noise of each block at every step.
 
-    sigma_b = |w . tanh(W x_b + c) + e|     x_b = (mean theta_b, var theta_b, L+, L-, sigma_b), the last three of the
-                                            step before; at the first step 0, 0 and 1;
-                                            L- is L+ where a step has one side
+    sigma_b = |w . tanh(W x_b + c) + e|     x_b = (mean theta_b, var theta_b, L+, L-, sigma_b). The last three are
+                                            those of the step before; 0, 0 and 1 at the first step.
+                                            L- is L+ where a step has one side.
     nu      = sqrt(sum_b d_b / sum_b d_b sigma_b^2)
-    D_b    <- s_b D_b, s_b = nu sigma_b     in the probe and in the update alike, so E|D|^2 stays what it was
+    D_b    <- s_b D_b, s_b = nu sigma_b     in the perturbation and in the update; nu keeps E|D|^2 as it was
 
 A block is a parameter's name, as published, or a layer's (``model.layers.3``), whose tensors then share one network
 and one sigma. Networks go by name, so a finetuner serves every checkpoint derived from the model that it was trained
-on, and whatever of a block is trained: its weight, low-rank factors or gains. Mean and variance are the weight's
-either way: of what is frozen taken once, of what is trained at every step.
+on, whatever is trained of a block: its weight, low-rank factors or gains. Mean and variance are always those of the
+weight: computed once if it is frozen, at every step if it is trained.
 
-What a step was told is in its record: nu and sigma of every trained tensor. So a replay needs no finetuner, and a
+nu and the sigma of every trained tensor stand in the record of a step. So a replay needs no finetuner, and a
 resume goes on from the last record.
 """
 
@@ -36,22 +36,25 @@ from edgezo.data.dataset import Dataset
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.files import atomic_write
 from edgezo.machine.limits import tiles
-from edgezo.run.journal import StepRecord
+from edgezo.run.journal_record import StepRecord
 from edgezo.run.pickled import read_networks
 from edgezo.weights.store import WeightStore
 from edgezo.weights.trainable import Trainable
 
 FEATURES, HIDDEN = 5, 64  # as published
-LARGEST, LEAST = 1e6, 1e-6  # of a sigma, and of their root mean square before it counts as 0
-_PIECE_BYTES = 16  # of an element: pieces a quarter of a tile, because sums take copies
-_PARTS = ("0.weight", "0.bias", "2.weight", "2.bias")  # of a network in the file
+LARGEST_SIGMA = 1e6
+LEAST_SIGMA = 1e-6  # a smaller root mean square of all sigmas counts as 0
+_PIECE_BYTES = (
+    16  # counted for an element, so that a piece is a quarter of a tile: sums take copies
+)
+_PARTS = ("0.weight", "0.bias", "2.weight", "2.bias")  # names of a network's tensors in the file
 
 Moments = tuple[float, float, int]  # sum, sum of squares, count
 
 
 @dataclass(frozen=True, eq=False)
 class Finetuner:
-    """Networks of n blocks, stacked: W (n, h, 5), c (n, h), w (n, h), e (n), float64."""
+    """The networks of n blocks, stacked: W (n, h, 5), c (n, h), w (n, h), e (n), float64."""
 
     blocks: tuple[str, ...]
     weights: tuple[Tensor, Tensor, Tensor, Tensor]
@@ -64,7 +67,7 @@ class Finetuner:
         return ((w2 * hidden).sum(-1) + e).abs()
 
     def block_of(self, tensor: str) -> int | None:
-        """Which network is for a trained tensor: that of its weight's name, else of the nearest module around it."""
+        """The number of a trained tensor's network: that of its weight's name, or of the nearest module around it."""
         name = tensor.partition("#")[0]
         while name:
             if name in self._places:
@@ -78,7 +81,7 @@ class Finetuner:
 
     @staticmethod
     def plain(blocks: Sequence[str], seed: int) -> Finetuner:
-        """Networks before training: drawn first layers, and sigma = 1 whatever the features are."""
+        """Networks before training: random first layers, and sigma = 1 whatever the features are."""
         generator = torch.Generator().manual_seed(seed)
         n, bound = len(blocks), FEATURES**-0.5
 
@@ -91,19 +94,19 @@ class Finetuner:
         return Finetuner(tuple(blocks), (*drawn, *rest))
 
     def save(self, path: Path, about: Mapping[str, str]) -> None:
-        """As safetensors: ``BLOCK.0.weight`` and so on, the names of the published networks' own parts."""
+        """Write safetensors with the names of published networks: ``BLOCK.0.weight`` and so on."""
         tensors = {}
         for place, block in enumerate(self.blocks):
             w1, c, w2, e = (w[place].detach().float().clone() for w in self.weights)
             parts = zip(_PARTS, (w1, c, w2[None], e[None]), strict=True)
             tensors.update({f"{block}.{part}": values for part, values in parts})
         # One entry: several would be written in any order.
-        told = json.dumps(dict(about), sort_keys=True)
-        atomic_write(path, serialise(tensors, {"edgezo-finetuner": told}))
+        description = json.dumps(dict(about), sort_keys=True)
+        atomic_write(path, serialise(tensors, {"edgezo-finetuner": description}))
 
 
 def load_finetuner(path: Path) -> Finetuner:
-    """Read what ``Finetuner.save`` wrote. Raises EdgezoError for anything else."""
+    """Read a file that ``Finetuner.save`` wrote. Raises EdgezoError, or UsageError for a pickled one."""
     try:
         data = path.read_bytes()
     except OSError as problem:
@@ -130,23 +133,24 @@ def load_finetuner(path: Path) -> Finetuner:
 
 
 def convert_finetuner(source: Path, out: Path) -> Finetuner:
-    """A published file of pickled networks as safetensors. Nothing of it is run; raises EdgezoError."""
+    """Convert a published file of pickled networks to safetensors. Nothing of it is run. Raises EdgezoError."""
     networks = {}
     for name, layers in read_networks(source).items():
         kinds = ["weight" in layer for layer in layers]
         if kinds != [True, False, True]:
             raise EdgezoError(f"{source}: the network of {name} is not Linear, Tanh, Linear.")
-        held = {f"{at}.{kind}": values for at in (0, 2) for kind, values in layers[at].items()}
-        networks[name] = held
-    found = _stacked(networks, source, "")
-    found.save(out, {"source": source.name})
-    return found
+        networks[name] = {
+            f"{at}.{kind}": values for at in (0, 2) for kind, values in layers[at].items()
+        }
+    finetuner = _stacked(networks, source, "")
+    finetuner.save(out, {"source": source.name})
+    return finetuner
 
 
 def _stacked(
     networks: Mapping[str, Mapping[str, np.ndarray]], path: Path, sha256: str
 ) -> Finetuner:
-    """One finetuner of networks of one size. Raises EdgezoError for other shapes and values."""
+    """A finetuner from networks of one size. Raises EdgezoError for other shapes, or values that are not finite."""
     if not networks:
         raise EdgezoError(f"{path} is no finetuner: it holds no network.")
     blocks = tuple(sorted(networks))  # a safetensors file is read in any order
@@ -155,9 +159,9 @@ def _stacked(
     shapes = dict(zip(_PARTS, ((hidden, FEATURES), (hidden,), (1, hidden), (1,)), strict=True))
     for block, parts in networks.items():
         if {part: values.shape for part, values in parts.items()} != shapes or not hidden:
-            found = ", ".join(f"{part} {values.shape}" for part, values in sorted(parts.items()))
+            shown = ", ".join(f"{part} {values.shape}" for part, values in sorted(parts.items()))
             raise EdgezoError(
-                f"{path} is no finetuner: the network of {block or 'no name'} has {found}, where "
+                f"{path} is no finetuner: the network of {block or 'no name'} has {shown}, where "
                 f"{FEATURES} features, {hidden or HIDDEN} hidden values and one result belong."
             )
         if not all(np.isfinite(values).all() for values in parts.values()):
@@ -170,12 +174,12 @@ def _stacked(
 
 
 # ---------------------------------------------------------------------------------------------
-# At work on a model
+# Scales for a model in training
 
 
 @dataclass
 class Tuner:
-    """A finetuner at work on a store: what each step is told. Tensors go by name, as in a step's record."""
+    """Scales the directions of a store by a finetuner, step by step. Tensors go by name, as in a step's record."""
 
     finetuner: Finetuner
     store: WeightStore
@@ -190,12 +194,12 @@ class Tuner:
 
     def __post_init__(self) -> None:
         self.names = sorted(self.store.trainables)
-        found = [self.finetuner.block_of(name) for name in self.names]
-        self.places = [place for place in found if place is not None]
-        if missing := [n for n, place in zip(self.names, found, strict=True) if place is None]:
+        places = [self.finetuner.block_of(name) for name in self.names]
+        self.places = [place for place in places if place is not None]
+        if missing := [n for n, place in zip(self.names, places, strict=True) if place is None]:
             raise EdgezoError(
                 f"the finetuner has {len(self.finetuner.blocks)} blocks, but none for {len(missing)} of "
-                f"the {len(found)} trained tensors, the first is {missing[0]}.\n"
+                f"the {len(places)} trained tensors; the first is {missing[0]}.\n"
                 "It belongs to another architecture; edgezo meta-train makes one for this model."
             )
         self.frozen = {}
@@ -208,58 +212,59 @@ class Tuner:
 
     @staticmethod
     def of(finetuner: Finetuner, store: WeightStore, dataset: Dataset) -> Tuner:
-        """For training on ``dataset``, whose examples say how many rows of a table one of them moves."""
+        """A tuner for training on ``dataset``; the lengths of its examples say how many rows of a table one moves."""
         tokens = [sum(len(row.ids) for row in example.rows) for example in dataset.train]
         mean = sum(tokens) / max(1, len(tokens))
-        rows = [store.trainables[name] for name in sorted(store.trainables)]
-        return Tuner(finetuner, store, np.array([_size(row, mean) for row in rows]))
+        trainables = [store.trainables[name] for name in sorted(store.trainables)]
+        return Tuner(finetuner, store, np.array([_size(t, mean) for t in trainables]))
 
     def features(self, previous: StepRecord | None) -> Tensor:
         """(blocks, 5) float64 for the step after ``previous``; zeros for blocks of which nothing is trained."""
-        found = torch.zeros(len(self.finetuner.blocks), FEATURES, dtype=torch.float64)
+        features = torch.zeros(len(self.finetuner.blocks), FEATURES, dtype=torch.float64)
         moments = dict(self.frozen)
         for place, name in zip(self.places, self.names, strict=True):
             if "#" not in name:
                 _add(moments, place, _moments(self.store.trainables[name]))
         for place, (total, square, count) in moments.items():
             mean = total / count
-            found[place, 0] = mean
-            found[place, 1] = max(0.0, square - total * mean) / max(1, count - 1)
+            features[place, 0] = mean
+            features[place, 1] = max(0.0, square - total * mean) / max(1, count - 1)
         sigma = torch.ones(len(self.names), dtype=torch.float64)
         if previous is not None:
             plus, minus = previous.losses[0], previous.losses[min(1, len(previous.losses) - 1)]
-            found[:, 2], found[:, 3] = _finite_mean(plus), _finite_mean(minus)
+            features[:, 2], features[:, 3] = _finite_mean(plus), _finite_mean(minus)
             if previous.scales is not None:
                 sigma = torch.from_numpy(previous.scales[1:].astype(np.float64))
-        found[self.places, 4] = sigma
-        return found
+        features[self.places, 4] = sigma
+        return features
 
-    def tell(self, previous: StepRecord | None, features: Tensor | None = None) -> np.ndarray:
-        """What the step after ``previous`` is told, (1 + n,) fp32: nu, and sigma of each trained tensor.
+    def scale_step(self, previous: StepRecord | None, features: Tensor | None = None) -> np.ndarray:
+        """Scale the store's directions for the step after ``previous``.
 
-        The store's directions are from now on as long as that.
+        Returns (1 + n,) fp32 for its record: nu, and the sigma of each trained tensor.
         """
         features = self.features(previous) if features is None else features
         sigma = self.finetuner.sigma(features).detach().numpy()[self.places]
-        sigma = np.minimum(sigma, LARGEST).astype(np.float32)
-        told = np.concatenate(([self.normaliser(sigma)], sigma)).astype(np.float32)
-        self.store.scales = dict(zip(self.names, (told[0] * told[1:]).tolist(), strict=True))
-        return told
+        sigma = np.minimum(sigma, LARGEST_SIGMA).astype(np.float32)
+        scales = np.concatenate(([self.normaliser(sigma)], sigma)).astype(np.float32)
+        self.store.scales = dict(zip(self.names, (scales[0] * scales[1:]).tolist(), strict=True))
+        return scales
 
     def normaliser(self, sigma: np.ndarray) -> float:
-        """nu; 1 where every sigma is about 0, for then there is nothing to be probed along."""
+        """nu; 1 where every sigma is about 0, because then no direction is perturbed at all."""
         squares = math.fsum(d * float(s) ** 2 for d, s in zip(self.sizes, sigma, strict=True))
         total = math.fsum(self.sizes)
-        return math.sqrt(total / squares) if squares > LEAST**2 * total else 1.0
+        return math.sqrt(total / squares) if squares > LEAST_SIGMA**2 * total else 1.0
 
 
-def _size(row: Trainable, tokens: float) -> float:
-    rows = float(row.target.rows)
-    if row.fixed_rows is not None:
-        rows = float(len(row.fixed_rows))
-    elif row.touched_offset is not None:
+def _size(trainable: Trainable, tokens: float) -> float:
+    """Values that the direction of an example of so many tokens moves."""
+    rows = float(trainable.target.rows)
+    if trainable.fixed_rows is not None:
+        rows = float(len(trainable.fixed_rows))
+    elif trainable.touched_offset is not None:
         rows = min(rows, tokens)
-    return rows * row.target.cols
+    return rows * trainable.target.cols
 
 
 def _finite_mean(losses: np.ndarray) -> float:
@@ -268,33 +273,33 @@ def _finite_mean(losses: np.ndarray) -> float:
 
 
 def _add(moments: dict[int, Moments], place: int, more: Moments) -> None:
-    held = moments.get(place, (0.0, 0.0, 0))
-    moments[place] = held[0] + more[0], held[1] + more[1], held[2] + more[2]
+    total, square, count = moments.get(place, (0.0, 0.0, 0))
+    moments[place] = total + more[0], square + more[1], count + more[2]
 
 
-def _moments(row: Trainable) -> Moments:
-    """Of a trained tensor as it is now."""
-    rows, cols = row.layout.shape
-    found = (0.0, 0.0, 0)
+def _moments(trainable: Trainable) -> Moments:
+    """Sum, sum of squares and count of a trained tensor as it is now."""
+    rows, cols = trainable.layout.shape
+    moments = (0.0, 0.0, 0)
     for part in tiles(rows, cols, _PIECE_BYTES):
-        found = _of_piece(found, row.layout.read(part))
-    return found
+        moments = _with_piece(moments, trainable.layout.read(part))
+    return moments
 
 
 def _frozen_moments(store: WeightStore, weight: str) -> Moments:
-    """Of a frozen matrix, wherever it is, as the forward reads it."""
+    """Sum, sum of squares and count of a frozen matrix, wherever it is, as a forward pass reads it."""
     if store.residency is not None:
         store.residency.bind_owner(weight)
     layout = store.layouts[weight]
     rows, cols = layout.shape
-    found = (0.0, 0.0, 0)
+    moments = (0.0, 0.0, 0)
     for part in tiles(rows, cols, _PIECE_BYTES):
         piece = torch.empty(part.stop - part.start, cols, device=store.device)
-        found = _of_piece(found, layout.expand(part, piece))
-    return found
+        moments = _with_piece(moments, layout.expand(part, piece))
+    return moments
 
 
-def _of_piece(before: Moments, piece: Tensor) -> Moments:
+def _with_piece(before: Moments, piece: Tensor) -> Moments:
     total = float(piece.sum(dtype=torch.float64))
     square = float(piece.square().sum(dtype=torch.float64))
     return before[0] + total, before[1] + square, before[2] + piece.numel()

@@ -57,45 +57,25 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from edgezo.errors import BaseMismatch, EdgezoError
 from edgezo.machine.files import atomic_write, locked, write_error
+from edgezo.run.journal_record import (
+    CRC,
+    HEAD_BYTES,
+    StepRecord,
+    decode_record,
+    encode_record,
+    holds_record,
+    is_shaped,
+    record_length,
+)
 
 MAGIC = b"\x89EZJ\r\n\x1a\n"
 VERSION = 3  # the latest that is read
 _PREFIX = struct.Struct("<8sIII")  # magic, version, first step, JSON length
-_HEAD = struct.Struct("<2sHIII")  # mark, flags, record length, step, B
-_SIZES = struct.Struct("<dd")  # sigma, step size
-_SHAPE = struct.Struct("<III")  # evaluations, credits, lists of touched tokens
-_COUNT = struct.Struct("<I")
-_CRC = struct.Struct("<I")
-_MARK = b"EZ"
-_SKIPPED, _TOUCHED, _SHAPED, _SCALED = 1, 2, 4, 8
-_HEAD_BYTES = _HEAD.size + _CRC.size
-_FIXED_BYTES = _HEAD_BYTES + _SIZES.size + _CRC.size
-_MAX_STEP = 2**32 - 1
-
-
-@dataclass(frozen=True, eq=False)
-class StepRecord:
-    """What one step needs to be applied again without data or forwards."""
-
-    step: int
-    sigma: float
-    step_size: float
-    skipped: bool
-    losses: np.ndarray  # (S, B) float32: +sigma side, -sigma side
-    # (K,) float32; K = B but where the whole batch is tried along each direction, and B + 1 where the last one is
-    # the mean of an earlier step's
-    credit: np.ndarray
-    touched: tuple[np.ndarray, ...] = ()  # K or 1 sorted unique token id arrays; () if not recorded
-    # (1 + n,) float32: a factor, then a number for each trained tensor by name (finetuner.py)
-    scales: np.ndarray | None = None
 
 
 def check_base(header: Mapping[str, Any], content_hash: str) -> None:
@@ -198,7 +178,7 @@ class Journal:
         self._check_writable()
         if record.step != self.next_step:
             raise ValueError(f"step {record.step} after step {self.next_step - 1}")
-        if self.version < 2 and _is_shaped(record):
+        if self.version < 2 and is_shaped(record):
             raise ValueError("format 1 has two losses and one credit an example")
         if self.version < 3 and record.scales is not None:
             raise ValueError("only format 3 has scales")
@@ -268,7 +248,7 @@ def create_journal(
     ).encode()
     version = 3 if scaled else 2 if shaped else 1
     data = _PREFIX.pack(MAGIC, version, first_step, len(text)) + text
-    atomic_write(path, data + _CRC.pack(zlib.crc32(data)))
+    atomic_write(path, data + CRC.pack(zlib.crc32(data)))
     return open_journal(path, resume=True)
 
 
@@ -335,11 +315,11 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int, int, 
         raise damaged
     _, version, first_step, n = _PREFIX.unpack(prefix)
     remaining = os.fstat(file.fileno()).st_size - _PREFIX.size
-    if n + _CRC.size > remaining:
+    if n + CRC.size > remaining:
         raise damaged
     text = file.read(n)
     crc = zlib.crc32(prefix + text)
-    if file.read(_CRC.size) != _CRC.pack(crc):
+    if file.read(CRC.size) != CRC.pack(crc):
         raise damaged
     if not 1 <= version <= VERSION:
         raise EdgezoError(
@@ -352,7 +332,7 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int, int, 
         raise damaged from None
     if not isinstance(header, dict):
         raise damaged
-    return header, first_step, _PREFIX.size + n + _CRC.size, crc, version
+    return header, first_step, _PREFIX.size + n + CRC.size, crc, version
 
 
 def _scan(journal: Journal, file: BinaryIO, start: int, crc: int, lenient: bool) -> None:
@@ -360,8 +340,8 @@ def _scan(journal: Journal, file: BinaryIO, start: int, crc: int, lenient: bool)
     size = os.fstat(file.fileno()).st_size
     at = start
     while at < size:
-        head = file.read(_HEAD_BYTES)
-        length = _record_length(head, crc)
+        head = file.read(HEAD_BYTES)
+        length = record_length(head, crc)
         if length is None or at + length > size:
             break
         record = decode_record(head + file.read(length - len(head)), crc)
@@ -378,9 +358,9 @@ def _scan(journal: Journal, file: BinaryIO, start: int, crc: int, lenient: bool)
         return
     file.seek(at)
     tail = file.read()
-    length = _record_length(tail[:_HEAD_BYTES], crc)
-    cut_short = len(tail) < (_HEAD_BYTES if length is None else length) or not any(tail)
-    if _holds_record(tail[1:], crc) or not (cut_short or lenient):
+    length = record_length(tail[:HEAD_BYTES], crc)
+    cut_short = len(tail) < (HEAD_BYTES if length is None else length) or not any(tail)
+    if holds_record(tail[1:], crc) or not (cut_short or lenient):
         raise EdgezoError(
             f"{journal.path}: the record of step {journal.next_step} at byte {at} is damaged, "
             f"{len(tail)} bytes before the end of the file. {_remedy(journal)}"
@@ -400,147 +380,3 @@ def _remedy(journal: Journal) -> str:
         f"{journal.valid_bytes} bytes (steps {journal.first_step} to {journal.next_step - 1}): "
         f"`head -c {journal.valid_bytes} {journal.path.name}` into a new file."
     )
-
-
-def _record_length(head: bytes, crc: int) -> int | None:
-    """Length from a record's head, or None if this is no whole, undamaged head."""
-    if len(head) < _HEAD_BYTES or not head.startswith(_MARK):
-        return None
-    if _CRC.pack(zlib.crc32(head[: _HEAD.size], crc)) != head[_HEAD.size : _HEAD_BYTES]:
-        return None
-    length: int = _HEAD.unpack_from(head)[2]
-    return length if length >= _FIXED_BYTES else None
-
-
-def _holds_record(data: bytes, crc: int) -> bool:
-    """True if an undamaged head of a record begins anywhere in `data`."""
-    at = data.find(_MARK)
-    while at >= 0:
-        if _record_length(data[at : at + _HEAD_BYTES], crc) is not None:
-            return True
-        at = data.find(_MARK, at + 1)
-    return False
-
-
-def _is_shaped(record: StepRecord) -> bool:
-    """Whether a record says how many losses, credits and lists of tokens it has."""
-    k, lists = len(record.credit), len(record.touched)
-    return record.losses.shape != (2, k) or lists not in (0, k)
-
-
-def encode_record(record: StepRecord, crc: int) -> bytes:
-    """One record in the layout of the module's table; `crc` is the header's. ValueError if the
-    arrays have not the shapes and types of `StepRecord` (rounding here would break replay)."""
-    if record.credit.ndim != 1 or record.losses.ndim != 2:
-        raise ValueError(f"losses {record.losses.shape}, credit {record.credit.shape}")
-    if record.losses.dtype != np.float32 or record.credit.dtype != np.float32:
-        raise ValueError(f"losses {record.losses.dtype}, credit {record.credit.dtype}, not float32")
-    sides, b = record.losses.shape
-    k, lists = len(record.credit), len(record.touched)
-    if lists not in (0, 1, k):
-        raise ValueError(f"touched tokens of {lists} examples, not of {k}")
-    shaped = _is_shaped(record)
-    if not 0 <= record.step <= _MAX_STEP:
-        raise ValueError(f"step {record.step} is not in 0 to {_MAX_STEP}")
-    flags = (_SKIPPED if record.skipped else 0) | (_TOUCHED if record.touched else 0)
-    flags |= _SHAPED if shaped else 0
-    scales = b""
-    if record.scales is not None:
-        if record.scales.ndim != 1 or record.scales.dtype != np.float32:
-            raise ValueError(f"scales {record.scales.shape} {record.scales.dtype}")
-        flags |= _SCALED
-        scales = _COUNT.pack(len(record.scales)) + record.scales.astype("<f4", copy=False).tobytes()
-    touched = bytearray()
-    for ids in record.touched:
-        _put_ids(touched, ids)
-    shape = _SHAPE.pack(sides, k, lists) if shaped else b""
-    length = _FIXED_BYTES + len(shape) + 4 * (sides * b + k) + len(scales) + len(touched)
-    head = _HEAD.pack(_MARK, flags, length, record.step, b)
-    body = b"".join(
-        (
-            head,
-            _CRC.pack(zlib.crc32(head, crc)),
-            _SIZES.pack(record.sigma, record.step_size),
-            shape,
-            record.losses.astype("<f4", order="C", copy=False).tobytes(),
-            record.credit.astype("<f4", order="C", copy=False).tobytes(),
-            scales,
-            touched,
-        )
-    )
-    return body + _CRC.pack(zlib.crc32(body, crc))
-
-
-def decode_record(data: bytes, crc: int) -> StepRecord | None:
-    """The record that fills `data`, arrays freshly owned; None if it is damaged."""
-    if _record_length(data[:_HEAD_BYTES], crc) != len(data):
-        return None
-    end = len(data) - _CRC.size
-    if _CRC.pack(zlib.crc32(data[:end], crc)) != data[end:]:
-        return None
-    _, flags, _, step, b = _HEAD.unpack_from(data)
-    at = _HEAD_BYTES + _SIZES.size
-    sides, k, lists = 2, b, b
-    if flags & _SHAPED:
-        if at + _SHAPE.size > end:
-            return None
-        sides, k, lists = _SHAPE.unpack_from(data, at)
-        at += _SHAPE.size
-    after = at + 4 * (sides * b + k)
-    if after > end:
-        return None
-    sigma, step_size = _SIZES.unpack_from(data, _HEAD_BYTES)
-    losses = np.frombuffer(data, "<f4", sides * b, at).astype(np.float32).reshape(sides, b)
-    credit = np.frombuffer(data, "<f4", k, at + 4 * sides * b).astype(np.float32)
-    scales = None
-    if flags & _SCALED:
-        if after + _COUNT.size > end:
-            return None
-        (n,) = _COUNT.unpack_from(data, after)
-        start, after = after + _COUNT.size, after + _COUNT.size + 4 * n
-        if after > end:
-            return None
-        scales = np.frombuffer(data, "<f4", n, start).astype(np.float32)
-    touched: tuple[np.ndarray, ...] = ()
-    if flags & _TOUCHED:
-        touched = _get_all_ids(data[after:end], lists)
-    skipped = bool(flags & _SKIPPED)
-    return StepRecord(step, sigma, step_size, skipped, losses, credit, touched, scales)
-
-
-def _put_ids(out: bytearray, ids: np.ndarray) -> None:
-    values = np.asarray(ids)
-    if values.ndim != 1 or values.dtype.kind not in "iu":
-        raise ValueError(f"touched tokens are {values.dtype} {values.shape}, not a row of integers")
-    _put_varint(out, len(values))
-    last = -1
-    for value in values.tolist():
-        if value <= last:
-            raise ValueError(f"touched tokens are not sorted and unique: {value} after {last}")
-        _put_varint(out, value - max(last, 0))
-        last = value
-
-
-def _put_varint(out: bytearray, value: int) -> None:
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-
-
-def _get_all_ids(data: bytes, b: int) -> tuple[np.ndarray, ...]:
-    """The CRC has vouched for `data`, so this is what `_put_ids` wrote."""
-    numbers: list[int] = []
-    value = shift = 0
-    for byte in data:
-        value |= (byte & 127) << shift
-        shift += 7
-        if byte < 128:
-            numbers.append(value)
-            value = shift = 0
-    rows, at = [], 0
-    for _ in range(b):
-        count = numbers[at]
-        rows.append(np.cumsum(numbers[at + 1 : at + 1 + count], dtype=np.int64))
-        at += 1 + count
-    return tuple(rows)

@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line for each step and evaluation, and what a summary takes from them."""
+"""metrics.jsonl: one line for each step and evaluation; a summary takes its medians from them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import numpy as np
 
 from edgezo.errors import EdgezoError
 from edgezo.machine.files import to_json
-from edgezo.run.journal import StepRecord
+from edgezo.run.journal_record import StepRecord
 
 
 class MetricsLog:
-    """Appends one JSON object a line; what is written is with the operating system at once."""
+    """Appends one JSON object a line and hands it to the operating system at once."""
 
     def __init__(self, path: Path, keep_through: int | None = None):
-        """Start anew, or with ``keep_through`` go on: lines of later steps and a torn tail are cut.
+        """Start an empty file; or go on, and cut lines of steps after ``keep_through`` and an unfinished last line.
 
-        Raises EdgezoError where the file can't be written.
+        Raises EdgezoError if the file can't be written.
         """
         self.path = path
         try:
@@ -36,11 +36,11 @@ class MetricsLog:
             raise EdgezoError(f"can't write {path}: {error.strerror}") from error
 
     def lines(self) -> list[dict[str, Any]]:
-        """What the file holds now."""
+        """Every line of the file."""
         return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """``record`` has a "step": the number of steps done."""
+        """Append a line. Its "step" is the number of steps done. Raises EdgezoError if the disk refuses it."""
         try:
             self._file.write(to_json(record) + "\n")
         except OSError as error:
@@ -53,15 +53,17 @@ class MetricsLog:
 
 
 class RunLog(MetricsLog):
-    """The same, with what its lines say of the run so far; a resume reads it back."""
+    """The metrics of a run, which a resume reads back: times, evaluations, paces of --step auto."""
 
     def __init__(self, path: Path, keep_through: int | None = None):
         super().__init__(path, keep_through)
         self.step_times_s: list[float] = []
         self.forward_times_s: list[float] = []
-        self.moved: dict[str, list[int]] = {}  # bytes of weights elsewhere, a step
+        self.moved: dict[str, list[int]] = {}  # bytes of blocks elsewhere, one value a step
         self.evaluations: dict[tuple[str, int], dict[str, Any]] = {}  # by when and step
-        self.paces: dict[int, dict[str, Any]] = {}  # by the step they hold from
+        self.paces: dict[
+            int, dict[str, Any]
+        ] = {}  # of --step auto, by the step from which they hold
         self.last_step = self.skipped_steps = 0
         for line in self.lines():
             self._take_in(line)
@@ -72,8 +74,8 @@ class RunLog(MetricsLog):
 
     def _take_in(self, line: Mapping[str, Any]) -> None:
         if "eval" in line:
-            found = {k: v for k, v in line.items() if k not in ("step", "eval")}
-            self.evaluations[line["eval"], line["step"]] = found
+            figures = {k: v for k, v in line.items() if k not in ("step", "eval")}
+            self.evaluations[line["eval"], line["step"]] = figures
             return
         if "pace" in line:
             self.paces[line["step"]] = line["pace"]
@@ -88,7 +90,7 @@ class RunLog(MetricsLog):
                 self.moved.setdefault(name, []).append(value)
 
     def figures(self) -> dict[str, Any]:
-        """Medians: seconds of a step and of a plain forward (None where there was none), bytes moved a step."""
+        """Medians: seconds of a step and of a plain forward pass (None if there was none), bytes moved by a step."""
         return {
             "step_s": _median(self.step_times_s),
             "forward_s": _median(self.forward_times_s),
@@ -96,8 +98,8 @@ class RunLog(MetricsLog):
         }
 
 
-def step_line(record: StepRecord, probing: bool) -> dict[str, Any]:
-    """A step as far as the journal knows it."""
+def step_line(record: StepRecord, perturbs: bool) -> dict[str, Any]:
+    """The line of a step, as far as its journal record tells it."""
     both = record.losses[:, np.isfinite(record.losses).all(axis=0)]
     spread = both[0] - both[1] if len(both) > 1 else both[0]
     return {
@@ -105,12 +107,12 @@ def step_line(record: StepRecord, probing: bool) -> dict[str, Any]:
         "loss": mean_loss(record.losses),
         "step_size": record.step_size,
         "delta_std": float(np.std(spread)) if both.size else None,
-        "skipped": record.skipped and probing,
+        "skipped": record.skipped and perturbs,
     }
 
 
 def mean_loss(losses: np.ndarray) -> float:
-    """Over what is finite of (sides, B) losses."""
+    """Mean of the finite losses of (sides, B); NaN if there is none."""
     finite = losses[np.isfinite(losses)]
     return float(finite.mean()) if finite.size else float("nan")
 
@@ -120,15 +122,15 @@ def _median(values: list[float]) -> float | None:
 
 
 def _bytes_through(path: Path, step: int) -> int:
-    """Length of the leading part whose lines are whole and of no later step."""
+    """Bytes of the leading lines that are whole and of no step after ``step``."""
     size = 0
     with path.open("rb") as file:
         for line in file:
             try:
-                found = json.loads(line)["step"]
+                step_of_line = json.loads(line)["step"]
             except (ValueError, KeyError, TypeError):
                 break
-            if not line.endswith(b"\n") or found > step:
+            if not line.endswith(b"\n") or step_of_line > step:
                 break
             size += len(line)
     return size

@@ -1,12 +1,12 @@
-"""Predictions as text, and what they are worth: an objective for training, figures for an evaluation.
+"""Predictions as text and their scores: an objective for training, figures for an evaluation.
 
-    label      the most likely label word
-    choice     the most likely option
-    completion what the model writes after the prompt (network/generate.py), under the probe
+    label        the most likely label word
+    choice       the most likely option
+    completion   the text that the model writes after the prompt (network/generate.py), with perturbed weights in a step
 
-An objective is a function (prediction, row) -> float, higher is better, of any shape: the loss of an example is minus
-its score. ``row`` has the fields of the row and ``answers``, all right ones. ``module:function`` names one of the
-user's own, from the current directory or wherever Python finds modules.
+An objective is a function (prediction, row) -> float, where higher is better. It need not be differentiable: the loss
+of an example is minus its score. ``row`` has the fields of the row, and ``answers``, all right ones.
+``module:function`` names a function of the user, from the current directory or wherever Python finds modules.
 """
 
 from __future__ import annotations
@@ -76,27 +76,27 @@ def load_objective(name: str) -> Score | None:
             raise UsageError(
                 f"--objective {name}: {module_name} cannot be imported: {_shown(error)}"
             ) from error
-    found: Any = module
+    target: Any = module
     for part in function.split("."):
-        found = getattr(found, part, None)
-    if not callable(found):
+        target = getattr(target, part, None)
+    if not callable(target):
         raise UsageError(f"--objective {name}: {module_name} has no function {function!r}")
-    score: Score = found
+    score: Score = target
     return score
 
 
 @contextmanager
 def _current_directory_first() -> Iterator[None]:
-    """Modules of the current directory are found; what they import later, after all others."""
-    here = os.getcwd()
-    sys.path.insert(0, here)
+    """Inside, modules of the current directory are found first; afterwards the directory is the last place to look."""
+    directory = os.getcwd()
+    sys.path.insert(0, directory)
     importlib.invalidate_caches()
     try:
         yield
     finally:
-        sys.path.remove(here)
-        if here not in sys.path:
-            sys.path.append(here)
+        sys.path.remove(directory)
+        if directory not in sys.path:
+            sys.path.append(directory)
 
 
 def _shown(error: BaseException) -> str:
@@ -105,7 +105,7 @@ def _shown(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Judge:
-    """Turns a model's predictions on one data set into texts, scores and figures."""
+    """Turns the predictions of a model on one data set into texts, scores and figures."""
 
     dataset: Dataset
     tokenizer: Any
@@ -115,22 +115,22 @@ class Judge:
 
     @staticmethod
     def of(cfg: RunConfig, dataset: Dataset, tokenizer: Any, ends: Sequence[int]) -> Judge:
-        """Raises UsageError where the objective, or what it needs, is not to be had."""
+        """Raises UsageError for an objective that does not exist or does not suit the rows."""
         score = load_objective(cfg.objective)
         if score is not None:
             _check(cfg, dataset)
-        own = tokenizer.eos_token_id
+        end_id = tokenizer.eos_token_id
         return Judge(
             dataset,
             tokenizer,
             cfg.objective,
             score,
-            frozenset(ends) | ({own} if own is not None else frozenset()),
+            frozenset(ends) | ({end_id} if end_id is not None else frozenset()),
         )
 
     @property
     def writes(self) -> bool:
-        """Whether predictions are written."""
+        """Whether predictions are texts that the model writes."""
         return self.dataset.generation is not None
 
     # -- training -----------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ class Judge:
         probe: Callable[[Batch], Probe | None],
         sides: int,
     ) -> Tensor:
-        """Minus the score of each example on each side, (sides, b) fp32. EdgezoError where it has none."""
+        """Minus the score of each example on each side, (sides, b) fp32. EdgezoError for a score that is no number."""
         if self.writes:
             texts = self.write(model, examples, probe, sides, batch.slots, model.most_tokens)
         else:
@@ -169,9 +169,9 @@ class Judge:
         slots: Sequence[int] | None = None,
         most_tokens: int | None = None,
     ) -> list[list[str]]:
-        """What each side writes for each example."""
+        """The text that each side writes for each example: one list a side."""
         assert self.dataset.generation is not None
-        found = generate(
+        ids_of_sides = generate(
             model,
             [example.prompt for example in examples],
             self.dataset.generation,
@@ -181,25 +181,25 @@ class Judge:
             slots=slots,
             most_tokens=most_tokens,
         )
-        return [[self.answer(ids) for ids in side] for side in found]
+        return [[self.answer(ids) for ids in side] for side in ids_of_sides]
 
     def value(self, prediction: str, example: Example) -> float:
-        """The objective's score of one prediction. EdgezoError for what is no finite number, or an exception."""
+        """The objective's score of one prediction. Raises EdgezoError unless it is a finite number."""
         assert self.score is not None and example.fields is not None
         # A copy, since the function is the user's and may change it.
         row = {**example.fields, "answers": [*example.fields["answers"]]}
         try:
             with redirect_stdout(sys.stderr):
-                found = self.score(prediction, row)
+                score = self.score(prediction, row)
         except (Exception, SystemExit) as error:  # of the user's function
             raise EdgezoError(
                 f"--objective {self.objective} failed on the prediction {prediction!r}: {_shown(error)}\n"
-                "Mend the function; a run that has begun goes on with --resume."
+                "Correct the function; a run that has begun goes on with --resume."
             ) from error
         shown = "a number beyond a float's range"  # which Python may refuse to print
         try:
-            number = float(found) if isinstance(found, Real) else math.nan
-            shown = reprlib.repr(found)
+            number = float(score) if isinstance(score, Real) else math.nan
+            shown = reprlib.repr(score)
         except OverflowError:
             number = math.inf
         if not math.isfinite(number):
@@ -213,7 +213,7 @@ class Judge:
         return ids[-1] in self.ends or self._stop(self._text(ids)) is not None
 
     def answer(self, ids: Sequence[int]) -> str:
-        """The text that these tokens are, up to its end."""
+        """The text of these tokens, up to the first stop."""
         text = self._text([i for i in ids if i not in self.ends])
         return text[: self._stop(text)].strip()
 
@@ -223,8 +223,8 @@ class Judge:
     def _stop(self, text: str) -> int | None:
         """Where the first stop begins."""
         assert self.dataset.generation is not None
-        found = [text.find(stop) for stop in self.dataset.generation.stop]
-        return min((at for at in found if at >= 0), default=None)
+        places = [text.find(stop) for stop in self.dataset.generation.stop]
+        return min((at for at in places if at >= 0), default=None)
 
     # -- evaluation ---------------------------------------------------------------------------------------
 
@@ -234,38 +234,38 @@ class Judge:
         return self._write_all(model, rows) if self.writes else self.words(chosen_at, rows)
 
     def figures(self, texts: Sequence[str]) -> dict[str, float]:
-        """What these predictions of the validation rows are worth."""
+        """Metrics of these predictions of the validation rows, and their mean score by the objective."""
         rows = self.dataset.validation
         fields = [row.fields for row in rows if row.fields is not None]
         of_task = self.dataset.report
-        found = of_task(texts, fields) if of_task is not None else {}
+        figures = of_task(texts, fields) if of_task is not None else {}
         if self.score is not None:
             scores = [self.value(text, row) for text, row in zip(texts, rows, strict=True)]
-            found["objective"] = sum(scores) / max(1, len(scores))
+            figures["objective"] = sum(scores) / max(1, len(scores))
         if of_task is None and self.writes:
-            found |= means(exact_match=exact_match, f1=token_f1)(texts, fields)
-        return found
+            figures |= means(exact_match=exact_match, f1=token_f1)(texts, fields)
+        return figures
 
     def _write_all(self, model: Model, rows: Sequence[Example]) -> list[str]:
         assert self.dataset.generation is not None
         texts = [""] * len(rows)
         for part in evaluation_parts(rows, self.dataset.generation.most, model.kept_tokens):
-            (found,) = self.write(model, [rows[i] for i in part], most_tokens=EVAL_TOKENS)
-            for i, text in zip(part, found, strict=True):
+            (written,) = self.write(model, [rows[i] for i in part], most_tokens=EVAL_TOKENS)
+            for i, text in zip(part, written, strict=True):
                 texts[i] = text
         return texts
 
 
 def evaluation_parts(rows: Sequence[Example], most: int, kept_tokens: int) -> list[list[int]]:
-    """Rows that write at once, of like length: they keep ``kept_tokens`` at most, or are one row."""
+    """Groups of rows of like length that write at once. A group keeps at most ``kept_tokens``, or is one row."""
     lengths = [len(row.prompt) for row in rows]
-    found: list[list[int]] = []
+    parts: list[list[int]] = []
     for i in sorted(range(len(rows)), key=lambda i: (-lengths[i], i)):
-        room = lengths[found[-1][0] if found else i] + most  # of each row: the longest comes first
-        if not found or (len(found[-1]) + 1) * room > kept_tokens:
-            found.append([])
-        found[-1].append(i)
-    return found
+        room = lengths[parts[-1][0] if parts else i] + most  # of each row: the longest comes first
+        if not parts or (len(parts[-1]) + 1) * room > kept_tokens:
+            parts.append([])
+        parts[-1].append(i)
+    return parts
 
 
 def _check(cfg: RunConfig, dataset: Dataset) -> None:

@@ -1,8 +1,8 @@
-"""Small networks out of a file that ``torch.save`` made of pickled modules, without unpickling anything.
+"""Reads small networks from a file of pickled modules, as ``torch.save`` writes it, without unpickling anything.
 
-Such a file is a zip of a pickle and of raw storages. The pickle is a program; here its opcodes are read as data by a
-small machine that knows those which ``torch.save`` writes and nothing else. No name in the file is ever looked up,
-imported or called: a name is a name, and what may be done with it is in the tables below. Everything else is refused.
+Such a file is a zip of a pickle and of raw storages. A pickle is a program. Here its opcodes are read as data by a
+small machine that knows only those which ``torch.save`` writes. No name in the file is ever looked up, imported or
+called: what a name may stand for is in the tables below, and everything else is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from edgezo.errors import EdgezoError
 
-LARGEST_BYTES = 64 * 10**6  # of a file of small networks
+LARGEST_BYTES = 64 * 10**6  # no file of small networks is larger
 MODULES = {
     f"torch.nn.modules.{name}"
     for name in ("container Sequential", "linear Linear", "activation Tanh")
@@ -38,10 +38,10 @@ TENSORS = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
 
 
 class _Refused(Exception):
-    """What a file of small networks has no use for."""
+    """The file holds something that a file of small networks has no use for."""
 
 
-# What reading a file that is not what it should be may raise.
+# Exceptions that a damaged or foreign file may raise while it is read.
 _WRONG = (
     *(_Refused, zipfile.BadZipFile, LookupError, ValueError, TypeError),
     *(AttributeError, RuntimeError, ArithmeticError),
@@ -71,13 +71,15 @@ class _Module:
     state: dict[str, Any] = field(default_factory=dict)
 
 
-Layers = list[dict[str, np.ndarray]]  # of a network in turn: weight and bias, {} for a Tanh
+Layers = list[
+    dict[str, np.ndarray]
+]  # the layers of a network in order: weight and bias, {} for a Tanh
 
 
 def read_networks(path: Path) -> dict[str, Layers]:
-    """By name, networks of Linear and Tanh layers in sequence; arrays fp32.
+    """Networks of Linear and Tanh layers by name; arrays are fp32.
 
-    Raises EdgezoError for any other file; nothing of a file is ever run.
+    Raises EdgezoError for any other file. Nothing in the file is ever run.
     """
     try:
         if path.stat().st_size > LARGEST_BYTES:
@@ -102,8 +104,8 @@ def _networks(archive: zipfile.ZipFile) -> dict[str, Layers]:
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
         raise _Refused("its numbers are not little-endian")
-    found = _Machine(archive.read(pickles[0])).run()
-    if not isinstance(found, dict) or not found:
+    content = _Machine(archive.read(pickles[0])).run()
+    if not isinstance(content, dict) or not content:
         raise _Refused("it is no dictionary of networks")
 
     def array(of: Any) -> np.ndarray:
@@ -113,18 +115,20 @@ def _networks(archive: zipfile.ZipFile) -> dict[str, Layers]:
         if of.stride != contiguous or min((of.offset, *of.shape)) < 0:
             raise _Refused(f"a tensor has shape {of.shape} and strides {of.stride}")
         raw = archive.read(f"{root}data/{of.storage.key}")
-        held = np.frombuffer(raw, of.storage.dtype)
+        values = np.frombuffer(raw, of.storage.dtype)
         stop = of.offset + math.prod(of.shape)
-        if len(held) != of.storage.numel or stop > len(held):
-            raise _Refused(f"storage {of.storage.key} holds {len(held)} values, fewer than it says")
-        return held[of.offset : stop].reshape(of.shape).astype(np.float32)
+        if len(values) != of.storage.numel or stop > len(values):
+            raise _Refused(
+                f"storage {of.storage.key} has {len(values)} values, fewer than it should have"
+            )
+        return values[of.offset : stop].reshape(of.shape).astype(np.float32)
 
     networks: dict[str, Layers] = {}
-    for name, module in found.items():
+    for name, module in content.items():
         if not isinstance(name, str) or not isinstance(module, _Module):
             raise _Refused("its dictionary holds more than named networks")
         networks[name] = [
-            {own: array(of) for own, of in layer.state.get("_parameters", {}).items()}
+            {parameter: array(of) for parameter, of in layer.state.get("_parameters", {}).items()}
             for layer in _in_sequence(name, module)
         ]
     return networks
@@ -170,9 +174,9 @@ class _Machine:
 
     def _since_mark(self) -> list[Any]:
         start = self.marks.pop()
-        found = self.stack[start:]
+        values = self.stack[start:]
         del self.stack[start:]
-        return found
+        return values
 
     def _global(self, name: str) -> None:
         allowed = name in MODULES or name in STORAGES or name in CONTAINERS or name in TENSORS
@@ -197,11 +201,11 @@ class _Machine:
         self.stack.append(tuple(self._since_mark()))
 
     def _tuple_of(self, count: int) -> None:
-        found = tuple(self.stack[-count:])
-        if len(found) < count:
-            raise _Refused("its pickle takes what is not there")
+        values = tuple(self.stack[-count:])
+        if len(values) < count:
+            raise _Refused("its pickle takes values that are not there")
         del self.stack[-count:]
-        self.stack.append(found)
+        self.stack.append(values)
 
     def _tuple1(self, _: Any) -> None:
         self._tuple_of(1)

@@ -1,4 +1,4 @@
-"""What a run reports while it goes on."""
+"""What a run reports while it goes on: the protocol of a progress display, one that shows nothing, and the verdict."""
 
 from __future__ import annotations
 

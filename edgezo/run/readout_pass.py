@@ -1,10 +1,9 @@
-"""The first part of a run with ``--train probe``: one forward over training rows, and the linear probe fitted to them.
+"""The first part of a run with ``--train probe``: a forward pass over training rows, and a linear probe fitted to them.
 
-rows                 as many as the steps that follow will see, or as pass in PROBE_SHARE of a run's time
-probe.states         what they showed (linear_probe.StateFile), while it lasts: a resume goes on behind it, and
+rows                 as many as the steps that follow will see, or as many as pass in PROBE_SHARE of the run's time
+probe.states         their hidden states while the pass lasts (``StateFile``); a resume goes on behind them and
                      has the whole of that time again
-probe.safetensors    the probe, once and for all before the first step; a run that goes on, an evaluation and a
-                     replay read it
+probe.safetensors    the linear probe, written once before the first step; resumes, evaluations and replays read it
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,22 +23,28 @@ from edgezo.errors import EdgezoError
 from edgezo.machine.files import atomic_path
 from edgezo.machine.limits import PROBE_SHARE
 from edgezo.machine.profiler import phase
-from edgezo.network.attach import attach, reading
 from edgezo.network.loader import decoder_layers
-from edgezo.network.readout import LEAST_ROWS, Fitted, LinearProbe, StateFile, Taps, candidates, fit
-from edgezo.run.session import evaluate_model
-from edgezo.weights.safetensors_file import write_saved
-from edgezo.weights.trainable import Saved
-
-if TYPE_CHECKING:
-    from edgezo.network.model import Model
-    from edgezo.run.directory import RunFiles
-    from edgezo.run.train import Training
+from edgezo.network.model import Model
+from edgezo.network.readout import (
+    LEAST_ROWS,
+    Fitted,
+    ReadoutWeights,
+    StateFile,
+    Taps,
+    candidates,
+    fit,
+)
+from edgezo.run.directory import RunFiles
+from edgezo.run.figures import evaluate_model
+from edgezo.run.short_memory import MicroBatchFitter
+from edgezo.run.state import RunState
+from edgezo.run.step import Stepper
+from edgezo.weights.saved import Saved, write_saved
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a pass has found, as the run keeps it."""
+class ReadoutResult:
+    """The outcome of a pass, as probe.safetensors and summary.json keep it."""
 
     used: bool  # False: the label words predict better
     rows: int
@@ -50,67 +55,63 @@ class Outcome:
         return {"used": self.used, "rows": self.rows, "fit_s": self.fit_s, **self.figures}
 
 
-def recall(run: RunFiles, model: Model, layers: int) -> Outcome | None:
-    """Let ``model`` have the probe of a run that was fitted before; None where there is none yet.
+def recall(run: RunFiles, model: Model, layers: int) -> ReadoutResult | None:
+    """Let ``model`` classify by the linear probe that the run has fitted; None where there is none yet.
 
-    Raises EdgezoError for a file that is damaged or of another model.
+    Raises EdgezoError for a file that is damaged or belongs to another model.
     """
     if not run.probe.exists():
         return None
     try:
         with safe_open(run.probe, "pt") as file:
-            said = file.metadata()
+            metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         figures: dict[str, Any] = {
-            "loss": float(said["loss"]),
-            "accuracy": float(said["accuracy"]),
-            "label_words_loss": float(said["label_words_loss"]),
+            "loss": float(metadata["loss"]),
+            "accuracy": float(metadata["accuracy"]),
+            "label_words_loss": float(metadata["label_words_loss"]),
         }
-        used = said["used"] == "True"
-        found = Outcome(used, int(said["rows"]), float(said["fit_s"]), figures)
-        probe = LinearProbe.of(tensors, model.context.device)
+        used = metadata["used"] == "True"
+        result = ReadoutResult(used, int(metadata["rows"]), float(metadata["fit_s"]), figures)
+        readout = ReadoutWeights.of(tensors, model.context.device)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as problem:
         raise EdgezoError(
             f"{run.probe} is damaged ({problem}).\n"
             "It is the linear probe that the run was trained with; restore it from a copy, or start again."
         ) from problem
-    figures["blocks"] = list(probe.blocks)
+    figures["blocks"] = list(readout.blocks)
     if used:
-        attach(model, layers, probe)
-    return found
+        model.classify_by(readout)
+    return result
 
 
-def save(run: RunFiles, fitted: Fitted, found: Outcome) -> None:
-    """Write the probe, at once or not at all."""
-    said = {"used": found.used, "rows": found.rows, "fit_s": found.fit_s, **found.figures}
-    tensors = [Saved.of(name, t.contiguous()) for name, t in fitted.probe.tensors().items()]
+def _save(run: RunFiles, fitted: Fitted, result: ReadoutResult) -> None:
+    """Write the linear probe as a whole or not at all."""
+    metadata = {k: str(v) for k, v in result.to_dict().items() if k != "blocks"}
+    tensors = [Saved.of(name, t.contiguous()) for name, t in fitted.readout.tensors().items()]
     with atomic_path(run.probe) as temporary:
-        write_saved(temporary, tensors, {k: str(v) for k, v in said.items() if k != "blocks"})
+        write_saved(temporary, tensors, metadata)
 
 
-@dataclass
-class ProbePass:
+class ReadoutPass:
     """The pass of one run."""
 
-    training: Training
-
-    def __post_init__(self) -> None:
-        shape = self.training.opened.files.shape
+    def __init__(self, state: RunState, stepper: Stepper, fitter: MicroBatchFitter):
+        shape, cfg = state.opened.files.shape, state.cfg
+        self.state, self.stepper, self.fitter = state, stepper, fitter
         self.layers, self.blocks = shape.layers, candidates(shape.layers)
-        self.states = StateFile(self.training.run.states, len(self.blocks), shape.hidden)
+        self.states = StateFile(state.files.states, len(self.blocks), shape.hidden)
         self.begun_s = time.monotonic()  # later by what evaluations took
         # One side passes here, where a step passes several, and the plan has room for them.
-        cfg = self.training.cfg
-        assert cfg.batch_size is not None
         self.sides = cfg.planned_sides
-        self.group = cfg.batch_size * self.sides
+        self.group_size = cfg.batch_size * self.sides
 
-    def run(self) -> Outcome:
-        """Pass the rows, fit, keep what predicts better, and let the model use it.
+    def run(self) -> ReadoutResult:
+        """Pass the rows, fit the linear probe, and let the model use it where it predicts better than label words.
 
-        Raises Interrupted and BudgetExceeded; the rows that have passed are kept.
+        Raises Interrupted and BudgetExceeded; the states of rows that have passed are kept.
         """
-        training, model = self.training, self.training.model
+        state, model = self.state, self.state.model
         model.taps = Taps.on(decoder_layers(model.module, self.layers)[1], self.blocks)
         try:
             rows = self._pass()
@@ -119,106 +120,106 @@ class ProbePass:
             model.taps = None
         words_loss = float(self.states.losses(len(rows)).mean())
         fitted = self._fit(rows)
-        found = Outcome(
-            fitted.loss < words_loss or "head" not in training.cfg.train,
-            len(rows),
-            self._spent_s(),
-            {
-                "loss": fitted.loss,
-                "accuracy": fitted.accuracy,
-                "label_words_loss": words_loss,
-                "blocks": list(fitted.probe.blocks),
-            },
-        )
-        save(training.run, fitted, found)
+        figures = {
+            "loss": fitted.loss,
+            "accuracy": fitted.accuracy,
+            "label_words_loss": words_loss,
+            "blocks": list(fitted.readout.blocks),
+        }
+        used = fitted.loss < words_loss or not state.cfg.parts.head
+        result = ReadoutResult(used, len(rows), self._spent_s(), figures)
+        _save(state.files, fitted, result)
         self.states.path.unlink(missing_ok=True)
-        if found.used:
-            attach(model, self.layers, fitted.probe)
-        training.progress.note(_verdict(found))
-        return found
+        if used:
+            model.classify_by(fitted.readout)
+        state.progress.note(_verdict(result))
+        return result
 
     def _spent_s(self) -> float:
         """Seconds of the pass, evaluations excluded."""
         return time.monotonic() - self.begun_s
 
     def _fit(self, rows: Sequence[int]) -> Fitted:
-        """The probe of the rows that have passed."""
-        training = self.training
-        labels = torch.tensor([training.examples[i].label for i in rows])
-        classes = len(training.opened.dataset.label_ids)
-        training.memory.trim()
-        with phase("fit"), training.memory.short("the linear probe"):
+        """The linear probe of the rows that have passed."""
+        state = self.state
+        labels = torch.tensor([state.examples[i].label for i in rows])
+        classes = len(state.dataset.label_ids)
+        state.memory.trim()
+        with phase("fit"), state.memory.short("the linear probe"):
             fitted = fit(
                 lambda number: self.states.block(number, len(rows)), self.blocks, labels, classes
             )
-        training.memory.trim()
+        state.memory.trim()
         return fitted
 
     def _pass(self) -> list[int]:
-        """Show the model one group of rows after the other; which rows, in the order of ``states``."""
-        training, cfg = self.training, self.training.cfg
-        size, most = self.group, cfg.probe_rows(len(training.examples))
-        order = batch_indices(len(training.examples), most, cfg.seed, 0)
+        """Pass one group of rows after the other; returns which rows, in the order of ``states``."""
+        state, cfg = self.state, self.state.cfg
+        size, most = self.group_size, cfg.probe_rows(len(state.examples))
+        order = batch_indices(len(state.examples), most, cfg.seed, 0)
         done = min(self.states.rows(), most) // size * size
         self.states.keep(done)
         limit_s = cfg.for_s * (PROBE_SHARE if cfg.probing else 1.0) if cfg.for_s else math.inf
-        groups, cap_bytes = -(-most // size), training.plan.max_mem_bytes
-        training.progress.note(f"a linear probe: one forward over up to {most:,} rows")
-        training.progress.begin(done=0, steps=groups, cap_bytes=cap_bytes)
+        state.progress.note(f"a linear probe: one forward over up to {most:,} rows")
+        state.progress.begin(done=0, steps=-(-most // size), cap_bytes=state.plan.max_mem_bytes)
         try:
             while done < most and (done < LEAST_ROWS or self._spent_s() < limit_s):
-                training.check_stop(0)
+                state.stop.check(0)
                 before_s = self._spent_s()
-                group = [training.examples[i] for i in order[done : done + size]]
-                loss = training.fitting(0, partial(self._show, group))
+                group = [state.examples[i] for i in order[done : done + size]]
+                loss = self.fitter.fitting(0, partial(self._pass_group, group))
                 done += len(group)
-                training.progress.step(
+                state.progress.step(
                     -(-done // size),
                     fraction=min(1.0, max(done / most, self._spent_s() / limit_s)),
                     loss=loss,
                     step_s=self._spent_s() - before_s,
-                    rss_bytes=training.memory.held_bytes(),
+                    rss_bytes=state.memory.held_bytes(),
                 )
                 if cfg.eval_every and done < most:
-                    every = cfg.eval_every * (cfg.batch_size or 1)
+                    every = cfg.eval_every * cfg.batch_size
                     if done // every > (done - len(group)) // every:
                         self._evaluate(order[:done])
         finally:
-            training.progress.close()
+            state.progress.close()
         return order[:done]
 
     def _evaluate(self, rows: Sequence[int]) -> None:
-        """A line of metrics.jsonl: how good a probe of the rows so far would be."""
-        before_s, training = self._spent_s(), self.training
+        """Write to metrics.jsonl how good a linear probe of the rows so far would be."""
+        before_s, state = self._spent_s(), self.state
         fitted = self._fit(rows)
-        with reading(training.model, self.layers, fitted.probe):
-            found = evaluate_model(training.model, training.opened.dataset)
-        line = {"rows": len(rows), "pass_s": before_s, **found}
-        training.log.write({"step": 0, "eval": "probe", **line})
+        with state.model.classifying_by(fitted.readout):
+            figures = evaluate_model(state.model, state.dataset)
+        line = {"rows": len(rows), "pass_s": before_s, **figures}
+        state.log.write({"step": 0, "eval": "probe", **line})
         self.begun_s += self._spent_s() - before_s
 
-    def _show(self, group: list[Example]) -> float:
-        """Show the model a group, keep what it showed; the mean loss of the label words."""
-        training, model = self.training, self.training.model
-        assert training.cfg.micro_batch is not None and model.taps is not None
+    def _pass_group(self, group: list[Example]) -> float:
+        """Run a group through the model and keep its states; returns the mean loss of its label words."""
+        state, model, taps = self.state, self.state.model, self.state.model.taps
+        if taps is None:
+            raise TypeError("states are kept only while taps are on the blocks")
         most_tokens = model.most_tokens and model.most_tokens * self.sides
         losses = torch.zeros(len(group))
-        found = [torch.empty(len(group), self.states.hidden) for _ in self.blocks]
-        for batch in pieces(group, training.cfg.micro_batch * self.sides, most_tokens):
-            training.check_room("the next micro-batch")
+        states = [torch.empty(len(group), self.states.hidden) for _ in self.blocks]
+        for batch in pieces(group, state.cfg.micro_batch * self.sides, most_tokens):
+            self.stepper.check_room("the next micro-batch")
             slots = list(batch.slots)
-            with phase("forward"), training.memory.short("a micro-batch"):
+            with phase("forward"), state.memory.short("a micro-batch"):
                 losses[slots] = model.losses(batch)[0][0]
-                for kept, state in zip(found, model.taps.take(), strict=True):
-                    kept[slots] = state.cpu()
-        self.states.append(found, losses)
+                for kept, of_batch in zip(states, taps.take(), strict=True):
+                    kept[slots] = of_batch.cpu()
+        self.states.append(states, losses)
         return float(losses.mean())
 
 
-def _verdict(found: Outcome) -> str:
-    told = found.figures
-    by = f"loss {told['loss']:.4f} on rows held out, one by one; the label words' is {told['label_words_loss']:.4f}"
-    if not found.used:
+def _verdict(result: ReadoutResult) -> str:
+    figures = result.figures
+    by = (
+        f"loss {figures['loss']:.4f} on rows held out, one by one; "
+        f"the label words' is {figures['label_words_loss']:.4f}"
+    )
+    if not result.used:
         return f"no linear probe: {by}"
-    blocks = ", ".join(map(str, told["blocks"]))
-    return f"a linear probe on blocks {blocks}, {found.rows:,} rows in {found.fit_s:.0f} s: {by}"
+    blocks = ", ".join(map(str, figures["blocks"]))
+    return f"a linear probe on blocks {blocks}, {result.rows:,} rows in {result.fit_s:.0f} s: {by}"

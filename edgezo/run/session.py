@@ -1,82 +1,99 @@
-"""What finetune, eval and replay have in common: a request becomes files, data, a plan and a model in memory."""
+"""What finetune, eval and replay share: a request becomes open files and rows, then a plan, then a model in memory.
+
+RunConfig -> open_request -> Opened -> settle -> Planned -> load_model -> Loaded
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 
-from edgezo.data.batches import Example, collate, evaluation_batches
+from edgezo.data.batches import Example
 from edgezo.data.dataset import DataRequest, Dataset, load_dataset
 from edgezo.errors import EdgezoError, UsageError
-from edgezo.machine.gpu_memory import Memory, ProcessMemory, open_memory
+from edgezo.machine.gpu_memory import Memory, open_memory
 from edgezo.machine.hardware import Machine
 from edgezo.machine.process_memory import Heap, allocator_reuse, malloc_trim
 from edgezo.machine.profiler import phase
 from edgezo.network import cards, loader
 from edgezo.network.assemble import ModelSpec, assemble
+from edgezo.network.loader import ModelFiles
 from edgezo.network.model import Model
 from edgezo.plan.budget import budget, mb
 from edgezo.plan.fields import LOSS
 from edgezo.plan.plan import Plan, PlanDoesNotFit
 from edgezo.plan.planner import make_plan
-from edgezo.plan.request import RunConfig
-from edgezo.run.journal import Journal, StepRecord
+from edgezo.plan.request import RunConfig, Settled
+from edgezo.run.directory import Overlay, data_hash, dataset_facts
+from edgezo.run.finetuner import Finetuner
 from edgezo.run.objective import Judge
+from edgezo.weights.home import Medium
 from edgezo.weights.layouts import DENSE_DTYPES
 from edgezo.weights.ram import HostMedium
 from edgezo.zo.credit import Estimator
-from edgezo.zo.recipe import TWO_SIDED, Recipe
 
-if TYPE_CHECKING:
-    from edgezo.network.loader import ModelFiles
-    from edgezo.run.directory import Overlay
-    from edgezo.run.finetuner import Finetuner
-    from edgezo.weights.home import Medium
+# Settings that a replay does not need: the journal's header leaves them out.
+NOT_IN_HEADER = ("out", "max_mem_bytes", "device", "threads", "profile", "finetuner")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Opened:
-    """A request with its files and data open; no weight has been read."""
+    """A request with its files and rows open. No weight has been read."""
 
     cfg: RunConfig
     files: ModelFiles
     tokenizer: Any
     dataset: Dataset
-    plan: Plan | None = None  # once settled
-    memory: Memory = field(default_factory=ProcessMemory)  # once loaded: where the cap is
-    finetuner: Finetuner | None = None  # of training with --mask block
+    finetuner: Finetuner | None = None  # with --mask block, for training
     judge: Judge | None = None  # where predictions are written or scored
 
 
+@dataclass(frozen=True)
+class Planned:
+    """An opened request with its plan, and with everything decided that the request left open."""
+
+    opened: Opened
+    cfg: Settled
+    plan: Plan
+
+
+class Loaded(NamedTuple):
+    """A model in memory, and the memory that the cap is on."""
+
+    model: Model
+    memory: Memory
+
+
 def open_request(cfg: RunConfig) -> Opened:
-    """Resolve the model, check its files, read and tokenise the data."""
+    """Find the model, check its files, read and tokenise the rows.
+
+    Raises UsageError for rows or settings that do not go together, EdgezoError for files that cannot be read.
+    """
     files = loader.open_model(cards.resolve(cfg.model))
     loader.model_class(files)  # its code is part of the process that a plan starts from
     tokenizer = loader.load_tokenizer(files.path)
     dataset = read_data(cfg, files, tokenizer)
     cfg = _for_kind(cfg, dataset.kind)
-    opened = Opened(cfg, files, tokenizer, dataset)
-    opened.judge = judge_of(opened)
-    malloc_trim()  # what parsing has left in the heap is no part of the process that a plan starts from
+    opened = Opened(cfg, files, tokenizer, dataset, judge=_judge_of(cfg, files, tokenizer, dataset))
+    malloc_trim()  # memory that parsing has freed is no part of the process that a plan starts from
     return opened
 
 
-def judge_of(opened: Opened) -> Judge | None:
-    """What turns predictions into figures, where the task or the request asks for more than loss and accuracy."""
-    cfg, dataset = opened.cfg, opened.dataset
+def _judge_of(cfg: RunConfig, files: ModelFiles, tokenizer: Any, dataset: Dataset) -> Judge | None:
+    """The judge of predictions, where the task or the request asks for more than loss and accuracy."""
     if cfg.objective == LOSS and dataset.generation is None and dataset.report is None:
         return None
-    return Judge.of(cfg, dataset, opened.tokenizer, _end_ids(opened.files))
+    return Judge.of(cfg, dataset, tokenizer, _end_ids(files))
 
 
 def _for_kind(cfg: RunConfig, kind: str) -> RunConfig:
-    """The request for rows of this kind: only label words have classes that a linear probe tells apart."""
-    if kind == "label" or "probe" not in cfg.train:
+    """The request for rows of this kind: only rows with label words have classes that a linear probe tells apart."""
+    if kind == "label" or not cfg.parts.readout:
         return cfg
     train = tuple(part for part in cfg.train if part != "probe")
     if not train:
@@ -88,19 +105,10 @@ def _for_kind(cfg: RunConfig, kind: str) -> RunConfig:
 
 
 def read_data(cfg: RunConfig, files: ModelFiles, tokenizer: Any) -> Dataset:
+    """The rows of a request, tokenised, all of them within the model's vocabulary and positions."""
+    shared = {f.name for f in fields(DataRequest)} & {f.name for f in fields(RunConfig)}
     request = DataRequest(
-        data=cfg.data,
-        task=cfg.task,
-        data_root=cfg.data_root,
-        template=cfg.template,
-        labels=cfg.labels,
-        label_field=cfg.label_field,
-        max_length=cfg.max_length,
-        eval_limit=cfg.eval_limit,
-        held_out=cfg.held_out,
-        seed=cfg.seed,
-        judged=cfg.objective != LOSS,
-        max_new_tokens=cfg.max_new_tokens,
+        judged=cfg.objective != LOSS, **{name: getattr(cfg, name) for name in shared}
     )
     dataset = load_dataset(request, tokenizer, masked=files.kind == "masked")
     examples = (*dataset.train, *dataset.validation)
@@ -123,57 +131,77 @@ def _check_lengths(
     longest = max(len(row.ids) for example in examples for row in example.rows)
     if longest > positions:
         raise UsageError(
-            f"a row has {longest} tokens, but {path} knows {positions} positions: give --max-length {positions}"
+            f"a row has {longest} tokens, but {path} has only {positions} positions: give --max-length {positions}"
         )
     if dataset.generation is not None:
         longest = max(len(e.prompt) for e in examples) + dataset.generation.most
         if longest > positions:
             raise UsageError(
-                f"a prompt and its answer may have {longest} tokens, but {path} knows "
+                f"a prompt and its answer may have {longest} tokens, but {path} has only "
                 f"{positions} positions: give a smaller --max-length or --max-new-tokens"
             )
 
 
 def _end_ids(files: ModelFiles) -> list[int]:
-    """Tokens that end a text by the model's configuration."""
-    found = getattr(files.config, "eos_token_id", None)
-    return list(found) if isinstance(found, list) else [] if found is None else [int(found)]
+    """Tokens that end a text according to the model's configuration."""
+    ends = getattr(files.config, "eos_token_id", None)
+    return list(ends) if isinstance(ends, list) else [] if ends is None else [int(ends)]
 
 
-def settle(opened: Opened, machine: Machine, base_bytes: int, correction_bytes: int = 0) -> Plan:
-    """Plan the request against this machine; afterwards ``opened.cfg`` has nothing left open."""
-    tokens = opened.dataset.token_stats()
+def header_of(opened: Opened, cfg: RunConfig) -> dict[str, Any]:
+    """What the journal remembers of a run: enough to replay it, and to refuse another base, other rows or settings."""
+    finetuner = opened.finetuner
+    return {
+        **({} if finetuner is None else {"finetuner_hash": finetuner.sha256}),
+        "content_hash": opened.files.content_hash,
+        "data_hash": data_hash(opened.dataset.train),
+        "dataset": dataset_facts(opened.dataset),
+        "config": {k: v for k, v in cfg.to_dict().items() if k not in NOT_IN_HEADER},
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# Planning
+
+
+def settle(opened: Opened, machine: Machine, base_bytes: int, correction_bytes: int = 0) -> Planned:
+    """Plan the request for this machine.
+
+    ``base_bytes`` is the resident memory of the process now; ``correction_bytes`` what a forward pass took more than
+    planned. Raises PlanDoesNotFit with the smallest budget that would work.
+    """
     plan = make_plan(
         opened.files.shape,
         opened.cfg,
         machine,
-        tokens,
+        opened.dataset.token_stats(),
         base_bytes=base_bytes,
         correction_bytes=correction_bytes,
     )
-    opened.cfg, opened.plan = plan.settle(opened.cfg), plan
-    return plan
+    return Planned(opened, plan.settle(opened.cfg), plan)
 
 
-def split_less(opened: Opened, machine: Machine, base_bytes: int, peak_bytes: int) -> Plan | None:
-    """The plan with a larger micro-batch, if ``peak_bytes``, measured over the longest one, leave room for it.
+def split_less(
+    planned: Planned, machine: Machine, base_bytes: int, peak_bytes: int
+) -> Planned | None:
+    """The plan with a larger micro-batch, if the longest one took so little that there is room; else None.
 
-    A plan is corrected once: where memory allows less than planned, the guard sees to it.
+    ``peak_bytes`` is the measured peak over the longest micro-batch, with the guard's margin. A plan is corrected once,
+    and only downwards: where memory allows less than planned, the guard halves the micro-batch.
     """
-    before = opened.plan
-    assert before is not None
-    planned_bytes = before.phase_bytes("forward") - opened.memory.margin_bytes
-    free = replace(opened, cfg=replace(opened.cfg, micro_batch=None))
+    before, opened = planned.plan, planned.opened
+    planned_bytes = before.phase_bytes("forward")
+    free = replace(opened, cfg=planned.cfg.reopened(micro_batch=None))
     with suppress(PlanDoesNotFit):
-        plan = settle(free, machine, base_bytes, min(0, peak_bytes - planned_bytes))
-        if plan.micro_batch > before.micro_batch and plan.blocks_on_disk == before.blocks_on_disk:
-            opened.cfg, opened.plan = free.cfg, plan
-            return plan
+        again = settle(free, machine, base_bytes, min(0, peak_bytes - planned_bytes))
+        larger = again.plan.micro_batch > before.micro_batch
+        if larger and again.plan.blocks_on_disk == before.blocks_on_disk:
+            return replace(again, opened=opened)
     return None
 
 
-def settle_again(opened: Opened, machine: Machine, base_bytes: int) -> Plan:
-    """`settle` for a run that goes on, which can be split further and that is all.
+def settle_again(opened: Opened, machine: Machine, base_bytes: int) -> Planned:
+    """``settle`` for a run that goes on: nothing but its micro-batch may become smaller.
 
     Raises PlanDoesNotFit with the ways to go on.
     """
@@ -200,33 +228,56 @@ def settle_again(opened: Opened, machine: Machine, base_bytes: int) -> Plan:
         ) from problem
 
 
+# ---------------------------------------------------------------------------------------------
+# Loading
+
+
 @phase("load")
-def load_model(opened: Opened, machine: Machine, overlay: Overlay | None = None) -> Model:
-    """Stream the weights into memory, and into ``overlay`` what the plan has no room for.
+def load_model(planned: Planned, machine: Machine, overlay: Overlay | None = None) -> Loaded:
+    """Read the weights into memory one tensor at a time; blocks that the plan has no room for go to ``overlay``.
 
     Raises DoesNotFit where the disk has no room for the overlay; then nothing was written.
     """
-    cfg, plan = opened.cfg, opened.plan
-    assert cfg.precision is not None and plan is not None, "a plan says where weights go"
-    opened.memory = open_memory(plan.device, plan.max_mem_bytes, machine)
-    device, layers = torch.device(plan.device), opened.files.shape.layers
-    away: Medium | None = None
+    plan = planned.plan
+    memory = open_memory(plan.device, plan.max_mem_bytes, machine)
+    device = torch.device(plan.device)
+    spec = _spec_of(planned, device, _medium_of(planned, device, overlay))
+    with memory.short("loading"):
+        model = assemble(planned.opened.files, spec)
+    malloc_trim()
+    model.most_tokens, model.kept_tokens = plan.most_tokens, plan.kept_tokens
+    if device.type == "cpu":
+        model.heap = Heap(plan.reused_tokens, plan.maps)
+    else:
+        allocator_reuse()  # the RAM is not what is short
+    return Loaded(model, memory)
+
+
+def _medium_of(planned: Planned, device: torch.device, overlay: Overlay | None) -> Medium | None:
+    """Where blocks lie that do not stay in the memory with the cap; None where all of them stay."""
+    plan, layers = planned.plan, planned.opened.files.shape.layers
     if plan.blocks_on_disk:
-        assert overlay is not None, "weights on disk need a place"
+        if overlay is None:
+            raise TypeError("a plan with blocks on disk needs a place for them")
         overlay.check_room(plan.disk_bytes)
-        away = overlay.medium(layers - plan.blocks_on_disk)
-    elif plan.blocks_in_host:
-        away = HostMedium(device, layers - plan.blocks_in_host)
-    spec = ModelSpec(
+        return overlay.medium(layers - plan.blocks_on_disk)
+    if plan.blocks_in_host:
+        return HostMedium(device, layers - plan.blocks_in_host)
+    return None
+
+
+def _spec_of(planned: Planned, device: torch.device, away: Medium | None) -> ModelSpec:
+    cfg, dataset = planned.cfg, planned.opened.dataset
+    return ModelSpec(
         precision=cfg.precision,
         train=cfg.train,
         directions=cfg.directions,
         seed=cfg.seed,
         rank=cfg.rank,
         rounding=cfg.rounding or "plane",
-        kind=opened.dataset.kind,
-        label_ids=opened.dataset.label_ids,
-        dtype=DENSE_DTYPES[plan.compute_dtype],
+        kind=dataset.kind,
+        label_ids=dataset.label_ids,
+        dtype=DENSE_DTYPES[planned.plan.compute_dtype],
         device=device,
         away=away,
         mask=cfg.mask,
@@ -239,113 +290,3 @@ def load_model(opened: Opened, machine: Machine, overlay: Overlay | None = None)
         decay=cfg.weight_decay,
         mixed=cfg.mixed,
     )
-    with opened.memory.short("loading"):
-        model = assemble(opened.files, spec)
-    malloc_trim()
-    model.most_tokens, model.kept_tokens = plan.most_tokens, plan.kept_tokens
-    if device.type == "cpu":
-        model.heap = Heap(plan.reused_tokens, plan.maps)
-    else:
-        allocator_reuse()  # the RAM is not what is short
-    return model
-
-
-# ---------------------------------------------------------------------------------------------
-# Steps from records
-
-
-def recipe_of(cfg: RunConfig, record: StepRecord) -> Recipe:
-    """The update that a journal record stands for: all that replay needs."""
-    estimator, credit = Estimator.of(cfg), record.credit
-    anchor, pull = None, 0.0
-    if cfg.anchored:
-        # The last one of the record is the mean of the anchor's, so that a record says all of its step.
-        anchor = record.step - record.step % cfg.refresh
-        credit, last = credit[:-1], credit[-1:]
-        pull = float(estimator.coefficients(last, record.step_size, record.sigma)[0])
-    if record.skipped:
-        return Recipe(record.step, 0 * credit, 0.0, (), anchor=anchor)
-    return Recipe(
-        record.step,
-        estimator.coefficients(credit, record.step_size, record.sigma),
-        # The decay follows the schedule of the step.
-        cfg.weight_decay * record.step_size / cfg.step,
-        record.touched,
-        record.step_size,
-        estimator.curvature(record.losses, record.sigma),
-        None if record.scales is None else record.scales[0] * record.scales[1:],
-        anchor,
-        pull,
-    )
-
-
-def journal_is_shaped(cfg: RunConfig) -> bool:
-    """Whether a step's record holds other than two losses and one credit an example."""
-    evaluations = Estimator.of(cfg).evaluations
-    other = evaluations != TWO_SIDED or cfg.anchored
-    return other and cfg.probing
-
-
-def follow(model: Model, cfg: RunConfig, journal: Journal) -> None:
-    """Let ``replay_into``, and blocks elsewhere that lack updates, take them from ``journal``."""
-
-    def recipes(first: int, stop: int) -> Iterator[Recipe]:
-        for record in journal.records(first):
-            if record.step >= stop:
-                return
-            yield recipe_of(cfg, record)
-
-    model.store.history = recipes
-
-
-@phase("update")
-def replay_into(model: Model, stop: int) -> None:
-    """Apply the updates before step ``stop`` of the journal that the model follows to weights as loaded.
-
-    Nothing where a snapshot has the weights.
-    """
-    if not model.guided:
-        with model.heap.updating():
-            model.store.replay(stop)
-
-
-# ---------------------------------------------------------------------------------------------
-# Evaluation
-
-
-@phase("eval")
-def evaluate_model(model: Model, dataset: Dataset, judge: Judge | None = None) -> dict[str, Any]:
-    """Metric over the validation rows: accuracy where there is a right answer, else the mean loss.
-
-    A judge gives its own: the first of its figures is the metric, the others go by their names.
-    """
-    examples = dataset.validation
-    total_loss, right = 0.0, 0
-    chosen = [0] * len(examples)
-    for batch in evaluation_batches(examples):
-        packed = collate([examples[i] for i in batch], range(len(batch)))
-        losses, predicted = model.losses(packed)
-        total_loss += float(losses.double().sum())
-        right += int((predicted[0] == packed.labels).sum())
-        for i, option in zip(batch, predicted[0].tolist(), strict=True):
-            chosen[i] = option
-    texts = judge.texts(model, chosen) if judge is not None else []
-    return figures_of(dataset, total_loss, right, judge, texts)
-
-
-def figures_of(
-    dataset: Dataset, total_loss: float, right: int, judge: Judge | None, texts: Sequence[str]
-) -> dict[str, Any]:
-    """The figures of an evaluation from its sums, and from the predictions ``texts`` where there is a judge."""
-    n = len(dataset.validation)
-    loss = total_loss / n if n else float("nan")
-    figures = {"loss": loss}
-    if dataset.kind in ("label", "choice"):
-        figures = {"accuracy": right / n if n else 0.0}
-    if judge is not None:
-        found = judge.figures(texts)
-        own = judge.writes or dataset.report is not None
-        figures = found if own else {**figures, **found}
-    metric, value = next(iter(figures.items()))
-    others = {k: v for k, v in figures.items() if k != metric or k == "objective"}
-    return {"metric": metric, "value": value, "n": n, "loss": loss, **others}

@@ -1,4 +1,4 @@
-"""When memory is short: the longest micro-batch first, and smaller ones from then on where it does not fit."""
+"""When memory is short: the longest micro-batch runs first, and micro-batches are halved where they do not fit."""
 
 from __future__ import annotations
 
@@ -10,26 +10,43 @@ from typing import TypeVar
 from edgezo.data.batches import Batch, Example, collate, micro_batches, tokens_of
 from edgezo.errors import BudgetExceeded
 from edgezo.machine.files import atomic_write, to_json
-from edgezo.machine.gpu_memory import confirmed
+from edgezo.machine.gpu_memory import Memory, confirmed
 from edgezo.machine.hardware import machine
 from edgezo.machine.process_memory import Guard
 from edgezo.machine.profiler import phase
-from edgezo.network.addax import divide
+from edgezo.network.first_order import split_by_length
+from edgezo.plan.plan import Plan
 from edgezo.run.session import split_less
-from edgezo.run.step import Steps
+from edgezo.run.state import RunState
+from edgezo.run.step import Stepper
 from edgezo.zo.noise import Key
 
 Result = TypeVar("Result")
 
 
-@dataclass
-class Room(Steps):
-    """A run's steps, fitted into the memory that there is."""
+def guard_of(plan: Plan, memory: Memory) -> Guard:
+    """The guard of a plan's cap on this memory."""
+    return Guard(
+        plan.max_mem_bytes,
+        memory.margin_bytes,
+        rss=memory.held_bytes,
+        planned_bytes=plan.planned_peak_bytes,
+        trim=memory.trim,
+    )
 
-    inference_peak_bytes: int | None = None
+
+@dataclass
+class MicroBatchFitter:
+    """Fits the micro-batches of a run into the memory that there is."""
+
+    state: RunState
+    stepper: Stepper
 
     def fitting(self, step: int, work: Callable[[], Result]) -> Result:
-        """``work()``, begun anew with a smaller micro-batch as often as memory is short and that helps."""
+        """``work()``, begun again with a smaller micro-batch as often as memory is short and that helps.
+
+        Raises BudgetExceeded where not even one example has room.
+        """
         while True:
             try:
                 return work()
@@ -40,109 +57,107 @@ class Room(Steps):
     def _shrink(self, step: int) -> bool:
         """Halve the micro-batch until it has room, for this run and its resumes; False: not even one example has.
 
-        The directions stay, but losses of another split are equal to rounding only. What a resume computes again, it
-        must split as the run did: so the state is saved first, and from here on nothing before it is computed again.
+        The directions stay, but losses of another split are equal to rounding only. What a resume computes again it
+        has to split as the run did: so the state is saved first, and nothing before it is ever computed again.
         """
-        assert self.cfg.micro_batch is not None
-        before = smaller = self.cfg.micro_batch
-        room_bytes = self.guard.room_bytes()
+        before = smaller = self.state.cfg.micro_batch
+        room_bytes = self.state.guard.room_bytes()
         while smaller > 1:
             smaller = (smaller + 1) // 2
-            saves = self.at_once(smaller) < self.at_once(before)
-            if saves and self.need_bytes(smaller) <= room_bytes:
+            saves = self.stepper.tokens_at_once(smaller) < self.stepper.tokens_at_once(before)
+            if saves and self.stepper.need_bytes(smaller) <= room_bytes:
                 break
         else:
             return False
-        self.save(step)
-        self.cfg = replace(self.cfg, micro_batch=smaller)
-        atomic_write(self.run.config, self.cfg.to_toml().encode())
+        self.stepper.save(step)
+        self.state.split(smaller)
+        atomic_write(self.state.files.config, self.state.cfg.to_toml().encode())
         self.note_split(step, before, "memory is short")
         return True
 
     def note_split(self, step: int, before: int | None, why: str) -> None:
-        now = self.cfg.micro_batch
-        self.progress.note(
+        """Say, and write to metrics.jsonl, that the micro-batch has changed."""
+        now = self.state.cfg.micro_batch
+        self.state.progress.note(
             f"micro-batch {before} -> {now} after step {step}, {why}: losses are equal up to rounding"
         )
-        self.log.write({"step": step, "micro_batch": now})
+        self.state.log.write({"step": step, "micro_batch": now})
+
+    def settle(self, done: int, *, may_grow: bool) -> None:
+        """Run the longest micro-batch; where ``may_grow`` and it took less than planned, plan a larger one."""
+        self.fitting(done, self.longest_first)
+        as_planned = self.state.cfg.micro_batch == self.state.plan.micro_batch
+        if may_grow and as_planned and self._replan():
+            self.fitting(done, self.longest_first)
 
     def longest_first(self) -> None:
-        """Run the longest possible micro-batch once, changing nothing: what does not fit shows now, not late."""
-        assert self.cfg.micro_batch is not None
-        batch = self._longest(self.examples, self.model.most_tokens)
-        self.guard.check(self.need_bytes(self.cfg.micro_batch), "the longest micro-batch")
-        # Before the first probe there was nothing but inference in this process: loading, and this.
-        before_bytes = self.memory.peak_bytes()
-        self.plain_forward(batch)
-        peak_bytes = self.memory.peak_bytes()
+        """Run the longest possible micro-batch once and change nothing: what does not fit shows now, not late."""
+        state, stepper = self.state, self.stepper
+        batch = self._longest(state.examples, state.model.most_tokens)
+        state.guard.check(stepper.need_bytes(state.cfg.micro_batch), "the longest micro-batch")
+        # Before the first perturbation there was nothing but inference in this process: loading, and this.
+        before_bytes = state.memory.peak_bytes()
+        stepper.plain_forward(batch)
+        peak_bytes = state.memory.peak_bytes()
         if peak_bytes == before_bytes:
             # Loading took more, or a resume's replay, which is not inference.
-            peak_bytes = max(self.memory.load_peak_bytes, self.memory.held_bytes())
-        self.inference_peak_bytes = peak_bytes
-        probe = (
-            self.model.probe(batch, Key(self.cfg.seed, 0), self.cfg.sigma) if self.probing else None
-        )
-        with phase("forward"), self.memory.short("the longest micro-batch"):
-            learn = 1.0 if self.model.adapters is not None else 0.0  # a backward pass takes more
-            self.model.losses(batch, probe, sides=self.sides, learn=learn)
-            if self.writes:
+            peak_bytes = max(state.memory.load_peak_bytes, state.memory.held_bytes())
+        state.inference_peak_bytes = peak_bytes
+        self._perturb_once(batch)
+        state.model.forget()
+        state.model.take_touched(len(batch.slots))
+        state.model.store.take_guides(learn=False)
+        state.memory.look_again()
+        state.guard.check(item="training")
+
+    def _perturb_once(self, batch: Batch) -> None:
+        """What a step does with its longest micro-batch, backward passes and written answers included."""
+        model, cfg, stepper = self.state.model, self.state.cfg, self.stepper
+        probe = model.probe(batch, Key(cfg.seed, 0), cfg.sigma) if stepper.perturbs else None
+        with phase("forward"), self.state.memory.short("the longest micro-batch"):
+            learn = 1.0 if model.adapters is not None else 0.0  # a backward pass takes more
+            model.losses(batch, probe, sides=stepper.sides, learn=learn)
+            if stepper.writes:
                 self._write_longest()
-            if self.model.factors is not None:
+            if model.factors is not None:
                 self._back_first()
-        self.model.forget()
-        self.model.take_touched(len(batch.slots))
-        self.model.store.take_guides(learn=False)
-        self.memory.look_again()
-        self.guard.check(item="training")
 
     def _write_longest(self) -> None:
-        """Let the micro-batch with the longest prompts write once, under the first probe."""
-        judge, cfg = self.opened.judge, self.cfg
-        assert judge is not None and cfg.micro_batch is not None
-        longest = sorted(self.examples, key=lambda example: -len(example.prompt))[: cfg.micro_batch]
-        probe = partial(self.model.probe, key=Key(cfg.seed, 0), sigma=cfg.sigma)
-        judge.write(self.model, longest, probe, self.sides, None, self.model.most_tokens)
+        """Let the micro-batch with the longest prompts write once, under the first perturbation."""
+        state, cfg, judge = self.state, self.state.cfg, self.state.judge
+        assert judge is not None  # as Stepper.writes has it
+        longest = sorted(state.examples, key=lambda e: -len(e.prompt))[: cfg.micro_batch]
+        probe = partial(state.model.probe, key=Key(cfg.seed, 0), sigma=cfg.sigma)
+        judge.write(state.model, longest, probe, self.stepper.sides, None, state.model.most_tokens)
 
     def _back_first(self) -> None:
-        """Run the longest possible piece of short examples once, there and back."""
-        slots, _ = divide(self.examples, self.cfg.short_tokens or 0)
+        """Run the longest possible piece of short examples once, forwards and backwards (addax)."""
+        examples = self.state.examples
+        slots, _ = split_by_length(examples, self.state.cfg.short_tokens or 0)
         if slots:
-            short = [self.examples[slot] for slot in slots]
-            self.model.losses(self._longest(short, self.most_back), learn=1.0)
+            short = [examples[slot] for slot in slots]
+            batch = self._longest(short, self.stepper.most_tokens_back)
+            self.state.model.losses(batch, learn=1.0)
 
     def _longest(self, examples: Sequence[Example], most_tokens: int | None) -> Batch:
-        """The micro-batch of most tokens that comes of these examples, packed."""
-        assert self.cfg.micro_batch is not None
-        parts = micro_batches(examples, self.cfg.micro_batch, most_tokens)
+        """The micro-batch of these examples with the most tokens, packed."""
+        parts = micro_batches(examples, self.state.cfg.micro_batch, most_tokens)
         slots = max(parts, key=lambda part: sum(tokens_of(examples[s]) for s in part))
         return collate([examples[slot] for slot in slots], range(len(slots)))
 
-    @phase("forward")
-    def plain_forward(self, batch: Batch) -> None:
-        """The rows of a step's micro-batch with no probe: what running the model takes."""
-        with self.memory.short("a plain forward"):
-            self.model.losses(batch, sides=self.sides if self.probing else 2)
-
-    def set_guard(self) -> None:
-        self.guard = Guard(
-            self.plan.max_mem_bytes,
-            self.memory.margin_bytes,
-            rss=self.memory.held_bytes,
-            planned_bytes=self.plan.planned_peak_bytes,
-            trim=self.memory.trim,
-        )
-
-    def replan(self) -> bool:
+    def _replan(self) -> bool:
         """Correct the plan once by what the longest micro-batch took; True if a larger one fits now."""
-        base_bytes, planned = self.meter.summary()["base_rss_bytes"], self.plan
-        plan = split_less(self.opened, confirmed(machine()), base_bytes, self.memory.peak_bytes())
-        if plan is None:
+        state, before = self.state, self.state.plan.micro_batch
+        base_bytes = state.meter.summary()["base_rss_bytes"]
+        peak_bytes = state.memory.peak_bytes() + state.memory.margin_bytes
+        again = split_less(state.planned, confirmed(machine()), base_bytes, peak_bytes)
+        if again is None:
             return False
-        self.plan, self.cfg = plan, self.opened.cfg
-        self.model.heap = replace(self.model.heap, trims=plan.maps)
-        self.model.kept_tokens = plan.kept_tokens
-        atomic_write(self.run.plan, to_json(plan.to_dict()).encode())
-        atomic_write(self.run.config, self.cfg.to_toml().encode())
-        self.set_guard()
-        self.note_split(0, planned.micro_batch, "the longest batch took less than planned")
+        state.planned, plan = again, again.plan
+        state.model.heap = replace(state.model.heap, trims=plan.maps)
+        state.model.kept_tokens = plan.kept_tokens
+        atomic_write(state.files.plan, to_json(plan.to_dict()).encode())
+        atomic_write(state.files.config, state.cfg.to_toml().encode())
+        state.guard = guard_of(plan, state.memory)
+        self.note_split(0, before, "the longest batch took less than planned")
         return True

@@ -1,141 +1,118 @@
-"""One step: batch -> two-sided losses -> credit -> journal -> one mutation of the weights.
+"""One step: batch -> losses on both sides -> credit -> journal record -> update of the weights.
 
-journal first, weights second: a record that is on disk stands for an update that is, or can be, applied.
+    losses+-_i = L(theta +- sigma*D_i ; x_i)        credit a_i from the losses        theta <- theta - sum_i c_i D_i
+
+The journal comes first, the weights second: a record that is on disk stands for an update that is, or can be, applied.
+What a step changes is changed in ``WeightStore.apply`` (weights/store.py) and nowhere else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
 from edgezo.data.batches import Batch, Example, batch_indices, collate, micro_batches
 from edgezo.data.token_stats import TokenStats
-from edgezo.machine.gpu_memory import Memory
-from edgezo.machine.process_memory import Guard, Meter
 from edgezo.machine.profiler import phase
-from edgezo.network.addax import divide
-from edgezo.network.model import Model
-from edgezo.plan.plan import Plan
-from edgezo.plan.request import RunConfig
-from edgezo.run.auto_step import Pace
-from edgezo.run.directory import RunFiles, save_snapshot
+from edgezo.network.first_order import split_by_length
+from edgezo.network.perturb import Probe
+from edgezo.run.directory import save_snapshot
 from edgezo.run.finetuner import Tuner
-from edgezo.run.journal import Journal, StepRecord
-from edgezo.run.metrics_log import RunLog
-from edgezo.run.progress import RunProgress
-from edgezo.run.session import Opened, recipe_of
+from edgezo.run.journal_record import StepRecord
+from edgezo.run.recipes import recipe_of
+from edgezo.run.state import RunState
 from edgezo.zo.credit import Estimator
 from edgezo.zo.noise import Key
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-    from edgezo.network.perturb import Probe
+@dataclass(frozen=True)
+class Stride:
+    """How far a step perturbs and moves. ``--step auto`` changes it while a run goes on (auto_step.py)."""
+
+    sigma: float  # size of the perturbation
+    factor: float = 1.0  # of --step, before the schedule
 
 
 @dataclass
-class Steps:
-    """What a run's steps touch, and what a step is."""
+class Stepper:
+    """Makes the steps of one run."""
 
-    run: RunFiles
-    cfg: RunConfig
-    opened: Opened
-    plan: Plan
-    model: Model
-    journal: Journal
-    meter: Meter
-    progress: RunProgress
-    tuner: Tuner | None = None  # with a finetuner
-    pace: Pace | None = None  # with --step auto, once it is measured
-    guard: Guard = field(init=False)
-    log: RunLog = field(init=False)
+    state: RunState
 
-    @property
-    def memory(self) -> Memory:
-        return self.opened.memory
+    # -- a step -------------------------------------------------------------------------------------------
 
-    @property
-    def examples(self) -> tuple[Example, ...]:
-        return self.opened.dataset.train
-
-    @property
-    def estimator(self) -> Estimator:
-        return Estimator.of(self.cfg)
-
-    @property
-    def probing(self) -> bool:
-        """The exact head alone needs no probe, one side and no update of the store."""
-        return bool(self.model.store.trainables)
-
-    @property
-    def sigma(self) -> float:
-        """Size of a step's probe."""
-        return self.cfg.sigma if self.pace is None else self.pace.sigma
-
-    @property
-    def factor(self) -> float:
-        """Of --step, before the schedule."""
-        return 1.0 if self.pace is None else self.pace.factor
-
-    @property
-    def sides(self) -> int:
-        """Forwards over the batch in a step."""
-        return len(self.model.evaluations) if self.probing else 1
-
-    def step(self, step: int, step_size: float) -> StepRecord:
-        """Probe, record, apply. Nothing has changed if it raises before the journal."""
-        cfg, model = self.cfg, self.model
-        assert cfg.batch_size is not None and cfg.micro_batch is not None
+    def step(self, step: int, step_size: float, stride: Stride) -> StepRecord:
+        """Perturb, record, apply; returns the record. If it raises before the journal, nothing has changed."""
+        cfg, model = self.state.cfg, self.state.model
         group = self._group(step)
-        sides, sigma = self.sides, self.sigma
         scales = None
-        if self.tuner is not None:
-            scales = self.tuner.tell(self.journal.record(step - 1) if step else None)
-        compared = cfg.anchored and not cfg.is_anchor(step)
-        kept = 2 * sides if compared else sides if self.probing else 2
-        losses = np.full((kept, len(group)), np.nan, np.float32)
-        short, parts = self._parts(group)
-        try:
-            for batch, probed in parts:
-                self.check_room("the next micro-batch")
-                with phase("forward"), self.memory.short("a micro-batch"):
-                    found = self._losses(batch, group, step, probed)
-                    losses[: sides if compared else kept, batch.slots] = found.numpy()
-                    if compared:
-                        with model.store.at_anchor():
-                            again = self._losses(batch, group, step, probed)
-                            losses[sides:, batch.slots] = again.numpy()
-        except BaseException:
-            model.store.take_guides(learn=False)
-            model.forget()  # half a step's gradient must not leak into a saved state
-            raise
+        if self._tuner is not None:
+            previous = self.state.journal.record(step - 1) if step else None
+            scales = self._tuner.scale_step(previous)
+        losses, short = self._losses_of_group(step, group, stride)
         credit = self._credit(losses, short)
         if cfg.anchored:
             credit = np.append(credit, self._anchor_credit(step)).astype(np.float32)
-        skipped = not bool(credit.any())
-        touched = model.take_touched(len(group))
-        record = StepRecord(step, sigma, step_size, skipped, losses, credit, touched, scales)
+        record = StepRecord(
+            step,
+            stride.sigma,
+            step_size,
+            not bool(credit.any()),
+            losses,
+            credit,
+            model.take_touched(len(group)),
+            scales,
+        )
         guides = model.store.take_guides()
-        self.journal.append(record)
+        self.state.journal.append(record)
         with phase("update"), model.heap.updating():
             model.store.apply([recipe_of(cfg, record)._replace(guides=guides)])
             for name, part in model.learned.items():
-                # A rate of its own follows the same schedule as the step.
-                part.update(cfg.rates[name] * step_size / (cfg.step * self.factor))
+                # Parts with a learning rate follow the schedule of the step.
+                part.update(cfg.rates[name] * step_size / (cfg.step * stride.factor))
         if model.needs_snapshots and (step + 1) % cfg.snapshot_every == 0:
             self.save(step + 1)
         return record
 
-    def _losses(self, batch: Batch, group: Sequence[Example], step: int, probed: bool) -> Tensor:
-        """Of each side and example of a micro-batch of the step's group, (sides, b)."""
-        sides = self.sides if probed else 1
-        learn = 1.0 / (sides * len(group)) if self.model.learned else 0.0
-        key = Key(self.cfg.seed, step) if probed else None
-        return self.losses(batch, [group[slot] for slot in batch.slots], key, self.sigma, learn)
+    def _losses_of_group(
+        self, step: int, group: Sequence[Example], stride: Stride
+    ) -> tuple[np.ndarray, list[int]]:
+        """Losses (sides, B) fp32 of the group, with SVRG those at the anchor behind; and slots without perturbation."""
+        cfg, model, sides = self.state.cfg, self.state.model, self.sides
+        compared = cfg.anchored and not cfg.is_anchor(step)
+        lines = 2 * sides if compared else sides if self.perturbs else 2
+        losses = np.full((lines, len(group)), np.nan, np.float32)
+        short, parts = self._parts(group)
+        try:
+            for batch, perturbed in parts:
+                self.check_room("the next micro-batch")
+                with phase("forward"), self.state.memory.short("a micro-batch"):
+                    of_batch = self._losses_of_batch(batch, group, step, perturbed, stride.sigma)
+                    losses[: sides if compared else lines, batch.slots] = of_batch.numpy()
+                    if compared:
+                        with model.store.at_anchor():
+                            of_batch = self._losses_of_batch(
+                                batch, group, step, perturbed, stride.sigma
+                            )
+                            losses[sides:, batch.slots] = of_batch.numpy()
+        except BaseException:
+            model.store.take_guides(learn=False)
+            model.forget()  # half a step's gradient must not leak into a saved state
+            raise
+        return losses, short
+
+    def _losses_of_batch(
+        self, batch: Batch, group: Sequence[Example], step: int, perturbed: bool, sigma: float
+    ) -> Tensor:
+        """Losses (sides, b) of a micro-batch of the step's group."""
+        sides = self.sides if perturbed else 1
+        learn = 1.0 / (sides * len(group)) if self.state.model.learned else 0.0
+        key = Key(self.state.cfg.seed, step) if perturbed else None
+        return self.losses(batch, [group[slot] for slot in batch.slots], key, sigma, learn)
 
     def losses(
         self,
@@ -145,92 +122,134 @@ class Steps:
         sigma: float,
         learn: float = 0.0,
     ) -> Tensor:
-        """The model's losses of a micro-batch, or minus the objective, (sides, b); plain without a key."""
-        judge, sides = self.opened.judge, self.sides if key is not None else 1
+        """Losses (sides, b) fp32 of a micro-batch, or minus the objective; one side without a ``key``.
+
+        ``learn`` is the weight of an example in the gradient of what is trained exactly; 0: no gradient.
+        """
+        model, judge = self.state.model, self.state.judge
+        sides = self.sides if key is not None else 1
 
         def probe(batch: Batch) -> Probe | None:
-            return self.model.probe(batch, key, sigma) if key is not None else None
+            return model.probe(batch, key, sigma) if key is not None else None
 
         if judge is not None and judge.score is not None:
-            return judge.losses(self.model, batch, examples, probe, sides)
-        return self.model.losses(batch, probe(batch), sides=sides, learn=learn)[0]
+            return judge.losses(model, batch, examples, probe, sides)
+        return model.losses(batch, probe(batch), sides=sides, learn=learn)[0]
 
-    @property
-    def writes(self) -> bool:
-        """Whether a step writes answers: its micro-batches are whole, for the prompts pass in pieces."""
-        judge = self.opened.judge
-        return judge is not None and judge.score is not None and judge.writes
-
-    @property
-    def most_tokens(self) -> int | None:
-        """Of one side, that a micro-batch is split into pieces of."""
-        return None if self.writes else self.model.most_tokens
-
-    def _parts(self, group: Sequence[Example]) -> tuple[list[int], Iterator[tuple[Batch, bool]]]:
-        """(slots that no probe is needed for, packed micro-batches and whether each is probed)."""
-        cfg, everything = self.cfg, list(range(len(group)))
-        short, others = ([], everything) if self.probing else (everything, [])
-        if self.model.factors is not None:
-            short, others = divide(group, cfg.short_tokens or 0)
-        assert cfg.micro_batch is not None
-        split = ((short, False, self.most_back), (others, True, self.most_tokens))
-        found = (
-            (collate([group[slots[i]] for i in part], [slots[i] for i in part]), probed)
-            for slots, probed, most in split
-            for part in micro_batches([group[s] for s in slots], cfg.micro_batch, most)
-        )
-        return short, found
-
-    @property
-    def most_back(self) -> int | None:
-        """Tokens of a piece that no probe is needed for."""
-        return self.model.most_tokens if self.model.factors is None else self.cfg.short_tokens
-
-    def _credit(self, losses: np.ndarray, short: list[int]) -> np.ndarray:
-        """Credit of the probed examples; 0 of the others."""
-        if not short:
-            return self.estimator.credit(losses)
-        credit = np.zeros(losses.shape[1], np.float32)
-        others = np.setdiff1d(np.arange(len(credit)), short)
-        if len(others):
-            credit[others] = self.estimator.credit(losses[:, others])
-        return credit
-
-    def _anchor_credit(self, step: int) -> float:
-        """The mean credit of the anchor that ``step`` is compared with; 0 of an anchor itself."""
-        since = step % self.cfg.refresh
-        return float(self.journal.record(step - since).credit[:-1].mean()) if since else 0.0
-
-    def batch(self, step: int) -> list[Example]:
-        assert self.cfg.batch_size is not None
-        picked = batch_indices(len(self.examples), self.cfg.batch_size, self.cfg.seed, step)
-        return [self.examples[i] for i in picked]
-
-    def _group(self, step: int) -> list[Example]:
-        """The step's batch; of an anchor those of all steps that will be compared with it."""
-        steps = range(step, step + (self.cfg.refresh if self.cfg.is_anchor(step) else 1))
-        return [example for s in steps for example in self.batch(s)]
+    @phase("forward")
+    def plain_forward(self, batch: Batch) -> None:
+        """The rows of a step's micro-batch without perturbation: what running the model takes."""
+        with self.state.memory.short("a plain forward"):
+            self.state.model.losses(batch, sides=self.sides if self.perturbs else 2)
 
     @phase("save")
     def save(self, step: int) -> None:
         """Make the state after ``step`` steps durable: the journal first, since a snapshot refers to it."""
-        self.journal.sync()
-        save_snapshot(self.run, self.model, step)
+        self.state.journal.sync()
+        save_snapshot(self.state.files, self.state.model, step)
+
+    # -- credit -------------------------------------------------------------------------------------------
+
+    def _credit(self, losses: np.ndarray, short: list[int]) -> np.ndarray:
+        """Credit (B,) of the perturbed examples; 0 for the others."""
+        estimator = Estimator.of(self.state.cfg)
+        if not short:
+            return estimator.credit(losses)
+        credit = np.zeros(losses.shape[1], np.float32)
+        perturbed = np.setdiff1d(np.arange(len(credit)), short)
+        if len(perturbed):
+            credit[perturbed] = estimator.credit(losses[:, perturbed])
+        return credit
+
+    def _anchor_credit(self, step: int) -> float:
+        """Mean credit of the anchor that ``step`` is compared with; 0 for an anchor itself (MeZO-SVRG)."""
+        since = step % self.state.cfg.refresh
+        if not since:
+            return 0.0
+        return float(self.state.journal.record(step - since).credit[:-1].mean())
+
+    # -- which rows, and how they are split ---------------------------------------------------------------
+
+    def batch(self, step: int) -> list[Example]:
+        """The examples of a step's batch."""
+        examples, cfg = self.state.examples, self.state.cfg
+        return [examples[i] for i in batch_indices(len(examples), cfg.batch_size, cfg.seed, step)]
+
+    def _group(self, step: int) -> list[Example]:
+        """The step's batch; for an anchor the batches of all steps that will be compared with it."""
+        cfg = self.state.cfg
+        steps = range(step, step + (cfg.refresh if cfg.is_anchor(step) else 1))
+        return [example for s in steps for example in self.batch(s)]
+
+    def _parts(self, group: Sequence[Example]) -> tuple[list[int], Iterator[tuple[Batch, bool]]]:
+        """(slots without perturbation, packed micro-batches and whether each is perturbed)."""
+        cfg, everything = self.state.cfg, list(range(len(group)))
+        short, others = ([], everything) if self.perturbs else (everything, [])
+        if self.state.model.factors is not None:
+            short, others = split_by_length(group, cfg.short_tokens or 0)
+        split = ((short, False, self.most_tokens_back), (others, True, self.most_tokens))
+        batches = (
+            (collate([group[slots[i]] for i in part], [slots[i] for i in part]), perturbed)
+            for slots, perturbed, most in split
+            for part in micro_batches([group[s] for s in slots], cfg.micro_batch, most)
+        )
+        return short, batches
+
+    # -- sizes --------------------------------------------------------------------------------------------
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether a step perturbs anything; the exact head alone needs one plain side and no update of the store."""
+        return bool(self.state.model.store.trainables)
+
+    @property
+    def sides(self) -> int:
+        """Forward passes over the batch in a step."""
+        return len(self.state.model.evaluations) if self.perturbs else 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether a step writes answers. Its micro-batches are whole then: prompts pass in pieces of their own."""
+        judge = self.state.judge
+        return judge is not None and judge.score is not None and judge.writes
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens of one side that pass at once: a micro-batch is split into such pieces. None: it passes whole."""
+        return None if self.writes else self.state.model.most_tokens
+
+    @property
+    def most_tokens_back(self) -> int | None:
+        """Tokens of a piece that is not perturbed."""
+        model = self.state.model
+        return model.most_tokens if model.factors is None else self.state.cfg.short_tokens
 
     def check_room(self, item: str) -> None:
-        """BudgetExceeded unless there is room for a micro-batch, which has run before."""
-        assert self.cfg.micro_batch is not None
-        self.guard.check_again(self.need_bytes(self.cfg.micro_batch), item)
+        """Raise BudgetExceeded unless there is room for a micro-batch of a size that has run before."""
+        self.state.guard.check_again(self.need_bytes(self.state.cfg.micro_batch), item)
 
     def need_bytes(self, micro_batch: int) -> int:
-        """About what a micro-batch takes while it runs: its part of the plan's. What does not shrink is small."""
-        forward_bytes = self.plan.phase_bytes("forward") - self.plan.phase_bytes("always")
-        return forward_bytes * self.at_once(micro_batch) // self.at_once(self.plan.micro_batch)
+        """About what a micro-batch of this size takes while it runs: its share of the plan's forward items."""
+        plan = self.state.plan
+        forward_bytes = plan.phase_bytes("forward") - plan.phase_bytes("always")
+        return (
+            forward_bytes
+            * self.tokens_at_once(micro_batch)
+            // self.tokens_at_once(plan.micro_batch)
+        )
 
-    def at_once(self, micro_batch: int) -> int:
-        """Tokens of one side that such a micro-batch passes, or keeps, at once, at most."""
-        return self.tokens.at_once(micro_batch, self.most_tokens)
+    def tokens_at_once(self, micro_batch: int) -> int:
+        """The most tokens of one side that a micro-batch of this size passes, or keeps, at once."""
+        return self._token_stats.at_once(micro_batch, self.most_tokens)
 
     @cached_property
-    def tokens(self) -> TokenStats:
-        return self.opened.dataset.token_stats()
+    def _token_stats(self) -> TokenStats:
+        return self.state.dataset.token_stats()
+
+    @cached_property
+    def _tuner(self) -> Tuner | None:
+        """With --mask block: scales the directions of a step. Made at the first step, when all parts are settled."""
+        finetuner = self.state.opened.finetuner
+        if finetuner is None:
+            return None
+        return Tuner.of(finetuner, self.state.model.store, self.state.dataset)

@@ -1,7 +1,7 @@
-"""Files that stand in for memory: decoder blocks and tables of a model that does not fit.
+"""Overlay files: decoder blocks and embedding tables of a model that does not fit into memory.
 
 They are private copies in the layouts of the store, never the user's checkpoint, and hold nothing that base and
-journal do not: whatever is damaged or half-written is made again from those. Each begins with one page:
+journal do not hold: a file that is damaged or half-written is made again from those. Each begins with one page:
 
 ======  ========  ======================================================================
 offset  type      field
@@ -11,13 +11,13 @@ offset  type      field
 12      u32       1 if the data are whole, 0 while they are being written
 16      u32       applied_step: the updates of steps 0 to applied_step - 1 are in the data
 20      u32       CRC of the sums of the data's pages, as 64-bit words
-24      32 bytes  SHA-256 of what the file is of: run, tensor names, dtypes, shapes
+24      32 bytes  SHA-256 of what the file belongs to: run, tensor names, dtypes, shapes
 56      u32       CRC of the bytes before
 ======  ========  ======================================================================
 
 then the raw tensors, each from the start of a page. A write in place first marks the file as being written, so a
 kill at any moment leaves a file that is whole or says that it is not; a power loss that reorders writes shows in
-the CRC. Plain reads and writes into memory that is used again: a mapped file would count as resident.
+the CRC. Reads and writes are plain, into memory that is used again: a mapped file would count as resident.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ from edgezo.zo.noise import Key
 if TYPE_CHECKING:
     from edgezo.weights.home import Home
 
-MAGIC = b"\x89EZO\r\n\x1a\n"
-VERSION = 1
-_HEAD = struct.Struct("<8sIIII32s")
-_CRC = struct.Struct("<I")
+OVERLAY_MAGIC = b"\x89EZO\r\n\x1a\n"
+OVERLAY_VERSION = 1
+_HEAD_FIELDS = struct.Struct("<8sIIII32s")
+_HEAD_CRC = struct.Struct("<I")
 
 
 class OverlayFile:
-    """One file: head page and data. Raises EdgezoError where the disk refuses, OSError never."""
+    """One file, a ``Home``: a head page and the data. A disk that refuses raises EdgezoError, never OSError."""
 
     def __init__(self, path: Path, identity: str, layouts: Mapping[str, Layout], traffic: Traffic):
         self.path, self.name, self.traffic = path, str(path), traffic
         self.parts, self.data_bytes = parts_of(layouts)
-        told = [identity, [(p.owner, p.suffix, str(p.dtype), p.shape) for p in self.parts]]
-        self._digest = hashlib.sha256(json.dumps(told).encode()).digest()
+        contents = [identity, [(p.owner, p.suffix, str(p.dtype), p.shape) for p in self.parts]]
+        self._digest = hashlib.sha256(json.dumps(contents).encode()).digest()
         self._fd = -1
         self._crc = 0
 
@@ -69,7 +69,7 @@ class OverlayFile:
         return PAGE_BYTES + self.data_bytes
 
     def open(self) -> int | None:
-        """Open for reading and writing, made if need be; its applied step if it is whole and of this run."""
+        """Open for reading and writing, or make the file; its applied step if it is whole and belongs to this run."""
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
         try:
             self._fd = os.open(self.path, flags, 0o600)
@@ -78,18 +78,18 @@ class OverlayFile:
         try:
             if os.fstat(self._fd).st_size != self.size_bytes:
                 return None
-            head = _read(self._fd, bytearray(_HEAD.size + _CRC.size), 0)
+            head = _read(self._fd, bytearray(_HEAD_FIELDS.size + _HEAD_CRC.size), 0)
         except OSError:
             return None
-        fixed, crc = bytes(head[: _HEAD.size]), bytes(head[_HEAD.size :])
-        if crc != _CRC.pack(zlib.crc32(fixed)):
+        fixed, crc = bytes(head[: _HEAD_FIELDS.size]), bytes(head[_HEAD_FIELDS.size :])
+        if crc != _HEAD_CRC.pack(zlib.crc32(fixed)):
             return None
-        magic, version, whole, applied, self._crc, digest = _HEAD.unpack(fixed)
-        sound = (magic, version, whole, digest) == (MAGIC, VERSION, 1, self._digest)
+        magic, version, whole, applied, self._crc, digest = _HEAD_FIELDS.unpack(fixed)
+        sound = (magic, version, whole, digest) == (OVERLAY_MAGIC, OVERLAY_VERSION, 1, self._digest)
         return int(applied) if sound else None
 
     def reserve(self) -> None:
-        """Give the file its full size now, so that no later write finds the disk full."""
+        """Give the file its full size on disk now, so that no later write finds the disk full."""
         try:
             os.ftruncate(self._fd, 0)
             if hasattr(os, "posix_fallocate"):
@@ -110,7 +110,7 @@ class OverlayFile:
             raise Damaged("its checksum does not fit")
 
     def write(self, data: Tensor, applied: int) -> None:
-        """Replace the data, which hold the updates before step ``applied``."""
+        """Replace the data by ``data``, which has the updates of the first ``applied`` steps."""
         view = _bytes_of(data, self.data_bytes)
         self._crc = _checksum(view)
         try:
@@ -121,11 +121,14 @@ class OverlayFile:
             raise write_error(self.path, f"{self.data_bytes:,} bytes", problem) from problem
 
     def mark(self, *, whole: bool, applied: int) -> None:
-        fixed = _HEAD.pack(MAGIC, VERSION, whole, applied, self._crc, self._digest)
-        _write(self._fd, fixed + _CRC.pack(zlib.crc32(fixed)), 0)
+        """Write the head page. Raises OSError."""
+        fixed = _HEAD_FIELDS.pack(
+            OVERLAY_MAGIC, OVERLAY_VERSION, whole, applied, self._crc, self._digest
+        )
+        _write(self._fd, fixed + _HEAD_CRC.pack(zlib.crc32(fixed)), 0)
 
     def read_at(self, view: memoryview, offset: int) -> None:
-        """Fill ``view`` from ``offset`` of the data, unchecked. Raises Damaged where it is cut short."""
+        """Fill ``view`` from ``offset`` of the data, with no checksum. Raises Damaged where the file is too short."""
         try:
             _read(self._fd, view, PAGE_BYTES + offset)
         except OSError as problem:
@@ -133,6 +136,7 @@ class OverlayFile:
         self.traffic.read_bytes += len(view)
 
     def write_at(self, view: memoryview, offset: int) -> None:
+        """Write ``view`` at ``offset`` of the data, with no checksum."""
         try:
             _write(self._fd, view, PAGE_BYTES + offset)
         except OSError as problem:
@@ -140,7 +144,7 @@ class OverlayFile:
         self.traffic.written_bytes += len(view)
 
     def close(self) -> None:
-        """Close the file; what was written stays."""
+        """Close the file. What was written stays."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -151,6 +155,7 @@ def _bytes_of(data: Tensor, nbytes: int) -> memoryview:
 
 
 def _checksum(view: memoryview) -> int:
+    """CRC of the pages' sums of 64-bit words."""
     words = np.frombuffer(view, np.uint64).reshape(-1, PAGE_BYTES // 8)
     return zlib.crc32(np.add.reduce(words, axis=1).tobytes())
 
@@ -183,14 +188,14 @@ def _write(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 @dataclass
 class DiskMedium:
-    """Where an overlay lies, and which decoder layers stay in memory: the first ones.
+    """The overlay of one run: a directory with a file for each block that does not stay in memory.
 
     One thread does all reads and writes of blocks, in the order in which they were queued.
     """
 
     directory: Path
-    identity: str  # of the run that the files must be of
-    resident_blocks: int = 0
+    identity: str  # of the run that the files must belong to
+    resident_blocks: int = 0  # so many decoder layers, the first ones, stay in memory
     kind: str = "disk"
     traffic: Traffic = field(default_factory=Traffic)
     _files: list[OverlayFile] = field(default_factory=list)
@@ -202,7 +207,7 @@ class DiskMedium:
         except OSError as problem:
             raise write_error(self.directory, "the overlay", problem) from problem
         for file in self.directory.glob("block-*.overlay"):
-            # Of a layer that stays in memory now: what it holds would be outdated when it is wanted again.
+            # This layer stays in memory now: its file would be outdated by the time it is needed again.
             if int(file.name.split("-")[1].split(".")[0]) < self.resident_blocks:
                 file.unlink(missing_ok=True)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="overlay")
@@ -216,9 +221,9 @@ class DiskMedium:
         file = self.home(f"table-{self._tables}", {"table": vacant})
         self._tables += 1
         file.open()
-        held = DiskTable(file, vacant)
-        held.fill(make)
-        return held
+        on_disk = DiskTable(file, vacant)
+        on_disk.fill(make)
+        return on_disk
 
     def slot(self, nbytes: int) -> Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8)
@@ -230,17 +235,17 @@ class DiskMedium:
         return self._thread.submit(home.write, slot, applied)
 
     def close(self) -> None:
-        """Wait for what is queued and close the files."""
+        """Wait for the copies that are queued and close the files."""
         self._thread.shutdown(wait=True)
         for file in self._files:
             file.close()
 
 
 class DiskTable:
-    """An embedding table on disk: rows are read and written as they are used. Stands in for a Layout.
+    """An embedding table on disk, a ``TrainedLayout``: rows are read and written as they are used.
 
-    The file is made anew at every start (its rows change in place, one by one); a checksum of each row is kept in
-    memory, so a row that changed on disk is an error and never a weight.
+    The file is made anew at every start, since its rows change in place, one by one. A checksum of each row is kept in
+    memory: a row that changed on disk is an error and never becomes a weight.
     """
 
     def __init__(self, file: OverlayFile, vacant: Layout):
@@ -250,7 +255,7 @@ class DiskTable:
         self._sums = {part.suffix: np.zeros(rows, np.uint64) for part in file.parts}
 
     def fill(self, make: Callable[[slice], Layout]) -> None:
-        """Write the table, made some rows at a time. Raises EdgezoError where there is no room."""
+        """Write the table, made some rows at a time. Raises EdgezoError where the disk has no room."""
         self.file.reserve()
         for tile in tiles(*self.shape, QUANTISE_BYTES):
             self._store(tile, make(tile).tensors())
@@ -265,14 +270,14 @@ class DiskTable:
         return None
 
     def nbytes(self) -> int:
-        """What stays in memory."""
+        """Bytes that stay in memory: the checksums."""
         return sum(sums.nbytes for sums in self._sums.values())
 
     def tensors(self) -> dict[str, Tensor]:
         return self._vacant.tensors()
 
     def adopt(self, tensors: dict[str, Tensor]) -> None:
-        raise TypeError("a table on disk has its own bytes")
+        raise TypeError("the bytes of a table on disk cannot be replaced")
 
     # -- as a trained matrix (Dense) ----------------------------------------------------------------------
 
@@ -304,16 +309,16 @@ class DiskTable:
     # -- rows ---------------------------------------------------------------------------------------------
 
     def _empty(self, rows: int) -> Layout:
-        """The layout of ``rows`` rows, in memory of its own."""
-        own = {s: torch.empty(rows, *t.shape[1:], dtype=t.dtype) for s, t in self.tensors().items()}
-        made: Layout = object.__new__(type(self._vacant))
-        made.__dict__.update(self._vacant.__dict__)
-        made.shape = (rows, self.shape[1])
-        made.adopt(own)
-        return made
+        """A layout in memory for ``rows`` rows, with arbitrary values."""
+        raw = {s: torch.empty(rows, *t.shape[1:], dtype=t.dtype) for s, t in self.tensors().items()}
+        part: Layout = object.__new__(type(self._vacant))
+        part.__dict__.update(self._vacant.__dict__)
+        part.shape = (rows, self.shape[1])
+        part.adopt(raw)
+        return part
 
     def _load(self, rows: slice | Tensor) -> tuple[Layout, slice | Tensor]:
-        """A layout that holds ``rows``, and where in it they are."""
+        """A layout in memory that holds ``rows``, and where in it they are. Raises EdgezoError where rows changed."""
         if isinstance(rows, slice):
             runs, count = [(rows.start, rows.stop)], rows.stop - rows.start
             index: slice | Tensor = slice(0, count)
@@ -325,10 +330,11 @@ class DiskTable:
             self._transfer(suffix, tensor, runs, write=False)
             wanted = np.concatenate([self._sums[suffix][a:b] for a, b in runs])
             if not np.array_equal(wanted, _row_sums(tensor)):
-                raise self._damaged("rows of it have changed")
+                raise self._damaged("some of its rows have changed")
         return part, index
 
     def _store(self, rows: slice | Tensor, raw: Mapping[str, Tensor]) -> None:
+        """Write the raw tensors of ``rows``, and keep their checksums."""
         if isinstance(rows, slice):
             runs = [(rows.start, rows.stop)]
         else:  # unique, in any order
@@ -380,7 +386,7 @@ def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _row_sums(tensor: Tensor) -> np.ndarray:
-    """A 64-bit sum of each row's words."""
+    """(n,) uint64: the sum of each row's words, which are of 8 bytes, or of 4, 2 or 1 where a row is not so long."""
     flat = tensor.contiguous().view(len(tensor), -1).view(torch.uint8).numpy()
     for word in (np.uint64, np.uint32, np.uint16):
         if flat.shape[1] % np.dtype(word).itemsize == 0:

@@ -1,4 +1,8 @@
-"""Where the bytes of a block lie while the block is not in memory, and how they are laid out there."""
+"""Where the bytes of a decoder block lie while it is not in memory, and how they are laid out there.
+
+A *home* is a file on disk (disk.py) or a buffer in RAM beside a GPU (ram.py). A *slot* is the memory that blocks visit
+one after the other (residency.py). A *medium* has the homes and moves bytes between homes and slots.
+"""
 
 from __future__ import annotations
 
@@ -14,34 +18,34 @@ from edgezo.weights.layouts import Layout, TrainedLayout
 
 
 class Damaged(Exception):
-    """The bytes read are not the bytes written."""
+    """What was read is not what was written."""
 
 
 @dataclass
 class Traffic:
-    """Bytes of blocks elsewhere that a running model has read and written, counted when they are asked for."""
+    """Bytes that a running model has read from homes and written to them, counted when a copy is queued."""
 
     read_bytes: int = 0
     written_bytes: int = 0
 
 
 class StoredTensor(NamedTuple):
-    """One raw tensor of a file."""
+    """Where one raw tensor lies in the bytes of a block."""
 
     owner: str  # the matrix's name
     suffix: str  # the raw tensor's name in its layout
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int  # from the start of the data
+    offset: int  # from the start of the block's bytes
     nbytes: int
 
     def view(self, data: Tensor) -> Tensor:
-        """The tensor inside ``data`` (flat uint8)."""
+        """The tensor inside ``data``, the block's bytes (flat uint8)."""
         return data[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
 
 
 def parts_of(layouts: Mapping[str, Layout]) -> tuple[list[StoredTensor], int]:
-    """Where the raw tensors of (vacant) layouts lie, each from the start of a page; and how long that is."""
+    """Where the raw tensors of (vacant) layouts lie, each from the start of a page; and the bytes of all."""
     parts, offset = [], 0
     for owner, layout in layouts.items():
         for suffix, tensor in layout.tensors().items():
@@ -61,43 +65,47 @@ class Home(Protocol):
     data_bytes: int
 
     def open(self) -> int | None:
-        """The step up to which updates are in what an earlier process left here; None: nothing that could be used."""
+        """Open the home. Its bytes have the updates of so many steps; None: it holds nothing that can be used."""
         ...
 
-    def reserve(self) -> None: ...
+    def reserve(self) -> None:
+        """Take all the room that the block needs, so that no later write finds too little."""
+        ...
 
     def read(self, data: Tensor) -> None:
         """Fill ``data`` (flat uint8, at least data_bytes). Raises Damaged."""
         ...
 
     def write(self, data: Tensor, applied: int) -> None:
-        """Replace the bytes, which hold the updates before step ``applied``."""
+        """Replace the bytes by ``data``, which has the updates of the first ``applied`` steps."""
         ...
 
     def close(self) -> None: ...
 
 
 class Pending(Protocol):
-    """A read or write that was queued."""
+    """A read or write that is queued."""
 
     def done(self) -> bool: ...
 
     def result(self) -> None:
-        """Let what follows come after it. Raises what it raised."""
+        """Let whatever follows come after it. Raises what it raised."""
         ...
 
 
 class Medium(Protocol):
-    """Where blocks have their homes, and what moves them to their slots and back beside the computation."""
+    """Where blocks have their homes. Copies between homes and slots run beside the computation."""
 
-    kind: str  # disk or host
-    resident_blocks: int  # the first decoder layers stay in memory
+    kind: str  # "disk" or "host"
+    resident_blocks: int  # so many decoder layers, the first ones, always stay in memory
     traffic: Traffic
 
-    def home(self, name: str, layouts: Mapping[str, Layout]) -> Home: ...
+    def home(self, name: str, layouts: Mapping[str, Layout]) -> Home:
+        """The home of a block with these (vacant) layouts."""
+        ...
 
     def table(self, vacant: Layout, make: Callable[[slice], Layout]) -> TrainedLayout | None:
-        """A home for an embedding table, made anew; None where tables stay in memory."""
+        """An embedding table in a home, made some rows at a time; None where tables stay in memory."""
         ...
 
     def slot(self, nbytes: int) -> Tensor:

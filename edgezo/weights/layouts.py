@@ -1,7 +1,7 @@
 """How one weight matrix lies in memory: dense (fp32, bf16, fp16) or quantised codes (int8, int4).
 
-A layout owns raw tensors and offers three things: rows expanded to a compute dtype, rows as fp32 on the layout's
-own grid, and writing fp32 rows back. optimum-quanto decides scales and codes (``AbsmaxOptimizer``, ``MaxOptimizer``,
+A layout owns raw tensors and offers three things: rows expanded to a compute dtype, rows as fp32 on the grid of what
+is stored, and writing fp32 rows back. optimum-quanto decides scales and codes (``AbsmaxOptimizer``, ``MaxOptimizer``,
 its packing); its tensor subclasses are not kept, because in-place arithmetic on them is a silent no-op and their
 sizes are those of the dense tensor.
 
@@ -23,17 +23,16 @@ from edgezo.zo.noise import Key
 CPU = torch.device("cpu")
 DENSE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# A row that has outgrown its scale is given more than it needs, and then left alone for a while.
+# A row that has outgrown its scale is given a scale this much wider than it needs, so that it can grow a little more.
 WIDER = 1 + 1 / 64
 
-
-# Bits of the significand after the leading one, and the smallest positive step of the format.
+# Bits of a significand after the leading one, and the smallest positive number of a dtype.
 _MANTISSA = {torch.bfloat16: 7, torch.float16: 10}
 _SMALLEST_STEP = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
 
 
 class Rows(Protocol):
-    """A matrix whose rows can be had: a tensor, or one that is read as it is used."""
+    """A matrix whose rows can be read: a tensor, or a matrix in a file."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -42,7 +41,7 @@ class Rows(Protocol):
 
 
 class Layout(Protocol):
-    """One matrix in memory."""
+    """One matrix as it is stored."""
 
     shape: tuple[int, int]
 
@@ -51,17 +50,19 @@ class Layout(Protocol):
         ...
 
     def direct(self, dtype: torch.dtype) -> Tensor | None:
-        """The stored tensor itself where the forward can read it as it is in ``dtype``, else None."""
+        """The stored tensor itself where it is (rows, cols) of ``dtype``, so that a forward can read it; else None."""
         ...
 
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes of the raw tensors in memory."""
+        ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """The raw tensors, for hashing and saving."""
+        """The raw tensors by suffix of the matrix's name, for hashing and saving."""
         ...
 
     def adopt(self, tensors: dict[str, Tensor]) -> None:
-        """Let these be the raw tensors, views of a slot for instance; names as ``tensors`` gives them."""
+        """Take these as the raw tensors (views of a slot, for instance), named as ``tensors`` names them."""
         ...
 
 
@@ -69,7 +70,7 @@ class TrainedLayout(Layout, Protocol):
     """A matrix that updates may change, some rows at a time."""
 
     def raw(self, rows: slice) -> dict[str, Tensor]:
-        """``tensors`` of some rows."""
+        """These rows of ``tensors``."""
         ...
 
     def read(self, rows: slice | Tensor) -> Tensor:
@@ -77,7 +78,10 @@ class TrainedLayout(Layout, Protocol):
         ...
 
     def snap(self, values: Tensor, key: Key, tensor: int, rows: slice | Tensor) -> Tensor:
-        """Round (n, cols) fp32 ``values`` to the layout's grid. They may be overwritten."""
+        """Round (n, cols) fp32 ``values`` to the grid of what is stored. They may be overwritten.
+
+        ``key`` and ``tensor`` address the noise of a stochastic rounding (noise.py).
+        """
         ...
 
     def write(self, rows: slice | Tensor, values: Tensor) -> None:
@@ -85,7 +89,7 @@ class TrainedLayout(Layout, Protocol):
         ...
 
     def as_read(self, rows: slice | Tensor, values: Tensor) -> Tensor:
-        """fp32 ``values`` of some rows, on the layout's grid, as a forward pass reads them."""
+        """(n, cols) fp32 ``values`` that ``snap`` gave for these rows, rounded as a forward reads them."""
         ...
 
     def grid_step(self, rows: slice | Tensor) -> Tensor | None:
@@ -124,23 +128,22 @@ class Dense:
         self.values, self.low = tensors[""], tensors.get(".low")
 
     def raw(self, rows: slice) -> dict[str, Tensor]:
-        """``tensors`` of some rows."""
         return {suffix: tensor[rows] for suffix, tensor in self.tensors().items()}
 
     def read(self, rows: slice | Tensor) -> Tensor:
         """The exact stored values of ``rows``, (n, cols) fp32, freshly owned."""
         stored = self.values[rows]
         if self.low is not None:
-            found = torch.empty(stored.shape, dtype=torch.float32, device=stored.device)
-            if kernels.read_plane(stored, self.low[rows], found):
-                return found
+            values = torch.empty(stored.shape, dtype=torch.float32, device=stored.device)
+            if kernels.read_plane(stored, self.low[rows], values):
+                return values
         high = stored.to(torch.float32, copy=True)
         if self.low is not None:
             high.addcmul_(self.low[rows].float(), self._ulp(high), value=1 / 256)
         return high
 
     def snap(self, values: Tensor, key: Key, tensor: int, rows: slice | Tensor) -> Tensor:
-        """Round (n, cols) fp32 ``values`` to the layout's grid; unbiased where it is coarser than the plane.
+        """Round (n, cols) fp32 ``values``: to the nearest on a plane's grid, else stochastically, without bias.
 
         They may be overwritten.
         """
@@ -161,8 +164,7 @@ class Dense:
         return below.add_(dither < steps.sub_(below)).mul_(ulp)
 
     def write(self, rows: slice | Tensor, values: Tensor) -> None:
-        """Store (n, cols) fp32 values that ``snap`` gave."""
-        if self.low is not None and isinstance(rows, slice):  # else what is indexed is a copy
+        if self.low is not None and isinstance(rows, slice):  # numbers of rows would select a copy
             if kernels.write_plane(values, self.values[rows], self.low[rows]):
                 return
         high = values.to(self.values.dtype)
@@ -178,24 +180,24 @@ class Dense:
         return None
 
     def _ulp(self, values: Tensor) -> Tensor:
-        """Spacing of the stored dtype at fp32 ``values``: the binade's power of two times 2**-mantissa."""
+        """Distance of neighbouring numbers of the stored dtype at fp32 ``values``: 2**(exponent - mantissa bits)."""
         dtype = self.values.dtype
         binade = (values.view(torch.int32) & 0x7F800000).view(torch.float32)
         return binade.mul_(2.0 ** -_MANTISSA[dtype]).clamp_(min=_SMALLEST_STEP[dtype])
 
     @staticmethod
     def _low_codes(values: Tensor, high: Tensor, ulp: Tensor) -> Tensor:
-        # Half a step would lie between two high parts and be read back from the other one.
+        # At most 127 of 256ths: half an ulp would lie between two high parts and be read back from the other one.
         return values.sub(high).mul_(256).div_(ulp).round_().clamp_(-127, 127)
 
 
 class Int8:
     """quanto qint8: codes (rows, cols) int8 and one fp32 scale a row, symmetric.
 
-    A trained one moves on its own grid: ``snap`` rounds stochastically to the codes' multiples of the row's scale. With
-    a low-order plane of 8 more bits the codes are the nearest ones to a grid 256 times finer, on which the base's own
-    values lie as well: the forward sees rounded weights, and what rounding took is not lost. Scales stay as they are
-    until ``fill`` makes the codes anew; with a plane a row that outgrows its scale is given a wider one.
+    Trained codes move on their grid: ``snap`` rounds stochastically to multiples of the row's scale. With a low-order
+    plane of 8 more bits the weights lie on a grid 256 times finer, and the codes are the nearest to them: the forward
+    sees rounded weights, and what rounding takes away is kept. Scales stay as they are until ``fill`` makes the codes
+    anew; with a plane a row that outgrows its scale is given a wider one.
     """
 
     def __init__(self, codes: Tensor, scale: Tensor, low: Tensor | None = None):
@@ -205,6 +207,7 @@ class Int8:
 
     @staticmethod
     def quantise(weight: Rows, *, plane: bool = False) -> Int8:
+        """Codes, scales and, with ``plane``, the low-order plane of a matrix, made a tile at a time."""
         rows, cols = weight.shape
         low = torch.empty(rows, cols, dtype=torch.int8) if plane else None
         made = Int8(torch.empty(rows, cols, dtype=torch.int8), torch.empty(rows, 1), low)
@@ -212,7 +215,7 @@ class Int8:
         return made
 
     def fill(self, weight: Rows) -> None:
-        """Make codes and scales anew, in place, from rows of ``weight`` on the same device."""
+        """Make codes and scales anew, in place, from ``weight`` (rows, cols) on the same device."""
         from optimum.quanto import AbsmaxOptimizer, qint8
 
         optimizer = AbsmaxOptimizer()
@@ -223,7 +226,7 @@ class Int8:
             self._store(tile, part.div_(scale))
 
     def _store(self, rows: slice | Tensor, steps: Tensor) -> None:
-        """Weights in units of their scale, which are overwritten."""
+        """Store ``steps``, (n, cols) weights in units of their row's scale, which are overwritten."""
         if self.low is not None:
             self.low[rows] = _below(steps, steps.round().clamp_(-128, 127)).to(torch.int8)
         self.codes[rows] = steps.round_().clamp_(-128, 127).to(torch.int8)
@@ -241,26 +244,28 @@ class Int8:
         return sum(t.nbytes for t in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        held = {"._data": self.codes, "._scale": self.scale}
-        return held | ({".low": self.low} if self.low is not None else {})
+        raw = {"._data": self.codes, "._scale": self.scale}
+        return raw | ({".low": self.low} if self.low is not None else {})
 
     def adopt(self, tensors: dict[str, Tensor]) -> None:
         self.codes, self.scale = tensors["._data"], tensors["._scale"]
         self.low = tensors.get(".low")
 
     def raw(self, rows: slice) -> dict[str, Tensor]:
-        """``tensors`` of some rows."""
         return {suffix: tensor[rows] for suffix, tensor in self.tensors().items()}
 
     def read(self, rows: slice | Tensor) -> Tensor:
-        """The values of ``rows``, (n, cols) fp32, freshly owned."""
+        """The exact stored values of ``rows``, (n, cols) fp32, freshly owned."""
         steps = self.codes[rows].float()
         if self.low is not None:
             steps.add_(self.low[rows], alpha=1 / 256)
         return steps.mul_(self.scale[rows])
 
     def snap(self, values: Tensor, key: Key, tensor: int, rows: slice | Tensor) -> Tensor:
-        """Round (n, cols) fp32 ``values`` to the grid; without a plane unbiased, up to the ends of the range."""
+        """Round (n, cols) fp32 ``values``: to the nearest on a plane's grid, else stochastically to whole codes.
+
+        Stochastic rounding has no bias, but for values past the ends of the range, which it stops at.
+        """
         if self.low is not None:
             most = values.abs().amax(1, keepdim=True).div_(MOST_CODE)
             scale = self.scale[rows]
@@ -272,15 +277,14 @@ class Int8:
         codes = steps.round().clamp_(-MOST_CODE, MOST_CODE)
         if self.low is not None:
             return codes.add_(_below(steps, codes), alpha=1 / 256).mul_(scale)
-        # What is left is measured from the grid as ``read`` gives it: a value that lies on it has nothing left.
-        left = values.sub(codes * scale).div_(scale)
+        # The remainder is measured from the grid as ``read`` gives it: it is 0 of a value that lies on the grid.
+        remainder = values.sub(codes * scale).div_(scale)
         dither = noise.uniform_at(key, tensor, noise.ROUNDING, rows, self.shape[1])
-        up = left.abs() > dither.to(values.device)
-        codes.add_(left.sign_().mul_(up)).clamp_(-MOST_CODE, MOST_CODE)
+        up = remainder.abs() > dither.to(values.device)
+        codes.add_(remainder.sign_().mul_(up)).clamp_(-MOST_CODE, MOST_CODE)
         return codes.mul_(scale)
 
     def write(self, rows: slice | Tensor, values: Tensor) -> None:
-        """Store (n, cols) fp32 values that ``snap`` gave."""
         self._store(rows, values / self.scale[rows])
 
     def as_read(self, rows: slice | Tensor, values: Tensor) -> Tensor:
@@ -293,7 +297,10 @@ class Int8:
 
 
 def _below(steps: Tensor, codes: Tensor) -> Tensor:
-    """What lies below the codes, in 256ths: never half a step, which would be read back beside another code."""
+    """The low-order plane: ``steps`` less their ``codes``, in 256ths, at most 127 of them.
+
+    Half a step, 128 of them, would be read back from the neighbouring code.
+    """
     return steps.sub(codes).mul_(256).round_().clamp_(-127, 127)
 
 
@@ -311,6 +318,7 @@ class Int4:
 
     @staticmethod
     def quantise(weight: Tensor) -> Int4:
+        """Codes, scales and shifts of a matrix with an even number of rows, made a tile at a time."""
         from optimum.quanto import MaxOptimizer, qint4
 
         rows, cols = weight.shape
@@ -371,7 +379,10 @@ class Int4:
 def place(
     weight: Tensor, precision: str, *, table: bool, rounding: str | None, trained: bool
 ) -> Layout:
-    """Put one (rows, cols) matrix into the layout of ``precision``."""
+    """Store one (rows, cols) matrix in ``precision``.
+
+    ``table``: whether it is an embedding table. ``rounding`` (of updates) only matters where it is ``trained``.
+    """
     match _stored_as(precision, weight.shape[0], table):
         case "int8":
             return Int8.quantise(weight, plane=trained and rounding == "plane")
@@ -383,7 +394,7 @@ def place(
 
 
 def moved(layout: Layout, device: torch.device) -> Layout:
-    """The layout with its raw tensors on ``device``."""
+    """The same layout, its raw tensors moved to ``device``."""
     layout.adopt({name: tensor.to(device) for name, tensor in layout.tensors().items()})
     return layout
 
@@ -391,7 +402,7 @@ def moved(layout: Layout, device: torch.device) -> Layout:
 def vacant(
     shape: tuple[int, int], precision: str, *, table: bool, rounding: str | None, trained: bool
 ) -> Layout:
-    """The layout that ``place`` gives a matrix of this shape, without its bytes: all tensors on ``meta``."""
+    """The layout that ``place`` gives a matrix of this shape, without memory: all its tensors are on ``meta``."""
     rows, cols = shape
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -411,7 +422,9 @@ def vacant(
 
 
 def _stored_as(precision: str, rows: int, table: bool) -> str:
-    """Embedding tables of int4 models are kept in int8: rows are gathered one by one and the head's logits are
-    the most sensitive product. So are matrices with an odd number of rows, which quanto's packing cannot halve.
+    """The precision that a matrix is really stored in: ``precision``, or int8 where int4 does not do.
+
+    Embedding tables of int4 models are int8, since rows are gathered one by one and the head's logits are the most
+    sensitive product. So are matrices with an odd number of rows, which quanto's packing cannot halve.
     """
     return "int8" if precision == "int4" and (table or rows % 2) else precision

@@ -1,13 +1,13 @@
-"""Blocks in the RAM beside a GPU that has no room for them: what disk.py is for the disk.
+"""Blocks in host RAM, beside a GPU that has no room for them. (disk.py does this for a disk.)
 
-A buffer is page-locked, so that the GPU copies it by itself while it computes. Copies run on two streams of their
-own, one in each direction, in the order of their slots:
+A buffer is page-locked, so that the GPU copies it by itself while it computes. Copies run on two CUDA streams, one in
+each direction, in the order of their slots:
 
-    to the GPU     after what has been computed so far (the slot's last layer), and after every copy back
-    back           after what has been computed so far (the slot's update)
+    to the GPU     after what has been computed so far (the last layer that used the slot), and after every copy back
+    back           after what has been computed so far (the update in the slot)
 
-and the computation waits for a copy where it uses its slot; the process waits for none. A buffer dies with its
-process, and a resume makes it again from base and journal.
+The computation waits for a copy when it uses that slot; the process waits for none. A buffer ends with its process,
+and a resume makes it again from base and journal.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from edgezo.weights.layouts import Layout
 
 
 class HostBuffer:
-    """The bytes of one block."""
+    """The bytes of one block in host RAM, a ``Home``."""
 
     def __init__(self, name: str, layouts: Mapping[str, Layout], pinned: bool):
         self.name, self._pinned = name, pinned
@@ -33,7 +33,7 @@ class HostBuffer:
         self._data = torch.empty(0, dtype=torch.uint8)
 
     def open(self) -> int | None:
-        return None  # nothing is left of an earlier process
+        return None  # a buffer does not outlive its process
 
     def reserve(self) -> None:
         self._data = torch.empty(self.data_bytes, dtype=torch.uint8)
@@ -58,7 +58,7 @@ class HostBuffer:
 
 @dataclass
 class HostMedium:
-    """Where the blocks behind the first ``resident_blocks`` lie, and the slots on ``device`` that they visit."""
+    """The buffers of the blocks behind the first ``resident_blocks``, and the slots on ``device`` that they visit."""
 
     device: torch.device
     resident_blocks: int = 0
@@ -72,7 +72,7 @@ class HostMedium:
         return HostBuffer(name, layouts, self.device.type == "cuda")
 
     def table(self, vacant: Layout, make: Callable[[slice], Layout]) -> None:
-        """Tables stay on the device."""
+        """None: tables stay on the device."""
 
     def slot(self, nbytes: int) -> Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
@@ -88,7 +88,7 @@ class HostMedium:
 
 
 class Copies(Protocol):
-    """What moves bytes between buffers and slots beside the computation, in the order of their slots."""
+    """Copies between buffers and slots beside the computation, in the order of their slots."""
 
     def read(self, home: Home, slot: Tensor) -> Pending: ...
 
@@ -98,7 +98,7 @@ class Copies(Protocol):
 
 
 class _Thread:
-    """Copies beside the computation of a CPU."""
+    """Copies for a CPU: a thread does one after the other."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="host")
@@ -114,23 +114,23 @@ class _Thread:
 
 
 class _Streams:
-    """Copies beside the computation of a GPU."""
+    """Copies for a GPU, on two streams."""
 
     def __init__(self) -> None:
-        self._there, self._back = torch.cuda.Stream(), torch.cuda.Stream()
+        self._to_gpu, self._to_host = torch.cuda.Stream(), torch.cuda.Stream()
 
     def read(self, home: Home, slot: Tensor) -> Pending:
-        self._there.wait_stream(torch.cuda.current_stream())
-        self._there.wait_stream(self._back)
-        with torch.cuda.stream(self._there):
+        self._to_gpu.wait_stream(torch.cuda.current_stream())
+        self._to_gpu.wait_stream(self._to_host)
+        with torch.cuda.stream(self._to_gpu):
             home.read(slot)
-        return _Copy(self._there.record_event())
+        return _Copy(self._to_gpu.record_event())
 
     def write(self, home: Home, slot: Tensor, applied: int) -> Pending:
-        self._back.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._back):
+        self._to_host.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._to_host):
             home.write(slot, applied)
-        return _Copy(self._back.record_event())
+        return _Copy(self._to_host.record_event())
 
     def close(self) -> None:
         torch.cuda.synchronize()
@@ -138,7 +138,7 @@ class _Streams:
 
 @dataclass
 class _Copy:
-    """A copy on its way. ``result`` lets the computation wait for it, not the process."""
+    """A copy that a GPU has been asked for. ``result`` lets the computation wait for it, not the process."""
 
     event: torch.cuda.Event
 

@@ -1,10 +1,10 @@
-"""Safetensors checkpoints, one file or sharded with an index, read and written a piece at a time by plain reads."""
+"""Safetensors checkpoints, one file or several with an index, read a piece at a time; and the plain reads for that."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from edgezo.errors import EdgezoError
-from edgezo.weights.trainable import Saved
 
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -29,15 +28,14 @@ _SAFETENSORS_DTYPES = {
 }
 SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
-PIECE_ELEMENTS = 1 << 18  # converted at a time
+PIECE_ELEMENTS = 1 << 18  # values that are converted at a time
 _FETCH_AGAIN = "The file is damaged or incomplete: fetch it again."
-
-
-# ----------------------------------------------------------------------------- safetensors
 
 
 @dataclass(frozen=True)
 class _Entry:
+    """Where one tensor lies."""
+
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -45,7 +43,7 @@ class _Entry:
     size_bytes: int
 
     def at(self, rows: slice | None) -> _Entry:
-        """The entry of these rows."""
+        """Where these rows lie; None: all."""
         if rows is None:
             return self
         row_bytes, count = self.size_bytes // self.shape[0], rows.stop - rows.start
@@ -58,7 +56,10 @@ class _Entry:
 
 
 class SafetensorsSource:
-    """``model.safetensors``, or the shards named by ``model.safetensors.index.json``."""
+    """The tensors (a ``TensorSource``) of ``model.safetensors``, or of the shards that its index names.
+
+    Raises EdgezoError where a file is damaged or missing, and where there are only pickled weights.
+    """
 
     def __init__(self, directory: Path):
         self._entries: dict[str, _Entry] = {}
@@ -118,6 +119,7 @@ class SafetensorsSource:
 
 
 def _weight_files(directory: Path) -> list[Path]:
+    """The one file or the shards, all of them there. Raises EdgezoError."""
     single = directory / "model.safetensors"
     if single.is_file():
         return [single]
@@ -142,6 +144,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _index(directory: Path) -> dict[str, str]:
+    """Tensor name -> shard, which lies in the same directory. Raises EdgezoError."""
     path = directory / "model.safetensors.index.json"
     try:
         weight_map = json.loads(path.read_bytes())["weight_map"]
@@ -161,7 +164,7 @@ def _indexed_names(directory: Path) -> set[str]:
 
 
 def _read_safetensors_header(file: Path) -> dict[str, _Entry]:
-    """The table of one file, checked: every byte after the header belongs to exactly one tensor."""
+    """The tensors of one file. Raises EdgezoError unless every byte after the header belongs to exactly one of them."""
     size = file.stat().st_size
     if size < 8:
         raise EdgezoError(f"{file} has {size} bytes, too few for safetensors. {_FETCH_AGAIN}")
@@ -219,10 +222,10 @@ def _safetensors_entry(file: Path, name: str, fields: dict[str, Any], start: int
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
         raise ValueError("a key occurs twice")
-    return found
+    return fields
 
 
 # ----------------------------------------------------------------------------- plain reads
@@ -234,7 +237,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def read_into(file: Path, offset: int, out: memoryview, what: str) -> None:
-    """Fill ``out`` from ``offset`` of the file, or EdgezoError saying how much was there."""
+    """Fill ``out`` from ``offset`` of the file. Raises EdgezoError, which names ``what``, where the file ends early."""
     done = 0
     try:
         with open(file, "rb", buffering=0) as stream:
@@ -254,7 +257,7 @@ def read_into(file: Path, offset: int, out: memoryview, what: str) -> None:
 
 
 def equal_ranges(file_a: Path, offset_a: int, file_b: Path, offset_b: int, size_bytes: int) -> bool:
-    """Whether two ranges hold the same bytes; memory is two 1 MiB pieces."""
+    """Whether two ranges of files hold the same bytes. Takes the memory of two pieces of 1 MiB."""
     for start in range(0, size_bytes, 1 << 20):
         length = min(1 << 20, size_bytes - start)
         a, b = bytearray(length), bytearray(length)
@@ -272,7 +275,7 @@ def spans(total: int, piece: int) -> Iterator[tuple[int, int]]:
 
 
 def check_finite(tensor: Tensor, name: str, file: Path) -> None:
-    """EdgezoError if a floating tensor holds NaN or Inf. One pass, no temporaries."""
+    """Raise EdgezoError if a floating-point tensor holds NaN or Inf. Takes one pass and no temporaries."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return
     low, high = torch.aminmax(tensor)  # both propagate NaN
@@ -281,25 +284,3 @@ def check_finite(tensor: Tensor, name: str, file: Path) -> None:
             f"{file}: tensor {name!r} holds values that are not finite as {tensor.dtype} "
             f"(smallest {low.item()}, largest {high.item()}). {_FETCH_AGAIN}"
         )
-
-
-def write_saved(path: Path, tensors: Sequence[Saved], metadata: dict[str, str]) -> None:
-    """As safetensors' own save_file, but a piece at a time: trained weights on disk are never in memory together."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    for tensor in tensors:
-        end = offset + math.prod(tensor.shape) * tensor.dtype.itemsize
-        spelling = SAFETENSORS_NAMES[tensor.dtype]
-        header[tensor.name] = {
-            "dtype": spelling,
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            for piece in tensor.bytes():
-                file.write(piece)

@@ -1,8 +1,8 @@
-"""Weights on disk, read one tensor at a time.
+"""A checkpoint, read one tensor at a time.
 
-A source opens a checkpoint, checks its structure once, and then hands out single tensors in
-freshly owned memory, under the names and in the layout of the Hugging Face module. Plain reads
-only: a mapped file counts towards the resident set that ``--max-mem`` bounds.
+A source opens a checkpoint, checks its structure once, and then hands out single tensors in memory of their own, under
+the names and in the layout of the Hugging Face module. It uses plain reads only: a mapped file counts towards the
+resident memory that ``--max-mem`` bounds.
 
 Formats: a directory with ``model.safetensors``, a sharded one with an index, and GGUF.
 """
@@ -20,20 +20,20 @@ from edgezo.weights.safetensors_file import SafetensorsSource
 
 
 class TensorSource(Protocol):
-    """Tensors of one checkpoint by Hugging Face name."""
+    """The tensors of one checkpoint by Hugging Face name."""
 
     @property
     def names(self) -> list[str]: ...
 
     @property
     def files(self) -> list[Path]:
-        """The weight files, in the order that the content hash takes them."""
+        """The weight files, in the order in which the content hash takes them."""
         ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def dtype(self, name: str) -> torch.dtype:
-        """What ``read`` gives; float32 for a quantised GGUF tensor."""
+        """The dtype that ``read`` gives; fp32 for a quantised GGUF tensor."""
         ...
 
     def nbytes(self, name: str) -> int:
@@ -43,10 +43,10 @@ class TensorSource(Protocol):
     def read(
         self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
     ) -> Tensor:
-        """The tensor, or some rows of an embedding, in memory of its own, in its own dtype or rounded to ``dtype``.
+        """The tensor, or some ``rows`` of it, freshly allocated, in its stored dtype or rounded to ``dtype``.
 
-        Conversion goes through small pieces: nothing but the result is as large as the tensor.
-        EdgezoError if it is cut short or holds NaN or Inf.
+        It is converted in small pieces: nothing but the result is as large as the tensor. Raises EdgezoError where the
+        file is cut short or the tensor holds NaN or Inf.
         """
         ...
 

@@ -1,60 +1,61 @@
-"""One trained tensor, and the tensors that a file keeps of it."""
+"""One trained tensor: where its values lie, which of its rows may move, and what is kept beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from edgezo.weights.layouts import Dense, Rows, TrainedLayout
-from edgezo.zo.directions import Target
+from edgezo.zo.directions import Target, orthonormal
 
 
 @dataclass
 class Trainable:
-    """One trained tensor: where it lies and which of its rows an update may move."""
+    """One trained tensor. A vector is a matrix of one column, (rows, 1)."""
 
-    target: Target
-    layout: TrainedLayout  # a vector is a (rows, 1) matrix
-    touched_offset: int | None = (
-        None  # rows named by the recipe, numbered from here; None: not by example
-    )
-    fixed_rows: Tensor | None = (
-        None  # only these rows are ever probed (label words of an untied head)
-    )
-    away: bool = False  # in a block that is elsewhere: updated when it is next bound
-    least: float | None = None  # no value goes below
-    threshold: float | None = None  # of a sparse mask
-    base: Callable[[], Rows] | None = None  # of codes that are anchored: the checkpoint's matrix
-    # v_i by slot, of the step that is being probed; None where directions come from seeds alone.
-    guides: dict[int, Tensor] | None = None
-    basis: Tensor | None = None  # V^T (k, cols) of a shared direction, in the compute dtype
-    sketch: Tensor | None = None  # (cols, k) fp32: what this step's inputs make of it
-    # Of the rule, the mask and an anchor: (rows, cols) fp32 each, or (rows, rank) in a basis, or (rows, 1).
+    target: Target  # its name and shape, which its directions are drawn from
+    layout: TrainedLayout  # its values
+    # Of an embedding table: the number of its first row in `Recipe.touched`, which numbers the rows of all tables. An
+    # example moves only the rows that it used. None: every step moves every row.
+    touched_offset: int | None = None
+    # (k,) int64: only these rows are ever perturbed and updated (the label words of an untied head). None: all rows.
+    fixed_rows: Tensor | None = None
+    away: bool = False  # in a block that is not in memory: updated when the block is next bound
+    least: float | None = None  # no value goes below this
+    threshold: float | None = None  # of mask `sparse`: only weights smaller than this are perturbed
+    # Opens the checkpoint's matrix. Only of int8 codes that are re-quantised (requantise.py).
+    open_base: Callable[[], Rows] | None = None
+    # What directions are made from where seeds alone do not give them, else None. One of:
+    guides: dict[int, Tensor] | None = None  # v_i (cols,) of the step being probed, by example slot
+    basis: Tensor | None = None  # V^T (k, cols) of a direction for the whole batch, compute dtype
+    # (cols, k) fp32: X^T (X V), summed over the inputs X of the step being probed. The next basis is made from it.
+    sketch: Tensor | None = None
+    # fp32 tensors of the rule, the mask and SVRG's anchor by name: (rows, cols), (rows, rank) or (rows, 1) each.
     state: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def values(self) -> Tensor:
-        """A vector or factor, which always stays in memory: (rows, cols), the tensor itself."""
+        """(rows, cols), the stored tensor itself: of a vector or a factor, which always stay in memory."""
         assert isinstance(self.layout, Dense)
         return self.layout.values
 
+    def take_guides(self, *, turn_basis: bool) -> Tensor | None:
+        """What the directions of this step were made from, which is forgotten here; None where seeds give them.
 
-class Saved(NamedTuple):
-    """One trained tensor to be hashed or written, a bounded piece of rows at a time."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    pieces: Callable[[], Iterable[Tensor]]
-
-    @staticmethod
-    def of(name: str, tensor: Tensor) -> Saved:
-        return Saved(name, tuple(tensor.shape), tensor.dtype, lambda: [tensor])
-
-    def bytes(self) -> Iterator[memoryview]:
-        for piece in self.pieces():
-            yield piece.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
+        (B, cols): v_i of all examples in the order of their slots. (k, cols): the basis of a direction for the whole
+        batch. ``turn_basis`` turns it to the inputs of this step by one power iteration (AGZO, arXiv 2601.17261).
+        """
+        if self.basis is not None:
+            basis = self.basis
+            if turn_basis and self.sketch is not None and bool(self.sketch.isfinite().all()):
+                self.basis = orthonormal(self.sketch).to(basis.dtype)
+            self.sketch = None
+            return basis
+        if self.guides:
+            by_slot = torch.stack([self.guides[slot] for slot in sorted(self.guides)])
+            self.guides.clear()
+            return by_slot
+        return None

@@ -7,26 +7,26 @@ A step evaluates the batch along ``evaluations``; with two sides
     theta       <- (1 - decay)*theta - rule(sum_i c_i D_i)
 
     group        c_i = kappa*sigma*delta_i/std_j(delta_j)   GRZO, two-sided (arXiv 2606.02857, section 3)
-    raw          c_i = lr*delta_i/(2*sigma*B)               the same without the normaliser
+    raw          c_i = lr*delta_i/(2*sigma*B)               GRZO without dividing by the spread
     one-sided    c_i = kappa*sigma*(l+_i - mean_j(l+_j))/std_j(l+_j)
-    uniform      c_i = kappa*sigma                          an ablation: a walk that no loss guides
+    uniform      c_i = kappa*sigma                          an ablation: a random walk that no loss guides
     mean         c   = lr*mean_i(delta_i)/(2*sigma)         MeZO (arXiv 2305.17333, algorithm 1), D_i shared
-    svrg         the same of delta_i(theta) - delta_i(anchor), and of the anchor's own estimate along its own D:
-                 MeZO-SVRG (arXiv 2404.08080, algorithm 1); at an anchor as mean
-    clipped      the same as mean, |c| at most lr*100       QZO (arXiv 2505.13430)
+    svrg         c   = lr*mean_i(delta_i(theta) - delta_i(anchor))/(2*sigma), D_i shared, plus the estimate that was
+                 made at the anchor, along the D of that step: MeZO-SVRG (arXiv 2404.08080, algorithm 1)
+    clipped      as mean, with |c| at most lr*100           QZO (arXiv 2505.13430)
     candidates   c_j = kappa*sigma*(l_j - l_0)/std_k(l_k)   FZOO (arXiv 2506.09034), l_j of the batch along D_j
 
-``step`` is the user's one knob: kappa, the fraction of the probe sigma*D_i that an example of credit 1 moves the
-weights by (kappa = lr/(2*sigma^2*B) in GRZO's symbols, lr/(sigma^2*N) in FZOO's), or a learning rate.
+The user sets ``step`` alone: a learning rate, or kappa, the fraction of the probe sigma*D_i by which an example of
+credit 1 moves the weights (kappa = lr/(2*sigma^2*B) in GRZO's symbols, lr/(sigma^2*N) in FZOO's).
 
-Losses that are not finite, groups of one and groups without spread have defined results (see each function);
+Losses that are not finite, groups of one example and groups without spread have defined results (see each function);
 no input gives a NaN in an update.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -34,16 +34,13 @@ from edgezo.zo.noise import exact_grid
 from edgezo.zo.presets import PRESETS, forwards
 from edgezo.zo.recipe import PLAIN, TWO_SIDED, Evaluation
 
-if TYPE_CHECKING:
-    pass
-
-CREDIT_CLIP = 8.0  # standard deviations; a lone outlier in a group of 64 already stands at 7.9
-LARGEST = 1e35  # of a coefficient: a sum over a group stays finite in fp32
-SLOPE_CLIP = 100.0  # QZO's C, of the directional derivative
+CREDIT_CLIP = 8.0  # in standard deviations; a lone outlier in a group of 64 already stands at 7.9
+LARGEST = 1e35  # the largest coefficient: a sum over a group stays finite in fp32
+SLOPE_CLIP = 100.0  # QZO's C: the largest directional derivative that counts
 
 
 class Choices(Protocol):
-    """The values of a request that decide an estimator."""
+    """The choices of a request that decide its estimator."""
 
     @property
     def credit(self) -> str: ...
@@ -61,30 +58,34 @@ class Choices(Protocol):
 class Estimator(NamedTuple):
     """What a step evaluates, and how its losses become coefficients."""
 
-    evaluations: tuple[Evaluation, ...]
+    evaluations: tuple[Evaluation, ...]  # S of them
     credit: Callable[[np.ndarray], np.ndarray]  # (S, B) fp32 losses -> (K,) fp32 credit
-    # (step, sigma, B) -> coefficient of one unit of credit
+    # (step, sigma, number of credits) -> the coefficient of one unit of credit
     scale: Callable[[float, float, int], float]
-    rated: bool = False  # the rule multiplies by the step itself
-    slope_clip: float | None = None
+    rated: bool = False  # the rule multiplies by the step, so coefficients are those of step 1
+    slope_clip: float | None = None  # the largest directional derivative that counts
 
     @staticmethod
     def of(chosen: Choices) -> Estimator:
+        """The estimator of a request."""
         return compose(chosen.credit, chosen.mask, chosen.rule, chosen.candidates)
 
     def coefficients(self, credit: np.ndarray, step: float, sigma: float) -> np.ndarray:
-        """c_i, (K,) fp32 on the exact grid; for a rule with a rate those of step 1."""
+        """c_i, (K,) fp32 on the exact grid (noise.exact_grid), of ``credit`` (K,)."""
         credit = np.asarray(credit, np.float64)
         if self.rated:
             step = 1.0
         if self.slope_clip is not None:
             slope = abs(float(np.sum(credit))) * self.scale(1.0, sigma, len(credit))
             credit = credit * min(1.0, self.slope_clip / slope) if slope else credit
-        found = credit * self.scale(step, sigma, len(credit))
-        return exact_grid(np.clip(found, -LARGEST, LARGEST))
+        coefficients = credit * self.scale(step, sigma, len(credit))
+        return exact_grid(np.clip(coefficients, -LARGEST, LARGEST))
 
     def curvature(self, losses: np.ndarray, sigma: float) -> float:
-        """|l+ + l- - 2 l0|/(2 sigma^2) of the batch; 0 where it was not measured or is not finite."""
+        """|l+ + l- - 2 l0|/(2 sigma^2) of the batch's mean losses, ``losses`` (S, B): HiZOO (arXiv 2402.15173).
+
+        0 where no plain forward was made or no example has finite losses.
+        """
         if len(self.evaluations) != 3 or self.evaluations[2] != PLAIN:
             return 0.0
         losses = np.asarray(losses, np.float64)
@@ -96,11 +97,11 @@ class Estimator(NamedTuple):
 
 
 def group_credit(losses: np.ndarray) -> np.ndarray:
-    """delta_i over the group's standard deviation, no mean subtraction; (2, B) -> (B,) fp32.
+    """delta_i over the group's standard deviation, no mean subtracted (GRZO); (2, B) losses -> (B,) fp32.
 
-    Defined everywhere: an example with a non-finite loss gets credit 0 and does not count; a group of one gets
-    +-1 (the sign, there is no spread to measure); a spread below a tenth of the root mean square (identical
-    examples) is raised to it; no difference at all gives zeros; credits are clipped at ``CREDIT_CLIP``.
+    Defined everywhere: an example with a non-finite loss gets credit 0 and does not count; a group of one example gets
+    +-1, its sign, for there is no spread to measure; a spread below a tenth of the root mean square (examples that are
+    all the same) is raised to that; no difference at all gives zeros; credits are clipped at ``CREDIT_CLIP``.
     """
     losses = np.asarray(losses, np.float64)
     finite = np.isfinite(losses).all(axis=0)
@@ -111,7 +112,7 @@ def group_credit(losses: np.ndarray) -> np.ndarray:
 
 
 def _over_spread(differences: np.ndarray, spread_of: np.ndarray) -> np.ndarray:
-    """``differences`` over the standard deviation of ``spread_of``, with a floor and a clip."""
+    """``differences`` (n,) over the standard deviation of ``spread_of`` (n,), which has a floor; clipped."""
     rms = float(np.sqrt(np.mean(differences**2))) if differences.size else 0.0
     if rms == 0.0:
         return 0 * differences
@@ -120,10 +121,10 @@ def _over_spread(differences: np.ndarray, spread_of: np.ndarray) -> np.ndarray:
 
 
 def one_sided_credit(losses: np.ndarray) -> np.ndarray:
-    """l+_i less the group's mean, over its standard deviation; (1, B) -> (B,) fp32.
+    """l+_i less the group's mean, over its standard deviation; (1, B) losses -> (B,) fp32.
 
-    No finite difference: examples differ by more than what a probe does to them. A group of one, or of equal
-    losses, gives zeros; an example with a non-finite loss gets 0 and does not count.
+    This is no finite difference: losses of examples differ by more than a probe changes them. A group of one example,
+    or of equal losses, gives zeros; an example with a non-finite loss gets 0 and does not count.
     """
     plus = np.asarray(losses[0], np.float64)
     finite = np.isfinite(plus)
@@ -135,12 +136,12 @@ def one_sided_credit(losses: np.ndarray) -> np.ndarray:
 
 
 def uniform_credit(losses: np.ndarray) -> np.ndarray:
-    """1 for every example with a finite loss; (1, B) -> (B,) fp32."""
+    """1 for every example with a finite loss, else 0; (1, B) losses -> (B,) fp32."""
     return np.isfinite(losses[0]).astype(np.float32)
 
 
 def difference_credit(losses: np.ndarray) -> np.ndarray:
-    """delta_i itself; a mean over the batch is taken by ``scale``. Non-finite examples count as zero."""
+    """delta_i, of non-finite losses 0; (2, B) losses -> (B,) fp32. ``scale`` divides by B where a mean is wanted."""
     losses = np.asarray(losses[:2], np.float64)
     finite = np.isfinite(losses).all(axis=0)
     delta = np.where(finite, losses[0], 0.0) - np.where(finite, losses[1], 0.0)
@@ -148,20 +149,23 @@ def difference_credit(losses: np.ndarray) -> np.ndarray:
 
 
 def svrg_credit(losses: np.ndarray) -> np.ndarray:
-    """delta_i less delta_i at the anchor, (4, B) -> (B,) fp32; (2, B) of an anchor as ``difference_credit``."""
+    """delta_i less delta_i at SVRG's anchor; (4, B) losses, the last two at the anchor -> (B,) fp32.
+
+    (2, B) losses of the anchor's own step give ``difference_credit``.
+    """
     credit = difference_credit(losses)
     if len(losses) == 4:
-        there = difference_credit(losses[2:])
+        at_anchor = difference_credit(losses[2:])
         finite = np.isfinite(losses).all(axis=0)
-        credit = np.where(finite, credit - there, 0.0).astype(np.float32)
+        credit = np.where(finite, credit - at_anchor, 0.0).astype(np.float32)
     return credit
 
 
 def candidate_credit(losses: np.ndarray) -> np.ndarray:
-    """(l_j - l_0)/std_k(l_k) of the batch's mean losses; (1 + N, B), the plain one first -> (N,) fp32.
+    """(l_j - l_0)/std_k(l_k) of the batch's mean losses (FZOO); (1 + N, B) losses, plain first -> (N,) fp32.
 
-    Examples without a finite plain loss do not count; a candidate that is not finite on the others gets 0. One
-    candidate gets its sign; a spread below a tenth of the root mean square of the differences is raised to it.
+    Examples without a finite plain loss do not count; a candidate whose loss is not finite on the others gets 0. A
+    single candidate gets its sign; a spread below a tenth of the differences' root mean square is raised to that.
     """
     losses = np.asarray(losses, np.float64)
     counted = losses[:, np.isfinite(losses[0])]
@@ -169,21 +173,23 @@ def candidate_credit(losses: np.ndarray) -> np.ndarray:
     if counted.shape[1]:
         means = counted.mean(axis=1)
         finite = np.isfinite(means[1:])
-        drawn = means[1:][finite]
-        credit[finite] = _over_spread(drawn - means[0], drawn)
+        candidates = means[1:][finite]
+        credit[finite] = _over_spread(candidates - means[0], candidates)
     return credit.astype(np.float32)
 
 
-def _of_probe(step: float, sigma: float, batch: int) -> float:
+def _of_probe(step: float, sigma: float, count: int) -> float:
+    """``step`` is kappa, a fraction of the probe."""
     return step * sigma
 
 
-def _of_slope(step: float, sigma: float, batch: int) -> float:
-    return step / (2 * sigma * batch)
+def _of_slope(step: float, sigma: float, count: int) -> float:
+    """``step`` is a learning rate on the mean directional derivative."""
+    return step / (2 * sigma * count)
 
 
 _Scale = Callable[[float, float, int], float]
-CREDITS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], _Scale]] = {
+CREDIT_FUNCTIONS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], _Scale]] = {
     "group": (group_credit, _of_probe),
     "raw": (difference_credit, _of_slope),
     "one-sided": (one_sided_credit, _of_probe),
@@ -196,12 +202,12 @@ CREDITS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], _Scale]] = {
 
 
 def compose(credit: str, mask: str, rule: str, candidates: int) -> Estimator:
-    """The estimator of these choices."""
+    """The estimator of these choices (``candidates``: how many directions ``credit`` candidates tries)."""
     evaluations = list(TWO_SIDED[: forwards(credit, "none", 0)])
     if credit == "candidates":
         evaluations = [PLAIN, *(Evaluation(1, j) for j in range(candidates))]
     evaluations += [PLAIN] * (forwards(credit, mask, 0) - forwards(credit, "none", 0))
-    function, scale = CREDITS[credit]
+    function, scale = CREDIT_FUNCTIONS[credit]
     return Estimator(
         tuple(evaluations),
         function,
@@ -212,11 +218,14 @@ def compose(credit: str, mask: str, rule: str, candidates: int) -> Estimator:
 
 
 def preset(name: str, candidates: int = 8) -> Estimator:
-    """The estimator of a row of the table."""
-    row = PRESETS[name]
-    return compose(row.credit, row.mask, row.rule, candidates)
+    """The estimator of a preset. Raises KeyError for a name that is not in the table."""
+    entry = PRESETS[name]
+    return compose(entry.credit, entry.mask, entry.rule, candidates)
 
 
 def schedule(kind: str, progress: float) -> float:
-    """Factor on the step at ``progress`` in [0, 1). Normalised steps never shrink by themselves: linear by default."""
+    """Factor on the step size at ``progress`` in [0, 1) of a run: "linear" goes to 0, any other ``kind`` stays at 1.
+
+    Normalised steps never shrink by themselves, which is why linear is the default.
+    """
     return 1.0 - progress if kind == "linear" else 1.0

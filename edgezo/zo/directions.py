@@ -1,4 +1,4 @@
-"""Directions: the shape of the random perturbation that each example sees (design: "one family, five choices").
+"""Directions: along what each example perturbs the weights. The first of the five choices of a method.
 
 A trained tensor is a matrix (rows, cols) or a vector (rows,). Example i of the group perturbs it along D_i:
 
@@ -14,19 +14,20 @@ A trained tensor is a matrix (rows, cols) or a vector (rows,). Example i of the 
     activation       D_i = r_i v_i^T, |v_i| = 1             AGZO with a direction for each example
     activation-shared    D   = A V^T, V orthonormal         AGZO, arXiv 2601.17261
 
-with r_i in {-1,+1}^rows and s_i in {-1,+1}^cols. But for ``centred`` all have E[D_jk D_lm] = [j=l][k=m], so (D.g)D
-is an unbiased estimate of g. Everything here is pure: a direction is a function of (key, tensor, example slot).
+with r_i in {-1,+1}^rows and s_i in {-1,+1}^cols. All but ``centred`` have E[D_jk D_lm] = [j=l][k=m], so (D.g)D is an
+unbiased estimate of g. Everything here is pure: a direction is a function of (key, tensor, example slot).
 
-The last two are the exception: v_i is a random combination of example i's inputs to the layer, V a basis of what the
-whole batch gave it in the step before; network/perturb.py makes them in the forward (a gradient of a linear lies in the
-span of its inputs). They are passed in as ``guides``. Tables read no vectors; along those their directions are
-``signs`` and ``lowrank-shared``.
+The two ``activation`` kinds are the exception, since a linear's gradient lies in the span of its inputs: v_i is a
+random combination of example i's inputs to the layer, V a basis of the whole batch's inputs in the step before.
+network/perturb.py makes them in the forward; here they are passed in as ``guides``. An embedding table multiplies no
+vectors, so its directions are then ``signs`` and ``lowrank-shared``.
 
-Of rank k: A (rows, k) is drawn every step, V (cols, k) every ``refresh`` steps. Both are signs, not normals, so that
-A V^T is a sum of integers and has the same bits from every tile. P (rows, k) and Q (cols, k) are orthonormal and
-drawn every ``refresh`` steps, Z of N(0,1) every step. Each row of P has one entry: rows are dealt out to the k columns
-in a random order, with a random sign over the root of the column's count (a sparse embedding, in place of a QR
-decomposition, whose last bits differ between libraries). Vectors have no low rank; they take U of N(0,1).
+In the low-rank kinds A (rows, k) is drawn every step, V (cols, k) every ``refresh`` steps. Both are signs, not normals,
+so that A V^T is a sum of integers and has the same bits from every tile. In ``subspace`` P (rows, k) and Q (cols, k)
+have orthonormal columns and are drawn every ``refresh`` steps, Z of N(0,1) every step. Each row of P has one entry:
+rows are dealt out to the k columns in a random order, with a random sign over the root of the column's count (a sparse
+embedding, in place of a QR decomposition, whose last bits differ between libraries). Vectors have no low rank: their
+U is of N(0,1).
 """
 
 from __future__ import annotations
@@ -41,30 +42,31 @@ from torch import Tensor
 from edgezo.zo import noise
 from edgezo.zo.noise import Key
 
-# ZO-AdaMU's constants: share of fresh noise, and the weight of its centred part in the average.
+# ZO-AdaMU's constants a and b: the variance of fresh noise, and the weight of the centred part in the average.
 FRESH, KEPT = 0.5, 0.1
-EXACT_PIECES = 8  # of a tile that are in fp64 one after the other
+EXACT_PIECES = 8  # a tile is multiplied in fp64 in so many pieces, one after the other
 _GRID = 2.0**20
 _MEMORY_STEPS = 8  # KEPT ** 8 is below fp32's resolution
 
-Shape = Callable[[Tensor], Tensor]  # what a mask makes of rows of U
+MaskU = Callable[[Tensor], Tensor]  # rows of U -> the same rows as a mask shapes them
 
 
 class Target(NamedTuple):
-    """What a direction needs to know of a trained tensor."""
+    """What a direction is drawn from: name and shape of a trained tensor."""
 
-    name: str
+    name: str  # its hash addresses the noise
     rows: int
     cols: int  # 1 for a vector
     vector: bool
 
     @property
     def id(self) -> int:
+        """The tensor's number in the noise (noise.tensor_id)."""
         return noise.tensor_id(self.name)
 
 
-class Factors(NamedTuple):
-    """U = scale * left @ right^T without ever being made."""
+class ThinFactors(NamedTuple):
+    """A low-rank U = scale * left @ right^T that is not multiplied out."""
 
     left: Tensor  # (rows, k) fp32
     right: Tensor  # (cols, k) fp32
@@ -77,17 +79,17 @@ class Directions(NamedTuple):
     name: str
     factored: bool
     dense: str | None  # None, "signs", "normals", "lowrank", "subspace" or "centred"
-    strict: bool = False  # s = 1
-    rank: int = 8
-    refresh: int = 50
-    guided: bool = False
+    strict: bool = False  # s_i is all ones
+    rank: int = 8  # k of the low-rank kinds
+    refresh: int = 50  # V, P and Q are drawn anew every so many steps
+    guided: bool = False  # made from the layer's inputs, so that no seed gives them again
 
     def row_signs(self, key: Key, target: Target, slots: Sequence[int]) -> Tensor:
-        """r_i of the group's examples ``slots``, (len(slots), rows) int8."""
+        """r_i of the examples in ``slots``, (len(slots), rows) int8."""
         return _of_slots(key, target.id, noise.ROW, slots, target.rows)
 
     def col_signs(self, key: Key, target: Target, slots: Sequence[int]) -> Tensor:
-        """s_i of the group's examples ``slots``, (len(slots), cols) int8."""
+        """s_i of the examples in ``slots``, (len(slots), cols) int8."""
         if self.strict:
             return torch.ones(len(slots), target.cols, dtype=torch.int8)
         return _of_slots(key, target.id, noise.COLUMN, slots, target.cols)
@@ -95,7 +97,7 @@ class Directions(NamedTuple):
     def dense_rows(
         self, key: Key, target: Target, rows: slice, basis: Tensor | None = None
     ) -> Tensor:
-        """Rows of U, (n, cols) fp32."""
+        """Rows of U, (n, cols) fp32. ``basis``: as in ``factors``."""
         kind = "normals" if target.vector and self.of_rank else self.dense
         if self.of_rank and not target.vector:
             return self._low_rank(key, target, rows, basis)
@@ -110,31 +112,31 @@ class Directions(NamedTuple):
         return self.dense in ("lowrank", "subspace")
 
     def basis(self, key: Key, target: Target) -> Tensor:
-        """V, (cols, k) fp32 signs: what updates of strict and shared low-rank directions are combinations of."""
+        """V, (cols, k) fp32 signs: updates along strict and shared low-rank directions lie in its span."""
         epoch = Key(key.seed, key.step // self.refresh)
         rank = slice(0, self.rank)
         return noise.signs(epoch, target.id, noise.SPAN, rank, target.cols).T.float()
 
     def coordinates(self, key: Key, target: Target) -> Tensor:
-        """A, (rows, k) fp32 signs."""
+        """A, (rows, k) fp32 signs, drawn every step."""
         rank = slice(0, self.rank)
         return noise.signs(key, target.id, noise.LEFT, rank, target.rows).T.float()
 
-    def factors(self, key: Key, target: Target, basis: Tensor | None = None) -> Factors:
-        """``basis``: V^T (k, cols) of directions that are not from seeds alone."""
+    def factors(self, key: Key, target: Target, basis: Tensor | None = None) -> ThinFactors:
+        """U of a low-rank kind. ``basis``: V^T (k, cols) of a guided direction; None where V is drawn."""
         if basis is not None:
             left = self.coordinates(key, target)[:, : len(basis)].to(basis.device)
-            return Factors(left, basis.float().T, 1.0)
+            return ThinFactors(left, basis.float().T, 1.0)
         if self.dense == "lowrank":
             left, right = self.coordinates(key, target), self.basis(key, target)
-            return Factors(left, right, self.rank**-0.5)
+            return ThinFactors(left, right, self.rank**-0.5)
         rank = min(self.rank, target.rows, target.cols)
         epoch = Key(key.seed, key.step // self.refresh)
         p = _dealt(epoch, target.id, noise.SPAN, target.rows, rank)
         q = _dealt(epoch, target.id, noise.BASIS, target.cols, rank)
         z = noise.normals(key, target.id, noise.LEFT, slice(0, rank), rank)
-        # Rows of P and Q have one entry each, so neither product adds anything up.
-        return Factors(p @ z, q, 1.0)
+        # Rows of P and Q have one entry each, so neither product sums anything and rounding depends on no order.
+        return ThinFactors(p @ z, q, 1.0)
 
     def _low_rank(
         self, key: Key, target: Target, rows: slice | Tensor, basis: Tensor | None
@@ -146,26 +148,28 @@ class Directions(NamedTuple):
 
     def vectors(self, key: Key, target: Target, slots: Sequence[int]) -> Tensor:
         """D_i of a vector target, (len(slots), rows) fp32."""
-        found = torch.ones(len(slots), target.rows)
+        d = torch.ones(len(slots), target.rows)
         if self.factored:
-            found = self.row_signs(key, target, slots).float()
+            d = self.row_signs(key, target, slots).float()
         if self.dense is not None:
-            # One row of U per element: its stream is addressed as a (rows, 1) matrix.
-            found = found * self.dense_rows(key, target, slice(0, target.rows)).T
-        return found
+            # A vector is a (rows, 1) matrix: one row of U for each element.
+            d = d * self.dense_rows(key, target, slice(0, target.rows)).T
+        return d
 
     def weighted_sum(
         self,
         key: Key,
         target: Target,
-        coefficients: Tensor,  # (B,) fp32 on noise.exact_grid
+        coefficients: Tensor,
         rows: slice | Tensor,
-        member: Tensor | None = None,  # (B or 1, n) 0/1: which examples touched which of the rows
-        shape: Shape | None = None,
-        guides: Tensor
-        | None = None,  # (B, cols) in place of s_i; of a shared direction (k, cols): V^T
+        member: Tensor | None = None,
+        mask_u: MaskU | None = None,
+        guides: Tensor | None = None,
     ) -> Tensor:
-        """sum_i c_i D_i on ``rows``, (n, cols) fp32.
+        """sum_i c_i D_i on ``rows``, (n, cols) fp32, for ``coefficients`` (B,) fp32 on ``noise.exact_grid``.
+
+        ``member``: (B or 1, n) 0/1, which examples move which of the rows; None: all of them. ``guides``: v_i (B, cols)
+        in place of s_i, or V^T (k, cols) of a direction for the whole batch.
 
         Sums of signs times coefficients of the exact grid have no rounding, so the result does not depend on the
         tile, the device or the order in which a matrix product adds.
@@ -174,9 +178,9 @@ class Directions(NamedTuple):
         device = coefficients.device
         total = self._outer(key, target, coefficients, rows, member, guides)
         total = total.expand(n, target.cols)
-        if self.dense is not None or shape is not None:
+        if self.dense is not None or mask_u is not None:
             u = self.dense_at(key, target, rows, guides).to(device)
-            total = total * (u if shape is None else shape(u))
+            total = total * (u if mask_u is None else mask_u(u))
         return total
 
     def _outer(
@@ -188,7 +192,7 @@ class Directions(NamedTuple):
         member: Tensor | None,
         guides: Tensor | None = None,
     ) -> Tensor:
-        """sum_i c_i r_i s_i^T on ``rows``, (n, cols) or (n, 1) where all columns are the same."""
+        """sum_i c_i r_i s_i^T on ``rows``: (n, cols), or (n, 1) where all columns are equal."""
         if not self.factored:
             if member is None:
                 return coefficients.sum().reshape(1, 1)
@@ -212,14 +216,14 @@ class Directions(NamedTuple):
         rows: slice | Tensor,
         member: Tensor | None,
     ) -> Tensor:
-        """The sum's coordinates in ``basis``, (n, k) fp32, for directions that are in its span."""
+        """Coordinates of ``weighted_sum`` in ``basis``, (n, k) fp32, for strict and shared low-rank directions."""
         total = self._outer(key, target, coefficients, rows, member)
         return total * self.coordinates(key, target).to(total.device)[rows]
 
     def dense_at(
         self, key: Key, target: Target, rows: slice | Tensor, basis: Tensor | None = None
     ) -> Tensor:
-        """Rows of U in any order, (n, cols) fp32 on the CPU; ones where there is no U."""
+        """Rows of U in any order, (n, cols) fp32; ones where there is no U."""
         if self.dense is None:
             n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
             return torch.ones(n, target.cols)
@@ -227,12 +231,15 @@ class Directions(NamedTuple):
             return self.dense_rows(key, target, rows, basis)
         if self.of_rank and not target.vector:
             return self._low_rank(key, target, rows, basis)
-        lines = [self.dense_rows(key, target, slice(r, r + 1)) for r in rows.tolist()]
-        return torch.cat(lines) if lines else torch.zeros(0, target.cols)
+        single = [self.dense_rows(key, target, slice(r, r + 1)) for r in rows.tolist()]
+        return torch.cat(single) if single else torch.zeros(0, target.cols)
 
 
 def _exact_product(left: Tensor, guides: Tensor) -> Tensor:
-    """left (n, B) @ guides (B, cols), fp32: on the grid of ``on_grid`` fp64 sums have no rounding, in any order."""
+    """left (n, B) @ guides (B, cols) in fp32, the same from any order of adding.
+
+    Guides are multiples of 2**-20 (``on_grid``) and coefficients on a grid as well: fp64 sums have no rounding.
+    """
     out = torch.empty(len(left), guides.shape[1], device=left.device)
     wide = guides.double()
     pieces = max(1, len(left) // EXACT_PIECES)
@@ -243,40 +250,44 @@ def _exact_product(left: Tensor, guides: Tensor) -> Tensor:
 
 
 def orthonormal(columns: Tensor) -> Tensor:
-    """A basis of the span of ``columns`` (n, k), transposed: (k, n) fp32 on the grid of ``on_grid``."""
+    """An orthonormal basis of the span of ``columns`` (n, k), transposed: (k, n) fp32, rounded by ``on_grid``."""
     return on_grid(torch.linalg.qr(columns.float())[0].T.contiguous())
 
 
 def on_grid(v: Tensor) -> Tensor:
-    """(n, cols) values of at most 1 as multiples of 2**-20, which bf16 keeps multiples; what is not finite is 0."""
+    """``v`` (n, cols), of at most 1 in size, rounded to multiples of 2**-20; NaN and Inf become 0.
+
+    Rounding such values to bf16 gives multiples of 2**-20 again.
+    """
     return torch.nan_to_num(v, 0.0, 0.0, 0.0).mul_(_GRID).round_().div_(_GRID)
 
 
 def _of_slots(key: Key, tensor: int, stream: int, slots: Sequence[int], width: int) -> Tensor:
+    """(len(slots), width) int8: the signs of these slots."""
     last = max(slots) + 1
     table = noise.signs(key, tensor, stream, slice(0, last), width)
     return table if list(slots) == list(range(last)) else table[list(slots)]
 
 
 def _dealt(key: Key, tensor: int, stream: int, size: int, rank: int) -> Tensor:
-    """(size, rank) fp32 with orthogonal columns of length sqrt(size/rank), one entry in each row."""
+    """(size, rank) fp32 with one entry in each row, and orthogonal columns of length sqrt(size/rank)."""
     order = noise.permutation(key, tensor, stream, size)
     column = np.empty(size, np.int64)
     column[order] = np.arange(size) % rank
     sign = noise.signs(key, tensor, noise.CHOICE + stream, slice(0, 1), size)[0].float()
     count = np.bincount(column, minlength=rank)[column]
     length = torch.from_numpy(np.sqrt(size / (rank * count)).astype(np.float32))
-    found = torch.zeros(size, rank)
-    found[torch.arange(size), torch.from_numpy(column)] = sign * length
-    return found
+    matrix = torch.zeros(size, rank)
+    matrix[torch.arange(size), torch.from_numpy(column)] = sign * length
+    return matrix
 
 
 def centred(key: Key, target: Target, rows: slice) -> tuple[Tensor, Tensor]:
-    """ZO-AdaMU's (m, v) of a step on ``rows``, each (n, cols) fp32, from the seeds of the last steps alone.
+    """ZO-AdaMU's (m, v) of a step on ``rows``, each (n, cols) fp32 (arXiv 2312.15184), from the last steps' seeds.
 
         z1 ~ N(0, a)    z2 ~ N(m, 1 - a)    m <- (1-b) z1 + b z2    v <- (1-b) z1^2 + b z2^2
 
-    with variances a = FRESH and 1 - a, and b = KEPT. What is older than ``_MEMORY_STEPS`` no longer shows in m.
+    with variances a = FRESH and 1 - a, and b = KEPT. Steps more than ``_MEMORY_STEPS`` ago no longer show in m.
     """
     n = rows.stop - rows.start
     m = torch.zeros(n, target.cols)
@@ -291,7 +302,7 @@ def centred(key: Key, target: Target, rows: slice) -> tuple[Tensor, Tensor]:
     return m, v
 
 
-DIRECTIONS = {
+DIRECTION_KINDS = {
     d.name: d
     for d in (
         Directions("signs", factored=True, dense=None),

@@ -1,15 +1,16 @@
-"""Masks and scales: what is left of a direction before it is probed and applied.
+"""Masks: which entries of a direction are kept, and how they are scaled, in probe and update alike.
 
-    none        D
-    sparse      m * D, m = [|theta| <= h]: the smallest weights of a matrix (Sparse-MeZO, arXiv 2402.15751)
-    layers      D of the blocks of a random subset, drawn every step, else 0 (LeZO, arXiv 2410.09823)
-    hessian     D/sqrt(H), H a running diagonal curvature (HiZOO, arXiv 2402.15173); hessian-block: H of a row
-    quantized   Q(D) for the probe, Q'(D) for the update: two independent roundings (QuZO, arXiv 2502.12346);
-                of int8 weights to the codes' own grid, so that every probed weight is a code times its scale
-    block       s_b * D_b of tensor b, as a finetuner tells at every step (ZO Fine-tuner, arXiv 2510.00419)
+    none            D
+    sparse          m * D, m = [|theta| < h]: only the smallest weights of a matrix (Sparse-MeZO, arXiv 2402.15751)
+    layers          D in a random subset of the blocks, drawn every step, and 0 in the others (LeZO, arXiv 2410.09823)
+    hessian         D/sqrt(H), H a running diagonal curvature (HiZOO, arXiv 2402.15173)
+    hessian-block   D/sqrt(H), H one curvature for each row of a matrix
+    quantized       Q(D) in the probe, Q'(D) in the update: two independent roundings (QuZO, arXiv 2502.12346).
+                    For int8 weights the grid is that of the codes: every probed weight is a code times its scale
+    block           s_b * D in tensor b; a learned finetuner gives s_b every step (ZO Fine-tuner, arXiv 2510.00419)
 
-A mask sees the weights as the forward reads them, at the step's start, so probe and update agree on it. What it
-knows beside them is a function of the base, the seed and the journal: nothing has to be saved.
+A mask sees the weights as the forward reads them at the start of the step, so probe and update agree on it. All else
+that it knows is a function of the base, the seed and the journal: nothing has to be saved.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from edgezo.zo import noise
 from edgezo.zo.directions import Target
 from edgezo.zo.noise import Key
 
-HESSIAN_PACE = 1e-6  # of the running curvature; HiZOO's smooth type
-LEAST_CURVATURE = 1e-8
-LEVELS = 127  # of 8 bits, symmetric, over the range of noise.normals
-_RANGE = 4.25
-_SQUARES = 2.0**16
+HESSIAN_PACE = 1e-6  # weight of a new measurement in the running curvature: HiZOO's "smooth"
+LEAST_CURVATURE = 1e-8  # the running curvature stays between this and its inverse
+LEVELS = 127  # of `quantized` on each side of 0: 8 bits
+_RANGE = 4.25  # which they spread over; noise.normals ends at 4.2
+_SQUARE_GRID = 2.0**16  # squares are rounded to multiples of its inverse before they are summed
 
 
 class MaskedLayout(Protocol):
-    """What a mask asks of a stored matrix (weights/layouts.py)."""
+    """What a mask needs of a stored matrix (weights/layouts.py)."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -46,7 +47,7 @@ class MaskedLayout(Protocol):
 
 
 class Masked(Protocol):
-    """What a mask asks of a trained tensor (weights/trainable.py)."""
+    """What a mask needs of a trained tensor (weights/trainable.py)."""
 
     @property
     def target(self) -> Target: ...
@@ -59,42 +60,52 @@ class Masked(Protocol):
 
 
 class Mask:
-    """Every trained value is probed. Also what the other masks have in common."""
+    """No mask: every trained value is perturbed. Other masks override what they change."""
 
     name = "none"
-    states: tuple[str, ...] = ()  # fp32 tensors beside a trained one, all ones at the start
-    by_row = False  # they have one column
+    states: tuple[str, ...] = ()  # fp32 tensors beside each trained one, by name; ones at first
+    by_row = False  # whether these have one column, not as many as the trained tensor
 
-    def prepare(self, row: Masked) -> None:
-        """Look at a trained tensor once, when it has the base's values."""
+    def prepare(self, trainable: Masked) -> None:
+        """Look at a trained tensor once, before the first step, when it has the base's values."""
 
-    def shapes(self, row: Masked) -> bool:
-        """Whether rows of U have to go through ``shape``."""
+    def shapes(self, trainable: Masked) -> bool:
+        """Whether this mask changes the entries of U: whether they go through ``shape``."""
         return False
 
     def shape(
         self,
-        u: Tensor,  # (n, cols) fp32 rows of U, or ones
+        u: Tensor,
         key: Key,
-        row: Masked,
+        trainable: Masked,
         rows: slice | Tensor,
-        seen: Callable[[], Tensor],  # (n, cols) the weights there, as the forward reads them
+        weights: Callable[[], Tensor],
         *,
         probing: bool,
     ) -> Tensor:
+        """Rows of U as this mask shapes them, (n, cols) fp32; ``u`` is U there, or ones where a direction has no U.
+
+        ``weights()``: (n, cols) fp32, the weights there as the forward reads them. ``probing``: True in a forward,
+        False in the update.
+        """
         raise NotImplementedError
 
-    def scale(self, key: Key, row: Masked, told: float = 1.0) -> float:
-        """Of the tensor's whole direction; 0: it is left alone this step. ``told``: what a finetuner makes of it."""
+    def scale(self, key: Key, trainable: Masked, finetuned: float = 1.0) -> float:
+        """What the tensor's whole direction is multiplied by in this step; 0: the tensor is left as it is.
+
+        ``finetuned``: the scale that a finetuner gives the tensor.
+        """
         return 1.0
 
-    def learn(self, row: Masked, rows: slice | Tensor, u: Tensor, curvature: Tensor) -> None:
-        """Take in what the step has measured, (n or 1, 1), along unmasked rows ``u`` of U."""
+    def learn(self, trainable: Masked, rows: slice | Tensor, u: Tensor, curvature: Tensor) -> None:
+        """Take in the ``curvature`` (n or 1, 1) that the step measured; ``u`` (n, cols): U before ``shape``."""
 
 
 class Sparse(Mask):
-    """The ``keep`` smallest of a matrix's weights. The threshold h is the base's; which weights lie below is looked
-    up in the current ones, as published, so a weight that grows past h stays where it is from then on.
+    """Only the smallest weights of a matrix move: a share ``keep`` of them.
+
+    The threshold h is that of the base. Which weights lie below it is seen from the current weights, as published, so
+    a weight that grows past h stays as it is from then on. Vectors and tensors beside a matrix move as a whole.
     """
 
     name = "sparse"
@@ -102,36 +113,36 @@ class Sparse(Mask):
     def __init__(self, keep: float):
         self.keep = keep
 
-    def shapes(self, row: Masked) -> bool:
-        return row.threshold is not None
+    def shapes(self, trainable: Masked) -> bool:
+        return trainable.threshold is not None
 
-    def prepare(self, row: Masked) -> None:
-        """h: the ``keep`` quantile of |theta| to bf16's precision, from a histogram made tile by tile."""
-        if row.target.vector or "#" in row.target.name:
+    def prepare(self, trainable: Masked) -> None:
+        """Find h, the ``keep`` quantile of |theta| to bf16's precision, from a histogram made tile by tile."""
+        if trainable.target.vector or "#" in trainable.target.name:
             return
         count = np.zeros(1 << 15, np.int64)
-        for rows in tiles(*row.layout.shape):
-            bits = row.layout.read(rows).view(torch.int32) >> 16 & 0x7FFF
+        for rows in tiles(*trainable.layout.shape):
+            bits = trainable.layout.read(rows).view(torch.int32) >> 16 & 0x7FFF
             count += np.bincount(bits.cpu().numpy().ravel(), minlength=1 << 15)
         last = int(np.searchsorted(np.cumsum(count), self.keep * count.sum()))
-        row.threshold = float(np.array((last + 1) << 16, np.uint32).view(np.float32))
+        trainable.threshold = float(np.array((last + 1) << 16, np.uint32).view(np.float32))
 
     def shape(
         self,
         u: Tensor,
         key: Key,
-        row: Masked,
+        trainable: Masked,
         rows: slice | Tensor,
-        seen: Callable[[], Tensor],
+        weights: Callable[[], Tensor],
         *,
         probing: bool,
     ) -> Tensor:
-        assert row.threshold is not None
-        return u * (seen().abs() < row.threshold)
+        assert trainable.threshold is not None
+        return u * (weights().abs() < trainable.threshold)
 
 
 class Layers(Mask):
-    """A ``keep`` share of the model's blocks, drawn anew every step; what is in no block is always probed."""
+    """Only a share ``keep`` of the model's blocks moves, drawn anew every step; what is in no block always moves."""
 
     name = "layers"
 
@@ -139,82 +150,84 @@ class Layers(Mask):
         self.keep = keep
         self.blocks: Collection[int] = set()
 
-    def prepare(self, row: Masked) -> None:
-        block = block_of(row.target.name)
+    def prepare(self, trainable: Masked) -> None:
+        block = block_of(trainable.target.name)
         self.blocks = set(self.blocks) | ({block} if block is not None else set())
 
     def chosen(self, key: Key) -> set[int]:
+        """The blocks that move in the step of ``key``."""
         blocks = sorted(self.blocks)
         count = max(1, round(self.keep * len(blocks)))
         order = noise.permutation(key, noise.tensor_id("layers"), noise.CHOICE, len(blocks))
         return {blocks[i] for i in order[:count]}
 
-    def scale(self, key: Key, row: Masked, told: float = 1.0) -> float:
-        block = block_of(row.target.name)
+    def scale(self, key: Key, trainable: Masked, finetuned: float = 1.0) -> float:
+        block = block_of(trainable.target.name)
         return 1.0 if block is None or block in self.chosen(key) else 0.0
 
 
 def block_of(name: str) -> int | None:
-    found = re.search(r"\.(\d+)\.", name)
-    return int(found[1]) if found else None
+    """Number of the block that a tensor is in; None where it is in none."""
+    number = re.search(r"\.(\d+)\.", name)
+    return int(number[1]) if number else None
 
 
 class Hessian(Mask):
-    """D/sqrt(H): long where the loss is flat. A third, plain forward measures the curvature along the probe.
+    """D = z/sqrt(H): long steps where the loss is flat. A third, plain forward measures the curvature along D.
 
         H <- (1 - pace) H + pace |l+ + l- - 2 l0|/(2 sigma^2) H z^2
 
-    with D = z/sqrt(H). The update takes the H that was probed, not the one that it becomes (the release mixes them).
+    The update divides by the H of the probe, not by the new H (the release of HiZOO mixes the two).
     """
 
     name = "hessian"
     states = ("hessian",)
 
-    def shapes(self, row: Masked) -> bool:
+    def shapes(self, trainable: Masked) -> bool:
         return True
 
     def shape(
         self,
         u: Tensor,
         key: Key,
-        row: Masked,
+        trainable: Masked,
         rows: slice | Tensor,
-        seen: Callable[[], Tensor],
+        weights: Callable[[], Tensor],
         *,
         probing: bool,
     ) -> Tensor:
-        return u / row.state["hessian"][rows].sqrt()
+        return u / trainable.state["hessian"][rows].sqrt()
 
-    def learn(self, row: Masked, rows: slice | Tensor, u: Tensor, curvature: Tensor) -> None:
-        held = row.state["hessian"]
-        h = held[rows]
-        # One operation at a time: a fused one rounds differently at a vector's end.
-        grown = self._pooled(u.square()).mul_(h).mul_(curvature).mul_(HESSIAN_PACE)
-        held[rows] = (
-            (h * (1 - HESSIAN_PACE)).add_(grown).clamp_(LEAST_CURVATURE, 1 / LEAST_CURVATURE)
-        )
+    def learn(self, trainable: Masked, rows: slice | Tensor, u: Tensor, curvature: Tensor) -> None:
+        hessian = trainable.state["hessian"]
+        h = hessian[rows]
+        # One operation at a time: a fused one rounds differently at the end of a row.
+        new = self._pooled(u.square()).mul_(h).mul_(curvature).mul_(HESSIAN_PACE)
+        running = (h * (1 - HESSIAN_PACE)).add_(new)
+        hessian[rows] = running.clamp_(LEAST_CURVATURE, 1 / LEAST_CURVATURE)
 
     def _pooled(self, squares: Tensor) -> Tensor:
+        """z^2 (n, cols) in the shape of H."""
         return squares
 
 
 class BlockHessian(Hessian):
-    """The same with one H for each row of a matrix: what a row's own z^2 tell, on average."""
+    """``Hessian`` with one H for each row of a matrix, which learns from the mean of the row's z^2."""
 
     name = "hessian-block"
     by_row = True
 
     def _pooled(self, squares: Tensor) -> Tensor:
-        # On a grid of which fp64 sums have no rounding, so that no tile changes the mean.
-        whole = squares.mul_(_SQUARES).round_().double().sum(1, keepdim=True)
-        return whole.div_(_SQUARES * squares.shape[1]).float()
+        # fp64 sums of whole numbers have no rounding, so that the mean does not depend on the order of adding.
+        whole = squares.mul_(_SQUARE_GRID).round_().double().sum(1, keepdim=True)
+        return whole.div_(_SQUARE_GRID * squares.shape[1]).float()
 
 
 class Quantized(Mask):
-    """U rounded stochastically, once for the probe and once more for the update.
+    """U rounded stochastically to a grid, once for the probe and once more for the update.
 
-    To a grid of 255 levels; of int8 weights to one on which theta +- sigma*U has whole codes. There a change that would
-    leave the codes' range on either side is cut to what has room on both, for probe and update alike.
+    The grid has 255 levels. For int8 weights it is the one on which theta +- sigma*U has whole codes; there a change
+    that would leave the range of codes on either side is cut to what both sides have room for, in probe and update.
     """
 
     name = "quantized"
@@ -222,44 +235,45 @@ class Quantized(Mask):
     def __init__(self, sigma: float):
         self.sigma = sigma
 
-    def shapes(self, row: Masked) -> bool:
+    def shapes(self, trainable: Masked) -> bool:
         return True
 
     def shape(
         self,
         u: Tensor,
         key: Key,
-        row: Masked,
+        trainable: Masked,
         rows: slice | Tensor,
-        seen: Callable[[], Tensor],
+        weights: Callable[[], Tensor],
         *,
         probing: bool,
     ) -> Tensor:
         stream = noise.PROBE_GRID if probing else noise.UPDATE_GRID
         step: float | Tensor = _RANGE / LEVELS
         room = None
-        if (scale := row.layout.grid_step(rows)) is not None:
+        if (scale := trainable.layout.grid_step(rows)) is not None:
             step = scale / self.sigma
-            room = MOST_CODE - (seen() / scale).round_().abs_()
+            room = MOST_CODE - (weights() / scale).round_().abs_()
         whole = u / step
         below = torch.floor(whole)
-        dither = noise.uniform_at(key, row.target.id, stream, rows, row.target.cols)
+        dither = noise.uniform_at(key, trainable.target.id, stream, rows, trainable.target.cols)
         below.add_(dither.to(u.device) < whole.sub_(below))
         if room is not None:
             below = torch.minimum(torch.maximum(below, -room), room)
         return below.mul_(step)
 
 
-class Block(Mask):
-    """Each tensor's direction as long as a finetuner tells (run/finetuner.py); records carry the scales."""
+class Finetuned(Mask):
+    """Each tensor's direction is as long as a finetuner says (run/finetuner.py); journal records carry the scales."""
 
     name = "block"
 
-    def scale(self, key: Key, row: Masked, told: float = 1.0) -> float:
-        return told
+    def scale(self, key: Key, trainable: Masked, finetuned: float = 1.0) -> float:
+        return finetuned
 
 
 def mask_of(name: str, keep: float, sigma: float) -> Mask:
+    """The mask of this name: ``keep`` is a share in (0, 1], ``sigma`` that of the probe. Raises KeyError."""
     makers: dict[str, Callable[[], Mask]] = {
         "none": Mask,
         "sparse": lambda: Sparse(keep),
@@ -267,6 +281,6 @@ def mask_of(name: str, keep: float, sigma: float) -> Mask:
         "hessian": Hessian,
         "hessian-block": BlockHessian,
         "quantized": lambda: Quantized(sigma),
-        "block": Block,
+        "block": Finetuned,
     }
     return makers[name]()

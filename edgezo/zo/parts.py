@@ -25,6 +25,11 @@ class Part(NamedTuple):
     head: bool = False  # the head, by its exact gradient
     readout: bool = False  # a linear probe on hidden states
 
+    @property
+    def in_base(self) -> bool:
+        """Whether training changes the base's own tensors, so that no adapter beside it can hold the result."""
+        return self.weights or self.vectors or self.gains
+
 
 PARTS = {
     part.name: part

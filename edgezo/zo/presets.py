@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 
-class Directions(NamedTuple):
+class DirectionEntry(NamedTuple):
     per_example: bool  # one D_i for each example (or candidate); else one D for the whole batch
     text: str
     dense: bool = True  # a factor of the weight's size is made, tile by tile
@@ -23,7 +23,7 @@ class Directions(NamedTuple):
     guided: bool = False  # made from what the layer reads: no seed has it, and no journal
 
 
-class Mask(NamedTuple):
+class MaskEntry(NamedTuple):
     text: str
     state: int = 0  # fp32 values for each trained one
     forwards: int = 0  # on top of the credit's
@@ -31,7 +31,7 @@ class Mask(NamedTuple):
     dense: bool = False
 
 
-class Credit(NamedTuple):
+class CreditEntry(NamedTuple):
     per_example: bool  # which directions it goes with
     forwards: int
     text: str
@@ -41,7 +41,7 @@ class Credit(NamedTuple):
     anchored: bool = False
 
 
-class Rule(NamedTuple):
+class RuleEntry(NamedTuple):
     text: str
     state: int = 0  # fp32 values for each trained one
     step: str = ""  # what --step means, where that is no longer the credit's
@@ -52,28 +52,28 @@ RATE = "learning rate of the gradient estimate"
 PER_WEIGHT = "about how far one step moves a weight"
 
 DIRECTIONS = {
-    "signs": Directions(True, "r_i s_i^T, no weight-sized noise", dense=False),
-    "rademacher": Directions(True, "U*(r_i s_i^T), U of +-1"),
-    "gaussian": Directions(True, "U*(r_i s_i^T), U of N(0,1)"),
-    "shared": Directions(False, "U of N(0,1), one for the batch"),
-    "lowrank": Directions(True, "(A V^T)*(r_i s_i^T)/sqrt(rank)", refreshed=True),
-    "lowrank-strict": Directions(
+    "signs": DirectionEntry(True, "r_i s_i^T, no weight-sized noise", dense=False),
+    "rademacher": DirectionEntry(True, "U*(r_i s_i^T), U of +-1"),
+    "gaussian": DirectionEntry(True, "U*(r_i s_i^T), U of N(0,1)"),
+    "shared": DirectionEntry(False, "U of N(0,1), one for the batch"),
+    "lowrank": DirectionEntry(True, "(A V^T)*(r_i s_i^T)/sqrt(rank)", refreshed=True),
+    "lowrank-strict": DirectionEntry(
         True, "diag(r_i) A V^T/sqrt(rank): updates stay in span V", refreshed=True
     ),
-    "lowrank-shared": Directions(
+    "lowrank-shared": DirectionEntry(
         False, "A V^T/sqrt(rank), one for the batch", dense=False, refreshed=True
     ),
-    "subspace": Directions(
+    "subspace": DirectionEntry(
         False, "P Z Q^T, P and Q with orthonormal columns, Z of N(0,1)", dense=False, refreshed=True
     ),
-    "centred": Directions(False, "around their own moving average, one for the batch"),
-    "activation": Directions(
+    "centred": DirectionEntry(False, "around their own moving average, one for the batch"),
+    "activation": DirectionEntry(
         True,
         "r_i v_i^T, v_i = X_i^T z_i/|X_i^T z_i| of example i's own inputs to the layer",
         dense=False,
         guided=True,
     ),
-    "activation-shared": Directions(
+    "activation-shared": DirectionEntry(
         False,
         "A V^T, one for the batch, V a basis of the last step's inputs by power iteration",
         dense=False,
@@ -82,43 +82,45 @@ DIRECTIONS = {
 }
 
 MASKS = {
-    "none": Mask("every trained value"),
-    "sparse": Mask("the --keep smallest of a matrix's weights, by size", dense=True),
-    "layers": Mask("a --keep share of the blocks, drawn every step"),
-    "hessian": Mask("over the root of a running diagonal curvature", 1, 1, dense=True),
-    "hessian-block": Mask(
+    "none": MaskEntry("every trained value"),
+    "sparse": MaskEntry("the --keep smallest of a matrix's weights, by size", dense=True),
+    "layers": MaskEntry("a --keep share of the blocks, drawn every step"),
+    "hessian": MaskEntry("over the root of a running diagonal curvature", 1, 1, dense=True),
+    "hessian-block": MaskEntry(
         "over the root of a running curvature, one for each row of a matrix",
         *(1, 1),
         by_row=True,
         dense=True,
     ),
-    "quantized": Mask("rounded to 8 bits, once for the probe and again for the update", dense=True),
-    "block": Mask("times s_b of each tensor from --finetuner, sum_b d_b s_b^2 = sum_b d_b"),
+    "quantized": MaskEntry(
+        "rounded to 8 bits, once for the probe and again for the update", dense=True
+    ),
+    "block": MaskEntry("times s_b of each tensor from --finetuner, sum_b d_b s_b^2 = sum_b d_b"),
 }
 
 CREDITS = {
-    "group": Credit(True, 2, "delta_i/std_j(delta_j)", KAPPA),
-    "raw": Credit(True, 2, "delta_i", RATE),
-    "one-sided": Credit(True, 1, "(l+_i - mean_j(l+_j))/std_j(l+_j)", KAPPA),
-    "uniform": Credit(True, 1, "1, whatever the losses are", KAPPA),
-    "mean": Credit(False, 2, "mean_i(delta_i)", RATE),
-    "clipped": Credit(False, 2, "mean_i(delta_i), its slope clipped at 100", RATE),
-    "svrg": Credit(
+    "group": CreditEntry(True, 2, "delta_i/std_j(delta_j)", KAPPA),
+    "raw": CreditEntry(True, 2, "delta_i", RATE),
+    "one-sided": CreditEntry(True, 1, "(l+_i - mean_j(l+_j))/std_j(l+_j)", KAPPA),
+    "uniform": CreditEntry(True, 1, "1, whatever the losses are", KAPPA),
+    "mean": CreditEntry(False, 2, "mean_i(delta_i)", RATE),
+    "clipped": CreditEntry(False, 2, "mean_i(delta_i), its slope clipped at 100", RATE),
+    "svrg": CreditEntry(
         False,
         2,
         "mean_i(delta_i) less that at the anchor; and the anchor's own, of --refresh batches, along its D",
         RATE,
         anchored=True,
     ),
-    "candidates": Credit(True, 1, "(l_j - l_0)/std_k(l_k) of --candidates directions", KAPPA),
+    "candidates": CreditEntry(True, 1, "(l_j - l_0)/std_k(l_k) of --candidates directions", KAPPA),
 }
 
 RULES = {
-    "sgd": Rule("g"),
-    "momentum": Rule("m = 0.9 m + 0.1 g", 1),
-    "adam": Rule("m/(sqrt(v) + 1e-8), betas 0.9 and 0.999", 2, PER_WEIGHT),
-    "sign": Rule("sign(g)", 0, PER_WEIGHT),
-    "centred": Rule("g/sqrt(v + 1e-8), v of the probe's own parts"),
+    "sgd": RuleEntry("g"),
+    "momentum": RuleEntry("m = 0.9 m + 0.1 g", 1),
+    "adam": RuleEntry("m/(sqrt(v) + 1e-8), betas 0.9 and 0.999", 2, PER_WEIGHT),
+    "sign": RuleEntry("sign(g)", 0, PER_WEIGHT),
+    "centred": RuleEntry("g/sqrt(v + 1e-8), v of the probe's own parts"),
 }
 
 
@@ -188,7 +190,7 @@ MEZO = "MeZO, arXiv 2305.17333"
 LOZO = "LOZO, arXiv 2410.07698"
 SPARSE = "Sparse-MeZO, arXiv 2402.15751"
 TUNER = "ZO Fine-tuner, arXiv 2510.00419"
-SIGNS = "both factors are signs, where the paper draws normals: their products are exact"
+SIGN_FACTORS = "both factors are signs, where the paper draws normals: their products are exact"
 LOW_BIT = "with --precision int8 all on the codes' own grid; on dense weights directions of 8 bits"
 SCALED = (
     "an embedding table counts by the tokens of an example, where the release has 15 a row of the batch; "
@@ -255,11 +257,20 @@ PRESETS = {
             note="a block is a row of a matrix; with one probe of the whole model all rows are told nearly the same "
             "curvature, so it is a step that shrinks by itself at a fraction of the state",
         ),
-        Preset("lozo", "lowrank-shared", "mean", LOZO, 1e-4, train=FULL, note=SIGNS),
+        Preset("lozo", "lowrank-shared", "mean", LOZO, 1e-4, train=FULL, note=SIGN_FACTORS),
         Preset(
-            "lozo-m", "lowrank-shared", "mean", LOZO, 1e-4, rule="momentum", train=FULL, note=SIGNS
+            "lozo-m",
+            "lowrank-shared",
+            "mean",
+            LOZO,
+            1e-4,
+            rule="momentum",
+            train=FULL,
+            note=SIGN_FACTORS,
         ),
-        Preset("lo-grzo", "lowrank", "group", f"{GRZO} on LOZO", 0.1, train=FULL, note=SIGNS),
+        Preset(
+            "lo-grzo", "lowrank", "group", f"{GRZO} on LOZO", 0.1, train=FULL, note=SIGN_FACTORS
+        ),
         Preset(
             "lo-grzo-strict",
             "lowrank-strict",
@@ -267,7 +278,7 @@ PRESETS = {
             f"{GRZO} on LOZO, s = 1",
             0.1,
             train=FULL,
-            note=SIGNS,
+            note=SIGN_FACTORS,
         ),
         Preset(
             "subzero",

@@ -1,4 +1,4 @@
-"""What a step evaluates, and the few numbers that its update is rebuilt from."""
+"""What a step evaluates, and the few numbers from which its update is rebuilt."""
 
 from __future__ import annotations
 
@@ -18,26 +18,25 @@ class Recipe(NamedTuple):
     step: int
     coefficients: np.ndarray  # (K,) fp32 on the exact grid; zeros for a skipped step
     decay: float  # weights are first multiplied by (1 - decay)
-    # Per direction, sorted rows of the embedding tables it moves; one for all where candidates share the batch.
+    # For each direction the sorted rows of the embedding tables that it moves; one entry where candidates share the
+    # batch.
     touched: tuple[np.ndarray, ...] = ()
-    rate: float = 1.0  # what a rule with a state of its own multiplies its result by
-    curvature: float = 0.0  # |l+ + l- - 2 l0|/(2 sigma^2) of the batch, where it was measured
-    scales: np.ndarray | None = None  # (n,) fp32 of mask block, of the trained tensors by name
-    # The step before which the weights were the anchor; of another step: what its direction moves them by.
+    rate: float = 1.0  # learning rate, by which every rule but sgd multiplies its result
+    curvature: float = 0.0  # |l+ + l- - 2 l0|/(2 sigma^2) of the batch; 0 where it was not measured
+    scales: np.ndarray | None = None  # mask `block`: (n,) fp32, one for each trained tensor by name
+    # SVRG: the step at whose start the weights were the anchor, and the coefficient of that step's direction.
     anchor: int | None = None
     pull: float = 0.0
-    # By trained tensor the v_i of its directions, (K, cols): only of directions that no seed has.
+    # Guided directions only, which no seed gives again: v_i (K, cols), or V^T (k, cols), by trained tensor.
     guides: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Evaluation(NamedTuple):
-    """One of a step's forwards over the batch: theta + sign*sigma*D."""
+    """One of a step's forwards over the batch, at theta + sign*sigma*D."""
 
-    sign: int
-    candidate: int | None = None  # which D for all examples; None: each its own
+    sign: int  # 1, -1 or 0
+    candidate: int | None = None  # the D that all examples take; None: example i takes D_i
 
 
 TWO_SIDED = (Evaluation(1), Evaluation(-1))
-
-
 PLAIN = Evaluation(0)

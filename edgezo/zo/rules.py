@@ -1,14 +1,15 @@
-"""Rules: what is done with the weighted sum of directions, elementwise, tile by tile.
+"""Rules: what a step makes of g, the weighted sum of directions, elementwise and tile by tile.
 
     sgd        g
-    momentum   m <- 0.9 m + 0.1 g;  lr m                               (LOZO-M: in the coordinates of its basis)
-    adam       m <- 0.9 m + 0.1 g,  v <- 0.999 v + 0.001 g^2;  lr m'/(sqrt(v') + 1e-8), ' without the start's bias
+    momentum   m <- 0.9 m + 0.1 g;  lr m            (LOZO-M, arXiv 2410.07698: in the coordinates of its basis)
+    adam       m <- 0.9 m + 0.1 g,  v <- 0.999 v + 0.001 g^2;  lr m'/(sqrt(v') + 1e-8), m' and v' corrected for the
+               zeros that they start from                                                   (arXiv 1412.6980)
     sign       lr sign(g)
-    centred    lr g/sqrt(v + 1e-8), v of the parts that ZO-AdaMU's direction is made of (directions.centred)
+    centred    lr g/sqrt(v + 1e-8), v from the parts that ZO-AdaMU's direction is made of (directions.centred)
 
-State is a function of the base, the seed and the journal: a replay goes through the steps and has it again, to the
-bit, so none of it is saved. That takes arithmetic whose rounding depends on no tile: every operation below rounds
-once an element. A skipped step leaves state and weights as they are.
+State is a function of the base, the seed and the journal: a replay goes through the steps and rebuilds it bit by bit,
+so none of it is saved. For that, rounding must not depend on the tile: every operation below rounds once an element.
+A skipped step leaves state and weights as they are.
 """
 
 from __future__ import annotations
@@ -22,14 +23,18 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
 
 class Rule(NamedTuple):
+    """One rule: its state and its step."""
+
     name: str
-    states: tuple[str, ...]  # fp32 tensors beside a trained one, all zeros at the start
-    # (state of some rows, changed in place; g there; steps so far, this one included) -> the step at rate 1
+    states: tuple[str, ...]  # names of fp32 tensors beside each trained one, all zeros at the start
+    # (state of some rows, which is changed in place; g (n, cols) fp32 there; steps so far, this one included)
+    # -> the change of these rows at learning rate 1, (n, cols) fp32
     step: Callable[[Mapping[str, Tensor], Tensor, int], Tensor]
 
 
-def _average(held: Tensor, new: Tensor, beta: float) -> Tensor:
-    return held.mul_(beta).add_(new * (1 - beta))
+def _average(average: Tensor, new: Tensor, beta: float) -> Tensor:
+    """Take ``new`` into a moving average, in place."""
+    return average.mul_(beta).add_(new * (1 - beta))
 
 
 def _momentum(state: Mapping[str, Tensor], g: Tensor, steps: int) -> Tensor:
@@ -43,7 +48,7 @@ def _adam(state: Mapping[str, Tensor], g: Tensor, steps: int) -> Tensor:
     return (first / (1 - BETA1**steps)).div_(scale)
 
 
-RULES = {
+UPDATE_RULES = {
     rule.name: rule
     for rule in (
         Rule("sgd", (), lambda state, g, steps: g),

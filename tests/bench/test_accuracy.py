@@ -8,6 +8,7 @@ import pytest
 from conftest import make_model
 
 from edgezo.bench import accuracy
+from edgezo.bench.study import read_study
 from edgezo.errors import EdgezoError, UsageError
 
 
@@ -45,32 +46,32 @@ def test_budgets_in_forwards_are_steps_of_each_method(tmp_path):
         "both": {"train": "lowrank+probe"},
     }
     plain = {"train": "lowrank"}
-    methods = {name: plain | said for name, said in methods.items()}
-    found = accuracy.read_study(made(tmp_path, forwards=320, methods=methods))
-    steps = {m: found.request("own", p[0], 0, {})["steps"] for m, p in found.methods.items()}
+    methods = {name: plain | settings for name, settings in methods.items()}
+    study = read_study(made(tmp_path, forwards=320, methods=methods))
+    steps = {m: study.request("own", p[0], 0, {})["steps"] for m, p in study.methods.items()}
     assert steps == {"grzo": 40, "one": 80, "fzoo": 10, "head": 80, "probe": 80, "both": 27}
 
 
 def test_seconds_are_for_s_and_tuning_never_sees_reported_rows(tmp_path):
-    said = made(tmp_path)
-    del said["forwards"]
-    found = accuracy.read_study(said | {"seconds": 20, "tune": {"seeds": [7], "held-out": 0.25}})
-    point = found.methods["grzo"][1]
-    assert point["step"] == 0.1 and len(found.methods["grzo"]) == 3
-    own = found.request("own", point, 0, {})
-    assert own["for_s"] == 20 and "held_out" not in own
-    assert found.request("own", point, 0, {}, tuning=True)["held_out"] == 0.25
-    assert found.tune_seeds == [7] and accuracy.read_study(said | {"seconds": 20}).tune_seeds == [2]
+    given = made(tmp_path)
+    del given["forwards"]
+    study = read_study(given | {"seconds": 20, "tune": {"seeds": [7], "held-out": 0.25}})
+    point = study.methods["grzo"][1]
+    assert point["step"] == 0.1 and len(study.methods["grzo"]) == 3
+    request = study.request("own", point, 0, {})
+    assert request["for_s"] == 20 and "held_out" not in request
+    assert study.request("own", point, 0, {}, tuning=True)["held_out"] == 0.25
+    assert study.tune_seeds == [7] and read_study(given | {"seconds": 20}).tune_seeds == [2]
 
 
 def test_every_problem_of_a_study_is_named_at_once(tmp_path):
-    said = made(tmp_path, methods={"a": {"stepp": 1}, "b": {"step": -1.0}}, budget=3)
+    given = made(tmp_path, methods={"a": {"stepp": 1}, "b": {"step": -1.0}}, budget=3)
     with pytest.raises(UsageError) as problem:
-        accuracy.read_study(said, ["c"])
+        read_study(given, ["c"])
     assert "budget" in str(problem.value) and "no method 'c'" in str(problem.value)
-    del said["budget"]
+    del given["budget"]
     with pytest.raises(UsageError) as problem:
-        accuracy.read_study(said)
+        read_study(given)
     assert "a on own: unknown setting 'stepp'" in str(problem.value)
     assert "b on own: --step" in str(problem.value)
     for bad, word in (
@@ -80,10 +81,10 @@ def test_every_problem_of_a_study_is_named_at_once(tmp_path):
         ({"tasks": []}, "tasks is missing"),
     ):
         with pytest.raises(UsageError, match=word):
-            accuracy.read_study(made(tmp_path / word.replace(" ", "-"), **bad))
+            read_study(made(tmp_path / word.replace(" ", "-"), **bad))
 
 
-def test_a_best_point_at_the_end_of_its_grid_is_said():
+def test_a_best_point_at_the_end_of_its_grid_is_reported():
     points = [{"step": s} for s in (0.1, 1.0, 10.0)]
 
     def tried(values, metric="accuracy"):
@@ -105,58 +106,60 @@ def test_a_best_point_at_the_end_of_its_grid_is_said():
 
 
 def test_a_study_tunes_on_the_tasks_it_names(tmp_path):
-    said = made(tmp_path)
-    assert accuracy.read_study(said).tune_tasks == []
-    assert accuracy.read_study(said | {"tune": {"tasks": ["own"]}}).tune_tasks == ["own"]
-    with pytest.raises(UsageError, match="'other', the study has not"):
-        accuracy.read_study(said | {"tune": {"tasks": ["other"]}})
+    given = made(tmp_path)
+    assert read_study(given).tune_tasks == []
+    assert read_study(given | {"tune": {"tasks": ["own"]}}).tune_tasks == ["own"]
+    with pytest.raises(UsageError, match="'other', which the study does not have"):
+        read_study(given | {"tune": {"tasks": ["other"]}})
 
 
 @pytest.mark.slow
 def test_a_study_is_run_once_and_its_figures_are_those_of_its_runs(tmp_path, edgezo_json):
     import tomli_w
 
-    said = made(tmp_path, reach=[0.0, 1.1])
-    said["methods"] = {
+    given = made(tmp_path, reach=[0.0, 1.1])
+    given["methods"] = {
         "grzo": {"train": "lowrank", "step": [0.01, 0.1]},
         "mezo": {"estimator": "mezo", "train": "lowrank"},
     }
     file, out = tmp_path / "study.toml", tmp_path / "out"
-    file.write_text(tomli_w.dumps(said))
-    code, found = edgezo_json("bench", "accuracy", file, "--threads", "1", "--out", out)
+    file.write_text(tomli_w.dumps(given))
+    code, result = edgezo_json("bench", "accuracy", file, "--threads", "1", "--out", out)
     assert code == 0
-    assert [(r["method"], r["seed"]) for r in found["rows"]] == [
+    assert [(r["method"], r["seed"]) for r in result["rows"]] == [
         ("grzo", 0),
         ("grzo", 1),
         ("mezo", 0),
         ("mezo", 1),
     ]
-    assert len(found["tuning"]) == 2 and {t["seed"] for t in found["tuning"]} == {2}
-    for row in found["rows"]:
+    assert len(result["tuning"]) == 2 and {t["seed"] for t in result["tuning"]} == {2}
+    for row in result["rows"]:
         assert "error" not in row, row
         summary = json.loads((tmp_path / row["run"] / "summary.json").read_text())
         assert row["value"] == summary["eval_after"]["value"] and row["steps"] == 4
         assert [p["step"] for p in row["curve"]] == [0, 2, 4]
         assert row["seconds_to"] == {"0.0": 0.0, "1.1": None}
-    middle = found["medians"][0]
+    middle = result["medians"][0]
     assert middle["seeds"] == 2 and middle["least"] <= middle["value"] <= middle["most"]
     assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     before = {p: p.stat().st_mtime_ns for p in out.glob("runs/*/journal.bin")}
     assert len(before) == 6
-    assert edgezo_json("bench", "accuracy", file, "--threads", "2", "--out", out)[1] == found
+    assert edgezo_json("bench", "accuracy", file, "--threads", "2", "--out", out)[1] == result
     assert {p: p.stat().st_mtime_ns for p in out.glob("runs/*/journal.bin")} == before
 
 
 def test_a_held_out_share_replaces_the_validation_rows(tmp_path, edgezo_json):
     model, data = make_model(tmp_path / "model"), rows_file(tmp_path / "data")
-    said = ("--model", model, "--data", data, "--template", "{text} It was", "--max-mem", "4GB")
-    said += ("--labels", "0=bad,1=good", "--steps", "1", "--batch-size", "2", "--threads", "1")
-    code, found = edgezo_json("finetune", *said, "--held-out", "0.25", "--out", tmp_path / "run")
-    assert code == 0 and found["eval_after"]["n"] == 15
-    code, found = edgezo_json("finetune", *said, "--out", tmp_path / "other")
-    assert found["eval_after"]["n"] == 12
-    code, found = edgezo_json("finetune", *said, "--held-out", "0", "--out", tmp_path / "x")
-    assert code == 2 and "--held-out" in found["error"]
+    options = ["--model", model, "--data", data, "--template", "{text} It was", "--max-mem", "4GB"]
+    options += ["--labels", "0=bad,1=good", "--steps", "1", "--batch-size", "2", "--threads", "1"]
+    code, result = edgezo_json(
+        "finetune", *options, "--held-out", "0.25", "--out", tmp_path / "run"
+    )
+    assert code == 0 and result["eval_after"]["n"] == 15
+    code, result = edgezo_json("finetune", *options, "--out", tmp_path / "other")
+    assert result["eval_after"]["n"] == 12
+    code, result = edgezo_json("finetune", *options, "--held-out", "0", "--out", tmp_path / "x")
+    assert code == 2 and "--held-out" in result["error"]
 
 
 WRONG = {
@@ -173,13 +176,13 @@ WRONG = {
 @pytest.mark.parametrize("key", WRONG)
 def test_a_value_of_another_form_is_named_with_the_form_it_needs(key, tmp_path):
     with pytest.raises(UsageError, match=f"{key} needs"):
-        accuracy.read_study(made(tmp_path, **{key: WRONG[key]}))
+        read_study(made(tmp_path, **{key: WRONG[key]}))
 
 
 def test_what_the_study_says_is_no_setting_of_a_method(tmp_path):
     methods = {"grzo": {"steps": 3, "out": "here"}, "mezo": {"estimator": "mezo", "step": []}}
     with pytest.raises(UsageError) as raised:
-        accuracy.read_study(made(tmp_path, methods=methods, tasks=["nothing"]))
+        read_study(made(tmp_path, methods=methods, tasks=["nothing"]))
     for problem in (
         "steps is the study's",
         "out is the study's",
@@ -190,11 +193,11 @@ def test_what_the_study_says_is_no_setting_of_a_method(tmp_path):
 
 
 def test_a_study_of_which_no_run_succeeds_is_an_error_that_says_why(tmp_path, edgezo_json):
-    said = made(tmp_path, seeds=[0], methods={"grzo": {"train": "lowrank", "profile": True}})
+    given = made(tmp_path, seeds=[0], methods={"grzo": {"train": "lowrank", "profile": True}})
     (tmp_path / "data" / "train.jsonl").unlink()
-    found = accuracy.read_study(said)
-    with pytest.raises(EdgezoError, match="none of the study's 1 runs succeeded"):
-        accuracy.bench_accuracy(found, out=tmp_path / "out")
+    study = read_study(given)
+    with pytest.raises(EdgezoError, match="every run of the study failed, 1 in all"):
+        accuracy.bench_accuracy(study, out=tmp_path / "out")
     assert "error" in json.loads((tmp_path / "out" / "accuracy.json").read_text())["rows"][0]
-    said = accuracy._command({"profile": True, "steps": 3}, tmp_path / "run")
-    assert "--profile" in said and "True" not in said
+    command = accuracy._command({"profile": True, "steps": 3}, tmp_path / "run")
+    assert "--profile" in command and "True" not in command

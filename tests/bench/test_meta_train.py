@@ -16,8 +16,9 @@ from edgezo.data.dataset import Dataset
 from edgezo.errors import DoesNotFit, UsageError
 from edgezo.plan.request import make_config
 from edgezo.run.finetuner import load_finetuner
-from edgezo.run.journal import StepRecord
-from edgezo.run.session import open_request, recipe_of
+from edgezo.run.journal_record import StepRecord
+from edgezo.run.recipes import recipe_of
+from edgezo.run.session import open_request
 from edgezo.run.train import finetune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,7 +32,7 @@ def deep(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(make_model(folder / "model", num_hidden_layers=2), bench.data)
 
 
-def said(bench: Bench, **changes: Any) -> dict[str, Any]:
+def settings_of(bench: Bench, **changes: Any) -> dict[str, Any]:
     return {"model": str(bench.model), **LABELLED, "batch_size": 6, **changes}
 
 
@@ -39,7 +40,7 @@ def trainer_of(bench: Bench, kind: str = "label", **changes: Any) -> MetaTrainer
     request = changes.pop("request", MetaRequest(restart=8))
     fixed = {"precision": "fp32", "data": str(bench.data / f"{kind}.jsonl")}
     fixed |= {"max_mem_bytes": 10**15, "residency": "resident", "device": "cpu"}
-    values = said(bench, **{"estimator": "zo-finetuner", **changes, **fixed})
+    values = settings_of(bench, **{"estimator": "zo-finetuner", **changes, **fixed})
     if kind != "label":
         values = {k: v for k, v in values.items() if k not in LABELLED}
     opened = open_request(make_config(values, need_data=False))
@@ -47,7 +48,7 @@ def trainer_of(bench: Bench, kind: str = "label", **changes: Any) -> MetaTrainer
 
 
 def shaken(trainer: MetaTrainer) -> None:
-    """Networks that tell every tensor something of its own."""
+    """Give the networks weights with which every tensor has another scale."""
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         w = trainer.finetuner.weights[2]
@@ -74,8 +75,8 @@ def test_slopes_are_those_of_the_loss_after_the_step(
         return trainer._backward(group, 0)
 
     scales = trainer._scales(0, features).tolist()
-    told = np.array(list(trainer.model.store.scales.values()))
-    np.testing.assert_allclose(scales, told, rtol=1e-6)
+    of_store = np.array(list(trainer.model.store.scales.values()))
+    np.testing.assert_allclose(scales, of_store, rtol=1e-6)
     ahead(scales)
     slopes = trainer._slopes(recipe).numpy()
     assert np.abs(slopes).max() > 1e-3
@@ -118,8 +119,8 @@ def test_the_networks_follow_the_gradient_through_scale_and_normaliser(deep: Ben
                 weights.copy_(then - d * 1e-4 / size)
         assert before - value() < lowered
     total = trainer.tuners[0].sizes
-    found = trainer._scales(0, features).detach().numpy()
-    assert (total * found**2).sum() == pytest.approx(total.sum())
+    normalised = trainer._scales(0, features).detach().numpy()
+    assert (total * normalised**2).sum() == pytest.approx(total.sum())
 
 
 def test_module_and_store_agree_on_the_loss_all_along_a_trajectory(deep: Bench) -> None:
@@ -136,9 +137,9 @@ def test_module_and_store_agree_on_the_loss_all_along_a_trajectory(deep: Bench) 
             from edgezo.data.batches import collate
 
             batch = collate(group, range(len(group)))
-            held = float(trainer.model.losses(batch)[0].mean())
-            own = trainer._backward(group, 0)
-            assert held == pytest.approx(own, abs=2e-5)
+            of_store = float(trainer.model.losses(batch)[0].mean())
+            of_module = trainer._backward(group, 0)
+            assert of_store == pytest.approx(of_module, abs=2e-5)
         assert first is not None
         trainer._begin_again()
         group = trainer._group(0, 0)
@@ -153,13 +154,13 @@ def test_what_is_learned_lowers_the_loss_faster_in_other_directions(
     deep: Bench, estimator: str, sharing: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "f.safetensors"
-    found = meta_train(
-        said(deep, estimator=estimator),
+    result = meta_train(
+        settings_of(deep, estimator=estimator),
         [{"data": str(deep.data / "label.jsonl")}],
         MetaRequest(steps=40, restart=10, sharing=sharing, rate=0.1),
         out,
     )
-    assert found["scales"]["most"] > 1.5 * found["scales"]["least"]
+    assert result["scales"]["most"] > 1.5 * result["scales"]["least"]
     plain = trainer_of(deep, estimator=estimator, seed=1)
     trained = replaced(plain, out)
     before, after = (
@@ -196,20 +197,20 @@ def gain_at_base(trainer: MetaTrainer, number: int) -> float:
 def test_the_same_request_writes_the_same_bytes_and_another_seed_others(
     deep: Bench, tmp_path: Path
 ) -> None:
-    found = {}
+    written = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         tasks = [{"data": str(deep.data / "label.jsonl")}] * 2
         out = tmp_path / f"{name}.safetensors"
-        meta_train(said(deep, seed=seed), tasks, MetaRequest(steps=5, restart=3), out)
-        found[name] = out.read_bytes()
-    assert found["a"] == found["b"] != found["c"]
+        meta_train(settings_of(deep, seed=seed), tasks, MetaRequest(steps=5, restart=3), out)
+        written[name] = out.read_bytes()
+    assert written["a"] == written["b"] != written["c"]
 
 
 def test_every_round_has_every_task_once_in_an_order_of_its_own() -> None:
     rounds = [[task_of(4 * turn + at, 4, 7) for at in range(4)] for turn in range(20)]
-    for turn, found in enumerate(rounds):
-        assert sorted(found) == [(task, turn) for task in range(4)]
-    assert len({tuple(task for task, _ in found) for found in rounds}) > 5
+    for turn, in_round in enumerate(rounds):
+        assert sorted(in_round) == [(task, turn) for task in range(4)]
+    assert len({tuple(task for task, _ in in_round) for in_round in rounds}) > 5
 
 
 def test_tasks_of_other_words_are_learned_from_in_turn(deep: Bench, tmp_path: Path) -> None:
@@ -224,8 +225,8 @@ def test_tasks_of_other_words_are_learned_from_in_turn(deep: Bench, tmp_path: Pa
         assert set(trainer.model.scorer.label_ids.tolist()) == set(one.label_ids)
     assert len(seen[0]) == len(seen[1]) == 3
     assert not np.allclose(seen[0][0], seen[1][0])  # the words' roles are exchanged
-    held: StepRecord = trainer.previous[0]
-    assert held.scales is not None and len(held.scales) == 1 + len(trainer.places)
+    record: StepRecord = trainer.previous[0]
+    assert record.scales is not None and len(record.scales) == 1 + len(trainer.places)
 
 
 def test_layers_share_by_name() -> None:
@@ -241,12 +242,12 @@ def test_the_command_makes_a_file_that_a_run_takes(
     words = [part for name, value in LABELLED.items() for part in (f"--{name}", value)]
     request = ["--model", deep.model, "--data", deep.data / "label.jsonl", *words, "--out", out]
     request += ["--steps", 3, "--restart", 2, "--batch-size", 4, "--sharing", "layer"]
-    code, found = edgezo_json("meta-train", *request)
-    assert code == 0, found
-    assert found["out"] == str(out) and found["sharing"] == "layer" and found["steps"] == 3
-    assert json.dumps(found, allow_nan=False)
-    code, found = edgezo_json("meta-train", *request)
-    assert code == 2 and "exists already" in found["error"]
+    code, result = edgezo_json("meta-train", *request)
+    assert code == 0, result
+    assert result["out"] == str(out) and result["sharing"] == "layer" and result["steps"] == 3
+    assert json.dumps(result, allow_nan=False)
+    code, result = edgezo_json("meta-train", *request)
+    assert code == 2 and "exists already" in result["error"]
     for name in CREDITS:
         run = deep.settings(estimator=name, finetuner=str(out), out=str(tmp_path / name))
         assert finetune(make_config(run))["steps"] == 3
@@ -259,16 +260,18 @@ def test_requests_that_cannot_be_are_refused_before_anything_is_made(
     out = tmp_path / "f.safetensors"
     for changes, tasks, request, word in (
         ({}, [], MetaRequest(), "one or more tasks"),
-        ({"estimator": "mezo"}, [label], MetaRequest(), "asks no finetuner"),
-        ({"train": "full+head"}, [label], MetaRequest(), "full, lowrank, norms"),
+        ({"estimator": "mezo"}, [label], MetaRequest(), "uses no finetuner"),
+        ({"train": "full+head"}, [label], MetaRequest(), "full, lowrank or norms"),
         ({"sigma": -1}, [label], MetaRequest(sharing="all", steps=0), "--sharing all"),
         ({}, [label, {**text, "template": None, "labels": None}], MetaRequest(), "of one kind"),
     ):
         with pytest.raises(UsageError, match=word):
-            meta_train(said(deep, **{"estimator": "zo-finetuner", **changes}), tasks, request, out)
+            meta_train(
+                settings_of(deep, **{"estimator": "zo-finetuner", **changes}), tasks, request, out
+            )
     with pytest.raises(DoesNotFit, match="runs backward"):
         meta_train(
-            said(deep, estimator="zo-finetuner"),
+            settings_of(deep, estimator="zo-finetuner"),
             [label],
             MetaRequest(),
             out,

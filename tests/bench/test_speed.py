@@ -10,6 +10,7 @@ from conftest import make_model
 
 from edgezo.bench import speed
 from edgezo.bench.alignment import point_config
+from edgezo.bench.speed_baselines import PUBLISHED_STEPS, Plain
 from edgezo.data.batches import Example, Row
 
 
@@ -23,7 +24,7 @@ def rows(tmp_path):
 
 def test_parts_of_a_step_add_up_and_every_row_is_there(tmp_path, rows, edgezo_json, one_thread):
     model, out = make_model(tmp_path / "model"), tmp_path / "out"
-    said = (
+    options = (
         "--model",
         model,
         *rows,
@@ -32,11 +33,11 @@ def test_parts_of_a_step_add_up_and_every_row_is_there(tmp_path, rows, edgezo_js
         "--estimators",
         "grzo,grzo:gaussian",
     )
-    said += ("--batch-sizes", "2", "--tokens", "own,24", "--repeats", "2", "--out", out)
-    code, found = edgezo_json("bench", "speed", *said)
-    assert code == 0 and json.loads((out / "speed.json").read_text()) == found
-    assert len(found["rows"]) == 2 * (2 * 2 + 2)
-    ours = [row for row in found["rows"] if row["ratio"] is not None]
+    options += ("--batch-sizes", "2", "--tokens", "own,24", "--repeats", "2", "--out", out)
+    code, result = edgezo_json("bench", "speed", *options)
+    assert code == 0 and json.loads((out / "speed.json").read_text()) == result
+    assert len(result["rows"]) == 2 * (2 * 2 + 2)
+    ours = [row for row in result["rows"] if row["ratio"] is not None]
     for row in ours:
         assert row["step_s"] >= row["update_s"] > 0 and row["perturbed_s"] > 0
         assert row["ratio_least"] <= row["ratio"] <= row["ratio_most"]
@@ -44,16 +45,16 @@ def test_parts_of_a_step_add_up_and_every_row_is_there(tmp_path, rows, edgezo_js
         assert row["tokens"] == "own" or row["rows"] == 2 * 2 * 24
         assert row["train"] == "lowrank+head"
         assert row["bookkeeping_share"] * row["step_s"] > 0
-    assert {row["estimator"] for row in found["rows"]} == {
+    assert {row["estimator"] for row in result["rows"]} == {
         "grzo",
         "grzo:gaussian",
-        *speed.BASELINES,
+        *PUBLISHED_STEPS,
     }
-    assert found["sign_bits_per_s"] > 0 and found["normals_per_s"] > 0
+    assert result["sign_bits_per_s"] > 0 and result["normals_per_s"] > 0
     assert (out / "speed.png").read_bytes().startswith(b"\x89PNG")
     for bad, word in ((("--tokens", "x"), "--tokens"), (("--estimators", "sgd"), "sgd")):
-        code, found = edgezo_json("bench", "speed", *said, *bad)
-        assert code == 2 and word in found["error"]
+        code, result = edgezo_json("bench", "speed", *options, *bad)
+        assert code == 2 and word in result["error"]
 
 
 def test_a_fit_needs_four_sizes_and_finds_its_line():
@@ -69,7 +70,7 @@ def test_a_fit_needs_four_sizes_and_finds_its_line():
 
 def test_a_row_is_stretched_at_its_front():
     example = Example((Row([1, 2, 3], (2,), ()),), 1)
-    assert speed.stretched(example, speed.OWN) is example
+    assert speed.stretched(example, speed.AS_THEY_ARE) is example
     (row,) = speed.stretched(example, 7).rows
     assert row.ids == [3, 1, 2, 3, 1, 2, 3] and row.score_at == (6,)
     (row,) = speed.stretched(example, 2).rows
@@ -77,13 +78,13 @@ def test_a_row_is_stretched_at_its_front():
 
 
 def test_baselines_are_the_methods_that_they_name(tmp_path, rows, one_thread):
-    """The plain module scores as the store does; a hook's change of a row is that of its own weights W + sigma D."""
+    """The plain module scores as the store does; a hook's change of a row is that of the weights W + sigma D."""
     fields = dict(zip(("data", "template", "labels"), map(str, rows[1::2]), strict=True))
     model = str(make_model(tmp_path / "model"))
     cfg = point_config({"model": model, "precision": "fp32", "train": "lowrank", **fields}, "grzo")
     subject = speed._load("grzo", cfg)
-    plain = speed.Plain(subject)
-    group = list(subject.dataset.train[:3])
+    plain = Plain(subject.opened, subject.model)
+    group = list(subject.opened.dataset.train[:3])
     from edgezo.data.batches import collate
 
     ours, _ = subject.model.losses(collate(group, range(3)))

@@ -405,11 +405,11 @@ def sample_row(name: str, label: int) -> dict[str, Any]:
     return row | {TASKS[name].label_field: label}
 
 
-# Those whose answers are written, or listed in the row: test_tasks.py.
-OWN = {name for name, task in TASKS.items() if task.generation or task.own_options}
+# Tasks whose answers are written, or listed in the row, are tested in test_tasks.py.
+WITHOUT_LABELS = {name for name, task in TASKS.items() if task.generation or task.options_field}
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name != "example" and name not in OWN])
+@pytest.mark.parametrize("name", sorted(set(TASKS) - WITHOUT_LABELS - {"example"}))
 def test_every_task_reads_its_rows(name: str, tmp_path: Path) -> None:
     task = TASKS[name]
     n_labels = len(task.options) or len((task.labels or "").split(","))
@@ -479,9 +479,9 @@ def test_all_problems_of_a_request_are_reported_together(tmp_path: Path) -> None
         (GOOD_BAD, {"labels": "0=bad,2=good"}, "rows.jsonl:2: label='1'"),
         (GOOD_BAD, {"labels": "0=bad,1=good", "template": "{mask} {text}"}, "comes last"),
         ([*GOOD_BAD, {"txt": "a", "label": 0}], SST2_STYLE, "rows.jsonl:21 (it has: txt, label)"),
-        ([*GOOD_BAD, {"text": ["a"], "label": 0}], SST2_STYLE, "no text or number"),
+        ([*GOOD_BAD, {"text": ["a"], "label": 0}], SST2_STYLE, "not a text or number"),
         ([{"text": "a"}], {}, "one row"),
-        ([{"text": "a"}, {"text": " "}], {}, "empty text"),
+        ([{"text": "a"}, {"text": " "}], {}, "field 'text' is empty"),
         (
             [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}],
             {},
@@ -493,7 +493,7 @@ def test_all_problems_of_a_request_are_reported_together(tmp_path: Path) -> None
         ([{"text": "a", "label": "b"}] * 3, {}, "1 different values"),
         ([{"messages": [{"role": "user", "content": "hi"}]}] * 2, {}, "no assistant turn"),
         ([{"messages": "hi"}] * 2, {}, "not a list of turns"),
-        ([{"text": "a"}] * 3, {"task": "sst3"}, "known are: sst2"),
+        ([{"text": "a"}] * 3, {"task": "sst3"}, "takes one of sst2"),
     ],
 )
 def test_what_is_wrong_is_said(rows: Any, asked: Any, expected: str, tmp_path: Path) -> None:

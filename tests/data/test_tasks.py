@@ -161,7 +161,7 @@ def test_the_answer_of_a_conversation_follows_its_last_question(tmp_path: Path) 
         ),
         ("gsm8k", GSM8K | {"answer": "no number"}, {}, "no right answer in the field 'answer'"),
         ("record", RECORD | {"answers": ["Zoe"]}, {}, "no right answer is among the texts"),
-        ("record", RECORD | {"entities": "Anna"}, {}, "field 'entities' is no list of texts"),
+        ("record", RECORD | {"entities": "Anna"}, {}, "field 'entities' is not a list of texts"),
         ("squad", SQUAD, {"labels": "0=a,1=b"}, "written answers: leave out --labels"),
         ("record", RECORD, {"labels": "0=a,1=b"}, "leave out --labels"),
         ("squad", SQUAD, {"masked": True}, "needs a causal language model"),

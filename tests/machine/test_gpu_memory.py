@@ -13,10 +13,12 @@ from conftest import Bench, make_model
 from edgezo.errors import BudgetExceeded
 from edgezo.network.model import Model
 from edgezo.plan.request import make_config
-from edgezo.run.train import Training, finetune
+from edgezo.run.step import Stepper
+from edgezo.run.train import finetune
 from edgezo.weights.layouts import moved, place
-from edgezo.weights.store import WeightStore, saved_sha256
-from edgezo.zo.directions import DIRECTIONS
+from edgezo.weights.saved import saved_sha256, saved_tensors
+from edgezo.weights.store import WeightStore
+from edgezo.zo.directions import DIRECTION_KINDS
 from edgezo.zo.noise import exact_grid
 from edgezo.zo.recipe import Recipe
 
@@ -36,7 +38,7 @@ def run_of(deep: Bench, out: Path, kind: str = "label", **changes: Any) -> dict[
     return finetune(make_config(deep.settings(kind, out=str(out), **request)))
 
 
-@pytest.mark.parametrize("directions", DIRECTIONS)
+@pytest.mark.parametrize("directions", DIRECTION_KINDS)
 @pytest.mark.parametrize(
     ("precision", "rounding"),
     [("fp32", None), ("bf16", "plane"), ("bf16", "stochastic"), ("fp16", "plane")],
@@ -47,7 +49,7 @@ def test_updates_are_those_of_the_cpu_bit_for_bit(directions, precision, roundin
     start = torch.randn(700, generator=generator)
     digests = set()
     for device in (torch.device("cpu"), torch.device("cuda")):
-        store = WeightStore(5, 8, DIRECTIONS[directions], device)
+        store = WeightStore(5, 8, DIRECTION_KINDS[directions], device)
         layout = place(weight.clone(), precision, table=False, rounding=rounding, trained=True)
         store.train("w", moved(layout, device))
         store.train_vector("b", start)
@@ -57,7 +59,7 @@ def test_updates_are_those_of_the_cpu_bit_for_bit(directions, precision, roundin
             raw = torch.randn(16, generator=torch.Generator().manual_seed(step)).numpy() * 1e-3
             touched = tuple((torch.arange(3) * 7 + i).numpy() for i in range(16))
             store.apply([Recipe(step, exact_grid(raw), 1e-4, touched)])
-        digests.add(saved_sha256(store.saved()))
+        digests.add(saved_sha256(saved_tensors(store)))
     assert len(digests) == 1
 
 
@@ -123,15 +125,15 @@ def _forget_device(run: Path) -> None:
 
 
 def test_a_run_goes_on_on_another_device(deep, tmp_path, edgezo):
-    real = Training.step
+    real = Stepper.step
 
-    def stepped(self: Training, step: int, step_size: float) -> Any:
+    def stepped(self: Stepper, step: int, *more: Any) -> Any:
         if step == 3:
             raise KeyboardInterrupt
-        return real(self, step, step_size)
+        return real(self, step, *more)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Training, "step", stepped)
+        patch.setattr(Stepper, "step", stepped)
         run_of(deep, tmp_path / "run", steps=6, train="full", precision="bf16")
     code, out, err = edgezo(
         "finetune", "--resume", "--out", tmp_path / "run", "--device", "cpu", "--json"

@@ -87,10 +87,16 @@ assert os.waitpid(child, 0)[1] == 0
 @made_here
 def test_another_default_dtype_changes_nothing():
     x, basis = torch.randn(300, 64), torch.randn(3, 64)
-    wanted = kernels.few(x, basis), kernels.own(x, basis, torch.zeros(300, dtype=torch.int64))
+    wanted = (
+        kernels.thin_product(x, basis),
+        kernels.dots_by_example(x, basis, torch.zeros(300, dtype=torch.int64)),
+    )
     torch.set_default_dtype(torch.float64)
     try:
-        found = kernels.few(x, basis), kernels.own(x, basis, torch.zeros(300, dtype=torch.int64))
+        found = (
+            kernels.thin_product(x, basis),
+            kernels.dots_by_example(x, basis, torch.zeros(300, dtype=torch.int64)),
+        )
     finally:
         torch.set_default_dtype(torch.float32)
     for ours, theirs in zip(found, wanted, strict=True):
@@ -198,7 +204,7 @@ def test_a_norm_is_off_by_one_rounding(dtype, each, threads):
 def test_a_gate_is_off_by_one_rounding(dtype, activation, threads):
     x = torch.cat([torch.linspace(-100, 100, 90_001), torch.tensor([0.0, -0.0, 1e30, -1e30])])
     x, up = x.to(dtype), torch.linspace(-3, 2, 90_005).to(dtype)
-    exact = kernels.ACTIVATIONS[activation](x.double()) * up.double()
+    exact = kernels.GATE_ACTIVATIONS[activation](x.double()) * up.double()
     found = kernels.gate(x, up.clone(), activation)
     assert _off(found, exact, dtype) < 4
 
@@ -268,15 +274,15 @@ def test_thin_products_are_rounded_once(dtype, n, d, m, k, threads):
     x, basis, y = drawn(n, d), drawn(k, d), drawn(n, m)
     cols, rows, side = drawn(4, d).sign(), drawn(4, m).sign(), drawn(n, dtype=torch.float32)
     example = torch.randint(0, 4, (n,), generator=generator)
-    left = kernels.few(x, basis)
+    left = kernels.thin_product(x, basis)
     assert left is not None and left.dtype is torch.float32
     torch.testing.assert_close(left.double(), x.double() @ basis.double().T, rtol=1e-5, atol=1e-4)
-    own = matmul.own(x, cols, example, torch.empty(0), side)
-    assert isinstance(own, matmul.Own)
+    own = matmul.dots_by_example(x, cols, example, torch.empty(0), side)
+    assert isinstance(own, matmul.ByExample)
     exact_own = (x.double() * cols.double()[example]).sum(1) * side
     torch.testing.assert_close(own.values.double(), exact_own, rtol=1e-5, atol=1e-4)
 
-    right, other = drawn(m, k, dtype=torch.float32).T, matmul.Own(side, example)
+    right, other = drawn(m, k, dtype=torch.float32).T, matmul.ByExample(side, example)
     terms: list[matmul.Term] = [(left, right), (own, rows), (other, rows)]
     for count, roundings in ((1, 1), (2, 1), (3, 2)):
         exact = y.double() + left.double() @ right.double()
@@ -300,7 +306,7 @@ def test_terms_without_kernels_are_one_product(without):
     def added() -> Tensor:
         y = torch.zeros(9, 12)
         left = torch.ones(9, 2)
-        own = matmul.own(x, cols, example, mask, side)
+        own = matmul.dots_by_example(x, cols, example, mask, side)
         matmul.add_thin(y, [(left, rows[:2]), (own, rows)])
         matmul.add_thin(y, [])
         return y
@@ -339,7 +345,7 @@ def test_what_they_cannot_take_is_left_to_torch():
 def test_losses_are_equal_to_rounding(family, train, workshop: Workshop, without, monkeypatch):
     case = of(family, train)
     called: set[str] = set()
-    for name in ("rms_norm", "attention", "rotate", "few"):
+    for name in ("rms_norm", "attention", "rotate", "thin_product"):
         kernel = getattr(kernels, name)
 
         def counted(
@@ -362,7 +368,9 @@ def test_losses_are_equal_to_rounding(family, train, workshop: Workshop, without
     found, wanted = losses(), without(losses)
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
-    expected = {"rms_norm", "attention", "rotate"} | ({"few"} if train == "lowrank" else set())
+    expected = {"rms_norm", "attention", "rotate"} | (
+        {"thin_product"} if train == "lowrank" else set()
+    )
     if family == "gemma2":  # its scores are capped
         expected -= {"attention"}
     if family == "roberta":  # layer norms, positions that are learned

@@ -19,8 +19,9 @@ from edgezo.data.batches import Example, collate, micro_batches
 from edgezo.data.tasks import Generation
 from edgezo.machine import matmul
 from edgezo.machine.limits import PRODUCT_ROWS
-from edgezo.machine.matmul import SIZES, addmm_, along, mm, pieces
+from edgezo.machine.matmul import addmm_, along, mm, pieces
 from edgezo.network.generate import generate
+from edgezo.weights.saved import load_trained
 
 
 @pytest.fixture
@@ -34,11 +35,11 @@ def test_pieces_cover_the_rows_once_and_only_the_last_is_not_full():
         found = list(pieces(n))
         starts = [at for at, _ in found]
         assert starts == [sum(size for _, size in found[:i]) for i in range(len(found))]
-        assert {size for _, size in found} <= set(SIZES)
+        assert {size for _, size in found} <= set(PRODUCT_ROWS)
         assert starts[-1] < n <= sum(size for _, size in found)
         # Nothing cheaper: a row that is missing costs as much as one that is there.
-        if n <= SIZES[-1]:
-            above = min(size for size in SIZES if size >= n)
+        if n <= PRODUCT_ROWS[-1]:
+            above = min(size for size in PRODUCT_ROWS if size >= n)
             spent = sum(size + matmul.CALL_ROWS for _, size in found)
             assert n < spent <= above + matmul.CALL_ROWS
 
@@ -89,7 +90,7 @@ def test_few_shapes_are_compiled_however_many_numbers_of_tokens_there_are(bf16, 
     w = bf16(96, 64)
     for n in range(1, 2048, 13):
         mm(bf16(n, 64), w.T)
-    assert len(seen) == len(SIZES)
+    assert len(seen) == len(PRODUCT_ROWS)
     seen.clear()
     for examples in range(1, 17):  # of a micro-batch
         mm(bf16(100, 64), bf16(examples, 64).T)
@@ -136,7 +137,7 @@ def test_bf16_products_have_the_same_few_shapes_and_strides_for_all_batches(
 ) -> None:
     """Kernels are compiled for each shape, and kept: memory would grow with every batch (machine/matmul.py)."""
     model = workshop.model(tried.case, torch.bfloat16)
-    model.store.load_trained(tried.start)
+    load_trained(model.store, tried.start)
     few, many, more = (
         make_examples(tried.case.kind, model.masked, n, seed)
         for seed, n in ((0, 1), (1, 16), (2, 16))

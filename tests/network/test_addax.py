@@ -21,7 +21,7 @@ from test_runs import contents, of_evaluation, run_of
 from edgezo.bench.alignment import example_loss, in_trained, plain_module
 from edgezo.data.batches import tokens_of
 from edgezo.data.token_stats import TokenStats
-from edgezo.network.addax import divide
+from edgezo.network.first_order import split_by_length
 from edgezo.run.journal import open_journal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,7 +85,7 @@ def test_with_no_short_example_it_is_grzo_and_with_no_long_one_first_order(bench
 def test_a_group_is_divided_by_the_tokens_of_its_examples(bench):
     found, _ = opened(bench, short_tokens=BETWEEN, **ADDAX)
     group = list(found.dataset.train[:12])
-    short, others = divide(group, BETWEEN)
+    short, others = split_by_length(group, BETWEEN)
     assert sorted(short + others) == list(range(12)) and short and others
     assert max(tokens_of(group[s]) for s in short) <= BETWEEN
     assert min(tokens_of(group[s]) for s in others) > BETWEEN

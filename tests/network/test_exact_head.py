@@ -16,8 +16,7 @@ from edgezo.machine.limits import TILE_BYTES
 from edgezo.network import losses
 from edgezo.network.exact_head import ExactHead
 from edgezo.plan import calibration
-from edgezo.weights.store import saved_sha256
-from edgezo.weights.trainable import Saved
+from edgezo.weights.saved import Saved, saved_sha256
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -186,7 +186,7 @@ def test_keys_and_values_are_as_large_as_planned() -> None:
     module = torch.nn.Linear(1, 1)
     kept.expect(torch.arange(6), (3,) * 6)
     kept.store(module, torch.ones(18, 2, 4), torch.ones(18, 2, 4))
-    assert [part.shape for part in kept._held[module]] == [(6, 2, 11, 4)] * 2
+    assert [part.shape for part in kept._kept[module]] == [(6, 2, 11, 4)] * 2
 
 
 def test_the_exact_head_s_change_is_in_what_is_written(workshop: Workshop) -> None:

@@ -23,7 +23,8 @@ from edgezo.errors import EdgezoError
 from edgezo.network import cards
 from edgezo.network.loader import build_meta, load_tokenizer, open_model, shape_of, source_names
 from edgezo.weights import safetensors_file
-from edgezo.weights.gguf_file import GgufSource, read_header
+from edgezo.weights.gguf_file import GgufSource
+from edgezo.weights.gguf_header import read_header
 from edgezo.weights.tensor_source import open_tensors
 
 BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")

@@ -17,11 +17,10 @@ from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.limits import PROBED_BLOCKS
 from edgezo.network import loader
 from edgezo.network.assemble import ModelSpec, assemble
-from edgezo.network.attach import attach
 from edgezo.network.loader import decoder_layers
 from edgezo.network.readout import (
     RIDGES,
-    LinearProbe,
+    ReadoutWeights,
     StateFile,
     Taps,
     candidates,
@@ -94,12 +93,12 @@ def test_the_best_blocks_are_averaged_and_their_factor_is_the_one_of_least_held_
     states = {4: noise[0], 5: known, 6: noise[1], 7: known, 8: known, 9: known, 10: known}
     blocks = tuple(states)
     found = fit(lambda i: states[blocks[i]].clone(), blocks, labels, 3)
-    assert found.probe.blocks == (5, 7, 8, 9, 10) and len(found.probe.blocks) == PROBED_BLOCKS
+    assert found.readout.blocks == (5, 7, 8, 9, 10) and len(found.readout.blocks) == PROBED_BLOCKS
     one = fit_block(known.clone(), labels, 3)
     losses = {k: float(F.cross_entropy(one.held_out * 2 ** (k / 4), labels)) for k in range(29)}
     assert found.loss == pytest.approx(min(losses.values()), rel=1e-5)
     factor = 2 ** (min(losses, key=lambda k: losses[k]) / 4)
-    logits = found.probe.logits([known] * PROBED_BLOCKS)
+    logits = found.readout.logits([known] * PROBED_BLOCKS)
     assert torch.allclose(logits, (known @ one.weight.T + one.bias) * factor, atol=1e-4)
     assert found.accuracy == float((one.held_out.argmax(1) == labels).double().mean())
 
@@ -108,14 +107,14 @@ def test_the_best_blocks_are_averaged_and_their_factor_is_the_one_of_least_held_
 def test_states_that_are_all_alike_give_a_finite_probe(hidden):
     labels = torch.arange(20) % 2
     found = fit(lambda i: torch.ones(20, hidden), (0,), labels, 2)
-    assert torch.isfinite(found.probe.weight).all() and torch.isfinite(found.probe.bias).all()
+    assert torch.isfinite(found.readout.weight).all() and torch.isfinite(found.readout.bias).all()
     assert found.loss == pytest.approx(0.6931, abs=0.05)
 
 
 def test_a_class_that_no_row_has_is_never_predicted():
     x, labels = rows(60, 16, 3)
     found = fit(lambda i: x.clone(), (0,), labels, 5)
-    assert set(found.probe.logits([x]).argmax(1).tolist()) == {0, 1, 2}
+    assert set(found.readout.logits([x]).argmax(1).tolist()) == {0, 1, 2}
 
 
 def test_states_are_kept_row_by_row_and_what_was_cut_off_is_forgotten(tmp_path):
@@ -180,9 +179,9 @@ def test_with_a_probe_later_blocks_are_neither_run_nor_trained(family, tmp_path)
     ran: list[int] = []
     for number, layer in enumerate(layers):
         layer.register_forward_hook(lambda *given, number=number: ran.append(number))
-    probe = LinearProbe((0, 1), torch.randn(2, 2, files.shape.hidden), torch.zeros(2))
+    weights = ReadoutWeights((0, 1), torch.randn(2, 2, files.shape.hidden), torch.zeros(2))
     before = set(model.store.trainables)
-    attach(model, 3, probe)
+    model.classify_by(weights)
     losses, predicted = model.losses(batch_of((4, 6)))
     assert ran == [0, 1] and losses.shape == predicted.shape == (1, 2)
     left = set(model.store.trainables)
@@ -194,7 +193,7 @@ def test_with_a_probe_later_blocks_are_neither_run_nor_trained(family, tmp_path)
 def test_a_probe_of_a_larger_model_is_refused(tmp_path):
     _, model = small_model(tmp_path, "llama")
     with pytest.raises(EdgezoError, match="block 7, but the model has 3"):
-        attach(model, 3, LinearProbe((7,), torch.zeros(1, 2, 16), torch.zeros(2)))
+        model.classify_by(ReadoutWeights((7,), torch.zeros(1, 2, 16), torch.zeros(2)))
 
 
 def test_the_lower_third_of_the_blocks_is_not_looked_at():

@@ -145,15 +145,15 @@ def test_a_run_steps_as_it_measured_and_a_resume_goes_on_so(
         assert after["factor"] / before["factor"] in (FASTER, 1.0, SLOWER)
         assert after["sigma"] == before["sigma"] and len(after["losses"]) == 12
 
-    real = steps.Steps.step
+    real = steps.Stepper.step
 
-    def killed(self, step, size):
+    def killed(self, step, *more):
         if step == 7:
             raise KeyboardInterrupt
-        return real(self, step, size)
+        return real(self, step, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps.Steps, "step", killed)
+        patch.setattr(steps.Stepper, "step", killed)
         assert edgezo_json("finetune", *said, "--out", cut)[0] != 0
     code, again = edgezo_json("finetune", "--resume", "--out", cut)
     assert code == 0 and again["trained_sha256"] == summary["trained_sha256"]

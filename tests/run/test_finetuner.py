@@ -23,14 +23,15 @@ from edgezo.network.model import Model
 from edgezo.plan.planner import make_plan
 from edgezo.plan.request import make_config
 from edgezo.run.finetuner import Finetuner, Tuner, convert_finetuner, load_finetuner
-from edgezo.run.journal import StepRecord, create_journal, open_journal
+from edgezo.run.journal import create_journal, open_journal
+from edgezo.run.journal_record import StepRecord
 from edgezo.run.train import finetune
 from edgezo.weights.layouts import Dense
 from edgezo.weights.store import WeightStore
-from edgezo.zo.directions import DIRECTIONS
+from edgezo.zo.directions import DIRECTION_KINDS
 from edgezo.zo.masks import mask_of
 from edgezo.zo.recipe import Recipe
-from edgezo.zo.rules import RULES
+from edgezo.zo.rules import UPDATE_RULES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = Dataset("label", (Example((Row((3, 4, 5, 6, 7), (4,), ()),), 0),) * 3, (), (5, 9), (), ())
@@ -143,7 +144,7 @@ def test_a_step_is_told_what_the_formulas_say(bench: Bench, tmp_path: Path, trai
     for losses in (None, [[1.0, 3.0, math.nan], [2.0, 1.0, 6.0]]):
         if losses is not None:
             previous = record(losses, np.concatenate(([7.0], before)).astype(np.float32))
-        told = work.tell(previous)
+        told = work.scale_step(previous)
         weights = {k: v.double() for k, v in weights_of(model).items()}
         for name, sigma, last in zip(names, told[1:], before, strict=True):
             theta = weights[name.partition("#")[0]]
@@ -180,7 +181,7 @@ def test_a_layer_that_shares_a_network_shares_its_scale(bench: Bench) -> None:
     )
     model = model_of(bench.model, "full")
     work = Tuner.of(tuner, model.store, DATA)
-    told = work.tell(None)
+    told = work.scale_step(None)
     inside = [n.startswith("model.layers.0.") for n in sorted(model.store.trainables)]
     assert len(set(told[1:][inside].tolist())) == 1
     assert len(set(told[1:].tolist())) == 3
@@ -195,10 +196,10 @@ def test_no_network_that_gives_anything_leaves_the_scales_finite(bench: Bench) -
     model = model_of(bench.model, "lowrank")
     tuner = Finetuner.plain([n.partition("#")[0] for n in model.store.trainables], 0)
     tuner.weights[3].zero_()
-    told = Tuner.of(tuner, model.store, DATA).tell(record([[math.inf], [math.nan]]))
+    told = Tuner.of(tuner, model.store, DATA).scale_step(record([[math.inf], [math.nan]]))
     assert told.tolist() == [1.0] + [0.0] * (len(told) - 1)
     tuner.weights[3][0], tuner.weights[3][1] = 1e38, 1e-38
-    told = Tuner.of(tuner, model.store, DATA).tell(None)
+    told = Tuner.of(tuner, model.store, DATA).scale_step(None)
     assert np.isfinite(told).all() and np.isfinite(list(model.store.scales.values())).all()
 
 
@@ -223,7 +224,7 @@ def test_a_scale_goes_into_an_update_once(kind: str, rule: str) -> None:
     moved = []
     for scale in (1.0, 0.5):
         store = WeightStore(
-            3, 4, DIRECTIONS[kind], mask=mask_of("block", 1.0, 1e-3), rule=RULES[rule]
+            3, 4, DIRECTION_KINDS[kind], mask=mask_of("block", 1.0, 1e-3), rule=UPDATE_RULES[rule]
         )
         row = store.train("w", Dense(torch.zeros(6, 8)))
         store.prepare()

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from edgezo.errors import BaseMismatch, EdgezoError
 from edgezo.run import journal as j
-from edgezo.run.journal import StepRecord, create_journal, open_journal
+from edgezo.run.journal import create_journal, open_journal
+from edgezo.run.journal_record import StepRecord
 
 HEADER = {"content_hash": "ab12", "config": {"steps": 5, "model": "é", "sigma": 0.002}}
 

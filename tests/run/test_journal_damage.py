@@ -16,7 +16,8 @@ from test_journal import HEADER, child_environment, make_record, record_ends, wr
 from edgezo.errors import EdgezoError
 from edgezo.machine.files import atomic_path, atomic_write
 from edgezo.run import journal as j
-from edgezo.run.journal import StepRecord, create_journal, open_journal
+from edgezo.run.journal import create_journal, open_journal
+from edgezo.run.journal_record import StepRecord
 
 # --- damage ----------------------------------------------------------------------------------
 
@@ -288,7 +289,8 @@ WRITER = """
 import sys
 from pathlib import Path
 import numpy as np
-from edgezo.run.journal import StepRecord, open_journal
+from edgezo.run.journal import (open_journal)
+from edgezo.run.journal_record import (StepRecord)
 b = int(sys.argv[2])
 with open_journal(Path(sys.argv[1]), resume=True) as journal:
     while True:

@@ -27,7 +27,8 @@ from edgezo.plan.request import make_config
 from edgezo.run import objective as judge
 from edgezo.run import session
 from edgezo.run.evaluate import replay
-from edgezo.run.journal import StepRecord, open_journal
+from edgezo.run.journal import open_journal
+from edgezo.run.journal_record import StepRecord
 from edgezo.run.train import finetune
 from edgezo.zo.noise import Key
 
@@ -97,8 +98,8 @@ def records(run: Path) -> list[StepRecord]:
 def opened_of(bench: Bench, kind: str, **changes: Any) -> tuple[session.Opened, Any]:
     """A request and its model as they are before the first step."""
     opened = session.open_request(make_config(bench.settings(kind, out="run", **changes)))
-    session.settle(opened, machine(), rss_bytes())
-    return opened, session.load_model(opened, machine())
+    planned = session.settle(opened, machine(), rss_bytes())
+    return opened, session.load_model(planned, machine()).model
 
 
 # ----------------------------------------------------------------------------- what a loss is
@@ -320,9 +321,11 @@ def test_what_is_kept_while_writing_is_planned_and_shrinks_with_the_micro_batch(
 ) -> None:
     def kept(**changes: Any) -> int:
         changes = {"max_new_tokens": 200, **changes}
-        opened, _ = opened_of(bench, "completion", **changes)
-        assert opened.plan is not None
-        items = {item.name: item.bytes for item in opened.plan.items}
+        opened = session.open_request(
+            make_config(bench.settings("completion", out="run", **changes))
+        )
+        plan = session.settle(opened, machine(), rss_bytes()).plan
+        items = {item.name: item.bytes for item in plan.items}
         return items.get("keys and values", 0)
 
     evaluating = kept()  # of the loss, with memory to spare
@@ -390,7 +393,7 @@ def test_what_an_objective_does_not_go_with_is_refused(bench: Bench, tmp_path: P
     learned = Bench(
         make_model(tmp_path / "gpt2", "gpt2", num_hidden_layers=2, n_layer=1), bench.data
     )
-    with pytest.raises(UsageError, match="knows 128 positions"):
+    with pytest.raises(UsageError, match="has only 128 positions"):
         run_of(learned, tmp_path / "run", objective="token-f1", max_new_tokens=120)
 
 

@@ -21,10 +21,11 @@ from edgezo.plan.plan import PlanDoesNotFit
 from edgezo.plan.request import from_toml, make_config
 from edgezo.run import session, short_memory
 from edgezo.run import train as training
-from edgezo.run.journal import StepRecord, open_journal
+from edgezo.run.journal import open_journal
+from edgezo.run.journal_record import StepRecord
 from edgezo.run.metrics_log import MetricsLog
 from edgezo.run.progress import Silent
-from edgezo.run.session import Opened, open_request, settle, settle_again, split_less
+from edgezo.run.session import Opened, Planned, open_request, settle, settle_again, split_less
 from edgezo.run.train import finetune
 
 STEPS, SHORT_AT = 8, 3  # the step, counted from 0, in whose second micro-batch memory is short
@@ -181,42 +182,39 @@ def test_memory_that_gets_shorter_shrinks_it_again(bench, short, tmp_path):
 BASE_BYTES = 400_000_000
 
 
-def split_plan(bench, out: Path) -> tuple[Opened, Any]:
+def split_plan(bench, out: Path) -> Planned:
     """A request that is one byte short of running its group at once, and its plan."""
     whole = open_request(request(bench, out, batch_size=128, micro_batch=128))
-    cap_bytes = settle(whole, machine(), BASE_BYTES).planned_peak_bytes - 1
+    cap_bytes = settle(whole, machine(), BASE_BYTES).plan.planned_peak_bytes - 1
     changes = {"batch_size": 128, "micro_batch": None, "max_mem_bytes": cap_bytes}
-    opened = open_request(request(bench, out, **changes))
-    return opened, settle(opened, machine(), BASE_BYTES)
+    return settle(open_request(request(bench, out, **changes)), machine(), BASE_BYTES)
 
 
 def test_a_plan_is_corrected_by_what_the_longest_batch_took(bench, tmp_path):
-    opened, plan = split_plan(bench, tmp_path / "run")
-    assert plan.micro_batch < 128
-    as_planned = plan.phase_bytes("forward") - GUARD_MARGIN_BYTES
-    assert split_less(opened, machine(), BASE_BYTES, as_planned) is None
-    assert split_less(opened, machine(), BASE_BYTES, as_planned + 10**7) is None
-    less = split_less(opened, machine(), BASE_BYTES, as_planned - 10**7)
-    assert less is not None and less.micro_batch == 128 == opened.cfg.micro_batch
-    assert less.planned_peak_bytes <= less.max_mem_bytes == plan.max_mem_bytes
-    found = {item.name: item.bytes for item in less.items}
-    assert found["correction"] == -(10**7)
+    planned = split_plan(bench, tmp_path / "run")
+    assert planned.plan.micro_batch < 128
+    as_planned = planned.plan.phase_bytes("forward")
+    assert split_less(planned, machine(), BASE_BYTES, as_planned) is None
+    assert split_less(planned, machine(), BASE_BYTES, as_planned + 10**7) is None
+    less = split_less(planned, machine(), BASE_BYTES, as_planned - 10**7)
+    assert less is not None and less.plan.micro_batch == 128 == less.cfg.micro_batch
+    assert less.plan.planned_peak_bytes <= less.plan.max_mem_bytes == planned.plan.max_mem_bytes
+    items = {item.name: item.bytes for item in less.plan.items}
+    assert items["correction"] == -(10**7)
 
 
 def test_a_corrected_plan_is_the_runs(bench, edgezo_json, monkeypatch, tmp_path):
-    def correct(opened: Opened, host: Any, base_bytes: int, peak_bytes: int) -> Any:
-        opened.cfg = replace(opened.cfg, micro_batch=4)
-        opened.plan = replace(opened.plan, micro_batch=4)
-        return opened.plan
+    def correct(planned: Planned, host: Any, base_bytes: int, peak_bytes: int) -> Planned:
+        cfg, plan = replace(planned.cfg, micro_batch=4), replace(planned.plan, micro_batch=4)
+        return replace(planned, cfg=cfg, plan=plan)
 
     monkeypatch.setattr(short_memory, "split_less", correct)
     pinned = finetune(request(bench, tmp_path / "pinned", micro_batch=2))
     assert pinned["micro_batch"] == 2  # what is asked for is not corrected
 
-    def planned_in_twos(opened: Opened, *rest: Any) -> Any:
-        plan = replace(settle(opened, *rest), micro_batch=2)
-        opened.cfg, opened.plan = plan.settle(opened.cfg), plan
-        return plan
+    def planned_in_twos(opened: Opened, *rest: Any) -> Planned:
+        plan = replace(settle(opened, *rest).plan, micro_batch=2)
+        return Planned(opened, plan.settle(opened.cfg), plan)
 
     monkeypatch.setattr(training, "settle", planned_in_twos)
     progress, run = Notes(), tmp_path / "run"
@@ -439,7 +437,7 @@ def test_a_resume_that_does_not_fit_names_the_micro_batch_that_would(monkeypatch
     with pytest.raises(PlanDoesNotFit, match=r"--max-mem 501MB or more, or with --micro-batch 3 "):
         settle_again(opened, None, 0)  # type: ignore[arg-type]
     assert opened.cfg.micro_batch == 9
-    opened.cfg = make_config({**said, "micro_batch": 2})
+    opened = replace(opened, cfg=make_config({**said, "micro_batch": 2}))
     assert settle_again(opened, None, 0) == "a plan"  # type: ignore[arg-type,comparison-overlap]
 
 

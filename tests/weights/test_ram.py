@@ -17,7 +17,9 @@ from edgezo.machine.gpu_memory import CudaMemory, ProcessMemory
 from edgezo.network.model import Model
 from edgezo.plan.request import make_config
 from edgezo.run import session
-from edgezo.run.train import Training, finetune
+from edgezo.run.short_memory import MicroBatchFitter
+from edgezo.run.step import Stepper
+from edgezo.run.train import finetune
 from edgezo.weights import ram as host
 from edgezo.weights.home import Home
 from edgezo.weights.store import WeightStore
@@ -117,16 +119,16 @@ def test_a_step_moves_each_block_once_and_frozen_ones_only_there(deep, tmp_path)
 def test_a_resume_makes_the_blocks_again_from_base_and_journal(deep, tmp_path):
     request = {"train": "full+head", "precision": "bf16", "steps": 6, "snapshot_every": 2}
     whole = run_of(deep, tmp_path / "whole", **request)
-    real = Training.step
+    real = Stepper.step
 
-    def stepped(self: Training, step: int, step_size: float) -> Any:
+    def stepped(self: Stepper, step: int, *more: Any) -> Any:
         if step == 3:
             raise KeyboardInterrupt
-        return real(self, step, step_size)
+        return real(self, step, *more)
 
     with blocks_in_host(3):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Training, "step", stepped)
+            patch.setattr(Stepper, "step", stepped)
             run_of(deep, tmp_path / "run", **request)
         settings = deep.settings(out=str(tmp_path / "run"), **request)
         found = finetune(make_config(settings), resume=True)
@@ -159,7 +161,7 @@ def test_an_update_that_is_cut_short_is_taken_from_the_block_as_it_was(deep, tmp
 
     with blocks_in_host(4), pytest.MonkeyPatch.context() as patch:
         patch.setattr(WeightStore, "catch_up", catch_up)
-        patch.setattr(Training, "_shrink", lambda self, step: True)  # tried again as it was
+        patch.setattr(MicroBatchFitter, "_shrink", lambda self, step: True)  # tried again as it was
         found = run_of(deep, tmp_path / "run", **request)
     assert found["trained_sha256"] == whole["trained_sha256"]
 

@@ -28,7 +28,7 @@ from edgezo.run.journal import Journal
 from edgezo.run.train import finetune
 from edgezo.weights import requantise
 from edgezo.weights.layouts import Int8
-from edgezo.weights.store import saved_sha256
+from edgezo.weights.saved import saved_sha256, saved_tensors
 from edgezo.zo.noise import Key, exact_grid
 from edgezo.zo.recipe import Recipe
 
@@ -130,7 +130,7 @@ def test_codes_with_a_plane_stay_as_near_to_fp32_as_rounding_it_once(
     assert pair.distance(seen) < 1.05 * once
     again = pair.again()
     again.store.replay(40)
-    assert saved_sha256(again.store.saved()) == saved_sha256(pair.codes.store.saved())
+    assert saved_sha256(saved_tensors(again.store)) == saved_sha256(saved_tensors(pair.codes.store))
 
 
 # ----------------------------------------------------------------------------- anchors
@@ -254,14 +254,14 @@ def test_codes_at_an_anchor_are_the_fp32_runs_quantised_bit_for_bit(
             for name, held in pair.codes.store.trainables.items()
         )
         assert same == requantise.due(steps), steps
-    walked = saved_sha256(pair.codes.store.saved())
+    walked = saved_sha256(saved_tensors(pair.codes.store))
     # A resume between two anchors: from the base, in other tiles, with the same bits.
     for tile_bytes in (limits.TILE_BYTES, 3000):
         monkeypatch.setattr(limits, "TILE_BYTES", tile_bytes)
         for replay in (lambda m: m.store.replay(7), lambda m: m.store.apply(pair.recipes)):
             model = pair.again()
             replay(model)
-            assert saved_sha256(model.store.saved()) == walked
+            assert saved_sha256(saved_tensors(model.store)) == walked
     pair.codes.store.finish(7)
     assert pair.distance() == pair.distance(pair.quantised())
 

@@ -29,12 +29,13 @@ from edgezo.plan.request import make_config
 from edgezo.run import session
 from edgezo.run.journal import open_journal
 from edgezo.run.progress import Silent
-from edgezo.run.train import Training, finetune
+from edgezo.run.short_memory import MicroBatchFitter
+from edgezo.run.step import Stepper
+from edgezo.run.train import finetune
 from edgezo.weights.disk import PAGE_BYTES, DiskTable, OverlayFile
 from edgezo.weights.home import Traffic
 from edgezo.weights.layouts import Dense, place, vacant
-from edgezo.weights.store import saved_sha256
-from edgezo.weights.trainable import Saved
+from edgezo.weights.saved import Saved, saved_sha256
 from edgezo.zo.noise import Key
 
 
@@ -170,7 +171,7 @@ def test_blocks_ahead_of_a_journal_that_was_cut_are_made_again(deep, tmp_path, e
         _after_step(patch, 4, _interrupt)
         run_of(deep, run, **request, residency="disk")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Training, "longest_first", lambda self: _interrupt(run))
+        patch.setattr(MicroBatchFitter, "longest_first", lambda self: _interrupt(run))
         assert edgezo_json("finetune", "--resume", "--out", run)[0] == 130
     code, found = edgezo_json("finetune", "--resume", "--out", run)
     assert (code, found["trained_sha256"]) == (0, whole["trained_sha256"])
@@ -230,15 +231,15 @@ def test_replay_and_evaluation_take_weights_from_disk_too(deep, tmp_path, edgezo
 
 def _after_step(patch: pytest.MonkeyPatch, number: int, act: Callable[[Path], None]) -> None:
     """Do something to the run after its step ``number``."""
-    real = Training.step
+    real = Stepper.step
 
-    def stepped(self: Training, step: int, step_size: float) -> Any:
-        record = real(self, step, step_size)
+    def stepped(self: Stepper, step: int, *more: Any) -> Any:
+        record = real(self, step, *more)
         if step == number:
-            act(self.run.path)
+            act(self.state.files.path)
         return record
 
-    patch.setattr(Training, "step", stepped)
+    patch.setattr(Stepper, "step", stepped)
 
 
 def _interrupt(run: Path) -> None:

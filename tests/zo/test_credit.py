@@ -164,13 +164,13 @@ def test_the_linear_schedule_ends_at_zero_and_the_constant_one_does_not_move():
 def test_the_table_names_what_there_is():
     from edgezo.zo import directions, masks, presets, rules
 
-    assert set(presets.DIRECTIONS) == set(directions.DIRECTIONS)
-    assert set(presets.RULES) == set(rules.RULES)
+    assert set(presets.DIRECTIONS) == set(directions.DIRECTION_KINDS)
+    assert set(presets.RULES) == set(rules.UPDATE_RULES)
     for name, mask in presets.MASKS.items():
         assert masks.mask_of(name, 0.5, 2e-3).name == name
         assert len(masks.mask_of(name, 0.5, 2e-3).states) == mask.state
     for name, rule in presets.RULES.items():
-        assert len(rules.RULES[name].states) == rule.state
+        assert len(rules.UPDATE_RULES[name].states) == rule.state
     for name, credit in presets.CREDITS.items():
         for mask in presets.MASKS:
             found = compose(name, mask, "sgd", 5).evaluations

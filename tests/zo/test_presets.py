@@ -33,11 +33,13 @@ from edgezo.network.loader import open_model
 from edgezo.network.model import Model
 from edgezo.plan.planner import make_plan
 from edgezo.plan.request import RunConfig, make_config
-from edgezo.run.journal import Journal, StepRecord, create_journal, open_journal
-from edgezo.run.session import recipe_of
+from edgezo.run.journal import Journal, create_journal, open_journal
+from edgezo.run.journal_record import StepRecord
+from edgezo.run.recipes import recipe_of
 from edgezo.run.train import finetune
 from edgezo.weights.layouts import Dense, Int8
-from edgezo.weights.store import WeightStore, saved_sha256
+from edgezo.weights.saved import saved_sha256, saved_tensors
+from edgezo.weights.store import WeightStore
 from edgezo.zo import masks
 from edgezo.zo.credit import Estimator
 from edgezo.zo.noise import Key
@@ -131,14 +133,14 @@ class Trial:
         store, key = self.model.store, Key(SEED, step)
         row = store.trainables[name]
         seen = reference.seen_values(row)
-        number = self.model.drawn or len(self.examples)
+        number = self.model.candidates or len(self.examples)
         found = []
         for slot in range(number):
             d = reference.masked(store, row, key, slot, seen)
             own = [used[name] for used in self.used if name in used]
             if own:
                 moved = torch.zeros(row.target.rows, 1, dtype=torch.float64)
-                moved[torch.cat(own) if self.model.drawn else own[slot]] = 1
+                moved[torch.cat(own) if self.model.candidates else own[slot]] = 1
                 d = d * moved
             found.append(d)
         return found
@@ -452,13 +454,13 @@ def test_many_steps_at_once_give_the_bits_of_one_by_one_for_any_tile(
 ) -> None:
     trial = maker.trial(name, precision, weight_decay=0.01, **refreshed(name))
     recipes = trial.run()
-    whole = saved_sha256(trial.model.store.saved())
+    whole = saved_sha256(saved_tensors(trial.model.store))
     again = maker.model(trial.cfg)
     if any(np.any(r.coefficients) for r in recipes):
-        assert saved_sha256(again.store.saved()) != whole
+        assert saved_sha256(saved_tensors(again.store)) != whole
     monkeypatch.setattr(limits, "TILE_BYTES", 3000)
     again.store.apply(recipes)
-    assert saved_sha256(again.store.saved()) == whole
+    assert saved_sha256(saved_tensors(again.store)) == whole
     rows = zip(again.store.trainables.values(), trial.model.store.trainables.values(), strict=True)
     for row, held in rows:
         assert row.state.keys() == held.state.keys()
@@ -514,7 +516,7 @@ def test_bf16_arithmetic_gives_near_losses_and_the_same_updates(name: str, maker
     trial.model = low
     assert np.abs(trial.losses(0) - plain).mean() < 0.1 * plain.mean()
     low.store.apply(recipes)
-    assert saved_sha256(low.store.saved()) == saved_sha256(wide.store.saved())
+    assert saved_sha256(saved_tensors(low.store)) == saved_sha256(saved_tensors(wide.store))
 
 
 # ----------------------------------------------------------------------------- whole runs

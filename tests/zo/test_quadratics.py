@@ -13,13 +13,13 @@ from test_presets import compared, presets, probed_of_quantized, told, with_pull
 from torch import Tensor
 
 from edgezo.plan.request import make_config
-from edgezo.run.journal import StepRecord
-from edgezo.run.session import recipe_of
+from edgezo.run.journal_record import StepRecord
+from edgezo.run.recipes import recipe_of
 from edgezo.weights.layouts import Dense
 from edgezo.weights.store import WeightStore
 from edgezo.zo import masks, rules
 from edgezo.zo.credit import Estimator
-from edgezo.zo.directions import DIRECTIONS, on_grid, orthonormal
+from edgezo.zo.directions import DIRECTION_KINDS, on_grid, orthonormal
 from edgezo.zo.noise import Key
 from edgezo.zo.presets import CREDITS, PRESETS
 
@@ -40,9 +40,9 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
     rate = SLOPE_RATE if cfg.credit in ("raw", "mean", "clipped", "svrg") else KAPPA_RATE
     rate = 0.01 if cfg.rule == "adam" else rate / 10 if cfg.credit == "svrg" else rate
     cfg = replace(cfg, step=rate, sigma=1e-3, seed=seed)
-    directions = DIRECTIONS[cfg.directions]._replace(rank=4, refresh=20)
+    directions = DIRECTION_KINDS[cfg.directions]._replace(rank=4, refresh=20)
     mask = masks.mask_of(cfg.mask, cfg.keep, cfg.sigma)
-    store = WeightStore(seed, 8, directions, mask=mask, rule=rules.RULES[cfg.rule])
+    store = WeightStore(seed, 8, directions, mask=mask, rule=rules.UPDATE_RULES[cfg.rule])
     generator = torch.Generator().manual_seed(seed)
     for block in range(BLOCKS):
         store.train(f"h.{block}.w", Dense(torch.randn(ROWS, COLS, generator=generator)))

@@ -15,7 +15,7 @@ from workshop import KEY, Tried, Workshop, make_examples, of
 
 from edgezo.data.batches import collate
 from edgezo.zo.credit import preset
-from edgezo.zo.directions import DIRECTIONS, Target
+from edgezo.zo.directions import DIRECTION_KINDS, Target
 from edgezo.zo.noise import Key, exact_grid
 from edgezo.zo.recipe import Recipe
 
@@ -29,12 +29,12 @@ QUADRATIC = {
 
 
 @pytest.mark.parametrize("shape", QUADRATIC)
-@pytest.mark.parametrize("name", [d for d in DIRECTIONS if d != "centred"])
+@pytest.mark.parametrize("name", [d for d in DIRECTION_KINDS if d != "centred"])
 def test_the_two_sided_estimate_of_a_quadratic_averages_to_its_gradient(
     name: str, shape: str
 ) -> None:
     # l(theta) = theta.H theta/2 + b.theta, so l(theta + s D) - l(theta - s D) = 2 s (H theta + b).D exactly.
-    directions, target = DIRECTIONS[name], QUADRATIC[shape]
+    directions, target = DIRECTION_KINDS[name], QUADRATIC[shape]
     size, sigma = target.rows * target.cols, 0.1
     generator = np.random.default_rng(0)
     root = generator.standard_normal((size, size))

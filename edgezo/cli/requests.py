@@ -1,0 +1,108 @@
+"""From a command line to a request: options over the TOML file, over settings of the run or the card, over defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from edgezo.errors import UsageError
+from edgezo.plan.fields import FREE_ON_RESUME, LOSS, OF_PRESET, flag
+from edgezo.plan.request import RunConfig, from_toml, make_config, read_toml
+
+# Settings of a run that belong to its data: an evaluation on other data does not take them over.
+OF_DATA = ("data_root", "template", "labels", "label_field", "max_new_tokens")
+
+
+def request(
+    given: Mapping[str, Any], config_file: str | None, *, need_data: bool = True
+) -> RunConfig:
+    """The request of a command: ``given`` are its options by field name, None where one is not given."""
+    from edgezo.network.cards import find_card
+
+    from_file = read_toml(config_file) if config_file is not None else {}
+    model = given.get("model") or from_file.get("model")
+    card = find_card(model) if isinstance(model, str) else None
+    of_card = dict(card.settings) if card is not None else {}
+    estimator = given.get("estimator") or from_file.get("estimator") or "grzo"
+    by_hand = any(given.get(name) or from_file.get(name) for name in ("mask", "credit", "rule"))
+    if by_hand or estimator != of_card.get("estimator", "grzo"):
+        for name in OF_PRESET:  # these were measured with the card's estimator
+            of_card.pop(name, None)
+    return make_config(given, from_file, of_card, need_data=need_data)
+
+
+def finetune_request(
+    given: Mapping[str, Any], config_file: str | None, resume: bool, note: Callable[[str], None]
+) -> tuple[RunConfig, bool]:
+    """(request of a fine-tune, whether there are steps to go on from).
+
+    Raises UsageError where a run would be overwritten, or resumed with other settings than it began with.
+    """
+    out = given["out"]
+    has_steps = out is not None and (Path(out) / "journal.bin").exists()
+    if not resume:
+        if has_steps:
+            raise UsageError(
+                f"{out} already holds a run. Go on with it (--resume --out {out}), "
+                "or give another --out."
+            )
+        return request(given, config_file), False
+    if out is None:
+        raise UsageError("--resume needs --out RUN, the directory of the run to go on with")
+    saved = saved_config(Path(out))
+    if saved is None:
+        if given["model"] is None and config_file is None:
+            raise UsageError(f"there is nothing to resume in {out}: it has no config.toml")
+        note(f"there is nothing to resume in {out}; starting from the first step")
+        return request(given, config_file), False
+    layer = _settings_of_run(saved, given)
+    cfg = make_config({**given, "model": given["model"] or saved.model}, layer)
+    cfg = replace(cfg, out=out)
+    changed = [
+        f"{flag(f.name)} was {getattr(saved, f.name)} when the run began, "
+        f"not {getattr(cfg, f.name)}; a resumed run goes on as it began"
+        for f in fields(cfg)
+        if f.name not in FREE_ON_RESUME and getattr(cfg, f.name) != getattr(saved, f.name)
+    ]
+    if changed:
+        raise UsageError(changed)
+    return cfg, has_steps
+
+
+def evaluation_request(given: Mapping[str, Any], config_file: str | None) -> tuple[str, RunConfig]:
+    """(model or run to evaluate, request): a run is evaluated with its own settings, but for what ``given`` changes."""
+    from edgezo.machine.hardware import machine
+    from edgezo.plan.budget import portable
+
+    model = given["model"]
+    saved = saved_config(Path(model)) if model is not None else None
+    if saved is None:
+        cfg = request(given, config_file)
+        return cfg.model, cfg
+    layer = _settings_of_run(portable(saved, machine()), given)
+    if given["data"] is not None or given["task"] is not None:
+        for name in OF_DATA:
+            del layer[name]
+        layer["objective"] = LOSS  # the run's objective belongs to its data
+    cfg = make_config({**given, "model": None, "objective": None}, layer)
+    if given["objective"] is not None:
+        # Checked apart from the run: an evaluation trains nothing by it, so any trained part may stand beside it.
+        asked = {"model": str(model), "objective": given["objective"]}
+        cfg = replace(cfg, objective=make_config(asked, need_data=False).objective)
+    return str(model), cfg
+
+
+def saved_config(run: Path) -> RunConfig | None:
+    """The configuration of a run directory, or None if there is none."""
+    file = run / "config.toml"
+    return from_toml(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _settings_of_run(saved: RunConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run, below what is given now. Its cap and residency belong to its device."""
+    layer = saved.to_dict()
+    if given["device"] not in (None, saved.device):
+        layer |= {"max_mem_bytes": None, "residency": None}
+    return layer

@@ -1,0 +1,268 @@
+"""Which form reads the rows of a dataset (row_kinds.py).
+
+A row is recognised by its fields: ``text``; ``prompt`` + ``completion``; ``prompt``, ``chosen``, ``rejected``;
+``messages``; or any fields with a template, a label field and label words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from edgezo.data.preferences import PAIR
+from edgezo.data.row_files import Problems, Record
+from edgezo.data.row_kinds import (
+    ChoiceForm,
+    CompletionForm,
+    Form,
+    LabelForm,
+    ListedOptionsForm,
+    MessagesForm,
+    PairForm,
+    TextForm,
+    WrittenForm,
+)
+from edgezo.data.tasks import Task
+from edgezo.data.templates import (
+    MASK,
+    Template,
+    derive_labels,
+    label_key,
+    parse_labels,
+    parse_template,
+    wants_space,
+    word_ids,
+)
+from edgezo.errors import UsageError
+
+DEFAULT_TEMPLATE = "{text}\nLabel:"
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """How labelled rows are to be read, as far as task and user give it."""
+
+    template: Template | None
+    words: Mapping[str, str] | None  # label -> label word
+    options: tuple[Template, ...]
+    label_field: str
+    labelled: bool  # a template, label words or a label field is given, so the rows have labels
+
+    @staticmethod
+    def of(
+        task: Task | None,
+        template: str | None,
+        labels: str | None,
+        label_field: str,
+        problems: Problems,
+    ) -> Labelling:
+        """What the user gives (--template, --labels, --label-field), else what the task gives."""
+        default_field = label_field == "label"
+        if task and (task.options or task.options_field) and labels:
+            problems.add(f"--task {task.name} has candidates in every row: leave out --labels")
+        if task and task.generation and labels:
+            problems.add(f"--task {task.name} has written answers: leave out --labels")
+        text = template or (task.template if task else None)
+        labels = labels or (task.labels if task else None)
+        options = [parse_template(option, problems) for option in task.options] if task else []
+        return Labelling(
+            template=parse_template(text, problems) if text else None,
+            words=parse_labels(labels, problems) if labels else None,
+            options=tuple(option for option in options if option),
+            label_field=task.label_field if task and default_field else label_field,
+            labelled=bool(text or labels or not default_field),
+        )
+
+
+class Recognised(NamedTuple):
+    """The form of a dataset's rows."""
+
+    form: Form
+    label_ids: tuple[int, ...] = ()  # token ids of the label words, of kind "label"
+    label_names: tuple[str, ...] = ()  # names of the candidates
+
+
+def recognise(
+    task: Task | None,
+    labelling: Labelling,
+    train: Sequence[Record],
+    known: Sequence[Record],  # labels are collected from these where no label words are given
+    tokenizer: Any,
+    masked: bool,
+    problems: Problems,
+    notes: list[str],
+) -> Recognised:
+    """The form of a dataset's rows. Raises UsageError with all problems if there are any."""
+    form = _task_form(task, labelling, masked, problems)
+    form = form or _plain_form(train[0], labelling, tokenizer)
+    if form is None:
+        return _labelled_form(labelling, train, known, tokenizer, masked, problems, notes)
+    if masked and task is None:
+        problems.add(
+            "a masked language model learns from labelled rows only: give --template, --labels and "
+            f"--label-field (the rows have: {train[0].keys})"
+        )
+    problems.raise_any()
+    return Recognised(form, (), PAIR[1:] if isinstance(form, PairForm) else ())
+
+
+def _task_form(
+    task: Task | None, labelling: Labelling, masked: bool, problems: Problems
+) -> Form | None:
+    """The form of a task whose answers are written or listed in the row; None for other tasks."""
+    if task is None or not (task.generation or task.options_field):
+        return None
+    if masked:
+        problems.add(f"--task {task.name} needs a causal language model")
+    if labelling.template is None:  # the user's cannot be parsed
+        problems.raise_any()
+    assert labelling.template is not None
+    if task.options_field:
+        return ListedOptionsForm(labelling.template, task.options_field, labelling.label_field)
+    return WrittenForm(labelling.template, task.source)
+
+
+def _plain_form(first: Record, labelling: Labelling, tokenizer: Any) -> Form | None:
+    """The form of rows without labels, by the fields of the first row; None if rows are labelled.
+
+    Raises UsageError for rows that no form reads.
+    """
+    if labelling.labelled:
+        return None
+    if "messages" in first.fields:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UsageError(
+                "the rows have 'messages', but this model has no chat template: use an instruction-"
+                "tuned model, or rows with prompt and completion"
+            )
+        return MessagesForm(tokenizer)
+    if all(name in first.fields for name in PAIR):
+        return PairForm()
+    if "prompt" in first.fields and "completion" in first.fields:
+        return CompletionForm()
+    if labelling.label_field in first.fields:
+        return None
+    if "text" in first.fields:
+        return TextForm()
+    raise UsageError(
+        f"{first.where} has the keys {first.keys}, and edgezo does not know how to read such rows.\n"
+        "It reads rows with text; with prompt and completion; with prompt, chosen and rejected; with messages; or any "
+        "others with a label, given --template '{field} ...', --labels '0=word,1=word' and --label-field"
+    )
+
+
+def _labelled_form(
+    labelling: Labelling,
+    train: Sequence[Record],
+    known: Sequence[Record],  # labels are collected from these where no label words are given
+    tokenizer: Any,
+    masked: bool,
+    problems: Problems,
+    notes: list[str],
+) -> Recognised:
+    """The form of labelled rows. Raises UsageError with all problems if there are any."""
+    label_field = labelling.label_field
+    keys = {str(key) for record in train for key in record.fields}
+    template = _template(labelling, keys, problems, notes)
+    words = labelling.words
+    if labelling.options:
+        words = {str(i): option.names[0] for i, option in enumerate(labelling.options)}
+    elif words is None and label_field in keys:
+        words = derive_labels(known, label_field, problems)
+    problems.raise_any()
+    assert template is not None and words is not None
+
+    labels = {label_key(record.fields.get(label_field)) for record in train}
+    if absent := [key for key in words if key not in labels]:
+        notes.append(f"no training row has label {', '.join(absent)}")
+    names = tuple(words.values())
+    before, after = _around_mask(template, tokenizer, masked, problems)
+    form = LabelForm(before, after, label_field, {key: i for i, key in enumerate(words)})
+    if not labelling.options:
+        return _word_form(form, names, tokenizer, masked, problems, notes)
+    if masked:
+        problems.add("candidates of several words need a causal language model")
+    problems.raise_any()
+    return Recognised(ChoiceForm(form, labelling.options), (), names)
+
+
+def _template(
+    labelling: Labelling, keys: Collection[str], problems: Problems, notes: list[str]
+) -> Template | None:
+    """The template of labelled rows with these fields; None after noting that there is none."""
+    listed = ", ".join(sorted(keys)[:12])
+    template = labelling.template
+    if template is None and "text" in keys:
+        template = parse_template(DEFAULT_TEMPLATE, problems)
+        notes.append(f"no --template: prompts are written as {DEFAULT_TEMPLATE!r}")
+    if template is None:
+        problems.add(f"give --template: how the fields of a row ({listed}) become a prompt")
+    elif unknown := [n for n in template.names if n not in keys and n != MASK]:
+        problems.add(f"--template names {', '.join(unknown)}, but the rows have: {listed}")
+    if labelling.label_field not in keys:
+        problems.add(
+            f"no row has the label field {labelling.label_field!r}, but: {listed} (give --label-field)"
+        )
+    return template
+
+
+def _word_form(
+    form: LabelForm,
+    names: tuple[str, ...],
+    tokenizer: Any,
+    masked: bool,
+    problems: Problems,
+    notes: list[str],
+) -> Recognised:
+    """The form of rows with label words ``names``: by their first tokens where these differ, else as a choice."""
+    at_line_start = form.before.tail.rstrip(" ").endswith("\n")
+    joined = masked and not form.before.tail.endswith(" ")
+    spaced = not at_line_start and not joined and wants_space(tokenizer, names)
+    tokens = {name: word_ids(tokenizer, name, spaced) for name in names}
+    for name, ids in tokens.items():
+        if not ids or ids[0] == tokenizer.unk_token_id:
+            problems.add(
+                f"the label word {name!r} is not in this model's vocabulary: give another with --labels"
+            )
+    firsts = tuple(ids[0] for ids in tokens.values() if ids)
+    shared = [name for name, ids in tokens.items() if ids and firsts.count(ids[0]) > 1]
+    listed = ", ".join(shared)
+    if shared and masked:
+        problems.add(
+            f"label words {listed} begin with the same token, and a masked model predicts one: "
+            "give others with --labels"
+        )
+    problems.raise_any()
+    if shared:
+        notes.append(
+            f"label words {listed} begin with the same token: each candidate is scored in another row "
+            f"({len(names)} rows an example); other words in --labels would be faster"
+        )
+        words = tuple(Template(((name, None),)) for name in names)
+        return Recognised(ChoiceForm(form, words), (), names)
+    if long := [name for name, ids in tokens.items() if len(ids) > 1]:
+        notes.append(
+            f"label words of several tokens are scored by their first token: {', '.join(long)}"
+        )
+    return Recognised(form, firsts, names)
+
+
+def _around_mask(
+    template: Template, tokenizer: Any, masked: bool, problems: Problems
+) -> tuple[Template, Template | None]:
+    """The template before the label word and after it; None after it for causal models."""
+    before, after = template.split()
+    if masked:
+        if tokenizer.mask_token_id is None:
+            problems.add("this model's tokenizer has no mask token, which a masked model needs")
+        if after is None:
+            before = Template((*before.parts, (" ", None)))
+            after = Template(((" .", None),))
+        return before, after
+    if after is not None and (after.names or after.tail.strip(" .")):
+        problems.add(
+            "the template has text after {mask}: a causal model predicts the label word from what "
+            "stands before it, so {mask} comes last"
+        )
+    return before, None

@@ -1,0 +1,50 @@
+"""Figures of an evaluation: accuracy, mean loss, and what a judge makes of written answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from edgezo.data.batches import collate, evaluation_batches
+from edgezo.data.dataset import Dataset
+from edgezo.machine.profiler import phase
+from edgezo.network.model import Model
+from edgezo.run.objective import Judge
+
+
+@phase("eval")
+def evaluate_model(model: Model, dataset: Dataset, judge: Judge | None = None) -> dict[str, Any]:
+    """Evaluate the validation rows: accuracy where rows have a right answer, else the mean loss.
+
+    With a judge the first of its figures is the metric, and the others stand beside it under their names.
+    """
+    examples = dataset.validation
+    total_loss, right = 0.0, 0
+    chosen = [0] * len(examples)
+    for batch in evaluation_batches(examples):
+        packed = collate([examples[i] for i in batch], range(len(batch)))
+        losses, predicted = model.losses(packed)
+        total_loss += float(losses.double().sum())
+        right += int((predicted[0] == packed.labels).sum())
+        for i, option in zip(batch, predicted[0].tolist(), strict=True):
+            chosen[i] = option
+    texts = judge.texts(model, chosen) if judge is not None else []
+    return figures_of(dataset, total_loss, right, judge, texts)
+
+
+def figures_of(
+    dataset: Dataset, total_loss: float, right: int, judge: Judge | None, texts: Sequence[str]
+) -> dict[str, Any]:
+    """The figures of an evaluation, from its sums and, with a judge, from the predicted ``texts``."""
+    n = len(dataset.validation)
+    loss = total_loss / n if n else float("nan")
+    figures = {"loss": loss}
+    if dataset.kind in ("label", "choice"):
+        figures = {"accuracy": right / n if n else 0.0}
+    if judge is not None:
+        of_judge = judge.figures(texts)
+        replaces = judge.writes or dataset.report is not None
+        figures = of_judge if replaces else {**figures, **of_judge}
+    metric, value = next(iter(figures.items()))
+    others = {k: v for k, v in figures.items() if k != metric or k == "objective"}
+    return {"metric": metric, "value": value, "n": n, "loss": loss, **others}

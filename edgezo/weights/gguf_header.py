@@ -1,0 +1,187 @@
+"""The header of a GGUF file: its metadata, and the table of its tensors.
+
+It is parsed here with bounded plain reads: the ``gguf`` package's reader makes one mapped array per vocabulary entry
+(7 s and 170 MB for 49,152 tokens). Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from edgezo.errors import EdgezoError
+
+# How tensors may be stored: as numbers of a torch dtype, or in blocks that ``gguf.quants`` decodes to fp32.
+PLAIN_DTYPES = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+BLOCK_TYPES = tuple(
+    GGMLQuantizationType[name]
+    for name in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+)
+
+# Types of metadata values: numbers with their struct codes, strings and arrays.
+_NUMBERS = dict(zip(range(8), ("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?"), strict=True))
+_NUMBERS |= {10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One entry of the file's tensor table; ``shape`` is in torch order (slowest axis first)."""
+
+    name: str
+    type: GGMLQuantizationType
+    shape: tuple[int, ...]
+    offset: int  # from the start of the file
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """Metadata and tensor table. Of an array of strings only the length is kept."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name of the architecture; "" where the file has none."""
+        return str(self.metadata.get("general.architecture", ""))
+
+
+class _Cursor:
+    """Bounded reads of the header: no length in the file is believed before it is checked."""
+
+    def __init__(self, stream: BinaryIO, path: Path):
+        self._stream = stream
+        self._path = path
+        self.size = path.stat().st_size
+        self.position = 0
+
+    def take(self, count: int) -> bytes:
+        if count > self.size - self.position:
+            raise self.fault(f"needs {count} more bytes")
+        self.position += count
+        return self._stream.read(count)
+
+    def number(self, layout: str) -> Any:
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
+
+    def text(self) -> str:
+        return self.take(self.number("<Q")).decode("utf-8")
+
+    def value(self, kind: int) -> Any:
+        if kind in _NUMBERS:
+            return self.number(_NUMBERS[kind])
+        if kind == _STRING:
+            return self.text()
+        if kind != _ARRAY:
+            raise self.fault(f"holds a value of unknown type {kind}")
+        element, count = self.number("<I"), self.number("<Q")
+        if element == _STRING:
+            for _ in range(count):
+                self.take(self.number("<Q"))
+            return count
+        if element not in _NUMBERS:
+            raise self.fault(f"holds an array of unknown type {element}")
+        layout = _NUMBERS[element]
+        raw = self.take(count * struct.calcsize(layout))
+        return list(struct.unpack(f"<{count}{layout[1]}", raw))
+
+    def fault(self, what: str) -> EdgezoError:
+        return EdgezoError(
+            f"{self._path}: the GGUF header {what} at byte {self.position} of {self.size}. "
+            "The file is damaged or incomplete: fetch it again."
+        )
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Parse and check the header of a GGUF file (version 2 or 3, little-endian).
+
+    Raises EdgezoError for another format, a damaged or truncated file, and tensors stored in a type that is not read.
+    """
+    with open(path, "rb", buffering=1 << 18) as stream:
+        cursor = _Cursor(stream, path)
+        try:
+            return _parse(cursor, path)
+        except (UnicodeDecodeError, struct.error, OverflowError, MemoryError) as problem:
+            raise cursor.fault(f"cannot be read ({problem})") from problem
+
+
+def _parse(cursor: _Cursor, path: Path) -> GgufHeader:
+    magic = cursor.take(4)
+    if magic != b"GGUF":
+        raise EdgezoError(f"{path} is not a GGUF file (it starts with {magic!r}).")
+    version, tensor_count, value_count = (cursor.number(code) for code in ("<I", "<Q", "<Q"))
+    if version not in (2, 3):
+        raise EdgezoError(f"{path} is GGUF version {version}; edgezo reads versions 2 and 3.")
+    metadata: dict[str, Any] = {}
+    for _ in range(value_count):
+        key = cursor.text()
+        if key in metadata:
+            raise cursor.fault(f"holds the key {key!r} twice")
+        metadata[key] = cursor.value(cursor.number("<I"))
+    table = []
+    for _ in range(tensor_count):
+        name, axes = cursor.text(), cursor.number("<I")
+        if not 1 <= axes <= 4:
+            raise cursor.fault(f"gives tensor {name!r} {axes} axes")
+        shape = tuple(reversed([cursor.number("<Q") for _ in range(axes)]))
+        table.append((name, shape, cursor.number("<I"), cursor.number("<Q")))
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
+        raise cursor.fault(f"gives an alignment of {alignment!r}")
+    start = -(-cursor.position // alignment) * alignment
+    return GgufHeader(path, metadata, _checked(cursor, path, table, start))
+
+
+def _checked(
+    cursor: _Cursor, path: Path, table: list[tuple[str, tuple[int, ...], int, int]], start: int
+) -> dict[str, GgufTensor]:
+    """Tensors by name, from (name, shape, number of the type, offset after ``start``); none overlap, all are there."""
+    tensors: dict[str, GgufTensor] = {}
+    for name, shape, number, offset in table:
+        if name in tensors:
+            raise cursor.fault(f"holds tensor {name!r} twice")
+        kind = _tensor_type(path, name, number)
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        if shape[-1] % block:
+            raise cursor.fault(f"gives tensor {name!r} rows of {shape[-1]}, no multiple of {block}")
+        size = math.prod(shape) // block * block_bytes
+        tensors[name] = GgufTensor(name, kind, shape, start + offset, size)
+    end = start
+    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.size_bytes)):
+        if tensor.offset < end:
+            raise cursor.fault(f"lets tensor {tensor.name!r} overlap another one")
+        end = tensor.offset + tensor.size_bytes
+        if end > cursor.size:
+            raise EdgezoError(
+                f"{path} has {cursor.size} bytes, tensor {tensor.name!r} ends at byte {end}. "
+                "The file is damaged or incomplete: fetch it again."
+            )
+    return tensors
+
+
+def _tensor_type(path: Path, name: str, number: int) -> GGMLQuantizationType:
+    readable = (*PLAIN_DTYPES, *BLOCK_TYPES)
+    if number in [int(kind) for kind in readable]:
+        return GGMLQuantizationType(number)
+    try:
+        stored_as = GGMLQuantizationType(number).name
+    except ValueError:
+        stored_as = f"number {number}"
+    raise EdgezoError(
+        f"{path}: tensor {name!r} is stored as {stored_as}; edgezo reads "
+        + ", ".join(kind.name for kind in readable)
+        + "."
+    )
