@@ -29,7 +29,8 @@ from edgezo.machine.limits import tiles
 from edgezo.network import cards
 from edgezo.network.assemble import ModelSpec, assemble
 from edgezo.network.loader import ModelFiles, open_model
-from edgezo.plan.request import RunConfig, make_config
+from edgezo.plan.config import RunConfig
+from edgezo.plan.request import make_config
 from edgezo.run.directory import RunFiles
 from edgezo.run.journal import open_journal
 from edgezo.run.journal_record import StepRecord

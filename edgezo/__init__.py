@@ -16,12 +16,13 @@ __version__ = "0.1.0"
 __all__ = ["RunConfig", "__version__", "finetune", "make_config", "make_plan"]
 
 if TYPE_CHECKING:
+    from edgezo.plan.config import RunConfig
     from edgezo.plan.planner import make_plan
-    from edgezo.plan.request import RunConfig, make_config
+    from edgezo.plan.request import make_config
     from edgezo.run.train import finetune
 
 _HOMES = {
-    "RunConfig": "edgezo.plan.request",
+    "RunConfig": "edgezo.plan.config",
     "finetune": "edgezo.run.train",
     "make_config": "edgezo.plan.request",
     "make_plan": "edgezo.plan.planner",

@@ -1,4 +1,4 @@
-"""Slow twins of what edgezo computes, each written the obvious way: plain integers, whole matrices, float64.
+"""Slow references for what edgezo computes, written the obvious way: plain integers, whole matrices, float64.
 
 Philox words         the ten rounds of the paper on Python integers
 directions           one explicit matrix D_i an example
@@ -50,7 +50,7 @@ def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]:
 
 
 def bits(key: Key, tensor: int, stream: int, block: int) -> int:
-    """The 256 bits of a block as one integer, bit 0 first. numpy counts before it generates, hence the 1."""
+    """The 256 bits of a block as one integer, bit 0 first. numpy counts before it generates, hence ``block + 1``."""
     words = philox((block + 1, stream, key.step, 1), (key.seed & _MASK, tensor))
     return sum(word << (64 * i) for i, word in enumerate(words))
 
@@ -62,14 +62,14 @@ def sign(key: Key, tensor: int, stream: int, row: int, col: int, width: int) -> 
 
 
 def code(key: Key, tensor: int, stream: int, row: int, col: int, width: int) -> int:
-    """The 16 bits of an element of a matrix of normals or uniforms."""
+    """The 16 bits that one element of a matrix of normals or uniforms is made from."""
     blocks = -(-16 * width // 256)
     value = bits(key, tensor, stream, row * blocks + col // 16)
     return (value >> (16 * (col % 16))) & 0xFFFF
 
 
 def normal_levels() -> np.ndarray:
-    """(65536,) float64: the quantiles of equally probable levels, divided by their standard deviation."""
+    """(65536,) float64: the normal quantiles of equally probable levels, over their standard deviation."""
     raw = np.array([NormalDist().inv_cdf((k + 0.5) / 65536) for k in range(65536)])
     levels: np.ndarray = raw / np.sqrt(np.mean(raw**2))
     return levels
@@ -82,7 +82,7 @@ def normal_levels() -> np.ndarray:
 def direction(
     kind: str, key: Key, target: Target, slot: int, rank: int = 8, refresh: int = 50
 ) -> Tensor:
-    """D_i of the example in ``slot``, (rows, cols) float64; not to be written to."""
+    """D_i of the example in ``slot``, (rows, cols) float64. It is cached: do not write to it."""
     rows, cols = target.rows, target.cols
     every = slice(0, rows)
     epoch = Key(key.seed, key.step // refresh)
@@ -120,16 +120,16 @@ def direction(
 
 
 def dealt(key: Key, target: Target, stream: int, size: int, k: int) -> Tensor:
-    """(size, k) float64 with orthonormal columns, one entry a row."""
-    found = torch.zeros(size, k, dtype=torch.float64)
+    """(size, k) float64 with one entry in each row and orthonormal columns."""
+    matrix = torch.zeros(size, k, dtype=torch.float64)
     signs = noise.signs(key, target.id, noise.CHOICE + stream, slice(0, 1), size)[0]
     for place, row in enumerate(noise.permutation(key, target.id, stream, size).tolist()):
-        found[row, place % k] = signs[row].double()
-    return found / found.norm(dim=0)
+        matrix[row, place % k] = signs[row].double()
+    return matrix / matrix.norm(dim=0)
 
 
 def centred(key: Key, target: Target) -> tuple[Tensor, Tensor]:
-    """ZO-AdaMU's (m, v) from further back than a float shows, (rows, cols) float64."""
+    """ZO-AdaMU's (m, v) of a step, (rows, cols) float64, from more past steps than fp32 can resolve."""
     every, m = slice(0, target.rows), torch.zeros(target.rows, target.cols, dtype=torch.float64)
     v = m
     for step in range(max(0, key.step - 15), key.step + 1):
@@ -143,31 +143,41 @@ def centred(key: Key, target: Target) -> tuple[Tensor, Tensor]:
     return m, v
 
 
-def masked(store: WeightStore, row: Trainable, key: Key, slot: int, seen: Tensor) -> Tensor:
-    """D_i as the mask leaves it, (rows, cols) float64; ``seen``: the weights as the forward reads them."""
-    d = store.directions
-    found = direction(d.name, key, row.target, slot, d.rank, d.refresh)
-    if row.basis is not None:  # A V^T
-        a = noise.signs(key, row.target.id, noise.LEFT, slice(0, d.rank), row.target.rows)
-        found = a[: len(row.basis)].T.double() @ row.basis.double()
-    if row.guides is not None:  # r_i v_i^T of the step that was probed last
-        r = noise.signs(key, row.target.id, noise.ROW, slice(slot, slot + 1), row.target.rows)
-        found = r[0].double()[:, None] * row.guides[slot].double()
-    block = re.search(r"[.]([0-9]+)[.]", row.target.name)
-    if store.mask.name == "sparse" and row.threshold is not None:
-        found = found * (seen.abs() < row.threshold)
+def masked(
+    store: WeightStore, trainable: Trainable, key: Key, slot: int, weights: Tensor
+) -> Tensor:
+    """D_i as the mask shapes it, (rows, cols) float64; ``weights``: as the forward reads them."""
+    directions = store.directions
+    d = direction(directions.name, key, trainable.target, slot, directions.rank, directions.refresh)
+    if trainable.basis is not None:  # A V^T
+        a = noise.signs(
+            key, trainable.target.id, noise.LEFT, slice(0, directions.rank), trainable.target.rows
+        )
+        d = a[: len(trainable.basis)].T.double() @ trainable.basis.double()
+    if trainable.guides is not None:  # r_i v_i^T of the step that was probed last
+        r = noise.signs(
+            key, trainable.target.id, noise.ROW, slice(slot, slot + 1), trainable.target.rows
+        )
+        d = r[0].double()[:, None] * trainable.guides[slot].double()
+    block = re.search(r"[.]([0-9]+)[.]", trainable.target.name)
+    if store.mask.name == "sparse" and trainable.threshold is not None:
+        d = d * (weights.abs() < trainable.threshold)
     if store.mask.name == "layers" and block is not None:
-        found = found * (int(block[1]) in store.mask.chosen(key))
+        d = d * (int(block[1]) in store.mask.chosen(key))
     if store.mask.name in ("hessian", "hessian-block"):
-        found = found / row.state["hessian"].double().sqrt()
-    return found * store.scales.get(row.target.name, 1.0)
+        d = d / trainable.state["hessian"].double().sqrt()
+    return d * store.scales.get(trainable.target.name, 1.0)
 
 
 def probed_guides(store: WeightStore) -> dict[str, Tensor]:
-    """What the step that was probed last was guided by, as ``take_guides`` gives it."""
-    rows = ((name, row.guides) for name, row in store.trainables.items() if row.guides)
-    found = {name: torch.stack([guides[i] for i in sorted(guides)]) for name, guides in rows}
-    return found | {n: r.basis for n, r in store.trainables.items() if r.basis is not None}
+    """The guides of the last forward, as ``take_guides`` gives them."""
+    trainables = (
+        (name, trainable.guides) for name, trainable in store.trainables.items() if trainable.guides
+    )
+    guides = {
+        name: torch.stack([by_slot[i] for i in sorted(by_slot)]) for name, by_slot in trainables
+    }
+    return guides | {n: r.basis for n, r in store.trainables.items() if r.basis is not None}
 
 
 def update(store: WeightStore, recipe: Recipe, name: str, used: Sequence[Tensor]) -> Tensor:
@@ -186,9 +196,11 @@ def update(store: WeightStore, recipe: Recipe, name: str, used: Sequence[Tensor]
     return total
 
 
-def seen_values(row: Trainable) -> Tensor:
+def seen_values(trainable: Trainable) -> Tensor:
     """A trained tensor as the forward reads it, (rows, cols) float64."""
-    return row.layout.expand(slice(0, row.target.rows), torch.empty(row.layout.shape)).double()
+    return trainable.layout.expand(
+        slice(0, trainable.target.rows), torch.empty(trainable.layout.shape)
+    ).double()
 
 
 # ----------------------------------------------------------------------------- explicit weights
@@ -200,24 +212,24 @@ def explicit_weights(
     """theta + sigma*D_i as plain float64 weights by parameter name; edgezo's (out, in) orientation."""
     store = model.store
 
-    def moved(row: Trainable, seen: Tensor) -> Tensor:
-        values = seen.double()
+    def moved(trainable: Trainable, weights: Tensor) -> Tensor:
+        values = weights.double()
         if key is not None:
-            values = values + sigma * masked(store, row, key, slot, values)
+            values = values + sigma * masked(store, trainable, key, slot, values)
         return values
 
-    weights = {name: held.double() for name, held in store.vectors.items()}
-    for name, row in store.trainables.items():
-        if row.target.vector and "#" not in name:
-            weights[name] = moved(row, row.layout.values)[:, 0]
+    weights = {name: values.double() for name, values in store.vectors.items()}
+    for name, trainable in store.trainables.items():
+        if trainable.target.vector and "#" not in name:
+            weights[name] = moved(trainable, trainable.layout.values)[:, 0]
     for name, layout in store.layouts.items():
         # The forward reads the high part of a weight with a low-order plane.
         w = layout.expand(slice(0, layout.shape[0]), torch.empty(layout.shape)).double()
-        own, gain, factor = (
+        matrix, gain, factor = (
             store.trainables.get(name + suffix) for suffix in ("", "#gain", "#lowrank")
         )
-        if own is not None:
-            w = moved(own, w)
+        if matrix is not None:
+            w = moved(matrix, w)
         if gain is not None:
             w = w * (1 + moved(gain, gain.layout.values))
         if factor is not None:
@@ -228,7 +240,7 @@ def explicit_weights(
 
 
 class Twin:
-    """transformers' own module in float64, whose weights are replaced at will. It never sees edgezo's classes."""
+    """transformers' module in float64, whose weights can be replaced. It never sees classes of edgezo."""
 
     def __init__(self, module: Any, *, kind: str, label_ids: Sequence[int]):
         self.module: Any = module.double().eval()
@@ -247,12 +259,12 @@ class Twin:
             parameter.copy_(values)
 
     def logits(self, row: Row) -> Tensor:
-        """Logits at the scored positions of one row, (p, vocab), as the module itself gives them."""
+        """Logits at the p scored positions of one row, (p, vocab), as the module gives them."""
         logits: Tensor = self.module(input_ids=torch.tensor(row.ids)[None]).logits[0]
         return logits[list(row.score_at)]
 
     def features(self, row: Row) -> tuple[Tensor, Tensor]:
-        """What the output embedding reads and gives at the scored positions: (p, hidden), (p, vocab) uncapped."""
+        """Input and output of the output embedding at the p scored positions: (p, hidden), (p, vocab) uncapped."""
         seen: list[tuple[Tensor, Tensor]] = []
         hook = self.head.register_forward_hook(lambda _, x, y: seen.append((x[0][0], y[0])))
         try:
@@ -268,7 +280,7 @@ class Twin:
     def loss(
         self, example: Example, change: Tensor | None = None, basis: Tensor | None = None
     ) -> Tensor:
-        """Loss of one example. ``change`` is added to the head as edgezo's exact head would: H + change @ basis."""
+        """Loss of one example. ``change`` is added to the head H as edgezo's exact head does: H + change @ basis."""
         rows = []
         for row in example.rows:
             if change is None:
@@ -294,16 +306,16 @@ class Twin:
 
     @torch.no_grad()
     def losses(self, model: Model, examples: Sequence[Example], key: Key, sigma: float) -> Tensor:
-        """(2, B) float64: every example under its own copy of the weights, + side then - side."""
-        found = torch.empty(2, len(examples), dtype=torch.float64)
+        """(2, B) float64: the loss of every example with its copy of the weights, + side, then - side."""
+        losses = torch.empty(2, len(examples), dtype=torch.float64)
         for slot, example in enumerate(examples):
             for side, sign in enumerate((1, -1)):
                 self.load(explicit_weights(model, key, slot, sign * sigma))
-                found[side, slot] = self.loss(example)
-        return found
+                losses[side, slot] = self.loss(example)
+        return losses
 
     def rows_used(self, example: Example) -> dict[str, Tensor]:
-        """Rows of each 2-D parameter that an example's loss can depend on: embedding look-ups and scored logits."""
+        """Rows of each 2-D parameter that an example's loss can depend on: look-ups, and scored logits."""
         names = {id(p): n for n, p in self.module.named_parameters()}
         used: dict[str, set[int]] = {}
         with _lookups() as seen, torch.no_grad():
@@ -320,7 +332,7 @@ class Twin:
 
 @contextmanager
 def _lookups() -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Every (weight, ids) that goes through ``torch.nn.functional.embedding``."""
+    """Every (weight, ids) that ``torch.nn.functional.embedding`` is called with inside."""
     seen: list[tuple[Tensor, Tensor]] = []
     plain = F.embedding
 
@@ -343,10 +355,10 @@ def published_step(
     losses: np.ndarray,
     state: dict[str, Any],
 ) -> Tensor:
-    """One step of ``cfg.estimator`` on one tensor as its paper has it, in float64: the new theta.
+    """One step of ``cfg.estimator`` on one tensor, as its paper has it, in float64. Returns the new theta.
 
-    ``directions``: the D_i that were probed, as each example moves them; ``losses`` (S, B). ``state`` is the tensor's
-    own and is changed. Written from the papers' formulas, not from edgezo's tables.
+    ``directions``: the D_i of the probe, zero where example i does not move the tensor; ``losses``: (S, B). ``state``
+    is that of this tensor, and is changed. Written from the papers' formulas, not from edgezo's tables.
     """
     lr, sigma, b = cfg.step, cfg.sigma, losses.shape[1]
     losses = losses.astype(np.float64)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+
+import pytest
 
 import edgezo
 
@@ -130,3 +136,34 @@ def test_no_modules_import_each_other_in_a_circle():
     while ends := {m for m, imported in edges.items() if not imported & edges.keys()}:
         edges = {m: imported for m, imported in edges.items() if m not in ends}
     assert not edges, sorted(edges)
+
+
+PLANTED = {
+    "nothing": ("zo/credit.py", "", True),
+    "upwards": ("zo/credit.py", "import edgezo.run.step", False),
+    "sideways": ("data/batches.py", "from edgezo.zo import noise", False),
+    "upwards for type checking": (
+        "weights/tile.py",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import edgezo.run.train",
+        False,
+    ),
+    "torch in a plan": ("plan/planner.py", "import torch", False),
+    "numpy below a plan": ("machine/limits.py", "import numpy", False),
+}
+
+
+@pytest.mark.parametrize("case", PLANTED)
+def test_the_import_rules_are_kept_and_a_planted_import_breaks_them(case, tmp_path):
+    path, line, kept = PLANTED[case]
+    shutil.copytree(HOUSE, tmp_path / "edgezo", ignore=shutil.ignore_patterns("*.so", "*.pyc"))
+    shutil.copy(HOUSE.parent / "pyproject.toml", tmp_path)
+    with (tmp_path / "edgezo" / path).open("a", encoding="utf-8") as file:
+        file.write(f"\n{line}\n")
+    done = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--no-logo"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode == 0) is kept, done.stdout + done.stderr

@@ -1,6 +1,4 @@
-"""What the laws of the engine are tried on: a case is a row of a table; a new family, direction or store is covered
-by adding one.
-"""
+"""Cases that laws are tested on, in one table: to cover a new model family, direction or precision, add a case."""
 
 from __future__ import annotations
 
@@ -140,7 +138,7 @@ def cases(chosen: Sequence[Case] = CASES) -> Any:
 
 
 def make_row(generator: np.random.Generator, length: int, scored: int, masked: bool) -> Row:
-    """Random ids; ``scored`` positions, or one for a label (0)."""
+    """A row of random ids with ``scored`` scored positions; one without a target where ``scored`` is 0 (a label)."""
     ids = generator.integers(4, tiny_models.VOCAB, length)
     if masked:
         at = sorted(generator.choice(length, max(scored, 1), replace=False).tolist())
@@ -153,7 +151,7 @@ def make_row(generator: np.random.Generator, length: int, scored: int, masked: b
 
 def make_examples(kind: str, masked: bool, count: int = 4, seed: int = 0) -> tuple[Example, ...]:
     generator = np.random.default_rng(seed)
-    found = []
+    examples = []
     for i in range(count):
         length = int(generator.integers(7, 20))
         if kind == "choice":
@@ -161,13 +159,13 @@ def make_examples(kind: str, masked: bool, count: int = 4, seed: int = 0) -> tup
         else:
             rows = (make_row(generator, length, 0 if kind == "label" else 1 + i, masked),)
         label = int(generator.integers(0, len(rows) if kind == "choice" else len(LABEL_IDS)))
-        found.append(Example(rows, -1 if kind == "completion" else label))
-    return tuple(found)
+        examples.append(Example(rows, -1 if kind == "completion" else label))
+    return tuple(examples)
 
 
 @dataclass
 class Tried:
-    """A case made real: edgezo's model, transformers' own module, and a group of examples."""
+    """A case with its objects: edgezo's model, transformers' module, and a group of examples."""
 
     case: Case
     path: Path
@@ -189,20 +187,20 @@ class Tried:
 
     @cached_property
     def used(self) -> dict[str, list[Tensor]]:
-        """Rows of every trained tensor that each example moves."""
+        """For every trained tensor the rows that each example moves."""
         per_example = [self.twin.rows_used(example) for example in self.examples]
         return {
-            name: [used.get(name, torch.arange(row.target.rows)) for used in per_example]
-            for name, row in self.model.store.trainables.items()
+            name: [used.get(name, torch.arange(trainable.target.rows)) for used in per_example]
+            for name, trainable in self.model.store.trainables.items()
         }
 
     def losses(self, directions: Directions | None = None, sigma: float = SIGMA) -> Tensor:
-        """Two-sided losses (2, B) of the group; what was touched is forgotten."""
+        """Two-sided losses (2, B) of the group; the rows touched in the forward are forgotten."""
         probe = self.model.probe(self.batch, KEY, sigma)
         probe.directions = directions or probe.directions
-        found, _ = self.model.losses(self.batch, probe, sides=2)
+        losses, _ = self.model.losses(self.batch, probe, sides=2)
         self.model.take_touched(len(self.examples))
-        return found
+        return losses
 
     def touched(self, step: int = KEY.step) -> tuple[np.ndarray, ...]:
         probe = self.model.probe(self.batch, Key(KEY.seed, step), SIGMA)
@@ -210,16 +208,19 @@ class Tried:
         return self.model.take_touched(len(self.examples))
 
     def recipe(self, step: int, decay: float = 0.0) -> Recipe:
-        """A recipe with arbitrary coefficients of a size that every store can hold."""
+        """A recipe with random coefficients of a size that every precision can store."""
         c = np.random.default_rng(step).standard_normal(len(self.examples)) * 0.01
         touched = self.touched(step)
         guides = reference.probed_guides(self.model.store)
         return Recipe(step, exact_grid(c), decay, touched, guides=guides)
 
     def values(self) -> dict[str, Tensor]:
-        """Every trained tensor as the store's grid holds it, (rows, cols) float64."""
-        rows = self.model.store.trainables.items()
-        return {name: row.layout.read(slice(0, row.target.rows)).double() for name, row in rows}
+        """Every trained tensor as it is stored, (rows, cols) float64."""
+        trainables = self.model.store.trainables.items()
+        return {
+            name: trainable.layout.read(slice(0, trainable.target.rows)).double()
+            for name, trainable in trainables
+        }
 
     def restore(self) -> None:
         load_trained(self.model.store, self.start)
@@ -233,7 +234,7 @@ def official_module(case: Case) -> nn.Module:
 
 
 class Workshop:
-    """Makes what laws are tried on, each once."""
+    """Makes the objects of each case, once."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -272,20 +273,24 @@ class Workshop:
 
 
 def settle(model: Model) -> None:
-    """Move what starts at zero (factors, gains) and the low-order planes to somewhere generic."""
+    """Move all trained values a little: factors, gains and low-order planes start at zero, which is special."""
     generator = torch.Generator().manual_seed(3)
-    for name, row in model.store.trainables.items():
-        every = slice(0, row.target.rows)
-        step = torch.randn(row.layout.shape, generator=generator) * (0.1 if "#" in name else 1e-3)
-        values = row.layout.snap(row.layout.read(every) + step, KEY, row.target.id, every)
-        row.layout.write(every, values)
+    for name, trainable in model.store.trainables.items():
+        every = slice(0, trainable.target.rows)
+        step = torch.randn(trainable.layout.shape, generator=generator) * (
+            0.1 if "#" in name else 1e-3
+        )
+        values = trainable.layout.snap(
+            trainable.layout.read(every) + step, KEY, trainable.target.id, every
+        )
+        trainable.layout.write(every, values)
 
 
-def close(found: Tensor, wanted: Tensor, atol: float, rtol: float = 0.0) -> None:
-    torch.testing.assert_close(found.double(), wanted.double(), atol=atol, rtol=rtol)
+def close(actual: Tensor, expected: Tensor, atol: float, rtol: float = 0.0) -> None:
+    torch.testing.assert_close(actual.double(), expected.double(), atol=atol, rtol=rtol)
 
 
 def code_steps(layout: layouts.Int8) -> Tensor:
-    """The same for codes: a row's scale; at the ends of their range, which hold a value back, any distance."""
+    """How far rounding may move codes: their row's scale; any distance at the ends of the range, which stop a value."""
     at_end = layout.codes.abs() >= layouts.MOST_CODE
     return torch.where(at_end, math.inf, layout.scale.double())

@@ -41,22 +41,25 @@ MB = 1e6
 def stages(samples: dict[str, Any], steps: int) -> list[tuple[float, float, str]]:
     """(start, end, label) of the parts of a run, from the phases of the samples; seconds."""
     times, phases = samples["t_s"], samples["phase"]
-    first = {name: times[phases.index(name)] for name in ("load", "forward", "eval", "fit")}
-    runs = [
-        (name, [t for _, t in group])
-        for name, group in groupby(zip(phases, times, strict=True), key=lambda s: s[0])
+    spans = [
+        (name, [time for _, time in group])
+        for name, group in groupby(zip(phases, times, strict=True), key=lambda sample: sample[0])
     ]
-    evaluated = next(span[-1] for name, span in runs if name == "eval")
-    fitted = max(span[-1] for name, span in runs if name == "fit")
-    last = max(span[0] for name, span in runs if name == "eval")
-    return [
-        (0.0, first["load"], "import"),
-        (first["load"], first["forward"], "load"),
-        (first["forward"], evaluated, "check,\nevaluate"),
-        (evaluated, fitted, "linear\nprobe"),
-        (fitted, last, f"{steps} steps"),
-        (last, times[-1], "evaluate"),
+    starts = {name: [span[0] for at, span in spans if at == name] for name in phases}
+    ends = {name: [span[-1] for at, span in spans if at == name] for name in phases}
+    # A short phase can fall between two samples; then its stage belongs to the one before it.
+    begins = [(0.0, "import")]
+    begins += [
+        (starts[name][0], label)
+        for name, label in (("load", "load"), ("forward", "check,\nevaluate"))
+        if name in starts
     ]
+    if "fit" in starts and "eval" in starts:
+        begins.append((ends["eval"][0], "linear\nprobe"))
+        begins.append((ends["fit"][-1], f"{steps} steps"))
+        begins.append((starts["eval"][-1], "evaluate"))
+    until = [start for start, _ in begins[1:]] + [times[-1]]
+    return [(start, end, label) for (start, label), end in zip(begins, until, strict=True)]
 
 
 def thinned(samples: dict[str, list[Any]], apart_s: float = 0.04) -> dict[str, list[Any]]:
@@ -76,48 +79,18 @@ def draw(run: Path) -> str:
         for name in ("profile.json", "plan.json", "summary.json")
     )
     samples = thinned(profile["samples"])
-    times = samples["t_s"]
-    anonymous = [value / MB for value in samples["anon_bytes"]]
-    resident = [value / MB for value in samples["rss_bytes"]]
     plt.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10})
+    plt.rcParams["svg.hashsalt"] = "edgezo"  # the same file from the same run
     figure, axes = plt.subplots(figsize=(8.2, 4.1))
     figure.patch.set_facecolor(NAMED["paper"])
     axes.set_facecolor(NAMED["paper"])
-
-    end = times[-1]
-    for number, (start, stop, label) in enumerate(stages(samples, summary["steps"])):
-        if number % 2:
-            axes.axvspan(start, stop, color=NAMED["band"], lw=0, zorder=0)
-        narrow = stop - start < 0.06 * end
-        axes.text((start + stop) / 2, 1085, label, ha="center", va="top", fontsize=9, linespacing=1.1,
-                  color=NAMED["soft"], rotation=90 if narrow else 0)  # fmt: skip
-    axes.fill_between(times, anonymous, color=NAMED["anon"], lw=0, zorder=2)
-    axes.fill_between(times, anonymous, resident, color=NAMED["file"], lw=0, zorder=2)
-    axes.text(12.6 / 17 * end, 280, "anonymous: weights, activations, heap", ha="center",
-              color=NAMED["paper"], zorder=3)  # fmt: skip
-    axes.text(12.6 / 17 * end, 650, "files: libraries", ha="center", color=NAMED["ink"], zorder=3)
-
-    for bytes_, name, label, lift in (
-        (summary["max_mem_bytes"], "cap", "cap (--max-mem)", 8),
-        (plan["planned_peak_bytes"], "plan", "planned peak", 8),
-        (summary["inference_peak_rss_bytes"], "plain", "plain forward, same rows", -46),
-    ):  # fmt: skip
-        axes.axhline(bytes_ / MB, color=NAMED[name], lw=1.5, ls=(0, (5, 3)), zorder=4)
-        axes.text(
-            0.01 * end,
-            bytes_ / MB + lift,
-            f"{label} {bytes_ / MB:.0f} MB",
-            color=NAMED[name],
-            zorder=5,
-        )
-    peak = summary["peak_rss_bytes"] / MB
-    axes.annotate(f"measured peak {peak:.0f} MB", (0.965 * end, peak), (0.80 * end, 815), ha="center",
-                  color=NAMED["ink"], zorder=5,
-                  arrowprops={"arrowstyle": "->", "color": NAMED["ink"], "shrinkB": 1})  # fmt: skip
-
+    end, cap = samples["t_s"][-1], summary["max_mem_bytes"] / MB
+    _areas(axes, samples, summary["steps"], cap)
+    _levels(axes, plan, summary, end, cap)
     axes.set_xlim(0, end)
-    axes.set_ylim(0, 1100)
-    axes.set_yticks(range(0, 901, 100))
+    axes.set_ylim(0, 1.22 * cap)
+    axes.set_yticks([share * cap / 9 for share in range(10)])
+    axes.yaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel("seconds since the start of the process", color=NAMED["ink"])
     axes.set_ylabel("resident memory, MB", color=NAMED["ink"])
     axes.tick_params(colors=NAMED["ink"])
@@ -126,10 +99,54 @@ def draw(run: Path) -> str:
         spine.set_color(NAMED["soft"])
     figure.tight_layout()
     text = io.StringIO()
-    plt.rcParams["svg.hashsalt"] = "edgezo"  # the same file from the same run
     figure.savefig(text, format="svg", metadata={"Date": None})
     plt.close(figure)
     return themed(text.getvalue())
+
+
+def _areas(axes: Any, samples: dict[str, list[Any]], steps: int, cap: float) -> None:
+    """Resident memory, anonymous and of files, over the stages of the run; ``cap`` in MB."""
+    times, end = samples["t_s"], samples["t_s"][-1]
+    anonymous = [value / MB for value in samples["anon_bytes"]]
+    resident = [value / MB for value in samples["rss_bytes"]]
+    for number, (start, stop, label) in enumerate(stages(samples, steps)):
+        if number % 2:
+            axes.axvspan(start, stop, color=NAMED["band"], lw=0, zorder=0)
+        turned = {"rotation": 90} if stop - start < 0.06 * end else {"linespacing": 1.1}
+        place = ((start + stop) / 2, 1.205 * cap)
+        axes.text(*place, label, ha="center", va="top", fontsize=9, color=NAMED["soft"], **turned)
+    axes.fill_between(times, anonymous, color=NAMED["anon"], lw=0, zorder=2)
+    axes.fill_between(times, anonymous, resident, color=NAMED["file"], lw=0, zorder=2)
+    middle, above = {"ha": "center", "zorder": 3}, 0.74 * end
+    axes.text(
+        above, 0.31 * cap, "anonymous: weights, activations, heap", color=NAMED["paper"], **middle
+    )
+    axes.text(above, 0.72 * cap, "files: libraries", color=NAMED["ink"], **middle)
+
+
+def _levels(
+    axes: Any, plan: dict[str, Any], summary: dict[str, Any], end: float, cap: float
+) -> None:
+    """What the measured peak is to be compared with."""
+    for level_bytes, name, label, lift in (
+        (summary["max_mem_bytes"], "cap", "cap (--max-mem)", 0.009),
+        (plan["planned_peak_bytes"], "plan", "planned peak", 0.009),
+        (summary["inference_peak_rss_bytes"], "plain", "plain forward", -0.051),
+    ):
+        level = level_bytes / MB
+        axes.axhline(level, color=NAMED[name], lw=1.5, ls=(0, (5, 3)), zorder=4)
+        place = (0.01 * end, level + lift * cap)
+        axes.text(*place, f"{label} {level:.0f} MB", color=NAMED[name], zorder=5)
+    peak = summary["peak_rss_bytes"] / MB
+    axes.annotate(
+        f"measured peak {peak:.0f} MB",
+        (0.965 * end, peak),
+        (0.80 * end, 0.905 * cap),
+        ha="center",
+        color=NAMED["ink"],
+        zorder=5,
+        arrowprops={"arrowstyle": "->", "color": NAMED["ink"], "shrinkB": 1},
+    )
 
 
 def themed(svg: str) -> str:

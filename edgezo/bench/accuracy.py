@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from edgezo.bench.memory import write_results
+from edgezo.bench.memory import claim_results, write_results
 from edgezo.bench.study import Settings, Study
 from edgezo.errors import EdgezoError
 from edgezo.plan.fields import flag
@@ -43,6 +43,7 @@ def bench_accuracy(
     for each method on each task, with the least and the most). A run that fails is a row with ``error``, and is made
     again the next time. Raises EdgezoError where every run fails.
     """
+    claim_results(out)
     options = {"data_root": data_root, "threads": threads}
     local = {name: value for name, value in options.items() if value}
     with ThreadPoolExecutor(parallel) as pool:

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgezo.errors import EdgezoError, UsageError
-from edgezo.plan.planner import DEFAULT_BATCH
-from edgezo.plan.request import RunConfig, make_config
+from edgezo.plan.config import RunConfig
+from edgezo.plan.fields import DEFAULT_BATCH
+from edgezo.plan.request import make_config
 
 if TYPE_CHECKING:
     from torch import Tensor

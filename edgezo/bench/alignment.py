@@ -27,14 +27,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from edgezo.bench.accuracy_baselines import loss_of
-from edgezo.bench.memory import UNLIMITED_BYTES, write_results
+from edgezo.bench.memory import UNLIMITED_BYTES, claim_results, write_results
 from edgezo.data.batches import Example, batch_indices, collate
 from edgezo.data.dataset import Dataset
 from edgezo.errors import UsageError
 from edgezo.machine.hardware import machine
 from edgezo.network import loader
 from edgezo.network.model import Model
-from edgezo.plan.request import RunConfig, Settled, make_config
+from edgezo.plan.config import RunConfig, Settled
+from edgezo.plan.request import make_config
 from edgezo.run.finetuner import Tuner, load_finetuner
 from edgezo.run.session import Opened, load_model, open_request, settle
 from edgezo.weights.store import WeightStore
@@ -99,6 +100,7 @@ def bench_alignment(
             f"{exact[0]} trains with the true gradient, which bench alignment compares estimates with; "
             "leave it out of --estimators"
         )
+    claim_results(out)
     rows = []
     for name, cfg in zip(estimators, chosen, strict=True):
         for size in batch_sizes:

@@ -29,9 +29,12 @@ from edgezo import __version__
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.files import atomic_write
 from edgezo.machine.hardware import machine
+from edgezo.machine.ownership import claim
 from edgezo.machine.process_memory import Meter, allocator_policy, read_status
 from edgezo.plan.fields import FIELDS, flag
 
+STEMS = ("memory", "speed", "alignment", "accuracy")  # names of result files, without their ends
+LARGEST_RESULT_BYTES = 64 * 10**6
 UNLIMITED_BYTES = 10**15  # a cap that no method reaches, since what it takes freely is measured
 STEPS = 2  # from the second step on an optimizer has its state in memory
 
@@ -98,7 +101,7 @@ def bench_memory(
     from edgezo.network import cards
 
     path = cards.resolve(model, progress=note)
-    out.mkdir(parents=True, exist_ok=True)
+    claim_results(out)
     log = out / "points.jsonl"
     known = _read_points(log)
     rows = []
@@ -131,6 +134,27 @@ def _problems(
     return problems + [f"--tokens: {n} is not {least} or more" for n in tokens if n < least]
 
 
+def claim_results(out: Path) -> None:
+    """Make ``out`` a directory for results. Raises UsageError, and changes nothing, where it holds other files."""
+    claim(out, "bench", _holds_results)
+
+
+def _holds_results(folder: Path) -> bool:
+    """Whether all files of a directory are results of a version before directories had a marker."""
+    results = {f"{stem}.{kind}" for stem in STEMS for kind in ("json", "png")}
+    for path in folder.iterdir():
+        if path.name not in {*results, "points.jsonl", "runs"}:
+            return False
+        if path.suffix == ".json" and path.stat().st_size <= LARGEST_RESULT_BYTES:
+            try:
+                rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                return False
+            if not isinstance(rows, list):
+                return False
+    return any((folder / f"{stem}.json").exists() for stem in STEMS)
+
+
 def write_results(
     result: dict[str, Any],
     stem: Path,
@@ -141,7 +165,6 @@ def write_results(
 
     Without matplotlib there is no chart, and ``note`` is called with what to install.
     """
-    stem.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(stem.with_suffix(".json"), (json.dumps(result, indent=1) + "\n").encode())
     if find_spec("matplotlib") is None:
         note("no chart, because matplotlib is missing: pip install 'edgezo[bench]'")
@@ -293,7 +316,7 @@ def inference(request: dict[str, Any]) -> dict[str, Any]:
             model.losses(piece, sides=2)
         times_s.append(time.monotonic() - begun_s)
     meter.mark("train")
-    memory.look_again()
+    memory.measure_context()
     figures: dict[str, Any] = meter.summary() | memory.figures()
     kept = ("base_rss_bytes", "load_peak_rss_bytes", "train_peak_rss_bytes", "cuda_peak_bytes")
     return {k: figures[k] for k in kept if k in figures} | {"step_s": statistics.median(times_s)}

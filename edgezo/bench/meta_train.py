@@ -41,7 +41,8 @@ from edgezo.machine.hardware import machine
 from edgezo.machine.process_memory import rss_bytes
 from edgezo.network.model import Model
 from edgezo.plan.budget import default_budget, mb
-from edgezo.plan.request import RunConfig, Settled, make_config
+from edgezo.plan.config import RunConfig, Settled
+from edgezo.plan.request import make_config
 from edgezo.plan.shapes import ModelShape
 from edgezo.run.finetuner import Finetuner, Tuner
 from edgezo.run.journal_record import StepRecord

@@ -31,7 +31,7 @@ from rich.console import Console
 from torch import Tensor
 
 from edgezo.bench.alignment import point_config
-from edgezo.bench.memory import write_results
+from edgezo.bench.memory import claim_results, write_results
 from edgezo.bench.speed_baselines import PUBLISHED_STEPS, Plain
 from edgezo.data.batches import Example, Row, batch_indices, pieces
 from edgezo.errors import UsageError
@@ -40,7 +40,7 @@ from edgezo.machine.hardware import machine
 from edgezo.machine.process_memory import Guard, rss_bytes
 from edgezo.network.model import Model
 from edgezo.network.perturb import PerturbedLinear
-from edgezo.plan.request import RunConfig, Settled
+from edgezo.plan.config import RunConfig, Settled
 from edgezo.run.journal import create_journal
 from edgezo.run.journal_record import StepRecord
 from edgezo.run.metrics_log import RunLog, step_line
@@ -142,6 +142,7 @@ def bench_speed(
             f"bench speed measures steps that are all alike; those of {uneven[0]} are not, "
             "so leave it out of --estimators"
         )
+    claim_results(out)
     subjects = [_load(name, cfg) for name, cfg in chosen]
     note(f"{len(subjects)} models loaded")
     if subjects[0].opened.dataset.kind != "label":

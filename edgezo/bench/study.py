@@ -31,9 +31,10 @@ from typing import Any
 from edgezo.bench.accuracy_baselines import Request
 from edgezo.data.tasks import TASKS
 from edgezo.errors import UsageError
-from edgezo.machine.limits import MOST_PROBE_ROWS
-from edgezo.plan.planner import DEFAULT_BATCH
-from edgezo.plan.request import RunConfig, make_config
+from edgezo.machine.limits import MOST_READOUT_ROWS
+from edgezo.plan.config import RunConfig
+from edgezo.plan.fields import DEFAULT_BATCH
+from edgezo.plan.request import make_config
 
 Settings = dict[str, Any]
 BUDGETS = ("forwards", "seconds")
@@ -96,7 +97,7 @@ def steps_of(run: RunConfig | Request, forwards: float) -> int:
     """Steps that ``forwards`` forwards over one example are enough for, at least 1.
 
     The pass that fits a linear probe counts too: one forward over every row that the steps see, at most
-    ``MOST_PROBE_ROWS``, as if the data had that many.
+    ``MOST_READOUT_ROWS``, as if the data had that many.
     """
     cfg = run if isinstance(run, RunConfig) else run.cfg
     batch_size = cfg.batch_size or DEFAULT_BATCH
@@ -104,8 +105,8 @@ def steps_of(run: RunConfig | Request, forwards: float) -> int:
     if run is cfg and cfg.parts.readout:
         fit_passes, passes = 1, 0.0 if len(cfg.train) == 1 else passes
     steps = forwards / (batch_size * (passes + fit_passes))
-    if passes and fit_passes and steps * batch_size > MOST_PROBE_ROWS:
-        steps = (forwards - MOST_PROBE_ROWS) / (batch_size * passes)
+    if passes and fit_passes and steps * batch_size > MOST_READOUT_ROWS:
+        steps = (forwards - MOST_READOUT_ROWS) / (batch_size * passes)
     return max(1, round(steps))
 
 

@@ -10,13 +10,9 @@ import click
 
 from edgezo.cli.options import (
     DATA,
-    MEMORY,
-    RUN,
-    THREADS,
     Command,
     emit,
     json_option,
-    model_option,
     options,
     use_threads,
 )
@@ -49,7 +45,7 @@ def bench() -> None:
 
 
 @bench.command("memory")
-@model_option
+@options("model")
 @click.option("--methods", metavar="NAMES", help="Methods, joined by commas.  [default: all]")
 @batch_sizes_option
 @click.option(
@@ -103,16 +99,7 @@ def memory(
 
 
 @bench.command("alignment")
-@model_option
-@options(
-    *DATA,
-    *(
-        row
-        for row in (*MEMORY, *RUN)
-        if row[0] in ("precision", "train", "rank", "sigma", "finetuner")
-    ),
-    THREADS,
-)
+@options(*DATA, "precision", "train", "rank", "finetuner", "sigma", "threads")
 @click.option(
     "--estimators",
     metavar="NAMES",
@@ -154,8 +141,7 @@ def alignment(
 
 
 @bench.command("speed")
-@model_option
-@options(*DATA, *(row for row in (*MEMORY, *RUN) if row[0] in ("train", "rank")), THREADS)
+@options(*DATA, "train", "rank", "threads")
 @click.option(
     "--estimators",
     metavar="NAMES",

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.hardware import machine
 from edgezo.network import cards
+from edgezo.plan.config import RunConfig
+from edgezo.plan.fields import DEFAULT_BATCH
 from edgezo.plan.plan import Plan
-from edgezo.plan.planner import DEFAULT_BATCH, largest_card, make_plan
-from edgezo.plan.request import RunConfig
+from edgezo.plan.planner import largest_card, make_plan
 
 if TYPE_CHECKING:
     from edgezo.plan.shapes import Shape

@@ -23,14 +23,13 @@ from edgezo.cli.bench import bench
 from edgezo.cli.options import (
     DATA,
     MEMORY,
+    METHOD,
     OF_META,
-    PREDICTIONS,
+    PREDICTION,
     RUN,
-    THREADS,
     config_option,
     emit,
     json_option,
-    model_option,
     options,
     use_threads,
 )
@@ -52,12 +51,7 @@ cli.add_command(bench)
 
 
 @cli.command()
-@model_option
-@options(*DATA, *PREDICTIONS, *MEMORY, *RUN, THREADS)
-@click.option(
-    "--profile/--no-profile", default=None, help="Record memory by phase: RUN/profile.json."
-)
-@click.option("--out", metavar="RUN", help="Run directory.  [default: runs/MODEL-DATA]")
+@options(*DATA, *PREDICTION, *MEMORY, *METHOD, *RUN)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--show-batch", is_flag=True, help="Print the tokens of one batch and stop.")
@@ -103,8 +97,7 @@ def finetune(
 
 
 @cli.command()
-@model_option
-@options(*DATA, *PREDICTIONS, *MEMORY)
+@options(*DATA, *PREDICTION, *MEMORY, *METHOD)
 @config_option
 @json_option
 def plan(config_file: str | None, as_json: bool, **given: str | None) -> None:
@@ -132,8 +125,7 @@ def plan(config_file: str | None, as_json: bool, **given: str | None) -> None:
 
 
 @cli.command("eval")
-@model_option
-@options(*DATA, *PREDICTIONS, *MEMORY[:3], THREADS)
+@options(*DATA, *PREDICTION, "max_mem_bytes", "device", "precision", "threads")
 @config_option
 @json_option
 def evaluate(config_file: str | None, as_json: bool, **given: str | None) -> None:
@@ -231,13 +223,9 @@ def convert_finetuner(source: str, out: str, as_json: bool) -> None:
 
 
 @cli.command("meta-train")
-@model_option
 @click.option("--task", "tasks", metavar="NAME", multiple=True, help="A built-in task; repeatable.")
 @click.option("--data", "files", metavar="PATH", multiple=True, help="Rows; repeatable.")
-@options(
-    *(row for row in (*DATA, *MEMORY, *RUN) if row[0] in OF_META),
-    THREADS,
-)
+@options(*OF_META)
 @click.option(
     "--estimator", default="zo-finetuner", show_default=True, help="Or zo-finetuner-grzo."
 )

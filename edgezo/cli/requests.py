@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from edgezo.errors import UsageError
+from edgezo.plan.config import RunConfig
 from edgezo.plan.fields import FREE_ON_RESUME, LOSS, OF_PRESET, flag
-from edgezo.plan.request import RunConfig, from_toml, make_config, read_toml
+from edgezo.plan.request import from_toml, make_config, read_toml
 
 # Settings of a run that belong to its data: an evaluation on other data does not take them over.
 OF_DATA = ("data_root", "template", "labels", "label_field", "max_new_tokens")

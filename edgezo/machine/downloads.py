@@ -1,8 +1,7 @@
-"""Repositories of the Hugging Face hub: models and data sets.
+"""What is fetched from the Hugging Face hub, models and data sets; and edgezo's cache directory.
 
-What was fetched once is taken from the hub's own cache without a word to the network; large files must have the hash
-that the hub states. Nothing that is code or a pickle is downloaded. SourceError comes within seconds where there is no
-network.
+What was fetched once is taken from the hub's own cache without asking the network. Large files must have the hash that
+the hub states. Code and pickles are never downloaded. Where there is no network, SourceError comes within seconds.
 """
 
 from __future__ import annotations
@@ -13,20 +12,24 @@ import hashlib
 import json
 import os
 import re
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from functools import partial
 from glob import escape
 from pathlib import Path
 
 from edgezo.errors import EdgezoError, SourceError
-from edgezo.machine.cache import cache_dir, file_sha256
 from edgezo.machine.files import atomic_write
 
 TIMEOUT_S = 5
 MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _NAME = r"(?!\.+(?:/|$))[\w.-]+"  # not . or ..
 DATA_ID = re.compile(rf"({_NAME}/{_NAME})((?:/{_NAME})*)")  # a repository, and a folder of it
+# Patterns of file names. These lie beside the weights of a model:
 BESIDE_WEIGHTS = (
     "generation_config.json",
     "tokenizer*",
@@ -42,8 +45,61 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPE
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+# ---------------------------------------------------------------------------------------------
+# The cache directory, and hashes of files that are remembered there
+
+
+def cache_dir() -> Path:
+    """``EDGEZO_CACHE``, or ``edgezo`` in the user's cache directory of this platform."""
+    if configured := os.environ.get("EDGEZO_CACHE"):
+        return Path(configured).expanduser()
+    home = Path.home()
+    platform = {
+        "darwin": home / "Library" / "Caches",
+        "win32": Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local"),
+    }
+    xdg = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    return platform.get(sys.platform, xdg) / "edgezo"
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 (hex) of a file, remembered in the cache by the file's path, size and times. Raises OSError."""
+    file = file.resolve()
+    known = cache_dir() / "hashes" / hashlib.sha256(str(file).encode()).hexdigest()[:32]
+    before = _stamp(file)
+    try:
+        remembered = json.loads(known.read_text(encoding="utf-8"))
+        if remembered["stamp"] == before:
+            return str(remembered["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    with open(file, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    # A file written within the clock's resolution of its time stamp could change again unnoticed.
+    if _stamp(file) == before and time.time_ns() - max(before[1:]) > 2_000_000_000:
+        # A disk that is full or read-only is no error: a remembered hash only saves time.
+        with contextlib.suppress(OSError):
+            known.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                "w", dir=known.parent, delete=False, encoding="utf-8"
+            ) as out:
+                json.dump({"stamp": before, "sha256": digest}, out)
+            os.replace(out.name, known)
+    return digest
+
+
+def _stamp(file: Path) -> list[int]:
+    """Size and times of a file: another stamp means that it was written."""
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+# ---------------------------------------------------------------------------------------------
+# The hub
+
+
 class Unreachable(SourceError):
-    """The hub gave no answer, or not this repository."""
+    """The hub gave no answer, or does not give out this repository."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +108,17 @@ class Repository:
 
     name: str  # owner/name
     kind: str = "model"  # "model" | "dataset"
-    revision: str | None = None
+    revision: str | None = None  # branch, tag or commit; None: the default branch
 
     def cached(self, names: Sequence[str], skipped: Sequence[str] = ()) -> Path | None:
-        """Its folder in the hub's cache; None if files of these names (patterns) are known to be missing."""
+        """Its folder in the hub's cache; None where files of these names (patterns) are known to be missing."""
         return self._snapshot(names, skipped, local_files_only=True)
 
     def fetch(self, choose: Callable[[Sequence[str]], list[str]]) -> tuple[Path, list[str]]:
-        """Its folder with the files that ``choose`` takes of all names, and these; it may refuse (SourceError)."""
+        """Download the files that ``choose`` takes of all names: (folder, names taken).
+
+        ``choose`` may refuse (SourceError). Raises SourceError, and OSError where the disk refuses.
+        """
         if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true"):
             raise Unreachable("HF_HUB_OFFLINE is set")
         from huggingface_hub import HfApi
@@ -73,7 +132,7 @@ class Repository:
             snapshot = self._snapshot([escape(n) for n in chosen], (), local_files_only=False)
         except SourceError:
             raise
-        except Exception as problem:  # the client's HTTP library raises types of its own
+        except Exception as problem:  # the client's HTTP library raises exceptions of many types
             if isinstance(problem, OSError) and problem.errno in _DISK_ERRORS:
                 raise
             raise Unreachable(first_line(problem)) from problem
@@ -108,7 +167,7 @@ class Repository:
 
 
 def model_files(names: Sequence[str]) -> list[str]:
-    """Safetensors, config and tokenizer; SourceError without weights."""
+    """The files of a repository that a model needs: safetensors, config, tokenizer. SourceError without weights."""
     taken = [n for n in names if any(fnmatch(n, p) for p in MODEL_FILES)]
     taken = [n for n in taken if not any(fnmatch(n, p) for p in MODEL_SKIPPED)]
     if not any(n.endswith(".safetensors") for n in taken):
@@ -119,62 +178,74 @@ def model_files(names: Sequence[str]) -> list[str]:
 def dataset(name: str, suffixes: Sequence[str], tell: Callable[[str], None]) -> Path:
     """Local folder of a data set, ``owner/name`` or ``owner/name/folder``, with its files of these suffixes.
 
-    Once fetched it is served from the hub's cache, so that a run that goes on reads the same rows. Raises SourceError.
+    Once fetched it is served from the hub's cache, so that a resumed run reads the same rows. ``tell`` is given lines
+    for the user. Raises SourceError.
     """
     match = DATA_ID.fullmatch(name)
     if match is None:
         raise SourceError("a data set of the hub is owner/name or owner/name/folder")
     repository, folder = Repository(match[1], "dataset"), match[2].strip("/")
-
-    def choose(names: Sequence[str]) -> list[str]:
-        places = {folder, f"{folder}/data".strip("/")}
-        readable = [n for n in names if n.endswith(tuple(suffixes))]
-        taken = [n for n in readable if n.rpartition("/")[0] in places]
-        if not taken:
-            held = sorted({n.rpartition("/")[0] for n in readable})
-            raise SourceError(
-                f"no {', '.join(suffixes)} file in {folder or 'its root'}"
-                + (f"; folders with such files: {', '.join(held[:12])}" if held else "")
-            )
-        return taken
-
-    # Which files belong together is known to the hub only: of a download that was cut off some are missing. And the
-    # hub's cache may come to know a newer commit by the same name.
-    whole = cache_dir() / "datasets" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
-    try:
-        known = json.loads(whole.read_bytes())
-        then = replace(repository, revision=known["commit"])
-        snapshot = then.cached([escape(n) for n in known["files"]])
-        if snapshot is not None:
-            files = [snapshot / n for n in known["files"]]
-            if all(map(Path.is_file, files)) and sound(files, tell):
-                return snapshot / folder
-    except (OSError, ValueError, TypeError, KeyError):
-        pass  # fetched again
+    choose = partial(_data_files, folder=folder, suffixes=suffixes)
+    # Only the hub knows which files belong together: of a download that was cut off some are missing. And the hub's
+    # cache may come to hold a newer commit under the same name. So the commit and its files are remembered.
+    record = cache_dir() / "datasets" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
+    if (snapshot := _fetched_before(record, repository, tell)) is not None:
+        return snapshot / folder
     tell(f"fetching {name} from the hub")
     try:
         fetched, chosen = repository.fetch(choose)
-    except Unreachable as problem:  # what another program has fetched, which may not be all
+    except Unreachable as problem:
+        # What another program has fetched, which may not be all.
         snapshot = repository.cached([f"{folder}/*{suffix}".strip("/") for suffix in suffixes])
-        held = [] if snapshot is None else [p for p in snapshot.rglob("*") if p.is_file()]
-        names = [str(p.relative_to(snapshot)) for p in held if snapshot is not None]
+        files = [] if snapshot is None else [p for p in snapshot.rglob("*") if p.is_file()]
+        names = [str(p.relative_to(snapshot)) for p in files if snapshot is not None]
         try:
             chosen = choose(names)
         except SourceError:
             raise problem from None
         assert snapshot is not None
-        tell(f"{problem}; of {name} the hub cache holds {', '.join(chosen)}")
+        tell(f"{problem}; the hub's cache has these files of {name}: {', '.join(chosen)}")
         return snapshot / folder
-    with contextlib.suppress(
-        OSError, EdgezoError
-    ):  # as a remembered hash, it only saves asking again
-        whole.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(whole, json.dumps({"commit": fetched.name, "files": chosen}).encode())
+    with contextlib.suppress(OSError, EdgezoError):  # the record only saves asking the hub again
+        record.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(record, json.dumps({"commit": fetched.name, "files": chosen}).encode())
     return fetched / folder
 
 
+def _data_files(names: Sequence[str], *, folder: str, suffixes: Sequence[str]) -> list[str]:
+    """Files of these suffixes in ``folder`` or its folder ``data``; SourceError where there are none."""
+    places = {folder, f"{folder}/data".strip("/")}
+    readable = [n for n in names if n.endswith(tuple(suffixes))]
+    taken = [n for n in readable if n.rpartition("/")[0] in places]
+    if not taken:
+        others = sorted({n.rpartition("/")[0] for n in readable})
+        raise SourceError(
+            f"no {', '.join(suffixes)} file in {folder or 'its root'}"
+            + (f"; folders with such files: {', '.join(others[:12])}" if others else "")
+        )
+    return taken
+
+
+def _fetched_before(
+    record: Path, repository: Repository, tell: Callable[[str], None]
+) -> Path | None:
+    """The folder in the hub's cache with all files of ``record``, undamaged; None where they have to be fetched."""
+    try:
+        known = json.loads(record.read_bytes())
+        snapshot = replace(repository, revision=known["commit"]).cached(
+            [escape(n) for n in known["files"]]
+        )
+        if snapshot is not None:
+            files = [snapshot / n for n in known["files"]]
+            if all(map(Path.is_file, files)) and sound(files, tell):
+                return snapshot
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    return None
+
+
 def sound(files: Iterable[Path], tell: Callable[[str], None]) -> bool:
-    """Whether no file of the hub's cache is damaged; those that are, are removed."""
+    """Whether no file of the hub's cache is damaged. Damaged files are removed from it."""
     bad = _damaged(files)
     for file in bad:
         tell(f"{file.name} in the hub cache is damaged; fetching it again")
@@ -184,7 +255,7 @@ def sound(files: Iterable[Path], tell: Callable[[str], None]) -> bool:
 
 
 def _damaged(files: Iterable[Path]) -> list[Path]:
-    """Those whose bytes do not have the SHA-256 under which the hub cache keeps them (large ones)."""
+    """Files whose SHA-256 is not the one under which the hub's cache stores them (it does so for large files)."""
     return [
         file
         for file in files
@@ -194,4 +265,5 @@ def _damaged(files: Iterable[Path]) -> list[Path]:
 
 
 def first_line(problem: object) -> str:
+    """The first line of an error's text, at most 300 characters."""
     return str(problem).strip().split("\n", 1)[0][:300]

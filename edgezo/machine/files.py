@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and words for a disk that refuses them."""
+"""Writing files so that each is whole or absent; locks; JSON; and the error for a disk that refuses a write."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _TEMP_SUFFIX = ".edgezo-tmp"
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Write a file so that at any moment `path` is the old file or the whole new one."""
+    """Write a file so that at any moment ``path`` is the old file or the whole new one. Raises EdgezoError."""
     with atomic_path(path) as temp, open(temp, "xb") as file:
         file.write(data)
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A name in `path`'s directory to write to; renamed to `path`, on disk, if the block succeeds
-    and removed if it raises. For writers that want a file name (safetensors).
+    """A temporary file name beside ``path`` to write to, for writers that take a file name (safetensors).
 
-    An OSError of the block becomes EdgezoError, with the free space if the disk is full. kill -9
-    inside the block leaves the temporary file: see `remove_leftovers`.
+    If the block succeeds, the file is synced to disk and renamed to ``path``; if it raises, the file is removed. An
+    OSError of the block becomes EdgezoError, with the free space if the disk is full. A kill -9 inside the block leaves
+    the temporary file: see ``remove_leftovers``.
     """
     with _in_place_of(path, path.name) as temp:
         yield temp
@@ -46,10 +46,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """The same for a new directory: `path` is what it was (not there, or empty) or all that the block wrote.
-    What a killed process left beside it is removed first."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_TEMP_SUFFIX}"):
-        _discard(left)
+    """A temporary directory to fill, as ``atomic_path``: ``path`` is as before, absent or empty, or has all files.
+
+    Temporary directories that a killed process left beside it are removed first.
+    """
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{_TEMP_SUFFIX}"):
+        _discard(leftover)
     with _in_place_of(path, "the directory") as temp:
         temp.mkdir(parents=True)
         yield temp
@@ -61,11 +63,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _in_place_of(path: Path, what: str) -> Iterator[Path]:
+    """A temporary name that takes the place of ``path`` after the block; ``what`` names it in an error."""
     temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMP_SUFFIX}")
     try:
         yield temp
         os.replace(temp, path)
-        with contextlib.suppress(OSError):  # Windows and some network ones cannot do it
+        with contextlib.suppress(
+            OSError
+        ):  # Windows and some network file systems cannot sync a directory
             _fsync(path.parent)
     except BaseException as error:
         _discard(temp)
@@ -84,12 +89,19 @@ def _discard(temp: Path) -> None:
 
 
 def remove_leftovers(directory: Path) -> int:
-    """Delete temporary files that a killed process left in `directory`; how many there were.
-    Only while no other process writes there (hold the journal open for resume)."""
-    left = list(directory.glob(f".*{_TEMP_SUFFIX}"))
-    for temp in left:
+    """Delete the temporary files that a killed process left in ``directory``; returns how many there were.
+
+    No other process may write there meanwhile (the journal, open for a resume, is locked).
+    """
+    leftovers = list(directory.glob(f".*{_TEMP_SUFFIX}"))
+    for temp in leftovers:
         temp.unlink(missing_ok=True)
-    return len(left)
+    return len(leftovers)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file of this name is a temporary one that a killed process left."""
+    return name.startswith(".") and name.endswith(_TEMP_SUFFIX)
 
 
 def _fsync(path: Path) -> None:
@@ -104,7 +116,7 @@ _FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 def _os_error(error: BaseException) -> OSError | None:
-    """`error` as an OSError; safetensors, as Rust does, has the number only in its message."""
+    """``error`` as an OSError, if it is one. safetensors, written in Rust, has the number only in its message."""
     if isinstance(error, OSError):
         return error
     match = re.search(r"\(os error (\d+)\)", str(error))
@@ -112,7 +124,7 @@ def _os_error(error: BaseException) -> OSError | None:
 
 
 def write_error(path: Path, what: str, error: OSError) -> EdgezoError:
-    """The error of a write that failed: what, why, the free space if the disk is full, and what to do."""
+    """The error for a failed write of ``what``: why, the free space if the disk is full, and what to do next."""
     if error.errno not in _FULL:
         return EdgezoError(
             f"{path}: {what} could not be written ({error.strerror or error}). Check that the "
@@ -130,7 +142,7 @@ def write_error(path: Path, what: str, error: OSError) -> EdgezoError:
 
 
 def locked(file: int | BinaryIO) -> bool:
-    """Lock an open file for this process, until it is closed; False if another one holds it."""
+    """Lock an open file for this process until it is closed; False if another process has locked it."""
     if fcntl is None:
         return True
     try:
@@ -138,12 +150,12 @@ def locked(file: int | BinaryIO) -> bool:
     except BlockingIOError:
         return False
     except OSError:
-        pass  # a file system without locks (some network ones)
+        pass  # some network file systems have no locks
     return True
 
 
 def to_json(value: Any) -> str:
-    """One line of strict JSON: what is not finite becomes null."""
+    """One line of strict JSON. NaN and Inf become null."""
     return json.dumps(_finite(value), allow_nan=False, ensure_ascii=False)
 
 

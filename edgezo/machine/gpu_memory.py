@@ -1,8 +1,8 @@
-"""Where a run computes, and the memory there that ``--max-mem`` caps: the process's, or that of one GPU.
+"""The memory that ``--max-mem`` caps: that of the process (device cpu), or that of one GPU (device cuda).
 
-On a GPU it bounds what PyTorch's allocator reserves and what the driver keeps for this process (its context). The
-allocator refuses what would go above the bound, so the cap is not crossed, and what is refused is treated as memory
-that is short anywhere else.
+On a GPU the cap bounds what PyTorch's allocator reserves plus what the driver keeps for this process (its context). The
+allocator refuses what would go above it, so the cap is never crossed; such a refusal is handled as short memory is
+handled on a CPU.
 """
 
 from __future__ import annotations
@@ -24,41 +24,43 @@ from edgezo.machine.process_memory import malloc_trim, peak_rss_bytes, rss_bytes
 
 
 class Memory(Protocol):
-    """The memory that a run's cap is on, in bytes."""
+    """The memory that a run's cap applies to."""
 
-    margin_bytes: int  # kept free for what nobody announces
-    unit: str  # in the names of figures: rss or cuda
-    load_peak_bytes: int
+    margin_bytes: int  # kept free for allocations that are not announced to the guard
+    unit: str  # in the names of figures: "rss" or "cuda"
+    load_peak_bytes: int  # the peak when loading ended; 0 before that
 
-    def held_bytes(self) -> int: ...
+    def held_bytes(self) -> int:
+        """What is held now."""
+        ...
 
     def peak_bytes(self) -> int:
         """The most that was held so far."""
         ...
 
     def trim(self) -> None:
-        """Give back what is held and not in use."""
+        """Give back memory that is held but not in use."""
         ...
 
     def short(self, item: str) -> AbstractContextManager[None]:
-        """A block in which ``item`` is computed: BudgetExceeded where the memory has no room for it."""
+        """A block that computes ``item``. Raises BudgetExceeded where the memory has no room for it."""
         ...
 
     def loaded(self) -> None:
-        """All weights are in their places."""
+        """Note the peak of loading, when all weights are in their places."""
         ...
 
-    def look_again(self) -> None:
-        """Take in what a first step has shown."""
+    def measure_context(self) -> None:
+        """Re-measure the driver's context after the first step, and leave the rest of the cap to the allocator."""
         ...
 
     def figures(self) -> dict[str, int]:
-        """What a summary says of it beside the resident memory of the process."""
+        """Figures for the summary beside the resident memory of the process, in bytes."""
         ...
 
 
 class ProcessMemory:
-    """The resident memory of this process."""
+    """The resident memory of this process: device cpu."""
 
     margin_bytes, unit, load_peak_bytes = GUARD_MARGIN_BYTES, "rss", 0
 
@@ -78,14 +80,14 @@ class ProcessMemory:
     def loaded(self) -> None:
         self.load_peak_bytes = self.peak_bytes()
 
-    def look_again(self) -> None: ...
+    def measure_context(self) -> None: ...
 
     def figures(self) -> dict[str, int]:
         return {}
 
 
 class CudaMemory:
-    """The memory of the GPU as far as it is this process's."""
+    """What this process holds of a GPU's memory: device cuda. The first one made starts CUDA."""
 
     margin_bytes, unit, load_peak_bytes = 0, "cuda", 0
 
@@ -95,20 +97,19 @@ class CudaMemory:
         if not torch.cuda.is_initialized():
             _free_before_bytes = gpu.available_bytes if gpu is not None else None
             _grow_by_pages()
-        # Sums of an update are exact in fp32, and in nothing less.
+        # The sums of an update are exact in fp32; TF32 would round them.
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.empty(1, device="cuda")
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         self.context_bytes = 0
-        self.look_again()
+        self.measure_context()
 
     def loaded(self) -> None:
-        self.trim()  # what converting the weights took
+        self.trim()  # the temporaries of converting the weights
         self.load_peak_bytes = self.peak_bytes()
 
-    def look_again(self) -> None:
-        """Measure the context, which grows with the kernels that are loaded, and leave the rest to the allocator."""
+    def measure_context(self) -> None:
         self.trim()
         self.context_bytes = max(self.context_bytes, _context_bytes())
         total_bytes = torch.cuda.mem_get_info()[1]
@@ -117,7 +118,7 @@ class CudaMemory:
 
     @property
     def _kept_bytes(self) -> int:
-        """For the context; what was planned, even where less has been seen so far."""
+        """Bytes kept for the context: at least as many as planned, even where it has been smaller so far."""
         return max(self.context_bytes, CONTEXT_BYTES)
 
     def held_bytes(self) -> int:
@@ -135,7 +136,7 @@ class CudaMemory:
             yield
             return
         except torch.OutOfMemoryError as problem:
-            # What was computed so far hangs on the frames of the traceback.
+            # The frames of the traceback keep alive what was computed so far.
             traceback.clear_frames(problem.__traceback__)
             wanted = str(problem).partition(". ")[0]
         torch.cuda.empty_cache()
@@ -153,33 +154,35 @@ class CudaMemory:
         }
 
 
-_free_before_bytes: int | None = None  # on the GPU, before this process had a context there
+# Free memory of the GPU before this process had a context there; None where nvidia-smi did not tell. It belongs to the
+# process, as the context does.
+_free_before_bytes: int | None = None
 
 
 def _context_bytes() -> int:
-    """What the driver keeps for this process. The planned figure where it can't be told apart from other processes'."""
+    """Bytes that the driver keeps for this process; the planned number where other processes obscure it."""
     if _free_before_bytes is None:
         return CONTEXT_BYTES
     free_bytes = torch.cuda.mem_get_info()[0]
-    found = _free_before_bytes - free_bytes - torch.cuda.memory_reserved()
-    return found if 0 < found < 2 * CONTEXT_BYTES else CONTEXT_BYTES
+    context_bytes = _free_before_bytes - free_bytes - torch.cuda.memory_reserved()
+    return context_bytes if 0 < context_bytes < 2 * CONTEXT_BYTES else CONTEXT_BYTES
 
 
 def _grow_by_pages() -> None:
-    """Let the allocator grow one segment by pages: fixed segments leave holes that no plan could count."""
+    """Let PyTorch's allocator grow one segment page by page: fixed segments leave holes that no plan can count."""
     if "PYTORCH_CUDA_ALLOC_CONF" in os.environ or "PYTORCH_ALLOC_CONF" in os.environ:
-        return  # the user's choice
+        return  # the user has chosen
     newer = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
     set_allocator = newer or torch.cuda.memory._set_allocator_settings
     set_allocator("expandable_segments:True")
 
 
 def open_memory(device: str, cap_bytes: int, machine: Machine) -> Memory:
-    """That of ``device`` (cpu or cuda), ready to be computed in."""
+    """The memory of ``device`` ("cpu" or "cuda") under this cap, ready to compute in."""
     return ProcessMemory() if device == "cpu" else CudaMemory(cap_bytes, machine.gpu)
 
 
 def confirmed(machine: Machine) -> Machine:
-    """The machine without what PyTorch, imported by now, cannot use: its GPU, the C kernels."""
+    """``machine`` without a GPU or C kernels that turn out, now that PyTorch is imported, not to be usable."""
     gpu = machine.gpu if torch.cuda.is_available() else None
     return replace(machine, gpu=gpu, c_kernels=kernels.loaded())

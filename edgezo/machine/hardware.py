@@ -1,8 +1,8 @@
-"""What the machine has: memory, cores, how fast it multiplies; and sizes as people write them.
+"""What the machine has: memory, cores, speed, GPUs; and sizes such as 12GB, read and printed.
 
-RAM is what psutil says, or less where a control group (version 1, version 2 or both) limits this
-process. Every reader of ``/proc`` and ``/sys`` takes the root of the tree, so that tests can hand in
-one made on disk. GPUs are what ``nvidia-smi`` says. Nothing here imports torch.
+RAM is what psutil reports, or less where a control group (version 1, version 2 or both) limits this process. GPUs are
+what ``nvidia-smi`` reports. Every reader of ``/proc`` and ``/sys`` takes the root of the tree, so that tests can pass
+one that they made. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from edgezo.errors import UsageError
 ROOT = Path("/")
 
 # ---------------------------------------------------------------------------------------------
-# Sizes as people write them
+# Sizes
 
 _UNITS = {
     "": 1,
@@ -38,10 +38,10 @@ _SIZE_FORMS = "use a size such as 12GB, 700MB, 1.5g (powers of 1000) or 12GiB (p
 
 
 def parse_bytes(text: str | int) -> int:
-    """Bytes from ``12GB``, ``12GiB``, ``700MB``, ``1.5g``, ``700000000`` or an int; any case.
+    """Bytes from ``12GB``, ``12GiB``, ``700MB``, ``1.5g``, ``700000000`` or an int; in upper or lower case.
 
-    K, M, G, T with or without B are powers of 1000; with ``i`` (KiB, Gi) powers of 1024. A fraction
-    of a byte is dropped. Raises UsageError for anything else, and for less than one byte.
+    K, M, G, T with or without B are powers of 1000; with ``i`` (KiB, Gi) powers of 1024. A fraction of a byte is
+    dropped. Raises UsageError for anything else, and for less than one byte.
     """
     if isinstance(text, bool) or not isinstance(text, (str, int)):
         raise UsageError(f"{text!r} is not a size in bytes; {_SIZE_FORMS}")
@@ -56,12 +56,12 @@ def parse_bytes(text: str | int) -> int:
 
 
 def format_bytes(n_bytes: int) -> str:
-    """``512 B``, ``12.3 KB``, ``700.0 MB``, ``1.50 GB``: powers of 1000, as ``--max-mem`` reads."""
+    """``512 B``, ``12.3 KB``, ``700.0 MB``, ``1.50 GB``: powers of 1000, as ``--max-mem`` reads them."""
     sign, size = ("-", -n_bytes) if n_bytes < 0 else ("", n_bytes)
     if size < 1000:
         return f"{sign}{size} B"
     for power, unit, digits in ((1, "KB", 1), (2, "MB", 1), (3, "GB", 2)):
-        # compared after rounding, so that 999,999 bytes are 1.0 MB and not 1000.0 KB
+        # Compared after rounding, so that 999,999 bytes are 1.0 MB and not 1000.0 KB.
         if round(size / 1000**power, digits) < 1000:
             return f"{sign}{size / 1000**power:.{digits}f} {unit}"
     return f"{sign}{size / 1000**4:.2f} TB"
@@ -73,11 +73,11 @@ def format_bytes(n_bytes: int) -> str:
 
 @dataclass(frozen=True)
 class CgroupMemory:
-    """The tightest memory limit on the way from this process's group to the top."""
+    """The control group with the least memory available, among this process's group and its parents."""
 
     limit_bytes: int
     usage_bytes: int
-    reclaimable_bytes: int  # file pages the kernel drops before it kills
+    reclaimable_bytes: int  # file pages, which the kernel drops before it kills a process
     path: str
 
     @property
@@ -87,7 +87,7 @@ class CgroupMemory:
 
 @dataclass(frozen=True)
 class Gpu:
-    """An NVIDIA GPU, with what ``nvidia-smi`` says of its memory."""
+    """An NVIDIA GPU, as ``nvidia-smi`` reports it."""
 
     index: int
     name: str
@@ -101,20 +101,23 @@ BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
 @dataclass(frozen=True)
 class Machine:
-    total_bytes: int  # RAM, or the group's limit where that is smaller
-    available_bytes: int  # what can be taken now without swapping or being killed
-    cores: int  # usable at once: affinity and CPU quota
-    bf16_fast: bool  # bf16 matrix products in hardware; without them bf16 is slower than fp32
-    flops_s: float  # of fp32 matrix products on all cores, estimated from clock and vector width
-    bf16_flops_s: float  # of bf16 ones
+    """What this process may use."""
+
+    total_bytes: int  # RAM, or the control group's limit where that is smaller
+    available_bytes: int  # can be taken now without swapping or being killed
+    cores: int  # usable at once, by affinity and CPU quota
+    bf16_fast: bool  # has instructions for bf16 products; without them bf16 is slower than fp32
+    flops_s: float  # fp32 matrix products on all cores, estimated from clock and vector width
+    bf16_flops_s: float  # bf16 matrix products, likewise
     c_kernels: bool  # kernels.c is compiled and used (kernels.py)
-    cgroup: CgroupMemory | None
-    gpu: Gpu | None  # the first that this process may use; None also where PyTorch could not use it
-    notes: tuple[str, ...]  # where each number comes from, for people
+    cgroup: CgroupMemory | None  # None where no control group limits the memory
+    # The first one that this process may use; None also where PyTorch could not use it.
+    gpu: Gpu | None
+    notes: tuple[str, ...]  # where each number comes from, for the user
 
 
 def machine(root: Path = ROOT) -> Machine:
-    """Read now; ``available_bytes`` is of this moment."""
+    """Look at the machine now: ``available_bytes`` is that of this moment."""
     ram = psutil.virtual_memory()
     total_bytes, available_bytes = ram.total, ram.available
     notes = [
@@ -129,12 +132,12 @@ def machine(root: Path = ROOT) -> Machine:
             f"{format_bytes(limit.limit_bytes)}, {format_bytes(limit.available_bytes)} available"
         )
     else:
-        limit = None  # a limit above the RAM limits nothing
+        limit = None  # a limit above the RAM has no effect
     cores = usable = _affinity_cores()
     notes.append(f"cores: {cores} in this process's affinity")
     quota = cgroup_cpu_quota(root)
     if quota is not None and quota < cores:
-        # rounded up: with 1.5 cores' time, two threads get all of it and one thread two thirds
+        # Rounded up: of the time of 1.5 cores two threads get all, one thread would get two thirds.
         usable = max(1, -int(-quota // 1))
         notes.append(f"cores: the control group's quota is {quota:g}")
     flags = _cpu_flags(root)
@@ -161,7 +164,7 @@ _QUERY_TIMEOUT_S = 10  # without a persistent driver the first answer takes seco
 
 
 def nvidia_gpus() -> tuple[Gpu, ...]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves to this process, in its order; () where there are none."""
+    """The GPUs that CUDA_VISIBLE_DEVICES allows this process, in its order; () where there are none."""
     command = ["nvidia-smi", _QUERY, "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(
@@ -169,21 +172,21 @@ def nvidia_gpus() -> tuple[Gpu, ...]:
         )
     except (OSError, subprocess.SubprocessError):
         return ()
-    found = [gpu for line in done.stdout.splitlines() if (gpu := _gpu(line)) is not None]
+    gpus = [gpu for line in done.stdout.splitlines() if (gpu := _gpu(line)) is not None]
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
     if wanted is None:
-        return tuple(found)
+        return tuple(gpus)
     visible = []
     for word in map(str.strip, wanted.split(",")):
-        named = [g for g in found if word == str(g.index) or (word[4:] and g.uuid.startswith(word))]
+        named = [g for g in gpus if word == str(g.index) or (word[4:] and g.uuid.startswith(word))]
         if not named:
-            break  # CUDA too takes nothing from the first name on that it does not know
+            break  # CUDA, too, ignores everything from the first unknown name on
         visible.append(named[0])
     return tuple(visible)
 
 
 def _gpu(line: str) -> Gpu | None:
-    """One line of the query; None where a size is not known ("[N/A]": the GPU shares the RAM)."""
+    """One line of the query's answer; None where a size is "[N/A]": the GPU shares the RAM."""
     words = [word.strip() for word in line.split(",")]
     if len(words) != 5 or not all(words[i].isdecimal() for i in (0, 2, 3)):
         return None
@@ -192,39 +195,39 @@ def _gpu(line: str) -> Gpu | None:
 
 
 def torch_has_cuda() -> bool:
-    """Whether the installed PyTorch is built for CUDA, by its version file: importing it takes seconds."""
+    """Whether the installed PyTorch is built for CUDA, as its version file says: importing PyTorch takes seconds."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return False
     text = read_text(Path(spec.origin).with_name("version.py"))
-    said = re.search(r"^cuda\b[^=\n]*=\s*(\S+)", text, re.MULTILINE)
-    return said is not None and said[1] != "None"
+    version = re.search(r"^cuda\b[^=\n]*=\s*(\S+)", text, re.MULTILINE)
+    return version is not None and version[1] != "None"
 
 
 def _usable_gpu() -> tuple[Gpu | None, str]:
-    """(the GPU that a run would use, a note)."""
+    """(the GPU that a run would use, a note for the user)."""
     if sys.platform == "darwin" and platform.machine() == "arm64":
         shared = format_bytes(mps_limit_bytes())
         return None, f"GPU: it shares the RAM and may take {shared} of it; edgezo uses the CPU"
-    found = nvidia_gpus()
-    if not found:
-        return None, "GPU: none that nvidia-smi shows to this process"
-    gpu = found[0]
+    gpus = nvidia_gpus()
+    if not gpus:
+        return None, "GPU: nvidia-smi shows none to this process"
+    gpu = gpus[0]
     if not torch_has_cuda():
-        return None, f"GPU: {gpu.name}, of no use: the PyTorch that is installed is for CPUs only"
+        return None, f"GPU: {gpu.name}, not used: the installed PyTorch is for CPUs only"
     free, total = format_bytes(gpu.available_bytes), format_bytes(gpu.total_bytes)
     return gpu, f"GPU: {gpu.name}, {free} of its {total} free"
 
 
 def mps_limit_bytes() -> int:
-    """What the GPU of an Apple machine may take of the RAM (MPS): as set by ``sysctl``, else Metal's own share.
+    """Bytes of the RAM that the GPU of an Apple machine may take (MPS): what ``sysctl`` sets, else Metal's default.
 
-    That is two thirds up to 36 GB and three quarters above.
+    The default is two thirds of a RAM of up to 36 GiB, and three quarters of a larger one.
     """
     command = ["sysctl", "-n", "iogpu.wired_limit_mb"]
     with suppress(OSError, ValueError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S)
-        if (limit_mb := int(done.stdout)) > 0:  # 0: not set
+        if (limit_mb := int(done.stdout)) > 0:  # 0 where it is not set
             return limit_mb << 20
     total_bytes = psutil.virtual_memory().total
     return total_bytes * 3 // 4 if total_bytes > 36 << 30 else total_bytes * 2 // 3
@@ -237,7 +240,7 @@ def _affinity_cores() -> int:
 
 
 def _cpu_flags(root: Path) -> frozenset[str]:
-    """Of ``/proc/cpuinfo``; empty where there is none."""
+    """The CPU's features by ``/proc/cpuinfo``; empty where there is no such file."""
     for line in read_text(root / "proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):
@@ -246,50 +249,51 @@ def _cpu_flags(root: Path) -> frozenset[str]:
 
 
 def bf16_fast(root: Path = ROOT) -> bool:
-    """True if ``/proc/cpuinfo`` lists avx512_bf16 or amx_bf16; False where it is not known."""
+    """Whether ``/proc/cpuinfo`` lists avx512_bf16 or amx_bf16; False also where there is no such file."""
     return not BF16_FLAGS.isdisjoint(_cpu_flags(root))
 
 
 def _clock_hz() -> float:
+    """The CPU's highest clock; 2.5 GHz where it is not known."""
     try:
-        found = psutil.cpu_freq()
-    except (OSError, RuntimeError):  # not on every system, nor in every container
-        found = None
-    clock_mhz = (found.max or found.current) if found is not None else 0
+        clock = psutil.cpu_freq()
+    except (OSError, RuntimeError):  # some systems and containers do not tell
+        clock = None
+    clock_mhz = (clock.max or clock.current) if clock is not None else 0
     return 1e6 * clock_mhz if clock_mhz > 100 else 2.5e9
 
 
 def _flops_per_cycle(flags: frozenset[str]) -> int:
-    """Of one core in fp32: two fused multiply-adds of a vector."""
+    """fp32 operations of one core in a cycle: two fused multiply-adds of a vector."""
     return 64 if "avx512f" in flags else 32 if "avx2" in flags else 16
 
 
 def _bf16_speed_up(flags: frozenset[str]) -> int:
-    """Of bf16 products over fp32 ones, as measured on CPUs with AMX and with AVX-512 alone."""
+    """How much faster bf16 products are than fp32 ones, as measured with AMX and with AVX-512 alone."""
     return 5 if "amx_bf16" in flags else 2
 
 
 def kernels_library(root: Path = ROOT) -> Path | None:
-    """The compiled kernels.c, if the package was built with it and this CPU gains by it."""
+    """The compiled kernels.c; None where the package was built without it or this CPU is not faster with it."""
     file = Path(__file__).with_name("_kernels.so")
     if os.environ.get("EDGEZO_KERNELS") == "0" or not file.exists():
         return None
-    # Without these its loops are narrower than torch's own.
+    # Without AVX2 its loops are narrower than torch's.
     slow = platform.machine() == "x86_64" and "avx2" not in _cpu_flags(root)
     return None if slow else file
 
 
 def cgroup_memory(root: Path = ROOT) -> CgroupMemory | None:
-    """The level with the least memory left, in version 2, version 1 or both; None: no limit."""
-    found: list[CgroupMemory] = []
+    """The control group with the least memory available, of version 2, version 1 or both; None: no limit."""
+    levels: list[CgroupMemory] = []
     for version, directories in _cgroup_directories(root, "memory"):
         read = _memory_v2 if version == 2 else _memory_v1
-        found.extend(level for d in directories if (level := read(d)) is not None)
-    return min(found, key=lambda level: level.available_bytes, default=None)
+        levels.extend(level for d in directories if (level := read(d)) is not None)
+    return min(levels, key=lambda level: level.available_bytes, default=None)
 
 
 def cgroup_cpu_quota(root: Path = ROOT) -> float | None:
-    """Cores' worth of time the group may use (the least on the way up); None: no quota."""
+    """How many cores' time this process may use: the least of its control groups; None: no quota."""
     quotas: list[float] = []
     for version, directories in _cgroup_directories(root, "cpu"):
         for d in directories:
@@ -303,9 +307,9 @@ def cgroup_cpu_quota(root: Path = ROOT) -> float | None:
 
 
 def cgroup_peak_bytes(root: Path = ROOT) -> int | None:
-    """The most that this process's group has held, its page cache and other processes included.
+    """The most memory that this process's control group has held, its page cache and other processes included.
 
-    None where the kernel does not say: version 2 has it since Linux 5.19, and never for the root.
+    None where the kernel does not tell: version 2 does since Linux 5.19, but not for the root group.
     """
     for version, directories in _cgroup_directories(root, "memory"):
         name = "memory.peak" if version == 2 else "memory.max_usage_in_bytes"
@@ -315,18 +319,19 @@ def cgroup_peak_bytes(root: Path = ROOT) -> int | None:
     return None
 
 
-_NO_LIMIT_BYTES = 1 << 60  # version 1 says "none" by 2**63 rounded down to a page
+# Version 1 reports 2**63, rounded down to a page, where there is no limit.
+_NO_LIMIT_BYTES = 1 << 60
 
 
 def _memory_v2(directory: Path) -> CgroupMemory | None:
-    # memory.high does not kill, but a process above it is slowed until it is of no use
+    # Going above memory.high does not kill a process, but slows it down until it is useless.
     limits = [_number(directory / name) for name in ("memory.max", "memory.high")]
     return _level(directory, limits, "memory.current", prefix="")
 
 
 def _memory_v1(directory: Path) -> CgroupMemory | None:
     stat = _table(directory / "memory.stat")
-    # the hierarchical limit counts parents that a container cannot see
+    # The hierarchical limit includes those of parents that a container cannot see.
     limits = [
         _number(directory / "memory.limit_in_bytes"),
         stat.get("hierarchical_memory_limit"),
@@ -347,12 +352,12 @@ def _level(
 
 
 def _cgroup_directories(root: Path, controller: str) -> list[tuple[int, list[Path]]]:
-    """(version, own directory and its parents up to the mount) of each tree with `controller`.
+    """(version, directory of this process's group and its parents up to the mount) of each tree with ``controller``.
 
     Hybrid hosts mount both versions, and only one of the two has the controller's files.
     """
     mounts = _cgroup_mounts(root)
-    found = []
+    trees = []
     for line in read_text(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         names, _, path = rest.partition(":")
@@ -362,8 +367,8 @@ def _cgroup_directories(root: Path, controller: str) -> list[tuple[int, list[Pat
         if key not in mounts:
             continue
         mounted, mount_point = mounts[key]
-        # Without a namespace of its own a container reads the host's path here and has only its
-        # own part of the tree mounted; a path outside the mount leaves the mount itself.
+        # A container without a cgroup namespace reads the host's path here, but has only a part of the tree mounted.
+        # A path outside of that part stands for the mount itself.
         prefix = mounted.rstrip("/")
         inside = path.removeprefix(prefix) if f"{path}/".startswith(f"{prefix}/") else "/"
         parts = [part for part in inside.split("/") if part]
@@ -371,16 +376,16 @@ def _cgroup_directories(root: Path, controller: str) -> list[tuple[int, list[Pat
             parts = []
         top = root / mount_point.lstrip("/")
         levels = [top.joinpath(*parts[:n]) for n in range(len(parts), -1, -1)]
-        found.append((1 if names else 2, [d for d in levels if d.is_dir()]))
-    return found
+        trees.append((1 if names else 2, [d for d in levels if d.is_dir()]))
+    return trees
 
 
 def _cgroup_mounts(root: Path) -> dict[str, tuple[str, str]]:
-    """Version 1 controller name, or "" for version 2 -> (part that is mounted, mount point)."""
+    """Controller of version 1, or "" for version 2 -> (part of the tree that is mounted, mount point)."""
     mounts: dict[str, tuple[str, str]] = {}
     for line in read_text(root / "proc/self/mountinfo").splitlines():
-        left, separator, right = line.partition(" - ")
-        fields, kinds = left.split(), right.split()
+        mount, separator, file_system = line.partition(" - ")
+        fields, kinds = mount.split(), file_system.split()
         if not separator or len(fields) < 5 or len(kinds) < 3:
             continue
         if kinds[0] == "cgroup2":
@@ -392,11 +397,11 @@ def _cgroup_mounts(root: Path) -> dict[str, tuple[str, str]]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Small files of the kernel's
+# Small files of the kernel
 
 
 def read_text(path: Path) -> str:
-    """The text, or "" where the file is absent or may not be read."""
+    """The text of a file, or "" where it is absent or must not be read."""
     try:
         return path.read_text(errors="replace")
     except OSError:

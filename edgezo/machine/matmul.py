@@ -18,9 +18,8 @@ from torch import Tensor
 from edgezo.machine import kernels
 from edgezo.machine.limits import PRODUCT_ROWS, THIN
 
-CALL_ROWS = (
-    32  # one more product costs about as much as this many rows, since it lays out the weight anew
-)
+# One more product costs about as much as this many rows, since it lays out the weight anew.
+CALL_ROWS = 32
 
 
 def mm(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:

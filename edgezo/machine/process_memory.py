@@ -1,4 +1,4 @@
-"""What this process holds, the allocator it holds it with, and a guard that stops before the cap.
+"""The memory of this process: what it holds, how its allocator keeps it, and a guard that stops before the cap.
 
 Three kinds of number, all in bytes:
 
@@ -12,14 +12,14 @@ peak       ``VmHWM``, else ``ru_maxrss`` (KiB)                          macOS ``
 split      ``RssAnon`` and ``RssFile`` + ``RssShmem``                   not split: all anonymous
 =========  ===========================================================  =======================
 
-``VmHWM`` is kept by the kernel at every page fault, so it misses nothing; `profiler` samples only what
-the kernel keeps no peak of. It includes mapped file pages. ``ru_maxrss`` is only the fallback on Linux: a child of a
-large parent starts with the parent's value there. Since Linux 6.2 the three counters behind all of these (anonymous,
-file and shared pages) are kept per core, and each may lag by about 128 KiB a core; since 6.17 a reading of the current
-size sums them exactly, and only the peak lags.
+The kernel updates ``VmHWM`` at every page fault, so it misses nothing; the profiler samples only what the kernel keeps
+no peak of. It includes mapped file pages. ``ru_maxrss`` is only the fallback on Linux: a child of a large parent starts
+with the parent's value there. Since Linux 6.2 the three counters behind all of these (anonymous, file and shared pages)
+are kept per core, and each may lag by about 128 KiB a core; since 6.17 a reading of the current size sums them exactly,
+and only the peak lags.
 
-Every reader of ``/proc`` and ``/sys`` takes the root of the tree, so that tests can hand in one
-made on disk. Nothing here imports torch.
+Every reader of ``/proc`` and ``/sys`` takes the root of the tree, so that tests can pass one that they made. Nothing
+here imports torch.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _OTHER_ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
 
 @functools.cache
 def _glibc() -> ctypes.CDLL | None:
-    """The C library, if it is glibc (musl, macOS and Windows have no ``mallopt`` to call)."""
+    """The C library where it is glibc, else None: musl, macOS and Windows have no ``mallopt``."""
     if sys.platform != "linux":
         return None
     try:
@@ -62,16 +62,16 @@ def _glibc() -> ctypes.CDLL | None:
 def allocator_policy(
     mmap_threshold_bytes: int = 128 * 1024, trim_threshold_bytes: int = 1024 * 1024, arenas: int = 2
 ) -> str:
-    """Make freed memory go back to the system; call before torch is imported. Says what was set.
+    """Make freed memory go back to the system. Call it before torch is imported. Returns what was set, for the user.
 
-    glibc maps a large block on its own and unmaps it when it is freed, but each freed block raises
-    the size that counts as large, up to 32 MiB; from then on freed layers stay in the heap, in
-    pieces (143 MB grew to 948 MB with nothing live). Setting the threshold keeps it where glibc
-    starts, at 128 KiB. Fewer arenas because every thread's own arena keeps freed pages as well.
+    glibc gives a large block a map of its own and unmaps it when it is freed. But each freed block raises the size that
+    counts as large, up to 32 MiB, and from then on freed layers stay in the heap, in pieces (143 MB grew to 948 MB with
+    nothing alive). Setting the threshold keeps it at 128 KiB, where glibc starts. There are fewer arenas because the
+    arena of every thread keeps freed pages as well.
 
-    Fresh maps cost page faults, 10-20 % of a forward; huge pages in torch's own allocations
-    (``THP_MEM_ALLOC_ENABLE``, only blocks of 2 MiB and more) take nearly all of it back without
-    a higher peak. A ``MALLOC_*`` variable or ``THP_MEM_ALLOC_ENABLE`` of the user's wins.
+    Fresh maps cost page faults, 10-20 % of a forward; huge pages for torch's allocations (``THP_MEM_ALLOC_ENABLE``,
+    only for blocks of 2 MiB and more) win nearly all of that back without a higher peak. ``MALLOC_*`` variables and
+    ``THP_MEM_ALLOC_ENABLE`` that the user has set are kept.
     """
     preloaded = os.environ.get("LD_PRELOAD", "")
     other = next((name for name in _OTHER_ALLOCATORS if name in preloaded), None)
@@ -106,18 +106,19 @@ def allocator_policy(
     return "glibc: " + ", ".join(done)
 
 
-MAPPED_BYTES = 256 << 10  # of a temporary, where there are many tokens
-NEVER_MAPPED_BYTES = 32 << 20  # the highest threshold that glibc takes
+# A temporary of this size or more gets a map of its own, where there are many tokens.
+MAPPED_BYTES = 256 << 10
+NEVER_MAPPED_BYTES = 32 << 20  # the highest such size that glibc accepts
 
 
 def allocator_reuse(map_from_bytes: int = NEVER_MAPPED_BYTES, keep_bytes: int = 1 << 30) -> bool:
-    """Keep freed temporaries below ``map_from_bytes`` in the heap from now on; True if the C library took it.
+    """From now on keep freed temporaries below ``map_from_bytes`` in the heap. False where that cannot be set.
 
-    For the steps after loading: they ask for the same activations again and again, and a fresh map
-    costs a page fault every 4 KiB (5 us each on a virtual machine: more than the arithmetic of an
-    elementwise pass). What is kept is bounded by what was in use at once, and `Guard` trims it near
-    the cap; but large temporaries of many sizes leave holes, so those of long batches are mapped
-    (`Heap`). Weights were mapped one by one before this and stay so.
+    This is for the steps after loading. They allocate the same activations again and again, and a fresh map costs a
+    page fault every 4 KiB (5 us each on a virtual machine: more than the arithmetic of an elementwise pass). The heap
+    keeps at most what was in use at once, and ``Guard`` trims it near the cap. But large temporaries of many sizes
+    leave holes, so those of long batches are mapped (``Heap``). Weights were mapped one by one before this, and stay
+    so. ``keep_bytes``: so much free memory may stay at the end of the heap.
     """
     libc = _glibc()
     if libc is None or "MALLOC_MMAP_THRESHOLD_" in os.environ:
@@ -132,17 +133,17 @@ def allocator_reuse(map_from_bytes: int = NEVER_MAPPED_BYTES, keep_bytes: int = 
 class Heap:
     """Where the temporaries of a step lie: in the heap while they are small, else each in a map of its own.
 
-    A batch of few tokens goes without the page faults of fresh maps; the longest, which the peak is made of, leaves no
-    holes.
+    So a batch of few tokens is spared the page faults of fresh maps, and the longest batch, which makes the peak,
+    leaves no holes in the heap.
     """
 
-    # Of all sides, whose temporaries stay in the heap; None: the heap is left alone.
+    # Temporaries of forwards over at most so many tokens, of all sides, stay in the heap. None: the allocator is left
+    # as it is.
     reused_tokens: int | None = None
-    # Whether longer batches are to be expected: then an update leaves nothing behind.
-    trims: bool = False
+    trims: bool = False  # an update gives its temporaries back, because longer batches may follow
 
     def expect(self, tokens: int) -> None:
-        """A forward over ``tokens`` packed tokens follows."""
+        """Prepare the allocator for a forward over ``tokens`` packed tokens."""
         if self.reused_tokens is None:
             return
         mapped = tokens > self.reused_tokens
@@ -151,16 +152,14 @@ class Heap:
         allocator_reuse(MAPPED_BYTES if mapped else NEVER_MAPPED_BYTES)
 
     def give_back(self) -> None:
-        """What follows has temporaries of other sizes, which would not fit in the holes of those before."""
+        """Give free memory back: what follows has temporaries of other sizes, which would not fit into the holes."""
         if self.reused_tokens is not None:
             malloc_trim()
 
     @contextmanager
     def apart(self, tokens: int) -> Iterator[None]:
-        """What is taken here, in a forward over ``tokens``, outlives it: large blocks get maps of their own."""
-        if (
-            self.reused_tokens is None or tokens > self.reused_tokens
-        ):  # left alone, or mapped anyway
+        """A block in a forward over ``tokens`` whose allocations outlive it: large ones get maps of their own."""
+        if self.reused_tokens is None or tokens > self.reused_tokens:  # then they are mapped anyway
             yield
             return
         allocator_reuse(MAPPED_BYTES)
@@ -171,7 +170,7 @@ class Heap:
 
     @contextmanager
     def updating(self) -> Iterator[None]:
-        """Tiles of an update follow, many of one size."""
+        """A block that makes an update: many tiles of one size, which the heap uses again."""
         if self.reused_tokens is not None:
             allocator_reuse()
         if self.trims:
@@ -197,11 +196,12 @@ def malloc_trim() -> bool:
 # ---------------------------------------------------------------------------------------------
 # This process
 
-_peak_before_reset_bytes = 0  # the highest peak that a reset has wiped from the kernel's counter
+# The highest peak that a reset has wiped from the kernel's counter. It belongs to the process, as that counter does.
+_peak_before_reset_bytes = 0
 
 
 def read_status(root: Path = ROOT, process: int | str = "self") -> dict[str, int]:
-    """The sizes in ``/proc/<process>/status`` in bytes (``VmHWM``, ``VmRSS``, ...); {} elsewhere."""
+    """The sizes in ``/proc/<process>/status`` in bytes (``VmHWM``, ``VmRSS``, ...); {} where there is no such file."""
     sizes = {}
     for line in read_text(root / f"proc/{process}/status").splitlines():
         key, _, value = line.partition(":")
@@ -218,7 +218,7 @@ def rss_bytes(root: Path = ROOT) -> int:
 
 
 def peak_rss_bytes(root: Path = ROOT) -> int:
-    """The most this process has held since it started, whatever was reset by `reset_peak`."""
+    """The most resident memory that this process has had since it started, whether or not ``reset_peak`` was called."""
     return max(_peak_before_reset_bytes, _peak_since_reset_bytes(root))
 
 
@@ -236,15 +236,15 @@ def _peak_since_reset_bytes(root: Path = ROOT) -> int:
 
 
 class Resident(NamedTuple):
-    """What a process holds, by one reading. The kernel keeps no peak of the two parts."""
+    """Resident memory of a process at one moment. The kernel keeps no peak of the two parts."""
 
     rss_bytes: int
-    anon_bytes: int  # cannot be reclaimed without swap
+    anon_bytes: int  # anonymous: cannot be reclaimed without swap
     file_bytes: int  # file-backed and shared
 
 
 def resident(root: Path = ROOT) -> Resident:
-    """Resident memory of this process now; all of it anonymous where the parts are not told apart."""
+    """Resident memory of this process now; where the system does not tell the parts, all of it counts as anonymous."""
     status = read_status(root)
     if "RssAnon" not in status:
         whole_bytes = rss_bytes(root)
@@ -254,10 +254,10 @@ def resident(root: Path = ROOT) -> Resident:
 
 
 def reset_peak(root: Path = ROOT) -> bool:
-    """Start the kernel's peak over from the present size; False where that cannot be done.
+    """Set the kernel's peak back to the present size; False where that cannot be done.
 
-    `peak_rss_bytes` still knows the earlier peak, but nobody outside does: after this,
-    ``/usr/bin/time -v`` and a reader of ``VmHWM`` report less than the process once held.
+    ``peak_rss_bytes`` still knows the earlier peak, but no program outside does: ``/usr/bin/time -v`` and other readers
+    of ``VmHWM`` then report less than the process once held.
     """
     global _peak_before_reset_bytes
     if "VmHWM" not in read_status(root):
@@ -273,20 +273,22 @@ def reset_peak(root: Path = ROOT) -> bool:
 
 @dataclass(frozen=True)
 class Phase:
+    """Memory at the end of a phase of the run, and its peak."""
+
     name: str
-    rss_bytes: int  # at its end
-    peak_rss_bytes: int  # while it ran; since the start of the process if the peak was not reset
-    anon_bytes: int  # at its end
+    rss_bytes: int
+    peak_rss_bytes: int  # while the phase ran; if the peak is not reset, since the process started
+    anon_bytes: int
     file_bytes: int
 
 
 class Meter:
     """Peak memory by phase: ``meter.mark("load")`` ends the phase that has run since the last mark.
 
-    By default nothing is reset, so a phase's peak is the highest so far: exact for every phase that
-    goes above the ones before it, and a bound for the others. With ``reset=True`` each phase has a
-    peak of its own, but programs outside see only the last phase's (see `reset_peak`). Either way
-    ``peak_rss_bytes`` in the summary is over the whole life of the process.
+    By default the kernel's peak is not reset, so a phase's peak is the highest so far: exact for every phase that goes
+    above the ones before it, and a bound for the others. With ``reset=True`` each phase has its own peak, but programs
+    outside see only that of the last phase (see ``reset_peak``). Either way ``peak_rss_bytes`` in the summary is that
+    of the whole life of the process.
     """
 
     def __init__(self, reset: bool = False):
@@ -298,7 +300,7 @@ class Meter:
         return tuple(self._phases.values())
 
     def mark(self, name: str) -> Phase:
-        """End a phase. A name that comes back keeps its highest peak and its latest end."""
+        """End a phase. A phase whose name comes back keeps its highest peak and its latest end."""
         peak_bytes = _peak_since_reset_bytes() if self._reset else peak_rss_bytes()
         before = self._phases.get(name)
         if before is not None:
@@ -311,8 +313,8 @@ class Meter:
         return phase
 
     def summary(self) -> dict[str, int]:
-        """``<phase>_rss_bytes`` and ``<phase>_peak_rss_bytes`` of each phase, and as of now
-        ``peak_rss_bytes``, ``rss_bytes``, ``anon_bytes``, ``file_bytes``."""
+        """``<phase>_rss_bytes`` and ``<phase>_peak_rss_bytes`` of each phase, and the present ``peak_rss_bytes``,
+        ``rss_bytes``, ``anon_bytes`` and ``file_bytes``."""
         table: dict[str, int] = {}
         for phase in self.phases:
             table[f"{phase.name}_rss_bytes"] = phase.rss_bytes
@@ -323,7 +325,10 @@ class Meter:
 class Guard:
     """Refuses an allocation before it happens, when it would take the process over its cap.
 
-    `margin_bytes` stays free for what nobody announces (the counters' lag, small allocations).
+    ``margin_bytes`` of the cap stay free for what is not announced: small allocations, and the lag of the kernel's
+    counters. ``rss`` tells what is held, ``trim`` gives back what is held but not in use. ``planned_bytes`` is the peak
+    of the plan (None: the cap): temporaries of many sizes leave holes in the heap, which would take the process above
+    it.
     """
 
     def __init__(
@@ -336,19 +341,18 @@ class Guard:
     ) -> None:
         self.cap_bytes = cap_bytes
         self.margin_bytes = margin_bytes
-        self._rss, self._trim = rss, trim  # what is held, and giving back what is not in use
-        # The peak of the plan: temporaries of many sizes leave holes in the heap, which would exceed it.
+        self._rss, self._trim = rss, trim
         self._planned_bytes = cap_bytes if planned_bytes is None else planned_bytes
 
     def room_bytes(self) -> int:
-        """What may still be allocated; negative once the margin is being eaten."""
+        """What may still be allocated; negative where the margin is already being used."""
         return self.cap_bytes - self.margin_bytes - self._rss()
 
     def check_again(self, need_bytes: int, item: str) -> None:
-        """`check` for what has run before: most of what it needs is still in the heap, and not asked for again.
+        """``check`` for ``item`` when it has run before, so that most of what it needs is still in the heap.
 
-        Only once the margin is being eaten, the heap is emptied and the whole need counts; the heap is also emptied
-        of its holes where they have taken the process near its planned peak.
+        Only where the margin is already being used, the heap is trimmed and the whole need counts. The heap is trimmed
+        of its holes, too, where they have taken the process to within the margin of its planned peak.
         """
         room_bytes = self.room_bytes()
         if room_bytes < 0:
@@ -358,9 +362,9 @@ class Guard:
             self._trim()
 
     def check(self, need_bytes: int = 0, item: str = "the next step") -> None:
-        """Raise BudgetExceeded if `need_bytes` more for `item` would go above cap - margin.
+        """Raise BudgetExceeded if ``need_bytes`` more for ``item`` would go above cap - margin.
 
-        Free heap pages are handed back first, once, if that may help.
+        Before that, free memory is given back once, in case this is enough.
         """
         if need_bytes <= self.room_bytes():
             return

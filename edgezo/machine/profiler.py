@@ -1,12 +1,12 @@
-"""``--profile``: where the memory goes while a run lasts. A sampling thread, and peaks by phase.
+"""``--profile``: where the memory goes during a run. A thread samples it, and each phase of the run has its peaks.
 
-Everything here is sampled, so what rises and falls between two samples is missed. The kernel's own peak
-(``memory.peak_rss_bytes``) misses nothing and stays the figure that a run is judged by; this says when and where. The
-kernel keeps no peak of anonymous memory, of files or of a stretch of time, which is why there is something to sample.
+Samples miss what rises and falls between two of them. The kernel's peak (``process_memory.peak_rss_bytes``) misses
+nothing and stays the number that a run is judged by; the profile tells when and where. It has to be sampled because the
+kernel keeps no peak of anonymous memory, of file pages or of a part of the run.
 
 A phase is a block of code with a name: ``with phase("forward"):``, or ``@phase("forward")`` above a function. Phases
-nest: time and memory belong to the innermost one, and what is in none of them is ``other``. Without a profiler a phase
-costs about a microsecond. Nothing here imports torch.
+nest: time and memory belong to the innermost one, or to ``other`` outside of all. Without a profiler a phase costs
+about a microsecond. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from edgezo.machine.hardware import cgroup_peak_bytes
 from edgezo.machine.process_memory import Resident, peak_rss_bytes, resident
 
 INTERVAL_S = 0.01  # between two samples, at first
-MAX_SHARE = 0.01  # of the elapsed time that sampling may take, in CPU seconds
+MAX_SHARE = 0.01  # CPU seconds that sampling may take, for each second of the run
 MAX_SAMPLES = 4096
-OUTSIDE = "other"
+OUTSIDE = "other"  # the phase outside of all others
 
 
 class CudaBytes(NamedTuple):
-    """Of CUDA's allocator."""
+    """Bytes of PyTorch's CUDA allocator."""
 
     reserved: int
     allocated: int
@@ -40,7 +40,7 @@ class CudaBytes(NamedTuple):
 
 @dataclass
 class PhaseFigures:
-    """One phase so far, without the phases inside it."""
+    """Time and peaks of one phase so far, without the phases inside it."""
 
     entries: int = 0
     spent_s: float = 0.0
@@ -48,13 +48,13 @@ class PhaseFigures:
     peak_anon_bytes: int = 0
     peak_file_bytes: int = 0
     cuda_reserved_bytes: int | None = None  # None: no CUDA in this process
-    cuda_allocated_bytes: int | None = None  # of what is reserved, in use
+    cuda_allocated_bytes: int | None = None  # the part of the reserved bytes that is in use
 
 
 class Profiler:
-    """Samples of this process in bounded memory, and the figures of each phase.
+    """Samples of this process's memory, at most ``max_samples`` of them, and the figures of each phase.
 
-    ``clock`` gives seconds, ``cpu`` the CPU seconds of the thread that calls it, ``read`` what is resident.
+    ``clock`` gives seconds, ``cpu`` the CPU seconds of the thread that calls it, ``read`` the resident memory.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Profiler:
         self._clock, self._cpu, self._read = clock, cpu, read
         self._phases: dict[str, PhaseFigures] = {}
         self._stack: list[str] = []
-        # Columns of the curve, all there from the start so that a long run does not grow them.
+        # The samples as columns, full-size from the start, so that memory does not grow during the run.
         self._t_s = array("d", bytes(8 * max_samples))
         self._phase = array("B", bytes(max_samples))
         self._sizes = [array("q", bytes(8 * max_samples)) for _ in Resident._fields]
@@ -84,10 +84,11 @@ class Profiler:
         self._push(OUTSIDE)
 
     def start(self) -> None:
+        """Start the sampling thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread. Once only; `report` goes on to work."""
+        """End the thread, which cannot be started again. ``report`` still works after it."""
         self._ended.set()
         self._thread.join()
 
@@ -97,22 +98,22 @@ class Profiler:
             self.sample()
             now_s = self._cpu()
             with self._lock:
-                self.cost_s += now_s - spent_s  # with what the waiting itself takes
+                self.cost_s += now_s - spent_s  # what waiting takes is included
             spent_s = now_s
 
     def wait_s(self) -> float:
-        """Seconds to the next sample: the interval, or longer where sampling would take more than its share."""
+        """Seconds until the next sample: the interval, or longer where sampling would exceed ``MAX_SHARE``."""
         return max(self.interval_s, self._due_s() - self._clock())
 
     def _due_s(self) -> float:
-        """The time from which one more sample, at the mean cost of one, keeps the share."""
+        """The time from which on another sample, at the mean cost of one, stays within ``MAX_SHARE``."""
         mean_s = self.cost_s / max(1, self._readings)
         return self._begun_s + (self.cost_s + mean_s) / MAX_SHARE
 
     # -- phases -------------------------------------------------------------------------------------------
 
     def enter(self, name: str) -> None:
-        """Begin a phase inside the present one."""
+        """Begin a phase inside the current one."""
         with self._lock:
             self._turn()
             self._push(name)
@@ -128,11 +129,11 @@ class Profiler:
         self._phases.setdefault(name, PhaseFigures()).entries += 1
 
     def _turn(self) -> None:
-        """Close the account of the present phase. A phase too short for the thread is sampled here."""
-        own, now_s = self._phases[self._stack[-1]], self._clock()
-        own.spent_s += now_s - self._since_s
+        """Add up the time of the current phase, and sample it if the thread has not."""
+        figures, now_s = self._phases[self._stack[-1]], self._clock()
+        figures.spent_s += now_s - self._since_s
         self._since_s = now_s
-        if now_s >= self._due_s() or not own.peak_rss_bytes:
+        if now_s >= self._due_s() or not figures.peak_rss_bytes:
             before_s = self._cpu()
             self._take(now_s)
             self.cost_s += self._cpu() - before_s
@@ -140,40 +141,40 @@ class Profiler:
     # -- samples ------------------------------------------------------------------------------------------
 
     def sample(self) -> None:
-        """Read what is held now, for the present phase."""
-        with self._lock:  # the phase does not change between the reading and the entry
+        """Read the memory now, for the current phase."""
+        with self._lock:  # so that the phase does not change before the reading is noted
             self._take(self._clock())
 
     def _take(self, now_s: float) -> None:
-        found, own = self._read(), self._phases[self._stack[-1]]
+        reading, figures = self._read(), self._phases[self._stack[-1]]
         self._readings += 1
-        own.peak_rss_bytes = max(own.peak_rss_bytes, found.rss_bytes)
-        own.peak_anon_bytes = max(own.peak_anon_bytes, found.anon_bytes)
-        own.peak_file_bytes = max(own.peak_file_bytes, found.file_bytes)
+        figures.peak_rss_bytes = max(figures.peak_rss_bytes, reading.rss_bytes)
+        figures.peak_anon_bytes = max(figures.peak_anon_bytes, reading.anon_bytes)
+        figures.peak_file_bytes = max(figures.peak_file_bytes, reading.file_bytes)
         if (cuda := self._cuda_bytes()) is not None:
-            own.cuda_reserved_bytes = max(own.cuda_reserved_bytes or 0, cuda.reserved)
-            own.cuda_allocated_bytes = max(own.cuda_allocated_bytes or 0, cuda.allocated)
-        self._keep(now_s - self._begun_s, found)
+            figures.cuda_reserved_bytes = max(figures.cuda_reserved_bytes or 0, cuda.reserved)
+            figures.cuda_allocated_bytes = max(figures.cuda_allocated_bytes or 0, cuda.allocated)
+        self._keep(now_s - self._begun_s, reading)
 
-    def _keep(self, t_s: float, found: Resident) -> None:
-        """Add a reading to the curve. Of those nearer than half an interval the highest stands for all."""
+    def _keep(self, t_s: float, reading: Resident) -> None:
+        """Add a reading to the samples. Of readings within half an interval only the highest is kept."""
         last = self._kept - 1
         if self._kept and t_s - self._t_s[last] < self.interval_s / 2:
-            # Phases may turn far more often than the interval.
-            if found.rss_bytes <= self._sizes[0][last]:
+            # Phases may change far more often than the interval.
+            if reading.rss_bytes <= self._sizes[0][last]:
                 return
-            at = last
+            place = last
         else:
             if self._kept == len(self._t_s):
                 self._halve()
-            at, self._kept = self._kept, self._kept + 1
-            self._t_s[at] = t_s
-        self._phase[at] = list(self._phases).index(self._stack[-1])
-        for column, size in zip(self._sizes, found, strict=True):
-            column[at] = size
+            place, self._kept = self._kept, self._kept + 1
+            self._t_s[place] = t_s
+        self._phase[place] = list(self._phases).index(self._stack[-1])
+        for column, size in zip(self._sizes, reading, strict=True):
+            column[place] = size
 
     def _halve(self) -> None:
-        """Of every two samples keep the one that holds more; from now on half as many."""
+        """Keep the higher one of every two samples, and from now on sample half as often."""
         rss = self._sizes[0]
         self._kept //= 2
         for to in range(self._kept):
@@ -184,7 +185,7 @@ class Profiler:
         self.interval_s *= 2
 
     def _cuda_bytes(self) -> CudaBytes | None:
-        """What CUDA's allocator holds on the present device: a peak where that has just risen, else as of now."""
+        """What CUDA's allocator holds on the current device now, or its peak where that has just risen."""
         cuda = sys.modules.get("torch.cuda")
         initialized = getattr(cuda, "is_initialized", None)  # absent while torch is being imported
         if cuda is None or initialized is None or not initialized():
@@ -194,20 +195,20 @@ class Profiler:
         before, self._cuda_peaks = self._cuda_peaks, peaks
         return CudaBytes(*(p if p > b else n for p, b, n in zip(peaks, before, now, strict=True)))
 
-    # -- what was found -----------------------------------------------------------------------------------
+    # -- results ------------------------------------------------------------------------------------------
 
     def phases(self) -> dict[str, dict[str, Any]]:
-        """Figures by phase up to now, ``spent_s`` in seconds; ``cuda_reserved_bytes`` only where there is CUDA."""
+        """The figures of each phase up to now, named as in ``PhaseFigures``; those of CUDA only where it is used."""
         with self._lock:
             self._turn()
             table = {name: asdict(figures) for name, figures in self._phases.items()}
         return {n: {k: v for k, v in row.items() if v is not None} for n, row in table.items()}
 
     def report(self) -> dict[str, Any]:
-        """The content of profile.json. ``samples`` are columns; ``t_s`` counts from the profiler's start.
+        """The content of profile.json. ``samples`` are columns; ``t_s`` is in seconds since the profiler was made.
 
-        ``peak_rss_bytes`` is the kernel's. ``cgroup_peak_bytes`` is of the whole control group, its page cache and
-        other processes included; null where there is none.
+        ``peak_rss_bytes`` is the kernel's peak. ``cgroup_peak_bytes`` is that of the whole control group, its page
+        cache and other processes included; null where the kernel does not tell.
         """
         phases = self.phases()
         with self._lock:
@@ -239,12 +240,13 @@ class Profiler:
 # ---------------------------------------------------------------------------------------------
 # The profiler of this process
 
+# One at a time: phases all over the code report to it without being given it.
 _running: Profiler | None = None
 
 
 @contextmanager
 def profiling(on: bool) -> Iterator[None]:
-    """Profile while the block lasts, if ``on``. Inside another such block that one's profiler goes on."""
+    """Profile the block, if ``on``. Inside another such block, the profiler of that one goes on."""
     global _running
     if not on or _running is not None:
         yield
@@ -259,12 +261,13 @@ def profiling(on: bool) -> Iterator[None]:
 
 
 def running() -> Profiler | None:
+    """The profiler of this process; None where it is not being profiled."""
     return _running
 
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """A phase of the run, for the profiler if there is one; also a decorator."""
+    """Mark the block as a phase of the run, for the profiler if there is one. Also a decorator."""
     profiler = _running
     if profiler is None:
         yield

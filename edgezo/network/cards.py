@@ -24,7 +24,7 @@ from typing import Any
 
 from edgezo.errors import EdgezoError, SourceError
 from edgezo.machine import downloads
-from edgezo.machine.cache import cache_dir, file_sha256
+from edgezo.machine.downloads import cache_dir, file_sha256
 from edgezo.plan.shapes import NamedShape, Shape
 
 # ----------------------------------------------------------------------------- cards

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from edgezo.errors import EdgezoError
-from edgezo.machine.cache import file_sha256
+from edgezo.machine.downloads import file_sha256
 from edgezo.plan.shapes import Shape
 from edgezo.weights.gguf_config import gguf_config
 from edgezo.weights.gguf_header import read_header

@@ -8,7 +8,7 @@ kept in a file of the run. Then for each block, with z the standardised x and t 
     error   = |(T - Z W)/(1 - h)|^2/(n K), h the leverages: the error of every row predicted by a fit to the others
               (leave one out in closed form: Allen 1974)
 
-and the ``PROBED_BLOCKS`` blocks of least error are averaged. Their scores are multiplied by the one of FACTORS with
+and the ``READOUT_BLOCKS`` blocks of least error are averaged. Their scores are multiplied by the one of FACTORS with
 the least cross entropy on those left-out predictions, so that losses are on the scale of a softmax's. Blocks above the
 last one that is read do not run any more.
 
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgezo.machine.files import write_error
-from edgezo.machine.limits import PROBED_BLOCKS
+from edgezo.machine.limits import READOUT_BLOCKS
 
 LOWEST_SHARE = 1 / 3  # blocks in this lower share of the model are not tried
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -267,7 +267,9 @@ def fit(
     best: dict[int, BlockFit] = {}
     for number, block in enumerate(blocks):
         best[block] = fit_block(states(number), labels, classes)
-        best = dict(sorted(best.items(), key=lambda item: (item[1].error, item[0]))[:PROBED_BLOCKS])
+        best = dict(
+            sorted(best.items(), key=lambda item: (item[1].error, item[0]))[:READOUT_BLOCKS]
+        )
     best = dict(sorted(best.items()))
     fits = list(best.values())
     scores = torch.stack([block_fit.held_out for block_fit in fits]).mean(0)

@@ -1,4 +1,4 @@
-"""Whose memory a request is planned into, the machine's or its GPU's, and how much of it. Pure, as planner.py."""
+"""Which memory a request is planned for, the machine's or its GPU's, and how much of it. Pure, as planner.py."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 from edgezo.errors import UsageError
 from edgezo.machine.limits import MB
-from edgezo.plan.request import RunConfig
+from edgezo.plan.config import RunConfig
 
 if TYPE_CHECKING:
     from edgezo.machine.hardware import Gpu, Machine
 
 
 def choose_device(cfg: RunConfig, machine: Machine) -> tuple[str, str]:
-    """(cpu or cuda, reason). UsageError where a GPU is asked for and there is none."""
+    """(cpu or cuda, reason). Raises UsageError where a GPU is asked for and there is none."""
     gpu = machine.gpu
     if cfg.backward:
-        return "cpu", f"--estimator {cfg.estimator} has a backward pass, which is for the CPU"
+        return "cpu", f"--estimator {cfg.estimator} has a backward pass, which runs on the CPU only"
     if cfg.device == "cpu" or cfg.residency == "disk":
         return "cpu", "as given" if cfg.device == "cpu" else "weights on disk are for the CPU"
     if gpu is not None:
@@ -28,15 +28,16 @@ def choose_device(cfg: RunConfig, machine: Machine) -> tuple[str, str]:
         return "cpu", "there is no GPU that PyTorch could use"
     asked = "--device cuda" if cfg.device == "cuda" else "--residency host"
     raise UsageError(
-        f"{asked}: no GPU was found that PyTorch could use. It has to be shown by nvidia-smi, allowed by "
-        "CUDA_VISIBLE_DEVICES, and PyTorch has to be built for CUDA.\nUse --device cpu, with a --max-mem of its own."
+        f"{asked}: there is no GPU that PyTorch could use. nvidia-smi has to show one, CUDA_VISIBLE_DEVICES has to "
+        "allow it, and PyTorch has to be built for CUDA.\nUse --device cpu, with a --max-mem for the machine's memory."
     )
 
 
 def default_budget(memory: Machine | Gpu) -> tuple[int, str]:
-    """``--max-mem`` where it is not given: 80 % of what is free, leaving others 2 GB or 10 %.
+    """(bytes, reason) of ``--max-mem`` where it is not given.
 
-    On a machine with little free memory the headroom yields: half of what is free is always used.
+    80 % of what is free, or less where otherwise less than 2 GB, or 10 % of the memory if that is more, would stay
+    free for others. At least half of what is free, however little that is.
     """
     free = memory.available_bytes
     headroom = max(2000 * MB, memory.total_bytes // 10)
@@ -46,14 +47,14 @@ def default_budget(memory: Machine | Gpu) -> tuple[int, str]:
 
 
 def portable(cfg: RunConfig, machine: Machine) -> RunConfig:
-    """The request of a run, to be evaluated or replayed here: without its GPU on the CPU, under a cap of its own."""
+    """The request of a run for this machine: where the run's GPU is missing, on the CPU under its default cap."""
     if cfg.device != "cuda" or machine.gpu is not None:
         return cfg
     return replace(cfg, device="cpu", max_mem_bytes=None, residency=None)
 
 
 def budget(cfg: RunConfig, machine: Machine) -> tuple[int, str]:
-    """(bytes, reason) of the request: of RAM, or of a GPU's memory where that computes."""
+    """(bytes, reason) of the request's cap: of the RAM, or of the GPU's memory where the GPU computes."""
     if cfg.max_mem_bytes is not None:
         return cfg.max_mem_bytes, "as given"
     on_gpu = choose_device(cfg, machine)[0] == "cuda"
@@ -61,5 +62,5 @@ def budget(cfg: RunConfig, machine: Machine) -> tuple[int, str]:
 
 
 def mb(n_bytes: int) -> str:
-    """Rounded up, so that the number printed is enough when it is given back as --max-mem."""
+    """Bytes in MB, rounded up, so that the number is enough when it is given as --max-mem."""
     return f"{math.ceil(n_bytes / MB)}MB"

@@ -1,10 +1,11 @@
 """What a footprint is counted with: items, and every coefficient in one place.
 
-An ``Item`` is a name, bytes and the reason. Items that are held only in one phase do not add up with those of another:
+An ``Item`` is a name, bytes and the reason. Items of one phase do not add up with those of another:
 
     peak = sum(always) + max(sum(load), sum(forward), sum(update), sum(fit))
 
-Coefficients that are "calibrated" are set against a measured VmHWM. Standard library only.
+A "calibrated" coefficient is set against a measured peak: VmHWM on a CPU, the allocator's reserved bytes on a GPU.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from edgezo.machine.limits import MB
 ACTIVATIONS = "activations"  # the item's name
 PHASES = ("load", "forward", "update", "fit")
 
+# ---------------------------------------------------------------------------------------------
+# The process
+
 # Python, PyTorch, transformers and a tokenizer, imported and idle (calibrated).
 BASE_BYTES = 380 * MB
 # What each word of a vocabulary above BASE_VOCAB adds to that (calibrated).
@@ -25,54 +29,101 @@ TOKENIZER_BYTES_PER_WORD = 500
 BASE_VOCAB = 50_000
 # Freed blocks below the mmap threshold stay in the heap (calibrated).
 SLACK_BYTES = 4 * MB
-# The model's own class and what the first forward touches, and quanto where it quantises: imported after the base
-# process was measured (calibrated).
+# The model's class and what the first forward touches, and quanto where it quantises. They are imported after the base
+# process has been measured (calibrated).
 LIBRARY_BYTES = 24 * MB
 QUANTO_BYTES = 4 * MB
 # Panels that the matrix library packs, for each column of the widest product (calibrated).
 PANEL_BYTES = 2800
-# What is compiled for a shape of a bf16 product: 0.63 MB measured with AVX-512 BF16.
+# Code that the matrix library compiles for one shape of a bf16 product: 0.63 MB measured with AVX-512 BF16.
 KERNEL_BYTES = 630_000
-# Journal buffers, metrics, step records.
+# Buffers of the journal and of the metrics, and the records of a step.
 RUN_BYTES = 2 * MB
+
+# ---------------------------------------------------------------------------------------------
+# Loading, updates and what is trained
+
+# A dense tensor is read piece by piece in its stored dtype, so only a piece is staged.
+READ_PIECE_BYTES = 4 * MB
 # An update holds a tile of weights, one of the direction, one of the change and their product; where it rounds, the
 # high part, its spacing and the low part.
 UPDATE_TILES = 4
 ROUNDED_UPDATE_TILES = 5
-CODES_UPDATE_TILES = (
-    6  # rounding to codes: what is left of each value, and what it is compared with
-)
+# Rounding to codes: the remainder of each value as well, and what it is compared with.
+CODES_UPDATE_TILES = 6
 # A tile of the base that is replayed and quantised, and the holes that its temporaries leave (calibrated).
-ANCHOR_TILES = 3
-# A dense tensor is read piece by piece in its own dtype (readers), so only a piece is staged.
-READ_PIECE_BYTES = 4 * MB
-# Expanded rows of the head, a chunk of their logits as they come, and in fp32, where the error takes its place.
+REQUANTISE_TILES = 3
+# Of the exact head: change, gradient and Adam's two moments, fp32.
+HEAD_COPIES = 4
+# Of LoRA's adapters: value, gradient and AdamW's two moments, fp32.
+ADAPTER_COPIES = 4
+# Of a linear probe's fit (calibrated).
+FIT_COPIES, GRAM_COPIES = 2, 6
+# Values of a finetuner's network for one block.
+NETWORK = 449
+
+# ---------------------------------------------------------------------------------------------
+# A forward
+
+# Expanded rows of the head, a chunk of their logits in the compute dtype, and in fp32, where the error takes its place.
 LOGITS_BYTES = 24 << 20
-# The embedded tokens, the block's input, the residual after attention, its norm.
+# Of a token: its embedding, the block's input, the residual after attention, its norm.
 HIDDEN_COPIES = 4
-# Gate's activation, up, their product; without a gate the temporaries of a GELU.
+# Activation of the gate, up, their product; without a gate the temporaries of a GELU.
 MLP_COPIES = {True: 3, False: 4}
-# Rotated queries, the same in rows, the result in rows, packed again, and put out.
+# Queries rotated, in rows, the result in rows, packed again, and as attention returns it.
 QUERY_COPIES = 5
 # Keys and values, rotated, in rows, and the temporaries of the rotation.
 KEY_COPIES = 6
-HEAP_LEFT = 0.6
+# Share of what attention takes that stays in the heap beside the temporaries of the MLP (calibrated).
+HEAP_SHARE = 0.6
 # In pieces of fewer tokens too much of a forward would go into making fp32 of weights.
 LEAST_PIECE_TOKENS = 1024
-# Padded groups that attend one after the other (packing._GROUP_TOKENS).
+# Tokens of the padded groups that attend one after the other (network/packing.py).
 ATTENDING_TOKENS = 4096
-# Keys and values of an evaluation, unless one row alone has more: of so many tokens, or more where there is room. The
-# more rows write at once, the less often the weights are read.
+# Tokens whose keys and values an evaluation keeps, unless one row alone has more: the least, and the most where there
+# is room. The more rows write at once, the less often the weights are read.
 EVAL_KEPT_TOKENS, MOST_KEPT_TOKENS = 1024, 8192
-# Change, gradient and Adam's two moments, fp32.
-HEAD_COPIES = 4
-# A linear probe's fit (calibrated).
-FIT_COPIES, GRAM_COPIES = 2, 6
-NETWORK = 449  # values of a finetuner's network for one block
+
+# ---------------------------------------------------------------------------------------------
+# A backward pass (network/first_order.py)
+
+# A piece of a micro-batch takes no more than BACKWARD_BYTES, but has LEAST_BACKWARD_TOKENS: fewer are not worth
+# reading all weights three times for.
+BACKWARD_BYTES = 96 * MB
+LEAST_BACKWARD_TOKENS = 256
+# Of one block, for each token: hidden states of norms, residuals and their gradients, ...
+HIDDEN_KEPT = 9
+# ... queries, keys and values in rows, the result of attention, and their gradients, all fp32 (network/packing.py), ...
+QUERIES_KEPT, KEYS_KEPT = 4, 4
+# ... gate, its activation, up, their product, and three gradients; without a gate those of a GELU.
+MLP_KEPT = {True: 7, False: 6}
+# Share of what a step takes that is lost in pages of maps that are not full, and in blocks too small for a map
+# (calibrated).
+UNUSED_SHARE = 0.06
+
+# ---------------------------------------------------------------------------------------------
+# A GPU (measured on one, an H100)
+
+# With blocks in the RAM: the queues of two more streams, and the share of the locked RAM that its page tables take.
+COPYING_BYTES = 72 * MB
+LOCKED_SHARE = 1 / 500
+# What cuBLAS takes inside the allocator.
+WORKSPACE_BYTES = 33 * MB
+# The last page of the segment for large blocks and of that for small ones (calibrated).
+GPU_SLACK_BYTES = 38 << 20
+# Holes between temporaries, as shares of them: the second where nothing else counts (calibrated).
+HOLES, LARGE_HOLES = 1 / 8, 0.28
+# A chunk of full-vocabulary logits with what is made of it (network/losses.py).
+GPU_LOGITS_BYTES = 48 << 20
+# What rounding up a block of the allocator takes.
+ROUNDING_BYTES = 512
 
 
 @dataclass(frozen=True)
 class Item:
+    """Bytes that a run takes, with their name and the reason."""
+
     name: str
     bytes: int
     reason: str
@@ -83,7 +134,7 @@ class Item:
 
 
 def phase_bytes(items: Sequence[Item], phase: str) -> int:
-    """What is held while ``phase`` lasts, the permanent items included."""
+    """What a run takes while ``phase`` lasts, the permanent items included."""
     return sum(item.bytes for item in items if item.phase in ("always", phase))
 
 

@@ -1,221 +1,474 @@
-"""The settings of a run: of which kind each is, its bounds, its default, and how a layer of them is read.
+"""The settings of a run, as a table: each is written here once.
 
-Standard library only.
+``config.RunConfig`` is compared with the table by a test; the options of the command line, docs/options.md and
+docs/settings-sample.toml are made from it. Standard library only.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from edgezo.errors import UsageError
+from edgezo.plan.field import DEFAULT_PRESET, Field
+from edgezo.zo.parts import PARTS
 from edgezo.zo.presets import AUTO, CREDITS, DIRECTIONS, ESTIMATORS, MASKS, RULES
 
-TRAINABLE = ("lowrank", "full", "norms", "scales", "head", "probe", "lora")
-PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 QUANTIZED = ("int8", "int4")
+# Precisions in which --rounding has nothing to do, each with the reason.
 UNROUNDED = {"fp32": "updates are exact there", "int4": "nothing is rounded there"}
-RESIDENCIES = ("resident", "host", "disk")
-DEVICES = ("auto", "cpu", "cuda")
-ROUNDINGS = ("plane", "stochastic", "anchored")
-SCHEDULES = ("linear", "constant")
-LOSS = "loss"  # the objective that is the model's own loss
+LOSS = "loss"  # the objective that is the model's loss
 OBJECTIVES = (LOSS, "accuracy", "exact-match", "token-f1", "numeric-match")
 
 DEFAULT_STEPS = 400
-# What an estimator's row of the table decides where the request does not.
-AXES = ("directions", "mask", "credit", "rule", "train")
-OF_PRESET = (*AXES, "step", "sigma", "keep", "refresh")
+DEFAULT_BATCH = 16  # examples a step: more take too long on a small machine, fewer are noisy
 
-# Fields of which one replaces the other: said in a higher layer, it removes the lower layers'.
+# Settings of which one replaces the other: a higher layer that gives one removes the lower layers' values of both.
 ALTERNATIVES = (("steps", "for_s"), ("data", "task"))
-# Friendlier spellings in a TOML file; "-" may stand for "_".
-ALIASES = {"max_mem": "max_mem_bytes", "for": "for_s"}
-# What may differ when a run is resumed; everything else would change the numbers. Files may have moved: the
-# journal knows the weights, the training rows and the finetuner. Another micro-batch or device changes losses in
-# their rounding.
-FREE_ON_RESUME = (
-    *("max_mem_bytes", "micro_batch", "residency", "device", "threads", "profile"),
-    *("out", "model", "data", "data_root", "finetuner"),
+
+# ---------------------------------------------------------------------------------------------
+# The table. A setting is free on resume where another value changes losses in their rounding at most. Files may have
+# moved: the journal identifies the weights, the training rows and the finetuner.
+
+_DATA = (
+    Field(
+        name="model",
+        kind="str",
+        metavar="MODEL",
+        help="A card (see edgezo models), a directory, a .gguf file or a hub id.",
+        example="smollm2-135m-instruct",
+        required=True,
+        free_on_resume=True,
+    ),
+    Field(
+        name="data",
+        kind="str",
+        metavar="PATH",
+        help="Rows: a .jsonl, .json, .csv or .parquet file, a directory with train and validation files, or a hub id.",
+        example="rows.jsonl",
+        free_on_resume=True,
+    ),
+    Field(
+        name="task",
+        kind="str",
+        metavar="NAME",
+        help="A built-in task instead of --data: sst2, trec, boolq, ..., or example.",
+        example="example",
+    ),
+    Field(
+        name="data_root",
+        kind="str",
+        metavar="DIR",
+        help="Folder that holds the data sets of --task.",
+        example="datasets",
+        free_on_resume=True,
+    ),
+    Field(
+        name="template",
+        kind="str",
+        metavar="TEXT",
+        help="Prompt of a labelled row; braces name fields of the row: '{text} It was'.",
+        example="{text} It was",
+    ),
+    Field(
+        name="labels",
+        kind="str",
+        metavar="TEXT",
+        help="Label values, each with its word: '0=bad,1=good'.",
+        example="0=bad,1=good",
+    ),
+    Field(
+        name="label_field",
+        kind="str",
+        metavar="NAME",
+        help="Field of a row that holds the label.",
+        default="label",
+    ),
+    Field(
+        name="max_length",
+        kind="int",
+        metavar="N",
+        help="Tokens of the longest row; longer rows are cut.",
+        default=512,
+        low=8,
+        high=1_048_576,
+    ),
+    Field(
+        name="held_out",
+        kind="float",
+        metavar="SHARE",
+        help="Evaluate on this share of the training rows, which are then not trained on.",
+        default_text="evaluate on the validation rows",
+        example=0.1,
+        low=0,
+        high=0.9,
+        open_low=True,
+    ),
+    Field(
+        name="eval_limit",
+        kind="int",
+        metavar="N",
+        help="Evaluate on no more than this many rows.",
+        default_text="all",
+        example=500,
+        low=1,
+    ),
+    Field(
+        name="seed",
+        kind="int",
+        metavar="N",
+        help="Seed of the order of rows, of directions and of low-rank bases.",
+        default=0,
+        low=0,
+        high=2**63 - 1,
+    ),
 )
 
+_PREDICTION = (
+    Field(
+        name="objective",
+        kind="str",
+        metavar="NAME",
+        help=f"What training improves: {LOSS}, or a score of predictions: {', '.join(OBJECTIVES[1:])}, or "
+        "module:function, a Python function (prediction, row) -> float.",
+        default=LOSS,
+    ),
+    Field(
+        name="max_new_tokens",
+        kind="int",
+        metavar="N",
+        help="Tokens of the longest answer that the model writes.",
+        default_text="the task's",
+        example=32,
+        low=1,
+        high=65_536,
+    ),
+)
 
-@dataclass(frozen=True)
-class Field:
-    """The law of one field: ``kind`` is str, int, float, bool, duration, bytes, choice or train."""
+_MEMORY = (
+    Field(
+        name="max_mem_bytes",
+        alias="max_mem",
+        kind="bytes",
+        metavar="SIZE",
+        help="Cap on the peak memory of the process; with cuda, on that of the GPU: 700MB, 2GB.",
+        default_text="most of the free memory",
+        example="2GB",
+        low=1,
+        free_on_resume=True,
+    ),
+    Field(
+        name="device",
+        kind="choice",
+        help="Where to compute.",
+        default="auto",
+        default_text="auto: cuda where PyTorch can use a GPU",
+        choices=("auto", "cpu", "cuda"),
+        free_on_resume=True,
+    ),
+    Field(
+        name="precision",
+        kind="choice",
+        help="Format in which weights are stored.",
+        default_text="the highest of bf16, int8 and int4 that fits",
+        example="int8",
+        choices=("fp32", "bf16", "fp16", *QUANTIZED),
+    ),
+    Field(
+        name="residency",
+        kind="choice",
+        help="Where weights are: all in memory, or blocks in the RAM beside a GPU (host), or on disk.",
+        default_text="in memory where they fit",
+        example="disk",
+        choices=("resident", "host", "disk"),
+        free_on_resume=True,
+    ),
+    Field(
+        name="batch_size",
+        kind="int",
+        metavar="N",
+        help="Examples in a step; with grzo each has its direction.",
+        default_text=str(DEFAULT_BATCH),
+        example=DEFAULT_BATCH,
+        low=1,
+        high=1024,
+    ),
+    Field(
+        name="micro_batch",
+        kind="int",
+        metavar="N",
+        help="Examples that are in memory at once.",
+        default_text="as many as fit",
+        example=4,
+        low=1,
+        high=1024,
+        free_on_resume=True,
+    ),
+)
 
-    kind: str
-    default: Any = None
-    low: float = -math.inf
-    high: float = math.inf
-    choices: tuple[str, ...] = ()
-    open_low: bool = False  # low itself is not allowed
-    auto: str | None = None  # the field that "auto" in place of a value sets
+_METHOD = (
+    Field(
+        name="estimator",
+        kind="choice",
+        metavar="NAME",
+        help="Training method: a preset (see edgezo estimators), whose choices the options below change; or auto.",
+        default=DEFAULT_PRESET,
+        choices=(*ESTIMATORS, AUTO),
+    ),
+    Field(
+        name="directions",
+        kind="choice",
+        metavar="NAME",
+        help="Directions that weights are perturbed along: signs, gaussian, shared, ...",
+        choices=tuple(DIRECTIONS),
+        of_preset=True,
+    ),
+    Field(
+        name="mask",
+        kind="choice",
+        help="Which entries of a direction are kept, and how they are scaled.",
+        choices=tuple(MASKS),
+        of_preset=True,
+    ),
+    Field(
+        name="credit",
+        kind="choice",
+        help="How the losses of a step become one number for each direction.",
+        choices=tuple(CREDITS),
+        of_preset=True,
+    ),
+    Field(
+        name="rule",
+        kind="choice",
+        help="How weights move along the sum of the directions, each times its number.",
+        choices=tuple(RULES),
+        of_preset=True,
+    ),
+    Field(
+        name="train",
+        kind="train",
+        metavar="PARTS",
+        help=f"What is trained, joined by +: {', '.join(PARTS)}.",
+        choices=tuple(PARTS),
+        of_preset=True,
+    ),
+    Field(
+        name="rounding",
+        kind="choice",
+        help="How --train full keeps steps that are smaller than the rounding of a weight.",
+        default_text="plane; with int8 anchored",
+        example="stochastic",
+        choices=("plane", "stochastic", "anchored"),
+    ),
+    Field(
+        name="rank",
+        kind="int",
+        metavar="N",
+        help="Rank of --train lowrank and lora, and of low-rank directions.",
+        default=8,
+        low=1,
+        high=256,
+    ),
+    Field(
+        name="keep",
+        kind="float",
+        metavar="SHARE",
+        help="Share of the weights (--mask sparse) or blocks (--mask layers) that a step moves.",
+        low=0,
+        high=1,
+        open_low=True,
+        of_preset=True,
+    ),
+    Field(
+        name="refresh",
+        kind="int",
+        metavar="N",
+        help="Steps between two bases of low-rank directions, or between two anchors of --credit svrg.",
+        low=1,
+        of_preset=True,
+    ),
+    Field(
+        name="candidates",
+        kind="int",
+        metavar="N",
+        help="Directions that --credit candidates tries in a step.",
+        default=8,
+        low=1,
+        high=256,
+    ),
+    Field(
+        name="finetuner",
+        kind="str",
+        metavar="FILE",
+        help="File that edgezo meta-train or convert-finetuner made, with the scales of --mask block.",
+        example="finetuner.safetensors",
+        free_on_resume=True,
+    ),
+    Field(
+        name="short_tokens",
+        kind="int",
+        metavar="N",
+        help="Tokens of the longest example that --estimator addax takes the gradient of.",
+        default_text="as many as memory allows",
+        example=128,
+        low=0,
+        high=1_048_576,
+    ),
+)
+
+_RUN = (
+    Field(
+        name="steps",
+        kind="int",
+        metavar="N",
+        help="Training steps.",
+        default_text=str(DEFAULT_STEPS),
+        example=DEFAULT_STEPS,
+        low=1,
+        high=10_000_000,
+    ),
+    Field(
+        name="for_s",
+        alias="for",
+        kind="duration",
+        metavar="TIME",
+        help="Train for this long, instead of --steps: 120s, 10m, 1.5h.",
+        example="10m",
+        low=0,
+        open_low=True,
+    ),
+    Field(
+        name="step",
+        kind="float",
+        metavar="X",
+        help="Step size: kappa, a fraction of the perturbation (grzo), or a learning rate (mezo, lora); auto measures "
+        "it, and --sigma.",
+        low=0,
+        open_low=True,
+        auto="step_auto",
+        of_preset=True,
+    ),
+    Field(
+        name="sigma",
+        kind="float",
+        metavar="X",
+        help="Size of the perturbation.",
+        low=0,
+        high=1,
+        open_low=True,
+        of_preset=True,
+    ),
+    Field(
+        name="schedule",
+        kind="choice",
+        help="How the step size changes during a run: linear falls to 0.",
+        default="linear",
+        choices=("linear", "constant"),
+    ),
+    Field(
+        name="weight_decay",
+        kind="float",
+        metavar="SHARE",
+        help="Share of itself that every perturbed weight loses in a step; follows --schedule.",
+        default=0.0,
+        low=0,
+        high=1,
+    ),
+    Field(
+        name="head_lr",
+        kind="float",
+        metavar="X",
+        help="Learning rate of --train head: how far a step may move the score of a label. The score of a word of the "
+        "vocabulary moves a tenth of it.",
+        default=2.0,
+        low=0,
+        open_low=True,
+    ),
+    Field(
+        name="short_lr",
+        kind="float",
+        metavar="X",
+        help="AdamW learning rate for addax's short examples.",
+        default=1e-4,
+        low=0,
+        open_low=True,
+    ),
+    Field(
+        name="eval_every",
+        kind="int",
+        metavar="N",
+        help="Steps between evaluations.",
+        default=0,
+        default_text="0: before the first step and after the last",
+        low=0,
+    ),
+    Field(
+        name="snapshot_every",
+        kind="int",
+        metavar="N",
+        help="Steps between snapshots of state that the seed cannot rebuild (mainly the head).",
+        default=25,
+        low=1,
+    ),
+    Field(
+        name="threads",
+        kind="int",
+        metavar="N",
+        help="CPU threads.",
+        default_text="PyTorch's choice",
+        example=2,
+        low=1,
+        high=4096,
+        free_on_resume=True,
+    ),
+    Field(
+        name="profile",
+        kind="bool",
+        help="Record memory by phase in RUN/profile.json.",
+        default=False,
+        free_on_resume=True,
+    ),
+    Field(
+        name="out",
+        kind="str",
+        metavar="RUN",
+        help="Directory of the run.",
+        default_text="runs/MODEL-DATA",
+        example="runs/mine",
+        free_on_resume=True,
+    ),
+)
+
+# A run writes it: whether --step is only where the automatic step begins (run/auto_step.py).
+_STEP_AUTO = Field(name="step_auto", kind="bool", default=False)
 
 
-FIELDS: dict[str, Field] = {
-    "model": Field("str"),
-    "data": Field("str"),
-    "task": Field("str"),
-    "data_root": Field("str"),
-    "template": Field("str"),
-    "labels": Field("str"),
-    "label_field": Field("str", "label"),
-    "max_mem_bytes": Field("bytes", low=1),
-    "steps": Field("int", low=1, high=10_000_000),
-    "for_s": Field("duration", low=0, open_low=True),
-    "estimator": Field("choice", "grzo", choices=(*ESTIMATORS, AUTO)),
-    "directions": Field("choice", choices=tuple(DIRECTIONS)),
-    "mask": Field("choice", choices=tuple(MASKS)),
-    "credit": Field("choice", choices=tuple(CREDITS)),
-    "rule": Field("choice", choices=tuple(RULES)),
-    "train": Field("train", choices=TRAINABLE),
-    "precision": Field("choice", choices=PRECISIONS),
-    "rounding": Field("choice", choices=ROUNDINGS),
-    # None: on the disk (CPU) or in host memory (GPU) where memory is too small
-    "residency": Field("choice", choices=RESIDENCIES),
-    "device": Field("choice", "auto", choices=DEVICES),
-    "rank": Field("int", 8, low=1, high=256),
-    "keep": Field("float", low=0, high=1, open_low=True),
-    "refresh": Field("int", low=1),
-    "candidates": Field("int", 8, low=1, high=256),
-    "finetuner": Field("str"),
-    # None: as long as memory has room to go back through
-    "short_tokens": Field("int", low=0, high=1_048_576),
-    "short_lr": Field("float", 1e-4, low=0, open_low=True),
-    "batch_size": Field("int", low=1, high=1024),
-    "micro_batch": Field("int", low=1, high=1024),
-    "max_length": Field("int", 512, low=8, high=1_048_576),
-    "objective": Field("str", LOSS),
-    "max_new_tokens": Field("int", low=1, high=65_536),  # None: as the task says
-    "step": Field("float", low=0, open_low=True, auto="step_auto"),
-    "step_auto": Field("bool", False),
-    "sigma": Field("float", low=0, high=1, open_low=True),
-    "schedule": Field("choice", "linear", choices=SCHEDULES),
-    "weight_decay": Field("float", 0.0, low=0, high=1),
-    "head_lr": Field("float", 2.0, low=0, open_low=True),
-    "held_out": Field("float", low=0, high=0.9, open_low=True),  # None: the validation rows
-    "seed": Field("int", 0, low=0, high=2**63 - 1),
-    "eval_every": Field("int", 0, low=0),  # 0: before the first and after the last step only
-    "eval_limit": Field("int", low=1),  # None: every validation row
-    "snapshot_every": Field("int", 25, low=1),
-    "threads": Field("int", low=1, high=4096),  # None: what PyTorch picks
-    "profile": Field("bool", False),  # profile.json: where the memory goes (machine/profiler.py)
-    "out": Field("str"),
+class SettingGroup(NamedTuple):
+    """Settings that are shown together."""
+
+    title: str
+    fields: tuple[Field, ...]
+
+
+GROUPS = {
+    "data": SettingGroup("Model and data", _DATA),
+    "prediction": SettingGroup("Predictions", _PREDICTION),
+    "memory": SettingGroup("Memory and device", _MEMORY),
+    "method": SettingGroup("Method", _METHOD),
+    "run": SettingGroup("Steps, evaluation and files", _RUN),
 }
+FIELDS = {field.name: field for group in GROUPS.values() for field in group.fields}
+FIELDS[_STEP_AUTO.name] = _STEP_AUTO
 
-
-def parse_duration(text: str) -> float:
-    """Seconds of ``90``, ``120s``, ``10m`` or ``1.5h``. Raises ValueError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([smh]?)\s*", text)
-    if match is None:
-        raise ValueError(f"{text!r} is not a duration; write for example 120s, 10m or 1.5h")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+OF_PRESET = tuple(field.name for field in FIELDS.values() if field.of_preset)
+FREE_ON_RESUME = tuple(field.name for field in FIELDS.values() if field.free_on_resume)
 
 
 def flag(name: str) -> str:
-    """The command-line spelling of a field."""
-    special = {"max_mem_bytes": "--max-mem", "for_s": "--for"}
-    return special.get(name, "--" + name.replace("_", "-"))
+    """The option that gives a setting: ``--max-mem`` for ``max_mem_bytes``."""
+    field = FIELDS.get(name)
+    shown = field.alias if field is not None and field.alias else name
+    return "--" + shown.replace("_", "-")
 
 
 def flags(names: Sequence[str]) -> str:
     return " and ".join(flag(name) for name in names)
-
-
-def read_layer(layer: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    said = {}
-    for name, value in layer.items():
-        if value is None:
-            continue
-        name = name.replace("-", "_")
-        name = ALIASES.get(name, name)
-        spec = FIELDS.get(name)
-        if spec is None:
-            near = difflib.get_close_matches(name, FIELDS, n=1)
-            problems.append(
-                f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-            continue
-        if spec.auto is not None and value == "auto":
-            name, spec, value = spec.auto, FIELDS[spec.auto], True
-        try:
-            said[name] = _coerce(spec, value)
-        except (ValueError, UsageError) as error:
-            problems.append(f"{flag(name)}: {error}")
-    return said
-
-
-def _coerce(spec: Field, value: Any) -> Any:
-    match spec.kind:
-        case "str":
-            if not isinstance(value, str) or not value.strip():
-                raise ValueError(f"needs text, not {value!r}")
-            return value
-        case "choice":
-            if value not in spec.choices:
-                raise ValueError(f"{value!r} is not one of {', '.join(spec.choices)}")
-            return value
-        case "bool":
-            if not isinstance(value, bool):
-                raise ValueError(f"needs true or false, not {value!r}")
-            return value
-        case "train":
-            return _coerce_train(spec, value)
-        case "duration" if isinstance(value, str):
-            value = parse_duration(value)
-        case "bytes" if isinstance(value, str):
-            from edgezo.machine.hardware import (
-                parse_bytes,  # reads the machine elsewhere; not needed before
-            )
-
-            value = parse_bytes(value)
-        case _ if isinstance(value, str):
-            value = _number(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"needs a number, not {value!r}")
-    if spec.kind in ("int", "bytes"):
-        if value != value or value in (math.inf, -math.inf) or int(value) != value:
-            raise ValueError(f"needs a whole number, not {value!r}")
-        value = int(value)
-    else:
-        value = float(value)
-        if not math.isfinite(value):
-            raise ValueError(f"needs a finite number, not {value!r}")
-    below = value <= spec.low if spec.open_low else value < spec.low
-    if below:
-        raise ValueError(
-            f"must be {'above' if spec.open_low else 'at least'} {spec.low:g}, not {value:g}"
-        )
-    if value > spec.high:
-        raise ValueError(f"must be at most {spec.high:g}, not {value:g}")
-    return value
-
-
-def _number(text: str) -> int | float | str:
-    """The number that ``text`` spells, as the command line gives it; else the text itself."""
-    for read in (int, float):
-        try:
-            return read(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _coerce_train(spec: Field, value: Any) -> tuple[str, ...]:
-    parts = value.split("+") if isinstance(value, str) else value
-    if not isinstance(parts, list | tuple) or not parts:
-        raise ValueError(
-            f"needs one or more of {', '.join(spec.choices)} joined by +, not {value!r}"
-        )
-    names = [part.strip() if isinstance(part, str) else part for part in parts]
-    unknown = [name for name in names if name not in spec.choices]
-    if unknown:
-        raise ValueError(
-            f"{', '.join(map(repr, unknown))} is not one of {', '.join(spec.choices)}; join by +"
-        )
-    return tuple(name for name in spec.choices if name in names)  # one order, no repeats

@@ -1,4 +1,4 @@
-"""What a run takes, itemised in bytes, before any weight is read. Pure: no files, no torch, no clock."""
+"""Memory that a run takes, itemised in bytes, before any weight is read. Pure: no files, no torch, no clock."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from edgezo.data.token_stats import KEPT_LENGTHS
 from edgezo.machine.limits import (
     EVAL_TOKENS,
     GUARD_MARGIN_BYTES,
-    PROBED_BLOCKS,
     PRODUCT_ROWS,
     REUSED_BYTES,
     THIN,
@@ -18,13 +17,10 @@ from edgezo.machine.limits import (
 )
 from edgezo.plan.calibration import (
     ACTIVATIONS,
-    ANCHOR_TILES,
     ATTENDING_TOKENS,
     CODES_UPDATE_TILES,
     EVAL_KEPT_TOKENS,
-    FIT_COPIES,
-    GRAM_COPIES,
-    HEAP_LEFT,
+    HEAP_SHARE,
     HIDDEN_COPIES,
     KERNEL_BYTES,
     KEY_COPIES,
@@ -36,6 +32,7 @@ from edgezo.plan.calibration import (
     PANEL_BYTES,
     QUANTO_BYTES,
     QUERY_COPIES,
+    REQUANTISE_TILES,
     ROUNDED_UPDATE_TILES,
     RUN_BYTES,
     SLACK_BYTES,
@@ -44,30 +41,30 @@ from edgezo.plan.calibration import (
     peak_bytes,
 )
 from edgezo.plan.fields import LOSS, QUANTIZED
-from edgezo.plan.footprint_held import Held, rounding_of
+from edgezo.plan.footprint_stored import StoredFootprint, rounding_of
 from edgezo.plan.shapes import BYTES_PER_WEIGHT, MatrixShape
 from edgezo.zo.presets import DIRECTIONS, MASKS, RULES
 
 
 @dataclass(frozen=True)
-class Footprint(Held):
-    """One request with everything that its size depends on, but for precision and split: what it takes, itemised."""
+class Footprint(StoredFootprint):
+    """A request with all that its size depends on, except precision and split: every byte that a run takes."""
 
-    correction_bytes: int = 0  # of a forward, by a measurement
-    kept_tokens: int = EVAL_KEPT_TOKENS  # by an evaluation
+    correction_bytes: int = 0  # added to a forward, as measured
+    kept_tokens: int = EVAL_KEPT_TOKENS  # tokens whose keys and values an evaluation keeps
 
-    ways = 1  # of multiplying by a weight: 2 where a backward pass takes its transpose
+    product_kinds = 1  # products with a weight: 2 where a backward pass takes its transpose too
 
     def peak_bytes(self, precision: str, micro_batch: int, on_disk: int = 0) -> int:
         return peak_bytes(self.items(precision, micro_batch, on_disk))
 
-    def first_order_bytes(self, batch_size: int) -> int:
-        """About the peak of first-order LoRA as people write it: bf16 base, AdamW, the whole batch at once.
+    def first_order_bytes(self) -> int:
+        """About the peak of first-order LoRA with stock peft and PyTorch: bf16 base, AdamW, the whole batch at once.
 
-        Backpropagation keeps, of each token in each block, both norms' inputs in fp32 and their results, what
-        attention read and gave, gate, activation, up and their product, and for peft's factors what each linear read,
-        in fp32; and at the end logits over the whole vocabulary in bf16, three times in fp32, and their gradients
-        (measured: 5.65 GB for 16 x 128 tokens of SmolLM2-135M).
+        Backpropagation keeps, of each token in each block, the inputs of both norms in fp32 and their results, inputs
+        and result of attention, gate, activation, up and their product, and for peft's factors the input of each
+        linear in fp32; and at the end logits over the whole vocabulary in bf16, three times in fp32, and their
+        gradients (measured: 5.65 GB for 16 x 128 tokens of SmolLM2-135M).
         """
         shape = self.shape
         tables = sum(t.numel for t in shape.tables)
@@ -76,111 +73,123 @@ class Footprint(Held):
         kept = (
             16 * shape.hidden + 4 * shape.qkv_width + (8 if shape.gated else 6) * shape.intermediate
         ) + 4 * sum(m.d_in for m in shape.block)
-        tokens = self.tokens.longest(batch_size)
+        tokens = self.tokens.longest(self.cfg.batch_size)
         logits = 22 * shape.vocab
         return self._base().bytes + weights + 16 * factors + tokens * (shape.layers * kept + logits)
 
-    def filled(self, precision: str, micro_batch: int, on_disk: int, cap: int) -> Footprint:
-        """The same with what is left of ``cap`` put to use, where a request leaves open for what."""
+    def with_short_tokens(
+        self, precision: str, micro_batch: int, on_disk: int, cap: int
+    ) -> Footprint:
+        """The footprint with --short-tokens decided, where the request leaves that open: as ``cap`` bytes allow."""
         return self
 
+    def with_kept_tokens(self, precision: str, spare_bytes: int) -> Footprint:
+        """The footprint with more tokens that an evaluation keeps, in memory that nothing else needs."""
+        if not self.tokens.written:
+            return self
+        more = spare_bytes // self._kept_token_bytes(self.compute_bytes(precision))
+        return replace(self, kept_tokens=min(MOST_KEPT_TOKENS, self.kept_tokens + more))
+
     def items(self, precision: str, micro_batch: int, on_disk: int = 0) -> tuple[Item, ...]:
-        """Every item, with the last ``on_disk`` blocks, and then the tables too, on disk."""
-        compute_bytes = self._compute_bytes(precision)
-        code = LIBRARY_BYTES + PANEL_BYTES * max(m.d_out for m in self.shape.kinds)
-        if precision in QUANTIZED:
-            code += QUANTO_BYTES
-        always = [
+        """Every item, with the last ``on_disk`` blocks on disk, and then the tables too."""
+        compute_bytes = self.compute_bytes(precision)
+        return (
             self._base(),
             *self._weights(precision, on_disk),
             *self._trained(compute_bytes),
             Item("journal and metrics", RUN_BYTES, "buffers; the records are on disk"),
-            Item(
-                "model code",
-                code,
-                "classes and kernels that loading and a first step touch, their packed panels",
-            ),
+            self._code(precision),
             *self._compiled(precision, micro_batch),
             Item("guard margin", GUARD_MARGIN_BYTES, "kept free: nearer to the cap, a run stops"),
             Item("allocator slack", SLACK_BYTES, "freed small blocks that stay in the heap"),
-        ]
-        return (
-            *always,
             self._load(precision, on_disk),
             *self._forward(precision, micro_batch, compute_bytes),
             *self._holes(precision, micro_batch, compute_bytes),
             self._update(precision, micro_batch, compute_bytes, on_disk),
-            *self._probe(),
+            *(i for i in self._of_parts(compute_bytes) if i.phase != "always"),
         )
+
+    def _code(self, precision: str) -> Item:
+        size = LIBRARY_BYTES + PANEL_BYTES * max(m.d_out for m in self.shape.kinds)
+        if precision in QUANTIZED:
+            size += QUANTO_BYTES
+        reason = "classes and kernels that loading and the first step use, and their packed panels"
+        return Item("model code", size, reason)
 
     def _compiled(self, precision: str, micro_batch: int) -> list[Item]:
         """What the matrix library compiles for the shapes of bf16 products, and keeps (machine/matmul.py)."""
         if self.compute_dtype(precision)[0] != "bf16":
             return []
+        cfg, parts = self.cfg, self.cfg.parts
         matrices = (*self.shape.block, *self.shape.outside)
         d_in, d_out = {m.d_in for m in matrices}, {m.d_out for m in matrices}
-        # By what is trained: products with a basis or directions, sums into the outputs, plain and probed. C kernels
-        # leave those of the table and of norms.
-        thin = {"full": len(d_in) + len(d_out), "lowrank": len(d_in) + 2 * len(d_out) + 1}
-        # Of what is added at once: factors, one direction of all, biases where they are trained.
-        biases = (self.cfg.batch_size or 0) if {"full", "norms"} & set(self.cfg.train) else 0
-        width = 2 * self.cfg.rank + biases
-        if self.c_kernels and width <= THIN:
-            thin = {"full": 3}
-        weights = len({(m.d_in, m.d_out) for m in matrices})
-        shapes = weights * self.ways + sum(thin.get(part, 0) for part in self.cfg.train)
-        rows = min(self._at_once(precision, micro_batch), PRODUCT_ROWS[-1])
+        # Thin products with a basis or directions, and sums into the outputs. C kernels compute those that are narrow
+        # enough, except those of the table and of norms. The width is what is added at once: factors, one direction
+        # of all, and biases where they are trained.
+        width = 2 * cfg.rank + (cfg.batch_size if parts.vectors else 0)
+        in_c = self.c_kernels and width <= THIN
+        thin = 0
+        if parts.weights:
+            thin += 3 if in_c else len(d_in) + len(d_out)
+        if parts.factors and not in_c:
+            thin += len(d_in) + 2 * len(d_out) + 1
+        shapes = len({(m.d_in, m.d_out) for m in matrices}) * self.product_kinds + thin
+        rows = min(self._rows_at_once(precision, micro_batch), PRODUCT_ROWS[-1])
         sizes = bisect_left(PRODUCT_ROWS, rows) + 1
         reason = f"oneDNN's kernels for {shapes} bf16 products of {sizes} numbers of rows"
         return [Item("compiled products", KERNEL_BYTES * shapes * sizes, reason)]
+
+    # -----------------------------------------------------------------------------------------
+    # Tokens that pass at once
 
     @property
     def sides(self) -> int:
         """Forwards over the batch in a step, all in one pass."""
         return self.cfg.planned_sides
 
-    def _probe(self) -> list[Item]:
-        """A linear probe: its fit to one block's states, and what a pass shows of each block."""
-        if "probe" not in self.cfg.train or self.tokens.kind != "label":
-            return []
-        shape, cfg = self.shape, self.cfg
-        n, d = cfg.probe_rows(self.tokens.examples), shape.hidden
-        # States and the same turned; the Gram matrix of the smaller side, its eigenvectors and their work space.
-        fit = 4 * (FIT_COPIES * n * d + GRAM_COPIES * min(n, d) ** 2)
-        # The scores of blocks held out, and their weights.
-        fit += 4 * (PROBED_BLOCKS + 1) * self.tokens.label_words * (2 * n + d)
-        reason = f"ridge regression on up to {n:,} rows x {d}, one block at a time"
-        seen = 4 * (cfg.batch_size or 1) * shape.layers * d
-        shown = "states of the blocks at the scored positions"
-        return [
-            Item("linear probe", fit, reason, "fit"),
-            Item("probed states", seen, shown, "forward"),
-        ]
-
     def _rows(self, micro_batch: int, most: int | None = None) -> int:
-        """Tokens of the longest batch that runs at once: of training on both sides, or of an evaluation.
+        """Tokens of the longest batch that runs at once: of training on all sides, or of an evaluation.
 
-        ``most``: of one side, where micro-batches are split into pieces.
+        ``most``: tokens of one side in a piece, where micro-batches are split into pieces.
         """
         evaluating = max(min(EVAL_TOKENS, self.tokens.longest(KEPT_LENGTHS)), self.tokens.evaluated)
         return max(self.sides * self.tokens.at_once(micro_batch, most), evaluating)
 
-    def _at_once(self, precision: str, micro_batch: int) -> int:
+    def _rows_at_once(self, precision: str, micro_batch: int) -> int:
         return self._rows(micro_batch, self.most_tokens(precision))
 
     def most_tokens(self, precision: str) -> int | None:
-        """Tokens, of one side, that a micro-batch is split into pieces of; None: it is not.
+        """Tokens, of one side, of the pieces that a micro-batch is split into; None where it is not split.
 
-        Temporaries that stay in the heap save more time than reading the weights once more costs, and are small. Of
-        wider models so few tokens have such temporaries that nothing would be gained. Wherever blocks are, pieces are
-        the same: losses of others are equal to rounding only.
+        Temporaries that stay in the heap save more time than reading the weights once more costs, and are small. Wide
+        models have such temporaries for so few tokens that nothing would be gained. Pieces are alike wherever blocks
+        are: other pieces would give losses that are equal to rounding only.
         """
         reused = self.reused_tokens(precision)
         return reused // self.sides if reused >= LEAST_PIECE_TOKENS else None
 
+    def reused_tokens(self, precision: str) -> int:
+        """Tokens, of all sides, whose temporaries stay in the heap."""
+        return self._reused_tokens[self.compute_bytes(precision)]
+
+    @cached_property
+    def _reused_tokens(self) -> dict[int, int]:
+        """``reused_tokens`` by the bytes of an activation; computed once for all options that a plan compares."""
+        most = range(REUSED_BYTES)
+        return {
+            size: bisect_right(
+                most, REUSED_BYTES, key=partial(self._activations, compute_bytes=size)
+            )
+            - 1
+            for size in (2, 4)
+        }
+
+    # -----------------------------------------------------------------------------------------
+    # A forward
+
     def _forward(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
         shape, tokens = self.shape, self.tokens
-        rows, sides = self._at_once(precision, micro_batch), self.sides
+        rows, sides = self._rows_at_once(precision, micro_batch), self.sides
         source = "the longest of the data" if tokens.known else "no data given: --max-length each"
         whole = sides * tokens.longest(micro_batch)
         if rows == whole:
@@ -188,27 +197,53 @@ class Footprint(Held):
         elif rows < whole:
             what = f"a piece of {micro_batch} examples x {sides} sides, {whole:,} ({source})"
         else:
-            what = "an evaluation batch, more than a micro-batch of training"
+            what = "an evaluation batch, which is more than a micro-batch of training"
         reason = f"{rows:,} tokens of {what}, one block at a time"
         items = [Item(ACTIVATIONS, self._activations(rows, compute_bytes), reason, "forward")]
         items += self._expanded(precision, compute_bytes)
-        widest = max(m.d_out + m.d_in for m in shape.kinds)
-        reason = f"signs of {micro_batch} examples for the widest matrix; who is probed how"
         # A mask, its making from 64-bit integers, and the thin products that go with it.
-        drawn = self.cfg.candidates if self.cfg.credit == "candidates" else micro_batch
-        size = drawn * (4 * rows + widest) * compute_bytes
-        items.append(Item("directions", size, reason, "forward"))
-        if noise := self._noise_tile():
-            reason = "weight-sized noise of one tile, with what it is made from"
-            items.append(Item("noise", noise, reason, "forward"))
+        size = self._drawn(micro_batch) * (4 * rows + self._widest()) * compute_bytes
+        items += self._perturbing(micro_batch, size)
         scored = min(sides * micro_batch * tokens.scored, rows)
         logits, what = self._logits(scored)
-        # By then the blocks' temporaries are gone, and what they took is there for the scores.
+        # The blocks' temporaries are freed before scores are computed, which use their memory again.
         scores = logits + 4 * (scored + 2 * rows) * shape.hidden - items[0].bytes
         reason = f"hidden states and logits of {scored:,} scored positions, {what}: more than a block takes"
         if scores > 0:
             items.append(Item("scores", scores, reason, "forward"))
         return [*items, *self._beside(micro_batch, compute_bytes)]
+
+    def _drawn(self, micro_batch: int) -> int:
+        """Directions in a forward."""
+        return self.cfg.candidates if self.cfg.credit == "candidates" else micro_batch
+
+    def _widest(self) -> int:
+        """Values of the two factors of a direction for the widest matrix."""
+        return max(m.d_out + m.d_in for m in self.shape.kinds)
+
+    def _perturbing(self, micro_batch: int, size: int) -> list[Item]:
+        """Directions of ``size`` bytes, and a tile of noise where they are dense."""
+        reason = (
+            f"signs of {micro_batch} examples for the widest matrix, and the side of each token"
+        )
+        items = [Item("directions", size, reason, "forward")]
+        if noise := self._noise_tile():
+            reason = "weight-sized noise of one tile, with what it is made from"
+            items.append(Item("noise", noise, reason, "forward"))
+        return items
+
+    def _noise_tile(self) -> int:
+        """Bytes of the rows of U beside a tile of weights: random bits, fp32 values and what a mask makes of them."""
+        shape, cfg = self.shape, self.cfg
+        matrices = cfg.parts.factors or cfg.parts.weights
+        if not matrices or not (DIRECTIONS[cfg.directions].dense or MASKS[cfg.mask].dense):
+            return 0
+        largest = max(m.d_out for m in shape.kinds) * cfg.rank
+        if cfg.parts.weights:
+            largest = max(m.numel for m in (*shape.kinds, *shape.tables))
+        copies = 3 + (2 if MASKS[cfg.mask].dense else 0) + (3 if cfg.directions == "centred" else 0)
+        # Tiles of the forward are cut in the compute dtype: in fp32 they are up to twice as large.
+        return copies * min(2 * TILE_BYTES, 4 * largest)
 
     def _expanded(self, precision: str, compute_bytes: int) -> list[Item]:
         """A tile of weights in the compute dtype, where they are stored in another one."""
@@ -217,19 +252,23 @@ class Footprint(Held):
         largest = max(m.numel for m in self.shape.kinds) * compute_bytes
         compute = self.compute_dtype(precision)[0]
         reason = f"{precision} weights become {compute} a tile at a time"
-        return [Item("expanded weights", min(largest, TILE_BYTES), reason, "forward")]
+        return [Item("expanded weights", self._expanded_bytes(largest), reason, "forward")]
+
+    def _expanded_bytes(self, largest: int) -> int:
+        """What is taken to expand a matrix of ``largest`` bytes."""
+        return min(largest, TILE_BYTES)
 
     def _logits(self, scored: int) -> tuple[int, str]:
-        """Logits of so many positions: (bytes, over what)."""
+        """Logits of so many positions: (bytes, over which words)."""
         if self.tokens.kind == "label":
             return 4 * scored * self.tokens.label_words, "label words only"
         return LOGITS_BYTES, "the vocabulary in chunks"
 
     def _beside(self, micro_batch: int, compute_bytes: int) -> list[Item]:
-        """What a forward holds beside its own temporaries: keys and values, and what a measurement has added."""
+        """What a forward takes beside its temporaries: keys and values, and what a measurement adds."""
         items = self._keys_and_values(micro_batch, compute_bytes)
         if self.correction_bytes:
-            reason = "the longest batch, measured, beside what is counted"
+            reason = "by a measurement of the longest batch, beside what is counted"
             items.append(Item("correction", self.correction_bytes, reason, "forward"))
         return items
 
@@ -248,120 +287,88 @@ class Footprint(Held):
         return [Item("keys and values", size, reason, "forward")]
 
     def _kept_token_bytes(self, compute_bytes: int) -> int:
-        """Keys and values of a token. A layer's are copied once where rows have ended."""
+        """Keys and values of a token. Those of one layer are copied where rows have ended."""
         shape = self.shape
         return (shape.layers + 1) * (shape.qkv_width - shape.attention_width) * compute_bytes
-
-    def keeping(self, precision: str, spare_bytes: int) -> Footprint:
-        """The same with what an evaluation may keep in memory that is left over."""
-        if not self.tokens.written:
-            return self
-        more = spare_bytes // self._kept_token_bytes(self._compute_bytes(precision))
-        return replace(self, kept_tokens=min(MOST_KEPT_TOKENS, self.kept_tokens + more))
-
-    def _noise_tile(self) -> int:
-        """Rows of U beside a tile of weights: its bits, fp32 values and what a mask makes of them."""
-        shape, cfg = self.shape, self.cfg
-        low = "lowrank" in cfg.train or "full" in cfg.train
-        if not low or not (DIRECTIONS[cfg.directions].dense or MASKS[cfg.mask].dense):
-            return 0
-        largest = max(m.d_out for m in shape.kinds) * cfg.rank
-        if "full" in cfg.train:
-            largest = max(m.numel for m in (*shape.kinds, *shape.tables))
-        copies = 3 + (2 if MASKS[cfg.mask].dense else 0) + (3 if cfg.directions == "centred" else 0)
-        # Tiles of the forward are cut in the compute dtype: in fp32 they are up to twice as large.
-        return copies * min(2 * TILE_BYTES, 4 * largest)
 
     def _activations(self, rows: int, compute_bytes: int) -> int:
         """Bytes of one block's temporaries over ``rows`` tokens: while it attends, or while its MLP runs.
 
-        In the heap, what attention leaves is still there beside the MLP's.
+        In the heap, a share of what attention took is still there beside the MLP's temporaries.
         """
         shape = self.shape
         keys = (shape.qkv_width - shape.attention_width) // 2
         queries = shape.attention_width
-        # Half of the queries are negated to rotate them: a temporary of its own size.
+        # Half of the queries are negated to rotate them: a temporary of that size.
         at_once = QUERY_COPIES * queries + KEY_COPIES * keys + queries // 2
         attending = at_once * min(rows, ATTENDING_TOKENS)
-        # Beyond a padded group only what is there before and after it: rotated, and put out.
+        # Tokens beyond a padded group have only what is made before and after it: rotated, and the result.
         attending += (4 * queries + 2 * keys) * max(0, rows - ATTENDING_TOKENS)
         attending += rows * shape.hidden * (HIDDEN_COPIES - 1)
         mlp = rows * (HIDDEN_COPIES * shape.hidden + MLP_COPIES[shape.gated] * shape.intermediate)
         rotary = 2 * shape.head_dim  # cosine and sine
-        left = int(HEAP_LEFT * rows * at_once)
-        kept = (max(attending, mlp + left) + rows * rotary) * compute_bytes
-        if kept <= REUSED_BYTES:
-            return kept
-        # Mapped, and said to be more than what is kept, so that Plan.maps tells the two apart.
+        in_heap = int(HEAP_SHARE * rows * at_once)
+        size = (max(attending, mlp + in_heap) + rows * rotary) * compute_bytes
+        if size <= REUSED_BYTES:
+            return size
+        # Temporaries are mapped. Counted as more than what stays in the heap, so that Plan.maps tells the two apart.
         return max((max(attending, mlp) + rows * rotary) * compute_bytes, REUSED_BYTES + 1)
 
-    def reused_tokens(self, precision: str) -> int:
-        """Tokens, of all sides, whose temporaries stay in the heap."""
-        return self._reused_tokens[self._compute_bytes(precision)]
-
-    @cached_property
-    def _reused_tokens(self) -> dict[int, int]:
-        """By the bytes of a value; once for all options that a plan compares."""
-        most = range(REUSED_BYTES)
-        return {
-            size: bisect_right(
-                most, REUSED_BYTES, key=partial(self._activations, compute_bytes=size)
-            )
-            - 1
-            for size in (2, 4)
-        }
+    # -----------------------------------------------------------------------------------------
+    # An update
 
     def _update_tiles(self, precision: str) -> int:
-        rounds = "full" in self.cfg.train and precision != "fp32"
+        rounds = self.cfg.parts.weights and precision != "fp32"
         copies = ROUNDED_UPDATE_TILES if rounds else UPDATE_TILES
         if rounds and precision == "int8":
             copies = CODES_UPDATE_TILES
         return copies * min(TILE_BYTES, self._largest_trained())
 
     def _holes(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
-        """What tiles of full weights leave in the heap, cut otherwise than a forward's temporaries (calibrated).
+        """Holes that tiles of full weights leave in the heap, which are cut otherwise than temporaries (calibrated).
 
-        In one run of five or so; mapped temporaries leave none.
+        About one run in five has them. Mapped temporaries leave none.
         """
-        temporaries = self._activations(self._at_once(precision, micro_batch), compute_bytes)
-        if "full" not in self.cfg.train or temporaries > REUSED_BYTES:
+        rows = self._rows_at_once(precision, micro_batch)
+        temporaries = self._activations(rows, compute_bytes)
+        if not self.cfg.parts.weights or temporaries > REUSED_BYTES:
             return []
         size = min(self._update_tiles(precision), temporaries)
-        return [
-            Item("holes", size, "in the heap, between what updates and forwards take", "forward")
-        ]
+        reason = "in the heap, between what updates and forwards take"
+        return [Item("holes", size, reason, "forward")]
 
     def _update(self, precision: str, micro_batch: int, compute_bytes: int, on_disk: int) -> Item:
         size = self._update_tiles(precision)
         reason = "weights, direction and change of one tile, in fp32"
         if rounding_of(self.cfg, precision)[0] == "anchored":
-            # As the base gives it, beside what a tile of it becomes (QUANTISE_BYTES).
-            size = max(size, self._largest_base() + ANCHOR_TILES * TILE_BYTES)
+            # A matrix as the base has it, beside a tile that is made from it (QUANTISE_BYTES).
+            size = max(size, self._largest_base() + REQUANTISE_TILES * TILE_BYTES)
             reason += "; or a matrix of the base, and a tile that is replayed and quantised"
         if on_disk:
-            # A block is updated, or made again, between two blocks' forwards.
-            rows = self._at_once(precision, micro_batch)
+            # A block is updated, or made again, between the forwards of two blocks.
+            rows = self._rows_at_once(precision, micro_batch)
             hidden = HIDDEN_COPIES * rows * self.shape.hidden * compute_bytes
             size = hidden + max(size, self._staged_bytes(precision))
-            reason += "; the hidden states, since a block is updated when the forward comes to it"
+            reason += (
+                "; and the hidden states, since a block is updated when the forward comes to it"
+            )
         return Item("update tiles", size, reason, "update")
 
     def _largest_trained(self) -> int:
         """Bytes in fp32 of the largest tensor that an update moves."""
         shape, cfg = self.shape, self.cfg
         sizes = [shape.hidden]
-        if "lowrank" in cfg.train:
+        if cfg.parts.factors:
             sizes += [m.d_out * cfg.rank for m in shape.kinds]
-        if "full" in cfg.train:
+        if cfg.parts.weights:
             sizes += [m.numel for m in shape.kinds]
             sizes += [self._moved_rows(t) * t.d_in for t in shape.tables]
         return 4 * max(sizes)
 
     def _moved_rows(self, table: MatrixShape) -> int:
-        """Rows of a table that one update may move: with label words those that its examples used, and the words'."""
+        """Rows of a table that one update may move: with label words those that its examples use, and the words'."""
         tokens, cfg = self.tokens, self.cfg
         if tokens.kind != "label" or RULES[cfg.rule].state or MASKS[cfg.mask].state:
             return table.d_out
-        assert cfg.batch_size is not None
         used = tokens.longest(cfg.batch_size) + tokens.label_words
         return min(table.d_out, used)

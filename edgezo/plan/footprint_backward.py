@@ -1,78 +1,66 @@
 """What a run with a backward pass through one block at a time takes (network/first_order.py). Pure, as footprint.py.
 
-Between its two visits of a block a step keeps one hidden state a token and block; during the second what autograd keeps
-of that one block, with the gradients on their way. An evaluation, and the plain forward, take what they always do.
+A step visits each block twice. Between the two visits it keeps one hidden state for each token and block; during the
+second it takes what autograd keeps of that one block, with the gradients on their way. An evaluation and a plain
+forward take what they take in every other run.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from edgezo.machine.limits import MB
-from edgezo.plan.calibration import ACTIVATIONS, LEAST_PIECE_TOKENS, Item
+from edgezo.plan.calibration import (
+    ACTIVATIONS,
+    ADAPTER_COPIES,
+    BACKWARD_BYTES,
+    HIDDEN_KEPT,
+    KEYS_KEPT,
+    LEAST_BACKWARD_TOKENS,
+    LEAST_PIECE_TOKENS,
+    MLP_KEPT,
+    QUERIES_KEPT,
+    UNUSED_SHARE,
+    Item,
+)
 from edgezo.plan.footprint import Footprint
 from edgezo.plan.shapes import ModelShape
 
-# A piece of a micro-batch takes no more, but for the least that is worth reading all weights three times for.
-BACKWARD_BYTES = 96 * MB
-LEAST_BACKWARD_TOKENS = 256
-# Of one block, for each token: hidden states of norms, residuals and their gradients, ...
-HIDDEN_KEPT = 9
-# ... queries, keys and values in rows, what attention puts out, and their gradients, all fp32 (network/packing.py), ...
-QUERIES_KEPT, KEYS_KEPT = 4, 4
-# ... gate, its activation, up, their product, and three gradients; without a gate those of a GELU.
-MLP_KEPT = {True: 7, False: 6}
-# Value, gradient and AdamW's two moments, fp32.
-ADAPTER_COPIES = 4
-# Of what a step takes, in pages of maps that are not full and blocks too small for one (calibrated).
-LEFT = 0.06
-
 
 def kept_bytes(shape: ModelShape, rows: int, compute_bytes: int) -> int:
-    """Inputs of all blocks over ``rows`` tokens, and what the last one puts out."""
+    """Inputs of all blocks over ``rows`` tokens, and the output of the last one."""
     return rows * shape.hidden * (shape.layers + 1) * compute_bytes
 
 
 def backward_bytes(shape: ModelShape, rows: int, compute_bytes: int) -> int:
-    """All that a backward pass over ``rows`` tokens holds beside the weights."""
+    """All that a backward pass over ``rows`` tokens takes beside the weights."""
     keys = (shape.qkv_width - shape.attention_width) // 2
     block = HIDDEN_KEPT * shape.hidden + MLP_KEPT[shape.gated] * shape.intermediate
     attended = QUERIES_KEPT * shape.attention_width + KEYS_KEPT * keys + 2 * shape.head_dim
     # A gradient on its way, in fp32 where the block computes in less.
     wide = 0 if compute_bytes == 4 else 8 * max(m.d_out for m in shape.kinds)
     block_bytes = block * compute_bytes + 4 * attended + wide
-    held = kept_bytes(shape, rows, compute_bytes) + rows * block_bytes
-    return int((1 + LEFT) * held)
+    size = kept_bytes(shape, rows, compute_bytes) + rows * block_bytes
+    return int((1 + UNUSED_SHARE) * size)
 
 
 @dataclass(frozen=True)
 class BackwardFootprint(Footprint):
-    """One request with a backward pass, on the CPU."""
+    """A request with a backward pass (lora), on the CPU."""
 
-    ways = 2
+    product_kinds = 2
 
     def most_tokens(self, precision: str) -> int | None:
-        """Tokens of a piece."""
-        a_token = self._backward(1, self._compute_bytes(precision))
+        """Tokens of a piece of a micro-batch."""
+        a_token = backward_bytes(self.shape, 1, self.compute_bytes(precision))
         return max(LEAST_BACKWARD_TOKENS, BACKWARD_BYTES // a_token)
 
     def reused_tokens(self, precision: str) -> int:
-        """None: what is kept and what comes and goes would leave holes between each other in the heap."""
+        """None are reused: what is kept and what comes and goes would leave holes between each other in the heap."""
         return 0
 
-    def _kept(self, rows: int, compute_bytes: int) -> int:
-        return kept_bytes(self.shape, rows, compute_bytes)
-
-    def _backward(self, rows: int, compute_bytes: int) -> int:
-        return backward_bytes(self.shape, rows, compute_bytes)
-
-    def _trained(self, compute_bytes: int) -> list[Item]:
-        shape, rank = self.shape, self.cfg.rank
-        values = (shape.rows + shape.cols) * rank
-        reason = (
-            f"rank {rank}: {values:,} trained values, their gradient and AdamW's two moments, fp32"
-        )
-        return [Item("adapters", 4 * ADAPTER_COPIES * values, reason)]
+    def _of_directions(self, compute_bytes: int) -> list[Item]:
+        """Adapters go along no directions."""
+        return []
 
     def _forward(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
         shape, tokens = self.shape, self.tokens
@@ -81,18 +69,19 @@ class BackwardFootprint(Footprint):
         what = (
             f"{micro_batch} examples" if trained == whole else f"a piece of {micro_batch} examples"
         )
-        kept = self._kept(trained, compute_bytes)
+        kept = kept_bytes(shape, trained, compute_bytes)
         reason = f"inputs of {shape.layers} blocks, {trained:,} tokens of {what}"
         items = [Item("block inputs", kept, reason, "forward")]
-        block = self._backward(trained, compute_bytes) - kept
-        # Nothing is kept of an evaluation.
-        evaluated = self._activations(self._at_once(precision, micro_batch), compute_bytes)
+        block = backward_bytes(shape, trained, compute_bytes) - kept
+        # An evaluation keeps no block inputs.
+        rows = self._rows_at_once(precision, micro_batch)
+        evaluated = self._activations(rows, compute_bytes)
         reason = "one block, run again for its backward pass, with its gradients"
         items.append(Item(ACTIVATIONS, max(block, evaluated - kept), reason, "forward"))
         items += self._expanded(precision, compute_bytes)
         scored = min(micro_batch * tokens.scored, trained)
         logits, what = self._logits(scored)
-        # Scored when all block inputs are kept, before a block is run again.
+        # Scores are computed when all block inputs are kept, before a block is run again.
         scores = logits + 8 * (scored + 2 * trained) * shape.hidden - items[1].bytes
         reason = f"hidden states, their gradients and logits of {scored:,} scored positions, {what}"
         if scores > 0:
@@ -106,28 +95,30 @@ class BackwardFootprint(Footprint):
 
 @dataclass(frozen=True)
 class MixedFootprint(Footprint):
-    """One request with a backward pass over its short examples, on the CPU: what has room is short."""
+    """A request with a backward pass over its short examples (addax), on the CPU. Short is what has room."""
 
-    ways = 2
+    product_kinds = 2
 
-    def filled(self, precision: str, micro_batch: int, on_disk: int, cap: int) -> Footprint:
+    def with_short_tokens(
+        self, precision: str, micro_batch: int, on_disk: int, cap: int
+    ) -> Footprint:
         if self.cfg.short_tokens is not None:
             return self
         # From all that the data has down to nothing; beyond BACKWARD_BYTES a piece only takes more.
-        most = max(BACKWARD_BYTES // self._back(1, precision), LEAST_BACKWARD_TOKENS)
+        most = max(BACKWARD_BYTES // self._backward(1, precision), LEAST_BACKWARD_TOKENS)
         longest = self.tokens.tokens[0]
-        wanted = (max(most, longest), most, *(most * part // 16 for part in range(15, 0, -1)))
-        for tokens in wanted:
-            found = replace(self, cfg=replace(self.cfg, short_tokens=tokens))
-            if found.peak_bytes(precision, micro_batch, on_disk) <= cap:
-                return found
+        tried = (max(most, longest), most, *(most * part // 16 for part in range(15, 0, -1)))
+        for tokens in tried:
+            footprint = replace(self, cfg=replace(self.cfg, short_tokens=tokens))
+            if footprint.peak_bytes(precision, micro_batch, on_disk) <= cap:
+                return footprint
         return replace(self, cfg=replace(self.cfg, short_tokens=0))
 
-    def _back(self, rows: int, precision: str) -> int:
-        return backward_bytes(self.shape, rows, self._compute_bytes(precision))
+    def _backward(self, rows: int, precision: str) -> int:
+        return backward_bytes(self.shape, rows, self.compute_bytes(precision))
 
     def reused_tokens(self, precision: str) -> int:
-        """None: what a backward pass keeps would leave holes in the heap."""
+        """None are reused: what a backward pass keeps would leave holes in the heap."""
         return 0
 
     def most_tokens(self, precision: str) -> int | None:
@@ -146,9 +137,9 @@ class MixedFootprint(Footprint):
         lengths = [n for n in self.tokens.tokens if n <= short]
         rows = min(short, sum(lengths[:micro_batch])) if self.tokens.known else short
         shared = ("expanded weights", "correction")
-        held = sum(i.bytes for i in items if i.name not in shared)
-        more = self._back(rows, precision) - held
+        perturbed = sum(i.bytes for i in items if i.name not in shared)
+        more = self._backward(rows, precision) - perturbed
         if more > 0:
-            reason = f"back through {rows:,} tokens of short examples: more than a probe takes"
+            reason = f"over {rows:,} tokens of short examples: more than a perturbed forward takes"
             items.append(Item("backward pass", more, reason, "forward"))
         return items

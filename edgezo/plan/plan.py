@@ -1,4 +1,4 @@
-"""A plan: what a request became, every planned byte with its reason, every choice with its own."""
+"""A plan: what a request became, every planned byte and every choice with its reason."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 from edgezo.errors import DoesNotFit
 from edgezo.machine.limits import REUSED_BYTES
 from edgezo.plan.calibration import ACTIVATIONS, Item, peak_bytes, phase_bytes
-from edgezo.plan.request import RunConfig, Settled, as_estimator
+from edgezo.plan.config import RunConfig, Settled
+from edgezo.plan.request import as_estimator
 from edgezo.zo.presets import AUTO
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Something that was chosen, by the user or by the planner, with the reason."""
+    """Something that the user or the planner has chosen, with the reason."""
 
     name: str
     value: str | int | None
@@ -26,11 +27,13 @@ class Decision:
 
 @dataclass(frozen=True)
 class Plan:
+    """What a request became: how it will run, and what that takes."""
+
     model: str
-    device: str  # cpu or cuda: whose memory is planned
+    device: str  # whose memory is planned: cpu or cuda
     max_mem_bytes: int
     estimator: str
-    short_tokens: int | None  # of the longest example that a mixed estimator goes back through
+    short_tokens: int | None  # tokens of the longest example that addax takes the gradient of
     precision: str
     rounding: str | None
     compute_dtype: str  # fp32 or bf16
@@ -42,26 +45,27 @@ class Plan:
     decisions: tuple[Decision, ...]
     smallest_bytes: int  # the smallest --max-mem that this request could run in
     smallest_flags: str  # how: "--precision int4 --micro-batch 1", rounded up to whole MB
-    step_s: float  # about how long a step takes, from the machine's estimated speed
-    blocks_on_disk: int  # the last ones, and the tables with them; 0: everything stays in memory
+    step_s: float  # seconds that a step takes, from the machine's estimated speed
+    blocks_on_disk: int  # the last blocks, and the tables with them; 0: everything stays in memory
     disk_bytes: int  # what the overlay takes on disk
     reused_tokens: int  # packed tokens of all sides whose temporaries stay in the heap
-    most_tokens: int | None  # of one side, in a piece of a micro-batch; None: it is whole
-    blocks_in_host: int = 0  # the last ones, on a GPU that has no room for them
-    host_bytes: int = 0  # what those take of the RAM
-    kept_tokens: int = 0  # whose keys and values an evaluation keeps at once
+    most_tokens: int | None  # tokens of one side in a piece of a micro-batch; None: no pieces
+    blocks_in_host: int = 0  # the last blocks, where a GPU has no room for them
+    host_bytes: int = 0  # what those blocks take of the RAM
+    kept_tokens: int = 0  # tokens whose keys and values an evaluation keeps at once
 
     @property
     def residency(self) -> str:
+        """Where the last blocks are: on disk, in host memory, or with all others in memory."""
         return "disk" if self.blocks_on_disk else "host" if self.blocks_in_host else "resident"
 
     def phase_bytes(self, phase: str) -> int:
-        """What is held while ``phase`` (load, forward or update) lasts."""
+        """What a run takes while ``phase`` (load, forward, update or fit) lasts."""
         return phase_bytes(self.items, phase)
 
     @property
     def maps(self) -> bool:
-        """Whether there are batches whose temporaries are mapped one by one (`memory.Heap`)."""
+        """Whether there are batches whose temporaries are mapped one by one (`process_memory.Heap`)."""
         return sum(i.bytes for i in self.items if i.name == ACTIVATIONS) > REUSED_BYTES
 
     @property
@@ -73,44 +77,15 @@ class Plan:
         return peak_bytes(self.items)
 
     def settle(self, cfg: RunConfig) -> Settled:
-        """The request with everything decided that it left open."""
+        """The request with everything decided that it leaves to the planner."""
         if cfg.estimator == AUTO:
             cfg = as_estimator(cfg, self.estimator)
-        return Settled.of(
-            cfg,
-            device=self.device,
-            max_mem_bytes=self.max_mem_bytes,
-            precision=self.precision,
-            rounding=self.rounding,
-            batch_size=self.batch_size,
-            micro_batch=self.micro_batch,
-            short_tokens=self.short_tokens,
-        )
+        return Settled.of(cfg, **{name: getattr(self, name) for name in DECIDED})
 
     def to_dict(self) -> dict[str, Any]:
         """The content of plan.json."""
         return {
-            "model": self.model,
-            "device": self.device,
-            "max_mem_bytes": self.max_mem_bytes,
-            "planned_peak_bytes": self.planned_peak_bytes,
-            "load_peak_bytes": self.load_peak_bytes,
-            "smallest_bytes": self.smallest_bytes,
-            "smallest_flags": self.smallest_flags,
-            "step_s": self.step_s,
-            "residency": self.residency,
-            "blocks_on_disk": self.blocks_on_disk,
-            "disk_bytes": self.disk_bytes,
-            "blocks_in_host": self.blocks_in_host,
-            "host_bytes": self.host_bytes,
-            "estimator": self.estimator,
-            "short_tokens": self.short_tokens,
-            "precision": self.precision,
-            "rounding": self.rounding,
-            "compute_dtype": self.compute_dtype,
-            "batch_size": self.batch_size,
-            "micro_batch": self.micro_batch,
-            "most_tokens": self.most_tokens,
+            **{name: getattr(self, name) for name in IN_JSON},
             "trained": list(self.trained),
             "frozen": list(self.frozen),
             "items": [item.to_dict() for item in self.items],
@@ -118,8 +93,22 @@ class Plan:
         }
 
 
+# Settings that a plan decides.
+DECIDED = (
+    *("device", "max_mem_bytes", "precision", "rounding", "batch_size", "micro_batch"),
+    "short_tokens",
+)
+# Plain values in plan.json, in its order.
+IN_JSON = (
+    *("model", "device", "max_mem_bytes", "planned_peak_bytes", "load_peak_bytes"),
+    *("smallest_bytes", "smallest_flags", "step_s", "residency", "blocks_on_disk", "disk_bytes"),
+    *("blocks_in_host", "host_bytes", "estimator", "short_tokens", "precision", "rounding"),
+    *("compute_dtype", "batch_size", "micro_batch", "most_tokens"),
+)
+
+
 class PlanDoesNotFit(DoesNotFit):
-    """Holds the numbers that its message names, for callers that want to act on them."""
+    """A request that fits in no way. Has the numbers of its message, for callers that act on them."""
 
     def __init__(self, message: str, smallest_bytes: int, items: tuple[Item, ...]):
         super().__init__(message)

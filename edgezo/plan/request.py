@@ -1,25 +1,22 @@
-"""What a run is asked to do: one frozen value, merged from command line, TOML file and defaults.
+"""From what is asked to a checked ``RunConfig``: layers of settings are merged, filled in and validated.
 
-A layer is a mapping from field name to value in which ``None`` means "not said here". The command
-line stands above the file, the file above the model card's settings, those above the defaults.
-What depends on the machine and the model (precision, batch split) stays ``None`` until the planner
-has decided it. Standard library and ``tomli_w`` only.
+A layer is a mapping from setting to value in which ``None`` means "not given here". The command line stands above the
+file, the file above the model card's settings, those above the defaults. What depends on the machine and the model
+(precision, batch split) stays ``None`` until the planner has decided it. Standard library and ``tomli_w`` only.
 """
 
 from __future__ import annotations
 
-import json
+import difflib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
 from edgezo.errors import UsageError
-from edgezo.machine.limits import MOST_PROBE_ROWS
-from edgezo.plan.conflicts import combinations, unused
+from edgezo.plan.config import RunConfig
+from edgezo.plan.conflicts import conflicts
+from edgezo.plan.field import DEFAULT_PRESET
 from edgezo.plan.fields import (
     ALTERNATIVES,
     DEFAULT_STEPS,
@@ -27,234 +24,107 @@ from edgezo.plan.fields import (
     LOSS,
     OF_PRESET,
     UNROUNDED,
+    flag,
     flags,
-    read_layer,
 )
-from edgezo.zo.parts import Trained, trained
-from edgezo.zo.presets import (
-    BACKWARD_PASSES,
-    CREDITS,
-    EXACT,
-    FIRST_ORDER,
-    PRESETS,
-    default_step,
-    forwards,
-    mean_forwards,
-)
+from edgezo.plan.unused import without_effect
+from edgezo.zo.parts import trained, without_exact
+from edgezo.zo.presets import FIRST_ORDER, PRESETS, default_step
 
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """A validated request. Build it with :func:`make_config`, which fills in what was not said."""
-
-    model: str
-    data: str | None
-    task: str | None
-    data_root: str | None
-    template: str | None
-    labels: str | None
-    label_field: str
-    max_mem_bytes: int | None
-    steps: int | None  # None where for_s bounds the run
-    for_s: float | None
-    estimator: str  # the row of the table that decides what is not said of the five axes
-    directions: str
-    mask: str
-    credit: str
-    rule: str
-    train: tuple[str, ...]
-    precision: str | None
-    rounding: str | None
-    residency: str | None
-    device: str
-    rank: int  # of the factors of --train lowrank and lora, and of low-rank directions
-    keep: float  # share of the weights or blocks that a mask leaves
-    refresh: int  # steps between two bases of low-rank directions, or two anchors
-    candidates: int  # directions of credit candidates
-    finetuner: str | None  # file of the scales of --mask block
-    short_tokens: int | None  # of the longest example that --estimator addax has the gradient of
-    short_lr: float
-    batch_size: int | None
-    micro_batch: int | None
-    max_length: int  # tokens
-    objective: str  # what training lowers (loss), or raises: a name, or module:function
-    max_new_tokens: int | None  # of an answer that the model writes
-    step: float  # kappa or a learning rate: presets.step_meaning
-    step_auto: bool  # step is only where it begins: run/auto_step.py measures what it becomes
-    sigma: float
-    schedule: str
-    weight_decay: float
-    head_lr: float
-    held_out: float | None  # share of the training rows that is evaluated on instead
-    seed: int
-    eval_every: int
-    eval_limit: int | None
-    snapshot_every: int
-    threads: int | None
-    profile: bool
-    out: str | None
-
-    @property
-    def backward(self) -> bool:
-        """Whether a step has a backward pass."""
-        return self.estimator in FIRST_ORDER
-
-    @property
-    def mixed(self) -> bool:
-        """Whether some examples are gone back through and the others probed."""
-        return self.estimator == "addax"
-
-    @property
-    def parts(self) -> Trained:
-        """What is trained, by what it is: ``cfg.parts.weights``, ``cfg.parts.head``, ..."""
-        return trained(self.train)
-
-    @property
-    def probing(self) -> bool:
-        """Whether anything is trained along what is probed."""
-        return self.parts.perturbed
-
-    @property
-    def rates(self) -> dict[str, float]:
-        """Of the parts that are trained by their own gradient."""
-        return {"head": self.head_lr, "lora": self.step, "lowrank": self.short_lr}
-
-    @property
-    def passes(self) -> int:
-        """Forwards over an example in a step, all in one pass: what is exact needs one."""
-        if not self.probing:
-            return 1
-        return forwards(self.credit, self.mask, self.candidates)
-
-    @property
-    def mean_passes(self) -> float:
-        """The same on average over steps that are not alike."""
-        if self.backward:
-            return BACKWARD_PASSES
-        if not self.probing:
-            return 1
-        return mean_forwards(self.credit, self.mask, self.candidates, self.refresh)
-
-    @property
-    def planned_sides(self) -> int:
-        """Sides that a plan has room for: where nothing is probed, those of a plain forward over two."""
-        return self.passes if self.probing else 2
-
-    def probe_rows(self, examples: int | None) -> int:
-        """Training rows, of so many, that a linear probe is fitted to where time does not end it before.
-
-        As many as the steps will see.
-        """
-        if "probe" not in self.train:
-            return 0
-        asked = self.steps * (self.batch_size or 1) if self.steps else MOST_PROBE_ROWS
-        return min(asked, MOST_PROBE_ROWS, asked if examples is None else examples)
-
-    @property
-    def anchored(self) -> bool:
-        """Whether steps are compared with the weights of an earlier one."""
-        return CREDITS[self.credit].anchored
-
-    def is_anchor(self, step: int) -> bool:
-        """Whether later steps are compared with the weights before ``step``."""
-        return self.anchored and step % self.refresh == 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field, with lists for tuples, ready for JSON."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    def canonical_json(self) -> str:
-        """One spelling of the configuration: sorted keys, no spaces. For the journal's header."""
-        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-    def to_toml(self) -> str:
-        """The resolved configuration as TOML; what is None is left out. See :func:`from_toml`."""
-        return tomli_w.dumps({k: v for k, v in self.to_dict().items() if v is not None})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settled(RunConfig):
-    """A request with everything decided that it may leave to the planner; see ``plan.Plan.settle``."""
-
-    max_mem_bytes: int
-    precision: str
-    batch_size: int
-    micro_batch: int
-
-    @staticmethod
-    def of(cfg: RunConfig, **decided: Any) -> Settled:
-        """``cfg`` with these fields changed; what it leaves open has to be among them."""
-        return Settled(**{f.name: getattr(cfg, f.name) for f in fields(cfg)} | decided)
-
-    def reopened(self, **changes: Any) -> RunConfig:
-        """The request again, with these fields changed, or left open by None."""
-        return RunConfig(**{f.name: getattr(self, f.name) for f in fields(self)} | changes)
+ALIASES = {field.alias: field.name for field in FIELDS.values() if field.alias}
 
 
 def make_config(*layers: Mapping[str, Any], need_data: bool = True) -> RunConfig:
     """Merge the layers, highest first, and validate the result.
 
-    The first layer is what the user said in this command: a field in it that this run would not use
-    is refused, while in the lower layers it is only ignored.
-    Raises UsageError with every problem found.
+    The first layer is what the user gives with this command: a setting in it that the run would not use is refused,
+    while in the lower layers it is only ignored.
+    Raises UsageError with every problem.
     """
     problems: list[str] = []
     merged: dict[str, Any] = {}
     for layer in reversed(layers):
-        said = read_layer(layer, problems)
+        given = read_layer(layer, problems)
         for group in ALTERNATIVES:
-            in_layer = [name for name in group if name in said]
+            in_layer = [name for name in group if name in given]
             if len(in_layer) > 1:
                 problems.append(f"{flags(in_layer)} exclude each other; give one of them")
             if in_layer:
                 for name in group:
                     merged.pop(name, None)
-        if "step" in said:
+        if "step" in given:
             merged.pop("step_auto", None)
-        merged.update(said)
+        merged.update(given)
 
-    values = {name: merged.get(name, spec.default) for name, spec in FIELDS.items()}
+    values = {name: merged.get(name, field.default) for name, field in FIELDS.items()}
     if values["steps"] is None and values["for_s"] is None:
         values["steps"] = DEFAULT_STEPS
     _fill_from_preset(values)
-    problems += combinations(values, need_data)
-    problems += unused(layers[0] if layers else {}, values)
+    cfg = RunConfig(**values)
+    problems += conflicts(cfg, need_data)
+    problems += without_effect(layers[0] if layers else {}, cfg)
     if problems:
         raise UsageError(list(dict.fromkeys(problems)))
-    return RunConfig(**values)
+    return cfg
+
+
+def read_layer(layer: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The values of a layer by setting, read and within their bounds; what is wrong is added to ``problems``.
+
+    A name may be spelled as the option is: ``max-mem`` for ``max_mem_bytes``.
+    """
+    given = {}
+    for spelling, value in layer.items():
+        if value is None:
+            continue
+        name = spelling.replace("-", "_")
+        name = ALIASES.get(name, name)
+        field = FIELDS.get(name)
+        if field is None:
+            near = difflib.get_close_matches(name, FIELDS, n=1)
+            guess = f"; did you mean {near[0]!r}?" if near else ""
+            problems.append(f"unknown setting {name!r}{guess}")
+            continue
+        if field.auto is not None and value == "auto":
+            name, field, value = field.auto, FIELDS[field.auto], True
+        try:
+            given[name] = field.read(value)
+        except (ValueError, UsageError) as error:
+            problems.append(f"{flag(name)}: {error}")
+    return given
 
 
 def _fill_from_preset(values: dict[str, Any]) -> None:
-    """What was not said, as the estimator's row of the table has it."""
-    # What is trained by its own gradient has no axes: the default's stand there, as with --train head alone.
-    row = PRESETS.get(values["estimator"], PRESETS["grzo"])
-    if (first := FIRST_ORDER.get(values["estimator"])) is not None:
-        row = row._replace(step=first.step, train=first.train)
-    own_step = values["step"]
+    """Set what the request leaves to the estimator's preset, in place."""
+    # What is trained by its gradient has no axes: the default's stand there, as with --train head alone.
+    preset = PRESETS.get(values["estimator"], PRESETS[DEFAULT_PRESET])
+    first_order = FIRST_ORDER.get(values["estimator"])
+    if first_order is not None:
+        preset = preset._replace(step=first_order.step, train=first_order.train)
+    step = values["step"]
     for name in OF_PRESET:
         if values[name] is None:
-            values[name] = getattr(row, name)
-            if name == "train" and values["objective"] != LOSS and first is None:
-                values[name] = tuple(part for part in row.train if part not in EXACT)
-    if first is not None:
-        values["step"] = row.step if own_step is None else own_step
-    elif own_step is None:  # a credit or rule that was chosen by hand may mean another thing by it
-        values["step"] = default_step(row, values["credit"], values["rule"])
-    if values["rounding"] is None and "full" in values["train"]:
+            values[name] = getattr(preset, name)
+            if name == "train" and values["objective"] != LOSS and first_order is None:
+                values[name] = without_exact(preset.train)
+    if step is None and first_order is None:
+        # A credit or rule that is chosen by hand may mean something else by a step.
+        values["step"] = default_step(preset, values["credit"], values["rule"])
+    if values["rounding"] is None and trained(tuple(values["train"])).weights:
         if values["precision"] not in UNROUNDED:
-            values["rounding"] = row.rounding
+            values["rounding"] = preset.rounding
 
 
 def as_estimator(cfg: RunConfig, name: str) -> RunConfig:
-    """The same request with another estimator, and all that an estimator's row decides. Raises UsageError."""
-    left = ("estimator", "rounding", *OF_PRESET)
-    values = {name: value for name, value in cfg.to_dict().items() if name not in left}
+    """The request with another estimator, which decides anew all that its preset decides. Raises UsageError."""
+    decided = ("estimator", "rounding", *OF_PRESET)
+    values = {name: value for name, value in cfg.to_dict().items() if name not in decided}
     return make_config({}, {**values, "estimator": name}, need_data=False)
 
 
 def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as an earlier version wrote it, with what that version did not know of."""
-    values = {**{name: spec.default for name, spec in FIELDS.items()}, **saved}
+    """A configuration that an earlier version wrote, with the settings that this version has added since."""
+    values = {**{name: field.default for name, field in FIELDS.items()}, **saved}
     _fill_from_preset(values)
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
@@ -276,10 +146,8 @@ def read_toml(path: Path | str) -> dict[str, Any]:
 
 
 def parse_toml(text: str, name: str) -> dict[str, Any]:
+    """The layer in a TOML text; ``name`` is for the message. Raises UsageError where it is not valid."""
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{name} is not valid TOML: {error}") from error
-
-
-assert tuple(FIELDS) == tuple(f.name for f in fields(RunConfig))

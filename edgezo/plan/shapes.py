@@ -1,23 +1,24 @@
-"""What the planner sees of a model and of data: matrices and their sizes, examples and their tokens. Pure."""
+"""What the planner knows of a model and of data: matrices and their sizes, examples and their tokens. Pure."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
 
 from edgezo.data.tasks import TASKS
 from edgezo.data.token_stats import TokenStats
 from edgezo.machine.limits import int4_group
-from edgezo.plan.request import RunConfig
+from edgezo.plan.config import RunConfig
 
+# Of the dense precisions.
 BYTES_PER_WEIGHT = {"fp32": 4, "bf16": 2, "fp16": 2}
-UNKNOWN_LABEL_WORDS = 16
+UNKNOWN_LABEL_WORDS = 16  # planned for where labels have not been read yet
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """All that a planner needs to count bytes without weights. Counts are elements, not bytes."""
+    """All that the planner needs of a model to count bytes without weights. Counts are elements, not bytes."""
 
     layers: int
     hidden: int
@@ -82,11 +83,11 @@ class Shape:
 
     @property
     def head_elements(self) -> int:
-        """What the output head adds to the embeddings: nothing where it is tied."""
-        own = 0 if self.tied else self.vocab * self.embed_width
+        """Elements of the output head beside the embeddings: none where it is tied."""
+        elements = 0 if self.tied else self.vocab * self.embed_width
         if self.masked_head:
-            own += self.hidden * self.hidden + 3 * self.hidden + self.vocab
-        return own
+            elements += self.hidden * self.hidden + 3 * self.hidden + self.vocab
+        return elements
 
     @property
     def parameters(self) -> int:
@@ -107,7 +108,7 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class NamedShape(Shape):
-    """The shape of a model that has a name."""
+    """A shape with the name of its model."""
 
     name: str
 
@@ -124,7 +125,7 @@ class MatrixShape(NamedTuple):
         return self.d_out * self.d_in
 
     def stored_bytes(self, precision: str) -> int:
-        """In the layouts of weights/layouts.py; int4 keeps an odd number of rows in int8."""
+        """Bytes in the layouts of weights/layouts.py; int4 stores an odd number of rows as int8."""
         if precision in BYTES_PER_WEIGHT:
             return self.numel * BYTES_PER_WEIGHT[precision]
         if precision == "int8" or self.d_out % 2:
@@ -133,92 +134,90 @@ class MatrixShape(NamedTuple):
         return self.numel // 2 + 8 * self.d_out * (self.d_in // group)
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """A model as the planner counts it: which matrices there are and how large."""
+@dataclass(frozen=True, kw_only=True)
+class ModelShape(NamedShape):
+    """A model as the planner counts it: its matrices, and their sizes.
 
-    name: str
-    layers: int
-    hidden: int
-    intermediate: int
-    vocab: int
-    tied: bool
-    head_dim: int
-    attention_width: int  # heads * head_dim: what attention puts out
-    qkv_width: int  # queries, keys and values together
-    gated: bool  # the MLP's activation multiplies a second product
-    block: tuple[MatrixShape, ...]  # the matrices of one block
-    outside: tuple[MatrixShape, ...]  # linears beside the blocks (OPT's and RoBERTa's)
-    tables: tuple[MatrixShape, ...]  # embeddings, and the head where it is not tied
-    vector_elements: int  # norms and biases of the whole model
+    A plan compares thousands of footprints, so sums over the matrices are computed once.
+    """
 
     @staticmethod
     def of(shape: Shape, name: str) -> ModelShape:
         """From a card, or from ``loader.ModelFiles.shape``."""
-        width = shape.embed_width
-        outside = []
-        tables = [MatrixShape("embedding", shape.vocab, width)]
-        if not shape.tied:
-            tables.append(MatrixShape("head", shape.vocab, width))
-        if shape.positions:
-            tables.append(MatrixShape("positions", shape.positions, shape.hidden))
-        if shape.type_rows:
-            tables.append(MatrixShape("token types", shape.type_rows, shape.hidden))
-        if width != shape.hidden:
-            outside.append(MatrixShape("project_in", shape.hidden, width))
-            outside.append(MatrixShape("project_out", width, shape.hidden))
-        if shape.masked_head:
-            outside.append(MatrixShape("head.dense", shape.hidden, shape.hidden))
-        block = tuple(MatrixShape(*matrix) for matrix in shape.layer_matrices)
-        in_matrices = shape.layers * sum(m.numel for m in block)
-        in_matrices += sum(m.numel for m in (*outside, *tables))
-        return ModelShape(
-            name=name,
-            layers=shape.layers,
-            hidden=shape.hidden,
-            intermediate=shape.intermediate,
-            vocab=shape.vocab,
-            tied=shape.tied,
-            head_dim=shape.head_dim,
-            attention_width=shape.heads * shape.head_dim,
-            qkv_width=(shape.heads + 2 * shape.kv_heads) * shape.head_dim,
-            gated=shape.gated,
-            block=block,
-            outside=tuple(outside),
-            tables=tuple(tables),
-            vector_elements=shape.parameters - in_matrices,
-        )
+        return ModelShape(name=name, **{f.name: getattr(shape, f.name) for f in fields(Shape)})
+
+    @property
+    def attention_width(self) -> int:
+        """Width of the queries, and of what attention returns."""
+        return self.heads * self.head_dim
+
+    @property
+    def qkv_width(self) -> int:
+        """Width of queries, keys and values together."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @cached_property
+    def block(self) -> tuple[MatrixShape, ...]:
+        """The matrices of one block."""
+        return tuple(MatrixShape(*matrix) for matrix in self.layer_matrices)
+
+    @cached_property
+    def outside(self) -> tuple[MatrixShape, ...]:
+        """Linears outside the blocks (OPT's and RoBERTa's)."""
+        width, hidden = self.embed_width, self.hidden
+        matrices = []
+        if width != hidden:
+            matrices.append(MatrixShape("project_in", hidden, width))
+            matrices.append(MatrixShape("project_out", width, hidden))
+        if self.masked_head:
+            matrices.append(MatrixShape("head.dense", hidden, hidden))
+        return tuple(matrices)
+
+    @cached_property
+    def tables(self) -> tuple[MatrixShape, ...]:
+        """Embeddings, and the head where it is not tied."""
+        tables = [MatrixShape("embedding", self.vocab, self.embed_width)]
+        if not self.tied:
+            tables.append(MatrixShape("head", self.vocab, self.embed_width))
+        if self.positions:
+            tables.append(MatrixShape("positions", self.positions, self.hidden))
+        if self.type_rows:
+            tables.append(MatrixShape("token types", self.type_rows, self.hidden))
+        return tuple(tables)
 
     @property
     def matrices(self) -> tuple[MatrixShape, ...]:
         """Every linear of the model, block by block."""
         return self.block * self.layers + self.outside
 
-    # A plan is made of thousands of footprints, so what they count with is added up once.
-
     @property
     def kinds(self) -> tuple[MatrixShape, ...]:
-        """One of each linear that there is: all that a largest one is looked for in."""
+        """One of each linear that there is: enough to look for the largest."""
         return self.block + self.outside
 
     @cached_property
+    def vector_elements(self) -> int:
+        """Values of all norms and biases."""
+        return self.parameters - self.elements - sum(t.numel for t in self.tables)
+
+    @cached_property
     def elements(self) -> int:
-        """Of all linears."""
+        """Weights of all linears."""
         return sum(m.numel for m in self.matrices)
 
     @cached_property
     def rows(self) -> int:
-        """d_out of all linears."""
+        """Sum of d_out over all linears."""
         return sum(m.d_out for m in self.matrices)
 
     @cached_property
     def cols(self) -> int:
-        """d_in of all linears."""
+        """Sum of d_in over all linears."""
         return sum(m.d_in for m in self.matrices)
 
 
 def assumed_tokens(cfg: RunConfig) -> TokenStats:
-    """Without data: every row as long as --max-length allows."""
+    """The lengths that are planned for without data: every row as long as --max-length allows."""
     n = cfg.max_length
     task = TASKS.get(cfg.task or "")
     if task is not None and task.generation is not None:

@@ -33,8 +33,8 @@ import numpy as np
 
 from edgezo.data.batches import Example, collate, micro_batches
 from edgezo.machine.profiler import phase
+from edgezo.plan.config import RunConfig
 from edgezo.plan.fields import LOSS
-from edgezo.plan.request import RunConfig
 from edgezo.run.short_memory import MicroBatchFitter
 from edgezo.run.state import RunState
 from edgezo.run.step import Stepper, Stride

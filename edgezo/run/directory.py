@@ -18,13 +18,15 @@ from safetensors import SafetensorError, safe_open
 from edgezo.data.batches import Example
 from edgezo.data.dataset import Dataset
 from edgezo.errors import DoesNotFit, EdgezoError, UsageError
-from edgezo.machine.cache import cache_dir
-from edgezo.machine.files import atomic_path, locked
+from edgezo.machine.downloads import cache_dir
+from edgezo.machine.files import atomic_path, is_leftover, locked
 from edgezo.machine.hardware import format_bytes
 from edgezo.machine.limits import tiles
+from edgezo.machine.ownership import claim
 from edgezo.network.model import Model
+from edgezo.plan.config import RunConfig
 from edgezo.plan.fields import FREE_ON_RESUME, flag
-from edgezo.plan.request import RunConfig, completed, from_toml
+from edgezo.plan.request import completed, from_toml
 from edgezo.run.journal import Journal, check_base, open_journal
 from edgezo.run.progress import RunProgress
 from edgezo.weights.saved import Saved, snapshot_tensors, write_saved
@@ -247,19 +249,48 @@ def dataset_facts(dataset: Dataset) -> dict[str, Any]:
     }
 
 
+RUN, REPLAY = "run", "replay"  # kinds of directories (machine/ownership.py)
+
+
 def prepare(run: RunFiles) -> None:
-    """Make the directory of a new run. Where a run is already, raise UsageError and change nothing."""
+    """Make the directory of a new run. Raises UsageError, and changes nothing, where a run or other files are."""
     if os.path.lexists(run.journal):
         raise UsageError(
             f"{run.path} already holds a run. Go on with it (--resume --out {run.path}), "
             "or give another --out."
         )
+    claim(run.path, RUN, _began_here)
+
+
+def prepare_replay(run: RunFiles) -> None:
+    """Make the directory of a replay. Raises UsageError, and changes nothing, where a run or other files are."""
+    if run.journal.exists() and not run.trained.exists():
+        raise UsageError(
+            f"{run.path} holds a run, which a replay would overwrite. Give another --out."
+        )
+    claim(run.path, REPLAY, _replayed_here)
+
+
+def _began_here(folder: Path) -> bool:
+    """Whether a run began in a directory without a marker: a version before there were markers was killed there."""
+    run = RunFiles(folder)
+    ours = {run.config.name, run.plan.name}
     try:
-        run.path.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise EdgezoError(
-            f"the run directory {run.path} cannot be made ({problem.strerror}).\nGive another --out."
-        ) from problem
+        text = run.config.read_text(encoding="utf-8")
+        only_ours = all(n in ours or is_leftover(n) for n in os.listdir(folder))
+        return only_ours and from_toml(text).to_toml() == text
+    except (OSError, ValueError, EdgezoError):
+        return False
+
+
+def _replayed_here(folder: Path) -> bool:
+    """Whether a directory without a marker is what a replay wrote."""
+    run = RunFiles(folder)
+    try:
+        open_journal(run.journal, resume=False).close()
+    except EdgezoError:
+        return False
+    return run.trained.exists()
 
 
 def reopen(run: RunFiles, given: Mapping[str, Any], progress: RunProgress) -> Journal:

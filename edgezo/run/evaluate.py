@@ -21,8 +21,14 @@ from edgezo.machine.process_memory import Meter, rss_bytes
 from edgezo.network import cards, loader
 from edgezo.network.model import Model
 from edgezo.plan.budget import portable
-from edgezo.plan.request import RunConfig
-from edgezo.run.directory import RunFiles, load_snapshot, lost_head, temporary_overlay
+from edgezo.plan.config import RunConfig
+from edgezo.run.directory import (
+    RunFiles,
+    load_snapshot,
+    lost_head,
+    prepare_replay,
+    temporary_overlay,
+)
 from edgezo.run.figures import evaluate_model
 from edgezo.run.journal import Journal, check_base, open_journal
 from edgezo.run.readout_pass import recall
@@ -172,15 +178,10 @@ def replay(source: Path, out: Path) -> dict[str, Any]:
     """
     run, made = RunFiles(source), RunFiles(out)
     cfg = run.read_config()
-    if made.journal.exists() and not made.trained.exists():
-        raise UsageError(f"{out} holds a run, which a replay would overwrite. Give another --out.")
+    if run.path.resolve() == made.path.resolve():
+        raise UsageError(f"{out} is the run itself. Give another --out.")
     with brought_back(run, cfg) as rebuilt:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as problem:
-            raise EdgezoError(
-                f"{out} cannot be made ({problem.strerror}).\nGive another --out."
-            ) from problem
+        prepare_replay(made)
         steps, model = rebuilt.steps, rebuilt.model
         with atomic_path(made.trained) as temporary:
             write_saved(temporary, model.saved(), {"steps": str(steps)})

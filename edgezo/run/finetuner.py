@@ -21,6 +21,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,7 +134,12 @@ def load_finetuner(path: Path) -> Finetuner:
 
 
 def convert_finetuner(source: Path, out: Path) -> Finetuner:
-    """Convert a published file of pickled networks to safetensors. Nothing of it is run. Raises EdgezoError."""
+    """Convert a published file of pickled networks to safetensors. Nothing of it is run.
+
+    Raises UsageError where ``out`` exists already, EdgezoError for a file that is no finetuner.
+    """
+    if os.path.lexists(out):
+        raise UsageError(f"{out} exists already. Remove it, or give another name.")
     networks = {}
     for name, layers in read_networks(source).items():
         kinds = ["weight" in layer for layer in layers]

@@ -1,6 +1,6 @@
 """The first part of a run with ``--train probe``: a forward pass over training rows, and a linear probe fitted to them.
 
-rows                 as many as the steps that follow will see, or as many as pass in PROBE_SHARE of the run's time
+rows                 as many as the steps that follow will see, or as many as pass in READOUT_SHARE of the run's time
 probe.states         their hidden states while the pass lasts (``StateFile``); a resume goes on behind them and
                      has the whole of that time again
 probe.safetensors    the linear probe, written once before the first step; resumes, evaluations and replays read it
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from edgezo.data.batches import Example, batch_indices, pieces
 from edgezo.errors import EdgezoError
 from edgezo.machine.files import atomic_path
-from edgezo.machine.limits import PROBE_SHARE
+from edgezo.machine.limits import READOUT_SHARE
 from edgezo.machine.profiler import phase
 from edgezo.network.loader import decoder_layers
 from edgezo.network.model import Model
@@ -155,11 +155,11 @@ class ReadoutPass:
     def _pass(self) -> list[int]:
         """Pass one group of rows after the other; returns which rows, in the order of ``states``."""
         state, cfg = self.state, self.state.cfg
-        size, most = self.group_size, cfg.probe_rows(len(state.examples))
+        size, most = self.group_size, cfg.readout_rows(len(state.examples))
         order = batch_indices(len(state.examples), most, cfg.seed, 0)
         done = min(self.states.rows(), most) // size * size
         self.states.keep(done)
-        limit_s = cfg.for_s * (PROBE_SHARE if cfg.probing else 1.0) if cfg.for_s else math.inf
+        limit_s = cfg.for_s * (READOUT_SHARE if cfg.probing else 1.0) if cfg.for_s else math.inf
         state.progress.note(f"a linear probe: one forward over up to {most:,} rows")
         state.progress.begin(done=0, steps=-(-most // size), cap_bytes=state.plan.max_mem_bytes)
         try:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from edgezo.machine.profiler import phase
 from edgezo.network.model import Model
-from edgezo.plan.request import RunConfig
+from edgezo.plan.config import RunConfig
 from edgezo.run.journal import Journal
 from edgezo.run.journal_record import StepRecord
 from edgezo.zo.credit import Estimator

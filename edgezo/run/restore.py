@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from edgezo.errors import EdgezoError
 from edgezo.network.model import Model
-from edgezo.plan.request import RunConfig
+from edgezo.plan.config import RunConfig
 from edgezo.run.directory import RunFiles, load_snapshot, lost_head
 from edgezo.run.journal import Journal
 from edgezo.run.readout_pass import ReadoutResult, recall

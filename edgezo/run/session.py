@@ -25,10 +25,10 @@ from edgezo.network.assemble import ModelSpec, assemble
 from edgezo.network.loader import ModelFiles
 from edgezo.network.model import Model
 from edgezo.plan.budget import budget, mb
+from edgezo.plan.config import RunConfig, Settled
 from edgezo.plan.fields import LOSS
 from edgezo.plan.plan import Plan, PlanDoesNotFit
 from edgezo.plan.planner import make_plan
-from edgezo.plan.request import RunConfig, Settled
 from edgezo.run.directory import Overlay, data_hash, dataset_facts
 from edgezo.run.finetuner import Finetuner
 from edgezo.run.objective import Judge

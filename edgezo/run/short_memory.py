@@ -107,7 +107,7 @@ class MicroBatchFitter:
         state.model.forget()
         state.model.take_touched(len(batch.slots))
         state.model.store.take_guides(learn=False)
-        state.memory.look_again()
+        state.memory.measure_context()
         state.guard.check(item="training")
 
     def _perturb_once(self, batch: Batch) -> None:

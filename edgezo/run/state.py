@@ -15,8 +15,8 @@ from edgezo.errors import Interrupted
 from edgezo.machine.gpu_memory import Memory
 from edgezo.machine.process_memory import Guard, Meter
 from edgezo.network.model import Model
+from edgezo.plan.config import Settled
 from edgezo.plan.plan import Plan
-from edgezo.plan.request import Settled
 from edgezo.run.directory import RunFiles
 from edgezo.run.journal import Journal
 from edgezo.run.metrics_log import RunLog

@@ -21,7 +21,7 @@ from edgezo.machine.gpu_memory import confirmed
 from edgezo.machine.hardware import machine
 from edgezo.machine.process_memory import Meter, rss_bytes
 from edgezo.machine.profiler import phase, profiling, running
-from edgezo.plan.request import RunConfig
+from edgezo.plan.config import RunConfig
 from edgezo.run.auto_step import AutoStep
 from edgezo.run.clock import TrainingClock
 from edgezo.run.directory import Overlay, RunFiles, free_directory, prepare, reopen

@@ -194,7 +194,7 @@ class DiskMedium:
     """
 
     directory: Path
-    identity: str  # of the run that the files must belong to
+    identity: str  # names the run that the files must belong to
     resident_blocks: int = 0  # so many decoder layers, the first ones, stay in memory
     kind: str = "disk"
     traffic: Traffic = field(default_factory=Traffic)

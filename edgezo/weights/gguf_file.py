@@ -34,9 +34,7 @@ from edgezo.weights.safetensors_file import (
 class _Arrangement:
     """How one tensor of the file differs from the Hugging Face tensor."""
 
-    heads: int = (
-        0  # its rows (of q or k) are interleaved within each of so many heads; 0: they are not
-    )
+    heads: int = 0  # the rows of q or k are interleaved in so many heads; 0: they are not
     plus_one: bool = False  # stored as w + 1
     transposed: bool = False
 

@@ -394,7 +394,7 @@ def place(
 
 
 def moved(layout: Layout, device: torch.device) -> Layout:
-    """The same layout, its raw tensors moved to ``device``."""
+    """Move the raw tensors of ``layout`` to ``device``; returns ``layout``."""
     layout.adopt({name: tensor.to(device) for name, tensor in layout.tensors().items()})
     return layout
 

@@ -106,7 +106,7 @@ class Residency:
             add_hook_to_module(layer, _Visit(self, block.index))
 
     def _widen(self, nbytes: int) -> None:
-        """Make slots of at least ``nbytes``, unless there are."""
+        """Make slots of at least ``nbytes``, unless there are such slots already."""
         if not self._free or len(self._free[0]) < nbytes:
             self._free = []  # before the new ones are made
             self._free = [self.medium.slot(nbytes) for _ in range(SLOTS)]

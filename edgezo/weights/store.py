@@ -33,8 +33,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgezo.weights import requantise
 from edgezo.weights.layouts import CPU, Dense, Int8, Layout, TrainedLayout
+from edgezo.weights.requantise import (
+    ReplayedMatrix,
+    last_requantised,
+    requantise_due,
+    split_where_due,
+)
 from edgezo.weights.tile import Tile, member_of, moves_by_example, tile_rows, touched_tiles
 from edgezo.weights.trainable import Trainable
 from edgezo.zo import noise
@@ -60,13 +65,12 @@ class WeightStore:
     device: torch.device = CPU
     mask: Mask = field(default_factory=Mask)
     rule: Rule = UPDATE_RULES["sgd"]
-    anchored: bool = (
-        False  # SVRG: a copy of each trained tensor, as it was at the anchor, is kept beside it
-    )
+    # SVRG: a copy of each trained tensor, as it was at the anchor, is kept beside it.
+    anchored: bool = False
     layouts: dict[str, Layout] = field(default_factory=dict)
     vectors: dict[str, Tensor] = field(default_factory=dict)
     trainables: dict[str, Trainable] = field(default_factory=dict)
-    residency: Residency | None = None  # of blocks that are not in memory; None where all are
+    residency: Residency | None = None  # the blocks that are not in memory; None where all are
     # Mask `block`: the scale of each tensor's direction in the step being probed. An update takes the scales of its
     # step from the recipe.
     scales: Mapping[str, float] = field(default_factory=dict)
@@ -137,9 +141,9 @@ class WeightStore:
         """
         trainables = self._in_memory()
         requantised = [t for t in trainables if t.open_base is not None]
-        for some in requantise.split_where_due(recipes) if requantised else (recipes,):
+        for some in split_where_due(recipes) if requantised else (recipes,):
             self._update(trainables, some)
-            if requantised and requantise.requantise_due(steps := some[-1].step + 1):
+            if requantised and requantise_due(steps := some[-1].step + 1):
                 self._requantise(requantised, steps)
         if self.residency is not None and recipes:
             self.residency.target = recipes[-1].step + 1
@@ -334,7 +338,7 @@ class WeightStore:
         trainables = self._in_memory()
         requantised = [t for t in trainables if t.open_base is not None]
         others = [t for t in trainables if t.open_base is None]
-        steps = requantise.last_requantised(stop) if requantised else 0
+        steps = last_requantised(stop) if requantised else 0
         for recipes in self.past(0, steps):
             self._update(others, recipes)
         self._requantise(requantised, steps)
@@ -345,7 +349,7 @@ class WeightStore:
 
     def finish(self, stop: int) -> None:
         """Re-quantise codes at the end of a run of ``stop`` steps. They must not be trained on from there."""
-        if not requantise.requantise_due(stop):  # else that is done already
+        if not requantise_due(stop):  # else that is done already
             trainables = self.trainables.values()
             self._requantise([t for t in trainables if t.open_base is not None], stop)
 
@@ -354,7 +358,7 @@ class WeightStore:
         """Make codes anew from the base and the recipes of the first ``steps`` steps; nothing to do for 0."""
         for trainable in trainables if steps else ():
             assert isinstance(trainable.layout, Int8)
-            trainable.layout.fill(requantise.ReplayedMatrix(self, trainable, steps))
+            trainable.layout.fill(ReplayedMatrix(self, trainable, steps))
 
     def catch_up(self, names: Sequence[str], first: int) -> None:
         """Make the updates from step ``first`` on to matrices of a block that has just been bound."""

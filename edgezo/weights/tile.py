@@ -41,7 +41,7 @@ def moves_by_example(trainable: Trainable) -> bool:
 
 
 def rows_by_direction(trainable: Trainable, recipe: Recipe) -> list[np.ndarray]:
-    """Of an embedding table, for each direction the rows that it moves: ascending, counted from the table's first."""
+    """The rows of an embedding table that each direction moves, ascending, counted from the table's first row."""
     assert trainable.touched_offset is not None
     start = trainable.touched_offset
     stop = start + trainable.target.rows

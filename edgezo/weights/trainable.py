@@ -18,14 +18,14 @@ class Trainable:
 
     target: Target  # its name and shape, which its directions are drawn from
     layout: TrainedLayout  # its values
-    # Of an embedding table: the number of its first row in `Recipe.touched`, which numbers the rows of all tables. An
-    # example moves only the rows that it used. None: every step moves every row.
+    # Embedding tables, in which an example moves only the rows that it used: the number of the table's first row in
+    # `Recipe.touched`, which numbers the rows of all tables. None: every step moves every row.
     touched_offset: int | None = None
     # (k,) int64: only these rows are ever perturbed and updated (the label words of an untied head). None: all rows.
     fixed_rows: Tensor | None = None
     away: bool = False  # in a block that is not in memory: updated when the block is next bound
     least: float | None = None  # no value goes below this
-    threshold: float | None = None  # of mask `sparse`: only weights smaller than this are perturbed
+    threshold: float | None = None  # mask `sparse`: only weights smaller in size than this move
     # Opens the checkpoint's matrix. Only of int8 codes that are re-quantised (requantise.py).
     open_base: Callable[[], Rows] | None = None
     # What directions are made from where seeds alone do not give them, else None. One of:

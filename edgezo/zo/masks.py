@@ -30,8 +30,8 @@ from edgezo.zo.noise import Key
 
 HESSIAN_PACE = 1e-6  # weight of a new measurement in the running curvature: HiZOO's "smooth"
 LEAST_CURVATURE = 1e-8  # the running curvature stays between this and its inverse
-LEVELS = 127  # of `quantized` on each side of 0: 8 bits
-_RANGE = 4.25  # which they spread over; noise.normals ends at 4.2
+LEVELS = 127  # `quantized` has so many levels on each side of 0: 8 bits
+_RANGE = 4.25  # the largest level; noise.normals ends at 4.2
 _SQUARE_GRID = 2.0**16  # squares are rounded to multiples of its inverse before they are summed
 
 

@@ -1,6 +1,6 @@
 """The parts of a model that a run can train (``--train``), as a table: one row a part. Standard library only.
 
-What a part takes is counted in plan/footprint_held.py, what builds it stands in network/assemble.py, and what an
+What a part takes is counted in plan/footprint_stored.py, what builds it stands in network/assemble.py, and what an
 export makes of it in run/export.py; each of them has one entry a part.
 """
 

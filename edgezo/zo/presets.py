@@ -1,12 +1,12 @@
-"""The family as a table: a preset is a row, a choice on each of five axes (standard library only).
+"""The estimators as a table: a preset is a choice on each of five axes. Standard library only.
 
     losses          L(theta + sigma*D_i ; x), L(theta - sigma*D_i ; x), ...    D_i = mask(directions)
     a               = credit(losses)
-    g               = sum_i a_i D_i, in the credit's own scale
+    g               = sum_i a_i D_i, in the units of the credit
     theta          <- (1 - decay)*theta - rule(g)                              of what is trained
 
-What a row costs follows from its choices: forwards from the credit and the mask, state from the rule and the mask.
-``refusals`` says which combinations mean nothing, and why. The functions behind the names are in credit.py,
+The cost of a preset follows from its choices: forwards from the credit and the mask, state from the rule and the mask.
+plan/conflicts.py says which combinations mean nothing, and why. The functions behind the names are in credit.py,
 directions.py, masks.py and rules.py.
 """
 
@@ -16,38 +16,46 @@ from typing import Any, NamedTuple
 
 
 class DirectionEntry(NamedTuple):
-    per_example: bool  # one D_i for each example (or candidate); else one D for the whole batch
+    """What the plan and the conflicts need to know of a choice of --directions."""
+
+    per_example: bool  # one D_i for each example (or candidate); False: one D for the whole batch
     text: str
     dense: bool = True  # a factor of the weight's size is made, tile by tile
     refreshed: bool = False  # its basis is drawn anew every --refresh steps
-    guided: bool = False  # made from what the layer reads: no seed has it, and no journal
+    guided: bool = False  # made from the inputs of a layer, so neither seed nor journal has it
 
 
 class MaskEntry(NamedTuple):
+    """What the plan and the conflicts need to know of a choice of --mask."""
+
     text: str
-    state: int = 0  # fp32 values for each trained one
-    forwards: int = 0  # on top of the credit's
-    by_row: bool = False  # its state is of a row of a matrix, not of each value
+    state: int = 0  # fp32 values for each trained value
+    forwards: int = 0  # beside those of the credit
+    by_row: bool = False  # the state has a value for each row of a matrix, not for each weight
     dense: bool = False
 
 
 class CreditEntry(NamedTuple):
-    per_example: bool  # which directions it goes with
+    """What the plan and the conflicts need to know of a choice of --credit."""
+
+    per_example: bool  # goes with directions per example; False: with one for the whole batch
     forwards: int
     text: str
     step: str  # what --step means with it
-    # Compared with the same at an anchor, the weights of every --refresh-th step: a second copy of what is trained,
-    # and so many times the forwards of a step.
+    # Compares losses with those at an anchor, the weights of every --refresh-th step. That takes a second copy of what
+    # is trained, and so many times the forwards of a step.
     anchored: bool = False
 
 
 class RuleEntry(NamedTuple):
+    """What the plan and the conflicts need to know of a choice of --rule."""
+
     text: str
-    state: int = 0  # fp32 values for each trained one
-    step: str = ""  # what --step means, where that is no longer the credit's
+    state: int = 0  # fp32 values for each trained value
+    step: str = ""  # what --step means with it; "": what it means with the credit
 
 
-KAPPA = "kappa: the fraction of the probe that one unit of credit moves the weights by"
+KAPPA = "kappa: the fraction of the perturbation that one unit of credit moves the weights by"
 RATE = "learning rate of the gradient estimate"
 PER_WEIGHT = "about how far one step moves a weight"
 
@@ -69,7 +77,7 @@ DIRECTIONS = {
     "centred": DirectionEntry(False, "around their own moving average, one for the batch"),
     "activation": DirectionEntry(
         True,
-        "r_i v_i^T, v_i = X_i^T z_i/|X_i^T z_i| of example i's own inputs to the layer",
+        "r_i v_i^T, v_i = X_i^T z_i/|X_i^T z_i| of the inputs X_i of example i to the layer",
         dense=False,
         guided=True,
     ),
@@ -93,7 +101,7 @@ MASKS = {
         dense=True,
     ),
     "quantized": MaskEntry(
-        "rounded to 8 bits, once for the probe and again for the update", dense=True
+        "rounded to 8 bits, once for the perturbation and again for the update", dense=True
     ),
     "block": MaskEntry("times s_b of each tensor from --finetuner, sum_b d_b s_b^2 = sum_b d_b"),
 }
@@ -108,7 +116,7 @@ CREDITS = {
     "svrg": CreditEntry(
         False,
         2,
-        "mean_i(delta_i) less that at the anchor; and the anchor's own, of --refresh batches, along its D",
+        "mean_i(delta_i) minus that at the anchor; plus the anchor's mean over --refresh batches, along its D",
         RATE,
         anchored=True,
     ),
@@ -120,12 +128,12 @@ RULES = {
     "momentum": RuleEntry("m = 0.9 m + 0.1 g", 1),
     "adam": RuleEntry("m/(sqrt(v) + 1e-8), betas 0.9 and 0.999", 2, PER_WEIGHT),
     "sign": RuleEntry("sign(g)", 0, PER_WEIGHT),
-    "centred": RuleEntry("g/sqrt(v + 1e-8), v of the probe's own parts"),
+    "centred": RuleEntry("g/sqrt(v + 1e-8), v of the parts that the direction is made of"),
 }
 
 
 class Preset(NamedTuple):
-    """A row of the family. ``describe`` says its equation, forwards, state and memory, which follow from the axes."""
+    """A forward-only estimator: a choice on each axis, and the settings that go with it."""
 
     name: str
     directions: str
@@ -139,10 +147,10 @@ class Preset(NamedTuple):
     rounding: str | None = None
     keep: float = 0.25
     refresh: int = 50
-    note: str = ""  # where it differs from the paper
+    note: str = ""  # how it differs from the paper
 
     def describe(self) -> dict[str, Any]:
-        """What ``edgezo estimators`` prints of a row; costs are for its own settings."""
+        """What ``edgezo estimators`` prints of a preset; costs are for the settings of the preset."""
         mask, rule, credit = MASKS[self.mask], RULES[self.rule], CREDITS[self.credit]
         return {
             "name": self.name,
@@ -176,12 +184,12 @@ class Preset(NamedTuple):
     @property
     def state(self) -> str:
         """What is kept beside the weights, in fp32."""
-        kept = MASKS[self.mask].state + RULES[self.rule].state + CREDITS[self.credit].anchored
-        if not kept:
+        values = MASKS[self.mask].state + RULES[self.rule].state + CREDITS[self.credit].anchored
+        if not values:
             return "none"
         per = "row and rank" if in_span(self.directions) else "trained value"
         per = "row" if MASKS[self.mask].by_row else per
-        return f"{kept} per {per}"
+        return f"{values} per {per}"
 
 
 FULL = ("full",)
@@ -191,16 +199,19 @@ LOZO = "LOZO, arXiv 2410.07698"
 SPARSE = "Sparse-MeZO, arXiv 2402.15751"
 TUNER = "ZO Fine-tuner, arXiv 2510.00419"
 SIGN_FACTORS = "both factors are signs, where the paper draws normals: their products are exact"
-LOW_BIT = "with --precision int8 all on the codes' own grid; on dense weights directions of 8 bits"
-SCALED = (
-    "an embedding table counts by the tokens of an example, where the release has 15 a row of the batch; "
-    "its hidden factor of 10 on the learning rate is left to --step"
+LOW_BIT = (
+    "with --precision int8 perturbations and updates lie on the grid of the codes; on dense weights directions have "
+    "8 bits"
 )
-GAINS = "gains relative to a row's scales, where the paper moves the scales themselves"
+SCALED = (
+    "an embedding table counts by the tokens of an example, where the release counts 15 a row of the batch; "
+    "the release's factor of 10 on the learning rate is part of --step"
+)
+GAINS = "trains gains relative to the scales of a row, where the paper moves the scales themselves"
 
 PRESETS = {
-    row.name: row
-    for row in (
+    preset.name: preset
+    for preset in (
         Preset("grzo", "signs", "group", GRZO, 0.1),
         Preset("grzo-raw", "signs", "raw", f"{GRZO}, its mode 'two'", 1e-4),
         Preset("grzo-one-sided", "signs", "one-sided", f"{GRZO}, its mode 'one'", 0.05),
@@ -215,8 +226,8 @@ PRESETS = {
             1e-5,
             train=("lowrank",),
             refresh=10,
-            note="the anchor's estimate is of the batches up to the next anchor, where the paper takes every row; a "
-            "step goes along one direction --refresh times, so it has to be that much smaller than MeZO's",
+            note="the anchor's estimate takes the batches up to the next anchor, where the paper takes every row; "
+            "--refresh steps follow one direction, so --step has to be that much smaller than MeZO's",
         ),
         Preset(
             "zo-adamu",
@@ -225,9 +236,9 @@ PRESETS = {
             "ZO-AdaMU, arXiv 2312.15184",
             1e-4,
             rule="centred",
-            note="fresh share 0.5 and weight 0.9 stay as they are, where the paper anneals them; "
-            "both moments come from the seeds of 8 steps, so that none is stored; over the root of v, "
-            "where the paper has v^2 below it: m/v has no finite variance",
+            note="the fresh share 0.5 and the weight 0.9 are constant, where the paper anneals them; "
+            "both moments are made from the seeds of 8 steps, so that none is stored; m is divided by the root of v, "
+            "where the paper divides by the root of v^2: m/v has no finite variance",
         ),
         Preset(
             "fzoo",
@@ -235,7 +246,7 @@ PRESETS = {
             "candidates",
             "FZOO, arXiv 2506.09034",
             0.05,
-            note="the N directions share U and differ by r_j s_j^T: one pass serves them all",
+            note="the N directions share U and differ by r_j s_j^T, so one pass serves them all",
         ),
         Preset("lezo", "shared", "mean", "LeZO, arXiv 2410.09823", 1e-4, mask="layers", keep=0.25),
         Preset(
@@ -245,7 +256,7 @@ PRESETS = {
             "HiZOO, arXiv 2402.15173",
             1e-4,
             mask="hessian",
-            note="the update takes the curvature that was probed, where the release takes the new one",
+            note="the update divides by the curvature of the perturbation, where the release takes the new one",
         ),
         Preset(
             "hizoo-block",
@@ -254,8 +265,8 @@ PRESETS = {
             "HiZOO, arXiv 2402.15173, a scalar a block",
             1e-4,
             mask="hessian-block",
-            note="a block is a row of a matrix; with one probe of the whole model all rows are told nearly the same "
-            "curvature, so it is a step that shrinks by itself at a fraction of the state",
+            note="a block is a row of a matrix; one perturbation of the whole model measures nearly the same curvature "
+            "for all rows, so the step shrinks by itself, at a fraction of the state",
         ),
         Preset("lozo", "lowrank-shared", "mean", LOZO, 1e-4, train=FULL, note=SIGN_FACTORS),
         Preset(
@@ -288,7 +299,7 @@ PRESETS = {
             1e-4,
             train=FULL,
             refresh=1000,
-            note="orthonormal columns by dealing rows out to them, where the paper decomposes normals",
+            note="columns are orthonormal because each row belongs to one of them, where the paper decomposes normals",
         ),
         Preset("sparse-mezo", "shared", "mean", SPARSE, 1e-4, mask="sparse", train=FULL),
         Preset(
@@ -338,8 +349,8 @@ PRESETS = {
             "AGZO, arXiv 2601.17261",
             1e-5,
             train=FULL,
-            note="the basis is that of the step before, turned by one power iteration, where the paper makes it in a "
-            "forward of its own; resumed from snapshots",
+            note="the basis is that of the step before after one power iteration, where the paper spends a forward on "
+            "it; a run is resumed from snapshots",
         ),
         Preset(
             "ag-grzo",
@@ -348,8 +359,8 @@ PRESETS = {
             f"{GRZO} on AGZO, arXiv 2601.17261",
             0.1,
             train=FULL,
-            note="a direction of its own for each example, where AGZO has one basis for the batch; a run is "
-            "resumed from snapshots, for no seed has its directions",
+            note="each example has a direction, where AGZO has one basis for the batch; a run is resumed from "
+            "snapshots, since no seed can rebuild its directions",
         ),
         Preset("qzo-grzo", "signs", "group", f"{GRZO} on QZO", 0.1, train=("scales",), note=GAINS),
         Preset(
@@ -370,20 +381,20 @@ PRESETS = {
 
 
 class FirstOrder(NamedTuple):
-    """A row beside the family: what it trains goes along its own gradient, so the axes say nothing of it."""
+    """An estimator that trains by gradients, so that the axes mean nothing for it."""
 
     name: str
     paper: str
     equation: str
     step: float
     train: tuple[str, ...]
-    state: int  # fp32 values for each trained one
+    state: int  # fp32 values for each trained value
     step_meaning: str
-    less: tuple[str, ...] = ()  # what may be left out of train
+    less: tuple[str, ...] = ()  # parts of train that a request may leave out
     note: str = ""
 
     def describe(self) -> dict[str, Any]:
-        """What ``edgezo estimators`` prints of a row."""
+        """What ``edgezo estimators`` prints of it."""
         axes = dict.fromkeys(("directions", "mask", "credit", "rule", "sigma"))
         return {
             **axes,
@@ -401,21 +412,22 @@ class FirstOrder(NamedTuple):
         }
 
 
-# Of a step by true gradients, in forwards over the batch: there, again block by block, and back by the inputs alone.
+# Cost of a step by gradients, in forwards over the batch: a forward, another block by block, and the backward pass,
+# which needs the gradients of inputs alone.
 BACKWARD_PASSES = 3
 FIRST_ORDER = {
-    row.name: row
-    for row in (
+    entry.name: entry
+    for entry in (
         FirstOrder(
             "lora",
             "LoRA, arXiv 2106.09685",
-            "y = W x + 8/rank B (A x); A and B by AdamW along their gradient",
+            "y = W x + 8/rank B (A x); A and B by AdamW",
             1e-3,
             ("lora",),
             2,
             "learning rate of AdamW",
             note="first-order: a backward pass through one recomputed block at a time, over the same frozen base; "
-            "resumed from snapshots, for no seed has what it trains",
+            "a run is resumed from snapshots, since no seed can rebuild what it trains",
         ),
         FirstOrder(
             "addax",
@@ -427,15 +439,14 @@ FIRST_ORDER = {
             2,
             KAPPA,
             less=("head",),
-            note="gradients where an example is short enough for the memory (--short-tokens), GRZO elsewhere; "
-            "each has a rate of its own, where the paper weighs both into one SGD step; resumed from snapshots",
+            note="gradients for examples that are short enough for the memory (--short-tokens), GRZO for the others; "
+            "the two have separate learning rates, where the paper weighs both into one SGD step; a run is resumed "
+            "from snapshots",
         ),
     )
 }
 AUTO = "auto"
 ESTIMATORS = (*PRESETS, *FIRST_ORDER)
-# Parts that need no probing: trained by their own gradient, or fitted.
-EXACT = frozenset({"head", "probe", "lora"})
 
 
 def forwards(credit: str, mask: str, candidates: int) -> int:
@@ -445,7 +456,10 @@ def forwards(credit: str, mask: str, candidates: int) -> int:
 
 
 def mean_forwards(credit: str, mask: str, candidates: int, refresh: int) -> float:
-    """Forward passes over a batch in a step, on average: an anchor's step takes in ``refresh`` batches, others two."""
+    """Forward passes over a batch in a step, on average.
+
+    With an anchor, its step passes ``refresh`` batches, and every other step one batch at two places.
+    """
     once = forwards(credit, mask, candidates)
     if not CREDITS[credit].anchored:
         return once
@@ -458,15 +472,17 @@ def in_span(directions: str) -> bool:
 
 
 def step_meaning(credit: str, rule: str) -> str:
+    """What --step means with a credit and a rule."""
     return RULES[rule].step or CREDITS[credit].step
 
 
-def default_step(row: Preset, credit: str, rule: str) -> float:
-    """The row's own where its step means the same with these, else what is usual for the meaning."""
+def default_step(preset: Preset, credit: str, rule: str) -> float:
+    """The preset's step where a step means the same with this credit and rule, else what is usual for its meaning."""
     meaning = step_meaning(credit, rule)
-    usual = {KAPPA: 0.1, RATE: 1e-4, PER_WEIGHT: 1e-3}
-    if CREDITS[credit].anchored and credit != row.credit:
-        # As many times along one direction as --refresh says.
+    if CREDITS[credit].anchored and credit != preset.credit:
+        # --refresh steps follow one direction.
         anchored = PRESETS["mezo-svrg"]
-        return anchored.step * anchored.refresh / row.refresh
-    return row.step if step_meaning(row.credit, row.rule) == meaning else usual[meaning]
+        return anchored.step * anchored.refresh / preset.refresh
+    if step_meaning(preset.credit, preset.rule) == meaning:
+        return preset.step
+    return {KAPPA: 0.1, RATE: 1e-4, PER_WEIGHT: 1e-3}[meaning]

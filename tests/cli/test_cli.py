@@ -15,10 +15,11 @@ from edgezo.cli import main as cli
 from edgezo.cli import terminal
 from edgezo.errors import BaseMismatch, BudgetExceeded, EdgezoError, Interrupted
 from edgezo.plan.request import make_config
-from edgezo.run import metrics_log
+from edgezo.run import directory, metrics_log
 
 SMOL = "smollm2-135m-instruct"
 SUMMARY = {
+    "run": "runs/mine",
     "model": SMOL,
     "steps": 3,
     "loss_first": 1.5,
@@ -194,8 +195,10 @@ def test_settings_come_from_options_then_file_then_card(finetune, capsys, tmp_pa
 def test_a_run_directory_is_chosen_where_none_is_given(finetune, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / f"{SMOL}-sst2").mkdir(parents=True)
-    assert run("finetune", "--model", SMOL, "--task", "sst2", capsys=capsys)[0] == 0
-    assert Path(finetune.cfg.out) == Path("runs") / f"{SMOL}-sst2-2"
+    code, out, _ = run("finetune", "--model", SMOL, "--task", "sst2", capsys=capsys)
+    assert code == 0 and out.endswith("run runs/mine\n")  # the run has chosen, and says where it is
+    assert finetune.cfg.out is None
+    assert directory.free_directory(finetune.cfg) == Path("runs") / f"{SMOL}-sst2-2"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What a written answer is worth: SQuAD's and DROP's own scripts as twins, numbers, choices."""
+"""Metrics of answers: against SQuAD's script as it stands, and examples of DROP's rules, numbers and choices."""
 
 from __future__ import annotations
 
@@ -140,8 +140,8 @@ def test_numbers_match_by_value_and_no_number_never_does() -> None:
 
 def test_a_report_is_the_mean_of_its_metrics_and_f1_of_answers_counts_the_right_ones() -> None:
     rows = [{"answers": ["yes"]}, {"answers": ["no"]}, {"answers": ["yes"]}, {"answers": ["no"]}]
-    said = ["yes", "yes", "no", "no"]
-    assert answers_f1("yes")(said, rows) == {"accuracy": 0.5, "f1": 0.5}
+    predictions = ["yes", "yes", "no", "no"]
+    assert answers_f1("yes")(predictions, rows) == {"accuracy": 0.5, "f1": 0.5}
     assert answers_f1("yes")(["no"] * 4, rows) == {"accuracy": 0.5, "f1": 0.0}
-    found = means(a=chosen, b=exact_match)(["Yes", "no"], rows[:2])
-    assert found == {"a": 0.5, "b": 1.0} and list(found) == ["a", "b"]
+    figures = means(a=chosen, b=exact_match)(["Yes", "no"], rows[:2])
+    assert figures == {"a": 0.5, "b": 1.0} and list(figures) == ["a", "b"]

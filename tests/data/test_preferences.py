@@ -1,4 +1,4 @@
-"""Rows that say which answer was liked: how they are read, and that learning from them turns choices."""
+"""Rows that tell which answer was liked: how they are read, and that a run learns to prefer those answers."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def load(rows: list[dict[str, Any]], folder: Path, **asked: Any) -> Dataset:
 
 
 def texts(data: Dataset) -> set[tuple[str, str, str]]:
-    tokenizer, found = byte_tokenizer(), set()
+    tokenizer, triples = byte_tokenizer(), set()
     for example in (*data.train, *data.validation):
         whole = [tokenizer.decode([*row.ids, row.score_ids[-1]]) for row in example.rows]
         scored = [tokenizer.decode(list(row.score_ids)) for row in example.rows]
         assert example.label == 0 and len(whole) == 2
         prompts = {w[: len(w) - len(s)] for w, s in zip(whole, scored, strict=True)}
         assert len(prompts) == 1
-        found.add((prompts.pop().strip(), scored[0].strip(), scored[1].strip()))
-    return found
+        triples.add((prompts.pop().strip(), scored[0].strip(), scored[1].strip()))
+    return triples
 
 
 def test_a_pair_is_a_choice_between_its_answers_with_their_ends(tmp_path):
@@ -93,7 +93,7 @@ def test_a_completion_with_a_number_for_a_label_is_no_preference(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         ([*thumbs(), {"prompt": "p", "completion": "c", "label": "perhaps"}], "neither up nor"),
         ([row for row in thumbs() if row["label"]], "nothing to compare"),
@@ -101,8 +101,8 @@ def test_a_completion_with_a_number_for_a_label_is_no_preference(tmp_path):
         ([*PAIRS, {"prompt": "p", "chosen": "x"}], "'rejected' is missing"),
     ],
 )
-def test_what_is_no_preference_is_named(rows, said, tmp_path):
-    with pytest.raises(UsageError, match=said):
+def test_what_is_no_preference_is_named(rows, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
         load(rows, tmp_path)
 
 
@@ -131,7 +131,7 @@ def test_a_thumb_anywhere_makes_every_row_an_answer_that_needs_one(tmp_path):
         load(rows, tmp_path)
 
 
-def test_labels_that_say_of_no_pair_which_was_liked_are_not_used_and_a_note_says_so(tmp_path):
+def test_labels_that_do_not_tell_which_answer_was_liked_are_not_used_and_noted(tmp_path):
     classes = [{**row, "label": ("mixed", "fine", "true")[i % 3]} for i, row in enumerate(thumbs())]
     marks = [
         {"prompt": p["prompt"], "completion": p["chosen"], "label": i % 2}

@@ -1,4 +1,4 @@
-"""Files of rows: formats, parts, shards, data sets of the hub; and what is said of those that cannot be read."""
+"""Files of rows: formats, parts, shards, data sets of the hub; and messages about files that cannot be read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write(path: Path, rows: list[Any]) -> str:
 
 
 def write_as(suffix: str, path: Path, rows: list[dict[str, Any]]) -> None:
-    """The same rows in one of the formats."""
+    """Write rows to a file in one of the formats."""
     if suffix == "csv":
         lines = ['"{}",{}'.format(r["text"].replace('"', '""'), r["label"]) for r in rows]
         path.write_text("\n".join(["text,label", *lines]), encoding="utf-8-sig")
@@ -74,14 +74,14 @@ def test_a_row_has_the_same_fields_in_every_format(tmp_path: Path) -> None:
     rows = [{"text": "naïve ☃", "label": 1, "answers": ["a", "b"], "none": None}]
     for suffix in ("jsonl", "json", "parquet"):
         write_as(suffix, tmp_path / f"rows.{suffix}", rows)
-        found = Problems()
-        (record,) = read_records(tmp_path / f"rows.{suffix}", found)
-        assert dict(record.fields) == rows[0] and not len(found)
+        faults = Problems()
+        (record,) = read_records(tmp_path / f"rows.{suffix}", faults)
+        assert dict(record.fields) == rows[0] and not len(faults)
 
 
 @pytest.mark.parametrize("folder", [".", "data"])
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_shards_are_read_in_order_and_a_missing_one_is_said(
+def test_shards_are_read_in_order_and_a_missing_one_is_named(
     folder: str, suffix: str, tmp_path: Path
 ) -> None:
     (tmp_path / folder).mkdir(exist_ok=True)
@@ -102,8 +102,8 @@ def test_the_only_file_of_a_folder_is_what_is_trained_on(tmp_path: Path) -> None
     (tmp_path / "README.md").write_text("mine")
     assert find_splits(tmp_path, Problems()) == ([tmp_path / "notes.jsonl"], [])
     write(tmp_path / "other.jsonl", ROWS)
-    said = problems(lambda: load(data=str(tmp_path), **SST2_STYLE))
-    assert "no train.jsonl" in said and "notes.jsonl, other.jsonl" in said
+    message = problems(lambda: load(data=str(tmp_path), **SST2_STYLE))
+    assert "no train.jsonl" in message and "notes.jsonl, other.jsonl" in message
 
 
 def test_files_of_other_folders_and_about_the_data_are_no_rows(tmp_path: Path) -> None:
@@ -112,8 +112,8 @@ def test_files_of_other_folders_and_about_the_data_are_no_rows(tmp_path: Path) -
     assert find_splits(tmp_path, Problems()) == ([tmp_path / "train.jsonl"], [])
     (tmp_path / "train.jsonl").rename(tmp_path / "data" / "train-00000-of-00001-a09b74b3.jsonl")
     write(tmp_path / "test.jsonl", ROWS)
-    found = [[file.name for file in part] for part in find_splits(tmp_path, Problems())]
-    assert found == [["train-00000-of-00001-a09b74b3.jsonl"], ["test.jsonl"]]
+    names = [[file.name for file in part] for part in find_splits(tmp_path, Problems())]
+    assert names == [["train-00000-of-00001-a09b74b3.jsonl"], ["test.jsonl"]]
     assert find_splits(tmp_path, Problems())[1][0].parent.name == "data"
     only = tmp_path / "only"
     write(only / "data" / "corpus.jsonl", ROWS)
@@ -123,10 +123,10 @@ def test_files_of_other_folders_and_about_the_data_are_no_rows(tmp_path: Path) -
 
 @pytest.mark.parametrize("text", ["\n[{}, {}]", " [\n {},\n {}\n]\n", "\ufeff{}\n\n{}\n"])
 def test_an_array_may_begin_anywhere_and_lines_may_be_empty(text: str, tmp_path: Path) -> None:
-    path, found = tmp_path / "rows.json", Problems()
+    path, faults = tmp_path / "rows.json", Problems()
     path.write_text(text.replace("{}", json.dumps(ROWS[0])), encoding="utf-8")
-    assert [dict(record.fields) for record in read_records(path, found)] == [ROWS[0]] * 2
-    assert not len(found)
+    assert [dict(record.fields) for record in read_records(path, faults)] == [ROWS[0]] * 2
+    assert not len(faults)
 
 
 def test_parquet_takes_no_memory_of_the_run(tmp_path: Path) -> None:
@@ -145,12 +145,12 @@ def test_parquet_takes_no_memory_of_the_run(tmp_path: Path) -> None:
 def test_malformed_lines_are_named_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a"}\n\n' + '{"text": \n' * 7 + "1\n", encoding="utf-8")
-    said = problems(lambda: load(data=str(path)))
-    assert "rows.jsonl:3" in said and "rows.jsonl:10" in said
-    assert "and 2 more (7 in all)" in said
+    message = problems(lambda: load(data=str(path)))
+    assert "rows.jsonl:3" in message and "rows.jsonl:10" in message
+    assert "and 2 more (7 in all)" in message
 
 
-def test_missing_and_empty_sources_are_said(tmp_path: Path) -> None:
+def test_missing_and_empty_sources_are_named(tmp_path: Path) -> None:
     def ask(**asked: Any) -> str:
         return problems(lambda: load(**asked))
 
@@ -188,12 +188,12 @@ def test_bytes_in_parquet_are_text_or_refused(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path, found = tmp_path / "rows.parquet", Problems()
+    path, faults = tmp_path / "rows.parquet", Problems()
     pq.write_table(pa.table({"text": pa.array(["café".encode()], pa.binary())}), path)
-    (record,) = read_records(path, found)
-    assert record.fields["text"] == "café" and not len(found)
+    (record,) = read_records(path, faults)
+    assert record.fields["text"] == "café" and not len(faults)
     pq.write_table(pa.table({"text": pa.array([b"\xff"], pa.binary())}), path)
-    assert not read_records(path, found) and len(found) == 1
+    assert not read_records(path, faults) and len(faults) == 1
 
 
 def test_parquet_without_its_library_says_what_to_install(
@@ -213,7 +213,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The part of the hub's protocol that its own client asks for, over real HTTP."""
+    """The part of the hub's protocol that its client uses, over real HTTP."""
 
     repositories: ClassVar[dict[str, dict[str, bytes]]]
     asked: ClassVar[list[str]]
@@ -243,9 +243,9 @@ class Hub(BaseHTTPRequestHandler):
                 return self.answer(json.dumps(listed).encode(), JSON)
             if path.startswith(f"/api/datasets/{name}"):
                 siblings = [{"rfilename": file} for file in files]
-                told = {"_id": "0", "id": name, "sha": commit, "siblings": siblings}
-                told |= {"private": False, "downloads": 0, "likes": 0, "tags": []}
-                return self.answer(json.dumps(told).encode(), JSON)
+                about = {"_id": "0", "id": name, "sha": commit, "siblings": siblings}
+                about |= {"private": False, "downloads": 0, "likes": 0, "tags": []}
+                return self.answer(json.dumps(about).encode(), JSON)
             at = f"/datasets/{name}/resolve/{commit}/"
             if path.startswith(at) and path != self.cut_off and path[len(at) :] in files:
                 data = files[path[len(at) :]]
@@ -268,18 +268,18 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
-    class Own(Hub):
+    class EmptyHub(Hub):
         repositories: ClassVar[dict[str, dict[str, bytes]]] = {}
         asked: ClassVar[list[str]] = []
         cut_off = ""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Own)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), EmptyHub)
     Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("EDGEZO_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    yield Own
+    yield EmptyHub
     server.shutdown()
     server.server_close()
 
@@ -289,7 +289,7 @@ def lines_of(rows: list[Any]) -> bytes:
 
 
 def ask_hub(name: str, cwd: Path, **env: str) -> tuple[int, str]:
-    """The texts and notes of a data set, or the error, of a process of its own: the client reads HF_ENDPOINT once."""
+    """The texts and notes of a data set, or the error. Runs in a process, because the client reads HF_ENDPOINT once."""
     code = (
         "import json, sys\n"
         "from edgezo.data.dataset import DataRequest, load_dataset\n"
@@ -328,17 +328,17 @@ def test_a_data_set_of_the_hub_is_fetched_once_and_only_what_is_asked(
     }
     for turn in range(2):
         hub.asked.clear()
-        code, said = ask_hub("some/texts", tmp_path)
-        assert code == 0, said
-        assert json.loads(said)[0] == [row["text"] for row in texts]
+        code, output = ask_hub("some/texts", tmp_path)
+        assert code == 0, output
+        assert json.loads(output)[0] == [row["text"] for row in texts]
         assert bool(hub.asked) == (turn == 0)
         assert not any("agent" in path for path in hub.asked)  # the client's telemetry
     fetched = {file.name for file in (tmp_path / "hf").rglob("*.*") if file.is_file()}
     assert "train-00001-of-00002.jsonl" in fetched
     assert not {"load.py", "train.jsonl"} & fetched
-    # A folder of it is one more name; and what is fetched is there without a network.
-    code, said = ask_hub("some/texts/other", tmp_path)
-    assert code == 1 and "one row" in said
+    # A folder of a data set may be named; and files that were fetched are read without a network.
+    code, output = ask_hub("some/texts/other", tmp_path)
+    assert code == 1 and "one row" in output
     assert ask_hub("some/texts", tmp_path, HF_ENDPOINT="http://127.0.0.1:9")[0] == 0
 
 
@@ -352,16 +352,16 @@ def test_a_download_that_was_cut_off_is_made_whole(hub: type[Hub], tmp_path: Pat
     hub.cut_off = f"/datasets/some/pair/resolve/{commit}/validation.jsonl"
     assert ask_hub("some/pair", tmp_path)[0] != 0
     hub.cut_off = ""
-    code, said = ask_hub("some/pair", tmp_path)
-    assert code == 0, said
-    assert json.loads(said)[0] == ["a row", "b row", "c row"]
+    code, output = ask_hub("some/pair", tmp_path)
+    assert code == 0, output
+    assert json.loads(output)[0] == ["a row", "b row", "c row"]
 
 
 def test_a_run_goes_on_with_the_rows_that_were_fetched(hub: type[Hub], tmp_path: Path) -> None:
     rows = lines_of([{"text": "a row"}, {"text": "b row"}])
     hub.repositories["some/rows"] = {"train.jsonl": rows, "odd [name].csv": b"text\nc row\n"}
-    code, said = ask_hub("some/rows", tmp_path)
-    assert code == 0, said
+    code, output = ask_hub("some/rows", tmp_path)
+    assert code == 0, output
     # Another program fetches a file of a newer commit: its name is now the branch's.
     (place,) = (tmp_path / "hf" / "hub").glob("datasets--some--rows")
     newer = place / "snapshots" / ("0" * 40)
@@ -369,39 +369,41 @@ def test_a_run_goes_on_with_the_rows_that_were_fetched(hub: type[Hub], tmp_path:
     (newer / "README.md").write_text("new")
     (place / "refs" / "main").write_text("0" * 40)
     hub.asked.clear()
-    code, said = ask_hub("some/rows", tmp_path)
-    assert code == 0, said
-    assert sorted(json.loads(said)[0]) == ["a row", "b row"] and not hub.asked
-    code, said = ask_hub("other/rows", tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
-    assert code == 1 and "no such file" in said
+    code, output = ask_hub("some/rows", tmp_path)
+    assert code == 0, output
+    assert sorted(json.loads(output)[0]) == ["a row", "b row"] and not hub.asked
+    code, output = ask_hub("other/rows", tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    assert code == 1 and "no such file" in output
 
 
-def test_what_another_program_has_fetched_will_do_without_a_network(
+def test_files_that_another_program_fetched_are_read_without_a_network(
     hub: type[Hub], tmp_path: Path
 ) -> None:
     hub.repositories["some/rows"] = {"train.jsonl": lines_of([{"text": "a b"}, {"text": "c d"}])}
     assert ask_hub("some/rows", tmp_path)[0] == 0
     for file in (tmp_path / "cache" / "datasets").iterdir():
         file.unlink()
-    code, said = ask_hub("some/rows", tmp_path, HF_HUB_OFFLINE="1")
-    assert code == 0, said
-    assert "HF_HUB_OFFLINE is set; of some/rows the hub cache holds train.jsonl" in said
-    code, said = ask_hub("some/rows/other", tmp_path, HF_HUB_OFFLINE="1")
-    assert code == 1 and "HF_HUB_OFFLINE is set" in said
+    code, output = ask_hub("some/rows", tmp_path, HF_HUB_OFFLINE="1")
+    assert code == 0, output
+    assert (
+        "HF_HUB_OFFLINE is set; the hub's cache has these files of some/rows: train.jsonl" in output
+    )
+    code, output = ask_hub("some/rows/other", tmp_path, HF_HUB_OFFLINE="1")
+    assert code == 1 and "HF_HUB_OFFLINE is set" in output
 
 
-def test_what_the_hub_does_not_have_is_said(hub: type[Hub], tmp_path: Path) -> None:
-    code, said = ask_hub("no/such", tmp_path)
-    assert code != 0 and "no such file or directory: no/such" in said and "hub" in said
+def test_what_the_hub_does_not_have_is_named(hub: type[Hub], tmp_path: Path) -> None:
+    code, output = ask_hub("no/such", tmp_path)
+    assert code != 0 and "no such file or directory: no/such" in output and "hub" in output
     hub.repositories["some/pictures"] = {"a.png": b"", "small/rows.csv": b"text\na row\nb row\n"}
-    code, said = ask_hub("some/pictures", tmp_path)
-    assert code != 0 and "folders with such files: small" in said
-    code, said = ask_hub("some/pictures/small", tmp_path)
-    assert code == 0, said
-    assert sorted(json.loads(said)[0]) == ["a row", "b row"]
-    # What looks like a path of this disk does not reach the network.
+    code, output = ask_hub("some/pictures", tmp_path)
+    assert code != 0 and "folders with such files: small" in output
+    code, output = ask_hub("some/pictures/small", tmp_path)
+    assert code == 0, output
+    assert sorted(json.loads(output)[0]) == ["a row", "b row"]
+    # What looks like a local path is not looked up in the hub.
     (tmp_path / "here").mkdir()
     hub.asked.clear()
     for name in ("here/rows", "no/such.jsonl", "./no/such", "../no"):
-        code, said = ask_hub(name, tmp_path)
-        assert code != 0 and "no such file or directory" in said and not hub.asked
+        code, output = ask_hub(name, tmp_path)
+        assert code != 0 and "no such file or directory" in output and not hub.asked

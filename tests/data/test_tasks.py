@@ -1,4 +1,4 @@
-"""Tasks whose rows list their own options, or whose answers are written."""
+"""Tasks whose rows list their options, or whose answers are written."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def test_record_chooses_among_the_entities_of_each_row(tmp_path: Path) -> None:
     assert data.train[0].fields is None  # nothing scores a prediction in training
     assert "option 2" in show_batch(data.train[:1], data, byte_tokenizer(2000))
     assert data.report is not None
-    found = data.report(["Anna Bell", "Ben"], [e.fields for e in data.validation[:2] if e.fields])
-    assert found == {"accuracy": 0.5, "f1": 0.5, "exact_match": 0.5}
+    figures = data.report(["Anna Bell", "Ben"], [e.fields for e in data.validation[:2] if e.fields])
+    assert figures == {"accuracy": 0.5, "f1": 0.5, "exact_match": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_the_answer_of_a_conversation_follows_its_last_question(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("name", "row", "asked", "said"),
+    ("name", "row", "asked", "message"),
     [
         ("squad", SQUAD | {"answers": "Rome"}, {}, "no right answer in the field 'answers'"),
         ("squad", SQUAD | {"answers": {"text": []}}, {}, "no right answer in the field 'answers'"),
@@ -168,8 +168,8 @@ def test_the_answer_of_a_conversation_follows_its_last_question(tmp_path: Path) 
         ("squad", SQUAD, {"template": "no field"}, "names no field of the rows"),
     ],
 )
-def test_what_is_wrong_with_a_row_is_said(
-    name: str, row: dict[str, Any], asked: dict[str, Any], said: str, tmp_path: Path
+def test_each_fault_of_a_row_is_named(
+    name: str, row: dict[str, Any], asked: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         task_of(name, [row] * 4, tmp_path, **asked)

@@ -1,4 +1,4 @@
-"""On a GPU: updates bit for bit those of a CPU, losses close to its, memory under the cap."""
+"""On a GPU: updates have the bits of a CPU's, losses are close to a CPU's, memory stays under the cap."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_losses_are_close_to_those_of_the_cpu(deep, tmp_path, train, precision, 
     assert (cpu["device"], gpu["device"]) == ("cpu", "cuda")
     tolerance = 2e-5 if precision == "fp32" else 0.1  # bf16 products; a CPU may compute in fp32
     assert gpu["loss_first"] == pytest.approx(cpu["loss_first"], rel=tolerance)
-    before = [found["eval_before"]["loss"] for found in (gpu, cpu)]
+    before = [run["eval_before"]["loss"] for run in (gpu, cpu)]
     assert before[0] == pytest.approx(before[1], rel=tolerance)
 
 
@@ -113,12 +113,16 @@ def test_a_replay_on_either_device_has_the_bits_of_the_run(deep, tmp_path, edgez
                     patch.setenv("PATH", "")  # no nvidia-smi: no GPU
                 else:
                     _forget_device(made)
-                code, found = edgezo_json("replay", made, "--out", tmp_path / f"{device}-{other}")
-            assert (code, found.get("trained_sha256")) == (0, summary["trained_sha256"]), found
+                code, replayed = edgezo_json(
+                    "replay", made, "--out", tmp_path / f"{device}-{other}"
+                )
+            assert (code, replayed.get("trained_sha256")) == (0, summary["trained_sha256"]), (
+                replayed
+            )
 
 
 def _forget_device(run: Path) -> None:
-    """Let the run be replayed where there is most memory."""
+    """Remove the device from the run's config, so that it is replayed where there is most memory."""
     lines = (run / "config.toml").read_text().splitlines()
     kept = [line for line in lines if not line.startswith(("device", "max_mem_bytes"))]
     (run / "config.toml").write_text("\n".join([*kept, 'device = "auto"']) + "\n")
@@ -147,11 +151,11 @@ def test_the_memory_reserved_stays_under_the_cap(deep, tmp_path):
     request = {"train": "full", "precision": "bf16", "batch_size": 64, "steps": 3}
     least = run_of(deep, tmp_path / "a", **request, micro_batch=64)
     cap = least["planned_peak_bytes"]
-    found = run_of(deep, tmp_path / "b", **request, micro_batch=64, max_mem_bytes=cap)
-    assert found["cuda_peak_reserved_bytes"] + found["cuda_context_bytes"] <= cap
-    assert found["cuda_peak_allocated_bytes"] <= found["cuda_peak_reserved_bytes"]
-    assert found["cuda_peak_bytes"] <= found["planned_peak_bytes"]
-    assert found["trained_sha256"] == least["trained_sha256"]
+    capped = run_of(deep, tmp_path / "b", **request, micro_batch=64, max_mem_bytes=cap)
+    assert capped["cuda_peak_reserved_bytes"] + capped["cuda_context_bytes"] <= cap
+    assert capped["cuda_peak_allocated_bytes"] <= capped["cuda_peak_reserved_bytes"]
+    assert capped["cuda_peak_bytes"] <= capped["planned_peak_bytes"]
+    assert capped["trained_sha256"] == least["trained_sha256"]
 
 
 @pytest.mark.parametrize("kind", ["label", "text"])
@@ -166,7 +170,7 @@ def test_blocks_in_the_ram_give_the_bits_of_a_run_without(deep, tmp_path, train,
 
 
 def _greedy(patch: pytest.MonkeyPatch, room: int, after: int = 0) -> None:
-    """Let forwards over more than ``room`` examples take more than there is, from call ``after`` on."""
+    """Let forwards over more than ``room`` examples ask for more memory than there is, from call ``after`` on."""
     real, calls = Model.losses, []
 
     def losses(self: Model, batch: Any, *args: Any, **more: Any) -> Any:
@@ -183,9 +187,9 @@ def test_where_the_gpu_is_full_the_micro_batch_shrinks(deep, tmp_path):
     whole = run_of(deep, tmp_path / "whole", **request, micro_batch=2)
     with pytest.MonkeyPatch.context() as patch:
         _greedy(patch, room=2)
-        found = run_of(deep, tmp_path / "run", **request, micro_batch=8)
-    assert found["micro_batch"] == 2
-    assert found["trained_sha256"] == whole["trained_sha256"]
+        shrunk = run_of(deep, tmp_path / "run", **request, micro_batch=8)
+    assert shrunk["micro_batch"] == 2
+    assert shrunk["trained_sha256"] == whole["trained_sha256"]
 
 
 def test_where_not_even_one_example_fits_the_state_is_saved(deep, tmp_path):
@@ -195,5 +199,5 @@ def test_where_not_even_one_example_fits_the_state_is_saved(deep, tmp_path):
         _greedy(patch, room=0, after=8)
         run_of(deep, tmp_path / "run", **request)
     settings = deep.settings(out=str(tmp_path / "run"), **request, device="cuda")
-    found = finetune(make_config(settings, {"max_mem_bytes": 4000 * MB}), resume=True)
-    assert found["trained_sha256"] == whole["trained_sha256"]
+    resumed = finetune(make_config(settings, {"max_mem_bytes": 4000 * MB}), resume=True)
+    assert resumed["trained_sha256"] == whole["trained_sha256"]

@@ -1,4 +1,4 @@
-"""Sizes, and the machine as /proc and /sys describe it."""
+"""Sizes; and the machine as psutil, nvidia-smi, /proc and /sys describe it."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_memory_high_is_a_limit_too(tmp_path):
     assert machine.cgroup_memory(root).available_bytes == 1500
 
 
-def test_the_level_with_the_least_left_wins_not_the_lowest_limit(tmp_path):
+def test_the_group_with_the_least_available_counts_not_the_lowest_limit(tmp_path):
     root = tree(
         tmp_path,
         {
@@ -210,7 +210,7 @@ def test_a_limit_above_the_container_s_view_is_seen_in_version_1(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mounted", "own"),
+    ("mounted", "group"),
     [
         ("/docker/abc", "/docker/abc"),  # no namespace: the host's path, part of the tree mounted
         ("/docker/abc", "/docker/abcdef"),  # another group with a like name
@@ -218,11 +218,11 @@ def test_a_limit_above_the_container_s_view_is_seen_in_version_1(tmp_path):
         ("/", "/gone"),  # moved after the mount
     ],
 )
-def test_a_container_finds_its_limit_at_the_mount(tmp_path, mounted, own):
+def test_a_container_finds_its_limit_at_the_mount(tmp_path, mounted, group):
     root = tree(
         tmp_path,
         {
-            "proc/self/cgroup": f"4:memory:{own}\n",
+            "proc/self/cgroup": f"4:memory:{group}\n",
             "proc/self/mountinfo": V1_MOUNT.format(root=mounted),
             "sys/fs/cgroup/memory/memory.limit_in_bytes": "8192\n",
             "sys/fs/cgroup/memory/memory.usage_in_bytes": "192\n",
@@ -301,9 +301,9 @@ def test_the_machine_takes_the_smaller_of_ram_and_group(tmp_path):
 
 
 def test_this_machine_can_be_read():
-    here = machine.machine()
-    assert 0 < here.available_bytes <= here.total_bytes
-    assert 1 <= here.cores <= (os.cpu_count() or 1)
+    this = machine.machine()
+    assert 0 < this.available_bytes <= this.total_bytes
+    assert 1 <= this.cores <= (os.cpu_count() or 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -335,9 +335,9 @@ def test_gpus_are_what_nvidia_smi_says(smi):
     first, second = machine.nvidia_gpus()
     assert (first.index, first.name, first.total_bytes) == (0, "NVIDIA H100 80GB HBM3", 81559 << 20)
     assert second.available_bytes == 14000 << 20
-    found = machine.machine()
-    assert found.gpu == first
-    assert any("H100" in note for note in found.notes)
+    computer = machine.machine()
+    assert computer.gpu == first
+    assert any("H100" in note for note in computer.notes)
 
 
 @pytest.mark.parametrize(
@@ -375,9 +375,9 @@ def test_an_nvidia_smi_that_fails_or_is_not_there_gives_no_gpu(smi, monkeypatch,
 def test_a_gpu_that_pytorch_is_not_built_for_is_named_and_not_used(smi, monkeypatch):
     smi(TWO_GPUS)
     monkeypatch.setattr(machine, "torch_has_cuda", lambda: False)
-    found = machine.machine()
-    assert found.gpu is None
-    assert any("H100" in note and "CPUs only" in note for note in found.notes)
+    computer = machine.machine()
+    assert computer.gpu is None
+    assert any("H100" in note and "CPUs only" in note for note in computer.notes)
 
 
 def test_what_pytorch_is_built_for_is_known_without_importing_it():
@@ -407,5 +407,5 @@ def test_what_an_apple_gpu_may_take_of_the_ram(
     assert machine.mps_limit_bytes() == share_bytes
     monkeypatch.setattr(machine.sys, "platform", "darwin")
     monkeypatch.setattr(machine.platform, "machine", lambda: "arm64")
-    gpu, said = machine._usable_gpu()
-    assert gpu is None and format_bytes(share_bytes) in said
+    gpu, note = machine._usable_gpu()
+    assert gpu is None and format_bytes(share_bytes) in note

@@ -1,4 +1,4 @@
-"""The C kernels: noise, codes and updates with torch's bits, forwards equal to rounding."""
+"""The C kernels: noise, codes and updates have torch's bits; forwards are equal but for rounding."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from edgezo.weights.layouts import Dense, Int4, Int8
 from edgezo.zo import noise
 from edgezo.zo.noise import Key
 
-made_here = pytest.mark.skipif(not kernels.loaded(), reason="installed without C kernels")
+with_library = pytest.mark.skipif(not kernels.loaded(), reason="installed without C kernels")
 FLOATS = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], object]:
-    """Runs something on torch alone."""
+    """A function that runs what it is given without the C kernels."""
 
     def run(something: Callable[[], object]) -> object:
         with monkeypatch.context() as patch:
@@ -52,7 +52,7 @@ def test_what_was_compiled_is_of_this_source_and_loads():
     assert kernels.loaded() == (kernels_library() is not None)
 
 
-@made_here
+@with_library
 def test_what_was_compiled_of_another_source_is_left_alone(tmp_path, monkeypatch):
     library = kernels_library()
     assert library is not None
@@ -64,9 +64,9 @@ def test_what_was_compiled_of_another_source_is_left_alone(tmp_path, monkeypatch
     kernels._library.cache_clear()
 
 
-@made_here
+@with_library
 def test_a_forked_child_makes_noise_alone(tmp_path):
-    """OpenMP would wait for the parent's threads."""
+    """Otherwise OpenMP would wait for the parent's threads for ever."""
     code = """
 import os, torch
 from edgezo.zo import noise
@@ -84,7 +84,7 @@ assert os.waitpid(child, 0)[1] == 0
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
 
 
-@made_here
+@with_library
 def test_another_default_dtype_changes_nothing():
     x, basis = torch.randn(300, 64), torch.randn(3, 64)
     wanted = (
@@ -93,13 +93,13 @@ def test_another_default_dtype_changes_nothing():
     )
     torch.set_default_dtype(torch.float64)
     try:
-        found = (
+        results = (
             kernels.thin_product(x, basis),
             kernels.dots_by_example(x, basis, torch.zeros(300, dtype=torch.int64)),
         )
     finally:
         torch.set_default_dtype(torch.float32)
-    for ours, theirs in zip(found, wanted, strict=True):
+    for ours, theirs in zip(results, wanted, strict=True):
         assert ours is not None and theirs is not None and torch.equal(ours, theirs)
 
 
@@ -113,7 +113,7 @@ def test_the_environment_turns_them_off(monkeypatch):
 # ------------------------------------------------------------------------------- equal bits
 
 
-@made_here
+@with_library
 @given(
     seed=st.integers(-(2**63), 2**64),
     step=st.integers(0, 2**40),
@@ -124,14 +124,14 @@ def test_the_environment_turns_them_off(monkeypatch):
 def test_noise_has_the_bits_of_numpys_words(seed, step, first, count, width):
     rows, key = slice(first, first + count), Key(seed, step)
     for make in (noise.signs, noise.normals, noise.uniform):
-        found = make(key, seed, noise.DENSE, rows, width)
+        drawn = make(key, seed, noise.DENSE, rows, width)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels, "_library", lambda: None)
             wanted = make(key, seed, noise.DENSE, rows, width)
-        assert found.dtype == wanted.dtype and torch.equal(found, wanted)
+        assert drawn.dtype == wanted.dtype and torch.equal(drawn, wanted)
 
 
-@made_here
+@with_library
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float16])
 @pytest.mark.parametrize("rows", [slice(0, 300), slice(120, 171), torch.tensor([5, 0, 299])])
 def test_codes_expand_to_the_same_bits(dtype, rows, without, threads):
@@ -147,7 +147,7 @@ def test_codes_expand_to_the_same_bits(dtype, rows, without, threads):
 
 
 def _hard_weights() -> Tensor:
-    """With zeros of both signs, denormals, powers of two, halves between bf16 values, and a wide range."""
+    """Weights with zeros of both signs, denormals, powers of two, halves between bf16 values, and a wide range."""
     weight = torch.randn(40, 577, generator=torch.Generator().manual_seed(0)) * 0.02
     weight[0, :8] = torch.tensor([0.0, -0.0, 1.0, 1e-39, -1e-40, 2**-126, 1.00390625, 1.01171875])
     weight[1] *= 1e-37
@@ -155,7 +155,7 @@ def _hard_weights() -> Tensor:
     return weight
 
 
-@made_here
+@with_library
 def test_planes_move_by_the_same_bits(without, threads):
     weight = _hard_weights()
 
@@ -171,45 +171,45 @@ def test_planes_move_by_the_same_bits(without, threads):
                 assert torch.equal(layout.read(rows), values)
         return list(layout.tensors().values())
 
-    for found, wanted in zip(moved(), without(moved), strict=True):
-        assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
+    for ours, theirs in zip(moved(), without(moved), strict=True):
+        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
 
 # ------------------------------------------------------------------------- equal to rounding
 
 
-def _off(found: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
-    """The largest distance in units of the result's rounding (of numbers around 1 below that)."""
+def _off(result: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
+    """The largest distance from ``exact`` in roundings of ``dtype``; below 1 in roundings of numbers around 1."""
     unit = torch.finfo(dtype).eps * exact.abs().clamp(min=1)
-    return float(((found.double() - exact) / unit).abs().max())
+    return float(((result.double() - exact) / unit).abs().max())
 
 
-@made_here
+@with_library
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("each", [False, True], ids=["one weight", "a weight a row"])
 def test_a_norm_is_off_by_one_rounding(dtype, each, threads):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(700, 75, generator=generator).mul_(3).to(dtype)
-    for held in {dtype, torch.float32}:
-        weight = torch.randn(*([700] if each else []), 75, generator=generator).to(held)
-        found = kernels.rms_norm(x[None], weight, 1e-5, 1.0)
-        assert found is not None and found.shape == (1, *x.shape)
+    for weight_dtype in {dtype, torch.float32}:
+        weight = torch.randn(*([700] if each else []), 75, generator=generator).to(weight_dtype)
+        result = kernels.rms_norm(x[None], weight, 1e-5, 1.0)
+        assert result is not None and result.shape == (1, *x.shape)
         exact = x.double() / x.double().pow(2).mean(1, keepdim=True).add(1e-5).sqrt()
-        assert _off(found[0], exact * (weight.double() + 1), dtype) < 4
+        assert _off(result[0], exact * (weight.double() + 1), dtype) < 4
 
 
-@made_here
+@with_library
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("activation", [0, 1])
 def test_a_gate_is_off_by_one_rounding(dtype, activation, threads):
     x = torch.cat([torch.linspace(-100, 100, 90_001), torch.tensor([0.0, -0.0, 1e30, -1e30])])
     x, up = x.to(dtype), torch.linspace(-3, 2, 90_005).to(dtype)
     exact = kernels.GATE_ACTIVATIONS[activation](x.double()) * up.double()
-    found = kernels.gate(x, up.clone(), activation)
-    assert _off(found, exact, dtype) < 4
+    result = kernels.gate(x, up.clone(), activation)
+    assert _off(result, exact, dtype) < 4
 
 
-@made_here
+@with_library
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("causal, window", [(True, None), (False, None), (True, 9), (False, 40)])
 @pytest.mark.parametrize("heads, kv_heads, dim", [(6, 2, 8), (3, 3, 80), (4, 1, 64)])
@@ -224,17 +224,17 @@ def test_attention_is_that_of_each_row_alone(dtype, causal, window, heads, kv_he
     # A row of the projection may be wider than the heads that are read.
     room = torch.zeros(len(q), heads + 3, dim, dtype=dtype)
     room[:, :heads] = q
-    found = kernels.attention(room[:, :heads], k, v, starts, max(lengths), 0.3, causal, window)
-    assert found is not None
+    result = kernels.attention(room[:, :heads], k, v, starts, max(lengths), 0.3, causal, window)
+    assert result is not None
     for row, length in enumerate(lengths):
-        own = slice(int(starts[row]), int(starts[row + 1]))
-        at = torch.arange(length)
-        distance = at[:, None] - at
+        tokens = slice(int(starts[row]), int(starts[row + 1]))
+        place = torch.arange(length)
+        distance = place[:, None] - place
         seen = (distance >= 0) if causal else torch.ones(length, length, dtype=torch.bool)
         seen = seen & (distance.abs() < window) if window else seen
 
-        def plain(dtype: torch.dtype, own: slice = own, seen: Tensor = seen) -> Tensor:
-            rows = [t[own].to(dtype).transpose(0, 1) for t in (q, k, v)]
+        def plain(dtype: torch.dtype, tokens: slice = tokens, seen: Tensor = seen) -> Tensor:
+            rows = [t[tokens].to(dtype).transpose(0, 1) for t in (q, k, v)]
             how = {"attn_mask": seen, "scale": 0.3, "enable_gqa": True}
             return F.scaled_dot_product_attention(*rows, **how).transpose(0, 1)
 
@@ -242,10 +242,10 @@ def test_attention_is_that_of_each_row_alone(dtype, causal, window, heads, kv_he
         # fp32 inside: as far off as torch's fp32, and a rounding to bf16.
         inside = _off(plain(torch.float32), exact, torch.float32)
         allowed = 4 * inside + 2 if dtype is torch.float32 else 2
-        assert _off(found[own], exact, dtype) < allowed
+        assert _off(result[tokens], exact, dtype) < allowed
 
 
-@made_here
+@with_library
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_positions_turn_queries_in_place_by_one_rounding(dtype, threads):
     generator = torch.Generator().manual_seed(0)
@@ -262,7 +262,7 @@ def test_positions_turn_queries_in_place_by_one_rounding(dtype, threads):
     assert not kernels.rotate(x, cos[..., :12].contiguous(), sin[..., :12].contiguous())
 
 
-@made_here
+@with_library
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("n, d, m, k", [(700, 75, 96, 8), (5, 7, 5, 3), (33, 576, 100, 21)])
 def test_thin_products_are_rounded_once(dtype, n, d, m, k, threads):
@@ -277,23 +277,23 @@ def test_thin_products_are_rounded_once(dtype, n, d, m, k, threads):
     left = kernels.thin_product(x, basis)
     assert left is not None and left.dtype is torch.float32
     torch.testing.assert_close(left.double(), x.double() @ basis.double().T, rtol=1e-5, atol=1e-4)
-    own = matmul.dots_by_example(x, cols, example, torch.empty(0), side)
-    assert isinstance(own, matmul.ByExample)
-    exact_own = (x.double() * cols.double()[example]).sum(1) * side
-    torch.testing.assert_close(own.values.double(), exact_own, rtol=1e-5, atol=1e-4)
+    by_example = matmul.dots_by_example(x, cols, example, torch.empty(0), side)
+    assert isinstance(by_example, matmul.ByExample)
+    exact_values = (x.double() * cols.double()[example]).sum(1) * side
+    torch.testing.assert_close(by_example.values.double(), exact_values, rtol=1e-5, atol=1e-4)
 
     right, other = drawn(m, k, dtype=torch.float32).T, matmul.ByExample(side, example)
-    terms: list[matmul.Term] = [(left, right), (own, rows), (other, rows)]
+    terms: list[matmul.Term] = [(left, right), (by_example, rows), (other, rows)]
     for count, roundings in ((1, 1), (2, 1), (3, 2)):
         exact = y.double() + left.double() @ right.double()
-        for term in (own, other)[: count - 1]:
+        for term in (by_example, other)[: count - 1]:
             exact += term.values.double()[:, None] * rows.double()[example]
-        found = y.clone()
-        matmul.add_thin(found, terms[:count])
+        result = y.clone()
+        matmul.add_thin(result, terms[:count])
         if dtype is torch.bfloat16:
-            assert _off(found, exact, dtype) < roundings
+            assert _off(result, exact, dtype) < roundings
         else:
-            torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-3)
+            torch.testing.assert_close(result.double(), exact, rtol=1e-6, atol=1e-3)
 
 
 def test_terms_without_kernels_are_one_product(without):
@@ -306,17 +306,17 @@ def test_terms_without_kernels_are_one_product(without):
     def added() -> Tensor:
         y = torch.zeros(9, 12)
         left = torch.ones(9, 2)
-        own = matmul.dots_by_example(x, cols, example, mask, side)
-        matmul.add_thin(y, [(left, rows[:2]), (own, rows)])
+        by_example = matmul.dots_by_example(x, cols, example, mask, side)
+        matmul.add_thin(y, [(left, rows[:2]), (by_example, rows)])
         matmul.add_thin(y, [])
         return y
 
     exact = rows[:2].sum(0) + ((x @ cols.T) * mask) @ rows
-    for found in (added(), without(added)):
-        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+    for result in (added(), without(added)):
+        torch.testing.assert_close(result, exact, rtol=1e-5, atol=1e-5)
 
 
-@made_here
+@with_library
 def test_what_they_cannot_take_is_left_to_torch():
     x, w = torch.randn(4, 64), torch.randn(64)
     assert kernels.rms_norm(x.half(), w.half(), 1e-5, 0.0) is None
@@ -337,7 +337,7 @@ def test_what_they_cannot_take_is_left_to_torch():
 # --------------------------------------------------------------------------- whole models
 
 
-@made_here
+@with_library
 @pytest.mark.parametrize("train", ["lowrank", "full"])
 @pytest.mark.parametrize(
     "family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "roberta"]
@@ -351,9 +351,9 @@ def test_losses_are_equal_to_rounding(family, train, workshop: Workshop, without
         def counted(
             *given: object, kernel: Callable[..., object] = kernel, name: str = name
         ) -> object:
-            found = kernel(*given)
-            called.update([] if found is None or found is False else [name])
-            return found
+            result = kernel(*given)
+            called.update([] if result is None or result is False else [name])
+            return result
 
         monkeypatch.setattr(kernels, name, counted)
 
@@ -365,8 +365,8 @@ def test_losses_are_equal_to_rounding(family, train, workshop: Workshop, without
         probe = model.probe(batch, KEY, SIGMA)
         return model.losses(batch)[0], model.losses(batch, probe, sides=2)[0]
 
-    found, wanted = losses(), without(losses)
-    for ours, theirs in zip(found, wanted, strict=True):
+    with_kernels, wanted = losses(), without(losses)
+    for ours, theirs in zip(with_kernels, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
     expected = {"rms_norm", "attention", "rotate"} | (
         {"thin_product"} if train == "lowrank" else set()
@@ -378,8 +378,8 @@ def test_losses_are_equal_to_rounding(family, train, workshop: Workshop, without
     assert called == expected
 
 
-@made_here
-def test_which_parts_are_found(workshop: Workshop):
+@with_library
+def test_which_parts_of_a_model_have_kernels(workshop: Workshop):
     def kinds(case: Case) -> dict[str, int]:
         modules = list(workshop.model(case).module.modules())
         gates = sum(isinstance(m, FusedGate) for m in modules)
@@ -406,16 +406,16 @@ def test_a_part_that_does_more_is_no_gate():
         def forward(self, x: Tensor) -> Tensor:
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
-    found = Plain(1.0)
-    assert activation_of(found) == 0
-    found.act_fn = lambda x: F.gelu(x, approximate="tanh")
-    assert activation_of(found) == 1
-    found.act_fn = F.relu
-    assert activation_of(found) is None
+    part = Plain(1.0)
+    assert activation_of(part) == 0
+    part.act_fn = lambda x: F.gelu(x, approximate="tanh")
+    assert activation_of(part) == 1
+    part.act_fn = F.relu
+    assert activation_of(part) is None
     assert activation_of(SimpleNamespace(act_fn=F.silu)) is None  # type: ignore[arg-type]
 
 
-@made_here
+@with_library
 def test_long_rows_are_left_to_torch(monkeypatch):
     lengths = (40, 12)
     monkeypatch.setattr(kernels, "LONGEST", 39)
@@ -423,7 +423,7 @@ def test_long_rows_are_left_to_torch(monkeypatch):
     with packing.packed(packing.Packing.of(lengths)):
         heads_first = q.transpose(0, 1)[None]
         module = torch.nn.Module()
-        left, _ = packing.packed_attention(module, heads_first, heads_first, heads_first, None)
+        by_torch, _ = packing.packed_attention(module, heads_first, heads_first, heads_first, None)
         monkeypatch.setattr(kernels, "LONGEST", 40)
-        found, _ = packing.packed_attention(module, heads_first, heads_first, heads_first, None)
-    torch.testing.assert_close(left, found, rtol=1e-5, atol=1e-5)
+        by_kernel, _ = packing.packed_attention(module, heads_first, heads_first, heads_first, None)
+    torch.testing.assert_close(by_torch, by_kernel, rtol=1e-5, atol=1e-5)

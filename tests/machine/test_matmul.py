@@ -1,4 +1,4 @@
-"""Products in pieces of a few sizes: the values of one product, few different shapes."""
+"""Products made in pieces of a few sizes: the values are those of one product, and shapes are few."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def bf16():
 
 def test_pieces_cover_the_rows_once_and_only_the_last_is_not_full():
     for n in range(1, 5000, 7):
-        found = list(pieces(n))
-        starts = [at for at, _ in found]
-        assert starts == [sum(size for _, size in found[:i]) for i in range(len(found))]
-        assert {size for _, size in found} <= set(PRODUCT_ROWS)
-        assert starts[-1] < n <= sum(size for _, size in found)
+        cover = list(pieces(n))
+        starts = [at for at, _ in cover]
+        assert starts == [sum(size for _, size in cover[:i]) for i in range(len(cover))]
+        assert {size for _, size in cover} <= set(PRODUCT_ROWS)
+        assert starts[-1] < n <= sum(size for _, size in cover)
         # Nothing cheaper: a row that is missing costs as much as one that is there.
         if n <= PRODUCT_ROWS[-1]:
             above = min(size for size in PRODUCT_ROWS if size >= n)
-            spent = sum(size + matmul.CALL_ROWS for _, size in found)
+            spent = sum(size + matmul.CALL_ROWS for _, size in cover)
             assert n < spent <= above + matmul.CALL_ROWS
 
 
@@ -66,8 +66,8 @@ def test_values_are_those_of_one_product(bf16, n, k, m):
 def test_a_row_does_not_depend_on_what_it_is_beside(bf16):
     x, w = bf16(300, 64), bf16(32, 64)
     x[:20] = float("nan")
-    found = mm(x, w.T)
-    assert found[:20].isnan().all() and found[20:].isfinite().all()
+    product = mm(x, w.T)
+    assert product[:20].isnan().all() and product[20:].isfinite().all()
     assert mm(x[20:], w.T).isfinite().all()
 
 
@@ -98,7 +98,7 @@ def test_few_shapes_are_compiled_however_many_numbers_of_tokens_there_are(bf16, 
 
 
 class Lengths(TorchDispatchMode):
-    """The lengths and strides of what every bf16 product reads while it is entered."""
+    """Notes the lengths and strides of all that bf16 products read while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ PRODUCTS = (
 def test_bf16_products_have_the_same_few_shapes_and_strides_for_all_batches(
     tried: Tried, workshop: Workshop
 ) -> None:
-    """Kernels are compiled for each shape, and kept: memory would grow with every batch (machine/matmul.py)."""
+    """A kernel is compiled for each shape and kept, so that memory would grow with every batch (machine/matmul.py)."""
     model = workshop.model(tried.case, torch.bfloat16)
     load_trained(model.store, tried.start)
     few, many, more = (
@@ -144,14 +144,14 @@ def test_bf16_products_have_the_same_few_shapes_and_strides_for_all_batches(
     )
 
     def lengths(examples: Sequence[Example], *sizes: int) -> set[int]:
-        with Lengths() as found:
+        with Lengths() as mode:
             for part in (part for n in sizes for part in micro_batches(examples, n)):
                 batch = collate([examples[slot] for slot in part], part)
                 model.losses(batch, model.probe(batch, KEY, SIGMA), sides=2)
                 model.losses(batch)
                 model.take_touched(len(examples))
                 model.store.take_guides(learn=False)
-        return found.seen
+        return mode.seen
 
     known = lengths(few, 1) | lengths(many, 16)
     assert known & set(PRODUCT_ROWS)
@@ -166,15 +166,15 @@ def test_a_backward_pass_multiplies_few_shapes_whatever_the_rows_are(
     estimator: str, kind: str, bench: Bench
 ) -> None:
     more = {} if estimator == "lora" else {"train": "lowrank", "short_tokens": 1000}
-    found, model = opened(
+    settled, model = opened(
         bench, kind, bf16_fast=True, estimator=estimator, precision="bf16", **more
     )
-    rows = list(found.dataset.train)
+    rows = list(settled.dataset.train)
 
     def lengths(examples: Sequence[Example], size: int) -> set[int]:
-        with Lengths() as seen:
+        with Lengths() as mode:
             learn(model, examples, size, None)
-        return seen.seen
+        return mode.seen
 
     known = lengths(rows[:1], 1) | lengths(rows[:16], 16)
     assert known & set(PRODUCT_ROWS)
@@ -192,13 +192,13 @@ def test_writing_multiplies_few_shapes_however_many_rows_there_are(
     numbers = np.random.default_rng(0)
 
     def lengths(*counts: int) -> set[int]:
-        with Lengths() as found:
+        with Lengths() as mode:
             for n in counts:
                 prompts = [
                     numbers.integers(5, 300, size).tolist() for size in numbers.integers(1, 9, n)
                 ]
                 generate(model, prompts, Generation(5), lambda ids: ids[-1] % 3 == 0)
-        return found.seen
+        return mode.seen
 
     known = lengths(16, 16)
     assert lengths(3, 5, 7, 11, 13) <= known | set(PRODUCT_ROWS) | {32, 48}

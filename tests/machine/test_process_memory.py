@@ -1,4 +1,4 @@
-"""What the process holds, the meter, the guard and the allocator."""
+"""The memory of a process: its readings, the meter, the guard and the allocator."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MB = 1_000_000
 
 
 def in_subprocess(code: str, **environment: str) -> dict:
-    """Run `code` in a fresh interpreter; the JSON object that it prints last."""
+    """Run ``code`` in a fresh interpreter; returns the JSON object that it prints last."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "THP_"))}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
@@ -121,7 +121,7 @@ def test_the_allocator_policy_gives_the_memory_of_freed_layers_back():
     code = """
 import json, sys
 from edgezo.machine import process_memory as memory
-said = memory.allocator_policy() if sys.argv[1:] or POLICY else ""
+policy = memory.allocator_policy() if sys.argv[1:] or POLICY else ""
 import numpy as np
 rng = np.random.default_rng(0)
 before = memory.resident().anon_bytes
@@ -132,11 +132,11 @@ for layer in range(12):
     del layers
 kept_bytes = sum(a.nbytes for a in kept)
 grown = memory.resident().anon_bytes - before - kept_bytes
-print(json.dumps({"grown": grown, "said": said}))
+print(json.dumps({"grown": grown, "policy": policy}))
 """
     without = in_subprocess("POLICY = False\n" + code)
     with_policy = in_subprocess("POLICY = True\n" + code)
-    assert "mmap threshold 128 KiB" in with_policy["said"]
+    assert "mmap threshold 128 KiB" in with_policy["policy"]
     assert with_policy["grown"] < 3 * MB
     assert without["grown"] > 4 * max(with_policy["grown"], MB), "the churn no longer shows it"
 
@@ -146,13 +146,13 @@ def test_the_user_s_own_allocator_settings_are_left_alone():
     code = """
 import json, os
 from edgezo.machine import process_memory as memory
-said = memory.allocator_policy()
-print(json.dumps({"said": said, "thp": os.environ.get("THP_MEM_ALLOC_ENABLE")}))
+policy = memory.allocator_policy()
+print(json.dumps({"policy": policy, "thp": os.environ.get("THP_MEM_ALLOC_ENABLE")}))
 """
     out = in_subprocess(code, MALLOC_MMAP_THRESHOLD_="65536", THP_MEM_ALLOC_ENABLE="0")
-    assert "MALLOC_MMAP_THRESHOLD_=65536 kept" in out["said"]
-    assert "huge pages" not in out["said"] and out["thp"] == "0"
-    assert "2 arenas" in out["said"]
+    assert "MALLOC_MMAP_THRESHOLD_=65536 kept" in out["policy"]
+    assert "huge pages" not in out["policy"] and out["thp"] == "0"
+    assert "2 arenas" in out["policy"]
 
 
 def test_a_foreign_allocator_is_left_alone(monkeypatch):
@@ -199,18 +199,20 @@ def test_the_guard_s_message_names_the_item_the_numbers_and_the_way_on():
 
 
 def test_the_guard_hands_free_heap_back_before_it_gives_up(monkeypatch):
-    held = [95 * MB]
-    monkeypatch.setattr(process_memory, "malloc_trim", lambda: held.__setitem__(0, 50 * MB) or True)
-    Guard(100 * MB, 10 * MB, rss=lambda: held[0]).check(40 * MB, "a layer")
-    assert held == [50 * MB]
+    resident = [95 * MB]
+    monkeypatch.setattr(
+        process_memory, "malloc_trim", lambda: resident.__setitem__(0, 50 * MB) or True
+    )
+    Guard(100 * MB, 10 * MB, rss=lambda: resident[0]).check(40 * MB, "a layer")
+    assert resident == [50 * MB]
 
 
 @linux
 def test_the_heap_is_emptied_of_holes_near_the_plan_and_not_before(monkeypatch):
     trimmed: list[int] = []
     monkeypatch.setattr(process_memory, "malloc_trim", lambda: trimmed.append(1))
-    for held, wanted in ((60, 0), (75, 1)):
-        guard = Guard(100 * MB, 10 * MB, rss=lambda: held * MB, planned_bytes=80 * MB)  # noqa: B023
+    for resident, wanted in ((60, 0), (75, 1)):
+        guard = Guard(100 * MB, 10 * MB, rss=lambda: resident * MB, planned_bytes=80 * MB)  # noqa: B023
         guard.check_again(5 * MB, "a layer")
         assert len(trimmed) == wanted
 
@@ -229,11 +231,11 @@ try:
         guard.check(8_000_000, "a block")
         blocks.append(bytearray(8_000_000))
 except BudgetExceeded as error:
-    said = str(error)
-print(json.dumps({"blocks": len(blocks), "said": said, "cap": cap} | memory.Meter().summary()))
+    message = str(error)
+print(json.dumps({"blocks": len(blocks), "message": message, "cap": cap} | memory.Meter().summary()))
 """
     )
-    assert out["blocks"] == 5 and "a block" in out["said"]
+    assert out["blocks"] == 5 and "a block" in out["message"]
     assert out["peak_rss_bytes"] <= out["cap"]
 
 
@@ -249,17 +251,17 @@ np.ones(1)
 def grown(tokens):
     heap.expect(tokens)
     before = rss_bytes()
-    held = [np.ones(4_000_000 // 8) for _ in range(8)]
+    arrays = [np.ones(4_000_000 // 8) for _ in range(8)]
     top = rss_bytes()
-    held.clear()
+    arrays.clear()
     return top - before, rss_bytes() - before
 heap = Heap(100, trims=True)
 short, long = grown(100), grown(101)
 before = rss_bytes()
 with heap.updating():
-    left = [np.ones(4_000_000 // 8) for _ in range(8)]
+    arrays = [np.ones(4_000_000 // 8) for _ in range(8)]
     top = rss_bytes() - before
-    left.clear()
+    arrays.clear()
 print(json.dumps({"short": short, "long": long, "update": (top, rss_bytes() - before)}))
 """
     out = in_subprocess(code)

@@ -1,4 +1,4 @@
-"""The profiler on a clock and a memory of its own, and in whole runs."""
+"""The profiler with a simulated clock and memory, and in whole runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PEAKS = ("peak_rss_bytes", "peak_anon_bytes", "peak_file_bytes")
 
 
 class World:
-    """Time, CPU time and memory that only move when they are told to. A reading costs ``cost_s``."""
+    """Simulated time, CPU time and memory, which only move when a test moves them. A reading costs ``cost_s``."""
 
     def __init__(self, cost_s: float = 0.0) -> None:
         self.now_s = self.cpu_s = 0.0
@@ -42,15 +42,15 @@ class World:
     def profiler(self, **more: int) -> Profiler:
         return Profiler(clock=lambda: self.now_s, cpu=lambda: self.cpu_s, read=self.read, **more)
 
-    def watch(self, found: Profiler, end_s: float) -> None:
-        """What the profiler's thread does until ``end_s``."""
+    def watch(self, sampler: Profiler, end_s: float) -> None:
+        """Do what the profiler's thread does until ``end_s``."""
 
         def wait(timeout_s: float) -> bool:
             self.now_s += timeout_s
             return self.now_s >= end_s
 
-        found._ended = SimpleNamespace(wait=wait)  # type: ignore[assignment]
-        found._watch()
+        sampler._ended = SimpleNamespace(wait=wait)  # type: ignore[assignment]
+        sampler._watch()
 
 
 # --- phases ------------------------------------------------------------------------------------
@@ -58,21 +58,21 @@ class World:
 
 def test_phases_nest_and_each_has_its_own_time_and_peak():
     world = World()
-    found = world.profiler()
-    found.enter("update")
+    sampler = world.profiler()
+    sampler.enter("update")
     world.now_s += 1.0
     world.hold(100, 10)
-    found.sample()
-    found.enter("save")
+    sampler.sample()
+    sampler.enter("save")
     world.now_s += 0.25
     world.hold(40, 60)
-    found.sample()
-    found.leave()
+    sampler.sample()
+    sampler.leave()
     world.hold(30)
     world.now_s += 2.0
-    found.leave()
+    sampler.leave()
     world.now_s += 4.0
-    phases = found.phases()
+    phases = sampler.phases()
     assert {n: p["spent_s"] for n, p in phases.items()} == {"other": 4, "update": 3, "save": 0.25}
     assert [phases["update"][name] for name in PEAKS] == [110 * MB, 100 * MB, 10 * MB]
     assert [phases["save"][name] for name in PEAKS] == [100 * MB, 40 * MB, 60 * MB]
@@ -81,8 +81,8 @@ def test_phases_nest_and_each_has_its_own_time_and_peak():
 
 
 def test_a_phase_ends_where_its_block_ends_however_that_ends(monkeypatch):
-    found = World().profiler()
-    monkeypatch.setattr(profiler, "_running", found)
+    sampler = World().profiler()
+    monkeypatch.setattr(profiler, "_running", sampler)
 
     @profiler.phase("save")
     def save() -> None:
@@ -91,8 +91,8 @@ def test_a_phase_ends_where_its_block_ends_however_that_ends(monkeypatch):
     for _ in range(3):
         with profiler.phase("update"), pytest.raises(OSError):
             save()
-        assert found._stack == ["other"]
-    assert {n: p["entries"] for n, p in found.phases().items()} == {
+        assert sampler._stack == ["other"]
+    assert {n: p["entries"] for n, p in sampler.phases().items()} == {
         "other": 1,
         "update": 3,
         "save": 3,
@@ -101,11 +101,11 @@ def test_a_phase_ends_where_its_block_ends_however_that_ends(monkeypatch):
 
 def test_a_phase_that_no_thread_sees_has_a_peak():
     world = World()
-    found = world.profiler()
+    sampler = world.profiler()
     for name in PHASES:
-        found.enter(name)
-        found.leave()
-    assert all(p["peak_rss_bytes"] == 5 * MB for p in found.phases().values())
+        sampler.enter(name)
+        sampler.leave()
+    assert all(p["peak_rss_bytes"] == 5 * MB for p in sampler.phases().values())
 
 
 def test_without_a_profiler_a_phase_is_nothing_and_profiling_does_not_nest():
@@ -127,13 +127,13 @@ def test_without_a_profiler_a_phase_is_nothing_and_profiling_does_not_nest():
 
 def test_samples_stay_within_their_memory_and_keep_the_highest():
     world = World()
-    found = world.profiler(max_samples=16)
-    found.enter("forward")
+    sampler = world.profiler(max_samples=16)
+    sampler.enter("forward")
     for number in range(1000):
         world.now_s += profiler.INTERVAL_S
         world.hold(900 if number == 777 else 100 + number % 7)
-        found.sample()
-    report = found.report()
+        sampler.sample()
+    report = sampler.report()
     samples = report["samples"]
     assert {len(column) for column in samples.values()} == {len(samples["t_s"])}
     assert 4 <= len(samples["t_s"]) <= 16
@@ -147,12 +147,12 @@ def test_samples_stay_within_their_memory_and_keep_the_highest():
 
 def test_phases_that_turn_faster_than_the_interval_do_not_fill_the_curve():
     world = World()
-    found = world.profiler(max_samples=64)
+    sampler = world.profiler(max_samples=64)
     for _ in range(200):
-        found.enter("forward")
+        sampler.enter("forward")
         world.now_s += profiler.INTERVAL_S / 20
-        found.leave()
-    report = found.report()
+        sampler.leave()
+    report = sampler.report()
     assert len(report["samples"]["t_s"]) <= 2 * 200 / 20 + 1
     assert report["interval_s"] == profiler.INTERVAL_S
     assert report["phases"]["forward"]["entries"] == 200
@@ -163,37 +163,37 @@ def test_phases_that_turn_faster_than_the_interval_do_not_fill_the_curve():
 
 def test_cheap_samples_are_taken_at_the_interval():
     world = World(cost_s=20e-6)
-    found = world.profiler()
-    world.watch(found, 1.0)
+    sampler = world.profiler()
+    world.watch(sampler, 1.0)
     assert len(world.readings_s) == pytest.approx(1.0 / profiler.INTERVAL_S, abs=2)
-    assert found.interval_s == profiler.INTERVAL_S
+    assert sampler.interval_s == profiler.INTERVAL_S
 
 
 @pytest.mark.parametrize("cost_s", [0.5e-3, 2e-3, 20e-3])
 def test_dear_samples_are_taken_less_often_and_stay_within_their_share(cost_s):
     world = World(cost_s)
-    found = world.profiler()
-    world.watch(found, 60.0)
+    sampler = world.profiler()
+    world.watch(sampler, 60.0)
     taken = len(world.readings_s)
     assert taken == pytest.approx(60.0 * MAX_SHARE / cost_s, rel=0.2, abs=2)
     for number, at_s in enumerate(world.readings_s[1:], 2):  # the first one shows what they cost
         assert number * cost_s <= MAX_SHARE * at_s * (1 + 1e-9)
-    overhead = found.report()["overhead"]
+    overhead = sampler.report()["overhead"]
     assert overhead["cpu_s"] == pytest.approx(len(world.readings_s) * cost_s)
     assert overhead["share"] <= MAX_SHARE * (1 + 1e-9)
 
 
 def test_samples_at_the_turn_of_a_phase_are_in_the_share():
     world = World(cost_s=1e-3)
-    found = world.profiler()
+    sampler = world.profiler()
     for _ in range(10_000):
-        found.enter("forward")
+        sampler.enter("forward")
         world.now_s += 1e-3
-        found.leave()
+        sampler.leave()
     assert (
         len(world.readings_s) <= MAX_SHARE * world.now_s / world.cost_s + 2
     )  # one a phase is free
-    assert found.phases()["forward"]["spent_s"] == pytest.approx(10.0)
+    assert sampler.phases()["forward"]["spent_s"] == pytest.approx(10.0)
 
 
 # --- the group and the device --------------------------------------------------------------------
@@ -244,13 +244,13 @@ def test_cuda_s_peak_goes_to_the_phase_that_raised_it(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "torch.cuda", cuda)
     world = World()
-    found = world.profiler()
-    found.enter("forward")
+    sampler = world.profiler()
+    sampler.enter("forward")
     cuda.max_memory_reserved, cuda.memory_reserved = (lambda: 900), (lambda: 100)
-    found.leave()
-    found.enter("update")
-    found.leave()
-    report = found.report()
+    sampler.leave()
+    sampler.enter("update")
+    sampler.leave()
+    report = sampler.report()
     assert report["phases"]["forward"]["cuda_reserved_bytes"] == 900
     assert report["phases"]["update"]["cuda_reserved_bytes"] == 100
     assert report["phases"]["update"]["cuda_allocated_bytes"] == 40
@@ -284,8 +284,8 @@ def test_the_profiler_does_not_import_torch_or_numpy():
 # --- runs --------------------------------------------------------------------------------------
 
 
-def check_profile(found: dict) -> None:
-    assert set(found) == {
+def check_profile(report: dict) -> None:
+    assert set(report) == {
         "interval_s",
         "elapsed_s",
         "process_cpu_s",
@@ -297,22 +297,22 @@ def check_profile(found: dict) -> None:
         "cuda_peak_reserved_bytes",
         "cuda_peak_allocated_bytes",
     }
-    samples = found["samples"]
+    samples = report["samples"]
     assert set(samples) == {"t_s", "phase", "rss_bytes", "anon_bytes", "file_bytes"}
     assert len({len(column) for column in samples.values()}) == 1 and samples["t_s"]
-    assert set(samples["phase"]) <= set(found["phases"]) <= PHASES | {"fit", "other"}
-    assert 0 < found["overhead"]["cpu_s"] and 0 < found["overhead"]["share"] < 1
-    assert found["elapsed_s"] >= sum(p["spent_s"] for p in found["phases"].values()) * 0.999
+    assert set(samples["phase"]) <= set(report["phases"]) <= PHASES | {"fit", "other"}
+    assert 0 < report["overhead"]["cpu_s"] and 0 < report["overhead"]["share"] < 1
+    assert report["elapsed_s"] >= sum(p["spent_s"] for p in report["phases"].values()) * 0.999
     # Since Linux 6.2 the kernel's peak may lag: three counters (anonymous, file and shared pages), each by under
     # max(32, 2 x cores) pages on every core (mm/percpu_counter.c), where a reading sums them exactly since 6.17.
     cores = os.cpu_count() or 1
-    limit_bytes = found["peak_rss_bytes"] + 3 * max(32, 2 * cores) * cores * os.sysconf(
+    limit_bytes = report["peak_rss_bytes"] + 3 * max(32, 2 * cores) * cores * os.sysconf(
         "SC_PAGE_SIZE"
     )
     assert max(samples["rss_bytes"]) <= limit_bytes
-    for name, own in found["phases"].items():
-        assert 0 < own["peak_rss_bytes"] <= limit_bytes, name
-        assert own["peak_anon_bytes"] > 0 and own["entries"] > 0, name
+    for name, figures in report["phases"].items():
+        assert 0 < figures["peak_rss_bytes"] <= limit_bytes, name
+        assert figures["peak_anon_bytes"] > 0 and figures["entries"] > 0, name
 
 
 def test_a_profiled_run_has_every_phase_with_a_peak_below_the_kernel_s(
@@ -322,12 +322,12 @@ def test_a_profiled_run_has_every_phase_with_a_peak_below_the_kernel_s(
     args = bench.arguments(train="lowrank+head", steps=6, snapshot_every=2)
     code, summary = edgezo_json("finetune", *args, "--out", run, "--profile")
     assert code == 0
-    found = json.loads((run / "profile.json").read_text())
-    check_profile(found)
-    assert set(found["phases"]) >= PHASES
+    report = json.loads((run / "profile.json").read_text())
+    check_profile(report)
+    assert set(report["phases"]) >= PHASES
     assert set(summary["phases"]) >= PHASES
-    assert found["phases"]["update"]["entries"] == 6
-    assert found["phases"]["save"]["entries"] == 4  # three snapshots, and the end
+    assert report["phases"]["update"]["entries"] == 6
+    assert report["phases"]["save"]["entries"] == 4  # three snapshots, and the end
     code, other = edgezo_json("finetune", *args, "--out", plain)
     assert code == 0 and "phases" not in other and not (plain / "profile.json").exists()
     assert other["trained_sha256"] == summary["trained_sha256"]
@@ -338,11 +338,11 @@ def test_every_run_ends_with_planned_measured_inference_and_cap(bench, edgezo, t
     run = tmp_path / "run"
     code, out, _ = edgezo("finetune", *bench.arguments(out=run))
     assert code == 0
-    found = json.loads((run / "summary.json").read_text())
-    assert found["load_peak_rss_bytes"] <= found["inference_peak_rss_bytes"]
-    assert found["inference_peak_rss_bytes"] <= found["peak_rss_bytes"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["load_peak_rss_bytes"] <= summary["inference_peak_rss_bytes"]
+    assert summary["inference_peak_rss_bytes"] <= summary["peak_rss_bytes"]
     last = out[out.index("peak memory") :].replace("\n", " ")
-    ratio = found["peak_rss_bytes"] / found["inference_peak_rss_bytes"]
+    ratio = summary["peak_rss_bytes"] / summary["inference_peak_rss_bytes"]
     for part in ("planned ", "measured ", f"{ratio:.2f} x inference ", "cap 8.00 GB kept"):
         assert part in last
 

@@ -1,4 +1,4 @@
-"""Addax: true gradients of the short examples and GRZO of the others move the same factors."""
+"""Addax: gradients of the short examples and GRZO of the others train the same factors."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ from edgezo.run.journal import open_journal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ADDAX = {"estimator": "addax", "train": "lowrank"}
-BETWEEN = 12  # tokens: of the rows of the fixture about half are as short
+BETWEEN = 12  # tokens: about half of the fixture's rows have at most so many
 
 
 def test_the_gradient_of_the_factors_is_that_of_autograd(bench):
     for kind in ("label", "completion"):
-        found, model = opened(bench, kind, short_tokens=BETWEEN, **ADDAX)
-        for row in model.store.trainables.values():
-            row.values.add_(0.01)
-        group = list(found.dataset.train[:4])
-        module = plain_module(found, replace_factors(model))
-        losses = torch.stack([example_loss(module, e, found.dataset) for e in group])
+        request, model = opened(bench, kind, short_tokens=BETWEEN, **ADDAX)
+        for trainable in model.store.trainables.values():
+            trainable.values.add_(0.01)
+        group = list(request.dataset.train[:4])
+        module = plain_module(request, replace_factors(model))
+        losses = torch.stack([example_loss(module, e, request.dataset) for e in group])
         losses.mean().backward()
         assert learn(model, group, 3, 30) == pytest.approx(losses.tolist(), rel=1e-4)
         assert model.factors is not None
         for name, gradient in in_trained(module, model.store).items():
-            own = model.factors.values[name].grad
-            assert own is not None and gradient.norm() > 0
-            assert (own - gradient).norm() < 1e-3 * gradient.norm(), name
+            learned = model.factors.values[name].grad
+            assert learned is not None and gradient.norm() > 0
+            assert (learned - gradient).norm() < 1e-3 * gradient.norm(), name
 
 
 def replace_factors(model):
     """The model with its factors folded into its matrices, as a plain module has them."""
     layouts = {}
     for name, layout in model.store.layouts.items():
-        row = model.store.trainables.get(f"{name}#lowrank")
-        if row is None:
+        factor = model.store.trainables.get(f"{name}#lowrank")
+        if factor is None:
             layouts[name] = layout
             continue
-        moved = layout.tensors()[""] + row.values @ model.store.basis(name, layout.shape[1])
+        moved = layout.tensors()[""] + factor.values @ model.store.basis(name, layout.shape[1])
         layouts[name] = type(layout)(moved)
     return replace(model, store=replace(model.store, layouts=layouts))
 
@@ -83,8 +83,8 @@ def test_with_no_short_example_it_is_grzo_and_with_no_long_one_first_order(bench
 
 
 def test_a_group_is_divided_by_the_tokens_of_its_examples(bench):
-    found, _ = opened(bench, short_tokens=BETWEEN, **ADDAX)
-    group = list(found.dataset.train[:12])
+    request, _ = opened(bench, short_tokens=BETWEEN, **ADDAX)
+    group = list(request.dataset.train[:12])
     short, others = split_by_length(group, BETWEEN)
     assert sorted(short + others) == list(range(12)) and short and others
     assert max(tokens_of(group[s]) for s in short) <= BETWEEN
@@ -104,8 +104,8 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_is_replayed_from_its_snapshot
     whole, run = tmp_path / "whole", tmp_path / "run"
 
     def arguments(out: Path) -> list[str]:
-        said = {"estimator": "addax", "short_tokens": BETWEEN, "out": out, **more}
-        return ["finetune", *bench.arguments(**said)]
+        settings = {"estimator": "addax", "short_tokens": BETWEEN, "out": out, **more}
+        return ["finetune", *bench.arguments(**settings)]
 
     expected = finish(arguments(whole), tmp_path / "printed")
     args = arguments(run)
@@ -120,31 +120,33 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_is_replayed_from_its_snapshot
     code, replayed = edgezo_json("replay", run, "--out", tmp_path / "copy")
     assert code == 0 and replayed["trained_sha256"] == expected["trained_sha256"]
     for place in (run, tmp_path / "copy"):
-        code, found = edgezo_json("eval", "--model", place)
-        assert code == 0 and of_evaluation(found) == of_evaluation(expected["eval_after"])
+        code, evaluation = edgezo_json("eval", "--model", place)
+        assert code == 0 and of_evaluation(evaluation) == of_evaluation(expected["eval_after"])
 
 
 def test_from_disk_it_has_the_bits_of_the_run_in_memory(bench, tmp_path):
     deeper = replace(bench, model=make_model(tmp_path / "model", num_hidden_layers=3))
-    said = {"precision": "int8", "short_tokens": BETWEEN, **ADDAX}
-    here = run_of(deeper, tmp_path / "here", **said)
-    away = run_of(deeper, tmp_path / "away", residency="disk", **said)
-    assert away["residency"] == "disk" and away["trained_sha256"] == here["trained_sha256"]
+    settings = {"precision": "int8", "short_tokens": BETWEEN, **ADDAX}
+    in_memory = run_of(deeper, tmp_path / "here", **settings)
+    on_disk = run_of(deeper, tmp_path / "away", residency="disk", **settings)
+    assert (
+        on_disk["residency"] == "disk" and on_disk["trained_sha256"] == in_memory["trained_sha256"]
+    )
 
 
 def test_the_plan_goes_back_through_as_much_as_there_is_room_for(bench, tmp_path):
     def short(cap_mb: int, tokens: TokenStats = SST2) -> int:
-        found = plan(tokens, estimator="addax", precision="int8", max_mem_bytes=cap_mb * MB)
-        assert found.planned_peak_bytes <= cap_mb * MB
-        assert found.short_tokens is not None
-        return found.short_tokens
+        planned = plan(tokens, estimator="addax", precision="int8", max_mem_bytes=cap_mb * MB)
+        assert planned.planned_peak_bytes <= cap_mb * MB
+        assert planned.short_tokens is not None
+        return planned.short_tokens
 
     long = TokenStats("label", tuple(range(2000, 0, -20)), 1, 2)
     limits = [short(cap_mb, long) for cap_mb in (800, 850, 900, 1000)]
     assert limits == sorted(limits) and limits[0] < limits[-1] == 2000
     assert short(900) >= SST2.tokens[0], "every example"
-    found = plan(long, estimator="addax", precision="int8", max_mem_bytes=900 * MB)
-    assert item(found, "gradients") == 12 * 8 * 30 * 5184
+    planned = plan(long, estimator="addax", precision="int8", max_mem_bytes=900 * MB)
+    assert item(planned, "gradients") == 12 * 8 * 30 * 5184
     summary = run_of(bench, tmp_path / "run", **ADDAX)
     assert "short_tokens" in json.loads((tmp_path / "run" / "plan.json").read_text())
     assert summary["estimator"] == "addax"

@@ -1,4 +1,4 @@
-"""Cards and their sources: cache first, then each source in order, and only verified bytes."""
+"""Cards and their sources: the cache first, then each source in order; only verified bytes are used."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from edgezo.network.loader import FAMILIES
 WEIGHTS = bytes(range(256)) * 500
 SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
 
-# What the models' own pages or transformers count.
+# As the models' pages give them, or as transformers counts them.
 PARAMETERS = {
     "smollm2-135m-instruct": 134_515_008,
     "smollm2-360m-instruct": 361_821_120,
@@ -87,7 +87,7 @@ def last_bit_flipped(data: bytes) -> bytes:
 
 @pytest.fixture
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of wheels that is all pip sees, an empty cache, and no hub."""
+    """A folder of wheels, which is all that pip looks into, an empty cache, and no hub."""
     monkeypatch.setenv("EDGEZO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "shop"))
@@ -128,9 +128,9 @@ def test_every_card_is_of_a_family_that_loads_and_has_a_source() -> None:
     "name", ("smollm2-135m", "SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
 )
 def test_a_card_is_found_by_alias_case_and_hub_id(name: str) -> None:
-    found = find_card(name)
-    assert found is not None and found.name == "smollm2-135m-instruct"
-    assert [type(source) for source in found.sources] == [HubSource, WheelSource]
+    card = find_card(name)
+    assert card is not None and card.name == "smollm2-135m-instruct"
+    assert [type(source) for source in card.sources] == [HubSource, WheelSource]
 
 
 def test_a_malformed_card_names_its_file_and_fault(tmp_path: Path) -> None:
@@ -183,10 +183,10 @@ def test_a_failing_source_falls_through_to_the_next_and_is_fetched_once(
 ) -> None:
     write_wheel(shop)
     use(HUB, WHEEL)
-    told: list[str] = []
-    path = resolve("tiny-alias", progress=told.append)
+    messages: list[str] = []
+    path = resolve("tiny-alias", progress=messages.append)
     assert path.read_bytes() == WEIGHTS and path.name == "model.gguf"
-    assert any("HF_HUB_OFFLINE" in line for line in told)
+    assert any("HF_HUB_OFFLINE" in line for line in messages)
     assert leftovers(shop.parent / "cache") == []
     next(shop.iterdir()).unlink()
     assert resolve("tiny") == path
@@ -253,7 +253,7 @@ REFUSED = ("pytorch_model.bin", "tokenizer.pkl", "tokenizer.py", "vocab.pt", "ch
 
 
 class FakeHub:
-    """The two calls of huggingface_hub that are used, over a folder laid out like its cache."""
+    """Stands for the two calls of huggingface_hub that are used, over a folder laid out like its cache."""
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch):
         self.published = tiny_models.make("llama", root / "published")

@@ -1,4 +1,4 @@
-"""The exact head: autograd's gradient, Adam's steps, and what is kept of it."""
+"""The exact head: its gradient is autograd's, its steps are Adam's, and its state can be saved."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_the_exact_heads_gradient_is_autograds(
     (gradient,) = torch.autograd.grad(total / wanted.numel(), change)
     head.gradient.zero_()
     probe = model.probe(tried.batch, KEY, SIGMA)
-    found, _ = model.losses(tried.batch, probe, sides=2, learn=1 / wanted.numel())
-    close(found, wanted, atol=1e-4)
+    computed, _ = model.losses(tried.batch, probe, sides=2, learn=1 / wanted.numel())
+    close(computed, wanted, atol=1e-4)
     close(head.gradient, gradient, atol=2e-5 * float(gradient.abs().max()) + 1e-7, rtol=1e-3)
     assert gradient.abs().max() > 1e-3
     head.delta.zero_()
@@ -62,7 +62,7 @@ def test_the_exact_heads_gradient_is_autograds(
 
 
 class Alive(TorchDispatchMode):
-    """The most bytes, of what operations make while this is entered, that are alive at once."""
+    """Counts, while it is entered, the most bytes made by operations that are alive at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,16 +71,16 @@ class Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
-        found = func(*args, **(kwargs or {}))
-        if isinstance(found, Tensor):
-            storage = found.untyped_storage()
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            storage = result.untyped_storage()
             place, size = storage.data_ptr(), storage.nbytes()
             if place not in given | self.known:
                 self.known.add(place)
                 self.now += size
                 self.most = max(self.most, self.now)
                 weakref.finalize(storage, self._freed, place, size)
-        return found
+        return result
 
     def _freed(self, place: int, size: int) -> None:
         self.known.discard(place)
@@ -99,7 +99,7 @@ def test_scores_of_a_vocabulary_take_three_chunks(
     with Alive() as alive:
         nll()
         gradient(torch.ones(64), None)
-    # Expanded rows of the head, their logits as they come, and in fp32; the plan counts as much.
+    # Three chunks: expanded rows of the head, their logits in the compute dtype and in fp32. The plan counts as much.
     beside = 64 * 20 * 4
     assert chunk_bytes < alive.most <= 3 * chunk_bytes + beside
     assert calibration.LOGITS_BYTES == 3 * (TILE_BYTES // 2)

@@ -1,4 +1,4 @@
-"""Greedy generation: token by token what transformers' own ``generate`` writes, on either side of a probe."""
+"""Greedy generation: the tokens that transformers' ``generate`` writes, on either side of a probe."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from edgezo.network.model import Model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SIGMA = 0.05  # what the sides write differs
+SIGMA = 0.05  # large enough for the sides to write different texts
 MOST = 9
 CAUSAL = tuple(f for f in tiny_models.FAMILIES if f != "roberta")
 PROMPTS = [
@@ -44,7 +44,7 @@ def written(module: Any, prompt: Sequence[int], end: int) -> list[int]:
     ids = torch.tensor([prompt])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = module.generate(
+        ids_and_answer = module.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
@@ -52,7 +52,7 @@ def written(module: Any, prompt: Sequence[int], end: int) -> list[int]:
             eos_token_id=end,
             pad_token_id=0,
         )
-    return found[0, len(prompt) :].tolist()
+    return ids_and_answer[0, len(prompt) :].tolist()
 
 
 def twin_of(case: Case) -> reference.Twin:
@@ -71,7 +71,7 @@ def two_sides(model: Model, end: int, **more: Any) -> list[list[list[int]]]:
     )
 
 
-# Random tied tables repeat one token; untied ones write texts.
+# A random model with tied tables repeats one token; with untied ones it writes texts.
 PLAIN = (
     *(of(f, "norms", kind="completion", tied=False) for f in CAUSAL),
     of("llama", "norms", kind="completion"),
@@ -93,10 +93,10 @@ def test_every_family_writes_what_transformers_writes(case: Case, workshop: Work
     end = whole[0][MOST // 2]  # a token that comes up ends some of the texts early
     wanted = [written(twin.module, prompt, end) for prompt in PROMPTS]
     for most_tokens in (None, 10):
-        found = generate(
+        texts = generate(
             model, PROMPTS, Generation(MOST), lambda ids: ids[-1] == end, most_tokens=most_tokens
         )
-        assert found == [wanted]
+        assert texts == [wanted]
 
 
 PROBED = (
@@ -129,7 +129,7 @@ def test_each_example_writes_along_its_own_direction_on_each_side(
             wanted[side].append(written(twin.module, prompt, end))
     assert wanted[0] != wanted[1]
     assert two_sides(model, end) == wanted
-    # An end cuts each text where it comes, and the others go on as before.
+    # An end token ends its text, and the other texts go on as before.
     end = wanted[0][1][2]
     cut = [[t[: t.index(end) + 1] if end in t else t for t in side] for side in wanted]
     assert two_sides(model, end) == cut
@@ -140,7 +140,7 @@ def test_an_example_s_text_does_not_depend_on_who_is_beside_it(workshop: Worksho
     model = workshop.model(of("llama", "full", kind="completion"))
     whole = two_sides(model, -1)
     for slots in ([1, 3], [4], [2, 0]):
-        found = generate(
+        texts = generate(
             model,
             [PROMPTS[slot] for slot in slots],
             Generation(MOST),
@@ -149,7 +149,7 @@ def test_an_example_s_text_does_not_depend_on_who_is_beside_it(workshop: Worksho
             probe=lambda batch: model.probe(batch, KEY, SIGMA),
             slots=slots,
         )
-        assert found == [[side[slot] for slot in slots] for side in whole]
+        assert texts == [[side[slot] for slot in slots] for side in whole]
 
 
 def test_what_either_side_writes_and_reads_again_is_touched(workshop: Workshop) -> None:
@@ -166,9 +166,9 @@ def test_what_either_side_writes_and_reads_again_is_touched(workshop: Workshop) 
 @pytest.mark.parametrize("most", [1, 2])
 def test_short_texts_take_no_more_than_they_need(most: int, workshop: Workshop) -> None:
     model = workshop.model(of("gpt2", "norms", kind="completion"))
-    found = generate(model, PROMPTS, Generation(most), lambda ids: False)
+    texts = generate(model, PROMPTS, Generation(most), lambda ids: False)
     whole = generate(model, PROMPTS, Generation(MOST), lambda ids: False)
-    assert found == [[text[:most] for text in whole[0]]]
+    assert texts == [[text[:most] for text in whole[0]]]
 
 
 def test_a_model_in_bf16_writes_the_same_however_prompts_are_split(workshop: Workshop) -> None:

@@ -1,4 +1,4 @@
-"""Loading: what is read from disk one tensor at a time is what transformers itself loads."""
+"""Loading: one tensor at a time from disk, with the values that transformers loads."""
 
 from __future__ import annotations
 
@@ -101,10 +101,10 @@ def test_a_tensor_has_the_stored_bits_and_memory_of_its_own(
     path = tiny_models.make("llama", tmp_path / "model", dtype=dtype)
     source, theirs = open_tensors(path), load_file(path / "model.safetensors")
     for name, expected in theirs.items():
-        found = source.read(name)
-        assert found.dtype == source.dtype(name) == dtype and source.shape(name) == found.shape
-        assert torch.equal(found, expected)
-        assert found.nbytes == source.nbytes(name) == found.untyped_storage().nbytes()
+        tensor = source.read(name)
+        assert tensor.dtype == source.dtype(name) == dtype and source.shape(name) == tensor.shape
+        assert torch.equal(tensor, expected)
+        assert tensor.nbytes == source.nbytes(name) == tensor.untyped_storage().nbytes()
 
 
 RENAMED = {
@@ -166,8 +166,8 @@ def test_reading_in_another_dtype_is_reading_and_rounding(
     monkeypatch.setattr(safetensors_file, "PIECE_ELEMENTS", 1000)
     source = open_model(intact[form]).source
     for name in source.names:
-        found = source.read(name, dtype)
-        assert found.dtype == dtype and torch.equal(found, source.read(name).to(dtype))
+        tensor = source.read(name, dtype)
+        assert tensor.dtype == dtype and torch.equal(tensor, source.read(name).to(dtype))
 
 
 def test_a_changed_byte_changes_a_remembered_hash(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_changed_byte_changes_a_remembered_hash(tmp_path: Path) -> None:
 
 
 def quantised_file(kind: str, file: Path, rows: int, columns: int) -> tuple[GgufSource, Any]:
-    """A GGUF of a llama with one matrix of ``kind``, and what gguf itself decodes it to."""
+    """A GGUF of a llama with one matrix of ``kind``, and the values that gguf decodes it to."""
     model = tiny_models.random_model(
         "llama",
         hidden_size=columns,
@@ -211,10 +211,10 @@ def test_rows_of_an_embedding_are_those_of_the_whole(kind: str, tmp_path: Path) 
 def test_every_type_reads_as_gguf_decodes_it(kind: str, tmp_path: Path) -> None:
     columns = 256 if kind.endswith("_K") else 64
     source, expected = quantised_file(kind, tmp_path / "m.gguf", 37, columns)
-    found = source.read("model.embed_tokens.weight")
+    tensor = source.read("model.embed_tokens.weight")
     wanted = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
-    assert found.dtype == source.dtype("model.embed_tokens.weight") == wanted
-    assert np.array_equal(found.float().numpy(), expected.astype(np.float32))
+    assert tensor.dtype == source.dtype("model.embed_tokens.weight") == wanted
+    assert np.array_equal(tensor.float().numpy(), expected.astype(np.float32))
 
 
 @pytest.mark.parametrize("kind", ("BF16", "Q4_1", "Q6_K"))
@@ -233,7 +233,7 @@ def test_a_gguf_gives_the_logits_of_the_model_it_was_made_of(
 ) -> None:
     if family == "gemma2" and not tied:
         return  # llama.cpp has no separate head for it
-    # What a GGUF has no key for is left at llama.cpp's own convention.
+    # A GGUF has no keys for these settings, for which llama.cpp has conventions.
     changes: dict[str, Any] = {
         "llama": {"mlp_bias": False},
         "gemma2": {"query_pre_attn_scalar": 256},
@@ -285,8 +285,8 @@ def test_llama_3_frequency_factors_become_its_rope_rule(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf.GGUFWriter, "write_header_to_file", with_factors)
         tiny_models.make_gguf(model, tmp_path / "m.gguf")
-    found = build_meta(open_model(tmp_path / "m.gguf"))
-    assert torch.allclose(found.model.rotary_emb.inv_freq, rotary.inv_freq, rtol=1e-5)
+    built = build_meta(open_model(tmp_path / "m.gguf"))
+    assert torch.allclose(built.model.rotary_emb.inv_freq, rotary.inv_freq, rtol=1e-5)
 
 
 # ----------------------------------------------------------------------------- tokenizer
@@ -344,7 +344,7 @@ def one_screen(message: str) -> bool:
 
 
 def try_reading(path: Path) -> None:
-    """Everything a run does with the weights; only an EdgezoError may come out of it."""
+    """Do all that a run does with the weights. Nothing but an EdgezoError may be raised."""
     files = open_model(path)
     for stored in source_names(files, build_meta(files)).values():
         files.source.read(stored)
@@ -553,5 +553,5 @@ def test_the_shape_of_a_card_is_the_shape_of_its_config() -> None:
         max_position_embeddings=40960,
         tie_word_embeddings=True,
     )
-    found = shape_of(config)
-    assert all(getattr(card, name) == value for name, value in vars(found).items())
+    shape = shape_of(config)
+    assert all(getattr(card, name) == value for name, value in vars(shape).items())

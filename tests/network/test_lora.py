@@ -34,7 +34,7 @@ RATE, DECAY = 0.01, 0.1
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    # What peft asks of transformers, and says of the layers of tiny models.
+    # Warnings of peft about transformers and about the layers of tiny models.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning"),
 ]
@@ -43,25 +43,25 @@ pytestmark = [
 def opened(
     bench: Bench, kind: str = "label", bf16_fast: bool = False, **changes: Any
 ) -> tuple[Opened, Model]:
-    said = {"estimator": "lora", "rank": 4, "weight_decay": DECAY, **changes}
-    found = open_request(make_config(bench.settings(kind, **said)))
-    # In fp32 on every machine: another dtype of the products is another rounding.
+    settings = {"estimator": "lora", "rank": 4, "weight_decay": DECAY, **changes}
+    request = open_request(make_config(bench.settings(kind, **settings)))
+    # In fp32 on every machine: products of another dtype round differently.
     plain = replace(machine(), bf16_fast=bf16_fast)
-    return found, load_model(settle(found, plain, 0), plain).model
+    return request, load_model(settle(request, plain, 0), plain).model
 
 
 def learn(model: Model, group: list[Example], micro_batch: int, most: int | None) -> list[float]:
-    """The losses of a group, whose gradient is left in the adapters."""
+    """The losses of a group, whose gradient is added to the adapters'."""
     losses = [0.0] * len(group)
     for batch in pieces(group, micro_batch, most):
-        found, _ = model.losses(batch, learn=1 / len(group))
-        for slot, loss in zip(batch.slots, found[0].tolist(), strict=True):
+        piece, _ = model.losses(batch, learn=1 / len(group))
+        for slot, loss in zip(batch.slots, piece[0].tolist(), strict=True):
             losses[slot] = loss
     return losses
 
 
 class Peft:
-    """The slow twin: transformers, peft and torch's AdamW, example by example."""
+    """The slow twin: transformers, peft and torch's AdamW, one example at a time."""
 
     def __init__(self, path: Path, masked: bool, model: Model, rank: int):
         auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
@@ -69,12 +69,12 @@ class Peft:
         config = LoraConfig(r=rank, target_modules="all-linear", lora_alpha=int(ALPHA))
         self.module: Any = get_peft_model(base, config).eval()
         assert model.adapters is not None
-        held = dict(model.adapters.trained())
+        adapters = dict(model.adapters.trained())
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
-                own, _, which = name.removeprefix("base_model.model.").partition(".lora_")
-                parameter.data.copy_(held.pop(f"{own}.weight#lora_{which[0]}"))
-        assert not held, "peft adapts the same linears"
+                linear, _, which = name.removeprefix("base_model.model.").partition(".lora_")
+                parameter.data.copy_(adapters.pop(f"{linear}.weight#lora_{which[0]}"))
+        assert not adapters, "peft adapts the same linears"
         self.trained = [p for p in self.module.parameters() if p.requires_grad]
         self.adamw = torch.optim.AdamW(self.trained, lr=RATE, weight_decay=DECAY)
 
@@ -87,17 +87,17 @@ class Peft:
 
 
 def curves(path: Path, bench: Bench, kind: str, **changes: Any) -> tuple[list[Any], list[Any]]:
-    """Losses of six steps of four examples, ours in pieces of at most 20 tokens, and peft's."""
-    found, model = opened(Bench(path, bench.data), kind, **changes)
+    """Losses of six steps of four examples: ours, in pieces of at most 20 tokens, and peft's."""
+    request, model = opened(Bench(path, bench.data), kind, **changes)
     with torch.random.fork_rng():
-        twin = Peft(path, model.masked, model, found.cfg.rank)
-    train, ours, theirs = found.dataset.train, [], []
+        twin = Peft(path, model.masked, model, request.cfg.rank)
+    train, ours, theirs = request.dataset.train, [], []
     for step in range(6):
         group = [train[i] for i in batch_indices(len(train), 4, 0, step)]
         ours.append(learn(model, group, 3, 20))
         assert model.adapters is not None
         model.adapters.update(RATE)
-        theirs.append(twin.step(group, found.dataset))
+        theirs.append(twin.step(group, request.dataset))
     return ours, theirs
 
 
@@ -122,18 +122,16 @@ def test_losses_of_a_run_are_those_of_peft_for_every_kind_of_data(kind, bench):
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 def test_over_codes_the_gradient_is_that_of_the_weights_they_stand_for(precision, bench):
-    """A model in fp32 whose matrices are what the store reads."""
+    """The twin is a model in fp32 whose matrices have the values that the codes stand for."""
     _, model = opened(bench, "completion", precision=precision)
-    found, exact = opened(bench, "completion", precision="fp32")
+    request, exact = opened(bench, "completion", precision="fp32")
     for name, layout in model.store.layouts.items():
-        held = exact.store.layouts[name].tensors()[""]
-        layout.expand(slice(0, layout.shape[0]), held)
-    group = list(found.dataset.train[:4])
-    for own in (model, exact):
-        for (
-            value
-        ) in own.adapters.values.values():  # B is zero at the start: A would have no gradient
-            value.data.add_(0.01)
+        weights = exact.store.layouts[name].tensors()[""]
+        layout.expand(slice(0, layout.shape[0]), weights)
+    group = list(request.dataset.train[:4])
+    for each in (model, exact):
+        for value in each.adapters.values.values():
+            value.data.add_(0.01)  # B is zero at the start, and A would have no gradient
     assert learn(model, group, 4, None) == pytest.approx(learn(exact, group, 4, None), rel=1e-4)
     for name, value in model.adapters.values.items():
         other = exact.adapters.values[name].grad
@@ -141,8 +139,8 @@ def test_over_codes_the_gradient_is_that_of_the_weights_they_stand_for(precision
 
 
 def test_a_group_in_pieces_has_the_gradient_of_the_group(bench):
-    found, model = opened(bench, "text")
-    group = list(found.dataset.train[:6])
+    request, model = opened(bench, "text")
+    group = list(request.dataset.train[:6])
     gradients = []
     for micro_batch, most in ((6, None), (1, None), (4, 15)):
         model.forget()
@@ -154,9 +152,9 @@ def test_a_group_in_pieces_has_the_gradient_of_the_group(bench):
 
 
 def test_an_infinite_loss_moves_nothing(bench):
-    found, model = opened(bench)
+    request, model = opened(bench)
     before = {n: t.clone() for n, t in model.adapters.tensors().items()}
-    learn(model, list(found.dataset.train[:2]), 2, None)
+    learn(model, list(request.dataset.train[:2]), 2, None)
     next(iter(model.adapters.values.values())).grad[0] = torch.inf
     model.adapters.update(RATE)
     assert all(torch.equal(before[n], t) for n, t in model.adapters.tensors().items())
@@ -174,22 +172,24 @@ def test_replay_and_evaluation_give_what_the_run_has(precision, bench, edgezo_js
     code, replayed = edgezo_json("replay", run, "--out", copy)
     assert code == 0 and replayed["trained_sha256"] == summary["trained_sha256"]
     for place in (run, copy):
-        code, found = edgezo_json("eval", "--model", place)
-        assert code == 0 and of_evaluation(found) == of_evaluation(summary["eval_after"])
+        code, evaluation = edgezo_json("eval", "--model", place)
+        assert code == 0 and of_evaluation(evaluation) == of_evaluation(summary["eval_after"])
     assert summary["eval_before"]["loss"] != summary["eval_after"]["loss"]
 
 
 def test_a_run_from_disk_has_the_bits_of_the_run_in_memory(bench, tmp_path):
     path = make_model(tmp_path / "model", num_hidden_layers=4)
     deeper = Bench(path, bench.data)
-    said = {"estimator": "lora", "kind": "completion", "step": RATE, "precision": "int8"}
-    here = run_of(deeper, tmp_path / "here", **said)
-    away = run_of(deeper, tmp_path / "away", residency="disk", **said)
-    assert away["residency"] == "disk" and away["trained_sha256"] == here["trained_sha256"]
-    assert away["disk_written_bytes"] == 0
-    # Each of four blocks on the way there and on the way back, in both micro-batches.
+    settings = {"estimator": "lora", "kind": "completion", "step": RATE, "precision": "int8"}
+    in_memory = run_of(deeper, tmp_path / "here", **settings)
+    on_disk = run_of(deeper, tmp_path / "away", residency="disk", **settings)
+    assert (
+        on_disk["residency"] == "disk" and on_disk["trained_sha256"] == in_memory["trained_sha256"]
+    )
+    assert on_disk["disk_written_bytes"] == 0
+    # Both micro-batches read each of four blocks for the forward and again for the backward pass.
     block = json.loads((tmp_path / "away" / "plan.json").read_text())["disk_bytes"] / 4
-    assert away["disk_read_bytes"] <= 2 * 2 * 4 * block
+    assert on_disk["disk_read_bytes"] <= 2 * 2 * 4 * block
 
 
 BLOWS = [
@@ -227,8 +227,8 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(bench, tmp_path):
 
 def test_a_run_of_auto_is_a_run_of_what_it_chose(bench, edgezo_json, tmp_path):
     run = tmp_path / "run"
-    said = bench.arguments("completion", estimator="auto", out=run)
-    code, summary = edgezo_json("finetune", *said)
+    arguments = bench.arguments("completion", estimator="auto", out=run)
+    code, summary = edgezo_json("finetune", *arguments)
     assert code == 0 and summary["estimator"] == "lora"
     assert 'estimator = "lora"' in (run / "config.toml").read_text()
     reasons = {
@@ -240,8 +240,8 @@ def test_a_run_of_auto_is_a_run_of_what_it_chose(bench, edgezo_json, tmp_path):
 
 
 def test_estimators_lists_it(edgezo_json):
-    code, found = edgezo_json("estimators")
-    row = next(row for row in found["estimators"] if row["name"] == "lora")
+    code, listed = edgezo_json("estimators")
+    row = next(row for row in listed["estimators"] if row["name"] == "lora")
     assert code == 0 and row["train"] == ["lora"] and row["directions"] is None
 
 
@@ -254,9 +254,9 @@ def test_losses_are_journalled_and_fall(bench, tmp_path):
 
 
 def test_benches_of_estimates_refuse_what_has_the_gradient(bench, edgezo, tmp_path):
-    said = ["--model", bench.model, "--data", bench.data / "completion.jsonl"]
-    said += ["--out", tmp_path / "out"]
-    code, _, err = edgezo("bench", "alignment", *said, "--estimators", "lora")
+    arguments = ["--model", bench.model, "--data", bench.data / "completion.jsonl"]
+    arguments += ["--out", tmp_path / "out"]
+    code, _, err = edgezo("bench", "alignment", *arguments, "--estimators", "lora")
     assert code == 2 and "trains with the true gradient" in err
-    code, _, err = edgezo("bench", "speed", *said, "--estimators", "addax")
+    code, _, err = edgezo("bench", "speed", *arguments, "--estimators", "addax")
     assert code == 2 and "all alike" in err

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from edgezo.data.batches import Example, Row, collate
 from edgezo.errors import EdgezoError, UsageError
-from edgezo.machine.limits import PROBED_BLOCKS
+from edgezo.machine.limits import READOUT_BLOCKS
 from edgezo.network import loader
 from edgezo.network.assemble import ModelSpec, assemble
 from edgezo.network.loader import decoder_layers
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rows(n: int, hidden: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """States that tell their label with some noise."""
+    """States that depend on their labels, with noise."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % classes
     centres = torch.randn(classes, hidden, generator=generator)
@@ -45,7 +45,7 @@ def rows(n: int, hidden: int, classes: int, seed: int = 0) -> tuple[torch.Tensor
 def twin(x: torch.Tensor, labels: torch.Tensor, classes: int, ridge: float) -> dict[str, Any]:
     """Ridge regression by its normal equations in float64, and every row predicted by a fit without it.
 
-    Standardised, and the targets centred, by all rows, as in the method.
+    States are standardised and targets centred by all rows, as in the method.
     """
     x = x.double()
     z = (x - x.mean(0)) / x.std(0, unbiased=False)
@@ -55,11 +55,13 @@ def twin(x: torch.Tensor, labels: torch.Tensor, classes: int, ridge: float) -> d
 
     def solve(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(d, K) weights and (K,) intercept, which is not shrunk, of a fit to ``rows``."""
-        held = torch.cat([z[rows], torch.ones(len(rows), 1, dtype=torch.float64)], 1)
+        inputs = torch.cat([z[rows], torch.ones(len(rows), 1, dtype=torch.float64)], 1)
         shrink = n * ridge * torch.eye(d + 1, dtype=torch.float64)
         shrink[d, d] = 0.0
-        found = torch.linalg.solve(held.T @ held + shrink, held.T @ (targets[rows] - share))
-        return found[:d], found[d]
+        solution = torch.linalg.solve(
+            inputs.T @ inputs + shrink, inputs.T @ (targets[rows] - share)
+        )
+        return solution[:d], solution[d]
 
     held_out = torch.empty(n, classes, dtype=torch.float64)
     for row in range(n):
@@ -74,16 +76,16 @@ def test_a_block_is_fitted_as_the_normal_equations_have_it_and_held_out_rows_as_
     n, hidden
 ):
     x, labels = rows(n, hidden, 3)
-    found = fit_block(x.clone(), labels, 3)
+    fitted = fit_block(x.clone(), labels, 3)
     errors = {}
     for ridge in RIDGES:
         slow = twin(x, labels, 3, ridge)
         errors[ridge] = float((slow["held_out"] - slow["targets"]).square().mean())
-    assert found.ridge == min(errors, key=lambda ridge: errors[ridge])
-    slow = twin(x, labels, 3, found.ridge)
-    assert torch.allclose(found.held_out.double(), slow["held_out"], atol=1e-4)
-    assert found.error == pytest.approx(errors[found.ridge], rel=1e-3)
-    scores = x @ found.weight.T + found.bias
+    assert fitted.ridge == min(errors, key=lambda ridge: errors[ridge])
+    slow = twin(x, labels, 3, fitted.ridge)
+    assert torch.allclose(fitted.held_out.double(), slow["held_out"], atol=1e-4)
+    assert fitted.error == pytest.approx(errors[fitted.ridge], rel=1e-3)
+    scores = x @ fitted.weight.T + fitted.bias
     assert torch.allclose(scores.double(), slow["scores"], atol=1e-4)
 
 
@@ -92,29 +94,31 @@ def test_the_best_blocks_are_averaged_and_their_factor_is_the_one_of_least_held_
     noise = [unit(torch.randn(90, 12, generator=torch.Generator().manual_seed(s))) for s in (1, 2)]
     states = {4: noise[0], 5: known, 6: noise[1], 7: known, 8: known, 9: known, 10: known}
     blocks = tuple(states)
-    found = fit(lambda i: states[blocks[i]].clone(), blocks, labels, 3)
-    assert found.readout.blocks == (5, 7, 8, 9, 10) and len(found.readout.blocks) == PROBED_BLOCKS
+    fitted = fit(lambda i: states[blocks[i]].clone(), blocks, labels, 3)
+    assert (
+        fitted.readout.blocks == (5, 7, 8, 9, 10) and len(fitted.readout.blocks) == READOUT_BLOCKS
+    )
     one = fit_block(known.clone(), labels, 3)
     losses = {k: float(F.cross_entropy(one.held_out * 2 ** (k / 4), labels)) for k in range(29)}
-    assert found.loss == pytest.approx(min(losses.values()), rel=1e-5)
+    assert fitted.loss == pytest.approx(min(losses.values()), rel=1e-5)
     factor = 2 ** (min(losses, key=lambda k: losses[k]) / 4)
-    logits = found.readout.logits([known] * PROBED_BLOCKS)
+    logits = fitted.readout.logits([known] * READOUT_BLOCKS)
     assert torch.allclose(logits, (known @ one.weight.T + one.bias) * factor, atol=1e-4)
-    assert found.accuracy == float((one.held_out.argmax(1) == labels).double().mean())
+    assert fitted.accuracy == float((one.held_out.argmax(1) == labels).double().mean())
 
 
 @pytest.mark.parametrize("hidden", [8, 200])
 def test_states_that_are_all_alike_give_a_finite_probe(hidden):
     labels = torch.arange(20) % 2
-    found = fit(lambda i: torch.ones(20, hidden), (0,), labels, 2)
-    assert torch.isfinite(found.readout.weight).all() and torch.isfinite(found.readout.bias).all()
-    assert found.loss == pytest.approx(0.6931, abs=0.05)
+    fitted = fit(lambda i: torch.ones(20, hidden), (0,), labels, 2)
+    assert torch.isfinite(fitted.readout.weight).all() and torch.isfinite(fitted.readout.bias).all()
+    assert fitted.loss == pytest.approx(0.6931, abs=0.05)
 
 
 def test_a_class_that_no_row_has_is_never_predicted():
     x, labels = rows(60, 16, 3)
-    found = fit(lambda i: x.clone(), (0,), labels, 5)
-    assert set(found.readout.logits([x]).argmax(1).tolist()) == {0, 1, 2}
+    fitted = fit(lambda i: x.clone(), (0,), labels, 5)
+    assert set(fitted.readout.logits([x]).argmax(1).tolist()) == {0, 1, 2}
 
 
 def test_states_are_kept_row_by_row_and_what_was_cut_off_is_forgotten(tmp_path):
@@ -158,7 +162,7 @@ def test_the_states_are_those_that_transformers_puts_out_for_each_block(family, 
     batch = batch_of((5, 9, 3))
     model.taps = Taps.on(decoder_layers(model.module, 3)[1], range(3))
     model.losses(batch)
-    found = model.taps.take()
+    states = model.taps.take()
     module = loader.model_class(files).from_pretrained(files.path).eval()
     start = 0
     for row, length in enumerate(batch.lengths):
@@ -166,10 +170,10 @@ def test_the_states_are_those_that_transformers_puts_out_for_each_block(family, 
         with torch.no_grad():
             whole = module(input_ids=ids, output_hidden_states=True).hidden_states
         start += length
-        # The last of them is after the final norm, in most families.
+        # The last of the hidden states is after the final norm in most families, so it is not compared.
         for block in range(2):
             expected = unit(whole[block + 1][0, -1:])
-            assert torch.allclose(found[block][row], expected[0], atol=1e-4), (family, block)
+            assert torch.allclose(states[block][row], expected[0], atol=1e-4), (family, block)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "roberta"])
@@ -184,10 +188,10 @@ def test_with_a_probe_later_blocks_are_neither_run_nor_trained(family, tmp_path)
     model.classify_by(weights)
     losses, predicted = model.losses(batch_of((4, 6)))
     assert ran == [0, 1] and losses.shape == predicted.shape == (1, 2)
-    left = set(model.store.trainables)
-    assert left < before and all(f"{prefix}.2." not in name for name in left)
-    assert {n for n in before if f"{prefix}.0." in n or f"{prefix}.1." in n} <= left
-    assert all(n.startswith(prefix) or "emb" in n for n in left)
+    trained = set(model.store.trainables)
+    assert trained < before and all(f"{prefix}.2." not in name for name in trained)
+    assert {n for n in before if f"{prefix}.0." in n or f"{prefix}.1." in n} <= trained
+    assert all(n.startswith(prefix) or "emb" in n for n in trained)
 
 
 def test_a_probe_of_a_larger_model_is_refused(tmp_path):
@@ -209,8 +213,8 @@ def run_of(bench, out: Path, kind: str = "label", **changes: Any) -> dict[str, A
     return finetune(make_config(bench.settings(kind, out=str(out), **changes)))
 
 
-def of_evaluation(found: dict[str, Any]) -> dict[str, Any]:
-    return {name: found[name] for name in ("metric", "value", "n", "loss")}
+def of_evaluation(evaluation: dict[str, Any]) -> dict[str, Any]:
+    return {name: evaluation[name] for name in ("metric", "value", "n", "loss")}
 
 
 def test_a_run_with_a_probe_is_evaluated_replayed_and_resumed_as_one_run(
@@ -219,14 +223,14 @@ def test_a_run_with_a_probe_is_evaluated_replayed_and_resumed_as_one_run(
     run, copy = tmp_path / "run", tmp_path / "copy"
     summary = run_of(bench, run, train="lowrank+probe", steps=6)
     assert summary["trained"] == "lowrank+probe" and summary["steps"] == 6
-    probe = summary["probe"]
-    assert probe["used"] and probe["rows"] == 24 and probe["blocks"] == [0]
-    code, found = edgezo_json("eval", "--model", run)
-    assert code == 0 and of_evaluation(found) == of_evaluation(summary["eval_after"])
+    readout = summary["probe"]
+    assert readout["used"] and readout["rows"] == 24 and readout["blocks"] == [0]
+    code, evaluation = edgezo_json("eval", "--model", run)
+    assert code == 0 and of_evaluation(evaluation) == of_evaluation(summary["eval_after"])
     code, replayed = edgezo_json("replay", run, "--out", copy)
     assert code == 0 and replayed["trained_sha256"] == summary["trained_sha256"]
-    code, found = edgezo_json("eval", "--model", copy)
-    assert code == 0 and of_evaluation(found) == of_evaluation(summary["eval_after"])
+    code, evaluation = edgezo_json("eval", "--model", copy)
+    assert code == 0 and of_evaluation(evaluation) == of_evaluation(summary["eval_after"])
     code, again = edgezo_json("finetune", "--resume", "--out", run)
     assert code == 0 and again == json.loads((run / "summary.json").read_text())
     assert not (run / "probe.states").exists()
@@ -242,10 +246,10 @@ def test_a_probe_alone_is_fitted_to_as_many_rows_as_steps_say_and_takes_no_step(
     before = (run / "summary.json").read_text()
     code, again = edgezo_json("finetune", "--resume", "--out", run)
     assert code == 0 and again == json.loads(before)
-    code, found = edgezo_json("eval", "--model", run)
-    assert code == 0 and of_evaluation(found) == of_evaluation(summary["eval_after"])
-    code, found = edgezo_json("replay", run, "--out", tmp_path / "copy")
-    assert code == 0 and found["trained_sha256"] == summary["trained_sha256"]
+    code, output = edgezo_json("eval", "--model", run)
+    assert code == 0 and of_evaluation(output) == of_evaluation(summary["eval_after"])
+    code, output = edgezo_json("replay", run, "--out", tmp_path / "copy")
+    assert code == 0 and output["trained_sha256"] == summary["trained_sha256"]
 
 
 def test_every_row_is_shown_once_however_many_steps_there_are(bench, tmp_path):
@@ -273,16 +277,16 @@ def test_rows_without_classes_are_trained_by_the_head(bench, tmp_path):
 
 
 def test_a_probe_beside_full_weights_is_refused(bench):
-    with pytest.raises(UsageError, match="reads the blocks alone"):
+    with pytest.raises(UsageError, match="takes the head's place"):
         make_config(bench.settings(train="full+probe"))
 
 
 def test_micro_batches_show_the_same_states_up_to_rounding(bench, tmp_path):
-    found = [
+    summaries = [
         run_of(bench, tmp_path / f"{size}", train="probe", micro_batch=size) for size in (1, 4)
     ]
     files = [load_file(tmp_path / f"{size}" / "probe.safetensors") for size in (1, 4)]
-    assert found[0]["probe"]["rows"] == found[1]["probe"]["rows"]
+    assert summaries[0]["probe"]["rows"] == summaries[1]["probe"]["rows"]
     assert torch.allclose(files[0]["probe.weight"], files[1]["probe.weight"], rtol=0.05, atol=0.05)
 
 
@@ -301,7 +305,7 @@ def test_a_lost_or_damaged_probe_is_named_and_nothing_is_computed_with_another(
         commands = [("eval", "--model", run), ("finetune", "--resume", "--out", run)]
         commands.append(("replay", run, "--out", tmp_path / "copy"))
         for command in commands:
-            code, found = edgezo_json(*command)
-            assert code == 1 and "probe.safetensors" in found["error"]
+            code, output = edgezo_json(*command)
+            assert code == 1 and "probe.safetensors" in output["error"]
         file.write_bytes(whole)
     assert edgezo_json("finetune", "--resume", "--out", run)[0] == 0

@@ -16,9 +16,10 @@ from edgezo.errors import UsageError
 from edgezo.machine.hardware import Gpu
 from edgezo.network.cards import cards
 from edgezo.plan.budget import portable
+from edgezo.plan.config import RunConfig
 from edgezo.plan.plan import Plan, PlanDoesNotFit
 from edgezo.plan.planner import make_plan
-from edgezo.plan.request import RunConfig, from_toml, make_config
+from edgezo.plan.request import from_toml, make_config
 
 MB = 1_000_000
 SMOL, LARGE = "smollm2-135m-instruct", "smollm2-1.7b-instruct"
@@ -37,41 +38,45 @@ CPU_ONLY = SimpleNamespace(
 MACHINE = SimpleNamespace(**{**vars(CPU_ONLY), "gpu": GPU})
 
 
-def request(**said: object) -> RunConfig:
-    return make_config({"model": SMOL, "task": "sst2", **said})
+def request(**asked: object) -> RunConfig:
+    return make_config({"model": SMOL, "task": "sst2", **asked})
 
 
-def plan(model: str = SMOL, machine: object = MACHINE, **said: object) -> Plan:
-    return make_plan(cards()[model], request(model=model, **said), machine, SST2)
+def plan(model: str = SMOL, machine: object = MACHINE, **asked: object) -> Plan:
+    return make_plan(cards()[model], request(model=model, **asked), machine, SST2)
 
 
-def item(found: Plan, name: str) -> int:
-    return sum(i.bytes for i in found.items if i.name == name)
+def item(planned: Plan, name: str) -> int:
+    return sum(i.bytes for i in planned.items if i.name == name)
 
 
 def test_the_gpu_is_used_where_there_is_one_and_the_process_is_not_counted_on_it():
-    found = plan()
-    assert (found.device, found.residency, found.compute_dtype) == ("cuda", "resident", "bf16")
-    assert found.max_mem_bytes == GPU.available_bytes - GPU.total_bytes // 10 or (
-        found.max_mem_bytes == GPU.available_bytes * 8 // 10
+    planned = plan()
+    assert (planned.device, planned.residency, planned.compute_dtype) == (
+        "cuda",
+        "resident",
+        "bf16",
     )
-    assert item(found, "base process") == 0 < item(found, "CUDA context")
+    assert planned.max_mem_bytes == GPU.available_bytes - GPU.total_bytes // 10 or (
+        planned.max_mem_bytes == GPU.available_bytes * 8 // 10
+    )
+    assert item(planned, "base process") == 0 < item(planned, "CUDA context")
     assert plan(precision="fp32").compute_dtype == "fp32"
-    assert found.settle(request()).device == "cuda"
+    assert planned.settle(request()).device == "cuda"
 
 
 def test_without_one_or_where_the_cpu_is_asked_for_the_plan_is_that_of_the_cpu():
     cap = {"max_mem_bytes": 2000 * MB}
-    found = plan(machine=CPU_ONLY, **cap)
-    assert found.device == "cpu"
-    assert plan(device="cpu", **cap).items == found.items
+    planned = plan(machine=CPU_ONLY, **cap)
+    assert planned.device == "cpu"
+    assert plan(device="cpu", **cap).items == planned.items
     assert plan(residency="disk", **cap).device == "cpu"
 
 
-@pytest.mark.parametrize("said", [{"device": "cuda"}, {"residency": "host"}])
-def test_a_gpu_that_is_asked_for_has_to_be_there(said):
+@pytest.mark.parametrize("asked", [{"device": "cuda"}, {"residency": "host"}])
+def test_a_gpu_that_is_asked_for_has_to_be_there(asked):
     with pytest.raises(UsageError, match="--device cpu"):
-        plan(machine=CPU_ONLY, **said)
+        plan(machine=CPU_ONLY, **asked)
 
 
 def test_blocks_that_do_not_fit_lie_in_the_ram_and_as_many_as_fit_do_not():
@@ -85,10 +90,10 @@ def test_blocks_that_do_not_fit_lie_in_the_ram_and_as_many_as_fit_do_not():
     assert 2 * block < item(least, "slots") < 2.02 * block
     previous = 25
     for cap in range(least.planned_peak_bytes, resident.planned_peak_bytes, 100 * MB):
-        found = plan(LARGE, **asked, max_mem_bytes=cap)
-        assert found.residency == "host" and found.planned_peak_bytes <= cap
-        assert found.blocks_in_host <= previous, "more memory never sends more away"
-        previous = found.blocks_in_host
+        planned = plan(LARGE, **asked, max_mem_bytes=cap)
+        assert planned.residency == "host" and planned.planned_peak_bytes <= cap
+        assert planned.blocks_in_host <= previous, "more memory never sends more away"
+        previous = planned.blocks_in_host
     assert previous < 4
     reason = next(d.reason for d in least.decisions if d.name == "residency")
     assert "reads at least" in reason and "writes" in reason
@@ -111,21 +116,25 @@ def test_a_refusal_speaks_of_the_gpu():
 def test_more_memory_never_gives_less(low, more):
     def rank(cap: int) -> tuple[int, bool, int]:
         try:
-            found = plan(LARGE, max_mem_bytes=cap * MB)
+            planned = plan(LARGE, max_mem_bytes=cap * MB)
         except PlanDoesNotFit as error:
             assert error.smallest_bytes > cap * MB
             return (-1, False, 0)
-        assert found.planned_peak_bytes <= cap * MB
+        assert planned.planned_peak_bytes <= cap * MB
         order = ("int4", "int8", "bf16")
-        return (order.index(found.precision), found.residency == "resident", found.micro_batch)
+        return (
+            order.index(planned.precision),
+            planned.residency == "resident",
+            planned.micro_batch,
+        )
 
     assert rank(low) <= rank(low + more)
 
 
 def test_a_run_of_a_gpu_can_be_read_without_one():
     run = request(device="cuda", residency="host", max_mem_bytes=3000 * MB)
-    found = portable(run, CPU_ONLY)
-    assert (found.device, found.residency, found.max_mem_bytes) == ("cpu", None, None)
+    planned = portable(run, CPU_ONLY)
+    assert (planned.device, planned.residency, planned.max_mem_bytes) == ("cpu", None, None)
     assert portable(run, MACHINE) == run
 
 

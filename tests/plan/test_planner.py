@@ -9,16 +9,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgezo.data.dataset import Dataset
 from edgezo.data.token_stats import TokenStats
 from edgezo.errors import DoesNotFit
 from edgezo.machine import limits
 from edgezo.network.cards import cards
 from edgezo.plan import calibration, planner
 from edgezo.plan.budget import default_budget, mb
+from edgezo.plan.choices import PRECISIONS_TRIED
+from edgezo.plan.config import RunConfig
+from edgezo.plan.footprint_stored import ITEMS_OF_PART
 from edgezo.plan.plan import Decision, Plan, PlanDoesNotFit
-from edgezo.plan.planner import FIRST_ORDER_STEPS, PRECISIONS_TRIED, make_plan
-from edgezo.plan.request import RunConfig, make_config
+from edgezo.plan.planner import FIRST_ORDER_STEPS, make_plan
+from edgezo.plan.reasons import TENSORS_OF_PART
+from edgezo.plan.request import make_config
 from edgezo.plan.shapes import MatrixShape, ModelShape, Shape
+from edgezo.zo.parts import PARTS
 
 MB = 1_000_000
 SMOL = "smollm2-135m-instruct"
@@ -36,24 +42,24 @@ MACHINE = SimpleNamespace(
 FAST = SimpleNamespace(**{**vars(MACHINE), "bf16_fast": True})
 
 
-def request(**said: object) -> RunConfig:
-    return make_config({"model": SMOL, "task": "sst2", **said})
+def request(**asked: object) -> RunConfig:
+    return make_config({"model": SMOL, "task": "sst2", **asked})
 
 
-def plan(tokens: TokenStats | None = SST2, machine: object = MACHINE, **said: object) -> Plan:
-    return make_plan(cards()[SMOL], request(**said), machine, tokens)
+def plan(tokens: TokenStats | None = SST2, machine: object = MACHINE, **asked: object) -> Plan:
+    return make_plan(cards()[SMOL], request(**asked), machine, tokens)
 
 
-def item(found: Plan, name: str) -> int:
-    return sum(i.bytes for i in found.items if i.name == name)
+def item(planned: Plan, name: str) -> int:
+    return sum(i.bytes for i in planned.items if i.name == name)
 
 
 def test_thin_products_are_not_compiled_where_there_are_c_kernels():
     without = SimpleNamespace(**{**vars(FAST), "c_kernels": False})
 
-    def compiled(machine: object, **said: object) -> int:
-        found = plan(machine=machine, max_mem_bytes=1500 * MB, precision="bf16", **said)
-        return next(item.bytes for item in found.items if item.name == "compiled products")
+    def compiled(machine: object, **asked: object) -> int:
+        planned = plan(machine=machine, max_mem_bytes=1500 * MB, precision="bf16", **asked)
+        return next(item.bytes for item in planned.items if item.name == "compiled products")
 
     for train in ("lowrank", "full"):
         assert compiled(FAST, train=train) < compiled(without, train=train)
@@ -70,15 +76,15 @@ def test_every_matrix_of_a_card_is_counted_once():
 
 
 def test_the_peak_is_the_permanent_items_and_the_largest_phase():
-    found = plan(max_mem_bytes=2000 * MB)
+    planned = plan(max_mem_bytes=2000 * MB)
     sums = {phase: 0 for phase in ("always", *calibration.PHASES)}
-    for i in found.items:
+    for i in planned.items:
         assert i.bytes >= 0 and i.reason
         sums[i.phase] += i.bytes
-    assert found.planned_peak_bytes == sums["always"] + max(
+    assert planned.planned_peak_bytes == sums["always"] + max(
         sums[phase] for phase in calibration.PHASES
     )
-    assert found.load_peak_bytes == sums["always"] + sums["load"]
+    assert planned.load_peak_bytes == sums["always"] + sums["load"]
 
 
 def test_weights_take_what_their_store_takes():
@@ -131,11 +137,11 @@ def test_longer_and_more_examples_take_more_activations():
 
 def test_pieces_of_a_micro_batch_are_the_same_wherever_the_weights_are():
     long = TokenStats("label", (300,), 1, 2)
-    found = plan(long, max_mem_bytes=4000 * MB)
-    assert found.most_tokens is not None and found.most_tokens < 16 * 300
-    assert not found.maps and "a piece of 16 examples" in str(found.items)
+    planned = plan(long, max_mem_bytes=4000 * MB)
+    assert planned.most_tokens is not None and planned.most_tokens < 16 * 300
+    assert not planned.maps and "a piece of 16 examples" in str(planned.items)
     away = plan(long, max_mem_bytes=4000 * MB, residency="disk")
-    assert away.most_tokens == found.most_tokens, "so that losses have the same bits"
+    assert away.most_tokens == planned.most_tokens, "so that losses have the same bits"
     one = plan(TokenStats("label", (2000,), 1, 2), max_mem_bytes=4000 * MB)
     assert one.maps, "an example is not split"
 
@@ -145,9 +151,7 @@ def test_lengths_of_the_data_bound_the_longest_micro_batch():
     assert SST2.longest(100) == sum(SST2.tokens) + 36 * 70
     rows = SimpleNamespace(ids=(1, 2, 3), score_at=(2,))
     example = SimpleNamespace(rows=(rows, rows), label=0)
-    data = SimpleNamespace(
-        kind="choice", train=(example,), validation=(), label_ids=(), generation=None
-    )
+    data = Dataset("choice", (example,), (), (), (), ())
     assert data.token_stats() == TokenStats("choice", (6,), 2, 0, 6.0, examples=1)
 
 
@@ -155,9 +159,9 @@ def test_lengths_of_the_data_bound_the_longest_micro_batch():
 def test_the_largest_card_fits_and_no_larger_one_does(cap):
     cfg = request(max_mem_bytes=cap * MB, max_length=128)
     causal = [card for card in cards().values() if card.kind == "causal"]
-    found = planner.largest_card(causal, cfg, MACHINE)
-    assert found is not None and found.planned_peak_bytes <= cap * MB
-    own = next(card for card in causal if card.name == found.model)
+    planned = planner.largest_card(causal, cfg, MACHINE)
+    assert planned is not None and planned.planned_peak_bytes <= cap * MB
+    own = next(card for card in causal if card.name == planned.model)
     for card in causal:
         if card.parameters > own.parameters:
             with pytest.raises(PlanDoesNotFit):
@@ -179,8 +183,8 @@ def test_the_time_of_a_step_follows_batch_tokens_and_speed():
 
 
 def test_without_data_rows_of_max_length_are_assumed_and_said():
-    found = plan(None, max_length=256, max_mem_bytes=4000 * MB)
-    reason = next(i.reason for i in found.items if i.name == "activations")
+    planned = plan(None, max_length=256, max_mem_bytes=4000 * MB)
+    reason = next(i.reason for i in planned.items if i.name == "activations")
     assert "--max-length" in reason and f"{2 * 256 * 16:,}" in reason
 
 
@@ -200,6 +204,19 @@ def test_a_refusal_names_the_number_the_items_and_a_budget_that_works():
         plan(precision="bf16", residency="resident", max_mem_bytes=error.smallest_bytes - 1)
 
 
+def test_a_refusal_offers_no_residency_that_the_request_cannot_have():
+    """The state of a rule stays in memory, so weights on disk are no way out."""
+    with pytest.raises(PlanDoesNotFit) as caught:
+        plan(train="full", rule="momentum", residency="resident", max_mem_bytes=500 * MB)
+    assert "--residency disk" not in str(caught.value) and "--train lowrank" in str(caught.value)
+
+
+def test_every_part_that_can_be_trained_has_its_items_and_its_place_in_the_lists():
+    assert set(ITEMS_OF_PART) == set(PARTS)
+    in_the_model = {name for name, part in PARTS.items() if part.weights or part.vectors}
+    assert set(TENSORS_OF_PART) == set(PARTS) - in_the_model
+
+
 def test_a_cap_below_the_process_says_so():
     with pytest.raises(PlanDoesNotFit, match="The process alone takes 380MB"):
         plan(max_mem_bytes=100 * MB)
@@ -207,8 +224,8 @@ def test_a_cap_below_the_process_says_so():
 
 def test_a_measured_process_replaces_the_constant():
     cfg = request(max_mem_bytes=900 * MB)
-    found = make_plan(cards()[SMOL], cfg, MACHINE, SST2, base_bytes=371 * MB)
-    assert item(found, "base process") == 371 * MB
+    planned = make_plan(cards()[SMOL], cfg, MACHINE, SST2, base_bytes=371 * MB)
+    assert item(planned, "base process") == 371 * MB
 
 
 @given(
@@ -224,14 +241,14 @@ def test_more_memory_never_gives_less(low, more, train, length):
 
     def rank(cap: int) -> tuple[int, int]:
         try:
-            found = plan(tokens, train=train, max_mem_bytes=cap * MB)
+            planned = plan(tokens, train=train, max_mem_bytes=cap * MB)
         except PlanDoesNotFit as error:
             assert error.smallest_bytes > cap * MB
             return (-1, 0)
-        assert found.smallest_bytes <= found.planned_peak_bytes <= cap * MB
-        assert found.micro_batch <= found.batch_size
-        precision = len(PRECISIONS_TRIED) - PRECISIONS_TRIED.index(found.precision)
-        return (precision, found.residency == "resident", found.micro_batch)
+        assert planned.smallest_bytes <= planned.planned_peak_bytes <= cap * MB
+        assert planned.micro_batch <= planned.batch_size
+        precision = len(PRECISIONS_TRIED) - PRECISIONS_TRIED.index(planned.precision)
+        return (precision, planned.residency == "resident", planned.micro_batch)
 
     assert rank(low) <= rank(low + more)
 
@@ -250,24 +267,24 @@ def test_any_shape_can_be_planned(heads, kv, layers, tied):
         max_positions=64,
         tied=tied,
     )
-    found = make_plan(shape, request(max_mem_bytes=8000 * MB), MACHINE, SST2)
-    assert found.precision == "bf16" and found.micro_batch == found.batch_size
+    planned = make_plan(shape, request(max_mem_bytes=8000 * MB), MACHINE, SST2)
+    assert planned.precision == "bf16" and planned.micro_batch == planned.batch_size
 
 
 def test_every_decision_has_a_reason_and_settles_the_request():
-    found = plan(max_mem_bytes=650 * MB)
-    assert all(d.reason for d in found.decisions)
-    settled = found.settle(request(max_mem_bytes=650 * MB))
-    assert settled.precision == found.precision == "int8"
-    assert settled.batch_size == 16 and settled.micro_batch == found.micro_batch
+    planned = plan(max_mem_bytes=650 * MB)
+    assert all(d.reason for d in planned.decisions)
+    settled = planned.settle(request(max_mem_bytes=650 * MB))
+    assert settled.precision == planned.precision == "int8"
+    assert settled.batch_size == 16 and settled.micro_batch == planned.micro_batch
     again = make_plan(cards()[SMOL], settled, MACHINE, SST2)
-    assert again.items == found.items
-    assert found.to_dict()["planned_peak_bytes"] == found.planned_peak_bytes
+    assert again.items == planned.items
+    assert planned.to_dict()["planned_peak_bytes"] == planned.planned_peak_bytes
 
 
 def test_what_was_asked_for_is_not_overruled():
-    found = plan(precision="int4", batch_size=6, micro_batch=5, max_mem_bytes=4000 * MB)
-    assert (found.precision, found.batch_size, found.micro_batch) == ("int4", 6, 5)
+    planned = plan(precision="int4", batch_size=6, micro_batch=5, max_mem_bytes=4000 * MB)
+    assert (planned.precision, planned.batch_size, planned.micro_batch) == ("int4", 6, 5)
 
 
 def test_a_parameter_is_trained_or_frozen_and_listed():
@@ -300,29 +317,29 @@ def test_disk_is_used_only_where_memory_is_too_small_and_keeps_what_fits():
     assert least.blocks_on_disk == 30
     previous = 31
     for cap in range(least.planned_peak_bytes, resident.planned_peak_bytes, 10 * MB):
-        found = plan(**asked, max_mem_bytes=cap)
-        assert found.residency == "disk" and found.planned_peak_bytes <= cap
-        assert found.blocks_on_disk <= previous, "more memory never sends more to disk"
-        previous = found.blocks_on_disk
+        planned = plan(**asked, max_mem_bytes=cap)
+        assert planned.residency == "disk" and planned.planned_peak_bytes <= cap
+        assert planned.blocks_on_disk <= previous, "more memory never sends more to disk"
+        previous = planned.blocks_on_disk
     assert previous < 10
 
 
 def test_the_overlay_holds_every_weight_with_its_plane():
-    found = plan(precision="bf16", train="full", residency="disk", max_mem_bytes=2000 * MB)
+    planned = plan(precision="bf16", train="full", residency="disk", max_mem_bytes=2000 * MB)
     weights = 106_168_320 + 49152 * 576
-    assert 3 * weights < found.disk_bytes < 3 * weights + 3 * MB
+    assert 3 * weights < planned.disk_bytes < 3 * weights + 3 * MB
     frozen = plan(precision="int8", train="lowrank", residency="disk", max_mem_bytes=2000 * MB)
     assert weights < frozen.disk_bytes < 1.01 * weights + 3 * MB
 
 
 def test_a_model_much_larger_than_the_cap_has_a_plan_from_disk():
-    found = make_plan(
+    planned = make_plan(
         cards()["smollm2-1.7b-instruct"],
         request(train="full", precision="bf16", max_mem_bytes=1100 * MB),
         MACHINE,
         SST2,
     )
-    assert found.residency == "disk"
+    assert planned.residency == "disk"
     with pytest.raises(PlanDoesNotFit, match="--residency disk"):
         make_plan(
             cards()["smollm2-1.7b-instruct"],
@@ -333,27 +350,27 @@ def test_a_model_much_larger_than_the_cap_has_a_plan_from_disk():
 
 
 def test_the_largest_card_is_one_that_stays_in_memory():
-    found = planner.largest_card(cards().values(), request(max_mem_bytes=900 * MB), MACHINE)
-    assert found is not None and found.residency == "resident"
+    planned = planner.largest_card(cards().values(), request(max_mem_bytes=900 * MB), MACHINE)
+    assert planned is not None and planned.residency == "resident"
 
 
 def test_first_order_lora_is_named_where_it_fits():
     def decision(cap: int) -> Decision:
-        found = plan(max_mem_bytes=cap)
-        return next(d for d in found.decisions if d.name == "first-order LoRA")
+        planned = plan(max_mem_bytes=cap)
+        return next(d for d in planned.decisions if d.name == "first-order LoRA")
 
     tight, wide = decision(600 * MB), decision(900 * MB)
-    assert "does not fit" in tight.reason and "as people write it" in tight.reason
+    assert "does not fit" in tight.reason and "with stock peft and PyTorch" in tight.reason
     assert "fits with --estimator lora" in wide.reason
     needed = plan(estimator="lora", max_mem_bytes=900 * MB).planned_peak_bytes
     assert wide.value == mb(needed)
 
 
 def test_auto_takes_first_order_lora_where_it_fits_and_says_why():
-    def chosen(machine: object = MACHINE, **said: object) -> tuple[str, str, RunConfig]:
-        found = plan(machine=machine, estimator="auto", **said)
-        reason = next(d.reason for d in found.decisions if d.name == "estimator")
-        return found.estimator, reason, found.settle(request(estimator="auto", **said))
+    def chosen(machine: object = MACHINE, **asked: object) -> tuple[str, str, RunConfig]:
+        planned = plan(machine=machine, estimator="auto", **asked)
+        reason = next(d.reason for d in planned.decisions if d.name == "estimator")
+        return planned.estimator, reason, planned.settle(request(estimator="auto", **asked))
 
     estimator, reason, settled = chosen(max_mem_bytes=900 * MB)
     assert estimator == settled.estimator == "lora" and settled.train == ("lora",)
@@ -383,9 +400,9 @@ def test_auto_takes_first_order_lora_where_it_fits_and_says_why():
 
 
 def test_lora_takes_what_it_keeps_of_every_block_and_nothing_of_the_size_of_the_model():
-    found = plan(estimator="lora", precision="int8", max_mem_bytes=900 * MB)
+    planned = plan(estimator="lora", precision="int8", max_mem_bytes=900 * MB)
     again = plan(estimator="lora", precision="int8", rank=16, max_mem_bytes=900 * MB)
-    assert item(again, "adapters") == 2 * item(found, "adapters") == 16 * 16 * 30 * (5184 + 4992)
-    assert found.most_tokens is not None and found.reused_tokens == 0
+    assert item(again, "adapters") == 2 * item(planned, "adapters") == 16 * 16 * 30 * (5184 + 4992)
+    assert planned.most_tokens is not None and planned.reused_tokens == 0
     forward_only = plan(precision="int8", max_mem_bytes=900 * MB)
-    assert found.planned_peak_bytes < 1.25 * forward_only.planned_peak_bytes
+    assert planned.planned_peak_bytes < 1.25 * forward_only.planned_peak_bytes

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
+from typing import get_type_hints
 
 import pytest
 from hypothesis import given
@@ -14,12 +14,32 @@ from hypothesis import strategies as st
 from edgezo.errors import UsageError
 from edgezo.plan import fields
 from edgezo.plan import request as config
-from edgezo.plan.fields import FIELDS, parse_duration
-from edgezo.plan.request import RunConfig, from_toml, make_config
+from edgezo.plan.config import RunConfig
+from edgezo.plan.field import parse_duration
+from edgezo.plan.fields import FIELDS, GROUPS
+from edgezo.plan.request import from_toml, make_config
 from edgezo.zo import presets
 from edgezo.zo.presets import PRESETS
 
 BASE = {"model": "m", "task": "sst2"}
+# The order of the settings in config.toml, and what a journal's header holds for BASE.
+ORDER = (
+    "model data task data_root template labels label_field max_mem_bytes steps for_s estimator directions mask credit "
+    "rule train precision rounding residency device rank keep refresh candidates finetuner short_tokens short_lr "
+    "batch_size micro_batch max_length objective max_new_tokens step step_auto sigma schedule weight_decay head_lr "
+    "held_out seed eval_every eval_limit snapshot_every threads profile out"
+).split()
+CANONICAL = (
+    '{"batch_size":null,"candidates":8,"credit":"group","data":null,"data_root":null,'
+    '"device":"auto","directions":"signs","estimator":"grzo","eval_every":0,"eval_limit":null,'
+    '"finetuner":null,"for_s":null,"head_lr":2.0,"held_out":null,"keep":0.25,"label_field":"label",'
+    '"labels":null,"mask":"none","max_length":512,"max_mem_bytes":null,"max_new_tokens":null,'
+    '"micro_batch":null,"model":"m","objective":"loss","out":null,"precision":null,"profile":false,'
+    '"rank":8,"refresh":50,"residency":null,"rounding":null,"rule":"sgd","schedule":"linear",'
+    '"seed":0,"short_lr":0.0001,"short_tokens":null,"sigma":0.002,"snapshot_every":25,"step":0.1,'
+    '"step_auto":false,"steps":400,"task":"sst2","template":null,"threads":null,"train":["lowrank",'
+    '"head","probe"],"weight_decay":0.0}'
+)
 
 
 def problems_of(*layers: dict, **options: bool) -> str:
@@ -28,10 +48,33 @@ def problems_of(*layers: dict, **options: bool) -> str:
     return "\n".join(caught.value.problems)
 
 
-def test_every_field_of_a_request_has_a_law_and_a_flag():
-    assert list(FIELDS) == [field.name for field in dataclasses.fields(RunConfig)]
+TYPES = {"int": int, "bytes": int, "float": float, "duration": float, "bool": bool}
+
+
+def test_every_setting_of_a_request_is_in_the_table_with_its_type():
+    """A setting may be None where it has no default and no preset decides it."""
+    hints = get_type_hints(RunConfig)
+    assert set(FIELDS) == set(hints)
+    for name, field in FIELDS.items():
+        kind = tuple[str, ...] if field.kind == "train" else TYPES.get(field.kind, str)
+        optional = field.default is None and not (field.required or field.of_preset)
+        assert hints[name] == (kind | None if optional else kind), name
     assert fields.flag("max_mem_bytes") == "--max-mem"
     assert fields.flag("micro_batch") == "--micro-batch"
+
+
+def test_every_setting_but_what_a_run_writes_is_shown_once_with_help_and_a_value():
+    shown = [field for group in GROUPS.values() for field in group.fields]
+    assert [field.name for field in shown] == [name for name in FIELDS if name != "step_auto"]
+    for field in shown:
+        assert field.help[-1] in ".)", field.name
+        value = field.example if field.usual is None else field.usual
+        assert field.read(value) is not None, field.name
+
+
+def test_a_configuration_stands_in_journals_letter_by_letter():
+    assert list(make_config(BASE).to_dict()) == ORDER
+    assert make_config(BASE).canonical_json() == CANONICAL
 
 
 def test_defaults_train_low_rank_factors_and_the_head_by_grzo_with_signs():
@@ -95,14 +138,17 @@ def test_all_problems_are_reported_together():
 
 
 @pytest.mark.parametrize(
-    ("said", "reason"),
+    ("asked", "reason"),
     [
         ({"directions": "shared"}, "one direction per example"),
         ({"estimator": "mezo", "directions": "signs"}, "one direction for the whole batch"),
         ({"credit": "mean"}, "one direction for the whole batch"),
-        ({"estimator": "mezo", "credit": "group"}, "--credit group: it compares one direction"),
+        (
+            {"estimator": "mezo", "credit": "group"},
+            "--credit group: the credit compares one direction",
+        ),
         ({"mask": "sparse"}, "--train full"),
-        ({"mask": "quantized"}, "every grid already"),
+        ({"mask": "quantized"}, "use --directions gaussian or shared"),
         ({"mask": "hessian"}, "along one direction of the whole batch"),
         ({"rule": "centred"}, "two halves of ZO-AdaMU"),
         ({"directions": "lowrank", "rule": "adam"}, "second moments cannot follow"),
@@ -123,7 +169,7 @@ def test_all_problems_are_reported_together():
         ),
         (
             {"estimator": "agzo", "precision": "int8", "rounding": "anchored"},
-            "no journal has --directions activation-shared",
+            "--directions activation-shared are not in the journal",
         ),
         (
             {"estimator": "quzo", "precision": "int8", "rounding": "anchored"},
@@ -144,14 +190,21 @@ def test_all_problems_are_reported_together():
         ({"step": "nan"}, "finite"),
     ],
 )
-def test_meaningless_requests_are_refused_with_the_reason(said, reason):
-    assert reason in problems_of({**BASE, **said})
+def test_meaningless_requests_are_refused_with_the_reason(asked, reason):
+    assert reason in problems_of({**BASE, **asked})
+
+
+def test_a_choice_by_hand_beside_auto_is_refused_with_the_reason():
+    for axis in ({"directions": "shared"}, {"credit": "mean"}):
+        (name,) = axis
+        text = problems_of({**BASE, "estimator": "auto", **axis})
+        assert f"--{name} has no effect here: --estimator auto decides it" in text
 
 
 def test_two_roundings_are_for_a_plane_below_dense_weights_too():
-    said = {**BASE, "estimator": "quzo", "precision": "bf16", "rounding": "plane"}
+    asked = {**BASE, "estimator": "quzo", "precision": "bf16", "rounding": "plane"}
     # What such a run's own file says when it is resumed.
-    assert make_config(said).rounding == "plane"
+    assert make_config(asked).rounding == "plane"
 
 
 def test_what_a_lower_layer_says_in_vain_is_ignored():
@@ -199,8 +252,8 @@ def test_a_duration_is_read_or_refused_but_never_crashes(text):
         },
     )
 )
-def test_a_request_survives_toml_and_its_json_is_canonical(said):
-    cfg = make_config({}, {**BASE, **said})
+def test_a_request_survives_toml_and_its_json_is_canonical(asked):
+    cfg = make_config({}, {**BASE, **asked})
     assert from_toml(cfg.to_toml()) == cfg
     text = cfg.canonical_json()
     assert list(json.loads(text)) == sorted(FIELDS)

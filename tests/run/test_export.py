@@ -130,7 +130,7 @@ def test_codes_are_exported_as_the_run_multiplied_them(
 ) -> None:
     # On every machine, so that nothing but the weights can differ.
     monkeypatch.setattr(
-        "edgezo.plan.footprint_held.compute_dtype", lambda *_: ("fp32", "of this test")
+        "edgezo.plan.footprint_stored.compute_dtype", lambda *_: ("fp32", "of this test")
     )
     request = {"train": train, "precision": precision, "kind": "completion", **LARGE}
     summary = run_of(bench, tmp_path / "run", **request)
@@ -227,12 +227,12 @@ def test_a_probe_of_nobody_knows_what_is_refused(
     assert code == 1 and "has a linear probe, but what it is for" in told["error"]
 
 
-def test_the_lines_of_the_readme_classify_by_an_exported_probe(
+def test_the_lines_of_the_docs_classify_by_an_exported_probe(
     exported_probe: tuple[Path, Any], bench: Bench
 ) -> None:
     folder, summary = exported_probe
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    lines = next(p for p in readme.split("```python\n")[1:] if "probe.safetensors" in p)
+    page = (Path(__file__).parents[2] / "docs/export.md").read_text(encoding="utf-8")
+    lines = next(p for p in page.split("```python\n")[1:] if "probe.safetensors" in p)
     names: dict[str, Any] = {}
     exec(lines.split("```")[0], names)
     tokenizer = AutoTokenizer.from_pretrained(folder)

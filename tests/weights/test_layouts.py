@@ -1,4 +1,4 @@
-"""Layouts hold what optimum-quanto's own tensors hold, and round to the grid that they say."""
+"""Layouts store the codes and scales that optimum-quanto's tensors have, and round to the grid that they promise."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_any_rows_are_the_rows_of_the_whole(precision):
 def test_a_constant_or_empty_range_stays_finite(precision):
     weight = torch.zeros(4, 64)
     weight[1] = 0.5
-    found = _whole(place(weight, precision, table=False, rounding=None, trained=False))
-    torch.testing.assert_close(found, weight, atol=1e-6, rtol=1e-2)
+    stored = _whole(place(weight, precision, table=False, rounding=None, trained=False))
+    torch.testing.assert_close(stored, weight, atol=1e-6, rtol=1e-2)
 
 
 def test_what_int4_cannot_halve_and_tables_are_int8():
@@ -88,10 +88,10 @@ def test_quantising_does_not_depend_on_the_tile(monkeypatch):
 
 @given(st.integers(1, 5000), st.integers(1, 5000))
 def test_tiles_cover_every_row_once_within_the_bound(rows, cols):
-    found = list(tiles(rows, cols))
-    assert [t.start for t in found] == [0, *(t.stop for t in found[:-1])]
-    assert found[-1].stop == rows
-    for tile in found:
+    slices = list(tiles(rows, cols))
+    assert [t.start for t in slices] == [0, *(t.stop for t in slices[:-1])]
+    assert slices[-1].stop == rows
+    for tile in slices:
         count = tile.stop - tile.start
         assert count == 1 or count * cols * 4 <= limits.TILE_BYTES
 

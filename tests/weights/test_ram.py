@@ -1,4 +1,4 @@
-"""Blocks in the RAM beside a GPU, tried where the "GPU" is this CPU: the same bits as in memory, whatever happens."""
+"""Blocks in host RAM, with this CPU in place of the GPU: a run has the same bits as with all blocks on the device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from edgezo.run import session
 from edgezo.run.short_memory import MicroBatchFitter
 from edgezo.run.step import Stepper
 from edgezo.run.train import finetune
-from edgezo.weights import ram as host
+from edgezo.weights import ram
 from edgezo.weights.home import Home
 from edgezo.weights.store import WeightStore
 
@@ -34,7 +34,7 @@ def deep(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @contextmanager
 def blocks_in_host(blocks: int) -> Iterator[None]:
-    """Let every plan put so many of the four blocks into the RAM, and compute on the CPU."""
+    """Let every plan put so many of the four blocks into host RAM, and compute on the CPU."""
     real = session.make_plan
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -67,7 +67,7 @@ def test_a_run_with_blocks_in_the_ram_has_the_bits_of_one_without(
 
 
 class _Late:
-    """Copies as late as a GPU may make them: a read when it is waited for, a write before the next read."""
+    """Copies made as late as a GPU may make them: a read when it is waited for, a write before the next read."""
 
     def __init__(self) -> None:
         self.writes: list[Callable[[], None]] = []
@@ -99,7 +99,7 @@ class _Late:
 def test_copies_may_be_as_late_as_their_order_allows(deep, tmp_path, monkeypatch, blocks):
     request = {"train": "full", "precision": "bf16", "steps": 5, "eval_every": 2, "micro_batch": 2}
     whole = run_of(deep, tmp_path / "whole", **request)
-    monkeypatch.setattr(host, "_Thread", _Late)
+    monkeypatch.setattr(ram, "_Thread", _Late)
     with blocks_in_host(blocks):
         parted = run_of(deep, tmp_path / "parted", **request)
     assert parted["trained_sha256"] == whole["trained_sha256"]
@@ -131,23 +131,23 @@ def test_a_resume_makes_the_blocks_again_from_base_and_journal(deep, tmp_path):
             patch.setattr(Stepper, "step", stepped)
             run_of(deep, tmp_path / "run", **request)
         settings = deep.settings(out=str(tmp_path / "run"), **request)
-        found = finetune(make_config(settings), resume=True)
-    assert found["trained_sha256"] == whole["trained_sha256"]
+        resumed = finetune(make_config(settings), resume=True)
+    assert resumed["trained_sha256"] == whole["trained_sha256"]
 
 
 def test_replay_and_evaluation_with_blocks_in_the_ram(deep, tmp_path, edgezo_json):
     request = {"train": "full+head", "precision": "bf16"}
     summary = run_of(deep, tmp_path / "run", **request)
     with blocks_in_host(4):
-        code, found = edgezo_json("replay", tmp_path / "run", "--out", tmp_path / "again")
-        assert (code, found["trained_sha256"]) == (0, summary["trained_sha256"])
+        code, answer = edgezo_json("replay", tmp_path / "run", "--out", tmp_path / "again")
+        assert (code, answer["trained_sha256"]) == (0, summary["trained_sha256"])
         for made in ("run", "again"):
-            code, found = edgezo_json("eval", "--model", tmp_path / made)
-            assert (code, found["loss"]) == (0, summary["eval_after"]["loss"])
+            code, answer = edgezo_json("eval", "--model", tmp_path / made)
+            assert (code, answer["loss"]) == (0, summary["eval_after"]["loss"])
 
 
 def test_an_update_that_is_cut_short_is_taken_from_the_block_as_it_was(deep, tmp_path):
-    """Memory may be short while a block is brought up to date in its slot, and the forward is tried again."""
+    """Memory may become short while a block is updated in its slot; then the forward is tried again."""
     request = {"train": "full", "precision": "bf16", "steps": 16}
     whole = run_of(deep, tmp_path / "whole", **request)
     real, calls = WeightStore.catch_up, []
@@ -162,12 +162,12 @@ def test_an_update_that_is_cut_short_is_taken_from_the_block_as_it_was(deep, tmp
     with blocks_in_host(4), pytest.MonkeyPatch.context() as patch:
         patch.setattr(WeightStore, "catch_up", catch_up)
         patch.setattr(MicroBatchFitter, "_shrink", lambda self, step: True)  # tried again as it was
-        found = run_of(deep, tmp_path / "run", **request)
-    assert found["trained_sha256"] == whole["trained_sha256"]
+        cut = run_of(deep, tmp_path / "run", **request)
+    assert cut["trained_sha256"] == whole["trained_sha256"]
 
 
 # ---------------------------------------------------------------------------------------------
-# A GPU whose memory is short, as PyTorch says it
+# A GPU that runs out of memory, as PyTorch reports it
 
 
 class _Short(ProcessMemory):
@@ -194,9 +194,9 @@ def test_where_a_gpu_is_full_the_micro_batch_shrinks(deep, tmp_path):
     whole = run_of(deep, tmp_path / "whole", micro_batch=2, **fixed)
     with pytest.MonkeyPatch.context() as patch:
         _refuse(patch, room=2, after=0)
-        found = run_of(deep, tmp_path / "run", micro_batch=8, **fixed)
-    assert found["micro_batch"] == 2
-    assert found["trained_sha256"] == whole["trained_sha256"]
+        shrunk = run_of(deep, tmp_path / "run", micro_batch=8, **fixed)
+    assert shrunk["micro_batch"] == 2
+    assert shrunk["trained_sha256"] == whole["trained_sha256"]
 
 
 def test_where_not_even_one_example_fits_the_state_is_saved(deep, tmp_path):
@@ -204,8 +204,8 @@ def test_where_not_even_one_example_fits_the_state_is_saved(deep, tmp_path):
         _refuse(patch, room=0, after=6)
         run_of(deep, tmp_path / "run", batch_size=4, micro_batch=1, eval_limit=2, steps=30)
     settings = deep.settings(out=str(tmp_path / "run"), batch_size=4, micro_batch=1, steps=30)
-    found = finetune(make_config(settings, {"eval_limit": 2}), resume=True)
-    assert found["steps"] == 30
+    resumed = finetune(make_config(settings, {"eval_limit": 2}), resume=True)
+    assert resumed["steps"] == 30
 
 
 @pytest.mark.parametrize(("device", "residency"), [("cpu", "host"), ("cuda", "disk")])

@@ -1,4 +1,4 @@
-"""Training on int8 codes: rounding to their grid, anchors, and QuZO's two roundings on the grid that is real."""
+"""Training on int8 codes: rounding to their grid, re-quantising them, and QuZO's two roundings on that grid."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_rounding_goes_to_a_neighbour_and_has_no_bias() -> None:
     values = layout.read(slice(0, 8)) + 0.3 * layout.scale
     total, tries = torch.zeros(8, 4096), 300
     for step in range(tries):
-        found = layout.snap(values, Key(0, step), 5, slice(0, 8))
-        steps = (found - values) / layout.scale
+        rounded = layout.snap(values, Key(0, step), 5, slice(0, 8))
+        steps = (rounded - values) / layout.scale
         assert bool((steps[inside].abs() < 1).all())
         total += steps
     mean = total[inside] / tries
@@ -65,18 +65,18 @@ def test_values_on_the_grid_stay_there_and_are_read_back() -> None:
     codes = torch.arange(-MOST_CODE, MOST_CODE + 1).to(torch.int8).expand(64, -1).contiguous()
     layout, every = Int8(codes.clone(), scale), slice(0, 64)
     for step in range(40):
-        found = layout.snap(layout.read(every), Key(0, step), 5, every)
-        assert torch.equal(found, layout.read(every))
-    layout.write(every, found)
+        rounded = layout.snap(layout.read(every), Key(0, step), 5, every)
+        assert torch.equal(rounded, layout.read(every))
+    layout.write(every, rounded)
     assert torch.equal(layout.codes, codes)
 
 
 def test_a_value_past_the_range_stops_at_its_end_and_a_row_of_zeros_stays_finite() -> None:
     layout = Int8.quantise(torch.stack([torch.linspace(-1, 1, 255), torch.zeros(255)]))
     values = layout.read(slice(0, 2)) * 1.5 + torch.tensor([[0.0], [1e35]])
-    found = layout.snap(values, Key(0, 0), 5, slice(0, 2))
-    assert torch.isfinite(found).all()
-    layout.write(slice(0, 2), found)
+    rounded = layout.snap(values, Key(0, 0), 5, slice(0, 2))
+    assert torch.isfinite(rounded).all()
+    layout.write(slice(0, 2), rounded)
     assert layout.codes.abs().max() == MOST_CODE and (layout.codes[1] == MOST_CODE).all()
 
 
@@ -100,11 +100,11 @@ def test_values_of_a_plane_are_read_back_and_its_codes_are_the_nearest() -> None
     for step in range(1, 30):
         values = layout.read(every) + 0.4 * layout.scale * _drawn(7, 300, step)
         values[step % 7] *= 1.3  # past the range: the row's scale grows
-        found = layout.snap(values.clone(), Key(0, step), 5, every)
-        assert bool(((found - values).abs() <= layout.scale / 256).all())
-        layout.write(every, found)
-        assert torch.equal(layout.read(every), found)
-        assert torch.equal(layout.codes.float(), (found / layout.scale).round())
+        rounded = layout.snap(values.clone(), Key(0, step), 5, every)
+        assert bool(((rounded - values).abs() <= layout.scale / 256).all())
+        layout.write(every, rounded)
+        assert torch.equal(layout.read(every), rounded)
+        assert torch.equal(layout.codes.float(), (rounded / layout.scale).round())
         assert layout.codes.abs().max() <= MOST_CODE
 
 
@@ -120,40 +120,42 @@ def test_codes_with_a_plane_stay_as_near_to_fp32_as_rounding_it_once(
     for _ in range(40):
         pair.step(1e-3)
     once = pair.distance(pair.quantised())
-    seen = {}
-    for name, row in pair.codes.store.trainables.items():
-        seen[name] = row.layout.expand(slice(0, row.target.rows), torch.empty(row.layout.shape))
+    read = {}
+    for name, trainable in pair.codes.store.trainables.items():
+        read[name] = trainable.layout.expand(
+            slice(0, trainable.target.rows), torch.empty(trainable.layout.shape)
+        )
     assert (
         pair.distance() < 0.03 * once
     )  # with what is below the codes; 40 roundings to 1/256 of a step
     # What a forward sees.
-    assert pair.distance(seen) < 1.05 * once
+    assert pair.distance(read) < 1.05 * once
     again = pair.again()
     again.store.replay(40)
     assert saved_sha256(saved_tensors(again.store)) == saved_sha256(saved_tensors(pair.codes.store))
 
 
-# ----------------------------------------------------------------------------- anchors
+# ----------------------------------------------------------------------------- re-quantising
 
 
-def test_anchors_take_a_bounded_number_of_sweeps_a_step() -> None:
+def test_re_quantising_takes_a_bounded_number_of_sweeps_a_step() -> None:
     places, sweeps = [], 0
     for step in range(1, 5000):
-        if requantise.due(step):
+        if requantise.requantise_due(step):
             places.append(step)
             sweeps += step
-        assert requantise.last(step) == (places[-1] if places else 0)
+        assert requantise.last_requantised(step) == (places[-1] if places else 0)
         assert sweeps + step <= 6 * step + requantise.FIRST_STEPS
     gaps = np.diff([0, *places])
     assert all(g <= max(requantise.FIRST_STEPS, p / 4) for g, p in zip(gaps, places, strict=True))
 
 
-def test_runs_of_recipes_end_at_anchors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_of_recipes_end_where_re_quantising_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requantise, "FIRST_STEPS", 3)
     recipes = [Recipe(step, np.zeros(1, np.float32), 0.0) for step in range(1, 8)]
-    runs = [[r.step for r in some] for some in requantise.between(recipes)]
+    runs = [[r.step for r in some] for some in requantise.split_where_due(recipes)]
     assert runs == [[1, 2], [3, 4, 5], [6, 7]]
-    assert list(requantise.between([])) == []
+    assert list(requantise.split_where_due([])) == []
 
 
 DIRECTION_CASES = [
@@ -195,13 +197,13 @@ class Pair:
         return [r for r in self.recipes if first <= r.step < stop]
 
     def again(self) -> Model:
-        """A model as loaded that follows the same journal."""
+        """The model as loaded, with this journal as its history."""
         model = self.model("int8")
         model.store.history = self.past
         return model
 
     def step(self, size: float = 3e-3) -> None:
-        """One step of both, with random coefficients for the directions that the examples were probed along."""
+        """One step of both stores, with random coefficients for the directions of the examples."""
         number = len(self.recipes)
         model = self.codes
         model.losses(self.batch, model.probe(self.batch, Key(SEED, number), SIGMA), sides=2)
@@ -216,28 +218,28 @@ class Pair:
             store.apply(self.recipes[-1:])
 
     def distance(self, tensors: dict[str, Tensor] | None = None) -> float:
-        """|codes - fp32| over all matrices, or of fp32 itself once it is quantised (``tensors``)."""
+        """|codes - fp32| over all matrices; with ``tensors`` in place of the codes where they are given."""
         total = 0.0
-        for name, row in self.exact.store.trainables.items():
-            every = slice(0, row.target.rows)
-            exact, held = row.layout.read(every), self.codes.store.trainables[name].layout
-            found = held.read(every) if tensors is None else tensors[name]
-            total += float((found - exact).double().square().sum())
+        for name, trainable in self.exact.store.trainables.items():
+            every = slice(0, trainable.target.rows)
+            exact, layout = trainable.layout.read(every), self.codes.store.trainables[name].layout
+            values = layout.read(every) if tensors is None else tensors[name]
+            total += float((values - exact).double().square().sum())
         return math.sqrt(total)
 
     def quantised(self) -> dict[str, Tensor]:
-        """The fp32 weights after rounding them once: what a matrix of codes can be at best."""
-        found = {}
-        for name, row in self.exact.store.trainables.items():
-            every = slice(0, row.target.rows)
-            values = row.layout.read(every)
+        """The fp32 weights rounded once: the best that codes can be."""
+        rounded = {}
+        for name, trainable in self.exact.store.trainables.items():
+            every = slice(0, trainable.target.rows)
+            values = trainable.layout.read(every)
             int8 = isinstance(self.codes.store.trainables[name].layout, Int8)
-            found[name] = Int8.quantise(values).read(every) if int8 else values
-        return found
+            rounded[name] = Int8.quantise(values).read(every) if int8 else values
+        return rounded
 
 
 @pytest.mark.parametrize(("family", "kind", "directions", "tied"), DIRECTION_CASES)
-def test_codes_at_an_anchor_are_the_fp32_runs_quantised_bit_for_bit(
+def test_re_quantised_codes_are_those_of_fp32_weights_bit_for_bit(
     family: str,
     kind: str,
     directions: str,
@@ -250,12 +252,14 @@ def test_codes_at_an_anchor_are_the_fp32_runs_quantised_bit_for_bit(
     for steps in range(1, 8):
         pair.step()
         same = all(
-            torch.equal(held.layout.read(slice(0, held.target.rows)), pair.quantised()[name])
-            for name, held in pair.codes.store.trainables.items()
+            torch.equal(
+                trainable.layout.read(slice(0, trainable.target.rows)), pair.quantised()[name]
+            )
+            for name, trainable in pair.codes.store.trainables.items()
         )
-        assert same == requantise.due(steps), steps
+        assert same == requantise.requantise_due(steps), steps
     walked = saved_sha256(saved_tensors(pair.codes.store))
-    # A resume between two anchors: from the base, in other tiles, with the same bits.
+    # A resume between two of them: from the base, in other tiles, with the same bits.
     for tile_bytes in (limits.TILE_BYTES, 3000):
         monkeypatch.setattr(limits, "TILE_BYTES", tile_bytes)
         for replay in (lambda m: m.store.replay(7), lambda m: m.store.apply(pair.recipes)):
@@ -266,7 +270,7 @@ def test_codes_at_an_anchor_are_the_fp32_runs_quantised_bit_for_bit(
     assert pair.distance() == pair.distance(pair.quantised())
 
 
-def test_rounding_adds_up_without_anchors_and_not_with_them(tmp_path: Path) -> None:
+def test_rounding_adds_up_unless_codes_are_re_quantised(tmp_path: Path) -> None:
     path = tiny_models.make("llama", tmp_path)
     ratios = {}
     for rounding in ("stochastic", "anchored"):
@@ -281,8 +285,10 @@ def test_rounding_adds_up_without_anchors_and_not_with_them(tmp_path: Path) -> N
 
 def test_a_step_moves_codes_by_the_fp32_update_on_average(tmp_path: Path) -> None:
     pair = Pair(tiny_models.make("llama", tmp_path), "label", "signs", "stochastic")
-    name, row = next((n, r) for n, r in pair.codes.store.trainables.items() if "down_proj" in n)
-    layout, every = row.layout, slice(0, row.target.rows)
+    name, trainable = next(
+        (n, r) for n, r in pair.codes.store.trainables.items() if "down_proj" in n
+    )
+    layout, every = trainable.layout, slice(0, trainable.target.rows)
     assert isinstance(layout, Int8)
     start, shift = layout.codes.clone(), layout.scale * 0.2
     total, tries = torch.zeros(layout.shape), 400
@@ -307,7 +313,9 @@ def test_a_run_that_was_cut_goes_on_and_replays_with_the_same_bits(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(requantise, "FIRST_STEPS", 3)  # a kill before an anchor, and just at it
+    monkeypatch.setattr(
+        requantise, "FIRST_STEPS", 3
+    )  # a kill before it is due, and just when it is
     request = {"train": "full", "precision": "int8", "rounding": rounding, "steps": 5}
     whole = finetune(make_config(bench.settings(out=str(tmp_path / "whole"), **request)))
     split = make_config(bench.settings(out=str(tmp_path / "split"), **request, micro_batch=4))
@@ -334,11 +342,11 @@ def test_a_run_that_was_cut_goes_on_and_replays_with_the_same_bits(
     code, replayed = edgezo_json("replay", run, "--out", tmp_path / "copy")
     assert code == 0 and replayed["trained_sha256"] == whole["trained_sha256"]
     for place in (run, tmp_path / "copy"):
-        code, found = edgezo_json("eval", "--model", place)
-        assert code == 0 and found["loss"] == whole["eval_after"]["loss"]
+        code, evaluated = edgezo_json("eval", "--model", place)
+        assert code == 0 and evaluated["loss"] == whole["eval_after"]["loss"]
 
 
-def test_a_plan_counts_what_an_anchor_reads_and_never_goes_to_disk(maker: Maker) -> None:
+def test_a_plan_counts_what_re_quantising_reads_and_never_goes_to_disk(maker: Maker) -> None:
     shape = open_model(maker.path).shape
     plans = {
         rounding: make_plan(
@@ -354,9 +362,9 @@ def test_a_plan_counts_what_an_anchor_reads_and_never_goes_to_disk(maker: Maker)
     assert update[None].bytes > update["stochastic"].bytes
     assert "base" in update[None].reason and plans[None].residency == "resident"
     momentum = maker.config("lozo-m", "int8")
-    found = make_plan(shape, momentum, test_presets.MACHINE, base_bytes=0)
-    assert found.rounding == "stochastic"
-    assert any("momentum" in d.reason for d in found.decisions if d.name == "rounding")
+    plan = make_plan(shape, momentum, test_presets.MACHINE, base_bytes=0)
+    assert plan.rounding == "stochastic"
+    assert any("momentum" in d.reason for d in plan.decisions if d.name == "rounding")
 
 
 # ----------------------------------------------------------------------------- QuZO
@@ -365,18 +373,18 @@ def test_a_plan_counts_what_an_anchor_reads_and_never_goes_to_disk(maker: Maker)
 @pytest.mark.parametrize("name", ["quzo", "qu-grzo"])
 def test_every_weight_that_is_probed_is_a_code_times_its_scale(name: str, maker: Maker) -> None:
     store = maker.trial(name, "int8").model.store
-    for row in store.trainables.values():
-        layout, every = row.layout, slice(0, row.target.rows)
+    for trainable in store.trainables.values():
+        layout, every = trainable.layout, slice(0, trainable.target.rows)
         if not isinstance(layout, Int8):
             continue
         steps = torch.zeros(layout.shape)
         for probing in (True, False):
-            u = store.directions.dense_at(Key(SEED, 1), row.target, every)
-            found = store.mask.shape(
-                u, Key(SEED, 1), row, every, lambda own=layout: own.read(slice(0, own.shape[0])),
+            u = store.directions.dense_at(Key(SEED, 1), trainable.target, every)
+            shaped = store.mask.shape(
+                u, Key(SEED, 1), trainable, every, lambda stored=layout: stored.read(slice(0, stored.shape[0])),
                 probing=probing,
             )  # fmt: skip
-            moved = SIGMA * found / layout.scale
+            moved = SIGMA * shaped / layout.scale
             assert (moved - moved.round()).abs().max() < 1e-4
             for sign in (1, -1):
                 assert (layout.codes + sign * moved.round()).abs().max() <= MOST_CODE
@@ -387,10 +395,10 @@ def test_every_weight_that_is_probed_is_a_code_times_its_scale(name: str, maker:
 
 def test_both_roundings_on_the_grid_are_unbiased_and_independent(maker: Maker) -> None:
     store = maker.trial("quzo", "int8").model.store
-    row = next(r for r in store.trainables.values() if isinstance(r.layout, Int8))
-    layout, every, tries = row.layout, slice(0, row.target.rows), 300
+    trainable = next(r for r in store.trainables.values() if isinstance(r.layout, Int8))
+    layout, every, tries = trainable.layout, slice(0, trainable.target.rows), 300
     assert isinstance(layout, Int8)
-    u = store.directions.dense_at(Key(SEED, 1), row.target, every)
+    u = store.directions.dense_at(Key(SEED, 1), trainable.target, every)
     width = layout.scale / SIGMA
     errors, crossed = torch.zeros(2, *layout.shape), 0.0
     inside = layout.codes.abs() + (u / width).abs() + 1 < MOST_CODE
@@ -398,7 +406,7 @@ def test_both_roundings_on_the_grid_are_unbiased_and_independent(maker: Maker) -
         pair = [
             (
                 store.mask.shape(
-                    u, Key(SEED, step), row, every, lambda: layout.read(every), probing=p
+                    u, Key(SEED, step), trainable, every, lambda: layout.read(every), probing=p
                 )
                 - u
             )

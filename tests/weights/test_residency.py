@@ -1,4 +1,4 @@
-"""Weights on disk: the same bits as in memory, through kills, damage and a full disk."""
+"""Weights on disk: a run has the same bits as in memory, despite kills, damage and a full disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from forks import Blow
 from safetensors import safe_open
 
 from edgezo.errors import EdgezoError
-from edgezo.machine.cache import cache_dir
+from edgezo.machine.downloads import cache_dir
 from edgezo.machine.limits import EVAL_TOKENS
 from edgezo.network.model import Model
 from edgezo.plan import footprint
@@ -163,7 +163,7 @@ def test_a_run_goes_on_where_there_is_more_or_less_room(deep, tmp_path, first, e
 
 
 def test_blocks_ahead_of_a_journal_that_was_cut_are_made_again(deep, tmp_path, edgezo_json):
-    """Without a snapshot a resume begins at step 0, and may itself be interrupted before its first step."""
+    """Without a snapshot a resume begins at step 0. It may itself be interrupted before its first step."""
     request = {"train": "full+head", "precision": "bf16", "steps": 6, "snapshot_every": 100}
     whole = run_of(deep, tmp_path / "whole", **request)
     run = tmp_path / "run"
@@ -173,8 +173,8 @@ def test_blocks_ahead_of_a_journal_that_was_cut_are_made_again(deep, tmp_path, e
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MicroBatchFitter, "longest_first", lambda self: _interrupt(run))
         assert edgezo_json("finetune", "--resume", "--out", run)[0] == 130
-    code, found = edgezo_json("finetune", "--resume", "--out", run)
-    assert (code, found["trained_sha256"]) == (0, whole["trained_sha256"])
+    code, resumed = edgezo_json("finetune", "--resume", "--out", run)
+    assert (code, resumed["trained_sha256"]) == (0, whole["trained_sha256"])
 
 
 def test_a_block_that_stays_in_memory_for_a_while_is_not_taken_from_an_old_file(deep, tmp_path):
@@ -184,14 +184,14 @@ def test_a_block_that_stays_in_memory_for_a_while_is_not_taken_from_an_old_file(
     assert files == [f"block-{i:04}.overlay" for i in range(4)]
     with pytest.MonkeyPatch.context() as patch:
         _keep(patch, 3)
-        found = finetune(make_config(settings, {"residency": "disk"}), resume=True)
-    assert found["steps"] == 3
+        resumed = finetune(make_config(settings, {"residency": "disk"}), resume=True)
+    assert resumed["steps"] == 3
     files = [file.name for file in (tmp_path / "run" / "overlay").glob("block-*")]
     assert files == ["block-0003.overlay"]
 
 
 def _keep(patch: pytest.MonkeyPatch, blocks: int) -> None:
-    """Let the plan keep some blocks in memory although disk was asked for."""
+    """Let the plan keep ``blocks`` blocks in memory although --residency disk was asked for."""
     real = session.make_plan
     patch.setattr(
         session,
@@ -202,27 +202,27 @@ def _keep(patch: pytest.MonkeyPatch, blocks: int) -> None:
 
 def test_folders_that_a_killed_evaluation_left_are_removed_by_the_next(deep, tmp_path, edgezo_json):
     run_of(deep, tmp_path / "run", train="full", precision="bf16", residency="disk")
-    left = cache_dir() / "overlay" / "tmpleft"
-    left.mkdir(parents=True)
+    leftover = cache_dir() / "overlay" / "tmpleft"
+    leftover.mkdir(parents=True)
     for name in ("lock", "block-0000.overlay"):
-        (left / name).touch()
+        (leftover / name).touch()
     assert edgezo_json("eval", "--model", tmp_path / "run")[0] == 0
-    assert not left.exists()
+    assert not leftover.exists()
 
 
 def test_replay_and_evaluation_take_weights_from_disk_too(deep, tmp_path, edgezo_json):
     request = {"train": "full+head", "precision": "bf16", "residency": "disk"}
     summary = run_of(deep, tmp_path / "run", **request)
-    code, found = edgezo_json("replay", tmp_path / "run", "--out", tmp_path / "again")
-    assert (code, found["trained_sha256"]) == (0, summary["trained_sha256"])
+    code, answer = edgezo_json("replay", tmp_path / "run", "--out", tmp_path / "again")
+    assert (code, answer["trained_sha256"]) == (0, summary["trained_sha256"])
     for made in ("run", "again"):
-        code, found = edgezo_json("eval", "--model", tmp_path / made)
-        assert (code, found["loss"]) == (0, summary["eval_after"]["loss"])
+        code, answer = edgezo_json("eval", "--model", tmp_path / made)
+        assert (code, answer["loss"]) == (0, summary["eval_after"]["loss"])
     with safe_open(tmp_path / "again" / "trained.safetensors", "pt") as file:
         saved = [Saved.of(name, file.get_tensor(name)) for name in file.keys()]
     assert saved_sha256(saved) == summary["trained_sha256"]
-    left = list((cache_dir() / "overlay").iterdir())
-    assert left == [], "temporary overlays are removed"
+    leftovers = list((cache_dir() / "overlay").iterdir())
+    assert leftovers == [], "temporary overlays are removed"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def test_replay_and_evaluation_take_weights_from_disk_too(deep, tmp_path, edgezo
 
 
 def _after_step(patch: pytest.MonkeyPatch, number: int, act: Callable[[Path], None]) -> None:
-    """Do something to the run after its step ``number``."""
+    """Call ``act`` with the run directory after step ``number``."""
     real = Stepper.step
 
     def stepped(self: Stepper, step: int, *more: Any) -> Any:
@@ -263,16 +263,16 @@ def test_a_damaged_block_is_made_again_and_named(deep, tmp_path, damage, precisi
     train = "full" if precision == "bf16" else "lowrank"
     request = {"train": train, "precision": precision, "steps": 6}
     whole = run_of(deep, tmp_path / "whole", **request)
-    told: list[str] = []
+    notes: list[str] = []
     progress = Silent()
-    progress.note = told.append  # type: ignore[method-assign]
+    progress.note = notes.append  # type: ignore[method-assign]
     with pytest.MonkeyPatch.context() as patch:
         _after_step(patch, 2, damage)
         config = make_config(deep.settings(out=str(tmp_path / "run"), **request, residency="disk"))
-        found = finetune(config, progress=progress)
-    assert found["trained_sha256"] == whole["trained_sha256"]
-    assert found["eval_after"] == whole["eval_after"]
-    assert any("block-0002" in text and "made again" in text for text in told), told
+        summary = finetune(config, progress=progress)
+    assert summary["trained_sha256"] == whole["trained_sha256"]
+    assert summary["eval_after"] == whole["eval_after"]
+    assert any("block-0002" in text and "made again" in text for text in notes), notes
 
 
 def test_a_damaged_table_stops_the_run_and_a_resume_goes_on(deep, tmp_path, edgezo_json):
@@ -288,8 +288,8 @@ def test_a_damaged_table_stops_the_run_and_a_resume_goes_on(deep, tmp_path, edge
     with pytest.MonkeyPatch.context() as patch, pytest.raises(EdgezoError, match="--resume"):
         _after_step(patch, 2, spoil)
         run_of(deep, tmp_path / "run", **request, residency="disk")
-    code, found = edgezo_json("finetune", "--resume", "--out", tmp_path / "run")
-    assert (code, found["trained_sha256"]) == (0, whole["trained_sha256"])
+    code, resumed = edgezo_json("finetune", "--resume", "--out", tmp_path / "run")
+    assert (code, resumed["trained_sha256"]) == (0, whole["trained_sha256"])
 
 
 def test_a_disk_that_fills_up_during_a_write_back_loses_nothing(deep, tmp_path, edgezo_json):
@@ -308,8 +308,8 @@ def test_a_disk_that_fills_up_during_a_write_back_loses_nothing(deep, tmp_path, 
         patch.setattr(os, "pwrite", full)
         run_of(deep, tmp_path / "run", **request, residency="disk")
     assert (tmp_path / "run" / "journal.bin").exists()
-    code, found = edgezo_json("finetune", "--resume", "--out", tmp_path / "run")
-    assert (code, found["trained_sha256"]) == (0, whole["trained_sha256"])
+    code, resumed = edgezo_json("finetune", "--resume", "--out", tmp_path / "run")
+    assert (code, resumed["trained_sha256"]) == (0, whole["trained_sha256"])
 
 
 def test_without_room_for_the_overlay_nothing_begins(deep, tmp_path, edgezo, monkeypatch):
@@ -350,6 +350,6 @@ def test_a_run_killed_in_a_write_of_the_overlay_ends_with_the_same_bits(deep, tm
         ["finetune", *arguments, "--resume", "--json"], tmp_path / "o"
     ).end()
     assert code == 0, err
-    found = json.loads(out)
-    assert found["trained_sha256"] == whole["trained_sha256"]
-    assert found["eval_after"] == whole["eval_after"]
+    summary = json.loads(out)
+    assert summary["trained_sha256"] == whole["trained_sha256"]
+    assert summary["eval_after"] == whole["eval_after"]

@@ -1,4 +1,4 @@
-"""Credit is the paper's formula where that is defined, and harmless everywhere else."""
+"""Credit is the paper's formula where that is defined, and finite and small everywhere else."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_no_losses_give_a_credit_that_is_not_finite_or_above_the_clip(pair, name
     bad = ~np.isfinite(losses).all(axis=0)
     with np.errstate(over="ignore", invalid="ignore"):
         credit = chosen.credit(losses)
-        found = chosen.coefficients(credit, 0.1, 2e-3)
-    assert np.isfinite(found).all()
+        coefficients = chosen.coefficients(credit, 0.1, 2e-3)
+    assert np.isfinite(coefficients).all()
     assert len(credit) == (1 if name == "candidates" else losses.shape[1])
     if name == "candidates":
         assert bad.all() <= (not credit.any())
@@ -89,17 +89,19 @@ def test_mezo_moves_by_the_learning_rate_times_the_directional_derivative():
     rng = np.random.default_rng(1)
     losses = rng.normal(1.0, 0.2, (2, 16)).astype(np.float32)
     mezo, sigma, lr = preset("mezo"), 1e-3, 1e-4
-    found = mezo.coefficients(difference_credit(losses), lr, sigma).sum()
+    coefficient = mezo.coefficients(difference_credit(losses), lr, sigma).sum()
     delta = float((losses[0].astype(np.float64) - losses[1]).mean())
-    assert found == pytest.approx(lr * delta / (2 * sigma), rel=1e-3)
+    assert coefficient == pytest.approx(lr * delta / (2 * sigma), rel=1e-3)
 
 
 def test_raw_credit_moves_each_direction_by_its_own_derivative():
     rng = np.random.default_rng(1)
     losses = rng.normal(1.0, 0.2, (2, 4)).astype(np.float32)
     sigma, lr = 1e-3, 1e-4
-    found = preset("grzo-raw").coefficients(difference_credit(losses), lr, sigma)
-    np.testing.assert_allclose(found, lr * (losses[0] - losses[1]) / (2 * sigma * 4), rtol=1e-3)
+    coefficients = preset("grzo-raw").coefficients(difference_credit(losses), lr, sigma)
+    np.testing.assert_allclose(
+        coefficients, lr * (losses[0] - losses[1]) / (2 * sigma * 4), rtol=1e-3
+    )
 
 
 def test_one_sided_credit_is_the_losses_standard_score():
@@ -146,14 +148,14 @@ def test_a_rule_with_a_rate_takes_the_estimate_at_rate_one():
     credit = np.array([1.0, -2.0], np.float32)
     plain, rated = (compose("mean", "none", rule, 8) for rule in ("sgd", "momentum"))
     for step in (0.1, 0.7):
-        found = rated.coefficients(credit, step, 1e-3)
-        np.testing.assert_array_equal(found, plain.coefficients(credit, 1.0, 1e-3))
+        coefficients = rated.coefficients(credit, step, 1e-3)
+        np.testing.assert_array_equal(coefficients, plain.coefficients(credit, 1.0, 1e-3))
 
 
 def test_grzo_moves_each_direction_by_a_fraction_of_the_probe():
     grzo = preset("grzo")
-    found = grzo.coefficients(np.array([1.0, -2.0], np.float32), 0.05, 2e-3)
-    np.testing.assert_allclose(found, [1e-4, -2e-4], rtol=2e-5)
+    coefficients = grzo.coefficients(np.array([1.0, -2.0], np.float32), 0.05, 2e-3)
+    np.testing.assert_allclose(coefficients, [1e-4, -2e-4], rtol=2e-5)
 
 
 def test_the_linear_schedule_ends_at_zero_and_the_constant_one_does_not_move():
@@ -173,8 +175,8 @@ def test_the_table_names_what_there_is():
         assert len(rules.UPDATE_RULES[name].states) == rule.state
     for name, credit in presets.CREDITS.items():
         for mask in presets.MASKS:
-            found = compose(name, mask, "sgd", 5).evaluations
-            assert len(found) == presets.forwards(name, mask, 5)
+            evaluations = compose(name, mask, "sgd", 5).evaluations
+            assert len(evaluations) == presets.forwards(name, mask, 5)
         assert {e.sign for e in compose(name, "none", "sgd", 5).evaluations} >= {1}
         assert credit.step
-    assert all(name == row.name for name, row in PRESETS.items())
+    assert all(name == preset_entry.name for name, preset_entry in PRESETS.items())

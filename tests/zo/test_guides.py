@@ -1,4 +1,4 @@
-"""Directions that are made from what a layer reads: what they are, and what a run keeps because no seed has them."""
+"""Activation-guided directions: what they are made from, and what a run saves because no seed gives them again."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ __all__ = ["maker"]  # a fixture
 
 
 def inputs_of(model: Model, examples: Any, step: int) -> dict[str, Tensor]:
-    """What each linear reads while a step is probed, (n, d_in) by weight name; the guides stay in the store."""
-    found: dict[str, Tensor] = {}
+    """The inputs of each linear in the forward of a step, (n, d_in) by weight name. The guides stay in the store."""
+    inputs: dict[str, Tensor] = {}
     hooks = [
         module.register_forward_pre_hook(
-            lambda module, args, name=name: found.__setitem__(f"{name}.weight", args[0].clone())
+            lambda module, args, name=name: inputs.__setitem__(f"{name}.weight", args[0].clone())
         )
         for name, module in model.module.named_modules()
         if isinstance(module, PerturbedLinear)
@@ -39,7 +39,7 @@ def inputs_of(model: Model, examples: Any, step: int) -> dict[str, Tensor]:
     model.losses(batch, model.probe(batch, Key(SEED, step), SIGMA), sides=2)
     for hook in hooks:
         hook.remove()
-    return {name: x.reshape(-1, x.shape[-1]) for name, x in found.items()}
+    return {name: x.reshape(-1, x.shape[-1]) for name, x in inputs.items()}
 
 
 @pytest.mark.parametrize("train", ["full", "lowrank"])
@@ -51,7 +51,7 @@ def test_a_guide_is_a_random_combination_of_the_example_s_own_inputs(
     guides = trial.model.store.take_guides()
     assert len(guides) == len(read) == 14
     lengths = [sum(len(row.ids) for row in example.rows) for example in trial.examples]
-    own = np.repeat(np.arange(len(lengths)), lengths)
+    slot_of = np.repeat(np.arange(len(lengths)), lengths)
     table = noise.signs(
         Key(SEED, 4), TOKENS, noise.COLUMN, slice(0, max(lengths)), MOST_SLOTS
     ).double()
@@ -62,11 +62,11 @@ def test_a_guide_is_a_random_combination_of_the_example_s_own_inputs(
             x = x @ trial.model.store.basis(weight, x.shape[1]).double().T
         plus, minus = x.chunk(2)
         for slot, length in enumerate(lengths):
-            at = torch.from_numpy(np.flatnonzero(own == slot))
+            at = torch.from_numpy(np.flatnonzero(slot_of == slot))
             wanted = table[:length, slot] @ (plus + minus)[at]
             wanted = wanted / wanted.norm()
             torch.testing.assert_close(v[slot].double(), wanted, atol=2e-6, rtol=0)
-            # The order of an example's tokens counts, and only its own are in it.
+            # It depends on the order of an example's tokens, and on these tokens alone.
             assert abs(float(v[slot].double().norm()) - 1) < 1e-4
     assert not trial.model.store.take_guides()
 
@@ -83,27 +83,27 @@ def test_micro_batches_make_the_same_guides(maker: Maker) -> None:
 
 def test_a_shared_basis_turns_to_what_the_layers_read(maker: Maker) -> None:
     trial = maker.trial("agzo", rank=4)
-    rows = {n: r for n, r in trial.model.store.trainables.items() if r.basis is not None}
-    assert len(rows) == 14
+    trainables = {n: r for n, r in trial.model.store.trainables.items() if r.basis is not None}
+    assert len(trainables) == 14
     read = inputs_of(trial.model, trial.examples, 0)
     for step in range(1, 12):
         trial.model.store.take_guides()
         read = inputs_of(trial.model, trial.examples, step)
-    for name, row in rows.items():
+    for name, trainable in trainables.items():
         x = sum(read[name].double().chunk(2))
-        before = row.basis.double()
+        before = trainable.basis.double()
         torch.testing.assert_close(before @ before.T, torch.eye(4).double(), atol=1e-5, rtol=0)
         top = torch.linalg.svd(x)[2][:4]
-        # How much of the inputs a basis of four holds: after some turns about as much as any could.
-        held, most = (x @ before.T).square().sum(), (x @ top.T).square().sum()
-        assert float(held / most) > 0.95, name
+        # The share of the inputs in the span of the basis: after some turns about the largest that four vectors have.
+        caught, most = (x @ before.T).square().sum(), (x @ top.T).square().sum()
+        assert float(caught / most) > 0.95, name
     used = trial.model.store.take_guides()
-    for name, row in rows.items():
-        assert not torch.equal(used[name], row.basis)
-    kept = {n: r.basis.clone() for n, r in rows.items()}
+    for name, trainable in trainables.items():
+        assert not torch.equal(used[name], trainable.basis)
+    bases = {n: r.basis.clone() for n, r in trainables.items()}
     inputs_of(trial.model, trial.examples, 12)
-    trial.model.store.take_guides(learn=False)  # a forward that is no step's
-    assert all(torch.equal(kept[n], r.basis) for n, r in rows.items())
+    trial.model.store.take_guides(learn=False)  # a forward that belongs to no step
+    assert all(torch.equal(bases[n], r.basis) for n, r in trainables.items())
 
 
 def test_the_grid_of_guides_is_kept_by_bf16_and_holds_only_finite_values() -> None:
@@ -119,20 +119,20 @@ def test_a_snapshot_holds_the_weights_and_a_lost_one_is_made_again(
     bench: Any, edgezo_json: Any, tmp_path: Any
 ) -> None:
     run = tmp_path / "run"
-    said = bench.settings(estimator="ag-grzo", train="full", precision="bf16", steps=3)
-    whole = finetune(make_config({**said, "out": str(run)}))
+    request = bench.settings(estimator="ag-grzo", train="full", precision="bf16", steps=3)
+    whole = finetune(make_config({**request, "out": str(run)}))
     with safe_open(run / "head.safetensors", "pt") as file:
         names = set(file.keys())
     assert any(name.endswith("mlp.down_proj.weight") for name in names)
-    code, found = edgezo_json("eval", "--model", run)
-    assert code == 0 and found["value"] == whole["eval_after"]["value"]
-    kept = (run / "head.safetensors").read_bytes()
-    (run / "head.safetensors").write_bytes(kept[: len(kept) // 2])
-    code, found = edgezo_json("eval", "--model", run)
-    assert code == 1 and "head.safetensors is damaged" in found["error"]
+    code, answer = edgezo_json("eval", "--model", run)
+    assert code == 0 and answer["value"] == whole["eval_after"]["value"]
+    whole_file = (run / "head.safetensors").read_bytes()
+    (run / "head.safetensors").write_bytes(whole_file[: len(whole_file) // 2])
+    code, answer = edgezo_json("eval", "--model", run)
+    assert code == 1 and "head.safetensors is damaged" in answer["error"]
     (run / "head.safetensors").unlink()
-    code, found = edgezo_json("replay", run, "--out", tmp_path / "copy")
-    assert code == 1 and "--resume" in found["error"]
+    code, answer = edgezo_json("replay", run, "--out", tmp_path / "copy")
+    assert code == 1 and "--resume" in answer["error"]
     (run / "summary.json").unlink()
     code, again = edgezo_json("finetune", "--resume", "--out", run)
     assert code == 0 and again["trained_sha256"] == whole["trained_sha256"]
@@ -140,20 +140,20 @@ def test_a_snapshot_holds_the_weights_and_a_lost_one_is_made_again(
 
 
 @pytest.mark.parametrize(
-    ("said", "word"),
+    ("changes", "word"),
     [
-        ({"train": "norms"}, "what matrices read"),
+        ({"train": "norms"}, "inputs of matrices"),
         ({"mask": "sparse"}, "--mask sparse"),
-        ({"credit": "candidates"}, "each example's own"),
+        ({"credit": "candidates"}, "made for one example each"),
         ({"residency": "disk"}, "from seeds"),
-        ({"estimator": "agzo", "train": "full+lowrank"}, "turns at every step"),
-        ({"estimator": "agzo", "rule": "momentum"}, "turns at every step"),
+        ({"estimator": "agzo", "train": "full+lowrank"}, "changes at every step"),
+        ({"estimator": "agzo", "rule": "momentum"}, "changes at every step"),
     ],
 )
-def test_what_no_guide_can_be_made_for_is_refused(said: dict[str, str], word: str) -> None:
+def test_what_no_guide_can_be_made_for_is_refused(changes: dict[str, str], word: str) -> None:
     request = {"model": "m", "task": "t", "estimator": "ag-grzo"}
     with pytest.raises(UsageError, match=word):
-        make_config({**request, **said})
+        make_config({**request, **changes})
 
 
 @pytest.mark.parametrize("name", ["agzo", "ag-grzo"])
@@ -174,11 +174,11 @@ def test_a_step_that_is_begun_anew_forgets_what_its_first_micro_batch_made(
                 raise BudgetExceeded("as if memory were short")
             return real(self, batch, probe, **more)
 
-        said = bench.settings(estimator=name, train="full", precision="fp32", steps=3)
-        said |= {"batch_size": 4, "micro_batch": 2, "out": str(tmp_path / str(struck))}
+        request = bench.settings(estimator=name, train="full", precision="fp32", steps=3)
+        request |= {"batch_size": 4, "micro_batch": 2, "out": str(tmp_path / str(struck))}
         with monkeypatch.context() as patch:
             patch.setattr(Model, "losses", losses)
-            found = finetune(make_config(said))
-        assert found["micro_batch"] == 1
-        ends.append(found["trained_sha256"])
+            summary = finetune(make_config(request))
+        assert summary["micro_batch"] == 1
+        ends.append(summary["trained_sha256"])
     assert ends[0] == ends[1]

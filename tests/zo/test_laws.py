@@ -1,7 +1,7 @@
-"""The laws of the engine: every family, whatever is trained, along every direction, from every store.
+"""Laws that hold for every model family, every choice of what is trained, every direction and every precision.
 
-The reference is always transformers' own module holding an explicit float64 copy of the weights (``reference``).
-Cases are in ``workshop``.
+The reference is always transformers' module with an explicit float64 copy of the weights (reference.py). The cases are
+in workshop.py.
 """
 
 from __future__ import annotations
@@ -87,15 +87,15 @@ def test_a_packed_forward_gives_the_losses_of_transformers_padded_batch(tried: T
         for number, row in enumerate(rows):
             close(padded[number, list(row.score_at)], twin.logits(row), atol=1e-5)
         wanted = torch.stack([twin.loss(example) for example in tried.examples])
-    found, predicted = as_loaded(tried).losses(tried.batch)
-    close(found[0], wanted, atol=2e-5)
+    losses, predicted = as_loaded(tried).losses(tried.batch)
+    close(losses[0], wanted, atol=2e-5)
     if tried.case.kind == "label":
         first = [twin.logits(e.rows[0])[0, list(LABEL_IDS)].argmax() for e in tried.examples]
         assert predicted[0].tolist() == [int(i) for i in first]
 
 
 def as_loaded(tried: Tried) -> Model:
-    """The model as loaded, before ``_settle``."""
+    """The model as loaded, before ``workshop.settle`` moves its weights."""
     case = tried.case
     spec = ModelSpec("fp32", case.train, "signs", KEY.seed, kind=case.kind, label_ids=LABEL_IDS)
     return assemble(open_model(tried.path), spec)
@@ -106,12 +106,12 @@ def as_loaded(tried: Tried) -> Model:
 
 @cases()
 def test_perturbed_losses_are_those_of_an_explicit_copy_of_the_weights(tried: Tried) -> None:
-    found = tried.losses()
+    losses = tried.losses()
     wanted = tried.twin.losses(tried.model, tried.examples, KEY, SIGMA)
-    close(found, wanted, atol=1e-4, rtol=1e-5)
+    close(losses, wanted, atol=1e-4, rtol=1e-5)
     # The two sides differ by far more than what rounding could pretend.
     assert (wanted[0] - wanted[1]).abs().max() > 1e-2
-    close(found[0] - found[1], wanted[0] - wanted[1], atol=1e-4)
+    close(losses[0] - losses[1], wanted[0] - wanted[1], atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ("qwen3", "gemma3_text"))
@@ -140,13 +140,13 @@ def test_the_update_is_the_weighted_sum_of_the_probed_directions(tried: Tried) -
     still += [t.clone() for t in store.vectors.values()]
     store.apply([recipe])
     after = tried.values()
-    for name, row in store.trainables.items():
+    for name, trainable in store.trainables.items():
         wanted = reference.update(store, recipe, name, tried.used[name])
         moved = after[name] - before[name]
         assert wanted.abs().max() > 0
-        assert cosine(moved, wanted) > 1 - 1e-4 or _coarse(row.layout), name
+        assert cosine(moved, wanted) > 1 - 1e-4 or _coarse(trainable.layout), name
         # Half a step of the grid (a whole one where rounding is random), and fp32's own rounding.
-        spare = _grid(row.layout) + 3e-7 * (before[name].abs() + wanted.abs())
+        spare = _grid(trainable.layout) + 3e-7 * (before[name].abs() + wanted.abs())
         assert bool(((moved - wanted).abs() <= spare).all()), name
         untouched = wanted == 0
         assert torch.equal(after[name][untouched], before[name][untouched]), name
@@ -166,7 +166,7 @@ def _coarse(layout: layouts.Dense | layouts.Int8) -> bool:
 
 
 def _grid(layout: layouts.Dense | layouts.Int8) -> Tensor:
-    """How far ``snap`` may move each value, (rows, cols) float64."""
+    """(rows, cols) float64: how far ``snap`` may move each value."""
     if isinstance(layout, layouts.Int8):
         return code_steps(layout) if layout.low is None else layout.scale.double() / 256
     if layout.values.dtype == torch.float32:
@@ -183,13 +183,13 @@ def test_weight_decay_shrinks_before_the_update(tried: Tried) -> None:
     before = tried.values()
     store.apply([recipe])
     after = tried.values()
-    for name, row in store.trainables.items():
-        moves = torch.zeros(row.target.rows, dtype=torch.bool)
+    for name, trainable in store.trainables.items():
+        moves = torch.zeros(trainable.target.rows, dtype=torch.bool)
         for rows in tried.used[name]:
             moves[rows] = True
         update = reference.update(store, recipe, name, tried.used[name])
         wanted = torch.where(moves[:, None], before[name] * (1 - decay), before[name]) + update
-        spare = 2 * _grid(row.layout) + 3e-7 * (before[name].abs() + update.abs())
+        spare = 2 * _grid(trainable.layout) + 3e-7 * (before[name].abs() + update.abs())
         assert bool(((after[name] - wanted).abs() <= spare).all()), name
 
 
@@ -201,19 +201,19 @@ def replace_decay(recipe: Recipe, decay: float) -> Recipe:
 
 
 class Flipped(Directions):
-    """Directions with the sign of one tensor's turned around."""
+    """Directions that have the opposite sign in one tensor."""
 
     flipped: str
 
     def row_signs(self, key: Key, target: Target, slots: Sequence[int]) -> Tensor:
-        found = super().row_signs(key, target, slots)
-        return -found if target.name == self.flipped else found
+        signs = super().row_signs(key, target, slots)
+        return -signs if target.name == self.flipped else signs
 
     def dense_rows(
         self, key: Key, target: Target, rows: slice, basis: Tensor | None = None
     ) -> Tensor:
-        found = super().dense_rows(key, target, rows, basis)
-        return -found if target.name == self.flipped and not self.factored else found
+        u = super().dense_rows(key, target, rows, basis)
+        return -u if target.name == self.flipped and not self.factored else u
 
 
 @cases(
@@ -346,12 +346,12 @@ def test_a_probe_that_blows_up_leaves_every_weight_finite(
     assert not torch.isfinite(losses).all()
     touched = model.take_touched(len(tried.examples))
     losses[:, 1] = torch.tensor([1.0, 2.0])  # one example came through
-    chosen, row = preset(estimator), PRESETS[estimator]
-    c = chosen.coefficients(chosen.credit(losses.numpy()), row.step, row.sigma)
+    chosen, entry = preset(estimator), PRESETS[estimator]
+    c = chosen.coefficients(chosen.credit(losses.numpy()), entry.step, entry.sigma)
     model.store.apply([Recipe(0, c, 0.01, touched)])
     if model.exact is not None:
         model.exact.update(0.01)
-    assert all(torch.isfinite(t.float()).all() for kept in model.saved() for t in kept.pieces())
+    assert all(torch.isfinite(t.float()).all() for tensor in model.saved() for t in tensor.pieces())
 
 
 # ----------------------------------------------------------------------------- compute dtype
@@ -364,12 +364,12 @@ def test_bf16_arithmetic_gives_near_losses_and_the_same_updates(
     wide, low = tried.model, workshop.model(tried.case, torch.bfloat16)
     load_trained(low.store, tried.start)
     recipe = tried.recipe(KEY.step)
-    found, _ = low.losses(tried.batch, low.probe(tried.batch, KEY, SIGMA), sides=2)
+    losses, _ = low.losses(tried.batch, low.probe(tried.batch, KEY, SIGMA), sides=2)
     touched = low.take_touched(len(tried.examples))
     # Random networks amplify bf16's 0.4 %; a wrong operation would be off by the size of the loss.
     wanted = tried.losses()
-    assert found.dtype == torch.float32
-    assert (found - wanted).abs().mean() < 0.1 * wanted.mean()
+    assert losses.dtype == torch.float32
+    assert (losses - wanted).abs().mean() < 0.1 * wanted.mean()
     assert all(np.array_equal(a, b) for a, b in zip(touched, recipe.touched, strict=True))
     wide.store.apply([recipe])
     low.store.apply([recipe])

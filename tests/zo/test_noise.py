@@ -1,4 +1,4 @@
-"""The generator gives the reference's bits at every address, and the bits pass for independent fair coins."""
+"""Noise has the reference's bits at every address, and its bits pass tests for independent fair coins."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ Signs = Callable[[int, int, int, int], np.ndarray]  # (seed, step, rows, cols) -
 
 
 def _philox(seed: int, step: int, rows: int, cols: int) -> np.ndarray:
-    found = noise.signs(Key(seed, step), noise.tensor_id("w"), noise.ROW, slice(0, rows), cols)
-    return found.numpy().astype(np.float64)
+    signs = noise.signs(Key(seed, step), noise.tensor_id("w"), noise.ROW, slice(0, rows), cols)
+    return signs.numpy().astype(np.float64)
 
 
 def _parity(seed: int, step: int, rows: int, cols: int) -> np.ndarray:
-    """Bit 0 of an affine hash, as a published release draws its signs: not a generator."""
+    """Bit 0 of an affine hash, by which the release of a paper draws its signs. It is no generator."""
     r, c = np.arange(rows)[:, None], np.arange(cols)[None]
     mixed = r * 2654435761 + c * 40503 + seed + step
     return 1.0 - 2.0 * (mixed & 1)
 
 
 def suspicious(signs: Signs, rows: int = 64, cols: int = 512) -> list[str]:
-    """The statistics that independent fair signs fail with probability 1e-5 or so each."""
+    """The tests that ``signs`` fail. Independent fair signs fail each with a probability of about 1e-5."""
     limit = 5.0
     tables = {(seed, step): signs(seed, step, rows, cols) for seed in (0, 1) for step in (0, 1)}
     x = tables[0, 0]
@@ -49,23 +49,23 @@ def suspicious(signs: Signs, rows: int = 64, cols: int = 512) -> list[str]:
 
 def test_the_words_are_those_of_ten_rounds_written_out():
     key, tensor = Key(7, 11), noise.tensor_id("model.layers.0.mlp.up_proj.weight")
-    found = noise.signs(key, tensor, noise.COLUMN, slice(2, 5), 300)
+    signs = noise.signs(key, tensor, noise.COLUMN, slice(2, 5), 300)
     wanted = [
         [reference.sign(key, tensor, noise.COLUMN, r, c, 300) for c in range(300)]
         for r in range(2, 5)
     ]
-    assert found.tolist() == wanted
+    assert signs.tolist() == wanted
 
 
 def test_normals_are_the_quantiles_that_their_codes_name():
     key, tensor = Key(3, 0), noise.tensor_id("w")
     levels = reference.normal_levels()
-    found = noise.normals(key, tensor, noise.DENSE, slice(0, 2), 40)
+    drawn = noise.normals(key, tensor, noise.DENSE, slice(0, 2), 40)
     wanted = [
         [levels[reference.code(key, tensor, noise.DENSE, r, c, 40)] for c in range(40)]
         for r in range(2)
     ]
-    np.testing.assert_array_equal(found.numpy(), np.array(wanted, np.float32))
+    np.testing.assert_array_equal(drawn.numpy(), np.array(wanted, np.float32))
 
 
 @given(
@@ -81,12 +81,12 @@ def test_a_slice_is_the_slice_of_the_whole(seed, step, start, count, width):
 
 def test_the_bits_do_not_depend_on_the_number_of_threads():
     threads = torch.get_num_threads()
-    found = []
+    drawn = []
     for n in (1, 2):
         torch.set_num_threads(n)
-        found.append(noise.normals(Key(1, 2), 3, noise.DENSE, slice(0, 64), 512))
+        drawn.append(noise.normals(Key(1, 2), 3, noise.DENSE, slice(0, 64), 512))
     torch.set_num_threads(threads)
-    assert torch.equal(*found)
+    assert torch.equal(*drawn)
 
 
 def test_the_signs_pass_for_independent_fair_coins():

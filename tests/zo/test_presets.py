@@ -1,7 +1,7 @@
-"""The contract that every row of the table keeps: adding a preset is adding a row.
+"""The contract that every preset keeps, so that a new preset needs no new test.
 
-On a tiny Llama with all examples of a label task, each preset on the stores that it supports. The reference holds
-explicit float64 weights, and takes the step that the preset's paper describes.
+Each preset is tried with every precision that it supports, on a tiny Llama and the examples of a label task. The
+reference holds explicit float64 weights and takes the step that the preset's paper describes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from edgezo.machine import limits
 from edgezo.network.assemble import ModelSpec, assemble
 from edgezo.network.loader import open_model
 from edgezo.network.model import Model
+from edgezo.plan.config import RunConfig
 from edgezo.plan.planner import make_plan
-from edgezo.plan.request import RunConfig, make_config
+from edgezo.plan.request import make_config
 from edgezo.run.journal import Journal, create_journal, open_journal
 from edgezo.run.journal_record import StepRecord
 from edgezo.run.recipes import recipe_of
@@ -63,8 +64,8 @@ UPDATED_ALONG_ANOTHER = ("quzo", "qu-grzo")  # an independent rounding of what w
 
 
 def stores(name: str) -> tuple[str, ...]:
-    found = ("fp32", "bf16", "int8")
-    return found if "full" in PRESETS[name].train else (*found, "int4")
+    precisions = ("fp32", "bf16", "int8")
+    return precisions if "full" in PRESETS[name].train else (*precisions, "int4")
 
 
 ON_STORES = [(name, store) for name in PRESETS for store in stores(name)]
@@ -74,7 +75,7 @@ on_stores = pytest.mark.parametrize(("name", "precision"), ON_STORES)
 
 @dataclass
 class Trial:
-    """A preset on a model, with a group of examples."""
+    """A preset, a model to try it on, and a group of examples."""
 
     cfg: RunConfig
     model: Model
@@ -88,19 +89,19 @@ class Trial:
         self.used = [self.twin.rows_used(example) for example in self.examples]
 
     def losses(self, step: int, size: int = 4) -> np.ndarray:
-        """(S, B) of a step, in micro-batches of ``size``."""
-        self.scales = told(self.cfg, self.model.store, step)
+        """The losses (S, B) of a step, computed in micro-batches of ``size``."""
+        self.scales = finetuner_scales(self.cfg, self.model.store, step)
         sides = len(self.model.evaluations)
-        found = np.empty((sides, len(self.examples)), np.float32)
-        there = np.empty_like(found)
+        losses = np.empty((sides, len(self.examples)), np.float32)
+        at_anchor = np.empty_like(losses)
         for slots in micro_batches(self.examples, size):
             batch = collate([self.examples[s] for s in slots], slots)
             probe = self.model.probe(batch, Key(SEED, step), self.cfg.sigma)
-            found[:, slots] = self.model.losses(batch, probe, sides=sides)[0].numpy()
+            losses[:, slots] = self.model.losses(batch, probe, sides=sides)[0].numpy()
             if compared(self.cfg, step):
                 with self.model.store.at_anchor():
-                    there[:, slots] = self.model.losses(batch, probe, sides=sides)[0].numpy()
-        return np.concatenate([found, there]) if compared(self.cfg, step) else found
+                    at_anchor[:, slots] = self.model.losses(batch, probe, sides=sides)[0].numpy()
+        return np.concatenate([losses, at_anchor]) if compared(self.cfg, step) else losses
 
     def record(self, step: int, losses: np.ndarray) -> StepRecord:
         credit = self.estimator.credit(losses)
@@ -118,48 +119,51 @@ class Trial:
         return recipe_of(self.cfg, self.record(step, losses))._replace(guides=guides)
 
     def run(self, steps: int = STEPS) -> list[Recipe]:
-        found = []
+        recipes = []
         for step in range(steps):
-            found.append(self.recipe(step, self.losses(step)))
-            self.model.store.apply(found[-1:])
-        return found
+            recipes.append(self.recipe(step, self.losses(step)))
+            self.model.store.apply(recipes[-1:])
+        return recipes
 
     def values(self) -> dict[str, Tensor]:
-        rows = self.model.store.trainables.items()
-        return {name: row.layout.read(slice(0, row.target.rows)).double() for name, row in rows}
+        trainables = self.model.store.trainables.items()
+        return {
+            name: trainable.layout.read(slice(0, trainable.target.rows)).double()
+            for name, trainable in trainables
+        }
 
     def directions(self, step: int, name: str) -> list[Tensor]:
-        """D_i as each direction moves the tensor: of an embedding only the rows that were used."""
+        """D_i of each direction, zero where it does not move the tensor: in rows of an embedding that were not used."""
         store, key = self.model.store, Key(SEED, step)
-        row = store.trainables[name]
-        seen = reference.seen_values(row)
+        trainable = store.trainables[name]
+        weights = reference.seen_values(trainable)
         number = self.model.candidates or len(self.examples)
-        found = []
+        directions = []
         for slot in range(number):
-            d = reference.masked(store, row, key, slot, seen)
-            own = [used[name] for used in self.used if name in used]
-            if own:
-                moved = torch.zeros(row.target.rows, 1, dtype=torch.float64)
-                moved[torch.cat(own) if self.model.candidates else own[slot]] = 1
+            d = reference.masked(store, trainable, key, slot, weights)
+            used_rows = [used[name] for used in self.used if name in used]
+            if used_rows:
+                moved = torch.zeros(trainable.target.rows, 1, dtype=torch.float64)
+                moved[torch.cat(used_rows) if self.model.candidates else used_rows[slot]] = 1
                 d = d * moved
-            found.append(d)
-        return found
+            directions.append(d)
+        return directions
 
 
 def compared(cfg: RunConfig, step: int) -> bool:
-    """Whether a step's losses are those at its anchor as well."""
+    """Whether the losses of a step are computed at SVRG's anchor as well."""
     return cfg.anchored and not cfg.is_anchor(step)
 
 
 def with_pull(cfg: RunConfig, step: int, credit: np.ndarray, pull: float) -> np.ndarray:
-    """The credit of a record: of an anchored row with that of its anchor at the end."""
+    """The credit that a journal record holds: with SVRG that of the anchor's step comes last."""
     if not cfg.anchored:
         return credit
     return np.append(credit, 0.0 if cfg.is_anchor(step) else pull).astype(np.float32)
 
 
-def told(cfg: RunConfig, store: WeightStore, step: int) -> np.ndarray | None:
-    """What a finetuner might tell the store at a step: other scales for every tensor and step."""
+def finetuner_scales(cfg: RunConfig, store: WeightStore, step: int) -> np.ndarray | None:
+    """Give the store scales as a finetuner would, others for every tensor and step; returns what a record holds."""
     if cfg.mask != "block":
         return None
     names = sorted(store.trainables)
@@ -195,10 +199,10 @@ class Maker:
         return assemble(open_model(self.path), spec)
 
     def config(self, name: str, precision: str = "fp32", **changes: Any) -> RunConfig:
-        said = {"model": "m", "task": "t", "estimator": name, "precision": precision}
-        said |= {"finetuner": "f"} if PRESETS[name].mask == "block" else {}
+        request = {"model": "m", "task": "t", "estimator": name, "precision": precision}
+        request |= {"finetuner": "f"} if PRESETS[name].mask == "block" else {}
         train = tuple(part for part in PRESETS[name].train if part != "head")
-        return make_config({**said, "sigma": SIGMA, "train": train, **changes})
+        return make_config({**request, "sigma": SIGMA, "train": train, **changes})
 
     def trial(self, name: str, precision: str = "fp32", **changes: Any) -> Trial:
         cfg = self.config(name, precision, **changes)
@@ -219,14 +223,18 @@ def maker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Maker]:
 def settle(trial: Trial) -> None:
     """Move factors, gains and curvatures away from where they start."""
     generator = torch.Generator().manual_seed(3)
-    for name, row in trial.model.store.trainables.items():
-        every = slice(0, row.target.rows)
-        step = torch.randn(row.layout.shape, generator=generator) * (0.1 if "#" in name else 1e-3)
-        values = row.layout.read(every) + step
-        row.layout.write(every, row.layout.snap(values, Key(0, 0), row.target.id, every))
+    for name, trainable in trial.model.store.trainables.items():
+        every = slice(0, trainable.target.rows)
+        step = torch.randn(trainable.layout.shape, generator=generator) * (
+            0.1 if "#" in name else 1e-3
+        )
+        values = trainable.layout.read(every) + step
+        trainable.layout.write(
+            every, trainable.layout.snap(values, Key(0, 0), trainable.target.id, every)
+        )
         for state in trial.model.store.mask.states:
-            held = row.state[state]
-            held.copy_(torch.rand(held.shape, generator=generator) + 0.5)
+            values_of_state = trainable.state[state]
+            values_of_state.copy_(torch.rand(values_of_state.shape, generator=generator) + 0.5)
 
 
 # ----------------------------------------------------------------------------- probed as said
@@ -241,32 +249,32 @@ def test_losses_are_those_of_explicit_weights_at_every_evaluation(
     model, key = trial.model, Key(SEED, 3)
     if name in UPDATED_ALONG_ANOTHER:
         monkeypatch.setattr(reference, "masked", probed_of_quantized)
-    found = trial.losses(3)[: len(model.evaluations)]
-    wanted = np.empty_like(found, dtype=np.float64)
+    losses = trial.losses(3)[: len(model.evaluations)]
+    wanted = np.empty_like(losses, dtype=np.float64)
     for number, evaluation in enumerate(model.evaluations):
         for slot, example in enumerate(trial.examples):
-            own = slot if evaluation.candidate is None else evaluation.candidate
-            weights = reference.explicit_weights(model, key, own, evaluation.sign * SIGMA)
+            candidate = slot if evaluation.candidate is None else evaluation.candidate
+            weights = reference.explicit_weights(model, key, candidate, evaluation.sign * SIGMA)
             trial.twin.load(weights)
             wanted[number, slot] = float(trial.twin.loss(example).detach())
-    assert len(found) == forwards(trial.cfg.credit, trial.cfg.mask, trial.cfg.candidates)
-    np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=1e-5)
+    assert len(losses) == forwards(trial.cfg.credit, trial.cfg.mask, trial.cfg.candidates)
+    np.testing.assert_allclose(losses, wanted, atol=1e-4, rtol=1e-5)
     assert np.abs(wanted - wanted[:, ::-1]).max() > 1e-2
-    assert len(found) == 1 or np.abs(wanted[0] - wanted[1]).max() > 1e-2
+    assert len(losses) == 1 or np.abs(wanted[0] - wanted[1]).max() > 1e-2
 
 
-def probed_of_quantized(store: Any, row: Any, key: Key, slot: int, seen: Tensor) -> Tensor:
+def probed_of_quantized(store: Any, trainable: Any, key: Key, slot: int, weights: Tensor) -> Tensor:
     """D_i with U rounded as the probe rounds it."""
-    every = slice(0, row.target.rows)
-    u = store.directions.dense_at(key, row.target, every)
-    rounded = store.mask.shape(u, key, row, every, lambda: seen.float(), probing=True)
-    d = reference.direction(store.directions.name, key, row.target, slot)
+    every = slice(0, trainable.target.rows)
+    u = store.directions.dense_at(key, trainable.target, every)
+    rounded = store.mask.shape(u, key, trainable, every, lambda: weights.float(), probing=True)
+    d = reference.direction(store.directions.name, key, trainable.target, slot)
     return d / u.double() * rounded.double()
 
 
 # ----------------------------------------------------------------------------- moved as published
 
-# Rows with an equation of their own elsewhere in this file.
+# Presets whose equations are tested elsewhere in this file.
 OWN_TWIN = ("hizoo", "hizoo-block", "lozo-m", "mezo-svrg", *UPDATED_ALONG_ANOTHER)
 
 
@@ -282,14 +290,14 @@ def test_steps_are_those_of_the_paper(name: str, precision: str, maker: Maker) -
         along = {n: trial.directions(step, n) for n in theta}
         trial.model.store.apply([trial.recipe(step, losses)])
         after = trial.values()
-        for n, row in trial.model.store.trainables.items():
+        for n, trainable in trial.model.store.trainables.items():
             state = states.setdefault(n, {})
             if name == "zo-adamu":
-                state["moment"] = reference.centred(Key(SEED, step), row.target)[1]
+                state["moment"] = reference.centred(Key(SEED, step), trainable.target)[1]
             wanted = reference.published_step(trial.cfg, step, theta[n], along[n], losses, state)
             moved = wanted - before[n]
             # fp32's own rounding, coefficients' 17 bits, and half a step of a coarser grid.
-            spare = 3e-7 * before[n].abs() + 1e-4 * moved.abs().max() + grid(row.layout)
+            spare = 3e-7 * before[n].abs() + 1e-4 * moved.abs().max() + grid(trainable.layout)
             assert bool(((after[n] - wanted).abs() <= spare).all()), (n, step)
             assert moved.abs().max() > 0 or n not in moving(trial, step)
             theta[n] = after[n]  # each step on its own: rounding does not add up
@@ -316,25 +324,25 @@ def test_hizoo_divides_by_a_running_curvature_that_it_measures(
     pace = 0.01
     monkeypatch.setattr(masks, "HESSIAN_PACE", pace)
     trial = maker.trial(name)
-    rows = trial.model.store.trainables
-    curvature = {n: torch.ones(r.layout.shape, dtype=torch.float64) for n, r in rows.items()}
-    assert name == "hizoo" or all(r.state["hessian"].shape[1] == 1 for r in rows.values())
+    trainables = trial.model.store.trainables
+    curvature = {n: torch.ones(r.layout.shape, dtype=torch.float64) for n, r in trainables.items()}
+    assert name == "hizoo" or all(r.state["hessian"].shape[1] == 1 for r in trainables.values())
     lr = trial.cfg.step
     for step in range(4):
         before, losses = trial.values(), trial.losses(step)
         trial.model.store.apply([trial.recipe(step, losses)])
         after = trial.values()
         plus, minus, plain = losses.astype(np.float64).mean(1)
-        for n, row in rows.items():
-            z = reference.direction("shared", Key(SEED, step), row.target, 0)
+        for n, trainable in trainables.items():
+            z = reference.direction("shared", Key(SEED, step), trainable.target, 0)
             h = curvature[n]
             wanted = before[n] - lr * (plus - minus) / (2 * SIGMA) * z / torch.sqrt(h)
             torch.testing.assert_close(after[n], wanted, atol=1e-7, rtol=1e-4)
-            told = abs(plus + minus - 2 * plain) / (2 * SIGMA**2)
+            measured = abs(plus + minus - 2 * plain) / (2 * SIGMA**2)
             squares = z**2 if name == "hizoo" else (z**2).mean(1, keepdim=True).expand_as(z)
-            curvature[n] = (1 - pace) * h + pace * told * h * squares
-            held = row.state["hessian"].double().expand_as(z)
-            torch.testing.assert_close(held, curvature[n], atol=0, rtol=1e-4)
+            curvature[n] = (1 - pace) * h + pace * measured * h * squares
+            stored = trainable.state["hessian"].double().expand_as(z)
+            torch.testing.assert_close(stored, curvature[n], atol=0, rtol=1e-4)
     assert any((c - 1).abs().max() > 0.01 for c in curvature.values())
 
 
@@ -351,8 +359,8 @@ def test_svrg_corrects_the_anchors_estimate_by_what_the_batch_says_of_both(
         losses = trial.losses(step)
         assert len(losses) == (2 if step % 2 == 0 else 4)
         along = {
-            n: reference.direction("shared", Key(SEED, step), row.target, 0)
-            for n, row in store.trainables.items()
+            n: reference.direction("shared", Key(SEED, step), trainable.target, 0)
+            for n, trainable in store.trainables.items()
         }
         delta = (losses[0] - losses[1]).astype(np.float64).mean() / (2 * SIGMA)
         if step % 2 == 0:
@@ -366,8 +374,8 @@ def test_svrg_corrects_the_anchors_estimate_by_what_the_batch_says_of_both(
                         trial.twin.load(reference.explicit_weights(trial.model, Key(0, 0), 0, 0.0))
                     wanted = float(trial.twin.loss(example).detach())
                     assert abs(losses[2 + side, slot] - wanted) < 1e-4
-            there = (losses[2] - losses[3]).astype(np.float64).mean() / (2 * SIGMA)
-            g = {n: (delta - there) * z + at_anchor[n] for n, z in along.items()}
+            delta_at_anchor = (losses[2] - losses[3]).astype(np.float64).mean() / (2 * SIGMA)
+            g = {n: (delta - delta_at_anchor) * z + at_anchor[n] for n, z in along.items()}
         store.apply([trial.recipe(step, losses)])
         after = trial.values()
         for n, step_of in g.items():
@@ -379,35 +387,35 @@ def test_svrg_corrects_the_anchors_estimate_by_what_the_batch_says_of_both(
 
 @contextmanager
 def replaced(store: WeightStore, values: dict[str, Tensor]) -> Iterator[None]:
-    rows = store.trainables
-    held = {n: rows[n].values.clone() for n in values}
+    trainables = store.trainables
+    before = {n: trainables[n].values.clone() for n in values}
     for n, v in values.items():
-        rows[n].values.copy_(v)
+        trainables[n].values.copy_(v)
     try:
         yield
     finally:
-        for n, v in held.items():
-            rows[n].values.copy_(v)
+        for n, v in before.items():
+            trainables[n].values.copy_(v)
 
 
 def test_lozo_m_keeps_its_momentum_in_the_basis_and_takes_it_along(maker: Maker) -> None:
     trial = maker.trial("lozo-m", refresh=2, rank=3)
-    rows = {n: r for n, r in trial.model.store.trainables.items() if not r.target.vector}
+    trainables = {n: r for n, r in trial.model.store.trainables.items() if not r.target.vector}
     rank, lr, n_of = 3, trial.cfg.step, {}
     bases: dict[str, Tensor] = {}
     for step in range(5):
         before, losses = trial.values(), trial.losses(step)
-        along = {n: trial.directions(step, n) for n in rows}
+        along = {n: trial.directions(step, n) for n in trainables}
         trial.model.store.apply([trial.recipe(step, losses)])
         after = trial.values()
         c = (losses[0] - losses[1]).astype(np.float64).mean() / (2 * SIGMA)
-        for n, row in rows.items():
+        for n, trainable in trainables.items():
             key = Key(SEED, step)
-            u = trial.model.store.directions.coordinates(key, row.target).double()
-            v = trial.model.store.directions.basis(key, row.target).double()
+            u = trial.model.store.directions.coordinates(key, trainable.target).double()
+            v = trial.model.store.directions.basis(key, trainable.target).double()
             momentum = n_of.get(n, torch.zeros_like(u))
             if n in bases and not torch.equal(bases[n], v):
-                momentum = momentum @ bases[n].T @ v / row.target.cols
+                momentum = momentum @ bases[n].T @ v / trainable.target.cols
             g = c * u
             if n in trial.used[0]:  # of an embedding each example moves the rows that it used
                 part = torch.stack(
@@ -420,21 +428,23 @@ def test_lozo_m_keeps_its_momentum_in_the_basis_and_takes_it_along(maker: Maker)
             moved = (wanted - before[n]).abs().max()
             spare = 3e-7 * before[n].abs() + 1e-4 * moved
             assert bool(((after[n] - wanted).abs() <= spare).all()), (n, step)
-    assert all(r.state["momentum"].shape == (r.target.rows, rank) for r in rows.values())
+    assert all(r.state["momentum"].shape == (r.target.rows, rank) for r in trainables.values())
 
 
 @pytest.mark.parametrize("name", UPDATED_ALONG_ANOTHER)
 def test_quantised_directions_are_rounded_twice_without_a_bias(name: str, maker: Maker) -> None:
     store = maker.trial(name).model.store
-    row = next(r for r in store.trainables.values() if not r.target.vector)
-    every = slice(0, row.target.rows)
-    sums = torch.zeros(2, *row.layout.shape)
+    trainable = next(r for r in store.trainables.values() if not r.target.vector)
+    every = slice(0, trainable.target.rows)
+    sums = torch.zeros(2, *trainable.layout.shape)
     steps = 200
-    u = torch.linspace(-4.1, 4.1, row.target.rows * row.target.cols).reshape(row.layout.shape)
+    u = torch.linspace(-4.1, 4.1, trainable.target.rows * trainable.target.cols).reshape(
+        trainable.layout.shape
+    )
     crossed = 0.0
     for step in range(steps):
         pair = [
-            store.mask.shape(u, Key(SEED, step), row, every, lambda: u, probing=probing)
+            store.mask.shape(u, Key(SEED, step), trainable, every, lambda: u, probing=probing)
             for probing in (True, False)
         ]
         assert all(bool(((q - u).abs() < 4.25 / 127 + 1e-5).all()) for q in pair)
@@ -461,18 +471,18 @@ def test_many_steps_at_once_give_the_bits_of_one_by_one_for_any_tile(
     monkeypatch.setattr(limits, "TILE_BYTES", 3000)
     again.store.apply(recipes)
     assert saved_sha256(saved_tensors(again.store)) == whole
-    rows = zip(again.store.trainables.values(), trial.model.store.trainables.values(), strict=True)
-    for row, held in rows:
-        assert row.state.keys() == held.state.keys()
-        assert all(torch.equal(row.state[n], held.state[n]) for n in held.state)
+    pairs = zip(again.store.trainables.values(), trial.model.store.trainables.values(), strict=True)
+    for trainable, other in pairs:
+        assert trainable.state.keys() == other.state.keys()
+        assert all(torch.equal(trainable.state[n], other.state[n]) for n in other.state)
 
 
 def refreshed(name: str) -> dict[str, int]:
-    """A basis that is drawn anew within the few steps of a test."""
-    row = PRESETS[name]
-    drawn = DIRECTION_LAWS[row.directions].refreshed or CREDITS[row.credit].anchored
+    """``refresh`` so small that a basis or anchor is made anew within the few steps of a test."""
+    entry = PRESETS[name]
+    drawn = DIRECTION_LAWS[entry.directions].refreshed or CREDITS[entry.credit].anchored
     # An anchored run that is cut at step 3 goes on with a step that is compared with an anchor of the replay.
-    return {"refresh": 3 if CREDITS[row.credit].anchored else 2} if drawn else {}
+    return {"refresh": 3 if CREDITS[entry.credit].anchored else 2} if drawn else {}
 
 
 @presets
@@ -501,9 +511,9 @@ def test_a_probe_that_blows_up_leaves_everything_finite(
         record = replace(record, sigma=2e-3)
         recipe = recipe_of(trial.cfg, record)
         trial.model.store.apply([recipe._replace(guides=trial.model.store.take_guides())])
-    for row in trial.model.store.trainables.values():
-        held = [*row.layout.tensors().values(), *row.state.values()]
-        assert all(torch.isfinite(t.float()).all() for t in held)
+    for trainable in trial.model.store.trainables.values():
+        tensors = [*trainable.layout.tensors().values(), *trainable.state.values()]
+        assert all(torch.isfinite(t.float()).all() for t in tensors)
 
 
 @presets
@@ -523,7 +533,7 @@ def test_bf16_arithmetic_gives_near_losses_and_the_same_updates(name: str, maker
 
 
 class Killed(BaseException):
-    """What a process that is killed leaves: nothing after it is done."""
+    """Raised where a process is killed. No code of edgezo catches it."""
 
 
 @presets
@@ -589,13 +599,13 @@ def test_a_run_from_before_there_were_five_choices_goes_on(
 @presets
 def test_the_plan_counts_the_state_to_the_byte(name: str, maker: Maker) -> None:
     trial = maker.trial(name)
-    rows = trial.model.store.trainables.values()
-    held = sum(t.nbytes for row in rows for t in row.state.values())
+    trainables = trial.model.store.trainables.values()
+    state_bytes = sum(t.nbytes for trainable in trainables for t in trainable.state.values())
     plan = make_plan(open_model(maker.path).shape, trial.cfg, MACHINE, base_bytes=0)
     counted = {item.name: item.bytes for item in plan.items}
     states = ("rule state", "mask state", "anchor")
-    assert sum(counted.get(item, 0) for item in states) == held
-    assert PRESETS[name].describe()["state_values"] == 0 or held
+    assert sum(counted.get(item, 0) for item in states) == state_bytes
+    assert PRESETS[name].describe()["state_values"] == 0 or state_bytes
 
 
 @presets
@@ -606,8 +616,8 @@ def test_more_forwards_take_more_activations(name: str, maker: Maker) -> None:
         make_plan(open_model(maker.path).shape, maker.config(n), MACHINE, tokens, base_bytes=0)
         for n in (name, "mezo")
     ]
-    own, of_two = (next(i for i in p.items if i.name == "activations").bytes for p in plans)
-    assert (own - of_two) * (sides - 2) >= 0 and (own == of_two) == (sides == 2)
+    of_preset, of_two = (next(i for i in p.items if i.name == "activations").bytes for p in plans)
+    assert (of_preset - of_two) * (sides - 2) >= 0 and (of_preset == of_two) == (sides == 2)
 
 
 def test_state_beside_full_weights_is_never_planned_on_disk(maker: Maker) -> None:
@@ -618,10 +628,10 @@ def test_state_beside_full_weights_is_never_planned_on_disk(maker: Maker) -> Non
 
 
 def test_the_list_of_estimators_says_what_each_costs(edgezo: Any, edgezo_json: Any) -> None:
-    code, found = edgezo_json("estimators")
-    assert code == 0 and [row["name"] for row in found["estimators"]] == list(ESTIMATORS)
-    for row in found["estimators"]:
-        assert row["equation"] and row["step_meaning"] and row["paper"]
-    assert {r["name"]: r["forwards"] for r in found["estimators"]}["fzoo"] == 9
+    code, answer = edgezo_json("estimators")
+    assert code == 0 and [entry["name"] for entry in answer["estimators"]] == list(ESTIMATORS)
+    for entry in answer["estimators"]:
+        assert entry["equation"] and entry["step_meaning"] and entry["paper"]
+    assert {r["name"]: r["forwards"] for r in answer["estimators"]}["fzoo"] == 9
     code, out, _ = edgezo("estimators")
     assert code == 0 and all(name in out for name in ESTIMATORS)

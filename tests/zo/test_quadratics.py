@@ -1,4 +1,4 @@
-"""Every row of the table descends a quadratic at the rate that its formula predicts."""
+"""Every preset descends a quadratic at the rate that its formula predicts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import reference
 import torch
 import torch.nn.functional as F
-from test_presets import compared, presets, probed_of_quantized, told, with_pull
+from test_presets import compared, finetuner_scales, presets, probed_of_quantized, with_pull
 from torch import Tensor
 
 from edgezo.plan.request import make_config
@@ -28,14 +28,14 @@ KAPPA_RATE, SLOPE_RATE, DESCENT = 1.0, 0.004, 20
 
 
 def descend(name: str, seed: int) -> tuple[float, float, int]:
-    """(|theta|^2 at the end, at the start, values of theta) on l(theta) = |theta|^2/2, the same for every example.
+    """(|theta|^2 at the end, at the start, number of values) for l(theta) = |theta|^2/2 as the loss of every example.
 
     Four matrices in four blocks; the losses come from the reference's own directions. Of a sparse mask only what it
     leaves counts.
     """
-    said = {"model": "m", "task": "t", "estimator": name, "precision": "fp32"}
-    said |= {"finetuner": "f"} if PRESETS[name].mask == "block" else {}
-    cfg = make_config(said)
+    request = {"model": "m", "task": "t", "estimator": name, "precision": "fp32"}
+    request |= {"finetuner": "f"} if PRESETS[name].mask == "block" else {}
+    cfg = make_config(request)
     estimator = Estimator.of(cfg)
     rate = SLOPE_RATE if cfg.credit in ("raw", "mean", "clipped", "svrg") else KAPPA_RATE
     rate = 0.01 if cfg.rule == "adam" else rate / 10 if cfg.credit == "svrg" else rate
@@ -48,24 +48,24 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
         store.train(f"h.{block}.w", Dense(torch.randn(ROWS, COLS, generator=generator)))
     store.anchored = cfg.anchored
     store.prepare()
-    rows = list(store.trainables.values())
+    trainables = list(store.trainables.values())
     whole = math.inf
-    left = [r.values.abs() < (whole if r.threshold is None else r.threshold) for r in rows]
-    seen = torch.eye(COLS)
+    moving = [r.values.abs() < (whole if r.threshold is None else r.threshold) for r in trainables]
+    inputs = torch.eye(COLS)
     if directions.guided:  # all inputs are the same: the loss is |W v|^2/2, of one value a row
         v = on_grid(F.normalize(torch.randn(1, COLS, generator=generator))).expand(GROUP, -1)
-        for r in rows:
+        for r in trainables:
             if directions.factored:
                 r.guides = dict(enumerate(v))
             else:
                 r.basis = orthonormal(torch.randn(COLS, 4, generator=generator) * 0.5)
                 r.basis = orthonormal(torch.cat([v[:1].T, r.basis.T[:, :3]], 1))
-        left, seen = [m[:, :1] for m in left], v[:1].T
+        moving, inputs = [m[:, :1] for m in moving], v[:1].T
     guides = reference.probed_guides(store)
 
     def square() -> float:
-        parts = [r.values @ seen for r in rows]
-        return sum(float(p[m].square().sum()) for p, m in zip(parts, left, strict=True))
+        parts = [r.values @ inputs for r in trainables]
+        return sum(float(p[m].square().sum()) for p, m in zip(parts, moving, strict=True))
 
     masked = probed_of_quantized if cfg.mask == "quantized" else reference.masked
     many, start = CREDITS[cfg.credit].per_example, square()
@@ -74,10 +74,10 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
     losses = np.empty((2 * sides, GROUP if many else 1))
     number = max(losses.shape[1], *((e.candidate or 0) + 1 for e in estimator.evaluations), 1)
     for step in range(DESCENT):
-        key, at = Key(seed, step), [r.values.double() for r in rows]
-        scales = told(cfg, store, step)
+        key, at = Key(seed, step), [r.values.double() for r in trainables]
+        scales = finetuner_scales(cfg, store, step)
         along = [
-            [masked(store, r, key, slot, a) for r, a in zip(rows, at, strict=True)]
+            [masked(store, r, key, slot, a) for r, a in zip(trainables, at, strict=True)]
             for slot in range(number)
         ]
         anchor = at if cfg.is_anchor(step) else anchor
@@ -89,15 +89,15 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
                 d = along[slot if e.candidate is None else e.candidate]
                 parts = [a + e.sign * cfg.sigma * b for a, b in zip(place, d, strict=True)]
                 losses[side, slot] = (
-                    sum(float((p @ seen.double()).square().sum()) for p in parts) / 2
+                    sum(float((p @ inputs.double()).square().sum()) for p in parts) / 2
                 )
-        found = losses[: len(evaluated)]
-        credit = estimator.credit(found)
+        evaluated_losses = losses[: len(evaluated)]
+        credit = estimator.credit(evaluated_losses)
         pull = float(credit.mean()) if cfg.is_anchor(step) else pull
         credit = with_pull(cfg, step, credit, pull)
-        record = StepRecord(step, cfg.sigma, cfg.step, False, found, credit, (), scales)
+        record = StepRecord(step, cfg.sigma, cfg.step, False, evaluated_losses, credit, (), scales)
         store.apply([recipe_of(cfg, record)._replace(guides=guides)])
-    return square(), start, sum(int(m.sum()) for m in left)
+    return square(), start, sum(int(m.sum()) for m in moving)
 
 
 def predicted(name: str, start: float, values: int, tries: int = 300) -> float:
@@ -105,18 +105,18 @@ def predicted(name: str, start: float, values: int, tries: int = 300) -> float:
 
     An isotropic quadratic knows nothing but the radius: r^2 <- (r - sum_i c_i x_i)^2 + (d - 1) sum_i c_i^2.
     """
-    rng, row, sigma = np.random.default_rng(0), PRESETS[name], 1e-3
-    shares = BLOCKS if row.mask == "layers" else 1  # one block of the four moves
+    rng, entry, sigma = np.random.default_rng(0), PRESETS[name], 1e-3
+    shares = BLOCKS if entry.mask == "layers" else 1  # one block of the four moves
     d, r2 = values // shares, np.full(tries, start)
-    group = {"mean": 1, "clipped": 1, "candidates": 8}.get(row.credit, GROUP)
+    group = {"mean": 1, "clipped": 1, "candidates": 8}.get(entry.credit, GROUP)
     for _ in range(DESCENT):
         r = np.sqrt(r2 / shares)
         x = rng.standard_normal((tries, group))
         spread = x.std(1, keepdims=True) if group > 1 else 1.0
-        centre = x.mean(1, keepdims=True) if row.credit == "one-sided" else 0.0
-        if row.credit in ("mean", "clipped", "raw"):
+        centre = x.mean(1, keepdims=True) if entry.credit == "one-sided" else 0.0
+        if entry.credit in ("mean", "clipped", "raw"):
             c = SLOPE_RATE * x * r[:, None] / group
-        elif row.credit == "uniform":
+        elif entry.credit == "uniform":
             c = KAPPA_RATE * sigma * np.ones_like(x)
         else:
             c = KAPPA_RATE * sigma * (x - centre) / spread
@@ -134,12 +134,12 @@ def test_a_quadratic_is_descended_at_the_predicted_rate(name: str) -> None:
     ends, starts, values = (
         np.array(a) for a in zip(*(descend(name, s) for s in range(tries)), strict=True)
     )
-    left = ends / starts
+    remaining = ends / starts
     if name in OTHER_PACE:
-        assert left.mean() < OTHER_PACE[name]
+        assert remaining.mean() < OTHER_PACE[name]
         return
     wanted = predicted(name, starts.mean(), int(values.mean())) / starts.mean()
-    error = 4 * left.std() / math.sqrt(tries) + 0.1 * abs(1 - wanted)
-    assert abs(left.mean() - wanted) < error
+    error = 4 * remaining.std() / math.sqrt(tries) + 0.1 * abs(1 - wanted)
+    assert abs(remaining.mean() - wanted) < error
     assert (wanted < 0.99) == (name != "grzo-uniform")
-    assert (left.mean() < 0.99) == (name != "grzo-uniform")
+    assert (remaining.mean() < 0.99) == (name != "grzo-uniform")

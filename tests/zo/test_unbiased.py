@@ -1,4 +1,4 @@
-"""The estimator: unbiased on quadratics, and as near to the true gradient as theory says."""
+"""The gradient estimate is unbiased on quadratics, and as close to the true gradient as theory says."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def test_the_two_sided_estimate_of_a_quadratic_averages_to_its_gradient(
             delta[slot] = loss(theta + d) - loss(theta - d)
         c = torch.from_numpy(delta / (2 * sigma * per_key)).float()
         total += directions.weighted_sum(key, target, c, slice(0, target.rows))
-    found = (total / keys).numpy().ravel()
+    mean = (total / keys).numpy().ravel()
     true = h @ theta + b
     # One estimate's entries have a standard deviation of about |g|; U shared by a group counts once.
     independent = keys * (1 if directions.dense else per_key)
-    assert np.abs(found - true).max() < 4.5 * np.linalg.norm(true) / math.sqrt(independent)
-    assert np.linalg.norm(found - true) < 0.3 * np.linalg.norm(true)
+    assert np.abs(mean - true).max() < 4.5 * np.linalg.norm(true) / math.sqrt(independent)
+    assert np.linalg.norm(mean - true) < 0.3 * np.linalg.norm(true)
 
 
 LLAMA = of("llama", "full")
@@ -83,53 +83,56 @@ def test_the_cosine_to_the_true_gradient_grows_with_the_root_of_the_group(
     mean = {name: torch.stack([g[name] for g in gradients]).mean(0) for name in gradients[0]}
     squares = [sum(float(g[n].square().sum()) for n in g) for g in gradients]
     places = [
-        sum(row.target.cols * len(tried.used[n][i]) for n, row in _rows(tried)) for i in range(size)
+        sum(trainable.target.cols * len(tried.used[n][i]) for n, trainable in _trainables(tried))
+        for i in range(size)
     ]
     length = math.sqrt(sum(float(g.square().sum()) for g in mean.values()))
     noise = math.sqrt(sum(s * d for s, d in zip(squares, places, strict=True)))
     tries = 64
-    found = np.mean([_estimate_cosine(tried, estimator, step, mean) for step in range(tries)])
+    cosine = np.mean([_estimate_cosine(tried, estimator, step, mean) for step in range(tries)])
     # A single cosine scatters by about 1/sqrt(d); group credit's common factor cancels.
     scatter = 1 / math.sqrt(min(places) * tries)
-    assert abs(found - length * size / noise) < 4 * scatter + 0.05 * found
-    assert found > 4 * scatter
+    assert abs(cosine - length * size / noise) < 4 * scatter + 0.05 * cosine
+    assert cosine > 4 * scatter
 
 
 def test_one_shared_direction_has_the_cosine_of_a_single_gaussian(workshop: Workshop) -> None:
     tried = workshop.tried(replace(LLAMA, directions="shared"))
     gradients = _example_gradients(tried)
     mean = {name: torch.stack([g[name] for g in gradients]).mean(0) for name in gradients[0]}
-    moved = {n: torch.unique(torch.cat(tried.used[n])) for n, _ in _rows(tried)}
-    places = sum(row.target.cols * len(moved[name]) for name, row in _rows(tried))
+    moved = {n: torch.unique(torch.cat(tried.used[n])) for n, _ in _trainables(tried)}
+    places = sum(trainable.target.cols * len(moved[name]) for name, trainable in _trainables(tried))
     tries = 60
-    found = np.mean([_estimate_cosine(tried, "mezo", step, mean) for step in range(tries)])
+    cosine = np.mean([_estimate_cosine(tried, "mezo", step, mean) for step in range(tries)])
     # Example i of a shared direction moves only its own rows of an embedding, which turns U a little.
-    assert abs(found * math.sqrt(places) - math.sqrt(2 / math.pi)) < 4 * 0.6 / math.sqrt(tries)
+    assert abs(cosine * math.sqrt(places) - math.sqrt(2 / math.pi)) < 4 * 0.6 / math.sqrt(tries)
 
 
-def _rows(tried: Tried) -> Any:
+def _trainables(tried: Tried) -> Any:
     return tried.model.store.trainables.items()
 
 
 def _example_gradients(tried: Tried) -> list[dict[str, Tensor]]:
-    """Autograd's gradient of each example's loss, by parameter, (rows, cols)."""
+    """Autograd's gradient of each example's loss by parameter, (rows, cols) each."""
     twin = tried.twin
     twin.load(reference.explicit_weights(tried.model))
-    found = []
+    gradients = []
     for example in tried.examples:
         twin.module.zero_grad()
         twin.loss(example).backward()
-        found.append(
+        gradients.append(
             {
-                name: twin.module.get_parameter(name).grad.reshape(row.target.rows, -1).clone()
-                for name, row in _rows(tried)
+                name: twin.module.get_parameter(name)
+                .grad.reshape(trainable.target.rows, -1)
+                .clone()
+                for name, trainable in _trainables(tried)
             }
         )
-    return found
+    return gradients
 
 
 def _estimate_cosine(tried: Tried, estimator: str, step: int, true: dict[str, Tensor]) -> float:
-    """Cosine of one step's -update to ``true``."""
+    """The cosine between the negative update of one step and the gradient ``true``."""
     model, chosen = tried.model, preset(estimator)
     batch = collate(tried.examples, range(len(tried.examples)))
     losses, _ = model.losses(batch, model.probe(batch, Key(KEY.seed, step), 1e-3), sides=2)

@@ -1,0 +1,142 @@
+"""One setting of a run: its name, kind, bounds, default and help text, and how a value of it is read.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from edgezo.zo.presets import PRESETS
+
+DEFAULT_PRESET = "grzo"
+
+Kind = Literal["str", "int", "float", "bool", "duration", "bytes", "choice", "train"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """A setting of a run."""
+
+    name: str  # in RunConfig, journals and configuration files
+    kind: Kind
+    help: str = ""
+    metavar: str = ""  # of the option; "": its choices
+    default: Any = None
+    default_text: str = ""  # what a run does without a value, where the default does not tell
+    example: Any = None  # a value to show where there is no default
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False  # the lowest value itself is not allowed
+    choices: tuple[str, ...] = ()
+    alias: str = ""  # a shorter name, on the command line and in files
+    auto: str | None = None  # the setting that "auto" in place of a value switches on
+    required: bool = False
+    of_preset: bool = False  # the estimator's preset decides it where the request does not
+    free_on_resume: bool = False  # may differ when a run is resumed
+
+    @property
+    def usual(self) -> Any:
+        """What a run takes without a value: the default, or that of the default preset. None: it depends."""
+        return getattr(PRESETS[DEFAULT_PRESET], self.name) if self.of_preset else self.default
+
+    @property
+    def default_words(self) -> str:
+        """The default as help texts and pages show it; "" where there is nothing to tell."""
+        if self.default_text or self.usual is None:
+            return self.default_text
+        if self.of_preset and len({getattr(preset, self.name) for preset in PRESETS.values()}) > 1:
+            return f"the estimator's; {as_text(self.usual)} with {DEFAULT_PRESET}"
+        return as_text(self.usual)
+
+    def read(self, value: Any) -> Any:
+        """``value``, from the command line or a file, as RunConfig has it. Raises ValueError or UsageError."""
+        match self.kind:
+            case "str":
+                if not isinstance(value, str) or not value.strip():
+                    raise ValueError(f"needs text, not {value!r}")
+                return value
+            case "choice":
+                if value not in self.choices:
+                    raise ValueError(f"{value!r} is not one of {', '.join(self.choices)}")
+                return value
+            case "bool":
+                if not isinstance(value, bool):
+                    raise ValueError(f"needs true or false, not {value!r}")
+                return value
+            case "train":
+                return self._read_parts(value)
+        return self._read_number(value)
+
+    def _read_parts(self, value: Any) -> tuple[str, ...]:
+        """The parts to train, each once, in the order of the choices."""
+        parts = value.split("+") if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple) or not parts:
+            raise ValueError(
+                f"needs one or more of {', '.join(self.choices)} joined by +, not {value!r}"
+            )
+        names = [part.strip() if isinstance(part, str) else part for part in parts]
+        unknown = [name for name in names if name not in self.choices]
+        if unknown:
+            wrong = ", ".join(map(repr, unknown))
+            raise ValueError(f"{wrong} is not one of {', '.join(self.choices)}; join by +")
+        return tuple(name for name in self.choices if name in names)
+
+    def _read_number(self, value: Any) -> int | float:
+        if isinstance(value, str):
+            value = self._number_of(value)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"needs a number, not {value!r}")
+        if self.kind in ("int", "bytes"):
+            if not math.isfinite(value) or int(value) != value:
+                raise ValueError(f"needs a whole number, not {value!r}")
+            value = int(value)
+        else:
+            value = float(value)
+            if not math.isfinite(value):
+                raise ValueError(f"needs a finite number, not {value!r}")
+        if value < self.low or (self.open_low and value == self.low):
+            bound = "above" if self.open_low else "at least"
+            raise ValueError(f"must be {bound} {self.low:g}, not {value:g}")
+        if value > self.high:
+            raise ValueError(f"must be at most {self.high:g}, not {value:g}")
+        return value
+
+    def _number_of(self, text: str) -> int | float | str:
+        """The number that ``text`` stands for, in the units of this setting; the text where it is none."""
+        if self.kind == "duration":
+            return parse_duration(text)
+        if self.kind == "bytes":
+            # Imported here, because hardware.py imports psutil, which nothing else of a request needs.
+            from edgezo.machine.hardware import parse_bytes
+
+            return parse_bytes(text)
+        for number in (int, float):
+            try:
+                return number(text)
+            except ValueError:
+                continue
+        return text
+
+
+def as_text(value: Any) -> str:
+    """A value as the command line takes it."""
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return f"{value:g}"
+        case tuple():
+            return "+".join(value)
+    return str(value)
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of ``90``, ``120s``, ``10m`` or ``1.5h``. Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([smh]?)\s*", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a duration; write for example 120s, 10m or 1.5h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]

@@ -1,0 +1,333 @@
+"""Memory that a run takes from its start to its end, or while it loads: the process, weights, what is trained. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from edgezo.data.token_stats import TokenStats
+from edgezo.machine.limits import PAGE_BYTES, QUANTISE_BYTES, READOUT_BLOCKS, SLOTS, TILE_BYTES
+from edgezo.plan.calibration import (
+    ADAPTER_COPIES,
+    BASE_BYTES,
+    BASE_VOCAB,
+    FIT_COPIES,
+    GRAM_COPIES,
+    HEAD_COPIES,
+    NETWORK,
+    READ_PIECE_BYTES,
+    TOKENIZER_BYTES_PER_WORD,
+    Item,
+)
+from edgezo.plan.config import Batched, RunConfig
+from edgezo.plan.conflicts import cannot_requantise
+from edgezo.plan.fields import QUANTIZED, UNROUNDED
+from edgezo.plan.shapes import BYTES_PER_WEIGHT, MatrixShape, ModelShape
+from edgezo.zo.presets import DIRECTIONS, MASKS, RULES, in_span
+
+
+def compute_dtype(precision: str, bf16_fast: bool) -> tuple[str, str]:
+    """(dtype of activations and products, reason)."""
+    if precision == "fp32":
+        return "fp32", "the weights are fp32"
+    if bf16_fast:
+        return "bf16", "this CPU multiplies bf16 matrices in hardware"
+    return "fp32", "this CPU has no bf16 matrix instructions; weights are expanded tile by tile"
+
+
+def _table_precision(precision: str) -> str:
+    """What embedding tables are stored in where linears are in ``precision``."""
+    return "int8" if precision in QUANTIZED else precision
+
+
+def rounding_of(cfg: RunConfig, precision: str) -> tuple[str | None, str]:
+    """(how full weights keep small steps, reason); None where nothing is rounded."""
+    if not cfg.parts.weights or precision in UNROUNDED:
+        return None, ""
+    if cfg.rounding is not None:
+        return cfg.rounding, "as given"
+    if precision == "int8":
+        if why := cannot_requantise(cfg):
+            return "stochastic", f"rounding errors add up, but {why}"
+        reason = "codes are re-quantised from base and journal before rounding errors add up"
+        return "anchored", reason
+    return "plane", "8 more bits beside each weight; rounding alone would lose small steps"
+
+
+@dataclass(frozen=True)
+class StoredFootprint:
+    """A request with all that its size depends on, except precision and split; see `footprint.Footprint`."""
+
+    shape: ModelShape
+    cfg: Batched
+    tokens: TokenStats
+    bf16_fast: bool
+    c_kernels: bool
+    base_bytes: int | None  # the process as measured; None: BASE_BYTES
+
+    elsewhere: ClassVar[str] = "disk"  # where blocks are that do not stay in memory
+
+    def compute_dtype(self, precision: str) -> tuple[str, str]:
+        """(dtype of activations and products, reason)."""
+        return compute_dtype(precision, self.bf16_fast)
+
+    def compute_bytes(self, precision: str) -> int:
+        """Bytes of an activation."""
+        return {"fp32": 4, "bf16": 2}[self.compute_dtype(precision)[0]]
+
+    def stored_bytes(self, matrices: Sequence[MatrixShape], precision: str) -> int:
+        """Bytes of matrices as they are stored, with their low-order plane where there is one."""
+        plane = self._plane_bytes(precision)
+        return sum(m.stored_bytes(precision) + m.numel * plane for m in matrices)
+
+    def block_bytes(self, precision: str) -> int:
+        """Bytes of one decoder layer's matrices."""
+        return self.stored_bytes(self.shape.block, precision)
+
+    def _plane_bytes(self, precision: str) -> int:
+        """Bytes of the low-order plane for each weight."""
+        return 1 if rounding_of(self.cfg, precision)[0] == "plane" else 0
+
+    def disk_bytes(self, precision: str, on_disk: int) -> int:
+        """What the overlay takes on disk."""
+        if not on_disk:
+            return 0
+        pages = PAGE_BYTES * (1 + 3 * len(self.shape.block))
+        tables = self.stored_bytes(self.shape.tables, _table_precision(precision))
+        return on_disk * (self.block_bytes(precision) + pages) + tables
+
+    def host_bytes(self, precision: str, on_disk: int) -> int:
+        """What blocks take of the RAM beside the memory that is planned."""
+        return 0
+
+    # -----------------------------------------------------------------------------------------
+    # The process and the weights
+
+    def _base(self) -> Item:
+        if self.base_bytes is not None:
+            reason = "Python, PyTorch, transformers and the tokenizer, measured"
+            return Item("base process", self.base_bytes, reason)
+        words = self.shape.vocab
+        size = BASE_BYTES + max(0, words - BASE_VOCAB) * TOKENIZER_BYTES_PER_WORD
+        reason = f"Python, PyTorch, transformers, a tokenizer of {words:,} words"
+        return Item("base process", size, reason)
+
+    def _weights(self, precision: str, on_disk: int) -> list[Item]:
+        shape = self.shape
+        vectors = shape.vector_elements
+        norms = Item("norms and biases", 4 * vectors, f"{vectors:,} values in fp32")
+        if on_disk:
+            return [*self._slots(precision, on_disk), norms]
+        linears = Item(
+            "linear weights",
+            shape.layers * self.block_bytes(precision)
+            + self.stored_bytes(shape.outside, precision),
+            f"{shape.elements:,} weights in {shape.layers} blocks: {self._storage(precision)}",
+        )
+        return [linears, self._tables(precision), norms]
+
+    def _tables(self, precision: str) -> Item:
+        tables, stored = self.shape.tables, _table_precision(precision)
+        weights = sum(t.numel for t in tables)
+        tied = "tied with the head" if self.shape.tied else "with the untied head"
+        reason = f"{weights:,} weights, {tied}: {self._storage(stored)}"
+        return Item("embedding", self.stored_bytes(tables, stored), reason)
+
+    def _storage(self, precision: str) -> str:
+        """How a weight is stored, in words."""
+        plane = " + 1 for the low plane" if self._plane_bytes(precision) else ""
+        if precision in QUANTIZED:
+            scales = {"int8": "a scale per row", "int4": "scale and shift per group"}[precision]
+            return f"{precision} codes, {scales}{plane}"
+        return f"{precision}, {BYTES_PER_WEIGHT[precision]} bytes each{plane}"
+
+    def _slots(self, precision: str, on_disk: int) -> list[Item]:
+        """The weights where the last ``on_disk`` blocks and the tables are on disk."""
+        shape = self.shape
+        in_memory, block = shape.layers - on_disk, self.block_bytes(precision)
+        outside = self.stored_bytes(shape.outside, precision)
+        items = []
+        if in_memory or outside:
+            reason = f"the first {in_memory} blocks, and linears outside the blocks: {precision}"
+            items.append(Item("linear weights", in_memory * block + outside, reason))
+        pages = PAGE_BYTES * 3 * len(shape.block)
+        reason = f"{SLOTS} blocks of {on_disk} that are on disk: one computes, one is read"
+        items.append(Item("slots", SLOTS * (block + pages), reason))
+        rows = sum(t.d_out for t in shape.tables)
+        reason = f"the tables are on disk: a checksum for each of {rows:,} rows, and rows in use"
+        # With label words the rows in use are the hidden states, or counted with the tiles of an update.
+        in_use = 0 if self.tokens.kind == "label" else TILE_BYTES
+        items.append(Item("embedding", 16 * rows + in_use, reason))
+        return items
+
+    # -----------------------------------------------------------------------------------------
+    # What is trained
+
+    def _trained(self, compute_bytes: int) -> list[Item]:
+        """What training keeps beside the weights throughout a run."""
+        items = [i for i in self._of_parts(compute_bytes) if i.phase == "always"]
+        return [*items, *self._of_directions(compute_bytes)]
+
+    def _of_parts(self, compute_bytes: int) -> list[Item]:
+        """The items of every trained part, whatever their phase."""
+        return [i for part in self.cfg.train for i in ITEMS_OF_PART[part](self, compute_bytes)]
+
+    def _of_directions(self, compute_bytes: int) -> list[Item]:
+        """What directions, mask, credit and rule keep beside the trained values."""
+        return [*self._guides(compute_bytes), *self._mask_state(), *self._rule_state()]
+
+    def _guides(self, compute_bytes: int) -> list[Item]:
+        """Directions that are made from what a layer reads; they are kept until the update."""
+        shape, cfg = self.shape, self.cfg
+        if not DIRECTIONS[cfg.directions].guided:
+            return []
+        widths = shape.cols if cfg.parts.weights else 0
+        widths += len(shape.matrices) * cfg.rank if cfg.parts.factors else 0
+        reason = f"v_i of {cfg.batch_size} examples for each matrix, until the update"
+        return [Item("guides", cfg.batch_size * widths * compute_bytes, reason)]
+
+    def _perturbed_sizes(self) -> tuple[int, int, int]:
+        """What is trained along directions: (values in matrices, rows of matrices, values in vectors)."""
+        shape, rank, parts = self.shape, self.cfg.rank, self.cfg.parts
+        values = rows = vectors = 0
+        if parts.weights:
+            rows += shape.rows + sum(t.d_out for t in shape.tables)
+            values += shape.elements + sum(t.numel for t in shape.tables)
+        if parts.factors:
+            rows += shape.rows
+            values += shape.rows * rank
+        if parts.vectors:
+            vectors += shape.vector_elements
+        if parts.gains:
+            vectors += shape.rows
+        return values, rows, vectors
+
+    def _mask_state(self) -> list[Item]:
+        shape, cfg, items = self.shape, self.cfg, []
+        in_matrices, rows, vectors = self._perturbed_sizes()
+        values = in_matrices + vectors
+        if cfg.mask == "block":
+            blocks = len(shape.matrices) + len(shape.tables) + shape.vector_elements // shape.hidden
+            reason = f"--finetuner: {blocks} networks of {NETWORK} values, float64"
+            items.append(Item("finetuner", 8 * NETWORK * blocks, reason))
+        if (n := MASKS[cfg.mask].state) and values:
+            by_row = MASKS[cfg.mask].by_row
+            count, what = (rows + vectors, "rows") if by_row else (values, "trained values")
+            reason = f"--mask {cfg.mask}: {n} in fp32 for each of {count:,} {what}"
+            items.append(Item("mask state", 4 * n * count, reason))
+        return items
+
+    def _rule_state(self) -> list[Item]:
+        cfg, items = self.cfg, []
+        in_matrices, rows, vectors = self._perturbed_sizes()
+        values = in_matrices + vectors
+        if cfg.anchored and values:
+            reason = f"--credit {cfg.credit}: another copy of {values:,} trained values, fp32"
+            items.append(Item("anchor", 4 * values, reason))
+        if n := RULES[cfg.rule].state:
+            reason = f"--rule {cfg.rule}: {n} in fp32 for each of {values:,} trained values"
+            if in_span(cfg.directions):  # coordinates, and which basis they are in
+                values = vectors + rows * (cfg.rank + 1)
+                reason = f"--rule {cfg.rule}: {values:,} coordinates in rank {cfg.rank}, fp32"
+            if values:
+                items.append(Item("rule state", 4 * n * values, reason))
+        return items
+
+    # -----------------------------------------------------------------------------------------
+    # Loading
+
+    def _load(self, precision: str, on_disk: int) -> Item:
+        if on_disk:
+            reason = "rows of a table or a matrix of a block: read, converted and written"
+            size = max(TILE_BYTES, self._staged_bytes(precision))
+            return Item("load staging", size, reason, "load")
+        if precision not in QUANTIZED:
+            reason = "a piece of one tensor that is being read"
+            return Item("load staging", READ_PIECE_BYTES, reason, "load")
+        # Codes are made from fp32, a tile with its copies (QUANTISE_BYTES) at a time; tables are read so.
+        reason = "one matrix in fp32 beside its codes, and a tile being quantised"
+        return Item("load staging", self._largest_base() + TILE_BYTES, reason, "load")
+
+    def _staged_bytes(self, precision: str) -> int:
+        """One matrix as it is in the base, beside the form in which a block on disk has it."""
+        largest = max(m.numel for m in self.shape.kinds)
+        if precision in QUANTIZED:  # in fp32 beside its codes, and a tile being quantised
+            return 5 * largest + min(TILE_BYTES, QUANTISE_BYTES * largest)
+        return largest * (BYTES_PER_WEIGHT[precision] + 1)
+
+    def _largest_base(self) -> int:
+        """Bytes of the largest matrix of a block as a checkpoint has it: fp32 at most."""
+        return 4 * max(m.numel for m in self.shape.kinds)
+
+
+# ---------------------------------------------------------------------------------------------
+# What each part takes. The second argument is the bytes of an activation.
+
+
+def _nothing(f: StoredFootprint, compute_bytes: int) -> list[Item]:
+    """Full weights are trained where they are stored."""
+    return []
+
+
+def _factors(f: StoredFootprint, compute_bytes: int) -> list[Item]:
+    rank = f.cfg.rank
+    values, basis = f.shape.rows * rank, f.shape.cols * rank
+    reason = f"rank {rank}: {values:,} trained values in fp32 and their fixed basis"
+    return [Item("low-rank factors", 4 * values + compute_bytes * basis, reason)]
+
+
+def _norms(f: StoredFootprint, compute_bytes: int) -> list[Item]:
+    n = f.shape.vector_elements
+    return [Item("trained norms and biases", 4 * n, f"{n:,} values, fp32 copies")]
+
+
+def _gains(f: StoredFootprint, compute_bytes: int) -> list[Item]:
+    n = f.shape.rows
+    return [Item("trained scales", 4 * n, f"a gain per output row: {n:,} in fp32")]
+
+
+def _head(f: StoredFootprint, compute_bytes: int) -> list[Item]:
+    shape, rank, what = f.shape, f.cfg.rank, "change, gradient and Adam's moments"
+    if f.tokens.kind == "label":
+        words = f.tokens.label_words
+        size = 4 * HEAD_COPIES * words * shape.hidden
+        return [Item("exact head", size, f"{words} label words x {shape.hidden}: {what}")]
+    size = 4 * rank * (HEAD_COPIES * shape.vocab + shape.hidden)
+    return [Item("exact head", size, f"{shape.vocab:,} words x rank {rank}: {what}")]
+
+
+def _readout(f: StoredFootprint, compute_bytes: int) -> list[Item]:
+    """A linear probe: its fit to the states of one block, and the states that a pass collects of all blocks."""
+    if f.tokens.kind != "label":
+        return []
+    shape, cfg = f.shape, f.cfg
+    n, d = cfg.readout_rows(f.tokens.examples), shape.hidden
+    # States, and their transpose; the Gram matrix of the smaller side, its eigenvectors and their work space.
+    fit = 4 * (FIT_COPIES * n * d + GRAM_COPIES * min(n, d) ** 2)
+    # Scores of the held-out rows by each block's fit, and the weights of the fits.
+    fit += 4 * (READOUT_BLOCKS + 1) * f.tokens.label_words * (2 * n + d)
+    reason = f"ridge regression on up to {n:,} rows x {d}, one block at a time"
+    states = 4 * cfg.batch_size * shape.layers * d
+    return [
+        Item("linear probe", fit, reason, "fit"),
+        Item("block states", states, "of all blocks, at the scored positions", "forward"),
+    ]
+
+
+def _adapters(f: StoredFootprint, compute_bytes: int) -> list[Item]:
+    rank = f.cfg.rank
+    values = (f.shape.rows + f.shape.cols) * rank
+    reason = f"rank {rank}: {values:,} trained values, their gradient and AdamW's two moments, fp32"
+    return [Item("adapters", 4 * ADAPTER_COPIES * values, reason)]
+
+
+ITEMS_OF_PART: dict[str, Callable[[StoredFootprint, int], list[Item]]] = {
+    "lowrank": _factors,
+    "full": _nothing,
+    "norms": _norms,
+    "scales": _gains,
+    "head": _head,
+    "probe": _readout,
+    "lora": _adapters,
+}
