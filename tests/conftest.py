@@ -11,6 +11,24 @@ from typing import Any
 
 import pytest
 
+# The fast lane (scripts/test -m smoke): files that touch every room, without their slow tests.
+SMOKE = {
+    *("test_house", "test_cli", "test_option_pages", "test_request", "test_planner"),
+    *("test_dataset", "test_metrics", "test_preferences", "test_noise", "test_credit"),
+    *("test_layouts", "test_loader", "test_exact_head", "test_readout", "test_journal"),
+    *("test_old_runs", "test_auto_step", "test_speed", "test_hardware", "test_process_memory"),
+    *("test_files", "test_ownership"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the fast lane."""
+    for item in items:
+        slow = item.get_closest_marker("slow") or item.get_closest_marker("mem")
+        if item.path.stem in SMOKE and not slow:
+            item.add_marker(pytest.mark.smoke)
+
+
 GOOD, BAD = "lovely warm bright funny".split(), "dull cold grim tired".split()
 LABELLED = {"template": "{text} It was", "labels": "0=bad,1=good"}
 # Label words that begin with the same token cannot be told apart by one: each becomes an option.

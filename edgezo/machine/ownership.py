@@ -63,17 +63,17 @@ def kind_of(folder: Path) -> str | None:
 
 
 def _names(folder: Path) -> list[str] | None:
-    """The names in a directory; None where there is nothing. Raises UsageError for what is no directory."""
+    """The names in a directory; None where there is nothing. Raises EdgezoError for what is no directory."""
     try:
         return os.listdir(folder)
     except FileNotFoundError:
         if folder.is_symlink():
-            raise UsageError(
+            raise EdgezoError(
                 f"{folder} is a link to nothing. Nothing was changed. Give another --out."
             ) from None
         return None
     except NotADirectoryError:
-        raise UsageError(
+        raise EdgezoError(
             f"{folder} is a file, or lies below one, not a directory. Nothing was changed. Give another --out."
         ) from None
     except OSError as problem:

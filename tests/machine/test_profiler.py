@@ -13,6 +13,7 @@ from conftest import tree
 
 from edgezo.machine import hardware as machine
 from edgezo.machine import profiler
+from edgezo.machine.ownership import claim
 from edgezo.machine.process_memory import Resident
 from edgezo.machine.profiler import MAX_SHARE, Profiler
 from edgezo.run import short_memory
@@ -370,7 +371,8 @@ def test_the_profile_of_a_run_that_the_guard_stops_is_written_and_a_resume_may_e
 
 def test_a_profile_that_cannot_be_written_is_a_note_and_fails_no_run(bench, edgezo, tmp_path):
     run = tmp_path / "run"
-    (run / "profile.json").mkdir(parents=True)
+    claim(run, "run")
+    (run / "profile.json").mkdir()
     code, out, err = edgezo("finetune", *bench.arguments(out=run), "--profile")
     assert code == 0 and "peak memory" in out
     assert "no profile of this run" in err.replace("\n", " ")
