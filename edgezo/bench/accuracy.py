@@ -49,6 +49,7 @@ def bench_accuracy(
     with ThreadPoolExecutor(parallel) as pool:
 
         def run_all(runs: list[tuple[str, Settings]]) -> list[Figures]:
+            """Figures of these runs, in their order."""
             return list(pool.map(lambda run: _run(*run, folder=out / "runs", note=note), runs))
 
         tuning = _tune(study, local, run_all)

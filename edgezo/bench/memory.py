@@ -189,6 +189,7 @@ def _row(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_points(log: Path) -> list[dict[str, Any]]:
+    """Points of earlier calls; those from before there was a choice of device are the CPU's."""
     try:
         lines = log.read_text().splitlines() if log.exists() else []
         return [{"device": "cpu"} | json.loads(line) for line in lines]

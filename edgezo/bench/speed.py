@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -151,12 +152,11 @@ def bench_speed(
         )
     plain = Plain(subjects[0].opened, subjects[0].model) if baselines else None
     rows: list[dict[str, Any]] = []
-    for size in batch_sizes:
-        for length in tokens:
-            measured = _measure(subjects, plain, size, length, repeats, terminal)
-            for row in measured:
-                note(line(row))
-            rows += measured
+    for size, length in product(batch_sizes, tokens):
+        measured = _measure(subjects, plain, size, length, repeats, terminal)
+        for row in measured:
+            note(line(row))
+        rows += measured
     result = {"model": request.get("model"), "threads": torch.get_num_threads(), "rows": rows}
     result["kernels"] = kernels.loaded()
     result |= {"copy_bytes_per_s": copy_rate(), **noise_rates(), "fits": fits(rows)}

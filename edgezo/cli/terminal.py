@@ -45,12 +45,13 @@ def stderr() -> Console:
 
 
 def _console(file: TextIO) -> Console:
+    """A console as wide as the terminal or ``COLUMNS``, else ``PLAIN_WIDTH`` columns."""
     width = None if file.isatty() or "COLUMNS" in os.environ else PLAIN_WIDTH
     return Console(file=file, highlight=False, width=width)
 
 
 class TerminalProgress:
-    """Progress of a run: one live line on a terminal, about ``PLAIN_LINES`` plain lines elsewhere."""
+    """A RunProgress that prints: one live line on a terminal, about ``PLAIN_LINES`` plain lines elsewhere."""
 
     refreshes_per_s = REFRESHES_PER_S
 

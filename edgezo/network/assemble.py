@@ -136,13 +136,11 @@ class _Builder:
         )
         self.context = Context(spec.dtype, self.device)
         self.adapters = Adapters(spec.decay) if self.parts.adapters else None
-        self.factors = (
-            LearnedFactors() if spec.mixed else None
-        )  # no decay: GRZO's update applies it
+        # No decay here: GRZO's update applies it.
+        self.factors = LearnedFactors() if spec.mixed else None
         self.matrices: dict[str, StoredMatrix] = {}  # by parameter name
-        self.table_rows = (
-            0  # rows of the embedding tables placed so far: ``touched`` numbers rows of all tables
-        )
+        # Rows of the embedding tables that were placed so far: ``touched`` numbers the rows of all tables.
+        self.table_rows = 0
         self.frozen: list[str] = []
         self.label_rows: np.ndarray | None = None
         self.output = module.get_output_embeddings()  # type: ignore[operator]

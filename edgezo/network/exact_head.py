@@ -45,9 +45,8 @@ class ExactHead:
         self.first = torch.zeros_like(self.delta)
         self.second = torch.zeros_like(self.delta)
         self.gradient = torch.zeros_like(self.delta)
-        self._norms: list[
-            Tensor
-        ] = []  # ||features||_1 of this step's positions, while reach is not measured
+        # ||features||_1 of this step's positions, while reach is not measured.
+        self._norms: list[Tensor] = []
 
     @staticmethod
     def for_labels(count: int, hidden: int, device: torch.device = CPU) -> ExactHead:

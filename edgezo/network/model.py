@@ -70,9 +70,8 @@ class Model:
     evaluations: tuple[Evaluation, ...] = TWO_SIDED
     heap: Heap = field(default_factory=Heap)  # where temporaries lie
     most_tokens: int | None = None  # tokens of one side that should pass at once (Plan.most_tokens)
-    kept_tokens: int = (
-        0  # tokens whose keys and values an evaluation keeps at once (Plan.kept_tokens)
-    )
+    # Tokens whose keys and values an evaluation keeps at once (Plan.kept_tokens).
+    kept_tokens: int = 0
     label_rows: np.ndarray | None = None  # rows that every example of a tied label task touches
     frozen: list[str] = field(default_factory=list)
     taps: Taps | None = None  # keeps hidden states of some blocks while rows pass

@@ -21,9 +21,8 @@ from edgezo.machine.matmul import compiled
 from edgezo.weights.layouts import CPU
 
 ATTENTION = "edgezo_packed"
-_GROUP_TOKENS = (
-    4096  # most tokens of a padded group, so that its scores and copies are no larger than a tile
-)
+# Most tokens of a padded group, so that its scores and copies are no larger than a tile.
+_GROUP_TOKENS = 4096
 LENGTH_STEP = 64  # softcapped products are padded to a multiple of so many tokens
 _WASTE = 1.15  # most padded tokens of a group for each real one
 

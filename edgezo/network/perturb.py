@@ -48,9 +48,8 @@ from edgezo.zo.masks import Mask
 from edgezo.zo.noise import COLUMN, Key, signs, tensor_id
 
 TOKENS = tensor_id("tokens of an example")
-MOST_SLOTS = (
-    1024  # width of the table of token signs: a sign does not depend on how many examples there are
-)
+# Width of the table of token signs, so that a sign does not depend on how many examples there are.
+MOST_SLOTS = 1024
 DENSE_TERM_PIECES = 4  # a dense term is added in pieces of this share of a tile
 NO_SCALES: Mapping[str, float] = MappingProxyType({})
 
@@ -68,15 +67,9 @@ class Probe:
         side: Tensor,  # (n,) compute dtype, +1, -1 or 0
         *,
         mask: Mask | None = None,
-        signs: Sequence[int] = (
-            1,
-            -1,
-        ),  # one for each of the equal parts that follow each other in the tokens
-        owners: Sequence[int]
-        | None = None,  # slots of the batch's examples; () if all examples share a direction
-        scales: Mapping[
-            str, float
-        ] = NO_SCALES,  # by tensor name, where the mask takes them from a finetuner
+        signs: Sequence[int] = (1, -1),  # of the evaluations, whose tokens follow each other
+        owners: Sequence[int] | None = None,  # slots of the examples; () if they share directions
+        scales: Mapping[str, float] = NO_SCALES,  # by tensor, where a finetuner gives them
     ):
         self.directions, self.key, self.sigma, self.slots = directions, key, sigma, tuple(slots)
         self.mask, self.signs = mask or Mask(), tuple(signs)

@@ -134,7 +134,7 @@ class Footprint(StoredFootprint):
         if parts.factors and not in_c:
             thin += len(d_in) + 2 * len(d_out) + 1
         shapes = len({(m.d_in, m.d_out) for m in matrices}) * self.product_kinds + thin
-        rows = min(self._rows_at_once(precision, micro_batch), PRODUCT_ROWS[-1])
+        rows = min(self._tokens_at_once(precision, micro_batch), PRODUCT_ROWS[-1])
         sizes = bisect_left(PRODUCT_ROWS, rows) + 1
         reason = f"oneDNN's kernels for {shapes} bf16 products of {sizes} numbers of rows"
         return [Item("compiled products", KERNEL_BYTES * shapes * sizes, reason)]
@@ -147,7 +147,7 @@ class Footprint(StoredFootprint):
         """Forwards over the batch in a step, all in one pass."""
         return self.cfg.planned_sides
 
-    def _rows(self, micro_batch: int, most: int | None = None) -> int:
+    def _longest_tokens(self, micro_batch: int, most: int | None = None) -> int:
         """Tokens of the longest batch that runs at once: of training on all sides, or of an evaluation.
 
         ``most``: tokens of one side in a piece, where micro-batches are split into pieces.
@@ -155,8 +155,8 @@ class Footprint(StoredFootprint):
         evaluating = max(min(EVAL_TOKENS, self.tokens.longest(KEPT_LENGTHS)), self.tokens.evaluated)
         return max(self.sides * self.tokens.at_once(micro_batch, most), evaluating)
 
-    def _rows_at_once(self, precision: str, micro_batch: int) -> int:
-        return self._rows(micro_batch, self.most_tokens(precision))
+    def _tokens_at_once(self, precision: str, micro_batch: int) -> int:
+        return self._longest_tokens(micro_batch, self.most_tokens(precision))
 
     def most_tokens(self, precision: str) -> int | None:
         """Tokens, of one side, of the pieces that a micro-batch is split into; None where it is not split.
@@ -189,25 +189,25 @@ class Footprint(StoredFootprint):
 
     def _forward(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
         shape, tokens = self.shape, self.tokens
-        rows, sides = self._rows_at_once(precision, micro_batch), self.sides
+        n_tokens, sides = self._tokens_at_once(precision, micro_batch), self.sides
         source = "the longest of the data" if tokens.known else "no data given: --max-length each"
         whole = sides * tokens.longest(micro_batch)
-        if rows == whole:
+        if n_tokens == whole:
             what = f"{micro_batch} examples x {sides} sides ({source})"
-        elif rows < whole:
+        elif n_tokens < whole:
             what = f"a piece of {micro_batch} examples x {sides} sides, {whole:,} ({source})"
         else:
             what = "an evaluation batch, which is more than a micro-batch of training"
-        reason = f"{rows:,} tokens of {what}, one block at a time"
-        items = [Item(ACTIVATIONS, self._activations(rows, compute_bytes), reason, "forward")]
+        reason = f"{n_tokens:,} tokens of {what}, one block at a time"
+        items = [Item(ACTIVATIONS, self._activations(n_tokens, compute_bytes), reason, "forward")]
         items += self._expanded(precision, compute_bytes)
         # A mask, its making from 64-bit integers, and the thin products that go with it.
-        size = self._drawn(micro_batch) * (4 * rows + self._widest()) * compute_bytes
+        size = self._drawn(micro_batch) * (4 * n_tokens + self._widest()) * compute_bytes
         items += self._perturbing(micro_batch, size)
-        scored = min(sides * micro_batch * tokens.scored, rows)
+        scored = min(sides * micro_batch * tokens.scored, n_tokens)
         logits, what = self._logits(scored)
         # The blocks' temporaries are freed before scores are computed, which use their memory again.
-        scores = logits + 4 * (scored + 2 * rows) * shape.hidden - items[0].bytes
+        scores = logits + 4 * (scored + 2 * n_tokens) * shape.hidden - items[0].bytes
         reason = f"hidden states and logits of {scored:,} scored positions, {what}: more than a block takes"
         if scores > 0:
             items.append(Item("scores", scores, reason, "forward"))
@@ -291,8 +291,8 @@ class Footprint(StoredFootprint):
         shape = self.shape
         return (shape.layers + 1) * (shape.qkv_width - shape.attention_width) * compute_bytes
 
-    def _activations(self, rows: int, compute_bytes: int) -> int:
-        """Bytes of one block's temporaries over ``rows`` tokens: while it attends, or while its MLP runs.
+    def _activations(self, n_tokens: int, compute_bytes: int) -> int:
+        """Bytes of one block's temporaries over ``n_tokens`` tokens: while it attends, or while its MLP runs.
 
         In the heap, a share of what attention took is still there beside the MLP's temporaries.
         """
@@ -301,18 +301,20 @@ class Footprint(StoredFootprint):
         queries = shape.attention_width
         # Half of the queries are negated to rotate them: a temporary of that size.
         at_once = QUERY_COPIES * queries + KEY_COPIES * keys + queries // 2
-        attending = at_once * min(rows, ATTENDING_TOKENS)
+        attending = at_once * min(n_tokens, ATTENDING_TOKENS)
         # Tokens beyond a padded group have only what is made before and after it: rotated, and the result.
-        attending += (4 * queries + 2 * keys) * max(0, rows - ATTENDING_TOKENS)
-        attending += rows * shape.hidden * (HIDDEN_COPIES - 1)
-        mlp = rows * (HIDDEN_COPIES * shape.hidden + MLP_COPIES[shape.gated] * shape.intermediate)
+        attending += (4 * queries + 2 * keys) * max(0, n_tokens - ATTENDING_TOKENS)
+        attending += n_tokens * shape.hidden * (HIDDEN_COPIES - 1)
+        mlp = n_tokens * (
+            HIDDEN_COPIES * shape.hidden + MLP_COPIES[shape.gated] * shape.intermediate
+        )
         rotary = 2 * shape.head_dim  # cosine and sine
-        in_heap = int(HEAP_SHARE * rows * at_once)
-        size = (max(attending, mlp + in_heap) + rows * rotary) * compute_bytes
+        in_heap = int(HEAP_SHARE * n_tokens * at_once)
+        size = (max(attending, mlp + in_heap) + n_tokens * rotary) * compute_bytes
         if size <= REUSED_BYTES:
             return size
         # Temporaries are mapped. Counted as more than what stays in the heap, so that Plan.maps tells the two apart.
-        return max((max(attending, mlp) + rows * rotary) * compute_bytes, REUSED_BYTES + 1)
+        return max((max(attending, mlp) + n_tokens * rotary) * compute_bytes, REUSED_BYTES + 1)
 
     # -----------------------------------------------------------------------------------------
     # An update
@@ -329,8 +331,8 @@ class Footprint(StoredFootprint):
 
         About one run in five has them. Mapped temporaries leave none.
         """
-        rows = self._rows_at_once(precision, micro_batch)
-        temporaries = self._activations(rows, compute_bytes)
+        n_tokens = self._tokens_at_once(precision, micro_batch)
+        temporaries = self._activations(n_tokens, compute_bytes)
         if not self.cfg.parts.weights or temporaries > REUSED_BYTES:
             return []
         size = min(self._update_tiles(precision), temporaries)
@@ -346,8 +348,8 @@ class Footprint(StoredFootprint):
             reason += "; or a matrix of the base, and a tile that is replayed and quantised"
         if on_disk:
             # A block is updated, or made again, between the forwards of two blocks.
-            rows = self._rows_at_once(precision, micro_batch)
-            hidden = HIDDEN_COPIES * rows * self.shape.hidden * compute_bytes
+            n_tokens = self._tokens_at_once(precision, micro_batch)
+            hidden = HIDDEN_COPIES * n_tokens * self.shape.hidden * compute_bytes
             size = hidden + max(size, self._staged_bytes(precision))
             reason += (
                 "; and the hidden states, since a block is updated when the forward comes to it"

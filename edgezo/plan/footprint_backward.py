@@ -26,20 +26,20 @@ from edgezo.plan.footprint import Footprint
 from edgezo.plan.shapes import ModelShape
 
 
-def kept_bytes(shape: ModelShape, rows: int, compute_bytes: int) -> int:
-    """Inputs of all blocks over ``rows`` tokens, and the output of the last one."""
-    return rows * shape.hidden * (shape.layers + 1) * compute_bytes
+def kept_bytes(shape: ModelShape, n_tokens: int, compute_bytes: int) -> int:
+    """Inputs of all blocks over ``n_tokens`` tokens, and the output of the last one."""
+    return n_tokens * shape.hidden * (shape.layers + 1) * compute_bytes
 
 
-def backward_bytes(shape: ModelShape, rows: int, compute_bytes: int) -> int:
-    """All that a backward pass over ``rows`` tokens takes beside the weights."""
+def backward_bytes(shape: ModelShape, n_tokens: int, compute_bytes: int) -> int:
+    """All that a backward pass over ``n_tokens`` tokens takes beside the weights."""
     keys = (shape.qkv_width - shape.attention_width) // 2
     block = HIDDEN_KEPT * shape.hidden + MLP_KEPT[shape.gated] * shape.intermediate
     attended = QUERIES_KEPT * shape.attention_width + KEYS_KEPT * keys + 2 * shape.head_dim
     # A gradient on its way, in fp32 where the block computes in less.
     wide = 0 if compute_bytes == 4 else 8 * max(m.d_out for m in shape.kinds)
     block_bytes = block * compute_bytes + 4 * attended + wide
-    size = kept_bytes(shape, rows, compute_bytes) + rows * block_bytes
+    size = kept_bytes(shape, n_tokens, compute_bytes) + n_tokens * block_bytes
     return int((1 + UNUSED_SHARE) * size)
 
 
@@ -74,8 +74,8 @@ class BackwardFootprint(Footprint):
         items = [Item("block inputs", kept, reason, "forward")]
         block = backward_bytes(shape, trained, compute_bytes) - kept
         # An evaluation keeps no block inputs.
-        rows = self._rows_at_once(precision, micro_batch)
-        evaluated = self._activations(rows, compute_bytes)
+        n_tokens = self._tokens_at_once(precision, micro_batch)
+        evaluated = self._activations(n_tokens, compute_bytes)
         reason = "one block, run again for its backward pass, with its gradients"
         items.append(Item(ACTIVATIONS, max(block, evaluated - kept), reason, "forward"))
         items += self._expanded(precision, compute_bytes)
@@ -114,8 +114,8 @@ class MixedFootprint(Footprint):
                 return footprint
         return replace(self, cfg=replace(self.cfg, short_tokens=0))
 
-    def _backward(self, rows: int, precision: str) -> int:
-        return backward_bytes(self.shape, rows, self.compute_bytes(precision))
+    def _backward(self, n_tokens: int, precision: str) -> int:
+        return backward_bytes(self.shape, n_tokens, self.compute_bytes(precision))
 
     def reused_tokens(self, precision: str) -> int:
         """None are reused: what a backward pass keeps would leave holes in the heap."""
@@ -135,11 +135,13 @@ class MixedFootprint(Footprint):
         items = super()._forward(precision, micro_batch, compute_bytes)
         short = self.cfg.short_tokens or 0
         lengths = [n for n in self.tokens.tokens if n <= short]
-        rows = min(short, sum(lengths[:micro_batch])) if self.tokens.known else short
+        n_tokens = min(short, sum(lengths[:micro_batch])) if self.tokens.known else short
         shared = ("expanded weights", "correction")
         perturbed = sum(i.bytes for i in items if i.name not in shared)
-        more = self._backward(rows, precision) - perturbed
+        more = self._backward(n_tokens, precision) - perturbed
         if more > 0:
-            reason = f"over {rows:,} tokens of short examples: more than a perturbed forward takes"
+            reason = (
+                f"over {n_tokens:,} tokens of short examples: more than a perturbed forward takes"
+            )
             items.append(Item("backward pass", more, reason, "forward"))
         return items

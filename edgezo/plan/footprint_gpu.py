@@ -83,7 +83,7 @@ class CudaFootprint(Footprint):
         return None
 
     def _slack(self, micro_batch: int, compute_bytes: int) -> Item:
-        temporaries = self._activations(self._rows(micro_batch), compute_bytes)
+        temporaries = self._activations(self._longest_tokens(micro_batch), compute_bytes)
         size = max(GPU_SLACK_BYTES + int(HOLES * temporaries), int(LARGE_HOLES * temporaries))
         return Item("allocator slack", size, "pages of its segments that are not full")
 
@@ -101,12 +101,14 @@ class CudaFootprint(Footprint):
         return [*items, self._tables(precision)]
 
     def _forward(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
-        rows, sides = self._rows(micro_batch), self.sides
-        reason = f"{rows:,} tokens of {micro_batch} examples x {sides} sides, one block at a time"
-        items = [Item(ACTIVATIONS, self._activations(rows, compute_bytes), reason, "forward")]
+        n_tokens, sides = self._longest_tokens(micro_batch), self.sides
+        reason = (
+            f"{n_tokens:,} tokens of {micro_batch} examples x {sides} sides, one block at a time"
+        )
+        items = [Item(ACTIVATIONS, self._activations(n_tokens, compute_bytes), reason, "forward")]
         items += self._expanded(precision, compute_bytes)
-        size = self._drawn(micro_batch) * (4 * rows + 3 * self._widest()) * compute_bytes
-        items += self._perturbing(micro_batch, size + 16 * rows)
+        size = self._drawn(micro_batch) * (4 * n_tokens + 3 * self._widest()) * compute_bytes
+        items += self._perturbing(micro_batch, size + 16 * n_tokens)
         scored = sides * micro_batch * self.tokens.scored
         logits, what = self._logits(scored)
         reason = f"hidden states and logits of {scored:,} scored positions; {what}"
@@ -125,8 +127,8 @@ class CudaFootprint(Footprint):
             return 8 * scored * self.tokens.label_words, "label words only"
         return GPU_LOGITS_BYTES, "the vocabulary in chunks"
 
-    def _activations(self, rows: int, compute_bytes: int) -> int:
-        """Bytes of one block's temporaries over ``rows`` tokens: while it attends, or while its MLP runs."""
+    def _activations(self, n_tokens: int, compute_bytes: int) -> int:
+        """Bytes of one block's temporaries over ``n_tokens`` tokens: while it attends, or while its MLP runs."""
         shape = self.shape
         mlp = MLP_COPIES[shape.gated] * shape.intermediate
         keys, queries = (shape.qkv_width - shape.attention_width) // 2, shape.attention_width
@@ -134,7 +136,7 @@ class CudaFootprint(Footprint):
         width = max(
             shape.hidden * (HIDDEN_COPIES - 1) + attending, HIDDEN_COPIES * shape.hidden + mlp
         )
-        return rows * (width + 2 * shape.head_dim) * compute_bytes
+        return n_tokens * (width + 2 * shape.head_dim) * compute_bytes
 
     def _updating(
         self, precision: str, micro_batch: int, compute_bytes: int, on_disk: int
@@ -143,10 +145,10 @@ class CudaFootprint(Footprint):
         size = self._update_tiles(precision) + min(TILE_BYTES, self._largest_trained())
         reason = "weights, direction and change of one tile, in fp32"
         if on_disk:  # a block is updated between two layers
-            size += self._rows(micro_batch) * self.shape.hidden * compute_bytes
+            size += self._longest_tokens(micro_batch) * self.shape.hidden * compute_bytes
             reason += "; beside the hidden states"
         items = [Item("update tiles", size, reason, "update")]
-        temporaries = self._activations(self._rows(micro_batch), compute_bytes)
+        temporaries = self._activations(self._longest_tokens(micro_batch), compute_bytes)
         if self.cfg.parts.weights and temporaries > size:
             holes = min(size, temporaries - size) // 4  # calibrated
             reason = "left by an update's tiles, too small for a forward's"
