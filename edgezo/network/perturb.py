@@ -48,7 +48,7 @@ from edgezo.zo.masks import Mask
 from edgezo.zo.noise import COLUMN, Key, signs, tensor_id
 
 TOKENS = tensor_id("tokens of an example")
-# Width of the table of token signs, so that a sign does not depend on how many examples there are.
+# Width of the table of token signs, so that fixed, so that a sign does not change with the number of examples.
 MOST_SLOTS = 1024
 DENSE_TERM_PIECES = 4  # a dense term is added in pieces of this share of a tile
 NO_SCALES: Mapping[str, float] = MappingProxyType({})
@@ -67,7 +67,8 @@ class Probe:
         side: Tensor,  # (n,) compute dtype, +1, -1 or 0
         *,
         mask: Mask | None = None,
-        signs: Sequence[int] = (1, -1),  # of the evaluations, whose tokens follow each other
+        # One sign for each evaluation; the tokens of one evaluation follow those of the one before it.
+        signs: Sequence[int] = (1, -1),
         owners: Sequence[int] | None = None,  # slots of the examples; () if they share directions
         scales: Mapping[str, float] = NO_SCALES,  # by tensor, where a finetuner gives them
     ):

@@ -38,7 +38,7 @@ class Conflict(NamedTuple):
 
 
 def conflicts(cfg: RunConfig, need_data: bool) -> list[str]:
-    """What is wrong with a request; data is part of it where ``need_data``."""
+    """What is wrong with a request. ``need_data``: a request without data is wrong too."""
     tables = (MISSING, MISSING_DATA if need_data else (), _of_estimator(cfg), GENERAL)
     return [message for table in tables for message in _messages(table, cfg)]
 
@@ -114,7 +114,8 @@ def _of_batch() -> str:
 def _lacks_parts(cfg: RunConfig) -> bool:
     """Whether a first-order estimator is asked for other parts than it trains."""
     entry = FIRST_ORDER[cfg.estimator]
-    return not set(entry.train) - set(entry.less) <= set(cfg.train) <= set(entry.train)
+    required, asked, allowed = set(entry.train) - set(entry.less), set(cfg.train), set(entry.train)
+    return not (required <= asked <= allowed)
 
 
 def _beside_full(part: str) -> Conflict:
@@ -195,15 +196,15 @@ OF_DIRECTIONS = (
     Conflict(
         lambda cfg: cfg.mask == "quantized" and cfg.directions not in ("gaussian", "shared"),
         lambda cfg: (
-            f"--mask quantized with --directions {cfg.directions}: the mask rounds normal values; "
+            f"--mask quantized with --directions {cfg.directions}: the mask rounds Gaussian values; "
             "use --directions gaussian or shared"
         ),
     ),
     Conflict(
         lambda cfg: cfg.mask == "block" and RULES[cfg.rule].step == PER_WEIGHT,
         lambda cfg: (
-            f"--mask block with --rule {cfg.rule}: the rule moves weights as far whatever the length of a direction, "
-            "so the scales would be lost; use --rule sgd or momentum"
+            f"--mask block with --rule {cfg.rule}: the rule moves weights by the same distance, however long "
+            "a direction is, so the scales would be lost; use --rule sgd or momentum"
         ),
     ),
     Conflict(
@@ -410,7 +411,8 @@ CANNOT_MEASURE_STEP = (
     Conflict(
         lambda cfg: cfg.backward or cfg.estimator == AUTO,
         lambda cfg: (
-            f"--estimator {cfg.estimator} has the learning rate of a gradient, which perturbations do not tell"
+            f"--estimator {cfg.estimator} has a learning rate for gradients, "
+            "which cannot be estimated from perturbations"
         ),
     ),
     Conflict(
@@ -422,13 +424,13 @@ CANNOT_MEASURE_STEP = (
     Conflict(
         lambda cfg: cfg.rule != "sgd",
         lambda cfg: (
-            f"--rule {cfg.rule} changes the length of a step, so perturbations do not tell it"
+            f"--rule {cfg.rule} changes the length of a step, so it cannot be estimated from perturbations"
         ),
     ),
     Conflict(
         lambda cfg: MASKS[cfg.mask].state or cfg.mask == "block",
         lambda cfg: (
-            f"--mask {cfg.mask} changes the length of a step, so perturbations do not tell it"
+            f"--mask {cfg.mask} changes the length of a step, so it cannot be estimated from perturbations"
         ),
     ),
     Conflict(

@@ -74,7 +74,7 @@ def make_plan(
 def largest_card(cards: Iterable[NamedShape], cfg: RunConfig, machine: Machine) -> Plan | None:
     """The plan of the card with the most parameters that the budget of the request has room for.
 
-    Cards of the same kind (causal or masked) should be given. The precision is chosen anew; rows count as long as
+    ``cards`` are of one kind, causal or masked. The precision is chosen anew; rows count as long as
     --max-length. None where not even the smallest card fits.
     """
     for card in sorted(cards, key=lambda card: -card.parameters):
@@ -177,9 +177,9 @@ def _best_that_fits(
             readout = tokens.kind == "label" and forward_only.parts.readout
             if not readout or steps >= FIRST_ORDER_STEPS:
                 room = f"{mb(plan.planned_peak_bytes)} of {mb(plan.max_mem_bytes)}"
-                reason = f"first-order, and fits: {room}; forward passes alone reach less in as many steps"
+                reason = f"first-order, and fits: {room}; and reaches a higher accuracy in the same steps"
                 return _because(plan, reason)
-            why = f"{FIRST_CHOICE} fits, but a linear probe is better than its first {steps} steps"
+            why = f"{FIRST_CHOICE} fits, but in only {steps} steps a linear probe does better"
         except PlanDoesNotFit as problem:
             why = f"first-order {FIRST_CHOICE} needs {mb(problem.smallest_bytes)}"
     plan = make_plan(shape, forward_only, machine, tokens, **known)
@@ -192,7 +192,7 @@ def _no_gradient(cfg: RunConfig, machine: Machine) -> str:
         return f"a score of predictions ({cfg.objective}) has no gradient"
     asked = cfg.device == "cuda" or cfg.residency == "host"
     if asked or (machine.gpu is not None and choose_device(cfg, machine)[0] == "cuda"):
-        return f"{FIRST_CHOICE}'s backward pass is for the CPU, and there is a GPU to use"
+        return f"{FIRST_CHOICE}'s backward pass runs on the CPU only, and there is a GPU to use"
     return ""
 
 

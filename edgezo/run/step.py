@@ -1,9 +1,10 @@
 """One step: batch -> losses on both sides -> credit -> journal record -> update of the weights.
 
-    losses+-_i = L(theta +- sigma*D_i ; x_i)        credit a_i from the losses        theta <- theta - sum_i c_i D_i
+    losses+-_i = L(theta +- sigma*D_i ; x_i)     a_i = credit(losses)     theta <- theta - sum_i c_i D_i,  c_i ~ a_i
 
 The journal comes first, the weights second: a record that is on disk stands for an update that is, or can be, applied.
-What a step changes is changed in ``WeightStore.apply`` (weights/store.py) and nowhere else.
+Whatever is trained along directions is changed in ``WeightStore.apply`` (weights/store.py) and nowhere else. What has a
+gradient of its own (the exact head, LoRA's matrices) changes in its ``update``.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Stepper:
     # -- a step -------------------------------------------------------------------------------------------
 
     def step(self, step: int, step_size: float, stride: Stride) -> StepRecord:
-        """Perturb, record, apply; returns the record. If it raises before the journal, nothing has changed."""
+        """Perturb, record, apply; returns the record. Until the record is written nothing has changed."""
         cfg, model = self.state.cfg, self.state.model
         group = self._group(step)
         scales = None
@@ -81,7 +82,7 @@ class Stepper:
     def _losses_of_group(
         self, step: int, group: Sequence[Example], stride: Stride
     ) -> tuple[np.ndarray, list[int]]:
-        """Losses (sides, B) fp32 of the group, with SVRG those at the anchor behind; and slots without perturbation."""
+        """(losses, slots that are not perturbed). Losses are (sides, B) fp32; with SVRG those at the anchor follow."""
         cfg, model, sides = self.state.cfg, self.state.model, self.sides
         compared = cfg.anchored and not cfg.is_anchor(step)
         lines = 2 * sides if compared else sides if self.perturbs else 2
@@ -122,9 +123,10 @@ class Stepper:
         sigma: float,
         learn: float = 0.0,
     ) -> Tensor:
-        """Losses (sides, b) fp32 of a micro-batch, or minus the objective; one side without a ``key``.
+        """Losses of a micro-batch, (sides, b) fp32. With an objective they are minus its scores.
 
-        ``learn`` is the weight of an example in the gradient of what is trained exactly; 0: no gradient.
+        ``key`` and ``sigma`` are those of the perturbation; without a key there is none, and one side.
+        ``learn`` is an example's weight in the gradient of the exactly trained parts; 0 computes no gradient.
         """
         model, judge = self.state.model, self.state.judge
         sides = self.sides if key is not None else 1
@@ -162,7 +164,7 @@ class Stepper:
         return credit
 
     def _anchor_credit(self, step: int) -> float:
-        """Mean credit of the anchor that ``step`` is compared with; 0 for an anchor itself (MeZO-SVRG)."""
+        """Mean credit of the anchor that ``step`` is compared with (MeZO-SVRG); 0 if ``step`` is an anchor."""
         since = step % self.state.cfg.refresh
         if not since:
             return 0.0
@@ -199,7 +201,7 @@ class Stepper:
 
     @property
     def perturbs(self) -> bool:
-        """Whether a step perturbs anything; the exact head alone needs one plain side and no update of the store."""
+        """Whether a step perturbs anything. For the exact head alone one unperturbed forward pass is enough."""
         return bool(self.state.model.store.trainables)
 
     @property
@@ -209,13 +211,13 @@ class Stepper:
 
     @property
     def writes(self) -> bool:
-        """Whether a step writes answers. Its micro-batches are whole then: prompts pass in pieces of their own."""
+        """Whether a step writes answers. Then micro-batches are not split: ``generate`` splits the prompts itself."""
         judge = self.state.judge
         return judge is not None and judge.score is not None and judge.writes
 
     @property
     def most_tokens(self) -> int | None:
-        """Tokens of one side that pass at once: a micro-batch is split into such pieces. None: it passes whole."""
+        """The most tokens of one side in a piece of a micro-batch; None where micro-batches are not split."""
         return None if self.writes else self.state.model.most_tokens
 
     @property
@@ -225,7 +227,7 @@ class Stepper:
         return model.most_tokens if model.factors is None else self.state.cfg.short_tokens
 
     def check_room(self, item: str) -> None:
-        """Raise BudgetExceeded unless there is room for a micro-batch of a size that has run before."""
+        """Raise BudgetExceeded unless there is room for a micro-batch. Its temporaries may already be in the heap."""
         self.state.guard.check_again(self.need_bytes(self.state.cfg.micro_batch), item)
 
     def need_bytes(self, micro_batch: int) -> int:
@@ -239,7 +241,7 @@ class Stepper:
         )
 
     def tokens_at_once(self, micro_batch: int) -> int:
-        """The most tokens of one side that a micro-batch of this size passes, or keeps, at once."""
+        """The most tokens of one side that a micro-batch of this size holds at once."""
         return self._token_stats.at_once(micro_batch, self.most_tokens)
 
     @cached_property

@@ -1,6 +1,8 @@
 """The weight store: every matrix of the model, what is trained of it, and the one place where a step's update is made.
 
-Nothing but ``WeightStore.apply`` changes a weight. A step's recipe is a few numbers; from it and the run's seed every
+Whatever is trained along directions is changed here alone: by ``apply`` at a step, by ``replay``, ``catch_up`` and
+``finish`` for steps of the past. (The exact head and LoRA's matrices have a gradient and an ``update`` of their own, in
+network/.) A step's recipe is a few numbers; from it and the run's seed every
 trained tensor theta is moved, tile by tile:
 
     theta  <-  (1 - decay) * theta  -  rule(s * sum_i c_i D_i)                                 ``WeightStore.advance``
@@ -52,7 +54,7 @@ from edgezo.zo.rules import UPDATE_RULES, Rule
 if TYPE_CHECKING:
     from edgezo.weights.residency import Residency
 
-RECIPES_AT_ONCE = 64  # steps of the past that one sweep over the weights applies
+RECIPES_AT_ONCE = 64  # steps that a replay applies in one sweep over the weights
 
 
 @dataclass
@@ -118,7 +120,7 @@ class WeightStore:
             trainable.state = state
 
     def keep_only(self, names: Collection[str]) -> None:
-        """Train nothing but ``names``, from before the first step on: no loss depends on the others."""
+        """Train nothing but ``names``: no loss depends on the others. To be called before the first step."""
         self.trainables = {name: t for name, t in self.trainables.items() if name in names}
         self.__dict__.pop("_places", None)
 
@@ -137,7 +139,7 @@ class WeightStore:
     def apply(self, recipes: Sequence[Recipe]) -> None:
         """Make the updates of consecutive steps, tile by tile; several at once give the same bits as one by one.
 
-        A block that is not in memory takes them from ``history`` when it is next bound.
+        A block that is not in memory takes them from ``history`` when it is next loaded.
         """
         trainables = self._in_memory()
         requantised = [t for t in trainables if t.open_base is not None]
@@ -216,7 +218,7 @@ class WeightStore:
         return {name: place for place, name in enumerate(sorted(self.trainables))}
 
     def _weighted_sum(self, tile: Tile, theta: Tensor) -> tuple[Tensor, Tensor | None]:
-        """sum_i c_i D_i, (n, cols) fp32, and U as it was before the mask shaped it (None where no mask does)."""
+        """sum_i c_i D_i, (n, cols) fp32, and U before the mask was applied (None without such a mask)."""
         trainable, recipe, coefficients, rows, member = tile
         key = Key(self.seed, recipe.step)
         unmasked: list[Tensor] = []
@@ -332,8 +334,8 @@ class WeightStore:
     def replay(self, stop: int) -> None:
         """Bring weights that are as loaded to where the steps before ``stop`` of ``history`` left them.
 
-        One sweep over the weights applies many steps. What rounding did to re-quantised codes before they were last
-        made anew is gone by then, so it is not repeated.
+        One sweep over the weights applies many steps. Re-quantising discards what rounding did before it, so those
+        codes skip the steps before they were last made anew.
         """
         trainables = self._in_memory()
         requantised = [t for t in trainables if t.open_base is not None]
@@ -348,7 +350,7 @@ class WeightStore:
             self.residency.target = stop
 
     def finish(self, stop: int) -> None:
-        """Re-quantise codes at the end of a run of ``stop`` steps. They must not be trained on from there."""
+        """Re-quantise codes at the end of a run of ``stop`` steps. No training may follow."""
         if not requantise_due(stop):  # else that is done already
             trainables = self.trainables.values()
             self._requantise([t for t in trainables if t.open_base is not None], stop)

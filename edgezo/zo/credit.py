@@ -16,8 +16,10 @@ A step evaluates the batch along ``evaluations``; with two sides
     clipped      as mean, with |c| at most lr*100           QZO (arXiv 2505.13430)
     candidates   c_j = kappa*sigma*(l_j - l_0)/std_k(l_k)   FZOO (arXiv 2506.09034), l_j of the batch along D_j
 
-The user sets ``step`` alone: a learning rate, or kappa, the fraction of the probe sigma*D_i by which an example of
-credit 1 moves the weights (kappa = lr/(2*sigma^2*B) in GRZO's symbols, lr/(sigma^2*N) in FZOO's).
+c_i is the product of a credit a_i, which the functions below compute from the losses, and of a factor that is the same
+for all examples (``coefficients``). The user sets one number, ``--step``: the learning rate lr, or kappa. With kappa an
+example of credit 1 moves the weights by kappa*sigma*D_i. In the papers' symbols kappa is lr/(2*sigma^2*B) for GRZO and
+lr/(sigma^2*N) for FZOO.
 
 Losses that are not finite, groups of one example and groups without spread have defined results (see each function);
 no input gives a NaN in an update.
