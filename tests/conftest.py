@@ -187,3 +187,15 @@ def tried(request: pytest.FixtureRequest, workshop: Any) -> Iterator[Any]:
     made = workshop.tried(request.param)
     yield made
     made.restore()
+
+
+@pytest.fixture(scope="module")
+def maker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Trials of presets (preset_trials.py)."""
+    import torch
+    from preset_trials import Maker
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Maker(tmp_path_factory.mktemp("model"))
+    torch.set_num_threads(threads)

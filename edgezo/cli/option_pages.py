@@ -29,8 +29,8 @@ PAGE_TOP = """\
 
 Every setting of a run, in the groups of `edgezo finetune --help`. `edgezo finetune` takes all of them; the last line of
 an entry names the other commands that do. A setting may also stand in a TOML file (`--config FILE`,
-[a sample](settings-sample.toml)), under the name that its entry gives; `-` and `_` are alike there. The command line
-stands above the file, the file above the settings of a model's card, those above the defaults.
+[a sample](settings-sample.toml)), under the name that its entry gives; `-` and `_` are alike there. Where several
+places give a setting, the first of these counts: command line > file > model card > default.
 """
 
 SAMPLE_TOP = """\
@@ -49,7 +49,7 @@ def options_page() -> str:
     for group in GROUPS.values():
         parts.append(f"## {group.title}\n")
         parts += ["\n".join(_entry(field, commands)) + "\n" for field in group.fields]
-    parts.append("## Options of `edgezo finetune` that are no settings\n")
+    parts.append("## Options of `edgezo finetune` that are not settings\n")
     parts.append("".join(_line(option) for option in _other_options()))
     return "\n".join(parts)
 
@@ -96,7 +96,7 @@ def _entry(field: Field, commands: dict[str, list[str]]) -> Iterator[str]:
 
 
 def _line(option: click.Option) -> str:
-    """A list entry for an option that is no setting."""
+    """A list entry for an option that is not a setting."""
     value = f" {option.metavar}" if option.metavar else ""
     return f"- `{option.opts[0]}{value}`: {option.help}\n"
 

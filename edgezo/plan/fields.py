@@ -1,6 +1,6 @@
 """The settings of a run, as a table: each is written here once.
 
-``config.RunConfig`` is compared with the table by a test; the options of the command line, docs/options.md and
+A test compares ``config.RunConfig`` with the table; the options of the command line, docs/options.md and
 docs/settings-sample.toml are made from it. Standard library only.
 """
 
@@ -80,7 +80,7 @@ _DATA = (
         name="label_field",
         kind="str",
         metavar="NAME",
-        help="Field of a row that holds the label.",
+        help="Column of a labelled row that holds the label.",
         default="label",
     ),
     Field(
@@ -96,8 +96,8 @@ _DATA = (
         name="held_out",
         kind="float",
         metavar="SHARE",
-        help="Evaluate on this share of the training rows, which are then not trained on.",
-        default_text="evaluate on the validation rows",
+        help="Hold out this share of the training rows for evaluation, instead of the validation rows.",
+        default_text="none where there are validation rows, else 0.1",
         example=0.1,
         low=0,
         high=0.9,
@@ -210,7 +210,7 @@ _METHOD = (
         name="estimator",
         kind="choice",
         metavar="NAME",
-        help="Training method: a preset (see edgezo estimators), whose choices the options below change; or auto.",
+        help="Training method: a preset (see edgezo estimators), or auto. The options below override its choices.",
         default=DEFAULT_PRESET,
         choices=(*ESTIMATORS, AUTO),
     ),
@@ -232,14 +232,14 @@ _METHOD = (
     Field(
         name="credit",
         kind="choice",
-        help="How the losses of a step become one number for each direction.",
+        help="How the losses of a step become credit, one number for each direction.",
         choices=tuple(CREDITS),
         of_preset=True,
     ),
     Field(
         name="rule",
         kind="choice",
-        help="How weights move along the sum of the directions, each times its number.",
+        help="How weights move along the sum of the directions, each times its credit.",
         choices=tuple(RULES),
         of_preset=True,
     ),
@@ -282,7 +282,7 @@ _METHOD = (
         name="refresh",
         kind="int",
         metavar="N",
-        help="Steps between two bases of low-rank directions, or between two anchors of --credit svrg.",
+        help="Steps after which a new one is drawn: a basis of low-rank directions, or an anchor of --credit svrg.",
         low=1,
         of_preset=True,
     ),
@@ -340,8 +340,8 @@ _RUN = (
         name="step",
         kind="float",
         metavar="X",
-        help="Step size: kappa, a fraction of the perturbation (grzo), or a learning rate (mezo, lora); auto measures "
-        "it, and --sigma.",
+        help="Step size: kappa, a fraction of the perturbation (grzo), or a learning rate (mezo, lora). auto chooses "
+        "both --step and --sigma.",
         low=0,
         open_low=True,
         auto="step_auto",
@@ -368,7 +368,7 @@ _RUN = (
         name="weight_decay",
         kind="float",
         metavar="SHARE",
-        help="Share of itself that every perturbed weight loses in a step; follows --schedule.",
+        help="Fraction by which perturbed weights shrink per step; follows --schedule. With lora, AdamW's decay.",
         default=0.0,
         low=0,
         high=1,
@@ -377,8 +377,8 @@ _RUN = (
         name="head_lr",
         kind="float",
         metavar="X",
-        help="Learning rate of --train head: how far a step may move the score of a label. The score of a word of the "
-        "vocabulary moves a tenth of it.",
+        help="Learning rate of --train head, for label words: about how far a step may move a word's score. For "
+        "completions and text a tenth of it is used.",
         default=2.0,
         low=0,
         open_low=True,

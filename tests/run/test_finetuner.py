@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import LABELLED, Bench, make_model
+from preset_trials import MACHINE, make_finetuner
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -18,7 +19,7 @@ from edgezo.data.batches import Example, Row
 from edgezo.data.dataset import Dataset
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.network.assemble import ModelSpec, assemble
-from edgezo.network.loader import ModelFiles, build_meta, open_model
+from edgezo.network.loader import build_meta, open_model
 from edgezo.network.model import Model
 from edgezo.plan.planner import make_plan
 from edgezo.plan.request import make_config
@@ -35,16 +36,6 @@ from edgezo.zo.rules import UPDATE_RULES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = Dataset("label", (Example((Row((3, 4, 5, 6, 7), (4,), ()),), 0),) * 3, (), (5, 9), (), ())
-
-
-def make_finetuner(files: ModelFiles, path: Path, drawn: float = 0.1, **about: str) -> str:
-    """A finetuner with drawn networks for a model's parameters, each of its own mind."""
-    names = [name for name, _ in build_meta(files).named_parameters()]
-    found = Finetuner.plain(names, seed=5)
-    generator = torch.Generator().manual_seed(6)
-    found.weights[2].copy_(torch.randn(found.weights[2].shape, generator=generator) * drawn)
-    found.save(path, about)
-    return str(path)
 
 
 def model_of(path: Path, train: str, precision: str = "fp32") -> Model:
@@ -331,7 +322,6 @@ def test_requests_that_mean_nothing_are_refused_with_the_reason(bench: Bench) ->
 
 
 def test_the_plan_names_the_finetuner(bench: Bench) -> None:
-    from test_presets import MACHINE
 
     cfg = make_config(bench.settings(estimator="zo-finetuner", finetuner="f"))
     plan = make_plan(open_model(bench.model).shape, cfg, MACHINE, base_bytes=0)

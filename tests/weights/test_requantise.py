@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import preset_trials
 import pytest
-import test_presets
 import tiny_models
 import torch
-from test_presets import SIGMA, Killed, Maker
+from preset_trials import SIGMA, Killed, Maker
 from torch import Tensor
 from workshop import LABEL_IDS, make_examples
 
@@ -32,7 +32,6 @@ from edgezo.weights.saved import saved_sha256, saved_tensors
 from edgezo.zo.noise import Key, exact_grid
 from edgezo.zo.recipe import Recipe
 
-maker = test_presets.maker
 pytestmark = pytest.mark.usefixtures("one_thread")
 SEED = 11
 
@@ -352,7 +351,7 @@ def test_a_plan_counts_what_re_quantising_reads_and_never_goes_to_disk(maker: Ma
         rounding: make_plan(
             shape,
             maker.config("grzo", "int8", train="full", rounding=rounding),
-            test_presets.MACHINE,
+            preset_trials.MACHINE,
             base_bytes=0,
         )
         for rounding in (None, "stochastic")
@@ -362,7 +361,7 @@ def test_a_plan_counts_what_re_quantising_reads_and_never_goes_to_disk(maker: Ma
     assert update[None].bytes > update["stochastic"].bytes
     assert "base" in update[None].reason and plans[None].residency == "resident"
     momentum = maker.config("lozo-m", "int8")
-    plan = make_plan(shape, momentum, test_presets.MACHINE, base_bytes=0)
+    plan = make_plan(shape, momentum, preset_trials.MACHINE, base_bytes=0)
     assert plan.rounding == "stochastic"
     assert any("momentum" in d.reason for d in plan.decisions if d.name == "rounding")
 

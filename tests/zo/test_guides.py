@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from preset_trials import SEED, SIGMA, Maker
 from safetensors import safe_open
-from test_presets import SEED, SIGMA, Maker, maker
 from torch import Tensor
 
 from edgezo.data.batches import collate
@@ -21,8 +21,6 @@ from edgezo.run.train import finetune
 from edgezo.zo import noise
 from edgezo.zo.directions import on_grid
 from edgezo.zo.noise import Key
-
-__all__ = ["maker"]  # a fixture
 
 
 def inputs_of(model: Model, examples: Any, step: int) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import numpy as np
 import reference
 import torch
 import torch.nn.functional as F
-from test_presets import compared, finetuner_scales, presets, probed_of_quantized, with_pull
+from preset_trials import compared, finetuner_scales, presets, probed_of_quantized, with_pull
 from torch import Tensor
 
 from edgezo.plan.request import make_config
