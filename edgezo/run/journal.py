@@ -43,8 +43,10 @@ end-4   u32         CRC of the record before it
 ======  ==========  ===========================================================================
 
 A record is appended by one ``write``, so kill -9 leaves at most a record cut short at the end, and
-power loss at most zeros or a last record that is wrong. Such a tail is cut when a run resumes and
-left out when a run is replayed. Damage with a whole record after it is an error, always.
+power loss zeros or records that are wrong. A tail that can only be one record is cut when a run
+resumes, and kept beside (journal_kept.py); one that is cut short is left out when a run is replayed.
+All other damage is an error, always. So is a record whose checksums are right and that the run of
+the header cannot have written (journal_meaning.py).
 """
 
 from __future__ import annotations
@@ -52,76 +54,63 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
-import json
 import os
-import struct
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from edgezo.errors import BaseMismatch, EdgezoError
-from edgezo.machine.files import atomic_write, locked, write_error
+from edgezo.errors import EdgezoError
+from edgezo.machine.files import atomic_write, write_error
+from edgezo.machine.open_files import locked, open_inside
+from edgezo.plan.config import RunConfig
+from edgezo.run.journal_header import JournalHead, encode_header, read_head_of
+from edgezo.run.journal_kept import (
+    DroppedRecord,
+    keep_cut,
+    open_regular,
+    read_again,
+    remove_again,
+    write_again,
+)
+from edgezo.run.journal_meaning import format_problem
 from edgezo.run.journal_record import (
-    CRC,
+    FIXED_BYTES,
     HEAD_BYTES,
+    RecordHead,
     StepRecord,
     decode_record,
     encode_record,
     holds_record,
-    is_shaped,
-    record_length,
+    not_finite,
+    read_head,
 )
-
-MAGIC = b"\x89EZJ\r\n\x1a\n"
-VERSION = 3  # the latest that is read
-_PREFIX = struct.Struct("<8sIII")  # magic, version, first step, JSON length
-
-
-def check_base(header: Mapping[str, Any], content_hash: str) -> None:
-    """Raise BaseMismatch unless the journal was written over the base with `content_hash`."""
-    recorded = header.get("content_hash")
-    if recorded != content_hash:
-        raise BaseMismatch(
-            "the journal belongs to other base weights: it was written over "
-            f"{recorded}, the model given is {content_hash}. Give the base model that the run "
-            "started from (`model` in the run's config.toml)."
-        )
 
 
 class Journal:
     """An open journal; use `create_journal` or `open_journal`. Bytes of the file never change
-    once appended, except by `truncate_to`.
+    once appended, except by `repair` and `truncate_to`.
 
     header       the dictionary given at creation
     first_step   number of the first record
     next_step    number that the next record must have
-    cut_bytes    bytes of an unfinished tail that opening cut off (resume) or left out (replay)
+    cut_bytes    bytes of an unfinished tail, which `repair` cuts off (resume) or which is left out (replay)
     note         a sentence about it for people, or ""
     """
 
-    def __init__(
-        self,
-        path: Path,
-        fd: int,
-        writable: bool,
-        header: dict[str, Any],
-        first_step: int,
-        start: int,
-        crc: int,
-        version: int,
-    ):
+    def __init__(self, path: Path, fd: int, writable: bool, head: JournalHead):
         self.path = path
-        self.header = header
-        self.version = version
-        self.first_step = first_step
+        self.header, self.version, self.first_step = head.header, head.version, head.first_step
         self.cut_bytes = 0
         self.note = ""
         self._fd = fd
         self._writable = writable
-        self._crc = crc
+        self._crc, self._meaning = head.crc, head.meaning
         # ends[i] is where record i begins and ends[i + 1] where it ends: 8 bytes a step in memory
-        self._ends = array.array("Q", [start])
+        self._ends = array.array("Q", [head.start])
+        self._longest_bytes = 0  # of a record
+        self._scales: int | None = None  # numbers in the scales of the last record
+        self._dropped: dict[int, DroppedRecord] = {}  # records that are computed again, by step
+        self._repaired = False
 
     @property
     def next_step(self) -> int:
@@ -131,6 +120,13 @@ class Journal:
     def valid_bytes(self) -> int:
         """Size of the header and the whole records."""
         return self._ends[-1]
+
+    @property
+    def settings(self) -> RunConfig:
+        """The settings that the run began with. Raises EdgezoError where the journal is of no run."""
+        if self._meaning is None:
+            raise EdgezoError(f"{self.path}: the journal's header has no settings of a run.")
+        return self._meaning.cfg
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -147,18 +143,12 @@ class Journal:
             os.close(self._fd)
             self._fd = -1
 
+    # -- reading ------------------------------------------------------------------------------------------
+
     def record(self, step: int) -> StepRecord:
-        """The record of one step, read and verified again."""
-        i = step - self.first_step
-        if not 0 <= i < len(self):
-            raise EdgezoError(
-                f"{self.path}: no record of step {step}; the journal holds steps "
-                f"{self.first_step} to {self.next_step - 1}."
-            )
-        begin, end = self._ends[i], self._ends[i + 1]
-        os.lseek(self._fd, begin, os.SEEK_SET)
-        data = os.read(self._fd, end - begin)
-        record = decode_record(data, self._crc)
+        """The record of one step, read and verified again. Raises EdgezoError."""
+        begin, end = self._place(step)
+        record = self._decode(self._read(begin, end), step, begin)
         if record is None or record.step != step:
             raise EdgezoError(
                 f"{self.path}: the record of step {step} (byte {begin}) has changed on disk since "
@@ -171,6 +161,127 @@ class Journal:
         for step in range(self.first_step if first is None else first, self.next_step):
             yield self.record(step)
 
+    def step_sizes_from(self, step: int) -> dict[int, float]:
+        """Step sizes by step, from `step` on: of the records, and of those that are computed again."""
+        dropped = {s: item.step_size for s, item in self._dropped.items() if s >= step}
+        return dropped | {record.step: record.step_size for record in self.records(step)}
+
+    def _place(self, step: int) -> tuple[int, int]:
+        """The bytes at which a record begins and ends. Raises EdgezoError for a step that has none."""
+        i = step - self.first_step
+        if not 0 <= i < len(self):
+            raise EdgezoError(
+                f"{self.path}: no record of step {step}; the journal holds steps "
+                f"{self.first_step} to {self.next_step - 1}."
+            )
+        return self._ends[i], self._ends[i + 1]
+
+    def _read(self, begin: int, end: int) -> bytes:
+        try:
+            os.lseek(self._fd, begin, os.SEEK_SET)
+            return os.read(self._fd, end - begin)
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+
+    def _decode(
+        self, data: bytes, step: int, at: int, head: RecordHead | None = None
+    ) -> StepRecord | None:
+        """The record of `step` at byte `at`; None if its bytes are damaged. EdgezoError for what no run writes."""
+        try:
+            return self._checked(data, head)
+        except ValueError as problem:
+            raise self._meaningless(str(problem), step, at) from problem
+
+    def _checked(self, data: bytes, head: RecordHead | None = None) -> StepRecord | None:
+        """The record that fills `data`; None if its bytes are damaged. ValueError for what no run writes."""
+        record = decode_record(data, self._crc, head)
+        if record is not None and (problem := self._problem(record)):
+            raise ValueError(problem)
+        return record
+
+    def _problem(self, record: StepRecord) -> str:
+        """What a record of this journal, whose numbers are finite, cannot be; "" where it can be one."""
+        if problem := format_problem(record, self.version):
+            return problem
+        return "" if self._meaning is None else self._meaning.problem(record)
+
+    def _meaningless(self, problem: str, step: int, at: int) -> EdgezoError:
+        return EdgezoError(
+            f"{self.path}: the record of step {step} at byte {at} has right checksums, but "
+            f"{problem}: no run wrote it. {_remedy(self)}"
+        )
+
+    # -- scanning -----------------------------------------------------------------------------------------
+
+    def _scan(self, file: BinaryIO, lenient: bool) -> None:
+        """Find the whole records; set the tail's `cut_bytes` and `note`, or raise EdgezoError."""
+        size = os.fstat(file.fileno()).st_size
+        at = self.valid_bytes
+        head = None
+        while at < size:
+            begin = file.read(HEAD_BYTES)
+            head = read_head(begin, self._crc)
+            if head is None:
+                break
+            self._check_head(head, at)
+            if at + head.length > size:
+                break
+            rest = file.read(head.length - HEAD_BYTES)
+            record = self._decode(begin + rest, head.step, at, head)
+            if record is None:
+                break
+            at += head.length
+            self._longest_bytes = max(self._longest_bytes, head.length)
+            self._scales = None if record.scales is None else len(record.scales)
+            self._ends.append(at)
+        if at < size:
+            file.seek(at)
+            self._judge_tail(file, size - at, head, lenient)
+
+    def _check_head(self, head: RecordHead, at: int) -> None:
+        """Raise EdgezoError unless the record that begins so can be the next one."""
+        if head.step != self.next_step:
+            raise EdgezoError(
+                f"{self.path}: step {head.step} follows step {self.next_step - 1} at byte "
+                f"{at}: records are missing or twice in the file. {_remedy(self)}"
+            )
+        if self._meaning is not None:
+            if problem := self._meaning.head_problem(head, self._scales):
+                raise self._meaningless(problem, head.step, at)
+
+    def _judge_tail(
+        self, file: BinaryIO, n_bytes: int, head: RecordHead | None, lenient: bool
+    ) -> None:
+        """Take the end of the file, which is no whole record, for an unfinished one; else raise EdgezoError."""
+        is_tail = self._is_one_record(n_bytes, head)
+        if is_tail:
+            tail = file.read(n_bytes)
+            cut_short = n_bytes < (HEAD_BYTES if head is None else head.length) or not any(tail)
+            is_tail = (cut_short or lenient) and not holds_record(tail[1:], self._crc)
+        if not is_tail:
+            raise EdgezoError(
+                f"{self.path}: the record of step {self.next_step} at byte {self.valid_bytes} is damaged, "
+                f"{n_bytes} bytes before the end of the file. {_remedy(self)}"
+            )
+        self.cut_bytes = n_bytes
+        self.note = f"the journal ended with {n_bytes} bytes of an unfinished record of step {self.next_step}"
+        if not lenient:
+            self.note += "; left out"
+
+    def _is_one_record(self, n_bytes: int, head: RecordHead | None) -> bool:
+        """Whether the end of the file can only be of one record: `head` is its head, None if that is damaged."""
+        if n_bytes < HEAD_BYTES:
+            return True
+        if head is not None:
+            return n_bytes <= head.length
+        if self._meaning is None:
+            return n_bytes < 2 * FIXED_BYTES
+        return self._meaning.is_one_record(
+            n_bytes, self.next_step, self._longest_bytes, self._scales
+        )
+
+    # -- writing ------------------------------------------------------------------------------------------
+
     def append(self, record: StepRecord) -> None:
         """Write one record; it survives the death of the process, though not of the machine, when
         this returns. If it raises (the disk is full), the file is as before and may be used on.
@@ -178,11 +289,14 @@ class Journal:
         self._check_writable()
         if record.step != self.next_step:
             raise ValueError(f"step {record.step} after step {self.next_step - 1}")
-        if self.version < 2 and is_shaped(record):
-            raise ValueError("format 1 has two losses and one credit an example")
-        if self.version < 3 and record.scales is not None:
-            raise ValueError("only format 3 has scales")
+        if problem := format_problem(record, self.version):
+            raise ValueError(problem)
         data = encode_record(record, self._crc)
+        if problem := not_finite(record) or self._problem(record):
+            raise EdgezoError(
+                f"{self.path}: step {record.step} cannot be recorded: {problem}. Nothing was written. "
+                "Where losses have become very large, start again with a smaller --step."
+            )
         try:
             os.lseek(self._fd, self.valid_bytes, os.SEEK_SET)
             written = os.write(self._fd, data)
@@ -198,16 +312,42 @@ class Journal:
                 ) from error
             raise
         self._ends.append(self.valid_bytes + len(data))
+        if self._dropped and self.next_step > max(self._dropped):
+            self._dropped = {}
+            with contextlib.suppress(OSError):  # nothing reads it: the journal has its steps
+                remove_again(self.path)
+
+    def repair(self) -> None:
+        """Cut off the unfinished record at the end, if there is one; its bytes are kept beside first.
+
+        To be called before anything is written. Raises EdgezoError; the journal is then as it was.
+        """
+        if self.cut_bytes and not self._repaired:
+            tail = self._read(self.valid_bytes, self.valid_bytes + self.cut_bytes)
+            kept = keep_cut(self.path, self.next_step, tail)
+            self._cut(self.valid_bytes)
+            self.note += f"; cut off, and kept in {kept.name}"
+        self._repaired = True
 
     def truncate_to(self, step: int) -> None:
-        """Drop the records of `step` and later ones; `step` is then the next to append."""
+        """Drop the records of `step` and later ones; `step` is then the next to append.
+
+        They are kept beside until as many have been appended again: a second kill loses none of them.
+        """
         self._check_writable()
         if not self.first_step <= step <= self.next_step:
             raise ValueError(
                 f"step {step} is outside of {self.first_step} to {self.next_step}, the next one"
             )
-        end = self._ends[step - self.first_step]
-        os.ftruncate(self._fd, end)
+        if step == self.next_step:
+            return
+        dropped = {s: item for s, item in self._dropped.items() if s >= step}
+        for record in self.records(step):
+            data = self._read(*self._place(record.step))
+            dropped[record.step] = DroppedRecord(record.step_size, data)
+        write_again(self.path, dropped)
+        self._dropped = dropped
+        self._cut(self._ends[step - self.first_step])
         del self._ends[step - self.first_step + 1 :]
 
     def sync(self) -> None:
@@ -218,9 +358,17 @@ class Journal:
         except OSError as error:
             raise write_error(self.path, "the journal", error) from error
 
+    def _cut(self, size: int) -> None:
+        try:
+            os.ftruncate(self._fd, size)
+        except OSError as error:
+            raise write_error(self.path, "its shorter form", error) from error
+
     def _check_writable(self) -> None:
         if self._fd < 0 or not self._writable:
             raise ValueError("the journal is closed" if self._fd < 0 else "opened for replay only")
+        if self.cut_bytes and not self._repaired:
+            raise ValueError("the journal ends with an unfinished record: repair() comes first")
 
 
 def create_journal(
@@ -236,35 +384,29 @@ def create_journal(
 
     Raises EdgezoError if the file exists, or cannot be written; then nothing is left behind.
     """
-    if not isinstance(header.get("content_hash"), str):
-        raise ValueError("a journal's header needs content_hash, the hash of the base weights")
+    data = encode_header(header, 3 if scaled else 2 if shaped else 1, first_step)
     if os.path.lexists(path):
         raise EdgezoError(
             f"{path} exists already: a run is there. Continue it with --resume, or choose another "
             "--out."
         )
-    text = json.dumps(
-        header, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
-    version = 3 if scaled else 2 if shaped else 1
-    data = _PREFIX.pack(MAGIC, version, first_step, len(text)) + text
-    atomic_write(path, data + CRC.pack(zlib.crc32(data)))
+    atomic_write(path, data)
     return open_journal(path, resume=True)
 
 
 def open_journal(path: Path, *, resume: bool) -> Journal:
-    """Open and verify a journal.
+    """Open and verify a journal. The file is only read.
 
-    ``resume=True``: to go on writing. An unfinished tail is cut off (`cut_bytes`, `note`), and a
-    second process that does the same is refused.
-    ``resume=False``: to replay. The file is only read, a tail cut short is left out, and a last
-    record that is complete but wrong is an error.
+    ``resume=True``: to go on writing, once `Journal.repair` has cut an unfinished tail off. A second
+    process that does the same is refused.
+    ``resume=False``: to replay. A tail cut short is left out, and a last record that is complete but
+    wrong is an error.
 
-    Raises EdgezoError: no file, no journal, a later format, damage before the tail.
+    Raises EdgezoError: no file, no journal, a later format, damage before the tail, a header or a
+    record that no run has written.
     """
-    flags = (os.O_RDWR if resume else os.O_RDONLY) | getattr(os, "O_BINARY", 0)
     try:
-        fd = os.open(path, flags)
+        fd = open_inside(path, os.O_RDWR) if resume else open_regular(path, os.O_RDONLY)
     except FileNotFoundError:
         raise EdgezoError(
             f"{path}: no journal there. Give a run directory that `edgezo finetune` made (--out)."
@@ -278,11 +420,13 @@ def open_journal(path: Path, *, resume: bool) -> Journal:
         if resume:
             _lock(fd, path)
         with os.fdopen(fd, "rb", closefd=False) as file:
-            header, first_step, start, crc, version = _read_header(file, path)
-            journal = Journal(path, fd, resume, header, first_step, start, crc, version)
-            _scan(journal, file, start, crc, lenient=resume)
-        if resume and journal.cut_bytes:
-            os.ftruncate(fd, journal.valid_bytes)
+            journal = Journal(path, fd, resume, read_head_of(file, path))
+            journal._scan(file, lenient=resume)
+        if resume:
+            journal._dropped = read_again(path, journal._crc, journal._checked)
+    except OSError as error:
+        os.close(fd)
+        raise _unreadable(path, error) from error
     except BaseException:
         os.close(fd)
         raise
@@ -296,79 +440,9 @@ def _lock(file: int, path: Path) -> None:
         )
 
 
-def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int, int, int, int]:
-    """(header, first step, offset of the first record, CRC that the records start from, version)."""
-    damaged = EdgezoError(
-        f"{path}: the journal's header is damaged or cut short (the file has "
-        f"{os.fstat(file.fileno()).st_size} bytes). Nothing can be read without it: restore the "
-        "file from a copy, or start the run again."
-    )
-    prefix = file.read(_PREFIX.size)
-    if not prefix.startswith(MAGIC):
-        if MAGIC.startswith(prefix):
-            raise damaged
-        raise EdgezoError(
-            f"{path} is not a journal of edgezo: it begins with {prefix[:8]!r}. Give a run "
-            "directory that `edgezo finetune` made, or its journal.bin."
-        )
-    if len(prefix) < _PREFIX.size:
-        raise damaged
-    _, version, first_step, n = _PREFIX.unpack(prefix)
-    remaining = os.fstat(file.fileno()).st_size - _PREFIX.size
-    if n + CRC.size > remaining:
-        raise damaged
-    text = file.read(n)
-    crc = zlib.crc32(prefix + text)
-    if file.read(CRC.size) != CRC.pack(crc):
-        raise damaged
-    if not 1 <= version <= VERSION:
-        raise EdgezoError(
-            f"{path}: format {version} of the journal; this edgezo reads formats up to {VERSION}. "
-            "Install the version of edgezo that wrote it, or a later one."
-        )
-    try:
-        header = json.loads(text)
-    except ValueError:
-        raise damaged from None
-    if not isinstance(header, dict):
-        raise damaged
-    return header, first_step, _PREFIX.size + n + CRC.size, crc, version
-
-
-def _scan(journal: Journal, file: BinaryIO, start: int, crc: int, lenient: bool) -> None:
-    """Find the whole records; set the tail's `cut_bytes` and `note`, or raise."""
-    size = os.fstat(file.fileno()).st_size
-    at = start
-    while at < size:
-        head = file.read(HEAD_BYTES)
-        length = record_length(head, crc)
-        if length is None or at + length > size:
-            break
-        record = decode_record(head + file.read(length - len(head)), crc)
-        if record is None:
-            break
-        if record.step != journal.next_step:
-            raise EdgezoError(
-                f"{journal.path}: step {record.step} follows step {journal.next_step - 1} at byte "
-                f"{at}: records are missing or twice in the file. {_remedy(journal)}"
-            )
-        at += length
-        journal._ends.append(at)
-    if at == size:
-        return
-    file.seek(at)
-    tail = file.read()
-    length = record_length(tail[:HEAD_BYTES], crc)
-    cut_short = len(tail) < (HEAD_BYTES if length is None else length) or not any(tail)
-    if holds_record(tail[1:], crc) or not (cut_short or lenient):
-        raise EdgezoError(
-            f"{journal.path}: the record of step {journal.next_step} at byte {at} is damaged, "
-            f"{len(tail)} bytes before the end of the file. {_remedy(journal)}"
-        )
-    journal.cut_bytes = len(tail)
-    journal.note = (
-        f"the journal ended with {len(tail)} bytes of an unfinished record of step "
-        f"{journal.next_step}; {'cut off' if lenient else 'left out'}"
+def _unreadable(path: Path, error: OSError) -> EdgezoError:
+    return EdgezoError(
+        f"{path}: cannot be read ({error.strerror or error}). Check the disk, and restore the file from a copy."
     )
 
 

@@ -1,19 +1,32 @@
 """Journal records become updates: the recipe of a record, and the replay of a journal.
 
-A recipe is all that an update needs; it follows from the record, the request and the base alone.
+A recipe is all that an update needs; it follows from the record, the request and the base alone. A record of the past
+comes from a file, so it is compared with the model before its recipe is applied.
 """
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
+from edgezo.errors import EdgezoError
 from edgezo.machine.profiler import phase
 from edgezo.network.model import Model
 from edgezo.plan.config import RunConfig
+from edgezo.plan.fields import GROUPS, flag
 from edgezo.run.journal import Journal
 from edgezo.run.journal_record import StepRecord
 from edgezo.zo.credit import Estimator
 from edgezo.zo.recipe import TWO_SIDED, Recipe
+
+# Settings that decide what a record does to the weights. Others of a run may be changed by hand in its config.toml.
+OF_UPDATE = (
+    *(field.name for field in GROUPS["method"].fields if not field.free_on_resume),
+    *("precision", "batch_size", "step", "step_auto", "sigma", "weight_decay", "seed"),
+)
 
 
 def recipe_of(cfg: RunConfig, record: StepRecord) -> Recipe:
@@ -56,14 +69,26 @@ def follow(
 ) -> None:
     """Let the model take past updates from ``journal``: for a replay, and for blocks elsewhere that lack some.
 
-    ``note`` gets a sentence when a block on disk was damaged and is made again.
+    ``note`` gets a sentence when a block on disk was damaged and is made again. Raises EdgezoError where ``cfg`` is of
+    another run than the journal; taking updates raises it where a record does not fit the model.
     """
+    _check_settings(cfg, journal)
+    # The model's store keeps this function. A plain reference back would keep model and files until a collection.
+    model_ref = weakref.ref(model)
 
     def recipes(first: int, stop: int) -> Iterator[Recipe]:
+        model = model_ref()
+        if model is None:
+            raise TypeError("updates are taken while the model is there")
+        if stop > journal.next_step:
+            raise EdgezoError(
+                f"the weights saved beside {journal.path} are of step {stop}, but it ends after step "
+                f"{journal.next_step}: its end was lost. Restore it from a copy."
+            )
         for record in journal.records(first):
             if record.step >= stop:
                 return
-            yield recipe_of(cfg, record)
+            yield _checked_recipe(model, cfg, journal, record)
 
     model.store.history = recipes
     if model.store.residency is not None:
@@ -79,3 +104,53 @@ def replay_into(model: Model, stop: int) -> None:
     if not model.guided:
         with model.heap.updating():
             model.store.replay(stop)
+
+
+def _check_settings(cfg: RunConfig, journal: Journal) -> None:
+    """Raise EdgezoError where an update by ``cfg`` is another one than the settings in the journal make."""
+    now, began = cfg.to_dict(), journal.settings.to_dict()
+    for name in OF_UPDATE:
+        if now[name] != began[name]:
+            raise EdgezoError(
+                f"{journal.path} was written with {flag(name)} {began[name]}, but the config.toml beside it has "
+                f"{now[name]}: they belong to different runs, or one was changed. Restore both from one copy."
+            )
+
+
+def _checked_recipe(model: Model, cfg: RunConfig, journal: Journal, record: StepRecord) -> Recipe:
+    """The update of a record of the past. Raises EdgezoError where it does not fit the model, or is not finite."""
+    problem = _misfit(model, record)
+    if not problem:
+        with np.errstate(all="ignore"):
+            recipe = recipe_of(cfg, record)
+        numbers = (recipe.decay, recipe.rate, recipe.curvature, recipe.pull)
+        lists = (recipe.coefficients, () if recipe.scales is None else recipe.scales)
+        if all(map(math.isfinite, numbers)) and all(np.isfinite(values).all() for values in lists):
+            return recipe
+        problem = "its update is not finite"
+    raise EdgezoError(
+        f"{journal.path}: the record of step {record.step} does not fit the model: {problem}. No run over this base "
+        "wrote it: restore the file from a copy."
+    )
+
+
+def _misfit(model: Model, record: StepRecord) -> str:
+    """Why a record cannot be of a run with this model; "" where it can."""
+    trainables = model.store.trainables.values()
+    if record.scales is not None and len(record.scales) != 1 + len(trainables):
+        return f"it has {len(record.scales) - 1} scales, and {len(trainables)} tensors are trained"
+    tables = [
+        (trainable.touched_offset, trainable.touched_offset + trainable.target.rows)
+        for trainable in trainables
+        if trainable.touched_offset is not None
+    ]
+    lists = (1 if model.candidates else len(record.credit)) if tables else 0
+    if len(record.touched) != lists and not (record.skipped and not record.touched):
+        return f"it has touched tokens of {len(record.touched)} examples, where {lists} belong"
+    for ids in record.touched:
+        inside = np.zeros(len(ids), bool)
+        for start, stop in tables:
+            inside |= (ids >= start) & (ids < stop)
+        if not inside.all():
+            return f"it names the row {ids[~inside][0]}, and no embedding table has it"
+    return ""

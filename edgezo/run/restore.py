@@ -1,13 +1,18 @@
-"""What a resume brings back: the weights where the journal ends, the linear probe, and lines that a kill left out."""
+"""What a resume brings back: the weights where the journal ends, or at the last snapshot before, and the linear probe.
+
+All of it is read before anything is written: a resume that is refused leaves the run's directory as it was.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from edgezo.errors import EdgezoError
+from edgezo.machine.files import remove_leftovers
 from edgezo.network.model import Model
 from edgezo.plan.config import RunConfig
-from edgezo.run.directory import RunFiles, load_snapshot, lost_head
+from edgezo.run.directory import RunFiles, load_snapshot, lost_head, run_id
 from edgezo.run.journal import Journal
 from edgezo.run.readout_pass import ReadoutResult, recall
 from edgezo.run.recipes import replay_into
@@ -17,7 +22,8 @@ class Restored(NamedTuple):
     """Where a run goes on."""
 
     steps: int  # that the weights hold
-    # By step, for those that are computed again: the step size that the journal had.
+    # By step, for those that are computed again: the step size that the journal had. A run of a given time has it
+    # from its clock, which no resume can ask again.
     step_sizes: dict[int, float]
 
 
@@ -25,33 +31,59 @@ def restore_weights(run: RunFiles, cfg: RunConfig, model: Model, journal: Journa
     """Bring the weights of ``model`` to where the journal stands, or to the last snapshot before it.
 
     What no seed can rebuild (the exact head; whatever is trained along what layers read) is in a snapshot every
-    ``snapshot_every`` steps. The steps after it are computed again, which gives the same bits.
+    ``snapshot_every`` steps. The steps after it are computed again, which gives the same bits. Files stay as they are.
     Raises EdgezoError where the snapshot or the end of the journal is lost.
     """
-    if not len(journal):
-        return Restored(0, {})
     stop = journal.next_step
-    step_sizes: dict[int, float] = {}
     if model.needs_snapshots:
         gone = not run.snapshot.exists()
         if gone and cfg.steps is None and stop >= cfg.snapshot_every:
             raise lost_head(run, cfg, stop)
-        stop = load_snapshot(run, model)
-        if stop > journal.next_step:
-            raise EdgezoError(
-                f"{run.snapshot} is of step {stop}, but {journal.path.name} ends after step "
-                f"{journal.next_step}: its end was lost.\n"
-                f"Restore it from a copy, or remove {run.snapshot.name}: the steps are then "
-                "computed again from the first one."
-            )
-        step_sizes = {r.step: r.step_size for r in journal.records(stop)}
-        journal.truncate_to(stop)
-    replay_into(model, stop)
-    return Restored(stop, step_sizes)
+        stop = snapshot_step(run, model, journal)
+    if stop:
+        replay_into(model, stop)
+    return Restored(stop, journal.step_sizes_from(stop))
+
+
+def snapshot_step(run: RunFiles, model: Model, journal: Journal) -> int:
+    """Read the snapshot into ``model``; returns the steps that it stands after.
+
+    Raises EdgezoError where the journal has fewer.
+    """
+    stop = load_snapshot(run, model, journal.header)
+    if stop > journal.next_step:
+        raise EdgezoError(
+            f"{run.snapshot} is of step {stop}, but {journal.path.name} ends after step "
+            f"{journal.next_step}: its end was lost.\n"
+            f"Restore it from a copy, or remove {run.snapshot.name}: the steps are then "
+            "computed again from the first one."
+        )
+    return stop
+
+
+def begin_writing(
+    run: RunFiles, journal: Journal, restored: Restored, note: Callable[[str], None]
+) -> None:
+    """Make the directory that of a run at ``restored``: from here on a resume changes it.
+
+    The journal's end is cut: an unfinished record, and records that are computed again. Both are kept beside it.
+    """
+    journal.repair()
+    if journal.note:
+        note(journal.note)
+    journal.truncate_to(restored.steps)
+    remove_leftovers(run.path)
+    run.trained.unlink(
+        missing_ok=True
+    )  # written by a replay, and outdated by the steps that follow
+    if not restored.steps:  # of a run whose journal is gone
+        run.snapshot.unlink(missing_ok=True)
+    if run.probe.exists():
+        run.states.unlink(missing_ok=True)  # a kill may have left it
 
 
 def restore_readout(
-    run: RunFiles, cfg: RunConfig, model: Model, journal: Journal, layers: int
+    run: RunFiles, cfg: RunConfig, model: Model, journal: Journal, hidden: int
 ) -> ReadoutResult | None:
     """Let the model use the run's linear probe again; None where it is not fitted yet.
 
@@ -59,13 +91,11 @@ def restore_readout(
     """
     if not cfg.parts.readout:
         return None
-    result = recall(run, model, layers)
+    result = recall(run, model, hidden, run_id(journal.header))
     if result is None and len(journal):
         raise EdgezoError(
             f"{run.path} has {journal.next_step} steps in its journal, but {run.probe.name}, "
             "the linear probe that they were computed with, is not there.\n"
             "Restore it from a copy, or start again with another --out."
         )
-    if result is not None:
-        run.states.unlink(missing_ok=True)  # a kill may have left it
     return result

@@ -148,7 +148,7 @@ class Stepper:
     def save(self, step: int) -> None:
         """Make the state after ``step`` steps durable: the journal first, since a snapshot refers to it."""
         self.state.journal.sync()
-        save_snapshot(self.state.files, self.state.model, step)
+        save_snapshot(self.state.files, self.state.model, step, self.state.journal.header)
 
     # -- credit -------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,30 +15,44 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgezo.errors import BaseMismatch, EdgezoError
-from edgezo.run import journal as j
 from edgezo.run.journal import create_journal, open_journal
-from edgezo.run.journal_record import StepRecord
+from edgezo.run.journal_header import check_base
+from edgezo.run.journal_record import StepRecord, decode_record, encode_record
 
-HEADER = {"content_hash": "ab12", "config": {"steps": 5, "model": "é", "sigma": 0.002}}
+
+def header_of(data_hash: str = "cd34", **config: object) -> dict[str, Any]:
+    """A header as a run writes it: sigma and step size may change from step to step, and rows may be touched."""
+    fixed = {"model": "é", "train": ["full"], "precision": "fp32", "step": 0.1, "step_auto": True}
+    return {
+        "content_hash": "ab12",
+        "data_hash": data_hash,
+        "dataset": {"kind": "label", "label_ids": [7, 3], "label_names": ["bad", "schön"]},
+        "config": {**fixed, "steps": 5, "sigma": 0.002, "batch_size": 3, **config},
+    }
+
+
+HEADER = header_of()
+PLAIN = {"content_hash": "ab12"}  # of no run: its records may have any shape
 
 
 def make_record(step: int, b: int = 3, touched: bool = False) -> StepRecord:
     """A record that is a function of its step."""
     rng = np.random.default_rng(step)
     ids = tuple(np.unique(rng.integers(0, 50_000, rng.integers(0, 9))) for _ in range(b))
+    skipped = step % 4 == 3
     return StepRecord(
         step=step,
-        sigma=2e-3 / (step + 1),
+        sigma=2e-3 / (step % 7 + 1),
         step_size=0.1 - step / 3,
-        skipped=step % 4 == 3,
+        skipped=skipped,
         losses=rng.normal(size=(2, b)).astype(np.float32),
-        credit=rng.normal(size=b).astype(np.float32),
+        credit=rng.normal(size=b).astype(np.float32) * (not skipped),
         touched=ids if touched else (),
     )
 
 
 def write(path: Path, steps: int, b: int = 3, touched: bool = False) -> bytes:
-    with create_journal(path, HEADER) as journal:
+    with create_journal(path, header_of(batch_size=b)) as journal:
         for step in range(steps):
             journal.append(make_record(step, b, touched))
     return path.read_bytes()
@@ -99,7 +114,7 @@ def test_records_of_other_shapes_are_in_a_journal_of_a_later_format(tmp_path):
         ),
         StepRecord(2, 0.1, 0.2, True, np.ones((2, 3), "f4"), np.zeros(3, "f4")),
     ]
-    with create_journal(tmp_path / "journal.bin", HEADER, shaped=True) as journal:
+    with create_journal(tmp_path / "journal.bin", PLAIN, shaped=True) as journal:
         for record in records:
             journal.append(record)
     assert (tmp_path / "journal.bin").read_bytes()[8] == 2
@@ -127,6 +142,8 @@ def test_the_same_run_makes_the_same_bytes(tmp_path):
 
 
 floats = st.floats(width=32, allow_nan=True, allow_infinity=True)
+finite = st.floats(allow_nan=False, allow_infinity=False)
+finite_32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 id_rows = st.lists(st.integers(0, 2**32 - 1), unique=True, max_size=6).map(
     lambda ids: np.array(sorted(ids), dtype=np.int64)
 )
@@ -140,13 +157,13 @@ def any_records(draw) -> StepRecord:
     lists = draw(st.sampled_from((0, 1, k)))
     return StepRecord(
         step=draw(st.integers(0, 2**32 - 1)),
-        sigma=draw(st.floats(allow_nan=False)),
-        step_size=draw(st.floats(allow_nan=False)),
+        sigma=draw(finite),
+        step_size=draw(finite),
         skipped=draw(st.booleans()),
         losses=np.array(draw(st.lists(floats, min_size=size, max_size=size)), "<f4").reshape(
             sides, b
         ),
-        credit=np.array(draw(st.lists(floats, min_size=k, max_size=k)), np.float32),
+        credit=np.array(draw(st.lists(finite_32, min_size=k, max_size=k)), np.float32),
         touched=tuple(draw(st.lists(id_rows, min_size=lists, max_size=lists))),
     )
 
@@ -155,13 +172,13 @@ def any_records(draw) -> StepRecord:
 @given(any_records(), st.integers(0, 2**32 - 1))
 def test_any_record_survives_encoding_and_no_shorter_or_longer_data_is_one(record, crc):
     "NaN and infinite losses of a skipped step included."
-    data = j.encode_record(record, crc)
-    got = j.decode_record(data, crc)
+    data = encode_record(record, crc)
+    got = decode_record(data, crc)
     assert got is not None
     assert_same(got, record)
-    assert j.decode_record(data[:-1], crc) is None
-    assert j.decode_record(data + b"\0", crc) is None
-    assert j.decode_record(data, crc ^ 1) is None
+    assert decode_record(data[:-1], crc) is None
+    assert decode_record(data + b"\0", crc) is None
+    assert decode_record(data, crc ^ 1) is None
 
 
 def test_arrays_that_come_back_can_be_written_to(tmp_path):
@@ -200,7 +217,7 @@ def test_a_record_that_could_not_be_replayed_exactly_is_refused_and_nothing_is_w
 
 
 def test_the_first_step_may_have_any_number_and_the_others_follow(tmp_path):
-    with create_journal(tmp_path / "journal.bin", HEADER, first_step=7) as journal:
+    with create_journal(tmp_path / "journal.bin", PLAIN, first_step=7) as journal:
         with pytest.raises(ValueError):
             journal.append(make_record(6))
         journal.append(make_record(7))
@@ -217,13 +234,16 @@ def test_the_first_step_may_have_any_number_and_the_others_follow(tmp_path):
 def test_truncating_and_writing_again_equals_never_having_stopped(tmp_path):
     whole = write(tmp_path / "whole", 6)
     write(tmp_path / "journal.bin", 6)
+    again = tmp_path / "journal-again.bin"
     with open_journal(tmp_path / "journal.bin", resume=True) as journal:
         journal.truncate_to(6)
-        assert len(journal) == 6
+        assert len(journal) == 6 and not again.exists()
         journal.truncate_to(2)
         assert journal.next_step == 2
         for step in range(2, 6):
+            assert again.exists()
             journal.append(make_record(step))
+        assert not again.exists()
         journal.sync()
         with pytest.raises(ValueError):
             journal.truncate_to(7)
@@ -267,12 +287,12 @@ def test_a_run_that_exists_is_not_overwritten(tmp_path):
 
 
 def test_another_base_is_refused_with_both_hashes():
-    j.check_base(HEADER, "ab12")
-    for header in (HEADER, {}):
-        with pytest.raises(BaseMismatch, match="cd34") as caught:
-            j.check_base(header, "cd34")
-        assert caught.value.exit_code == 5
-        assert str(header.get("content_hash")) in str(caught.value)
+    check_base(HEADER, "ab12", vocab=8)
+    with pytest.raises(BaseMismatch, match=r"over ab12, the model given is cd34") as caught:
+        check_base(HEADER, "cd34")
+    assert caught.value.exit_code == 5
+    with pytest.raises(EdgezoError, match="of no run"):
+        check_base(PLAIN, "ab12")
 
 
 # --- long journals ------------------------------------------------------------------------------
@@ -287,11 +307,11 @@ def test_a_long_journal_is_read_with_a_few_bytes_of_memory_a_step(tmp_path):
         "with open_journal(Path(sys.argv[1]), resume=False) as journal:\n"
         "    print(len(journal), memory.peak_rss_bytes() - before)\n"
     )
-    with create_journal(path, HEADER) as journal:
+    with create_journal(path, header_of(batch_size=16)) as journal:
         crc, start = journal._crc, journal.valid_bytes
     with path.open("ab") as file:
         for step in range(20_000):
-            file.write(j.encode_record(make_tiny(step), crc))
+            file.write(encode_record(make_tiny(step), crc))
     assert path.stat().st_size - start == 20_000 * (40 + 12 * 16)
     done = subprocess.run(
         [sys.executable, "-c", code, str(path)],
@@ -308,4 +328,4 @@ def test_a_long_journal_is_read_with_a_few_bytes_of_memory_a_step(tmp_path):
 
 def make_tiny(step: int) -> StepRecord:
     zeros = np.zeros((2, 16), np.float32)
-    return StepRecord(step, 0.0, 0.0, False, zeros, zeros[0])
+    return StepRecord(step, 0.002, 0.0, True, zeros, zeros[0])
