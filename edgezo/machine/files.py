@@ -1,10 +1,9 @@
-"""Writing files so that each is whole or absent; locks; JSON; and the error for a disk that refuses a write."""
+"""Writing files so that each is whole or absent; JSON; and the error for a disk that refuses a write."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import json
 import math
 import os
@@ -13,20 +12,20 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from edgezo.errors import EdgezoError
-
-try:
-    import fcntl
-except ImportError:  # Windows: no lock against a second writer there
-    fcntl = None  # type: ignore[assignment]
+from edgezo.machine.open_files import LOCK, is_abandoned, locked_folder
 
 _TEMP_SUFFIX = ".edgezo-tmp"
+_TEMP_NAME = re.compile(r"\.(.+)\.[0-9a-f]{8}" + re.escape(_TEMP_SUFFIX), re.DOTALL)
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Write a file so that at any moment ``path`` is the old file or the whole new one. Raises EdgezoError."""
+    """Write a file so that at any moment ``path`` is the old file or the whole new one. Raises EdgezoError.
+
+    A link that is there is replaced by the file; what it leads to stays as it is.
+    """
     with atomic_path(path) as temp, open(temp, "xb") as file:
         file.write(data)
 
@@ -48,17 +47,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary directory to fill, as ``atomic_path``: ``path`` is as before, absent or empty, or has all files.
 
-    Temporary directories that a killed process left beside it are removed first.
+    Temporary directories that a killed process left beside it are removed first: they have its lock.
     """
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{_TEMP_SUFFIX}"):
-        _discard(leftover)
+    for leftover in list(path.parent.glob(f".*{_TEMP_SUFFIX}")):
+        name = _TEMP_NAME.fullmatch(leftover.name)
+        if name is not None and name[1] == path.name and is_abandoned(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)  # links in it are not followed
     with _in_place_of(path, "the directory") as temp:
         temp.mkdir(parents=True)
-        yield temp
-        for file in temp.iterdir():
-            _fsync(file)
-        if path.is_dir():
-            path.rmdir()
+        with locked_folder(temp):
+            yield temp
+            for file in temp.iterdir():
+                _fsync(file)
+            if path.is_dir():
+                path.rmdir()
+            (temp / LOCK).unlink()
 
 
 @contextlib.contextmanager
@@ -91,17 +94,21 @@ def _discard(temp: Path) -> None:
 def remove_leftovers(directory: Path) -> int:
     """Delete the temporary files that a killed process left in ``directory``; returns how many there were.
 
-    No other process may write there meanwhile (the journal, open for a resume, is locked).
+    Links and folders that are called so stay. No other process may write there meanwhile (the journal, open for a
+    resume, is locked).
     """
-    leftovers = list(directory.glob(f".*{_TEMP_SUFFIX}"))
-    for temp in leftovers:
-        temp.unlink(missing_ok=True)
-    return len(leftovers)
+    removed = 0
+    for temp in list(directory.glob(f".*{_TEMP_SUFFIX}")):
+        if is_leftover(temp.name) and temp.is_file() and not temp.is_symlink():
+            with contextlib.suppress(OSError):  # it may stay
+                temp.unlink()
+                removed += 1
+    return removed
 
 
 def is_leftover(name: str) -> bool:
     """Whether a file of this name is a temporary one that a killed process left."""
-    return name.startswith(".") and name.endswith(_TEMP_SUFFIX)
+    return _TEMP_NAME.fullmatch(name) is not None
 
 
 def _fsync(path: Path) -> None:
@@ -139,19 +146,6 @@ def write_error(path: Path, what: str, error: OSError) -> EdgezoError:
         f"({error.strerror or error}; {free}). Nothing half-written is kept. Free some space and "
         "give the command again; a run goes on with --resume."
     )
-
-
-def locked(file: int | BinaryIO) -> bool:
-    """Lock an open file for this process until it is closed; False if another process has locked it."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # some network file systems have no locks
-    return True
 
 
 def to_json(value: Any) -> str:

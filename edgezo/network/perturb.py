@@ -48,7 +48,7 @@ from edgezo.zo.masks import Mask
 from edgezo.zo.noise import COLUMN, Key, signs, tensor_id
 
 TOKENS = tensor_id("tokens of an example")
-# Width of the table of token signs. It is fixed, so that a sign does not change with the number of examples.
+# Width of the table of token signs, so that fixed, so that a sign does not change with the number of examples.
 MOST_SLOTS = 1024
 DENSE_TERM_PIECES = 4  # a dense term is added in pieces of this share of a tile
 NO_SCALES: Mapping[str, float] = MappingProxyType({})

@@ -158,7 +158,7 @@ class StoredFootprint:
         reason = f"the tables are on disk: a checksum for each of {rows:,} rows, and rows in use"
         # With label words the rows in use are the hidden states, or counted with the tiles of an update.
         in_use = 0 if self.tokens.kind == "label" else TILE_BYTES
-        items.append(Item("embedding", 16 * rows + in_use, reason))
+        items.append(Item("embedding", 8 * rows + in_use, reason))
         return items
 
     # -----------------------------------------------------------------------------------------

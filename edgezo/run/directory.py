@@ -7,34 +7,38 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from edgezo.data.batches import Example
 from edgezo.data.dataset import Dataset
 from edgezo.errors import DoesNotFit, EdgezoError, UsageError
 from edgezo.machine.downloads import cache_dir
-from edgezo.machine.files import atomic_path, is_leftover, locked
+from edgezo.machine.files import atomic_path, is_leftover, write_error
 from edgezo.machine.hardware import format_bytes
-from edgezo.machine.limits import tiles
+from edgezo.machine.open_files import (
+    check_folder,
+    check_inside,
+    check_replaced,
+    files_inside,
+    remove_files,
+    temporary_folder,
+)
 from edgezo.machine.ownership import claim
 from edgezo.network.model import Model
 from edgezo.plan.config import RunConfig
 from edgezo.plan.fields import FREE_ON_RESUME, flag
-from edgezo.plan.request import completed, from_toml
-from edgezo.run.journal import Journal, check_base, open_journal
-from edgezo.run.progress import RunProgress
+from edgezo.plan.request import from_toml
+from edgezo.run.journal import Journal, open_journal
+from edgezo.run.journal_header import check_base
+from edgezo.weights.disk import OVERLAY_NAMES, DiskMedium
 from edgezo.weights.saved import Saved, snapshot_tensors, write_saved
+from edgezo.weights.verified import open_saved
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from edgezo.weights.disk import DiskMedium
 
 
 @dataclass(frozen=True)
@@ -133,14 +137,14 @@ class Overlay:
         return Overlay(run.overlay, {**header, "config": config})
 
     def medium(self, resident_blocks: int) -> DiskMedium:
-        from edgezo.weights.disk import DiskMedium
-
         identity = hashlib.sha256(json.dumps(self.run, sort_keys=True).encode()).hexdigest()
         return DiskMedium(self.directory, identity, resident_blocks)
 
     def check_room(self, needed_bytes: int) -> None:
         """Raise DoesNotFit unless the disk has room for what is not there yet."""
-        there_bytes = sum(f.stat().st_size for f in self.directory.glob("*.overlay"))
+        there_bytes = 0
+        with contextlib.suppress(OSError):  # whoever writes there says so
+            there_bytes = sum(files_inside(self.directory, OVERLAY_NAMES).values())
         existing = next(p for p in (self.directory, *self.directory.parents) if p.exists())
         free_bytes = shutil.disk_usage(existing).free
         if needed_bytes - there_bytes > free_bytes:
@@ -152,30 +156,63 @@ class Overlay:
 
     def remove(self) -> None:
         """Delete it: base and journal are enough to make it again."""
-        for file in self.directory.glob("*.overlay"):
-            file.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # not there, or not ours alone
-            self.directory.rmdir()
+        remove_files(self.directory, OVERLAY_NAMES)
 
 
 @contextlib.contextmanager
 def temporary_overlay() -> Iterator[Overlay]:
     """A place in the cache for weights on disk, for as long as a model is evaluated or replayed."""
-    folder = cache_dir() / "overlay"
-    folder.mkdir(parents=True, exist_ok=True)
-    for abandoned in folder.glob("*/lock"):  # by processes that were killed
-        with open(abandoned, "wb") as lock:
-            if locked(lock):
-                shutil.rmtree(abandoned.parent, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=folder) as name, open(Path(name, "lock"), "wb") as lock:
-        locked(lock)
-        yield Overlay(Path(name), {}, "or set EDGEZO_CACHE to a folder on another disk")
+    cache = cache_dir() / "overlay"
+    with contextlib.ExitStack() as at_end:
+        try:
+            folder = at_end.enter_context(temporary_folder(cache, OVERLAY_NAMES))
+        except OSError as problem:
+            raise write_error(cache, "a folder for weights on disk", problem) from problem
+        yield Overlay(folder, {}, "or set EDGEZO_CACHE to a folder on another disk")
 
 
-def save_snapshot(run: RunFiles, model: Model, step: int) -> None:
+def refuse_links(run: RunFiles) -> None:
+    """Raise EdgezoError, and change nothing, where a file that is written in place is a link, or not a file at all.
+
+    A link to a file that is replaced stays until then; a folder in its place is refused.
+    """
+    for path in (
+        run.config,
+        run.plan,
+        run.summary,
+        run.profile,
+        run.snapshot,
+        run.probe,
+        run.trained,
+    ):
+        check_replaced(path)
+    for path in (run.journal, run.metrics, run.states):
+        check_inside(path)
+    for name in _names_in(run.overlay):
+        if OVERLAY_NAMES.fullmatch(name):
+            check_inside(run.overlay / name, levels=2)
+
+
+def _names_in(folder: Path) -> list[str]:
+    """The names in a folder of a run; none where it is not there. Raises EdgezoError where it is a link or a file."""
+    check_folder(folder)
+    with contextlib.suppress(OSError):
+        return os.listdir(folder)
+    return []
+
+
+def run_id(header: Mapping[str, Any]) -> str:
+    """The identity of a run, which files of edgezo's name: SHA-256 (hex) of the header of its journal.
+
+    The header stands in the journal of a resume, of an evaluation, and of what a replay wrote.
+    """
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+
+
+def save_snapshot(run: RunFiles, model: Model, step: int, header: Mapping[str, Any]) -> None:
     """Write, as a whole or not at all, the state after ``step`` steps that no seed can rebuild.
 
-    That is the exact head, and weights whose directions come from what layers read.
+    That is the exact head, and weights whose directions come from what layers read. ``header`` is the journal's.
     """
     if not model.needs_snapshots:
         return
@@ -186,7 +223,7 @@ def save_snapshot(run: RunFiles, model: Model, step: int) -> None:
         tensors = {**tensors, **snapshot_tensors(model.store)}
     saved = [Saved.of(name, tensor.contiguous()) for name, tensor in tensors.items()]
     with atomic_path(run.snapshot) as temporary:
-        write_saved(temporary, saved, {"step": str(step)})
+        write_saved(temporary, saved, {"step": str(step)}, run=run_id(header))
 
 
 def lost_head(run: RunFiles, cfg: RunConfig, steps: int) -> EdgezoError:
@@ -202,31 +239,26 @@ def lost_head(run: RunFiles, cfg: RunConfig, steps: int) -> EdgezoError:
     )
 
 
-def load_snapshot(run: RunFiles, model: Model) -> int:
-    """Read the snapshot into ``model``; the number of steps that it stands after (0 where there is none)."""
+def load_snapshot(run: RunFiles, model: Model, header: Mapping[str, Any]) -> int:
+    """Read the snapshot into ``model``; the number of steps that it stands after (0 where there is none).
+
+    ``header`` is the journal's. Raises EdgezoError for a file that is damaged, or of another run.
+    """
     if not model.needs_snapshots or not run.snapshot.exists():
         return 0
-    try:
-        with safe_open(run.snapshot, "pt") as file:
-            step = int(file.metadata()["step"])
-            for part in model.learned.values():
-                part.load({name: file.get_tensor(name) for name in part.tensors()})
-            for name, held in (snapshot_tensors(model.store) if model.guided else {}).items():
-                _read_into(held, file.get_slice(name))
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as problem:
-        raise EdgezoError(
-            f"{run.snapshot} is damaged ({problem}).\n"
-            "It holds weights that the run has trained; restore it from a copy, or start again."
-        ) from problem
+    way_out = "It holds weights that the run has trained: restore it from a copy, or start again."
+    with open_saved(run.snapshot, {"step"}, run_id(header), way_out) as file:
+        step = int(file.metadata["step"])
+        if step < 0:
+            raise ValueError(f"it is of step {step}")
+        parts = [(part, part.tensors()) for part in model.learned.values()]
+        into = snapshot_tensors(model.store) if model.guided else {}
+        for _, tensors in parts:
+            into |= tensors
+        file.read(into)
+        for part, tensors in parts:
+            part.load(tensors)
     return step
-
-
-def _read_into(tensor: Tensor, stored: Any) -> None:
-    """Copy a slice of a file into a tensor, a tile at a time. Raises ValueError for another shape."""
-    if tuple(stored.get_shape()) != tuple(tensor.shape):
-        raise ValueError(f"{stored.get_shape()} where {list(tensor.shape)} belong")
-    for rows in tiles(len(tensor), tensor[0].numel()):
-        tensor[rows].copy_(stored[rows])
 
 
 def data_hash(examples: Sequence[Example]) -> str:
@@ -293,46 +325,50 @@ def _replayed_here(folder: Path) -> bool:
     return run.trained.exists()
 
 
-def reopen(run: RunFiles, given: Mapping[str, Any], progress: RunProgress) -> Journal:
+def reopen(run: RunFiles, given: Mapping[str, Any]) -> Journal:
     """Open the journal of a run to go on with. ``given`` is the header of the request: base, rows and settings.
 
+    The journal is locked and only read: ``restore.begin_writing`` cuts its end, once nothing can refuse the resume.
     Raises BaseMismatch for another base, EdgezoError for other rows, UsageError for other settings.
     """
     journal = open_journal(run.journal, resume=True)
     try:
-        began = journal.header
-        check_base(began, given["content_hash"])
-        if began.get("data_hash") != given["data_hash"]:
-            raise EdgezoError(
-                f"{run.path} was trained on other rows than the ones that the data gives now.\n"
-                "Restore the data files, or start a new run with another --out."
-            )
-        if began.get("dataset", given["dataset"]) != given["dataset"]:
-            first, now = (
-                f"{facts['kind']}, {', '.join(facts['label_names']) or 'no label words'}, tokens {facts['label_ids']}"
-                for facts in (began["dataset"], given["dataset"])
-            )
-            raise EdgezoError(
-                f"{run.path} began with rows of another task than the data gives now: first {first}; now {now}.\n"
-                "Restore the data files and the tokenizer, or start a new run with another --out."
-            )
-        if began.get("finetuner_hash") != given.get("finetuner_hash"):
-            raise EdgezoError(
-                f"{run.path} was trained with another finetuner than the one that --finetuner gives now.\n"
-                "Restore the file, or start a new run with another --out."
-            )
-        asked = completed(began["config"])
-        changed = [
-            f"{flag(name)} was {asked.get(name)} when the run began, not {value}; "
-            "a resumed run goes on as it began"
-            for name, value in given["config"].items()
-            if name not in FREE_ON_RESUME and asked.get(name) != value
-        ]
-        if changed:
-            raise UsageError(changed)
+        _check_as_begun(run, journal, given)
     except BaseException:
         journal.close()
         raise
-    if journal.note:
-        progress.note(journal.note)
     return journal
+
+
+def _check_as_begun(run: RunFiles, journal: Journal, given: Mapping[str, Any]) -> None:
+    """Raise unless base, rows, finetuner and settings are those that the run began with."""
+    began = journal.header
+    check_base(began, given["content_hash"])
+    if began["data_hash"] != given["data_hash"]:
+        raise EdgezoError(
+            f"{run.path} was trained on other rows than the ones that the data gives now.\n"
+            "Restore the data files, or start a new run with another --out."
+        )
+    if began["dataset"] != given["dataset"]:
+        first, now = (
+            f"{facts['kind']}, {', '.join(facts['label_names']) or 'no label words'}, tokens {facts['label_ids']}"
+            for facts in (began["dataset"], given["dataset"])
+        )
+        raise EdgezoError(
+            f"{run.path} began with rows of another task than the data gives now: first {first}; now {now}.\n"
+            "Restore the data files and the tokenizer, or start a new run with another --out."
+        )
+    if began.get("finetuner_hash") != given.get("finetuner_hash"):
+        raise EdgezoError(
+            f"{run.path} was trained with another finetuner than the one that --finetuner gives now.\n"
+            "Restore the file, or start a new run with another --out."
+        )
+    asked = journal.settings.to_dict()
+    changed = [
+        f"{flag(name)} was {asked[name]} when the run began, not {value}; "
+        "a resumed run goes on as it began"
+        for name, value in given["config"].items()
+        if name not in FREE_ON_RESUME and asked[name] != value
+    ]
+    if changed:
+        raise UsageError(changed)

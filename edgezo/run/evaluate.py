@@ -9,32 +9,41 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-
 from edgezo.data.dataset import Dataset
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.files import atomic_path, atomic_write, to_json
 from edgezo.machine.gpu_memory import confirmed
 from edgezo.machine.hardware import machine
-from edgezo.machine.process_memory import Meter, rss_bytes
+from edgezo.machine.process_memory import Meter, peak_rss_bytes, rss_bytes
 from edgezo.network import cards, loader
 from edgezo.network.model import Model
 from edgezo.plan.budget import portable
 from edgezo.plan.config import RunConfig
 from edgezo.run.directory import (
     RunFiles,
-    load_snapshot,
     lost_head,
     prepare_replay,
+    run_id,
     temporary_overlay,
 )
 from edgezo.run.figures import evaluate_model
-from edgezo.run.journal import Journal, check_base, open_journal
+from edgezo.run.journal import Journal, open_journal
+from edgezo.run.journal_header import check_base
 from edgezo.run.readout_pass import recall
 from edgezo.run.recipes import follow, replay_into
-from edgezo.run.session import Loaded, Opened, Planned, load_model, open_request, settle
-from edgezo.weights.saved import load_trained, saved_sha256, write_saved
+from edgezo.run.restore import snapshot_step
+from edgezo.run.session import (
+    Loaded,
+    Opened,
+    Planned,
+    keep_cap,
+    load_model,
+    open_request,
+    settle,
+)
+from edgezo.run.summary import check_same_end, saved_summary, takes_roots
+from edgezo.weights.saved import saved_sha256, trained_tensors, write_saved
+from edgezo.weights.verified import open_saved
 
 
 def evaluate(
@@ -79,6 +88,7 @@ def loaded(planned: Planned) -> Iterator[Loaded]:
             overlay = at_end.enter_context(temporary_overlay())
         model, memory = load_model(planned, machine(), overlay)
         yield Loaded(at_end.enter_context(closing(model)), memory)
+        keep_cap(planned, memory, "The model was computed with")
 
 
 def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model, journal: Journal) -> int:
@@ -87,23 +97,24 @@ def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model, journal
     ``journal`` has to stay open as long as the model is used: blocks elsewhere read it when they are bound.
     Raises BaseMismatch, or EdgezoError where a file is missing, damaged or of another task.
     """
-    check_base(journal.header, opened.files.content_hash)
+    check_base(journal.header, opened.files.content_hash, opened.files.shape.vocab)
     _check_task(journal.header, cfg, opened.dataset)
     stop = journal.next_step
-    if cfg.parts.readout and recall(run, model, opened.files.shape.layers) is None:
+    hidden, of_run = opened.files.shape.hidden, run_id(journal.header)
+    if cfg.parts.readout and recall(run, model, hidden, of_run) is None:
         raise EdgezoError(
             f"{run.path} has no {run.probe.name} yet: its linear probe is not fitted.\n"
             f"Go on with: edgezo finetune --resume --out {run.path}"
         )
     if run.trained.exists():
-        steps = _load_trained(run, model)
+        steps = _load_trained(run, model, of_run)
         if model.store.residency is None:
             return steps
         stop = steps
     elif model.needs_snapshots:
         if stop and not run.snapshot.exists():
             raise lost_head(run, cfg, stop)
-        stop = load_snapshot(run, model)
+        stop = snapshot_step(run, model, journal)
     follow(model, cfg, journal)
     replay_into(model, stop)
     with model.heap.updating():
@@ -117,9 +128,10 @@ def _with_exported_probe(folder: RunFiles, opened: Opened, model: Model) -> str:
     Returns a sentence that says whether it does.
     """
     try:
-        of_run = json.loads(folder.exported.read_text(encoding="utf-8"))["dataset"]
-        same = _same_task(of_run, opened.dataset)
-        words = ", ".join(of_run["label_names"])
+        about = json.loads(folder.exported.read_text(encoding="utf-8"))
+        same = _same_task(about["dataset"], opened.dataset)
+        words = ", ".join(about["dataset"]["label_names"])
+        of_run = about.get("run_id")  # exports of earlier versions have none
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise EdgezoError(
             f"{folder.path} has a linear probe, but what it is for cannot be read from {folder.exported.name} "
@@ -127,7 +139,7 @@ def _with_exported_probe(folder: RunFiles, opened: Opened, model: Model) -> str:
         ) from problem
     if not same:
         return f"the linear probe beside this model tells {words} apart, which is another task: not used"
-    recall(folder, model, opened.files.shape.layers)
+    recall(folder, model, opened.files.shape.hidden, of_run)
     return "classified by the linear probe that was exported with this model"
 
 
@@ -149,24 +161,15 @@ def _check_task(header: dict[str, Any], cfg: RunConfig, dataset: Dataset) -> Non
     )
 
 
-def _load_trained(run: RunFiles, model: Model) -> int:
+def _load_trained(run: RunFiles, model: Model, of_run: str) -> int:
     """Read what replay wrote; returns the steps. With blocks elsewhere only the head: the journal has the rest."""
-    try:
-        with safe_open(run.trained, "pt") as file:
-            steps = int(file.metadata()["steps"])
-            learned = {
-                n: file.get_tensor(n) for part in model.learned.values() for n in part.trained()
-            }
-        tensors = load_file(run.trained) if model.store.residency is None else {}
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as problem:
-        raise EdgezoError(
-            f"{run.trained} cannot be read ({problem}).\nRun edgezo replay again from the original run."
-        ) from problem
-    if model.store.residency is None:
-        load_trained(model.store, tensors)
-    for part in model.learned.values():
-        for name, tensor in part.trained().items():
-            tensor.copy_(learned[name])
+    way_out = "Run edgezo replay again from the original run."
+    with open_saved(run.trained, {"steps"}, of_run, way_out) as file:
+        steps = int(file.metadata["steps"])
+        into = trained_tensors(model.store) if model.store.residency is None else {}
+        for part in model.learned.values():
+            into |= part.trained()
+        file.read(into)
     return steps
 
 
@@ -181,11 +184,13 @@ def replay(source: Path, out: Path) -> dict[str, Any]:
     if run.path.resolve() == made.path.resolve():
         raise UsageError(f"{out} is the run itself. Give another --out.")
     with brought_back(run, cfg) as rebuilt:
-        prepare_replay(made)
         steps, model = rebuilt.steps, rebuilt.model
-        with atomic_path(made.trained) as temporary:
-            write_saved(temporary, model.saved(), {"steps": str(steps)})
         digest = saved_sha256(model.saved())
+        if saved_summary(run).get("steps") == steps and not takes_roots(cfg):
+            check_same_end(run, cfg, model, digest)
+        prepare_replay(made)
+        with atomic_path(made.trained) as temporary:
+            write_saved(temporary, model.saved(), {"steps": str(steps)}, run=rebuilt.of_run)
         # The configuration last: with it the directory counts as a run, and is a whole one.
         kept = [(run.journal, made.journal), (run.config, made.config)]
         if run.probe.exists():
@@ -203,6 +208,7 @@ class Rebuilt(NamedTuple):
     planned: Planned
     model: Model
     steps: int
+    of_run: str  # its identity
 
 
 @contextmanager
@@ -211,15 +217,17 @@ def brought_back(run: RunFiles, cfg: RunConfig) -> Iterator[Rebuilt]:
 
     ``cfg`` is the configuration of the run.
     """
-    cfg = portable(cfg, confirmed(machine()))
+    cfg, peak_before_bytes = portable(cfg, confirmed(machine())), peak_rss_bytes()
     files = loader.open_model(cards.resolve(cfg.model))
     with ExitStack() as at_end:
         journal = at_end.enter_context(open_journal(run.journal, resume=False))
-        check_base(journal.header, files.content_hash)
-        opened = Opened(cfg, files, None, _shape_of_data(journal.header))
+        check_base(journal.header, files.content_hash, files.shape.vocab)
+        data = _shape_of_data(journal.header)
+        opened = Opened(cfg, files, None, data, peak_before_bytes=peak_before_bytes)
         planned = settle(opened, confirmed(machine()), rss_bytes())
         model, _ = at_end.enter_context(loaded(planned))
-        yield Rebuilt(planned, model, restore(run, cfg, opened, model, journal))
+        steps = restore(run, cfg, opened, model, journal)
+        yield Rebuilt(planned, model, steps, run_id(journal.header))
 
 
 def _shape_of_data(header: dict[str, Any]) -> Dataset:

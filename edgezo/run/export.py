@@ -84,6 +84,7 @@ def export(source: Path, form: str, out: Path, *, dtype: str | None = None) -> d
             "precision": rebuilt.planned.cfg.precision,
             "base": cfg.model,
             "base_sha256": files.content_hash,
+            "run_id": rebuilt.of_run,
             "dataset": dataset_facts(rebuilt.planned.opened.dataset),
             "predicts_as_run": not exporter.probed,
             "notes": notes,

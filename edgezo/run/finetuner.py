@@ -45,7 +45,7 @@ from edgezo.weights.trainable import Trainable
 FEATURES, HIDDEN = 5, 64  # as published
 LARGEST_SIGMA = 1e6
 LEAST_SIGMA = 1e-6  # a smaller root mean square of all sigmas counts as 0
-_PIECE_BYTES = (
+_MOMENTS_PIECE_BYTES = (
     16  # counted for an element, so that a piece is a quarter of a tile: sums take copies
 )
 _PARTS = ("0.weight", "0.bias", "2.weight", "2.bias")  # names of a network's tensors in the file
@@ -287,7 +287,7 @@ def _moments(trainable: Trainable) -> Moments:
     """Sum, sum of squares and count of a trained tensor as it is now."""
     rows, cols = trainable.layout.shape
     moments = (0.0, 0.0, 0)
-    for part in tiles(rows, cols, _PIECE_BYTES):
+    for part in tiles(rows, cols, _MOMENTS_PIECE_BYTES):
         moments = _with_piece(moments, trainable.layout.read(part))
     return moments
 
@@ -299,7 +299,7 @@ def _frozen_moments(store: WeightStore, weight: str) -> Moments:
     layout = store.layouts[weight]
     rows, cols = layout.shape
     moments = (0.0, 0.0, 0)
-    for part in tiles(rows, cols, _PIECE_BYTES):
+    for part in tiles(rows, cols, _MOMENTS_PIECE_BYTES):
         piece = torch.empty(part.stop - part.start, cols, device=store.device)
         moments = _with_piece(moments, layout.expand(part, piece))
     return moments

@@ -1,11 +1,16 @@
-"""metrics.jsonl: one line for each step and evaluation; a summary takes its medians from them."""
+"""metrics.jsonl: one line for each step and evaluation; a summary takes its medians from them.
+
+A resume reads times and evaluations back, and with --step auto the sigma and the step that it goes on with: the only
+numbers here that weights depend on, so those lines have a checksum.
+"""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import statistics
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +18,11 @@ import numpy as np
 
 from edgezo.errors import EdgezoError
 from edgezo.machine.files import to_json
+from edgezo.machine.foreign import parse_json, reading
+from edgezo.machine.open_files import open_inside
 from edgezo.run.journal_record import StepRecord
+
+_MOVED = ("_read_bytes", "_written_bytes")  # ends of the names of bytes that a step has moved
 
 
 class MetricsLog:
@@ -22,25 +31,30 @@ class MetricsLog:
     def __init__(self, path: Path, keep_through: int | None = None):
         """Start an empty file; or go on, and cut lines of steps after ``keep_through`` and an unfinished last line.
 
-        Raises EdgezoError if the file can't be written.
+        Raises EdgezoError if the file can't be written, is a link, or has a line that is damaged.
         """
         self.path = path
         try:
-            if keep_through is None:
-                self._file = path.open("w", encoding="utf-8", buffering=1)
-            else:
-                if path.exists():
-                    os.truncate(path, _bytes_through(path, keep_through))
-                self._file = path.open("a", encoding="utf-8", buffering=1)
+            fd = open_inside(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         except OSError as error:
             raise EdgezoError(f"can't write {path}: {error.strerror}") from error
+        self._file = os.fdopen(fd, "a", encoding="utf-8", buffering=1)
+        try:
+            os.ftruncate(fd, 0 if keep_through is None else _bytes_through(path, keep_through))
+        except BaseException as error:
+            self._file.close()
+            if isinstance(error, OSError):
+                raise EdgezoError(f"can't write {path}: {error.strerror}") from error
+            raise
 
     def lines(self) -> list[dict[str, Any]]:
-        """Every line of the file."""
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        """Every line of the file. Raises EdgezoError for one that is damaged."""
+        return [line for line, _ in _whole_lines(self.path)]
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a line. Its "step" is the number of steps done. Raises EdgezoError if the disk refuses it."""
+        if "pace" in record:
+            record = {**record, "crc": _crc_of(record)}
         try:
             self._file.write(to_json(record) + "\n")
         except OSError as error:
@@ -86,7 +100,7 @@ class RunLog(MetricsLog):
             if line.get(name) is not None:
                 times_s.append(line[name])
         for name, value in line.items():
-            if name.endswith(("_read_bytes", "_written_bytes")):
+            if name.endswith(_MOVED):
                 self.moved.setdefault(name, []).append(value)
 
     def figures(self) -> dict[str, Any]:
@@ -121,16 +135,60 @@ def _median(values: list[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
+def check_lines(path: Path) -> None:
+    """Raise EdgezoError, and change nothing, where a line of a run's metrics.jsonl is damaged."""
+    with contextlib.suppress(FileNotFoundError):
+        for _ in _whole_lines(path):
+            pass
+
+
 def _bytes_through(path: Path, step: int) -> int:
     """Bytes of the leading lines that are whole and of no step after ``step``."""
     size = 0
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                step_of_line = json.loads(line)["step"]
-            except (ValueError, KeyError, TypeError):
-                break
-            if not line.endswith(b"\n") or step_of_line > step:
-                break
-            size += len(line)
+    for line, size_bytes in _whole_lines(path):
+        if line["step"] > step:
+            break
+        size += size_bytes
     return size
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """The lines of a file with their bytes, without an unfinished one at its end.
+
+    Raises EdgezoError for a line that is damaged.
+    """
+    with os.fdopen(open_inside(path, os.O_RDONLY), "rb") as file:
+        for number, raw in enumerate(file, 1):
+            if not raw.endswith(b"\n"):
+                return
+            way_out = (
+                "Restore the file from a copy; without --step auto you can also remove that line."
+            )
+            with reading(f"{path}: line {number:,}", way_out):
+                line = _line_of(raw)
+            yield line, len(raw)
+
+
+def _line_of(raw: bytes) -> dict[str, Any]:
+    """A line as a resume may use it. Raises ValueError, TypeError or KeyError for any other."""
+    line = parse_json(raw.decode("utf-8"))
+    if type(line) is not dict or type(line["step"]) is not int or line["step"] < 0:
+        raise ValueError("it has no step")
+    numbers = [line.get("step_s"), line.get("forward_s")]
+    numbers += [value for name, value in line.items() if name.endswith(_MOVED)]
+    if "pace" in line or "crc" in line:
+        if "crc" in line and line["crc"] != _crc_of({"step": line["step"], "pace": line["pace"]}):
+            raise ValueError("its checksum does not fit")
+        if not line.keys() <= {"step", "pace", "crc"}:
+            raise ValueError("it has more than a pace")
+        numbers += [line["pace"][name] for name in ("sigma", "factor", "began", "took_s")]
+    if not all(value is None or type(value) in (int, float) for value in numbers):
+        raise ValueError("a number is none")
+    if type(line.get("eval", "")) is not str:
+        raise ValueError("its evaluation has no name")
+    return line
+
+
+def _crc_of(line: Mapping[str, Any]) -> str:
+    """CRC (8 hexadecimal digits) of the JSON of a line."""
+    return f"{zlib.crc32(to_json(line).encode()):08x}"

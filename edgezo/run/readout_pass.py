@@ -2,7 +2,7 @@
 
 rows                 as many as the steps that follow will see, or as many as pass in READOUT_SHARE of the run's time
 probe.states         their hidden states while the pass lasts (``StateFile``); a resume goes on behind them and
-                     has the whole of that time again
+                     has the whole of that time again. Rows that are damaged there pass again
 probe.safetensors    the linear probe, written once before the first step; resumes, evaluations and replays read it
 """
 
@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from edgezo.data.batches import Example, batch_indices, pieces
 from edgezo.errors import EdgezoError
@@ -27,6 +26,7 @@ from edgezo.network.loader import decoder_layers
 from edgezo.network.model import Model
 from edgezo.network.readout import (
     LEAST_ROWS,
+    DamagedRow,
     Fitted,
     ReadoutWeights,
     StateFile,
@@ -34,12 +34,13 @@ from edgezo.network.readout import (
     candidates,
     fit,
 )
-from edgezo.run.directory import RunFiles
+from edgezo.run.directory import RunFiles, run_id
 from edgezo.run.figures import evaluate_model
 from edgezo.run.short_memory import MicroBatchFitter
 from edgezo.run.state import RunState
 from edgezo.run.step import Stepper
 from edgezo.weights.saved import Saved, write_saved
+from edgezo.weights.verified import open_saved
 
 
 @dataclass(frozen=True)
@@ -55,42 +56,41 @@ class ReadoutResult:
         return {"used": self.used, "rows": self.rows, "fit_s": self.fit_s, **self.figures}
 
 
-def recall(run: RunFiles, model: Model, layers: int) -> ReadoutResult | None:
+MOST_PASSES = 3  # of the rows, where their states change on disk
+PROBE_KEYS = {"used", "rows", "fit_s", "loss", "accuracy", "label_words_loss"}  # metadata
+
+
+def recall(run: RunFiles, model: Model, hidden: int, of_run: str | None) -> ReadoutResult | None:
     """Let ``model`` classify by the linear probe that the run has fitted; None where there is none yet.
 
-    Raises EdgezoError for a file that is damaged or belongs to another model.
+    ``hidden`` is the size of the model's states, ``of_run`` the run that the file must belong to (None: any).
+    Raises EdgezoError for a file that is damaged, or belongs to another run or model.
     """
     if not run.probe.exists():
         return None
-    try:
-        with safe_open(run.probe, "pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    way_out = "It is the linear probe that the run was trained with: restore it from a copy, or start again."
+    with open_saved(run.probe, PROBE_KEYS, of_run, way_out) as file:
+        metadata = file.metadata
         figures: dict[str, Any] = {
-            "loss": float(metadata["loss"]),
-            "accuracy": float(metadata["accuracy"]),
-            "label_words_loss": float(metadata["label_words_loss"]),
+            name: float(metadata[name]) for name in ("loss", "accuracy", "label_words_loss")
         }
-        used = metadata["used"] == "True"
+        used = {"True": True, "False": False}[metadata["used"]]
         result = ReadoutResult(used, int(metadata["rows"]), float(metadata["fit_s"]), figures)
-        readout = ReadoutWeights.of(tensors, model.context.device)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as problem:
-        raise EdgezoError(
-            f"{run.probe} is damaged ({problem}).\n"
-            "It is the linear probe that the run was trained with; restore it from a copy, or start again."
-        ) from problem
+        tensors = {n: torch.empty(p.shape, dtype=p.dtype) for n, p in file.places.items()}
+        file.read(tensors)
+        readout = ReadoutWeights.of(tensors, hidden, model.context.device)
     figures["blocks"] = list(readout.blocks)
     if used:
         model.classify_by(readout)
     return result
 
 
-def _save(run: RunFiles, fitted: Fitted, result: ReadoutResult) -> None:
+def _save(run: RunFiles, fitted: Fitted, result: ReadoutResult, of_run: str) -> None:
     """Write the linear probe as a whole or not at all."""
     metadata = {k: str(v) for k, v in result.to_dict().items() if k != "blocks"}
     tensors = [Saved.of(name, t.contiguous()) for name, t in fitted.readout.tensors().items()]
     with atomic_path(run.probe) as temporary:
-        write_saved(temporary, tensors, metadata)
+        write_saved(temporary, tensors, metadata, run=of_run)
 
 
 class ReadoutPass:
@@ -100,7 +100,8 @@ class ReadoutPass:
         shape, cfg = state.opened.files.shape, state.cfg
         self.state, self.stepper, self.fitter = state, stepper, fitter
         self.layers, self.blocks = shape.layers, candidates(shape.layers)
-        self.states = StateFile(state.files.states, len(self.blocks), shape.hidden)
+        self.of_run = run_id(state.journal.header)
+        self.states = StateFile(state.files.states, len(self.blocks), shape.hidden, self.of_run)
         self.begun_s = time.monotonic()  # later by what evaluations took
         # One side passes here, where a step passes several, and the plan has room for them.
         self.sides = cfg.planned_sides
@@ -112,14 +113,7 @@ class ReadoutPass:
         Raises Interrupted and BudgetExceeded; the states of rows that have passed are kept.
         """
         state, model = self.state, self.state.model
-        model.taps = Taps.on(decoder_layers(model.module, self.layers)[1], self.blocks)
-        try:
-            rows = self._pass()
-        finally:
-            model.taps.remove()
-            model.taps = None
-        words_loss = float(self.states.losses(len(rows)).mean())
-        fitted = self._fit(rows)
+        rows, fitted, words_loss = self._passed()
         figures = {
             "loss": fitted.loss,
             "accuracy": fitted.accuracy,
@@ -128,12 +122,34 @@ class ReadoutPass:
         }
         used = fitted.loss < words_loss or not state.cfg.parts.head
         result = ReadoutResult(used, len(rows), self._spent_s(), figures)
-        _save(state.files, fitted, result)
+        _save(state.files, fitted, result, self.of_run)
         self.states.path.unlink(missing_ok=True)
         if used:
             model.classify_by(fitted.readout)
         state.progress.note(_verdict(result))
         return result
+
+    def _passed(self) -> tuple[list[int], Fitted, float]:
+        """The rows that have passed, the linear probe of them, and the mean loss of their label words.
+
+        Rows whose states have changed on disk pass again. Raises EdgezoError where they change again and again.
+        """
+        model = self.state.model
+        for _ in range(MOST_PASSES):
+            model.taps = Taps.on(decoder_layers(model.module, self.layers)[1], self.blocks)
+            try:
+                rows = self._pass()
+                words_loss = float(self.states.losses(len(rows)).mean())
+                return rows, self._fit(rows), words_loss
+            except DamagedRow:
+                continue  # the next pass begins before that row
+            finally:
+                model.taps.remove()
+                model.taps = None
+        raise EdgezoError(
+            f"{self.states.path} has changed on disk {MOST_PASSES} times while it was in use.\n"
+            "Check the disk, or give an --out on another one."
+        )
 
     def _spent_s(self) -> float:
         """Seconds of the pass, evaluations excluded."""
@@ -157,7 +173,12 @@ class ReadoutPass:
         state, cfg = self.state, self.state.cfg
         size, most = self.group_size, cfg.readout_rows(len(state.examples))
         order = batch_indices(len(state.examples), most, cfg.seed, 0)
-        done = min(self.states.rows(), most) // size * size
+        sound, written = self.states.rows(), self.states.written()
+        done = min(sound, most) // size * size
+        if sound < written:
+            state.progress.note(
+                f"{self.states.path.name} was damaged: rows from {done + 1:,} on pass again"
+            )
         self.states.keep(done)
         limit_s = cfg.for_s * (READOUT_SHARE if cfg.probing else 1.0) if cfg.for_s else math.inf
         state.progress.note(f"a linear probe: one forward over up to {most:,} rows")
@@ -167,7 +188,7 @@ class ReadoutPass:
                 state.stop.check(0)
                 before_s = self._spent_s()
                 group = [state.examples[i] for i in order[done : done + size]]
-                loss = self.fitter.fitting(0, partial(self._pass_group, group))
+                loss = self.fitter.fitting(0, partial(self._pass_group, group, done))
                 done += len(group)
                 state.progress.step(
                     -(-done // size),
@@ -194,8 +215,11 @@ class ReadoutPass:
         state.log.write({"step": 0, "eval": "probe", **line})
         self.begun_s += self._spent_s() - before_s
 
-    def _pass_group(self, group: list[Example]) -> float:
-        """Run a group through the model and keep its states; returns the mean loss of its label words."""
+    def _pass_group(self, group: list[Example], first: int) -> float:
+        """Run a group of rows, from the one numbered ``first`` on, through the model and keep its states.
+
+        Returns the mean loss of its label words.
+        """
         state, model, taps = self.state, self.state.model, self.state.model.taps
         if taps is None:
             raise TypeError("states are kept only while taps are on the blocks")
@@ -209,7 +233,7 @@ class ReadoutPass:
                 losses[slots] = model.losses(batch)[0][0]
                 for kept, of_batch in zip(states, taps.take(), strict=True):
                     kept[slots] = of_batch.cpu()
-        self.states.append(states, losses)
+        self.states.append(states, losses, first)
         return float(losses.mean())
 
 

@@ -17,14 +17,21 @@ from edgezo.data.batches import Example
 from edgezo.data.dataset import DataRequest, Dataset, load_dataset
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.gpu_memory import Memory, open_memory
-from edgezo.machine.hardware import Machine
-from edgezo.machine.process_memory import Heap, allocator_reuse, malloc_trim
+from edgezo.machine.hardware import Machine, machine
+from edgezo.machine.process_memory import (
+    Guard,
+    Heap,
+    ReadingGuard,
+    allocator_reuse,
+    check_cap_kept,
+    malloc_trim,
+)
 from edgezo.machine.profiler import phase
 from edgezo.network import cards, loader
 from edgezo.network.assemble import ModelSpec, assemble
 from edgezo.network.loader import ModelFiles
 from edgezo.network.model import Model
-from edgezo.plan.budget import budget, mb
+from edgezo.plan.budget import budget, choose_device, default_budget, mb
 from edgezo.plan.config import RunConfig, Settled
 from edgezo.plan.fields import LOSS
 from edgezo.plan.plan import Plan, PlanDoesNotFit
@@ -51,6 +58,7 @@ class Opened:
     dataset: Dataset
     finetuner: Finetuner | None = None  # with --mask block, for training
     judge: Judge | None = None  # where predictions are written or scored
+    peak_before_bytes: int = 0  # of this process's memory, before it began to read
 
 
 @dataclass(frozen=True)
@@ -72,16 +80,37 @@ class Loaded(NamedTuple):
 def open_request(cfg: RunConfig) -> Opened:
     """Find the model, check its files, read and tokenise the rows.
 
-    Raises UsageError for rows or settings that do not go together, EdgezoError for files that cannot be read.
+    Raises UsageError for rows or settings that do not go together, EdgezoError for files that cannot be read, and
+    DoesNotFit where reading them takes more than the cap.
     """
+    guard = ReadingGuard(ram_cap_bytes(cfg, machine()))
     files = loader.open_model(cards.resolve(cfg.model))
     loader.model_class(files)  # its code is part of the process that a plan starts from
     tokenizer = loader.load_tokenizer(files.path)
-    dataset = read_data(cfg, files, tokenizer)
+    dataset = read_data(cfg, files, tokenizer, guard)
     cfg = _for_kind(cfg, dataset.kind)
-    opened = Opened(cfg, files, tokenizer, dataset, judge=_judge_of(cfg, files, tokenizer, dataset))
+    judge = _judge_of(cfg, files, tokenizer, dataset)
     malloc_trim()  # memory that parsing has freed is no part of the process that a plan starts from
-    return opened
+    peak_before_bytes = guard.peak_before_bytes
+    return Opened(cfg, files, tokenizer, dataset, judge=judge, peak_before_bytes=peak_before_bytes)
+
+
+def ram_cap_bytes(cfg: RunConfig, machine: Machine) -> int:
+    """The cap on this process's memory: --max-mem, or its default where that is not given or caps a GPU's memory."""
+    try:
+        on_gpu = choose_device(cfg, machine)[0] == "cuda"
+    except UsageError:  # the plan will say so
+        on_gpu = False
+    if cfg.max_mem_bytes is None or on_gpu:
+        return default_budget(machine)[0]
+    return cfg.max_mem_bytes
+
+
+def keep_cap(planned: Planned, memory: Memory, done: str) -> None:
+    """Raise BudgetExceeded where this process has gone over the cap of its plan; ``done`` says what is saved."""
+    on_cpu = planned.plan.device == "cpu"
+    before_bytes = planned.opened.peak_before_bytes if on_cpu else 0
+    check_cap_kept(planned.plan.max_mem_bytes, memory.peak_bytes(), before_bytes, done)
 
 
 def _judge_of(cfg: RunConfig, files: ModelFiles, tokenizer: Any, dataset: Dataset) -> Judge | None:
@@ -104,13 +133,15 @@ def _for_kind(cfg: RunConfig, kind: str) -> RunConfig:
     return replace(cfg, train=train)
 
 
-def read_data(cfg: RunConfig, files: ModelFiles, tokenizer: Any) -> Dataset:
+def read_data(
+    cfg: RunConfig, files: ModelFiles, tokenizer: Any, guard: Guard | None = None
+) -> Dataset:
     """The rows of a request, tokenised, all of them within the model's vocabulary and positions."""
     shared = {f.name for f in fields(DataRequest)} & {f.name for f in fields(RunConfig)}
     request = DataRequest(
         judged=cfg.objective != LOSS, **{name: getattr(cfg, name) for name in shared}
     )
-    dataset = load_dataset(request, tokenizer, masked=files.kind == "masked")
+    dataset = load_dataset(request, tokenizer, masked=files.kind == "masked", guard=guard)
     examples = (*dataset.train, *dataset.validation)
     used = (*dataset.label_ids, *(max(row.ids, default=0) for e in examples for row in e.rows))
     if max(used) >= files.shape.vocab:
@@ -236,10 +267,12 @@ def settle_again(opened: Opened, machine: Machine, base_bytes: int) -> Planned:
 def load_model(planned: Planned, machine: Machine, overlay: Overlay | None = None) -> Loaded:
     """Read the weights into memory one tensor at a time; blocks that the plan has no room for go to ``overlay``.
 
-    Raises DoesNotFit where the disk has no room for the overlay; then nothing was written.
+    Raises DoesNotFit where the disk has no room for the overlay; then nothing was written. Raises BudgetExceeded where
+    reading has gone over the cap.
     """
     plan = planned.plan
     memory = open_memory(plan.device, plan.max_mem_bytes, machine)
+    keep_cap(planned, memory, "Nothing was started")
     device = torch.device(plan.device)
     spec = _spec_of(planned, device, _medium_of(planned, device, overlay))
     with memory.short("loading"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
+from edgezo.errors import EdgezoError
+from edgezo.machine.foreign import read_json
 from edgezo.machine.process_memory import peak_rss_bytes
 from edgezo.machine.profiler import running
+from edgezo.network.model import Model
+from edgezo.plan.config import RunConfig
 from edgezo.run.directory import RunFiles
 from edgezo.run.journal_record import StepRecord
 from edgezo.run.metrics_log import mean_loss
@@ -26,10 +29,39 @@ AXES_OF_FORWARD_ONLY = (
 def saved_summary(run: RunFiles) -> dict[str, Any]:
     """summary.json of a run that has ended; {} where there is none that can be read."""
     try:
-        summary = json.loads(run.summary.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        summary = read_json(run.summary)
+    except EdgezoError:
         return {}
     return summary if isinstance(summary, dict) else {}
+
+
+def check_same_end(run: RunFiles, cfg: RunConfig, model: Model, trained_sha256: str) -> None:
+    """Raise EdgezoError unless a finished run's files give the weights that it ended with, by its summary.
+
+    ``trained_sha256`` is that of ``model``, which was rebuilt from the files.
+    """
+    ended = str(saved_summary(run).get("trained_sha256"))
+    if ended == trained_sha256:
+        return
+    files = [run.journal, *([run.snapshot] if model.needs_snapshots else [])]
+    files += [run.probe] if cfg.parts.readout else []
+    names = ", ".join(file.name for file in (*files, run.config))
+    elsewhere = (
+        " Or it was made on another kind of CPU: its method divides by square roots, which are not rounded alike "
+        "everywhere. Then go on there."
+        if takes_roots(cfg)
+        else ""
+    )
+    raise EdgezoError(
+        f"{run.path} has ended, but its files give other weights than it ended with: trained_sha256 is "
+        f"{trained_sha256[:12]}..., and {run.summary.name} has {ended[:12]}... One of them was changed.\n"
+        f"Restore {names} and {run.summary.name} from one copy.{elsewhere}"
+    )
+
+
+def takes_roots(cfg: RunConfig) -> bool:
+    """Whether updates divide by square roots, which torch leaves to a library that rounds them as the CPU has it."""
+    return cfg.rule in ("adam", "centred") or cfg.mask in ("hessian", "hessian-block")
 
 
 def losses_of_step(record: StepRecord, sides: int) -> StepRecord:

@@ -16,29 +16,38 @@ from typing import Any
 
 from edgezo.data.batches import pieces
 from edgezo.errors import BudgetExceeded, EdgezoError, Interrupted, UsageError
-from edgezo.machine.files import atomic_write, remove_leftovers, to_json
+from edgezo.machine.files import atomic_write, to_json
 from edgezo.machine.gpu_memory import confirmed
 from edgezo.machine.hardware import machine
 from edgezo.machine.process_memory import Meter, rss_bytes
 from edgezo.machine.profiler import phase, profiling, running
+from edgezo.network.model import Model
 from edgezo.plan.config import RunConfig
 from edgezo.run.auto_step import AutoStep
 from edgezo.run.clock import TrainingClock
-from edgezo.run.directory import Overlay, RunFiles, free_directory, prepare, reopen
+from edgezo.run.directory import (
+    Overlay,
+    RunFiles,
+    free_directory,
+    prepare,
+    refuse_links,
+    reopen,
+)
 from edgezo.run.figures import evaluate_model
 from edgezo.run.finetuner import load_finetuner
 from edgezo.run.journal import create_journal
 from edgezo.run.journal_record import StepRecord
-from edgezo.run.metrics_log import RunLog, step_line
+from edgezo.run.metrics_log import RunLog, check_lines, step_line
 from edgezo.run.progress import RunProgress, Silent, peaks_line
 from edgezo.run.readout_pass import ReadoutPass, ReadoutResult
 from edgezo.run.recipes import follow, journal_is_shaped
-from edgezo.run.restore import Restored, restore_readout, restore_weights
+from edgezo.run.restore import Restored, begin_writing, restore_readout, restore_weights
 from edgezo.run.session import (
     Loaded,
     Opened,
     Planned,
     header_of,
+    keep_cap,
     load_model,
     open_request,
     settle,
@@ -47,7 +56,7 @@ from edgezo.run.session import (
 from edgezo.run.short_memory import MicroBatchFitter, guard_of
 from edgezo.run.state import RunState, StopRequest
 from edgezo.run.step import Stepper
-from edgezo.run.summary import losses_of_step, peaks, saved_summary, summarise
+from edgezo.run.summary import check_same_end, losses_of_step, peaks, saved_summary, summarise
 from edgezo.weights.saved import saved_sha256
 from edgezo.zo.credit import schedule
 from edgezo.zo.presets import AUTO
@@ -74,44 +83,52 @@ def finetune(
         cfg = replace(cfg, micro_batch=files.read_config().micro_batch)
     with profiling(cfg.profile):
         with _opened(cfg, files, resume, progress or Silent()) as run:
-            return run.to_the_end()
+            summary = run.to_the_end()
+            keep_cap(run.state.planned, run.state.memory, f"The run is complete in {files.path}")
+            return summary
 
 
 @contextmanager
 def _opened(cfg: RunConfig, files: RunFiles, resume: bool, progress: RunProgress) -> Iterator[Run]:
     """A run with its plan made, its journal open and its weights where the journal ends; closed after the block."""
+    refuse_links(files)
+    if resume:
+        check_lines(files.metrics)
     meter, split_is_free = Meter(), cfg.micro_batch is None
     opened, planned = _plan(cfg, resume, meter, progress)
     cfg, header = planned.cfg, header_of(opened, planned.cfg)
     with ExitStack() as at_end:
-        journal = at_end.enter_context(reopen(files, header, progress)) if resume else None
+        journal = at_end.enter_context(reopen(files, header)) if resume else None
         if journal is None:
             prepare(files)
             atomic_write(files.config, cfg.to_toml().encode())
-        atomic_write(files.plan, to_json(planned.plan.to_dict()).encode())
+            atomic_write(files.plan, to_json(planned.plan.to_dict()).encode())
         at_end.callback(_save_profile, files, progress)
         model, memory = _load(planned, Overlay.of(files, header), resume)
         at_end.callback(model.close)
         if journal is None:  # last, so that a model that cannot be loaded leaves no run behind
             kind = {"shaped": journal_is_shaped(cfg), "scaled": cfg.finetuner is not None}
             journal = at_end.enter_context(create_journal(files.journal, header, **kind))
-        remove_leftovers(files.path)
-        files.trained.unlink(missing_ok=True)  # a replay's, older than what follows
         meter.mark("load")
         memory.loaded()
         stop = StopRequest(files)
         at_end.enter_context(stop.listening())
         follow(model, cfg, journal, progress.note)
-        readout = restore_readout(files, cfg, model, journal, opened.files.shape.layers)
+        readout = restore_readout(files, cfg, model, journal, opened.files.shape.hidden)
         restored = restore_weights(files, cfg, model, journal)
         before = files.read_config() if files.config.exists() else None
-        if before != cfg:  # after a resume's state was read, so that a refusal changes nothing
+        ended = _ended(files, cfg, model, restored, readout)
+        # Nothing refuses a resume from here on, so that a refusal has changed nothing.
+        begin_writing(files, journal, restored, progress.note)
+        if resume:
+            atomic_write(files.plan, to_json(planned.plan.to_dict()).encode())
+        if before != cfg:
             atomic_write(files.config, cfg.to_toml().encode())
         log = RunLog(files.metrics, keep_through=restored.steps if resume else None)
         at_end.enter_context(closing(log))
         guard = guard_of(planned.plan, memory)
         state = RunState(files, planned, model, memory, journal, log, meter, progress, guard, stop)
-        yield Run(state, restored, readout, before, split_is_free)
+        yield Run(state, restored, readout, before, split_is_free, ended)
 
 
 def _plan(
@@ -134,7 +151,7 @@ def _plan(
 
 
 def _load(planned: Planned, overlay: Overlay, resume: bool) -> Loaded:
-    """The model in memory. What lies on disk of an earlier process is used by a resume and removed otherwise."""
+    """The model in memory. A resume uses the overlay of an earlier process; a new run removes it."""
     if not resume or not planned.plan.blocks_on_disk:
         overlay.remove()
     try:
@@ -143,6 +160,26 @@ def _load(planned: Planned, overlay: Overlay, resume: bool) -> Loaded:
         if not resume:
             overlay.remove()
         raise
+
+
+def _ended(
+    files: RunFiles,
+    cfg: RunConfig,
+    model: Model,
+    restored: Restored,
+    readout: ReadoutResult | None,
+) -> dict[str, Any] | None:
+    """The summary of a run that was over before; None where there is something to do.
+
+    Raises EdgezoError where its files give other weights than it ended with.
+    """
+    done, summary = restored.steps, saved_summary(files)  # written at the end only
+    if summary.get("steps") != done or not (done or readout is not None):
+        return None
+    with model.heap.updating():
+        model.store.finish(done)
+    check_same_end(files, cfg, model, saved_sha256(model.saved()))
+    return summary
 
 
 def _save_profile(files: RunFiles, progress: RunProgress) -> None:
@@ -168,10 +205,11 @@ class Run:
         restored: Restored,
         readout: ReadoutResult | None,
         before: RunConfig | None,  # the configuration that a resume found in the run directory
-        split_is_free: bool,  # the plan chose the micro-batch, and nothing was computed with it
+        split_is_free: bool,  # the plan chose the micro-batch, so it may still grow before the first step
+        ended: dict[str, Any] | None,  # the summary of a run that was over before
     ):
         self.state, self.restored, self.readout = state, restored, readout
-        self.before, self.split_is_free = before, split_is_free
+        self.before, self.split_is_free, self.ended = before, split_is_free, ended
         self.stepper = Stepper(state)
         self.fitter = MicroBatchFitter(state, self.stepper)
         self.auto_step = AutoStep(state, self.stepper, self.fitter)
@@ -180,8 +218,8 @@ class Run:
         """Everything that is still to be done; returns what summary.json holds."""
         state, model, done = self.state, self.state.model, self.restored.steps
         self._write_lost_lines()
-        if (summary := self._finished()) is not None:
-            return summary
+        if self.ended is not None:
+            return self.ended
         self._note_changes()
         self.fitter.settle(done, may_grow=self.split_is_free)
         before = state.log.evaluations.get(("before", 0))
@@ -236,9 +274,9 @@ class Run:
         fraction = self._fraction(step, clock.seconds())
         stride = self.auto_step.stride(step)
         begun_s, moved = time.monotonic(), self._moved_bytes()
-        scheduled = cfg.step * stride.factor * schedule(cfg.schedule, fraction)
+        scheduled = cfg.step * stride.factor * schedule(cfg.schedule, min(1.0, fraction))
         step_size = self.restored.step_sizes.get(step, scheduled)
-        with state.memory.short("an update"):  # or whatever else no smaller item stands for
+        with state.memory.short("an update"):  # names all allocations that no block inside names
             work = partial(self.stepper.step, step, step_size, stride)
             record = self.fitter.fitting(step, work)
         step_s = time.monotonic() - begun_s
@@ -267,13 +305,13 @@ class Run:
         return step / cfg.steps if cfg.steps else train_s / (cfg.for_s or 1.0)
 
     def _seconds_before(self) -> float:
-        """Seconds of training before this process and before the first step."""
+        """Seconds of training so far: steps of earlier processes, the linear probe, and what --step auto measured."""
         log, readout = self.state.log, self.readout
         spent_s = sum(log.step_times_s) + (readout.fit_s if readout is not None else 0.0)
         return spent_s + sum(pace["took_s"] for pace in log.paces.values())
 
     def _times_plain_forward(self, step: int) -> bool:
-        # With blocks elsewhere only once: a plain forward there does the next step's updates and writes.
+        # With blocks on disk or in RAM only once: there it also applies the pending updates.
         wanted = PLAIN_FORWARDS if self.state.model.store.residency is None else 1
         every = max(1, (self.state.cfg.steps or 100) // wanted)
         return step % every == every // 2
@@ -298,17 +336,6 @@ class Run:
 
     # -- beside the loop ----------------------------------------------------------------------------------
 
-    def _finished(self) -> dict[str, Any] | None:
-        """The summary of a run that was over before; None where there is something to do."""
-        state, done = self.state, self.restored.steps
-        summary = saved_summary(state.files)  # written at the end only
-        if summary.get("steps") != done or not (done or self.readout is not None):
-            return None
-        with state.model.heap.updating():
-            state.model.store.finish(done)
-        ended = summary["trained_sha256"] == saved_sha256(state.model.saved())
-        return summary if ended else None
-
     def _note_changes(self) -> None:
         """Say what this process does otherwise than the one before it."""
         state, done, before = self.state, self.restored.steps, self.before
@@ -321,7 +348,7 @@ class Run:
             )
 
     def _write_lost_lines(self) -> None:
-        """Write the steps to metrics.jsonl that a kill left out."""
+        """Write to metrics.jsonl the steps whose lines a kill left out."""
         log = self.state.log
         for record in self.state.journal.records(log.last_step):
             if record.step < self.restored.steps:

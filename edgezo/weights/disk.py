@@ -7,17 +7,21 @@ journal do not hold: a file that is damaged or half-written is made again from t
 offset  type      field
 ======  ========  ======================================================================
 0       8 bytes   magic ``89 45 5A 4F 0D 0A 1A 0A``
-8       u32       format version, 1
+8       u32       format version, 2
 12      u32       1 if the data are whole, 0 while they are being written
 16      u32       applied_step: the updates of steps 0 to applied_step - 1 are in the data
-20      u32       CRC of the sums of the data's pages, as 64-bit words
+20      u32       CRC of the data
 24      32 bytes  SHA-256 of what the file belongs to: run, tensor names, dtypes, shapes
 56      u32       CRC of the bytes before
 ======  ========  ======================================================================
 
 then the raw tensors, each from the start of a page. A write in place first marks the file as being written, so a
 kill at any moment leaves a file that is whole or says that it is not; a power loss that reorders writes shows in
-the CRC. Reads and writes are plain, into memory that is used again: a mapped file would count as resident.
+the CRC. CRC is ``zlib.crc32``, of the bytes in their order: exchanged and shifted sectors show as flipped bits do. In
+format 1 it was that of the sums of the data's pages, as 64-bit words, in which exchanged words do not show; such a file
+of an unfinished run is used by its resume, and has format 2 once it is written.
+
+Reads and writes are plain, into memory that is used again: a mapped file would count as resident.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import struct
 import zlib
 from collections.abc import Callable, Mapping
@@ -38,8 +43,10 @@ import torch
 from torch import Tensor
 
 from edgezo.errors import EdgezoError
+from edgezo.machine import kernels
 from edgezo.machine.files import write_error
 from edgezo.machine.limits import PAGE_BYTES, QUANTISE_BYTES, tiles
+from edgezo.machine.open_files import files_inside, make_folder, open_inside, unlink_inside
 from edgezo.weights.home import Damaged, Traffic, parts_of
 from edgezo.weights.layouts import Dense, Layout
 from edgezo.zo.noise import Key
@@ -48,7 +55,8 @@ if TYPE_CHECKING:
     from edgezo.weights.home import Home
 
 OVERLAY_MAGIC = b"\x89EZO\r\n\x1a\n"
-OVERLAY_VERSION = 1
+OVERLAY_VERSION = 2
+OVERLAY_NAMES = re.compile(r"(?:block-(\d{4,9})|table-\d{1,9})\.overlay")
 _HEAD_FIELDS = struct.Struct("<8sIIII32s")
 _HEAD_CRC = struct.Struct("<I")
 
@@ -62,17 +70,19 @@ class OverlayFile:
         contents = [identity, [(p.owner, p.suffix, str(p.dtype), p.shape) for p in self.parts]]
         self._digest = hashlib.sha256(json.dumps(contents).encode()).digest()
         self._fd = -1
-        self._crc = 0
+        self._version, self._crc = OVERLAY_VERSION, 0
 
     @property
     def size_bytes(self) -> int:
         return PAGE_BYTES + self.data_bytes
 
     def open(self) -> int | None:
-        """Open for reading and writing, or make the file; its applied step if it is whole and belongs to this run."""
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+        """Open for reading and writing, or make the file; its applied step if it is whole and belongs to this run.
+
+        Raises EdgezoError where the file or its folder is a link, or the disk refuses.
+        """
         try:
-            self._fd = os.open(self.path, flags, 0o600)
+            self._fd = open_inside(self.path, os.O_RDWR | os.O_CREAT, levels=2, mode=0o600)
         except OSError as problem:
             raise write_error(self.path, self.path.name, problem) from problem
         try:
@@ -84,9 +94,9 @@ class OverlayFile:
         fixed, crc = bytes(head[: _HEAD_FIELDS.size]), bytes(head[_HEAD_FIELDS.size :])
         if crc != _HEAD_CRC.pack(zlib.crc32(fixed)):
             return None
-        magic, version, whole, applied, self._crc, digest = _HEAD_FIELDS.unpack(fixed)
-        sound = (magic, version, whole, digest) == (OVERLAY_MAGIC, OVERLAY_VERSION, 1, self._digest)
-        return int(applied) if sound else None
+        magic, self._version, whole, applied, self._crc, digest = _HEAD_FIELDS.unpack(fixed)
+        known = magic == OVERLAY_MAGIC and 1 <= self._version <= OVERLAY_VERSION
+        return int(applied) if known and whole == 1 and digest == self._digest else None
 
     def reserve(self) -> None:
         """Give the file its full size on disk now, so that no later write finds the disk full."""
@@ -106,13 +116,14 @@ class OverlayFile:
             _read(self._fd, view, PAGE_BYTES)
         except OSError as problem:
             raise Damaged(str(problem)) from problem
-        if _checksum(view) != self._crc:
+        crc = _crc_of_sums(view) if self._version == 1 else kernels.crc32(view)
+        if crc != self._crc:
             raise Damaged("its checksum does not fit")
 
     def write(self, data: Tensor, applied: int) -> None:
         """Replace the data by ``data``, which has the updates of the first ``applied`` steps."""
         view = _bytes_of(data, self.data_bytes)
-        self._crc = _checksum(view)
+        self._version, self._crc = OVERLAY_VERSION, kernels.crc32(view)
         try:
             self.mark(whole=False, applied=0)
             _write(self._fd, view, PAGE_BYTES)
@@ -123,7 +134,7 @@ class OverlayFile:
     def mark(self, *, whole: bool, applied: int) -> None:
         """Write the head page. Raises OSError."""
         fixed = _HEAD_FIELDS.pack(
-            OVERLAY_MAGIC, OVERLAY_VERSION, whole, applied, self._crc, self._digest
+            OVERLAY_MAGIC, self._version, whole, applied, self._crc, self._digest
         )
         _write(self._fd, fixed + _HEAD_CRC.pack(zlib.crc32(fixed)), 0)
 
@@ -154,8 +165,8 @@ def _bytes_of(data: Tensor, nbytes: int) -> memoryview:
     return data.numpy().data[:nbytes]
 
 
-def _checksum(view: memoryview) -> int:
-    """CRC of the pages' sums of 64-bit words."""
+def _crc_of_sums(view: memoryview) -> int:
+    """The checksum of format 1: the CRC of the pages' sums of 64-bit words."""
     words = np.frombuffer(view, np.uint64).reshape(-1, PAGE_BYTES // 8)
     return zlib.crc32(np.add.reduce(words, axis=1).tobytes())
 
@@ -203,13 +214,14 @@ class DiskMedium:
 
     def __post_init__(self) -> None:
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_folder(self.directory)
+            for name in files_inside(self.directory, OVERLAY_NAMES):
+                block = OVERLAY_NAMES.sub(r"\1", name)  # "" for a table
+                if block and int(block) < self.resident_blocks:
+                    # This layer stays in memory now: its file would be outdated by the time it is needed again.
+                    unlink_inside(self.directory, name)
         except OSError as problem:
             raise write_error(self.directory, "the overlay", problem) from problem
-        for file in self.directory.glob("block-*.overlay"):
-            # This layer stays in memory now: its file would be outdated by the time it is needed again.
-            if int(file.name.split("-")[1].split(".")[0]) < self.resident_blocks:
-                file.unlink(missing_ok=True)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="overlay")
 
     def home(self, name: str, layouts: Mapping[str, Layout]) -> OverlayFile:
@@ -244,15 +256,15 @@ class DiskMedium:
 class DiskTable:
     """An embedding table on disk, a ``TrainedLayout``: rows are read and written as they are used.
 
-    The file is made anew at every start, since its rows change in place, one by one. A checksum of each row is kept in
-    memory: a row that changed on disk is an error and never becomes a weight.
+    The file is made anew at every start, since its rows change in place, one by one. The CRC of each row is kept in
+    memory, by its number: a row that changed on disk, or has another's place, is an error and never becomes a weight.
     """
 
     def __init__(self, file: OverlayFile, vacant: Layout):
         self.file, self._vacant = file, vacant
         self.shape = vacant.shape
         rows = self.shape[0]
-        self._sums = {part.suffix: np.zeros(rows, np.uint64) for part in file.parts}
+        self._sums = {part.suffix: np.zeros(rows, np.uint32) for part in file.parts}
 
     def fill(self, make: Callable[[slice], Layout]) -> None:
         """Write the table, made some rows at a time. Raises EdgezoError where the disk has no room."""
@@ -386,10 +398,6 @@ def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _row_sums(tensor: Tensor) -> np.ndarray:
-    """(n,) uint64: the sum of each row's words, which are of 8 bytes, or of 4, 2 or 1 where a row is not so long."""
-    flat = tensor.contiguous().view(len(tensor), -1).view(torch.uint8).numpy()
-    for word in (np.uint64, np.uint32, np.uint16):
-        if flat.shape[1] % np.dtype(word).itemsize == 0:
-            flat = flat.view(word)
-            break
-    return np.add.reduce(flat, axis=1, dtype=np.uint64)
+    """(n,) uint32: the CRC of the bytes of each row."""
+    flat = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return kernels.crc32_rows(flat.reshape(len(tensor), flat.size // max(1, len(tensor))))

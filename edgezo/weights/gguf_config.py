@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from edgezo.errors import EdgezoError
+from edgezo.machine.foreign import clip
 from edgezo.weights.gguf_header import PLAIN_DTYPES, GgufHeader
 from edgezo.weights.safetensors_file import read_into
 
@@ -117,7 +118,7 @@ def architecture_of(header: GgufHeader) -> Architecture:
     """The table's entry for this file. Raises EdgezoError for an architecture that edgezo does not read."""
     if header.architecture not in _ARCHITECTURES:
         raise EdgezoError(
-            f"{header.path} holds a model of architecture {header.architecture!r}. "
+            f"{header.path} holds a model of architecture {clip(header.architecture, 60)!r}. "
             f"edgezo reads GGUF files of {', '.join(_ARCHITECTURES)}."
         )
     return _ARCHITECTURES[header.architecture]
@@ -132,8 +133,7 @@ def gguf_config(header: GgufHeader) -> dict[str, Any]:
     arch = architecture_of(header)
     config: dict[str, Any] = {"model_type": arch.model_type}
     for key, target in arch.config.items():
-        value = header.metadata.get(f"{header.architecture}.{key}")
-        if value is not None:
+        if (value := _number(header, f"{header.architecture}.{key}")) is not None:
             config[target] = value
     _check_sizes(header, arch, config)
     config["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
@@ -147,11 +147,21 @@ def gguf_config(header: GgufHeader) -> dict[str, Any]:
         # The 27B models scale attention by the mean width of a head; no key of the file says so.
         config["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"]
     for role in ("bos", "eos"):
-        config[f"{role}_token_id"] = header.metadata.get(f"tokenizer.ggml.{role}_token_id")
-    config["pad_token_id"] = header.metadata.get("tokenizer.ggml.padding_token_id")
+        config[f"{role}_token_id"] = _number(header, f"tokenizer.ggml.{role}_token_id")
+    config["pad_token_id"] = _number(header, "tokenizer.ggml.padding_token_id")
     if arch.model_type != "gpt2":
         config["rope_parameters"] = _rope(header, config)
     return config
+
+
+def _number(header: GgufHeader, key: str, default: float | None = None) -> Any:
+    """A number of the metadata; ``default`` where it has none. Raises EdgezoError for something else."""
+    value = header.metadata.get(key, default)
+    if value is None or (type(value) in (int, float) and math.isfinite(value)):
+        return value
+    raise EdgezoError(
+        f"{header.path}: the metadata has no number under {clip(key, 60)!r}. Fetch the file again."
+    )
 
 
 def _check_sizes(header: GgufHeader, arch: Architecture, config: dict[str, Any]) -> None:
@@ -185,17 +195,17 @@ def _check_heads(header: GgufHeader, config: dict[str, Any]) -> None:
 
 def _rope(header: GgufHeader, config: dict[str, Any]) -> dict[str, Any]:
     """``rope_parameters`` of the config. Raises EdgezoError for a scaling that a GGUF does not fully describe."""
-    theta = float(header.metadata.get(f"{header.architecture}.rope.freq_base", 10000.0))
+    theta = float(_number(header, f"{header.architecture}.rope.freq_base", 10000.0))
     scaling = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
     if scaling not in ("none", "linear") or "rope_factors_long.weight" in header.tensors:
         raise EdgezoError(
-            f"{header.path} scales its rotary positions ({scaling}), which edgezo cannot take "
+            f"{header.path} scales its rotary positions ({clip(str(scaling), 60)}), which edgezo cannot take "
             "from a GGUF. Use the safetensors checkpoint of this model."
         )
     plain: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     if scaling == "linear":
-        factor = header.metadata[f"{header.architecture}.rope.scaling.factor"]
-        plain = {"rope_type": "linear", "rope_theta": theta, "factor": float(factor)}
+        factor = float(_number(header, f"{header.architecture}.rope.scaling.factor", 1.0))
+        plain = {"rope_type": "linear", "rope_theta": theta, "factor": factor}
     if header.architecture == "gemma3":
         # llama.cpp states one base; the sliding layers of every Gemma 3 use this one, unscaled.
         local = {"rope_type": "default", "rope_theta": 10000.0}
@@ -210,13 +220,14 @@ def _llama3_rope(header: GgufHeader, theta: float, head_dim: int) -> dict[str, A
 
     Raises EdgezoError where the factors do not follow from that rule.
     """
-    factors = _read_plain(header, "rope_freqs.weight").double()  # (head_dim / 2,)
+    known = header.tensors["rope_freqs.weight"].shape == (head_dim // 2,)
+    factors = _read_plain(header, "rope_freqs.weight").double() if known else torch.ones(1)
     factor = factors.max().item()
     rule = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    wavelength = 2 * math.pi * theta ** (torch.arange(0, head_dim, 2).double() / head_dim)
+    wavelength = 2 * math.pi * theta ** (torch.arange(0, 2 * len(factors), 2).double() / head_dim)
     smooth = ((8192 / wavelength - 1.0) / 3.0).clamp(0.0, 1.0)
     expected = 1.0 / ((1.0 - smooth) / factor + smooth)
-    if factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-3):
+    if not known or not torch.allclose(factors, expected, rtol=1e-3):
         raise EdgezoError(
             f"{header.path} has rotary frequency factors that are not Llama 3's. "
             "Use the safetensors checkpoint of this model."

@@ -19,6 +19,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from edgezo.errors import EdgezoError
+from edgezo.machine.foreign import clip
 from edgezo.weights.gguf_config import IGNORED_TENSORS, Architecture, architecture_of
 from edgezo.weights.gguf_header import PLAIN_DTYPES, GgufTensor, read_header
 from edgezo.weights.safetensors_file import (
@@ -59,7 +60,7 @@ class GgufSource:
                 if stem in IGNORED_TENSORS:
                     continue
                 raise EdgezoError(
-                    f"{path}: edgezo does not know the tensor {tensor.name!r}. "
+                    f"{path}: edgezo does not know the tensor {clip(tensor.name, 60)!r}. "
                     "Use the safetensors checkpoint of this model."
                 )
             name = arch.names[stem].format(match[1]) + "." + match[3]
@@ -76,7 +77,7 @@ class GgufSource:
             if type(heads) is not int or heads < 1 or tensor.shape[0] % (2 * heads):
                 raise EdgezoError(
                     f"{self.header.path}: {tensor.name} has {tensor.shape[0]} rows, which do not "
-                    f"split into {heads} heads of even width."
+                    f"split into {clip(str(heads), 60)} heads of even width."
                 )
             return _Arrangement(heads=heads)
         return _Arrangement(

@@ -7,6 +7,7 @@ It is parsed here with bounded plain reads: the ``gguf`` package's reader makes 
 from __future__ import annotations
 
 import math
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from edgezo.errors import EdgezoError
+from edgezo.machine.foreign import FAULTS, clip, reading, reason
 
 # How tensors may be stored: as numbers of a torch dtype, or in blocks that ``gguf.quants`` decodes to fp32.
 PLAIN_DTYPES = {
@@ -27,11 +29,15 @@ BLOCK_TYPES = tuple(
     GGMLQuantizationType[name]
     for name in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 )
+_READABLE = {int(kind): kind for kind in (*PLAIN_DTYPES, *BLOCK_TYPES)}
 
 # Types of metadata values: numbers with their struct codes, strings and arrays.
 _NUMBERS = dict(zip(range(8), ("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?"), strict=True))
 _NUMBERS |= {10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
+MOST_KEPT_VALUES = 1024  # of an array of numbers; no setting of a model has more
+# The least that one entry takes in a file: a key and its type and value, a tensor, a text of an array.
+_LEAST_VALUE_BYTES, _LEAST_TENSOR_BYTES, _LEAST_TEXT_BYTES = 13, 32, 8
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,15 @@ class GgufTensor:
 
 
 @dataclass(frozen=True)
+class GgufArray:
+    """An array of the metadata that is not kept: a vocabulary, its scores, its merges."""
+
+    count: int
+
+
+@dataclass(frozen=True)
 class GgufHeader:
-    """Metadata and tensor table. Of an array of strings only the length is kept."""
+    """Metadata and tensor table. Of an array of strings, and of a long one of numbers, only the length is kept."""
 
     path: Path
     metadata: dict[str, Any]
@@ -80,6 +93,18 @@ class _Cursor:
     def text(self) -> str:
         return self.take(self.number("<Q")).decode("utf-8")
 
+    def skip(self, count: int) -> None:
+        """Pass over ``count`` bytes."""
+        if count > self.size - self.position:
+            raise self.fault(f"needs {count} more bytes")
+        self._stream.seek(count, os.SEEK_CUR)
+        self.position += count
+
+    def check_count(self, count: int, least_bytes: int, what: str) -> None:
+        """EdgezoError where so many of ``what``, of at least ``least_bytes`` each, have no room in the file."""
+        if count > (self.size - self.position) // least_bytes:
+            raise self.fault(f"announces {count} {what}, more than have room")
+
     def value(self, kind: int) -> Any:
         if kind in _NUMBERS:
             return self.number(_NUMBERS[kind])
@@ -89,14 +114,19 @@ class _Cursor:
             raise self.fault(f"holds a value of unknown type {kind}")
         element, count = self.number("<I"), self.number("<Q")
         if element == _STRING:
+            self.check_count(count, _LEAST_TEXT_BYTES, "texts")
             for _ in range(count):
                 self.take(self.number("<Q"))
-            return count
+            return GgufArray(count)
         if element not in _NUMBERS:
             raise self.fault(f"holds an array of unknown type {element}")
         layout = _NUMBERS[element]
-        raw = self.take(count * struct.calcsize(layout))
-        return list(struct.unpack(f"<{count}{layout[1]}", raw))
+        size = struct.calcsize(layout)
+        self.check_count(count, size, "numbers")
+        if count > MOST_KEPT_VALUES:
+            self.skip(count * size)
+            return GgufArray(count)
+        return list(struct.unpack(f"<{count}{layout[1]}", self.take(count * size)))
 
     def fault(self, what: str) -> EdgezoError:
         return EdgezoError(
@@ -110,12 +140,12 @@ def read_header(path: Path) -> GgufHeader:
 
     Raises EdgezoError for another format, a damaged or truncated file, and tensors stored in a type that is not read.
     """
-    with open(path, "rb", buffering=1 << 18) as stream:
+    with reading(path), open(path, "rb", buffering=1 << 18) as stream:
         cursor = _Cursor(stream, path)
         try:
             return _parse(cursor, path)
-        except (UnicodeDecodeError, struct.error, OverflowError, MemoryError) as problem:
-            raise cursor.fault(f"cannot be read ({problem})") from problem
+        except FAULTS as problem:
+            raise cursor.fault(f"cannot be read ({reason(problem)})") from problem
 
 
 def _parse(cursor: _Cursor, path: Path) -> GgufHeader:
@@ -126,17 +156,23 @@ def _parse(cursor: _Cursor, path: Path) -> GgufHeader:
     if version not in (2, 3):
         raise EdgezoError(f"{path} is GGUF version {version}; edgezo reads versions 2 and 3.")
     metadata: dict[str, Any] = {}
+    cursor.check_count(value_count, _LEAST_VALUE_BYTES, "values")
     for _ in range(value_count):
         key = cursor.text()
         if key in metadata:
-            raise cursor.fault(f"holds the key {key!r} twice")
+            raise cursor.fault(f"holds the key {clip(key, 60)!r} twice")
         metadata[key] = cursor.value(cursor.number("<I"))
     table = []
+    cursor.check_count(tensor_count, _LEAST_TENSOR_BYTES, "tensors")
     for _ in range(tensor_count):
         name, axes = cursor.text(), cursor.number("<I")
         if not 1 <= axes <= 4:
-            raise cursor.fault(f"gives tensor {name!r} {axes} axes")
+            raise cursor.fault(f"gives tensor {clip(name, 60)!r} {axes} axes")
         shape = tuple(reversed([cursor.number("<Q") for _ in range(axes)]))
+        if (
+            not 0 < min(shape) <= max(shape) <= 8 * cursor.size
+        ):  # the least that a value takes is two bits
+            raise cursor.fault(f"gives tensor {clip(name, 60)!r} the shape {list(shape)}")
         table.append((name, shape, cursor.number("<I"), cursor.number("<Q")))
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
@@ -152,36 +188,37 @@ def _checked(
     tensors: dict[str, GgufTensor] = {}
     for name, shape, number, offset in table:
         if name in tensors:
-            raise cursor.fault(f"holds tensor {name!r} twice")
+            raise cursor.fault(f"holds tensor {clip(name, 60)!r} twice")
         kind = _tensor_type(path, name, number)
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
-            raise cursor.fault(f"gives tensor {name!r} rows of {shape[-1]}, no multiple of {block}")
+            raise cursor.fault(
+                f"gives tensor {clip(name, 60)!r} rows of {shape[-1]}, no multiple of {block}"
+            )
         size = math.prod(shape) // block * block_bytes
         tensors[name] = GgufTensor(name, kind, shape, start + offset, size)
     end = start
     for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.size_bytes)):
         if tensor.offset < end:
-            raise cursor.fault(f"lets tensor {tensor.name!r} overlap another one")
+            raise cursor.fault(f"lets tensor {clip(tensor.name, 60)!r} overlap another one")
         end = tensor.offset + tensor.size_bytes
         if end > cursor.size:
             raise EdgezoError(
-                f"{path} has {cursor.size} bytes, tensor {tensor.name!r} ends at byte {end}. "
+                f"{path} has {cursor.size} bytes, tensor {clip(tensor.name, 60)!r} ends at byte {end}. "
                 "The file is damaged or incomplete: fetch it again."
             )
     return tensors
 
 
 def _tensor_type(path: Path, name: str, number: int) -> GGMLQuantizationType:
-    readable = (*PLAIN_DTYPES, *BLOCK_TYPES)
-    if number in [int(kind) for kind in readable]:
-        return GGMLQuantizationType(number)
+    if number in _READABLE:
+        return _READABLE[number]
     try:
         stored_as = GGMLQuantizationType(number).name
     except ValueError:
         stored_as = f"number {number}"
     raise EdgezoError(
-        f"{path}: tensor {name!r} is stored as {stored_as}; edgezo reads "
-        + ", ".join(kind.name for kind in readable)
+        f"{path}: tensor {clip(name, 60)!r} is stored as {stored_as}; edgezo reads "
+        + ", ".join(kind.name for kind in _READABLE.values())
         + "."
     )

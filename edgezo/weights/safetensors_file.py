@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +13,14 @@ import torch
 from torch import Tensor
 
 from edgezo.errors import EdgezoError
+from edgezo.machine.foreign import (
+    FETCH_AGAIN,
+    MOST_INDEX_BYTES,
+    clip,
+    parse_json,
+    read_json,
+    reading,
+)
 
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -27,9 +35,12 @@ _SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+# The limit of the safetensors library itself. A header has a colon in ten bytes at most: more would be no tensors, but
+# many small values, which take thirty times their bytes when they are parsed.
+_MAX_HEADER_BYTES = 100_000_000
+_BYTES_A_FIELD, _FREE_BYTES = 10, 4096
+_MOST_AXES = 8
 PIECE_ELEMENTS = 1 << 18  # values that are converted at a time
-_FETCH_AGAIN = "The file is damaged or incomplete: fetch it again."
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,7 @@ class _Entry:
         """Where these rows lie; None: all."""
         if rows is None:
             return self
-        row_bytes, count = self.size_bytes // self.shape[0], rows.stop - rows.start
+        row_bytes, count = self.size_bytes // max(1, self.shape[0]), rows.stop - rows.start
         return replace(
             self,
             shape=(count, *self.shape[1:]),
@@ -68,13 +79,16 @@ class SafetensorsSource:
             for name, entry in _read_safetensors_header(file).items():
                 if name in self._entries:
                     other = self._entries[name].file.name
-                    raise EdgezoError(f"Tensor {name!r} is in both {other} and {file.name}.")
+                    raise EdgezoError(
+                        f"Tensor {clip(name, 60)!r} is in both {other} and {file.name}."
+                    )
                 self._entries[name] = entry
         missing = sorted(_indexed_names(directory) - set(self._entries))
         if missing:
             raise EdgezoError(
                 f"{directory} is incomplete: {len(missing)} tensors of its index are in no shard "
-                f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Fetch it again."
+                f"({', '.join(clip(name, 60) for name in missing[:3])}{', ...' if len(missing) > 3 else ''}). "
+                "Fetch it again."
             )
 
     @property
@@ -125,7 +139,8 @@ def _weight_files(directory: Path) -> list[Path]:
         return [single]
     if (directory / "model.safetensors.index.json").is_file():
         shards = [directory / shard for shard in sorted(set(_index(directory).values()))]
-        absent = [shard.name for shard in shards if not shard.is_file()]
+        with reading(directory):
+            absent = [clip(shard.name, 60) for shard in shards if not shard.is_file()]
         if absent:
             raise EdgezoError(
                 f"{directory} lacks {len(absent)} of the {len(shards)} shards of its index "
@@ -146,14 +161,13 @@ def _weight_files(directory: Path) -> list[Path]:
 def _index(directory: Path) -> dict[str, str]:
     """Tensor name -> shard, which lies in the same directory. Raises EdgezoError."""
     path = directory / "model.safetensors.index.json"
-    try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
-        names = {str(name): str(shard) for name, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as problem:
-        raise EdgezoError(f"{path} is not a safetensors index ({problem}).") from problem
+    index = read_json(path, MOST_INDEX_BYTES)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
+        raise EdgezoError(f"{path} is not a safetensors index: it has no weight_map of names.")
     for shard in names.values():
-        if Path(shard).name != shard or "\\" in shard:
-            raise EdgezoError(f"{path} names a shard outside its directory: {shard!r}.")
+        if Path(shard).name != shard or "\\" in shard or "\0" in shard:
+            raise EdgezoError(f"{path} names a shard outside its directory: {clip(shard, 60)!r}.")
     return names
 
 
@@ -165,67 +179,68 @@ def _indexed_names(directory: Path) -> set[str]:
 
 def _read_safetensors_header(file: Path) -> dict[str, _Entry]:
     """The tensors of one file. Raises EdgezoError unless every byte after the header belongs to exactly one of them."""
-    size = file.stat().st_size
-    if size < 8:
-        raise EdgezoError(f"{file} has {size} bytes, too few for safetensors. {_FETCH_AGAIN}")
-    with open(file, "rb") as stream:
+    with reading(file), open(file, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size < 8:
+            raise EdgezoError(f"{file} has {size} bytes, too few for safetensors. {FETCH_AGAIN}")
         header_bytes = int.from_bytes(stream.read(8), "little")
         if header_bytes > min(size - 8, _MAX_HEADER_BYTES):
             raise EdgezoError(
-                f"{file} has {size} bytes but announces a header of {header_bytes}. {_FETCH_AGAIN}"
+                f"{file} has {size} bytes but announces a header of {header_bytes}. {FETCH_AGAIN}"
             )
         raw = stream.read(header_bytes)
-    try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+    with reading(f"{file}: the safetensors header"):
+        fields = max(raw.count(b":"), raw.count(b"[") + raw.count(b"{"))
+        if _BYTES_A_FIELD * fields > len(raw) + _FREE_BYTES:
+            raise ValueError(
+                f"it has {fields:,} fields in {len(raw):,} bytes, more than tensors need"
+            )
+        header = parse_json(raw.decode("utf-8"))
         header.pop("__metadata__", None)
         entries = {
-            name: _safetensors_entry(file, name, fields, 8 + header_bytes)
+            name: _safetensors_entry(file, name, fields, 8 + header_bytes, size)
             for name, fields in header.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
-        raise EdgezoError(
-            f"{file}: the safetensors header cannot be read ({problem}). {_FETCH_AGAIN}"
-        ) from problem
     end = 8 + header_bytes
     for name, entry in sorted(
         entries.items(), key=lambda item: (item[1].offset, item[1].size_bytes)
     ):
         if entry.offset != end:
             fault = "overlaps another tensor" if entry.offset < end else "leaves a hole before it"
-            raise EdgezoError(f"{file}: tensor {name!r} {fault} (byte {entry.offset}, not {end}).")
+            where = f"(byte {entry.offset}, not {end})"
+            raise EdgezoError(f"{file}: tensor {clip(name, 60)!r} {fault} {where}. {FETCH_AGAIN}")
         end += entry.size_bytes
     if end != size:
         raise EdgezoError(
             f"{file} has {size} bytes, its header describes {end} "
-            f"({abs(end - size)} {'missing' if end > size else 'too many'}). {_FETCH_AGAIN}"
+            f"({abs(end - size)} {'missing' if end > size else 'too many'}). {FETCH_AGAIN}"
         )
     return entries
 
 
-def _safetensors_entry(file: Path, name: str, fields: dict[str, Any], start: int) -> _Entry:
-    if fields["dtype"] not in _SAFETENSORS_DTYPES:
+def _safetensors_entry(
+    file: Path, name: str, fields: dict[str, Any], start: int, size: int
+) -> _Entry:
+    """The place of one tensor. ValueError unless all its numbers are within the file's ``size``."""
+    what = f"tensor {clip(name, 60)!r}"
+    dtype = _SAFETENSORS_DTYPES.get(str(fields["dtype"]))
+    if dtype is None:
         raise ValueError(
-            f"tensor {name!r} has dtype {fields['dtype']!r}; edgezo reads "
+            f"{what} has dtype {clip(str(fields['dtype']), 20)!r}; edgezo reads "
             + ", ".join(_SAFETENSORS_DTYPES)
         )
-    dtype = _SAFETENSORS_DTYPES[fields["dtype"]]
-    shape = tuple(fields["shape"])
-    first, last = fields["data_offsets"]
-    if any(type(n) is not int or n < 0 for n in (*shape, first, last)):
-        raise ValueError(f"tensor {name!r} has a shape or offset that is no whole number")
+    shape, offsets = fields["shape"], fields["data_offsets"]
+    numbers = [*shape, *offsets]
+    if len(offsets) != 2 or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError(f"{what} has a shape or offset that is no whole number")
+    if len(shape) > _MOST_AXES or max(numbers) > max(size, 1 << 31):
+        raise ValueError(f"{what} has a shape or offset that is larger than the file")
+    first, last = offsets
     if math.prod(shape) * dtype.itemsize != last - first:
         raise ValueError(
-            f"tensor {name!r} of shape {list(shape)} and dtype {fields['dtype']} "
-            f"cannot have {last - first} bytes"
+            f"{what} of shape {shape} and dtype {fields['dtype']} cannot have {last - first} bytes"
         )
-    return _Entry(file, dtype, shape, start + first, last - first)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return fields
+    return _Entry(file, dtype, tuple(shape), start + first, last - first)
 
 
 # ----------------------------------------------------------------------------- plain reads
@@ -247,12 +262,12 @@ def read_into(file: Path, offset: int, out: memoryview, what: str) -> None:
                 if not got:
                     break
                 done += got
-    except OSError as problem:
-        raise EdgezoError(f"{file}: {what} cannot be read ({problem}).") from problem
+    except (OSError, OverflowError) as problem:
+        raise EdgezoError(f"{file}: {what} cannot be read ({problem}). {FETCH_AGAIN}") from problem
     if done < len(out):
         raise EdgezoError(
             f"{file}: {what} needs {len(out)} bytes from byte {offset}, the file gives {done}. "
-            + _FETCH_AGAIN
+            + FETCH_AGAIN
         )
 
 
@@ -282,5 +297,5 @@ def check_finite(tensor: Tensor, name: str, file: Path) -> None:
     if not (math.isfinite(low) and math.isfinite(high)):
         raise EdgezoError(
             f"{file}: tensor {name!r} holds values that are not finite as {tensor.dtype} "
-            f"(smallest {low.item()}, largest {high.item()}). {_FETCH_AGAIN}"
+            f"(smallest {low.item()}, largest {high.item()}). {FETCH_AGAIN}"
         )

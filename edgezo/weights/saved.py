@@ -1,4 +1,4 @@
-"""What training has changed, as tensors: to be hashed, written to a file, and read back."""
+"""What training has changed, as tensors: to be hashed and written to a file. verified.py reads such files."""
 
 from __future__ import annotations
 
@@ -72,11 +72,39 @@ def saved_sha256(saved: Iterable[Saved]) -> str:
     return digest.hexdigest()
 
 
-def write_saved(path: Path, tensors: Sequence[Saved], metadata: dict[str, str]) -> None:
+# Metadata of the safetensors files that edgezo writes for itself.
+DIGEST = "sha256"  # SHA-256 (hex) of the file with these 64 characters as zeros
+OF_RUN = "run"  # the run that the file belongs to (directory.run_id)
+NO_DIGEST = "0" * 64
+DIGEST_AT = 8 + len(f'{{"__metadata__":{{"{DIGEST}":"')  # offset in the file
+
+
+def write_saved(
+    path: Path, tensors: Sequence[Saved], metadata: dict[str, str], *, run: str | None = None
+) -> None:
     """Write a new safetensors file, one piece in memory at a time. Raises FileExistsError where there is one.
 
+    With ``run``, the identity of the run that it belongs to, the file has a digest of all its bytes too.
     safetensors' own ``save_file`` takes tensors that are all in memory; trained weights on disk never are.
     """
+    if run is not None:
+        metadata = {DIGEST: NO_DIGEST, OF_RUN: run, **metadata}
+    head = _head(tensors, metadata)
+    digest = hashlib.sha256(head)
+    with open(path, "xb") as file:
+        file.write(head)
+        for tensor in tensors:
+            for piece in tensor.bytes():
+                file.write(piece)
+                if run is not None:
+                    digest.update(piece)
+        if run is not None:  # the file has its name only later, so nobody sees it without
+            file.seek(DIGEST_AT)
+            file.write(digest.hexdigest().encode())
+
+
+def _head(tensors: Sequence[Saved], metadata: dict[str, str]) -> bytes:
+    """What stands before the bytes of the tensors."""
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for tensor in tensors:
@@ -89,11 +117,7 @@ def write_saved(path: Path, tensors: Sequence[Saved], metadata: dict[str, str]) 
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            for piece in tensor.bytes():
-                file.write(piece)
+    return len(text).to_bytes(8, "little") + text
 
 
 def trained_tensors(store: WeightStore) -> dict[str, Tensor]:

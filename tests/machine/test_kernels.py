@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -427,3 +429,18 @@ def test_long_rows_are_left_to_torch(monkeypatch):
         monkeypatch.setattr(kernels, "LONGEST", 40)
         by_kernel, _ = packing.packed_attention(module, heads_first, heads_first, heads_first, None)
     torch.testing.assert_close(by_torch, by_kernel, rtol=1e-5, atol=1e-5)
+
+
+@given(st.binary(max_size=700), st.integers(0, 15), st.integers(0, 2**32 - 1))
+def test_checksums_are_those_of_zlib_wherever_the_bytes_begin(data, offset, start):
+    view = memoryview(bytearray(offset) + data)[offset:]
+    assert kernels.crc32(view, start) == zlib.crc32(data, start)
+
+
+@pytest.mark.parametrize("row_bytes", [0, 1, 4, 16, 63, 64, 130, 4096])
+@pytest.mark.parametrize("library", [True, False])
+def test_every_row_has_its_checksum(row_bytes, library, threads, without):
+    rows = np.random.default_rng(0).integers(0, 256, (70, row_bytes), dtype=np.uint8)
+    run = (lambda work: work()) if library else without
+    sums = run(lambda: kernels.crc32_rows(rows))
+    assert sums.dtype == np.uint32 and sums.tolist() == [zlib.crc32(row.tobytes()) for row in rows]

@@ -20,6 +20,7 @@ from edgezo.network.assemble import ModelSpec, assemble
 from edgezo.network.loader import decoder_layers
 from edgezo.network.readout import (
     RIDGES,
+    DamagedRow,
     ReadoutWeights,
     StateFile,
     Taps,
@@ -29,6 +30,7 @@ from edgezo.network.readout import (
     unit,
 )
 from edgezo.plan.request import make_config
+from edgezo.run.readout_pass import ReadoutPass
 from edgezo.run.train import finetune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,21 +123,75 @@ def test_a_class_that_no_row_has_is_never_predicted():
     assert set(fitted.readout.logits([x]).argmax(1).tolist()) == {0, 1, 2}
 
 
+RUN, OTHER_RUN = "ab" * 32, "cd" * 32
+
+
+def filled(path: Path, rows: int = 6, of_run: str = RUN) -> tuple[StateFile, list[torch.Tensor]]:
+    """A file of 2 blocks and 3 numbers with so many rows, and the states in it."""
+    states = StateFile(path, 2, 3, of_run)
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(2, rows, 3, generator=generator)
+    states.keep(0)
+    states.append(list(values[:, :4]), torch.arange(min(rows, 4)).float(), 0)
+    if rows > 4:
+        states.append(list(values[:, 4:]), torch.arange(4.0, rows), 4)
+    return states, list(values.half().float())
+
+
 def test_states_are_kept_row_by_row_and_what_was_cut_off_is_forgotten(tmp_path):
-    states = StateFile(tmp_path / "states", 2, 3)
-    first, second = torch.randn(2, 4, 3), torch.randn(2, 2, 3)
-    states.append(list(first), torch.arange(4.0))
-    states.append(list(second), torch.arange(2.0))
-    assert states.rows() == 6
+    states, values = filled(tmp_path / "states")
+    assert states.rows() == states.written() == 6
     with open(states.path, "ab") as file:
         file.write(b"torn")
     assert states.rows() == 6
     for number in range(2):
-        expected = torch.cat([first[number], second[number]]).half().float()
-        assert torch.equal(states.block(number, 6), expected)
-    assert states.losses(6).tolist() == [0, 1, 2, 3, 0, 1]
+        assert torch.equal(states.block(number, 6), values[number])
+    assert states.losses(6).tolist() == [0, 1, 2, 3, 4, 5]
     states.keep(4)
-    assert states.rows() == 4
+    assert states.rows() == states.written() == 4
+    states.append([value[4:] for value in values], torch.arange(4.0, 6), 4)
+    assert states.rows() == 6 and torch.equal(states.block(1, 6), values[1])
+
+
+def test_every_flipped_bit_of_the_states_shows_and_rows_before_it_stay(tmp_path):
+    states, values = filled(tmp_path / "states")
+    whole, head = states.path.read_bytes(), len(states.head)
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        states.path.write_bytes(damaged)
+        row = (bit // 8 - head) // states.row_bytes if bit // 8 >= head else 0
+        assert states.rows() == row, bit
+        if bit // 8 < head:
+            continue
+        number = min((bit // 8 - head) % states.row_bytes // 10, 2)  # a piece of 3 fp16 and its CRC
+        with pytest.raises(DamagedRow, match=f"row {row}$"):
+            states.losses(6) if number == 2 else states.block(number, 6)
+        assert torch.equal(states.block(0, row), values[0][:row])
+
+
+def test_pieces_in_anothers_place_rows_of_another_run_and_files_of_an_earlier_version_are_not_used(
+    tmp_path,
+):
+    states, _ = filled(tmp_path / "states")
+    whole, head = states.path.read_bytes(), len(states.head)
+    size = states.row_bytes
+    first, second = whole[head : head + size], whole[head + size : head + 2 * size]
+    for exchanged in (second + first, first[10:20] + first[:10] + first[20:] + second):
+        states.path.write_bytes(whole[:head] + exchanged + whole[head + 2 * size :])
+        assert states.rows() == 0
+    states.path.write_bytes(whole[:head] + second + whole[head + size :])
+    assert states.rows() == 0  # shifted
+    other, _ = filled(tmp_path / "other", of_run=OTHER_RUN)
+    states.path.write_bytes(other.path.read_bytes())
+    assert states.rows() == 0
+    states.path.write_bytes(whole[:head] + other.path.read_bytes()[head:])
+    assert states.rows() == 0
+    for foreign in (b"", b"\x00" * 500, whole[:head], whole[head:], whole[: head + 3]):
+        states.path.write_bytes(foreign)
+        assert states.rows() == 0
+    states.path.unlink()
+    assert states.rows() == states.written() == 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -288,6 +344,62 @@ def test_micro_batches_show_the_same_states_up_to_rounding(bench, tmp_path):
     files = [load_file(tmp_path / f"{size}" / "probe.safetensors") for size in (1, 4)]
     assert summaries[0]["probe"]["rows"] == summaries[1]["probe"]["rows"]
     assert torch.allclose(files[0]["probe.weight"], files[1]["probe.weight"], rtol=0.05, atol=0.05)
+
+
+def test_rows_whose_states_are_damaged_pass_again(bench, edgezo_json, tmp_path):
+    """Rows pass in groups of eight. One of the second group is damaged before a resume, and while a pass goes on."""
+    request = {"train": "lowrank+probe", "steps": 6}
+    whole = run_of(bench, tmp_path / "whole", **request)
+    real = ReadoutPass._pass_group
+
+    def groups(out: Path, stop: bool) -> list[int]:
+        """The first rows of the groups that pass, where a row is damaged before the third one does."""
+        passed: list[int] = []
+        spoilt: list[int] = []
+
+        def watched(self: Any, group: Any, first: int) -> float:
+            if len(passed) == 2 and not spoilt:
+                _spoil_states(self.states, row=9)
+                spoilt.append(9)
+                if stop:
+                    raise KeyboardInterrupt
+            passed.append(first)
+            return real(self, group, first)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ReadoutPass, "_pass_group", watched)
+            if stop:
+                with pytest.raises(KeyboardInterrupt):
+                    run_of(bench, out, **request)
+                assert edgezo_json("finetune", "--resume", "--out", out)[0] == 0
+            else:
+                run_of(bench, out, **request)
+        return passed
+
+    assert groups(tmp_path / "a", stop=True) == [0, 8, 8, 16]
+    assert groups(tmp_path / "b", stop=False) == [0, 8, 16, 8, 16]
+    for name in "ab":
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert summary["trained_sha256"] == whole["trained_sha256"]
+
+
+def _spoil_states(states: StateFile, row: int) -> None:
+    data = bytearray(states.path.read_bytes())
+    data[len(states.head) + row * states.row_bytes + 3] ^= 16
+    states.path.write_bytes(data)
+
+
+def test_a_disk_that_damages_the_states_again_and_again_is_named(bench, tmp_path):
+    real = StateFile.append
+
+    def append(self: StateFile, *given: Any) -> None:
+        real(self, *given)
+        if self.written() > 5:
+            _spoil_states(self, row=5)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(EdgezoError, match="3 times"):
+        patch.setattr(StateFile, "append", append)
+        run_of(bench, tmp_path / "run", train="probe", steps=6)
 
 
 def test_a_lost_or_damaged_probe_is_named_and_nothing_is_computed_with_another(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fuzz import readers
 from torch import nn
 
 from edgezo.errors import EdgezoError
@@ -221,5 +222,56 @@ def test_files_that_are_no_archive_of_torch_are_refused(tmp_path: Path) -> None:
         file.truncate(65_000_000)
     with pytest.raises(EdgezoError, match="65,000,000 bytes"):
         read_networks(tmp_path / "huge.pth")
-    with pytest.raises(OSError):
+    with pytest.raises(EdgezoError, match="No such file"):
         read_networks(tmp_path / "none.pth")
+
+
+def test_programs_and_archives_that_multiply_are_refused_before_they_do(tmp_path: Path) -> None:
+    sound = readers.sound_pickled()
+    name = next(name for name in sound if name.endswith("data.pkl"))
+    shape, tuples = b"QK\x00K\x06K\x05\x86", b"q\x00h\x00\x86" * 5000
+    long = b"\x8a\xff" + b"\x7f" * 255
+    programs = {
+        "a key of tuples that share their parts": b"\x80\x02})" + tuples + b"Ns.",
+        "a value of tuples that share their parts": b"\x80\x02)" + tuples + b".",
+        "axes of hundreds of digits": sound[name].replace(shape, b"QK\x00(" + long * 1000 + b"t"),
+        "many axes": sound[name].replace(shape, b"QK\x00(" + b"K\x01" * 3000 + b"t"),
+        "more opcodes than networks have": b"\x80\x02" + b"N" * 300_000 + b".",
+        "a long program": b"\x80\x02" + b"N" * 5_000_000 + b".",
+    }
+    rng, archives = random.Random(0), {}
+    for what, program in programs.items():
+        archives[what] = readers.zipped(rng, list((sound | {name: program}).items()))
+    storage = next(item for item in sound.items() if "/data/" in item[0])
+    parts = [*sound.items(), *[(f"{storage[0]}{i}", storage[1]) for i in range(400)]]
+    archives["parts that overlap"] = readers.zipped(rng, parts, overlap=True)
+    archives["two parts of one name"] = readers.zipped(rng, [*sound.items(), storage])
+    archives["many parts"] = readers.zipped(rng, [(f"a/{i}", b"") for i in range(20_000)])
+    for what, archive in archives.items():
+        (tmp_path / "f.pth").write_bytes(archive)
+        with pytest.raises(EdgezoError, match="Nothing of it was run") as caught:
+            read_networks(tmp_path / "f.pth")
+        assert len(str(caught.value)) < 1000, what
+    (tmp_path / "f.pth").write_bytes(readers.zipped(rng, list(sound.items())))
+    assert len(read_networks(tmp_path / "f.pth")) == 2
+
+
+def test_a_storage_that_tensors_share_is_read_once_and_values_are_bounded_by_the_file(
+    tmp_path: Path,
+) -> None:
+    shared = nn.Parameter(torch.ones(100, 100))
+    networks = {}
+    for i in range(400):
+        one = nn.Sequential(nn.Linear(100, 100), nn.Tanh(), nn.Linear(100, 1))
+        one[0].weight = shared
+        networks[f"n{i}"] = one
+    with pytest.raises(EdgezoError, match="more values than the file has bytes"):
+        read_networks(published(tmp_path / "f.pth", **networks))
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    one = network().double()
+    with torch.no_grad():
+        one[0].weight[0, 0] = 1e300  # finite, but not in fp32
+    with pytest.raises(EdgezoError, match="not finite in fp32"):
+        read_networks(published(tmp_path / "f.pth", a=one))
