@@ -20,6 +20,7 @@ from typing import Any
 from edgezo.bench.memory import claim_results, write_results
 from edgezo.bench.study import Settings, Study
 from edgezo.errors import EdgezoError
+from edgezo.machine import children
 from edgezo.plan.fields import flag
 
 Figures = dict[str, Any]
@@ -119,7 +120,7 @@ def _run(name: str, request: Settings, *, folder: Path, note: Callable[[str], No
     out = folder / f"{name}-{digest}-{request['seed']}"
     if not (out / "summary.json").exists():
         command = [sys.executable, *_command(request, out)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=children.environment())
         if done.returncode:
             try:
                 why = str(json.loads(done.stdout)["error"])

@@ -11,7 +11,6 @@ Every method learns to predict every token of the rows, in a process of its own.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ import psutil
 
 from edgezo import __version__
 from edgezo.errors import EdgezoError, UsageError
+from edgezo.machine import children
 from edgezo.machine.files import atomic_write
 from edgezo.machine.hardware import machine
 from edgezo.machine.ownership import claim
@@ -266,7 +266,7 @@ def _child(threads: str, *args: str, limit_s: float | None = None) -> dict[str, 
     A process that takes longer than ``limit_s`` is killed; the result is then ``stopped_s`` and the peak of its last
     phase so far.
     """
-    env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    env = children.environment(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
     pipe = subprocess.PIPE
     with subprocess.Popen(
         [sys.executable, *args], stdout=pipe, stderr=pipe, text=True, env=env

@@ -1,29 +1,42 @@
 """Rows on disk become token sequences.
 
-row_files.py: file -> Record     row_kinds.py: Record -> Draft     here: Draft -> Example     batches.py: -> Batch
+row_files.py: file -> Record     row_kinds.py: Record -> Draft     encoder.py: Draft -> Example     batches.py: -> Batch
+
+recognition.py chooses which form of row_kinds.py reads the rows.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgezo.data.batches import Example, Row, permutation
+from edgezo.data.encoder import Encoder
 from edgezo.data.metrics import Report
 from edgezo.data.preferences import paired
 from edgezo.data.recognition import Labelling, recognise
-from edgezo.data.row_files import SUFFIXES, Problems, Record, find_splits, read_records
-from edgezo.data.row_kinds import Draft, Piece
+from edgezo.data.row_files import (
+    CHECK_ROWS,
+    LARGE_CHARS,
+    SUFFIXES,
+    Problems,
+    Record,
+    find_splits,
+    read_records,
+)
+from edgezo.data.row_kinds import Draft, Form, MessagesForm
 from edgezo.data.tasks import TASKS, Generation, Task, task_folder
 from edgezo.data.token_stats import KEPT_LENGTHS, TokenStats
 from edgezo.errors import SourceError, UsageError
 from edgezo.machine.downloads import DATA_ID, dataset
+from edgezo.machine.process_memory import Guard
 
 VALIDATION_SHARE = 0.1  # of the rows, which is held out where there is no validation file
-ENCODE_ROWS = 256  # texts that are tokenised at a time: bounds the tokenizer's memory
+DRAFT_TIMES, CHAT_TIMES = 4, 5  # copies of a row's texts while it becomes a draft, and of a chat's
 MOST_WRITTEN = 32  # tokens of an answer, where neither task nor user sets a number
 
 # Streams of the Philox generator beside the epochs 0, 1, 2, ... Their seed is always 0: every run is measured on the
@@ -78,152 +91,32 @@ class DataRequest:
     label_field: str = "label"
     max_length: int = 512  # tokens that go through the model in one row
     eval_limit: int | None = None
-    held_out: float | None = (
-        None  # share of the training rows to evaluate on, in place of validation rows
-    )
+    held_out: float | None = None  # share of the training rows to evaluate on instead
     judged: bool = False  # an objective scores predictions, in training too
     max_new_tokens: int | None = None  # of a written answer
-
-
-# ---------------------------------------------------------------------------------- tokenisation
-
-
-class _Encoder:
-    """Makes examples of drafts with one tokenizer, and counts the rows that had to be cut."""
-
-    def __init__(self, tokenizer: Any, max_length: int, masked: bool):
-        self.tokenizer, self.max_length, self.masked = tokenizer, max_length, masked
-        self.prefix, self.suffix = _special_ids(tokenizer)
-        self.cut = 0
-
-    def ids(self, texts: Sequence[str], offsets: bool = False) -> Iterator[tuple[list[int], Any]]:
-        """(token ids, character offsets or None) of each text, without special tokens."""
-        for start in range(0, len(texts), ENCODE_ROWS):
-            encoded = self.tokenizer(
-                list(texts[start : start + ENCODE_ROWS]),
-                add_special_tokens=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                return_offsets_mapping=offsets,
-                verbose=False,
-            )
-            ids = encoded["input_ids"]
-            spans = encoded["offset_mapping"] if offsets else [None] * len(ids)
-            yield from zip(ids, spans, strict=True)
-
-    def examples(
-        self, drafts: Sequence[Draft], split: str, notes: list[str]
-    ) -> tuple[Example, ...]:
-        """The examples of all drafts that have a token to predict. Notes how many rows were cut or left out."""
-        pieces = [piece for draft in drafts for piece in draft.pieces]
-        make = self._span_rows if all(piece.spans for piece in pieces) else self._label_rows
-        rows = make(pieces)
-        self.cut = 0
-        every = [
-            Example(
-                tuple(next(rows) for _ in d.pieces),
-                d.label,
-                d.fields,
-                () if d.fields is None else d.options,
-            )
-            for d in drafts
-        ]
-        kept = tuple(e for e in every if all(row.score_at for row in e.rows))
-        if self.cut:
-            notes.append(
-                f"{self.cut} of {len(pieces)} {split} rows cut to {self.max_length} tokens "
-                "(--max-length)"
-            )
-        if len(kept) < len(every):
-            notes.append(f"{len(every) - len(kept)} {split} rows left out: no token to predict")
-        return kept
-
-    def _span_rows(self, pieces: Sequence[Piece]) -> Iterator[Row]:
-        encoded = self.ids([piece.text for piece in pieces], offsets=True)
-        end_id = self.tokenizer.eos_token_id
-        for piece, (ids, offsets) in zip(pieces, encoded, strict=True):
-            # A token of no characters (the mark of a word's start in some vocabularies) counts as one character.
-            scored = [
-                any(first < end and max(last, first + 1) > start for start, end in piece.spans)
-                for first, last in offsets
-            ]
-            if piece.ends and end_id is not None:
-                ids, scored = [*ids, end_id], [*scored, True]
-            yield self._causal_row(() if piece.bare else self.prefix, ids, scored)
-
-    def _causal_row(self, prefix: Sequence[int], ids: list[int], scored: list[bool]) -> Row:
-        """A row of at most ``max_length`` tokens, cut before its first scored token, and only then at its end."""
-        first = scored.index(True) if True in scored else len(ids)
-        last = max((i for i, s in enumerate(scored) if s), default=-1)
-        ids, scored = ids[: last + 1], scored[: last + 1]  # nothing reads what follows
-        room = self.max_length + 1 - len(prefix)  # the last token is predicted, not read
-        if len(ids) > room:
-            self.cut += 1
-            start = max(0, min(len(ids) - room, first - (0 if prefix else 1)))
-            ids, scored = ids[start : start + room], scored[start : start + room]
-        ids, scored = [*prefix, *ids], [False] * len(prefix) + scored
-        targets = [i for i, is_scored in enumerate(scored) if is_scored and i > 0]
-        return Row(
-            array("i", ids[:-1]),
-            _compact([i - 1 for i in targets]),
-            array("i", [ids[i] for i in targets]),
-        )
-
-    def _label_rows(self, pieces: Sequence[Piece]) -> Iterator[Row]:
-        """Rows that end with the prompt; for a masked model, the prompt, the mask and the text after it."""
-        befores = self.ids([piece.text for piece in pieces])
-        afters = self.ids([piece.after or "" for piece in pieces])
-        around = [*self.prefix, self.tokenizer.mask_token_id, *self.suffix]
-        fixed = len(around) if self.masked else len(self.prefix)
-        room = self.max_length - fixed
-        for (before, _), (after, _) in zip(befores, afters, strict=True):
-            self.cut += len(before) + len(after) > room
-            after = after[: max(room - len(before), room // 2)]
-            before = before[max(0, len(before) - (room - len(after))) :]
-            ids = [*self.prefix, *before]
-            if self.masked:
-                ids += [self.tokenizer.mask_token_id]
-            score_at = (len(ids) - 1,) if ids else ()
-            if self.masked:
-                ids += [*after, *self.suffix]
-            yield Row(array("i", ids), score_at, ())
-
-
-def _compact(positions: list[int]) -> Sequence[int]:
-    """Ascending positions as a range where they follow each other, else as an array."""
-    if positions and positions[-1] - positions[0] == len(positions) - 1:
-        return range(positions[0], positions[-1] + 1)
-    return array("i", positions)
-
-
-def _special_ids(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The special tokens that the tokenizer puts before and after a text."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    for start in range(len(whole) - len(plain) + 1):
-        if whole[start : start + len(plain)] == plain:
-            return tuple(whole[:start]), tuple(whole[start + len(plain) :])
-    return (), ()
 
 
 # --------------------------------------------------------------------------------------- loading
 
 
-def load_dataset(request: DataRequest, tokenizer: Any, *, masked: bool = False) -> Dataset:
+def load_dataset(
+    request: DataRequest, tokenizer: Any, *, masked: bool = False, guard: Guard | None = None
+) -> Dataset:
     """Read, recognise and tokenise the data that a request names.
 
     ``tokenizer`` is a transformers tokenizer with character offsets (a "fast" one); ``masked``: for a masked language
-    model. Raises UsageError with every problem of the request and its rows.
+    model. ``guard`` is asked for memory all the while. Raises UsageError with every problem of the request and its
+    rows, and DoesNotFit, with the row, where they take more than the cap.
     """
     problems, notes = Problems(), list[str]()
-    encoder = _Encoder(tokenizer, request.max_length, masked)
+    encoder = Encoder(tokenizer, request.max_length, masked, guard)
     _check_numbers(request, encoder, problems)
     task = _find_task(request, problems)
     path = _find_path(request, task, problems, notes)
     labelling = Labelling.of(task, request.template, request.labels, request.label_field, problems)
     rows = _Rows([], [], True)
     if path:
-        rows = _read(path, task, labelling, request.held_out, problems, notes)
+        rows = _read(path, task, labelling, request.held_out, problems, notes, encoder.guard)
     problems.raise_any()
 
     known = rows.train if rows.apart else rows.train + rows.validation
@@ -235,17 +128,14 @@ def load_dataset(request: DataRequest, tokenizer: Any, *, masked: bool = False) 
     report = task.report if task and not request.labels else None
     generation = _generation(request, task, form.kind, rows.train, notes)
     judged = request.judged or report is not None or generation is not None
-    drafts = {
-        name: [
-            _with_fields(draft, record, label_names) if with_fields else draft
-            for record in records
-            if (draft := form.draft(record, problems))
-        ]
-        for name, records, with_fields in (
-            ("training", rows.train, request.judged),
-            ("validation", validation, judged),
-        )
-    }
+    with form if isinstance(form, MessagesForm) else nullcontext():
+        drafts = {
+            name: list(_drafts(records, form, label_names, judges, encoder, problems))
+            for name, records, judges in (
+                ("training", rows.train, request.judged),
+                ("validation", validation, judged),
+            )
+        }
     problems.raise_any()
     train, evaluated = (encoder.examples(drafts[name], name, notes) for name in drafts)
     for name, examples in (("training", train), ("validation", evaluated)):
@@ -254,6 +144,37 @@ def load_dataset(request: DataRequest, tokenizer: Any, *, masked: bool = False) 
     return Dataset(
         *(form.kind, train, evaluated, label_ids, label_names, tuple(notes)), generation, report
     )
+
+
+def _drafts(
+    records: Iterable[Record],
+    form: Form,
+    names: Sequence[str],
+    judged: bool,
+    encoder: Encoder,
+    problems: Problems,
+) -> Iterator[Draft]:
+    """The drafts of rows, very long texts clipped; with what a prediction is judged by, if they are ``judged``."""
+    copies = CHAT_TIMES if isinstance(form, MessagesForm) else DRAFT_TIMES
+    for number, record in enumerate(records):
+        if (size_bytes := _text_bytes(record.fields)) > LARGE_CHARS or number % CHECK_ROWS == 0:
+            encoder.guard.check(copies * size_bytes, record.where)
+        draft = form.draft(record, problems)
+        if draft is None:
+            continue
+        if judged:
+            draft = _with_fields(draft, record, names)
+        pieces = tuple(encoder.clipped(piece, record.where) for piece in draft.pieces)
+        yield replace(draft, pieces=pieces, answers=(), where=record.where)
+
+
+def _text_bytes(value: Any) -> int:
+    """Memory of the texts in a row's fields."""
+    if isinstance(value, str):
+        return sys.getsizeof(value)
+    if isinstance(value, Mapping):
+        return sum(map(_text_bytes, value.values()))
+    return sum(map(_text_bytes, value)) if isinstance(value, list) else 0
 
 
 def _with_fields(draft: Draft, record: Record, names: Sequence[str]) -> Draft:
@@ -289,7 +210,7 @@ def _generation(
     return generation
 
 
-def _check_numbers(request: DataRequest, encoder: _Encoder, problems: Problems) -> None:
+def _check_numbers(request: DataRequest, encoder: Encoder, problems: Problems) -> None:
     least = len(encoder.prefix) + len(encoder.suffix) + 2
     if request.max_length < least:
         problems.add(
@@ -350,9 +271,7 @@ class _Rows(NamedTuple):
 
     train: list[Record]
     validation: list[Record]
-    apart: (
-        bool  # they are of different files; else validation rows are held out of the training rows
-    )
+    apart: bool  # they are of different files; else the validation rows are held out
 
 
 def _read(
@@ -362,13 +281,14 @@ def _read(
     held_out: float | None,
     problems: Problems,
     notes: list[str],
+    guard: Guard,
 ) -> _Rows:
     """The rows of a file or folder, prepared as the task needs them."""
     train_files, validation_files = find_splits(path, problems)
     if held_out is not None:
         validation_files = []
     train, validation = (
-        [record for file in files for record in read_records(file, problems)]
+        [record for file in files for record in read_records(file, problems, guard)]
         for files in (train_files, validation_files)
     )
     if validation_files and validation_files[0].name.startswith("test"):

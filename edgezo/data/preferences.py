@@ -108,6 +108,12 @@ def _paired(
         return pairs
     by_prompt: dict[str, _Answers] = {}
     for record in rest:
+        if not _has(record, ANSWER):
+            problems.add(
+                f"a row has neither {' and '.join(ANSWER)} nor {', '.join(PAIR)}",
+                at=f"{record.where} (it has: {record.keys})",
+            )
+            continue
         thumb = THUMBS.get(_thumb_text(record.fields.get(name)))
         if thumb is None:
             problems.add(

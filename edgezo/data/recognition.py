@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from edgezo.data.chat import ChatTemplates
 from edgezo.data.preferences import PAIR
 from edgezo.data.row_files import Problems, Record
 from edgezo.data.row_kinds import (
@@ -136,7 +137,7 @@ def _plain_form(first: Record, labelling: Labelling, tokenizer: Any) -> Form | N
                 "the rows have 'messages', but this model has no chat template: use an instruction-"
                 "tuned model, or rows with prompt and completion"
             )
-        return MessagesForm(tokenizer)
+        return MessagesForm(ChatTemplates(tokenizer))
     if all(name in first.fields for name in PAIR):
         return PairForm()
     if "prompt" in first.fields and "completion" in first.fields:

@@ -14,34 +14,55 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from edgezo.errors import UsageError
+from edgezo.machine import children
+from edgezo.machine.foreign import FAULTS, clip, parse_json, reason
+from edgezo.machine.process_memory import Guard, ReadingGuard
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-ABOUT = (
-    "dataset_infos.json",
-    "dataset_dict.json",
-    "state.json",
-    "config.json",
-)  # files without rows
+# Files about a data set, without rows.
+ABOUT = ("dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 TRAIN_NAMES = ("train",)
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test")
+PIECE_CHARS = 1 << 20  # so much of a line is read before the guard is asked again
+CHECK_ROWS = 1024  # the guard is asked after so many rows
+LARGE_CHARS = 1 << 16  # the guard is asked before a text of this length is parsed
+VALUE_BYTES = 100  # of one small value that is parsed: an object, a key, a number
+SHOWN_KEYS = 20  # of a row, in a message
+# Memory that unpacking a Parquet file may take in a process of its own: what is left of the cap, within these bounds.
+LEAST_PARQUET_BYTES, MOST_PARQUET_BYTES = 256 << 20, 1 << 30
 
 
 class Problems:
-    """Everything that is wrong: each kind of problem with the places where it occurs."""
+    """Everything that is wrong: each kind of problem with the places where it occurs.
+
+    What is kept of them is bounded: a file in which every row is wrong takes neither more memory nor more time.
+    """
 
     SHOWN = 5
+    MOST_KINDS = 20
+    MOST_PLACES = 10_000  # after so many no more are looked for
+    CHARS = 300  # of one line that is shown
 
     def __init__(self) -> None:
-        self._places: dict[str, list[str]] = {}
+        self._places: dict[str, list[str]] = {}  # the first few of each kind
+        self._counts: dict[str, int] = {}
+        self._total = 0
 
     def add(self, what: str, *, at: str = "") -> None:
-        """Note a problem; problems with the same ``what`` are shown together."""
-        places = self._places.setdefault(what, [])
-        if at:
-            places.append(at)
+        """Note a problem; problems with the same ``what`` are shown together. Raises UsageError after too many."""
+        self._total += 1
+        if what in self._places or len(self._places) < self.MOST_KINDS:
+            places = self._places.setdefault(what, [])
+            if at:
+                self._counts[what] = self._counts.get(what, 0) + 1
+                if len(places) < self.SHOWN:
+                    places.append(clip(at, self.CHARS))
+        if self._total >= self.MOST_PLACES:
+            self._places[f"stopped after {self._total:,} problems"] = []
+            self.raise_any()
 
     def __len__(self) -> int:
         return len(self._places)
@@ -52,17 +73,18 @@ class Problems:
             raise UsageError([self._render(what) for what in self._places])
 
     def _render(self, what: str) -> str:
-        places = self._places[what]
-        lines = [f"{what}:" if places else what, *(f"  {p}" for p in places[: self.SHOWN])]
-        if len(places) > self.SHOWN:
-            lines.append(f"  ... and {len(places) - self.SHOWN} more ({len(places)} in all)")
+        places, count = self._places[what], self._counts.get(what, 0)
+        shown = clip(what, 4 * self.CHARS)
+        lines = [f"{shown}:" if places else shown, *(f"  {p}" for p in places)]
+        if count > len(places):
+            lines.append(f"  ... and {count - len(places)} more ({count} in all)")
         return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------- files
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One row of a file."""
 
@@ -72,7 +94,11 @@ class Record:
     @property
     def keys(self) -> str:
         """The names of its fields, for messages."""
-        return ", ".join(map(str, self.fields)) or "none"
+        names = [
+            clip(str(name), 60) for name, _ in zip(self.fields, range(SHOWN_KEYS), strict=False)
+        ]
+        more = ["..."] if len(self.fields) > len(names) else []
+        return ", ".join([*names, *more]) or "none"
 
 
 def find_splits(path: Path, problems: Problems) -> tuple[list[Path], list[Path]]:
@@ -136,20 +162,30 @@ def _part(files: Sequence[Path], names: Sequence[str], problems: Problems) -> li
     return []
 
 
-def read_records(path: Path, problems: Problems) -> list[Record]:
-    """All rows of a file. Problems are noted with the file and the line."""
+def read_records(path: Path, problems: Problems, guard: Guard | None = None) -> list[Record]:
+    """All rows of a file. Problems are noted with the file and the line.
+
+    ``guard`` is asked at bounded intervals, and before whatever may be large. It raises DoesNotFit.
+    """
     read = {".csv": _read_csv, ".parquet": _read_parquet}.get(path.suffix, _read_json)
-    before = len(problems)
+    guard, before = guard or ReadingGuard(), len(problems)
+    records: list[Record] = []
     try:
-        records = list(read(path, problems))
+        for record in read(path, problems, guard):
+            records.append(record)
+            if len(records) % CHECK_ROWS == 0:
+                guard.check(item=record.where)
     except UnicodeDecodeError as error:
         problems.add(f"{path} is not UTF-8 text ({error.reason}): save it as UTF-8")
         return []
-    except OSError as error:
-        problems.add(f"cannot read {path}: {error.strerror or error}")
-        return []
     except csv.Error as error:
         problems.add(f"cannot read {path} as CSV: {error}")
+        return []
+    except MemoryError:
+        problems.add(f"cannot read {path}: its rows take more memory than the system gives")
+        return []
+    except FAULTS as error:
+        problems.add(f"cannot read {path}: {reason(error)}")
         return []
     if not records and len(problems) == before:
         size = path.stat().st_size
@@ -157,22 +193,60 @@ def read_records(path: Path, problems: Problems) -> list[Record]:
     return records
 
 
-def _read_json(path: Path, problems: Problems) -> Iterator[Record]:
+def _lines(file: IO[str], path: Path, guard: Guard) -> Iterator[str]:
+    """The lines of a file. The guard is asked for every piece of a long one, before it is joined and parsed."""
+    number = 0
+    while line := file.readline(PIECE_CHARS):
+        number += 1
+        if len(line) >= LARGE_CHARS:
+            where = f"{path.name}:{number}"
+            line = _whole(line, file, where, guard)
+            guard.check(_parsed_bytes(line), where)
+        yield line
+
+
+def _whole(text: str, file: IO[str], where: str, guard: Guard) -> str:
+    """``text`` with what follows it, up to the end of its line."""
+    pieces = [text]
+    size_bytes = sys.getsizeof(text)
+    while not pieces[-1].endswith("\n") and (piece := file.readline(PIECE_CHARS)):
+        pieces.append(piece)
+        size_bytes += sys.getsizeof(piece)
+        guard.check(size_bytes, where)  # to be joined
+    return "".join(pieces)
+
+
+def _parsed_bytes(text: str) -> int:
+    """At most so many bytes are taken by the values of a text of JSON or CSV: its texts, and each value in itself."""
+    return sys.getsizeof(text) + VALUE_BYTES * sum(map(text.count, "[{,:"))
+
+
+def _read_json(path: Path, problems: Problems, guard: Guard) -> Iterator[Record]:
     """Rows of JSON: one object a line, or in a .json file also one array of objects."""
     with path.open(encoding="utf-8-sig") as lines:
         first = lines.read(1) if path.suffix == ".json" else ""
         while first.isspace():
             first = lines.read(1)
         lines.seek(0)
-        read = _array if first == "[" else _records
-        yield from read(lines, path, problems)
+        if first == "[":
+            yield from _array(lines, path, problems, guard)
+        else:
+            yield from _records(_lines(lines, path, guard), path, problems)
 
 
-def _array(file: TextIO, path: Path, problems: Problems) -> Iterator[Record]:
+def _array(file: IO[str], path: Path, problems: Problems, guard: Guard) -> Iterator[Record]:
     """Rows from one array of objects."""
+    pieces, size_bytes = list[str](), 0
+    while piece := file.read(PIECE_CHARS):
+        pieces.append(piece)
+        size_bytes += sys.getsizeof(piece)
+        guard.check(size_bytes, path.name)  # to be joined
+    text = "".join(pieces)
+    del pieces
+    guard.check(_parsed_bytes(text), path.name)
     try:
-        rows = json.load(file)
-    except (ValueError, RecursionError) as error:
+        rows = parse_json(text)
+    except ValueError as error:
         problems.add(f"malformed JSON in {path}", at=str(error))
         return
     for number, row in enumerate(rows, 1):
@@ -180,40 +254,32 @@ def _array(file: TextIO, path: Path, problems: Problems) -> Iterator[Record]:
         if isinstance(row, dict):
             yield Record(where, row)
         else:
-            problems.add(f"not a JSON object in {path}", at=f"{where}: {_clip(str(row))}")
+            shown = "a list" if isinstance(row, list) else _clip(str(row))
+            problems.add(f"not a JSON object in {path}", at=f"{where}: {shown}")
 
 
-# Runs in another process, so that the 60 MB of pyarrow are no part of a run's memory.
-_PARQUET = """
-import json, sys
-try:
-    import pyarrow.parquet
-except ImportError:
-    sys.exit("reading Parquet needs pyarrow: pip install pyarrow")
-def text(value):
-    return value.decode() if isinstance(value, bytes) else str(value)
-try:
-    for batch in pyarrow.parquet.ParquetFile(sys.argv[1]).iter_batches(256):
-        for row in batch.to_pylist():
-            print(json.dumps(row, default=text))
-except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-    sys.exit(str(error).splitlines()[0])
-"""
-
-
-def _read_parquet(path: Path, problems: Problems) -> Iterator[Record]:
-    # -P: nothing is imported from the working directory.
-    command = [sys.executable, "-P", "-X", "utf8", "-c", _PARQUET, str(path)]
+def _read_parquet(path: Path, problems: Problems, guard: Guard) -> Iterator[Record]:
+    room_bytes = min(max(guard.room_bytes(), LEAST_PARQUET_BYTES), MOST_PARQUET_BYTES)
+    command = children.command("edgezo.data.parquet_rows", str(path), str(room_bytes))
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8"
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            encoding="utf-8",
+            env=children.environment(ARROW_DEFAULT_MEMORY_POOL="system", MALLOC_ARENA_MAX="2"),
         ) as child:
             assert child.stdout is not None
-            yield from _records(child.stdout, path, problems)
+            try:
+                yield from _records(_lines(child.stdout, path, guard), path, problems)
+            except BaseException:
+                child.kill()
+                raise
         if child.returncode:
             errors.seek(0)
-            reason = errors.read().strip().splitlines()[-1:] or [f"exit {child.returncode}"]
-            problems.add(f"cannot read {path}: {reason[0]}")
+            stopped = [f"the process that unpacks it ended with {child.returncode}"]
+            why = errors.read().strip().splitlines()[-1:] or stopped
+            problems.add(f"cannot read {path}: {why[0]}")
 
 
 def _records(lines: Iterable[str], path: Path, problems: Problems) -> Iterator[Record]:
@@ -223,31 +289,49 @@ def _records(lines: Iterable[str], path: Path, problems: Problems) -> Iterator[R
             continue
         where = f"{path.name}:{number}"
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            problems.add(f"malformed JSON in {path}", at=f"{where}: {reason}: {_clip(line)}")
+            row = parse_json(line)
+        except ValueError as error:
+            why = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            problems.add(f"malformed JSON in {path}", at=f"{where}: {why}: {_clip(line)}")
             continue
-        if isinstance(row, dict):
+        if isinstance(row, dict) and row:
             yield Record(where, row)
+        elif isinstance(row, dict):
+            problems.add(f"a row without fields in {path}", at=where)
         else:
             problems.add(f"not a JSON object in {path}", at=f"{where}: {_clip(line)}")
 
 
-def _read_csv(path: Path, problems: Problems) -> Iterator[Record]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines)
+def _read_csv(path: Path, problems: Problems, guard: Guard) -> Iterator[Record]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(_lines(file, path, guard))
+        header = next((row for row in reader if row), [])
+        listed = clip(", ".join(header), 200)
+        if twice := _first_twice(header):
+            problems.add(f"{path} has several columns named {twice!r} ({listed})")
+            return
         for row in reader:
+            if not row:
+                continue
             where = f"{path.name}:{reader.line_num}"
-            if None in row or None in row.values():
-                names = ", ".join(reader.fieldnames or ())
-                problems.add(
-                    f"the cells of a row do not match the header of {path} ({names})", at=where
-                )
+            if len(row) == len(header):
+                yield Record(where, dict(zip(header, row, strict=True)))
             else:
-                yield Record(where, row)
+                problems.add(
+                    f"the cells of a row do not match the header of {path} ({listed})", at=where
+                )
 
 
-def _clip(text: str, most: int = 60) -> str:
-    text = text.strip()
-    return text if len(text) <= most else text[:most] + "..."
+def _first_twice(names: Sequence[str]) -> str | None:
+    """The first of the names that occurs more than once; None where none does."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def _clip(text: str) -> str:
+    """The beginning of a text, for a message."""
+    return clip(text[:1000].strip(), 60)

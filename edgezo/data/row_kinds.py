@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from edgezo.data.chat import ChatTemplates, TemplateFails
 from edgezo.data.preferences import PAIR
 from edgezo.data.row_files import Problems, Record
 from edgezo.data.templates import Template, label_key
+from edgezo.machine.foreign import clip
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,12 @@ class Piece:
     """Text of one token sequence."""
 
     text: str
-    spans: tuple[
-        tuple[int, int], ...
-    ] = ()  # characters to predict, [start, stop); (): a label word follows
+    # Characters to predict, [start, stop); (): the text is followed by a label word.
+    spans: tuple[tuple[int, int], ...] = ()
     ends: bool = False  # the end token follows and is predicted
     bare: bool = False  # the text has its special tokens already (a chat template wrote them)
     after: str | None = None  # masked models: the text after the mask token, which follows ``text``
+    clipped: bool = False  # a part of a very long text
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Draft:
     options: tuple[str, ...] = ()  # the texts of a choice
     answers: tuple[str, ...] = ()  # every right answer; () of a label
     fields: Mapping[str, Any] | None = None  # of its row, if predictions are judged by them
+    where: str = ""  # the place of its row, for errors
 
 
 class Form(Protocol):
@@ -105,13 +108,14 @@ class CompletionForm:
 
 
 def _completed(prompt: str, completion: str) -> Piece:
+    """A prompt and its completion, which is predicted with the end token."""
     text = prompt + seam(prompt, completion) + completion
     return Piece(text, ((len(prompt), len(text)),), ends=True)
 
 
 @dataclass(frozen=True)
 class WrittenForm:
-    """A filled template and an answer that is written after it, end token included. Several answers may be right."""
+    """A filled template, followed by an answer that is written, end token included. Several answers may be right."""
 
     template: Template
     source: str  # the field that a task takes its answers from
@@ -157,8 +161,14 @@ class MessagesForm:
     another way once more turns follow; then only the last turn and those that stay as they were are predicted.
     """
 
-    tokenizer: Any
+    templates: ChatTemplates
     kind: str = "completion"
+
+    def __enter__(self) -> MessagesForm:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.templates.close()
 
     def draft(self, record: Record, problems: Problems) -> Draft | None:
         messages = record.fields.get("messages")
@@ -168,35 +178,14 @@ class MessagesForm:
             return None
         last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
         try:
-            text = self._render(messages[: last + 1])
-            spans = self._spans(messages[: last + 1], text)
-        except (
-            Exception
-        ) as error:  # a template is a program of the model's authors: any error can come
+            text, spans = self.templates.render(messages[: last + 1])
+        except TemplateFails as error:
             problems.add("the model's chat template fails", at=f"{record.where}: {error}")
+            if error.over:
+                problems.raise_any()
             return None
         answers = (messages[last]["content"].strip(),)
         return Draft((Piece(text.rstrip(), spans, bare=True),), answers=answers)
-
-    def _spans(self, messages: list[Any], text: str) -> tuple[tuple[int, int], ...]:
-        """Where in ``text``, the rendered messages, the assistant's turns are."""
-        spans = []
-        for index in (i for i, m in enumerate(messages) if m["role"] == "assistant"):
-            before = self._render(messages[:index], add_generation_prompt=True)
-            after = self._render(messages[: index + 1]).rstrip()
-            if text.startswith(after) and after.startswith(before):
-                spans.append((len(before), len(after)))
-            elif index == len(messages) - 1:  # the last turn begins where the two renderings part
-                before = self._render(messages[:index])
-                start = next(
-                    (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b),
-                    min(len(before), len(after)),
-                )
-                spans.append((start, len(after)))
-        return tuple(span for span in spans if span[0] < span[1])
-
-    def _render(self, messages: list[Any], **options: Any) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
     @staticmethod
     def _fault(messages: Any) -> str:
@@ -207,7 +196,7 @@ class MessagesForm:
             if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
                 return 'a turn is not {"role": ..., "content": ...}'
             if not isinstance(turn.get("content"), str):
-                return f"the content of a turn of {turn['role']!r} is not a text"
+                return f"the content of a turn of {clip(turn['role'], 40)!r} is not a text"
         if not any(t["role"] == "assistant" and t["content"].strip() for t in messages):
             return "no assistant turn with text, so there is nothing to learn"
         return ""
@@ -215,7 +204,7 @@ class MessagesForm:
 
 @dataclass(frozen=True)
 class LabelForm:
-    """A filled template and one label word after it (or at the mask)."""
+    """A filled template, followed by one label word (or with it at the mask)."""
 
     before: Template  # the label word
     after: Template | None  # the mask; None for causal models
@@ -246,7 +235,7 @@ class LabelForm:
 
 @dataclass(frozen=True)
 class ChoiceForm:
-    """A filled template with one of several texts after it, which have the same templates in every row."""
+    """A filled template, followed by one of several texts whose templates are the same in every row."""
 
     labels: LabelForm
     options: tuple[Template, ...]
@@ -263,6 +252,7 @@ class ChoiceForm:
 
 
 def _choice(text: str, options: tuple[str, ...], label: int) -> Draft:
+    """A text, followed by one of ``options``, each in another piece."""
     wholes = [text + seam(text, option) + option for option in options]
     pieces = [Piece(whole, ((len(text), len(whole)),)) for whole in wholes]
     return Draft(tuple(pieces), label, options)
@@ -270,7 +260,7 @@ def _choice(text: str, options: tuple[str, ...], label: int) -> Draft:
 
 @dataclass(frozen=True)
 class ListedOptionsForm:
-    """A filled template with one of the texts after it that the row lists, any number of them."""
+    """A filled template, followed by one of the texts that the row lists, of which there may be any number."""
 
     template: Template
     options_field: str

@@ -36,8 +36,9 @@ from typing import NamedTuple
 
 import psutil
 
-from edgezo.errors import BudgetExceeded
+from edgezo.errors import BudgetExceeded, DoesNotFit, EdgezoError
 from edgezo.machine.hardware import ROOT, format_bytes, read_text
+from edgezo.machine.limits import GUARD_MARGIN_BYTES
 
 # ---------------------------------------------------------------------------------------------
 # The allocator
@@ -327,8 +328,8 @@ class Guard:
 
     ``margin_bytes`` of the cap stay free for what is not announced: small allocations, and the lag of the kernel's
     counters. ``rss`` tells what is held, ``trim`` gives back what is held but not in use. ``planned_bytes`` is the peak
-    of the plan (None: the cap): temporaries of many sizes leave holes in the heap, which would take the process above
-    it.
+    of the plan (None: the cap). Temporaries of many sizes leave holes in the heap, which could take the process
+    above its planned peak.
     """
 
     def __init__(
@@ -351,8 +352,8 @@ class Guard:
     def check_again(self, need_bytes: int, item: str) -> None:
         """``check`` for ``item`` when it has run before, so that most of what it needs is still in the heap.
 
-        Only where the margin is already being used, the heap is trimmed and the whole need counts. The heap is trimmed
-        of its holes, too, where they have taken the process to within the margin of its planned peak.
+        If the margin is already in use, the heap is trimmed and the whole need is checked. If the process has come
+        within the margin of its planned peak, the heap is trimmed only.
         """
         room_bytes = self.room_bytes()
         if room_bytes < 0:
@@ -373,11 +374,57 @@ class Guard:
         if need_bytes <= room_bytes:
             return
         held_bytes = self.cap_bytes - self.margin_bytes - room_bytes
-        over_bytes = need_bytes - room_bytes
-        raise BudgetExceeded(
+        raise self._refusal(held_bytes, need_bytes, need_bytes - room_bytes, item)
+
+    def _refusal(self, held_bytes: int, need_bytes: int, over_bytes: int, item: str) -> EdgezoError:
+        """The error for ``item``, which would go over by ``over_bytes``."""
+        return BudgetExceeded(
             f"stopped before --max-mem {format_bytes(self.cap_bytes)} was crossed: "
             f"{format_bytes(held_bytes)} are resident, {item} needs {format_bytes(need_bytes)} "
             f"and {format_bytes(self.margin_bytes)} are kept free: "
             f"{format_bytes(over_bytes)} too much. Go on with --resume and --max-mem "
             f"{-(-(self.cap_bytes + over_bytes) // 1_000_000)}MB or more."
+        )
+
+
+# A process may read so much although it holds more than its cap already: the planner refuses such a cap, and knows the
+# smallest that would do.
+READING_ROOM_BYTES = 128 << 20
+
+
+class ReadingGuard(Guard):
+    """The guard of a process before its plan: while files are read, templates rendered and rows tokenised.
+
+    It is asked at bounded intervals, and before whatever may be large; ``item`` names the file and the row.
+    """
+
+    def __init__(
+        self,
+        cap_bytes: int | None = None,  # None: no cap
+        rss: Callable[[], int] = rss_bytes,
+        trim: Callable[[], object] = lambda: malloc_trim(),
+    ) -> None:
+        self.peak_before_bytes = peak_rss_bytes()
+        least_bytes = rss() + READING_ROOM_BYTES
+        enough_bytes = 1 << 60 if cap_bytes is None else max(cap_bytes, least_bytes)
+        super().__init__(enough_bytes, GUARD_MARGIN_BYTES, rss, trim=trim)
+
+    def _refusal(self, held_bytes: int, need_bytes: int, over_bytes: int, item: str) -> EdgezoError:
+        needs = f"needs up to {format_bytes(need_bytes)} more" if need_bytes else "is being read"
+        return DoesNotFit(
+            f"{item} {needs}, {format_bytes(held_bytes)} are resident and {format_bytes(self.margin_bytes)} are kept "
+            f"free: more than --max-mem {format_bytes(self.cap_bytes)}. Nothing was started. Give --max-mem "
+            f"{-(-(self.cap_bytes + over_bytes) // 1_000_000)}MB or more, or fewer or shorter rows."
+        )
+
+
+def check_cap_kept(cap_bytes: int, peak_bytes: int, before_bytes: int, done: str) -> None:
+    """Raise BudgetExceeded where a process has taken more than its cap, so that it does not end as if it had kept it.
+
+    ``before_bytes`` is the peak from before the cap was set, which does not count; ``done`` says what is saved.
+    """
+    if peak_bytes > cap_bytes and peak_bytes > before_bytes:
+        raise BudgetExceeded(
+            f"{done}, but the peak of memory was {format_bytes(peak_bytes)}, more than --max-mem "
+            f"{format_bytes(cap_bytes)}. Give --max-mem {-(-peak_bytes // 1_000_000)}MB or more."
         )

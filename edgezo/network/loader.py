@@ -7,7 +7,6 @@ one tensor at a time. No weight is read here, and no code of a checkpoint is eve
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,14 +15,17 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import pre_tokenizers
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
-from transformers import PreTrainedTokenizerFast as FastTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from edgezo.errors import EdgezoError
 from edgezo.machine.downloads import file_sha256
+from edgezo.machine.foreign import clip, reading
+from edgezo.network.foreign_config import build_config, read_config
+from edgezo.network.foreign_tokenizer import (
+    load_tokenizer as load_tokenizer,  # with the rest of a model
+)
 from edgezo.plan.shapes import Shape
 from edgezo.weights.gguf_config import gguf_config
 from edgezo.weights.gguf_header import read_header
@@ -175,61 +177,47 @@ def open_model(path: Path) -> ModelFiles:
     """Read and check the config and the table of tensors. Raises EdgezoError for what edgezo cannot load."""
     path = Path(path)
     if path.is_dir():
-        config = _directory_config(path)
+        config = read_config(path / "config.json")
     elif path.is_file():
-        config = _gguf_file_config(path)
+        config = build_config(gguf_config(read_header(path)), path)
     else:
         raise EdgezoError(f"There is no model at {path}.")
-    if config.model_type == "gemma3":  # text and vision; only the text part is trained
-        config = config.text_config
-    if config.model_type not in FAMILIES:
-        raise EdgezoError(
-            f"{path} holds a model of type {config.model_type!r}. "
-            f"edgezo loads {', '.join(FAMILIES)}."
-        )
-    quantised = getattr(config, "quantization_config", None)
-    if quantised:
-        method = dict(quantised).get("quant_method", "?") if isinstance(quantised, dict) else "?"
-        raise EdgezoError(
-            f"{path} is already quantised ({method}). Give the full-precision checkpoint, which "
-            "--precision quantises while it loads, or a GGUF file."
-        )
     source = open_tensors(path, config)
-    return ModelFiles(path, config, FAMILIES[config.model_type].kind, source)
+    files = ModelFiles(path, config, FAMILIES[config.model_type].kind, source)
+    _check_sizes(files)
+    return files
 
 
-def _directory_config(directory: Path) -> Any:
-    file = directory / "config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as problem:
+# Tables of learned positions, by the ends of their names.
+_POSITION_TABLES = ("wpe.weight", "embed_positions.weight", "position_embeddings.weight")
+
+
+def _check_sizes(files: ModelFiles) -> None:
+    """EdgezoError where the config asks for what no tensor has, before anything of that size is made."""
+    source = files.source
+    with reading(f"{files.path}: its config", "Check config.json."):
+        shape = files.shape
+        wanted = {
+            "a width": shape.hidden,
+            "a vocabulary": shape.vocab,
+            "inner layers": shape.intermediate,
+            "heads of together": shape.heads * shape.head_dim,
+        }
+        shapes = {name: source.shape(name) for name in source.names}
+    axes = {axis for axes in shapes.values() if 0 not in axes for axis in axes}
+    asked = [f"{what} {size}" for what, size in wanted.items() if size not in axes]
+    if not 0 < shape.layers <= len(shapes):
+        asked.append(f"{shape.layers} layers of {len(shapes)} tensors")
+    if not 0 < shape.kv_heads <= shape.heads:
+        asked.append(f"{shape.kv_heads} key heads of {shape.heads}")
+    tables = [axes for name, axes in shapes.items() if name.endswith(_POSITION_TABLES)]
+    if shape.positions and shape.positions not in (axes[0] for axes in tables if axes):
+        asked.append(f"a table of {shape.positions} positions")
+    if asked:
         raise EdgezoError(
-            f"{directory} has no config.json, so it is not a Hugging Face model directory."
-        ) from problem
-    except (OSError, ValueError) as problem:
-        raise EdgezoError(f"{file} cannot be read ({problem}).") from problem
-    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
-        raise EdgezoError(f"{file} has no model_type, so edgezo cannot tell the model's family.")
-    if values["model_type"] not in (*FAMILIES, "gemma3"):
-        raise EdgezoError(
-            f"{directory} holds a model of type {values['model_type']!r}. "
-            f"edgezo loads {', '.join(FAMILIES)}."
+            f"{files.path} does not match its config, which asks for {', '.join(asked)}: no tensor has that size. "
+            "Fetch the checkpoint again, or check config.json."
         )
-    try:
-        return AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
-    except Exception as problem:  # transformers validates fields with many exception types
-        raise EdgezoError(f"{file} is not a valid config ({problem}).") from problem
-
-
-def _gguf_file_config(file: Path) -> Any:
-    values = gguf_config(read_header(file))
-    try:
-        return AutoConfig.for_model(values.pop("model_type"), **values)
-    except Exception as problem:  # as above
-        raise EdgezoError(
-            f"{file}: the metadata is not a valid config ({problem}). "
-            "The file is damaged: fetch it again."
-        ) from problem
 
 
 # ----------------------------------------------------------------------------- module
@@ -247,19 +235,19 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build_meta(files: ModelFiles, attn_implementation: str | None = None) -> nn.Module:
+def build_meta(files: ModelFiles) -> nn.Module:
     """The module in eval mode: every parameter on meta in float32, every buffer real on the CPU.
 
     Tied parameters are one object. Where the config ties two matrices but the checkpoint stores two different ones,
     they are not tied, as in transformers.
     """
-    module = _build(files, attn_implementation)
+    module = _build(files)
     for names in _parameter_names(module).values():
         stored = [s for n in names if (s := _find(files.source, module, n)) is not None]
         first, *others = dict.fromkeys(stored) or [""]
         if any(not files.source.same_bytes(first, other) for other in others):
             files.config.tie_word_embeddings = False
-            return _build(files, attn_implementation)
+            return _build(files)
     return module
 
 
@@ -273,18 +261,17 @@ def model_class(files: ModelFiles) -> type[nn.Module]:
     return kind
 
 
-def _build(files: ModelFiles, attn_implementation: str | None) -> nn.Module:
+def _build(files: ModelFiles) -> nn.Module:
     auto = _auto(files)
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    try:
+    # Assertions, overflows: layers fail in many ways on odd sizes.
+    with reading(f"{files.path}: the config of this model", "Check config.json.", any_kind=True):
         with _EmptyOnMeta():
-            module = auto.from_config(
-                files.config, dtype=torch.float32, trust_remote_code=False, **options
+            module: nn.Module = auto.from_config(
+                files.config,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                attn_implementation=None,  # the class's own: no config has chosen one
             )
-    except Exception as problem:  # assertions, overflows: layers fail in many ways on odd sizes
-        raise EdgezoError(
-            f"{files.path}: no model can be built from its config ({problem}). Check config.json."
-        ) from problem
     # Small parameters made with ones() or zeros() are real: move them, keeping ties.
     moved: dict[nn.Parameter, nn.Parameter] = {}
     for part in module.modules():
@@ -347,7 +334,10 @@ def _find(source: TensorSource, module: nn.Module, name: str) -> str | None:
     wanted = _canonical(name, base)
     alike = [stored for stored in source.names if _canonical(stored, base) == wanted]
     if len(alike) > 1:
-        raise EdgezoError(f"Parameter {name!r} could be any of {', '.join(alike)}.")
+        listed = clip(", ".join(alike), 200)
+        raise EdgezoError(
+            f"Parameter {name!r} could be any of {listed}. Fetch the checkpoint again."
+        )
     return alike[0] if alike else None
 
 
@@ -365,49 +355,7 @@ def _canonical(name: str, base: str) -> str:
     )
 
 
-# ----------------------------------------------------------------------------- tokenizer
-
-# Vocabularies whose merges were learned with every digit alone (llama.cpp: LLAMA_VOCAB_PRE_TYPE_*).
-_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone")
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The fast tokenizer of a model directory or GGUF file, chat template included.
-
-    Its pad token is the end token where the model names none. Raises EdgezoError if there is no fast tokenizer.
-    """
-    path = Path(path)
-    try:
-        if path.is_file():
-            tokenizer = _gguf_tokenizer(path)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except EdgezoError:
-        raise
-    except Exception as problem:  # tokenizers raises bare Exception for a malformed file
-        raise EdgezoError(f"The tokenizer of {path} cannot be loaded ({problem}).") from problem
-    if not tokenizer.is_fast:
-        raise EdgezoError(
-            f"{path} has no fast tokenizer: a tokenizer.json beside the weights is needed."
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _gguf_tokenizer(path: Path) -> Any:
-    # Not through AutoTokenizer, which parses the metadata twice more with gguf's reader: 10 s and 170 MB for 49,152
-    # tokens, where this takes 0.7 s and 50 MB.
-    header = read_header(path)
-    tokenizer = FastTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    if header.metadata.get("tokenizer.ggml.pre") in _SINGLE_DIGITS:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-        )
-    return tokenizer
+# ----------------------------------------------------------------------------- layers
 
 
 def decoder_layers(module: nn.Module, count: int) -> tuple[str, nn.ModuleList]:

@@ -8,12 +8,12 @@ file, the file above the model card's settings, those above the defaults. What d
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from edgezo.errors import UsageError
+from edgezo.machine import foreign
 from edgezo.plan.config import RunConfig
 from edgezo.plan.conflicts import conflicts
 from edgezo.plan.field import DEFAULT_PRESET
@@ -122,11 +122,12 @@ def as_estimator(cfg: RunConfig, name: str) -> RunConfig:
     return make_config({}, {**values, "estimator": name}, need_data=False)
 
 
-def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration that an earlier version wrote, with the settings that this version has added since."""
-    values = {**{name: field.default for name, field in FIELDS.items()}, **saved}
-    _fill_from_preset(values)
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+def completed(saved: Mapping[str, Any]) -> RunConfig:
+    """A configuration that a journal holds, with the settings that versions since have added.
+
+    Every value is read and checked as one of a command line. Raises UsageError with every problem.
+    """
+    return make_config({}, saved, need_data=False)
 
 
 def from_toml(text: str) -> RunConfig:
@@ -138,16 +139,15 @@ def from_toml(text: str) -> RunConfig:
 def read_toml(path: Path | str) -> dict[str, Any]:
     """The layer in a TOML file. Raises UsageError if it can't be read as one."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UsageError(f"can't read the configuration {path}: {reason}") from error
+        text = foreign.read_small(Path(path), foreign.MOST_TOML_BYTES).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"can't read the configuration {path}: {foreign.reason(error)}") from error
     return parse_toml(text, str(path))
 
 
 def parse_toml(text: str, name: str) -> dict[str, Any]:
     """The layer in a TOML text; ``name`` is for the message. Raises UsageError where it is not valid."""
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        return foreign.parse_toml(text)
+    except ValueError as error:
         raise UsageError(f"{name} is not valid TOML: {error}") from error

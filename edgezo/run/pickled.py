@@ -18,8 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from edgezo.errors import EdgezoError
+from edgezo.machine.foreign import FAULTS, clip, reason
 
-LARGEST_BYTES = 64 * 10**6  # no file of small networks is larger
+LARGEST_BYTES = 64 * 10**6  # no file of small networks is larger,
+MOST_PARTS = 10_000  # has more parts,
+MOST_PROGRAM_BYTES = 4 * 10**6  # or a longer program,
+MOST_OPCODES = 200_000  # of which each may make an object
+_PART = b"PK\x01\x02"  # what each part of a zip has in its table of contents
 MODULES = {
     f"torch.nn.modules.{name}"
     for name in ("container Sequential", "linear Linear", "activation Tanh")
@@ -41,10 +46,9 @@ class _Refused(Exception):
     """The file holds something that a file of small networks has no use for."""
 
 
-# Exceptions that a damaged or foreign file may raise while it is read.
-_WRONG = (
-    *(_Refused, zipfile.BadZipFile, LookupError, ValueError, TypeError),
-    *(AttributeError, RuntimeError, ArithmeticError),
+_WRONG: tuple[type[Exception], ...] = (
+    *(_Refused, zipfile.BadZipFile, zipfile.LargeZipFile),
+    *FAULTS,
 )
 
 
@@ -82,47 +86,82 @@ def read_networks(path: Path) -> dict[str, Layers]:
     Raises EdgezoError for any other file. Nothing in the file is ever run.
     """
     try:
-        if path.stat().st_size > LARGEST_BYTES:
-            raise _Refused(f"it has {path.stat().st_size:,} bytes, small networks at most 64 MB")
+        size = path.stat().st_size
+        if size > LARGEST_BYTES:
+            raise _Refused(f"it has {size:,} bytes, small networks at most 64 MB")
+        if path.read_bytes().count(_PART) > MOST_PARTS:
+            raise _Refused(f"it has more than {MOST_PARTS:,} parts")
         with zipfile.ZipFile(path) as archive:
-            return _networks(archive)
+            return _networks(archive, size)
     except _WRONG as problem:
         raise EdgezoError(
-            f"{path} is not a file of small networks that edgezo reads: {problem}.\n"
+            f"{path} is not a file of small networks that edgezo reads: {reason(problem)}.\n"
             "Nothing of it was run. A published finetuner is a dictionary of Linear, Tanh, Linear, "
             "as torch.save writes it."
         ) from problem
 
 
-def _networks(archive: zipfile.ZipFile) -> dict[str, Layers]:
-    names = [i.filename for i in archive.infolist()]
-    if any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist()):
+class _Storages:
+    """The raw storages of an archive, each read once. Together, tensors have at most a value for each of its bytes."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str, size: int):
+        self._archive, self._root, self._room = archive, root, size
+        self._values: dict[_Storage, np.ndarray] = {}
+
+    def array(self, of: Any) -> np.ndarray:
+        """A tensor in fp32."""
+        if not isinstance(of, _Array):
+            raise _Refused("a layer's weight is no tensor")
+        numbers = (of.offset, of.storage.numel, *of.shape, *of.stride)
+        if len(of.shape) > 2 or min(numbers) < 0 or max(numbers) > LARGEST_BYTES:
+            raise _Refused("a tensor has no shape that a layer may have")
+        contiguous = tuple(math.prod(of.shape[i + 1 :]) for i in range(len(of.shape)))
+        if of.stride != contiguous:
+            raise _Refused(f"a tensor has shape {of.shape} and strides {of.stride}")
+        count = math.prod(of.shape)
+        self._room -= count
+        if self._room < 0:
+            raise _Refused("its tensors have more values than the file has bytes")
+        values = self._read(of.storage)
+        if of.offset + count > len(values):
+            raise _Refused(f"a tensor ends beyond its storage of {len(values)} values")
+        with np.errstate(over="ignore"):
+            array = values[of.offset : of.offset + count].astype(np.float32).reshape(of.shape)
+        if not np.isfinite(array).all():
+            raise _Refused("a tensor holds values that are not finite in fp32")
+        return array
+
+    def _read(self, storage: _Storage) -> np.ndarray:
+        if storage not in self._values:
+            raw = self._archive.read(f"{self._root}data/{storage.key}")
+            values = np.frombuffer(raw, storage.dtype)
+            if len(values) != storage.numel:
+                raise _Refused(
+                    f"storage {clip(storage.key, 40)} has {len(values)} values, not the {storage.numel} it should have"
+                )
+            self._values[storage] = values
+        return self._values[storage]
+
+
+def _networks(archive: zipfile.ZipFile, size: int) -> dict[str, Layers]:
+    parts = archive.infolist()
+    names = [part.filename for part in parts]
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
         raise _Refused("its parts are compressed, which torch.save never does")
+    if sum(part.file_size for part in parts) > size or len(set(names)) != len(names):
+        raise _Refused("its parts overlap, or two have one name")
     pickles = [n for n in names if n.endswith("/data.pkl") and n.count("/") == 1]
     if len(pickles) != 1:
         raise _Refused(f"it holds {len(pickles)} pickles at its top, not one")
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
         raise _Refused("its numbers are not little-endian")
+    if archive.getinfo(pickles[0]).file_size > MOST_PROGRAM_BYTES:
+        raise _Refused(f"its pickle has more than {MOST_PROGRAM_BYTES:,} bytes")
     content = _Machine(archive.read(pickles[0])).run()
     if not isinstance(content, dict) or not content:
         raise _Refused("it is no dictionary of networks")
-
-    def array(of: Any) -> np.ndarray:
-        if not isinstance(of, _Array):
-            raise _Refused("a layer's weight is no tensor")
-        contiguous = tuple(math.prod(of.shape[i + 1 :]) for i in range(len(of.shape)))
-        if of.stride != contiguous or min((of.offset, *of.shape)) < 0:
-            raise _Refused(f"a tensor has shape {of.shape} and strides {of.stride}")
-        raw = archive.read(f"{root}data/{of.storage.key}")
-        values = np.frombuffer(raw, of.storage.dtype)
-        stop = of.offset + math.prod(of.shape)
-        if len(values) != of.storage.numel or stop > len(values):
-            raise _Refused(
-                f"storage {of.storage.key} has {len(values)} values, fewer than it should have"
-            )
-        return values[of.offset : stop].reshape(of.shape).astype(np.float32)
-
+    array = _Storages(archive, root, size).array
     networks: dict[str, Layers] = {}
     for name, module in content.items():
         if not isinstance(name, str) or not isinstance(module, _Module):
@@ -137,13 +176,15 @@ def _networks(archive: zipfile.ZipFile) -> dict[str, Layers]:
 def _in_sequence(name: str, module: _Module) -> list[_Module]:
     layers = module.state.get("_modules")
     if module.kind != "Sequential" or not isinstance(layers, dict):
-        raise _Refused(f"{name} is a {module.kind}, not a sequence of layers")
+        raise _Refused(f"{clip(name, 40)} is a {module.kind}, not a sequence of layers")
     if list(layers) != [str(i) for i in range(len(layers))]:
-        raise _Refused(f"the layers of {name} are not numbered from 0")
+        raise _Refused(f"the layers of {clip(name, 40)} are not numbered from 0")
     for layer in layers.values():
         wanted = {"Linear": {"weight", "bias"}, "Tanh": set()}.get(getattr(layer, "kind", ""))
         if wanted is None or set(layer.state.get("_parameters", {})) != wanted:
-            raise _Refused(f"{name} has a layer that is neither Linear with a bias nor Tanh")
+            raise _Refused(
+                f"{clip(name, 40)} has a layer that is neither Linear with a bias nor Tanh"
+            )
     return list(layers.values())
 
 
@@ -157,7 +198,9 @@ class _Machine:
         self.marks: list[int] = []
 
     def run(self) -> Any:
-        for opcode, argument, _ in pickletools.genops(self.program):
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(self.program)):
+            if number >= MOST_OPCODES:
+                raise _Refused(f"its pickle has more than {MOST_OPCODES:,} opcodes")
             if opcode.name == "STOP":
                 (result,) = self.stack
                 return result
@@ -181,7 +224,7 @@ class _Machine:
     def _global(self, name: str) -> None:
         allowed = name in MODULES or name in STORAGES or name in CONTAINERS or name in TENSORS
         if not allowed:
-            raise _Refused(f"it names {name.replace(' ', '.')}, which may do anything")
+            raise _Refused(f"it names {clip(name, 80).replace(' ', '.')}, which may do anything")
         self.stack.append(_Name(name))
 
     def _mark(self, _: Any) -> None:
@@ -227,6 +270,9 @@ class _Machine:
         target = self.stack[-1]
         if not isinstance(target, dict):
             raise _Refused("it sets an item of what is no dictionary")
+        # A key made of tuples that share their parts would take for ever to hash.
+        if not all(type(key) is str for key in pairs[::2]):
+            raise _Refused("a dictionary has a key that is no text")
         target.update(zip(pairs[::2], pairs[1::2], strict=True))
 
     def _newobj(self, _: Any) -> None:

@@ -337,11 +337,11 @@ def show(example: Example) -> str:
 def test_cutting_keeps_the_completion_as_long_as_it_fits(
     limit: int, before: int, after: int
 ) -> None:
-    from edgezo.data.dataset import _Encoder  # the cut itself, without files
+    from edgezo.data.encoder import Encoder  # the cut itself, without files
     from edgezo.data.row_kinds import Draft, Piece
 
     text = "no " * before + "yes " * after
-    encoder = _Encoder(byte_tokenizer(), limit, masked=False)
+    encoder = Encoder(byte_tokenizer(), limit, masked=False)
     piece = Piece(text, ((3 * before, len(text)),))
     for example in encoder.examples([Draft((piece,))], "training", []):
         [row] = example.rows

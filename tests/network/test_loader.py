@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from fuzz import readers
 from gguf.quants import dequantize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
@@ -24,7 +25,7 @@ from edgezo.network import cards
 from edgezo.network.loader import build_meta, load_tokenizer, open_model, shape_of, source_names
 from edgezo.weights import safetensors_file
 from edgezo.weights.gguf_file import GgufSource
-from edgezo.weights.gguf_header import read_header
+from edgezo.weights.gguf_header import GgufArray, read_header
 from edgezo.weights.tensor_source import open_tensors
 
 BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
@@ -555,3 +556,124 @@ def test_the_shape_of_a_card_is_the_shape_of_its_config() -> None:
     )
     shape = shape_of(config)
     assert all(getattr(card, name) == value for name, value in vars(shape).items())
+
+
+# ----------------------------------------------------------------------------- numbers that lie
+
+
+ENTRY = {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}
+LYING_ENTRIES: dict[str, dict[str, Any]] = {
+    "3000 axes": {"shape": [2] * 3000},
+    "thousands of digits": {"shape": [10**4000] * 9},
+    "an axis of thousands of digits": {"shape": [10**4000, 0]},
+    "no axis for these bytes": {"shape": []},
+    "offsets beyond all": {"data_offsets": [10**400, 10**400 + 32]},
+    "one offset": {"data_offsets": [0]},
+    "a negative axis": {"shape": [-2, -4]},
+    "half an axis": {"shape": [2.0, 4]},
+    "a list for a dtype": {"dtype": ["F32"]},
+    "no shape": {"shape": None},
+}
+
+
+@pytest.mark.parametrize("name", LYING_ENTRIES)
+def test_a_tensor_whose_numbers_lie_is_refused_before_they_are_multiplied(
+    name: str, tmp_path: Path
+) -> None:
+    header = json.dumps({"x": ENTRY | LYING_ENTRIES[name]}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(32))
+    with pytest.raises(EdgezoError, match=r"model\.safetensors") as caught:
+        open_tensors(tmp_path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_header_of_many_small_values_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    header = b"{" + b'"":0,' * 2000 + b'"":0}'
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(EdgezoError, match=r"2,001 fields in .* bytes, more than tensors need"):
+        open_tensors(tmp_path)
+
+
+def test_tensors_without_rows_are_read(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(0, 4), "y": torch.ones(3)}, tmp_path / "model.safetensors")
+    source = open_tensors(tmp_path)
+    assert source.read("x").shape == (0, 4)
+    assert source.read("x", rows=slice(0, 0)).shape == (0, 4)
+    assert source.same_bytes("x", "x") and source.read("y").sum() == 3
+
+
+def gguf_of(folder: Path, **changes: Any) -> Path:
+    """The sound GGUF file of the fuzz lane, with other values (``key=(type, bytes)``) or tensors."""
+    sound = readers.sound_gguf()
+    values = {key: (kind, value) for key, kind, value in sound.values}
+    tensors = {name: (axes, kind, offset) for name, axes, kind, offset in sound.tensors}
+    for name, change in changes.items():
+        place = tensors if name.encode() in tensors or len(change) == 3 else values
+        place[name.encode()] = change
+    file = folder / "m.gguf"
+    changed = sound._replace(
+        values=[(key, *value) for key, value in values.items()],
+        tensors=[(name, *tensor) for name, tensor in tensors.items()],
+    )
+    file.write_bytes(changed.encode())
+    return file
+
+
+def u64(*numbers: int) -> bytes:
+    return b"".join(n.to_bytes(8, "little") for n in numbers)
+
+
+LYING_GGUF: dict[str, dict[str, Any]] = {
+    "a count without end": {"more": (9, (8).to_bytes(4, "little") + u64(2**63))},
+    "an array of arrays": {"more": (9, (9).to_bytes(4, "little") + u64(3))},
+    "numbers without end": {"more": (9, (10).to_bytes(4, "little") + u64(2**61))},
+    "no rows": {"blk.0.attn_q.weight": ((48, 0), 0, 0)},
+    "axes whose product overflows": {"blk.0.attn_q.weight": ((2**32,) * 4, 0, 0)},
+    "an offset beyond all": {"blk.0.attn_q.weight": ((48, 48), 0, 2**64 - 32)},
+    "a text for a size": {"llama.block_count": (8, u64(3) + b"abc")},
+    "an array for a size": {
+        "llama.block_count": (9, (4).to_bytes(4, "little") + u64(1) + b"\1\0\0\0")
+    },
+    "no base of positions": {"llama.rope.freq_base": (8, u64(3) + b"abc")},
+    "a base that is no number": {"llama.rope.freq_base": (6, b"\0\0\xc0\x7f")},
+    "a scale that is no number": {
+        "llama.rope.scaling.type": (8, u64(6) + b"linear"),
+        "llama.rope.scaling.factor": (8, u64(1) + b"x"),
+    },
+    "heads of a gigabyte": {"llama.attention.key_length": (4, (2**30).to_bytes(4, "little"))},
+}
+
+
+@pytest.mark.parametrize("name", LYING_GGUF)
+def test_a_gguf_whose_numbers_lie_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(EdgezoError, match=r"m\.gguf"):
+        open_model(gguf_of(tmp_path, **LYING_GGUF[name]))
+
+
+def test_a_long_array_of_a_gguf_is_passed_over_and_counted(tmp_path: Path) -> None:
+    array = (0).to_bytes(4, "little") + u64(5000) + bytes(5000)
+    header = read_header(gguf_of(tmp_path, more=(9, array)))
+    assert header.metadata["more"] == GgufArray(5000)
+    assert header.metadata["tokenizer.ggml.tokens"] == GgufArray(tiny_models.VOCAB)
+    open_model(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [
+        {"x": "../model.safetensors"},
+        {"x": "a\0b"},
+        {"x": 3},
+        ["x"],
+        {"x": "y" * 5000},
+        {"x": "\ud800"},
+    ],
+)
+def test_an_index_that_lies_is_refused(weight_map: Any, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors.index.json"
+    file.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(EdgezoError) as caught:
+        open_tensors(tmp_path)
+    assert len(str(caught.value)) < 1000

@@ -108,7 +108,7 @@ def test_a_configuration_of_an_earlier_version_is_completed_by_its_row():
     saved = make_config({**BASE, "estimator": "mezo"}).to_dict()
     new = ("mask", "credit", "rule", "keep", "refresh", "candidates")
     old = {k: v for k, v in saved.items() if k not in new}
-    assert config.completed(old) == saved
+    assert config.completed(old).to_dict() == saved
     assert make_config({}, old).to_dict() == saved
 
 

@@ -1,0 +1,289 @@
+"""Texts become token sequences: tokenised in bounded batches, cut to ``--max-length`` tokens.
+
+A tokenizer takes up to a kilobyte for a character, and a rule of a foreign tokenizer may take for ever. So texts pass
+in small batches on a thread of their own, while this one watches memory and processor time; and of a very long text
+only the part is tokenised that its row is made of.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from edgezo.data.batches import Example, Row
+from edgezo.data.row_kinds import Draft, Piece
+from edgezo.errors import EdgezoError
+from edgezo.machine.foreign import reading
+from edgezo.machine.process_memory import Guard, ReadingGuard
+
+ENCODE_ROWS = 256  # at most so many texts are tokenised at a time,
+ENCODE_CHARS = 1 << 16  # and of texts of more than one at most so many characters
+ASCII_BYTES, OTHER_BYTES = 300, 1000  # of memory that a tokenizer takes for a character
+# Characters of a text that is tokenised whole: at least these, and so many for each token of a row.
+WHOLE_CHARS, WHOLE_TIMES = 1 << 16, 16
+MOST_CHARS = 1 << 20  # on each side of the first predicted one, of a longer text
+MOST_BATCH_CPU_S = 20.0  # for a batch, which takes a tenth of a second
+_LOOK_S = 0.05  # how often memory is looked at while a batch is tokenised
+
+
+class Encoder:
+    """Makes examples of drafts with one tokenizer, and counts the rows that had to be cut."""
+
+    def __init__(
+        self, tokenizer: Any, max_length: int, masked: bool, guard: Guard | None = None
+    ) -> None:
+        self.tokenizer, self.max_length, self.masked = tokenizer, max_length, masked
+        self.guard = guard or ReadingGuard()
+        with reading("The model's tokenizer", any_kind=True):
+            self.prefix, self.suffix = _special_ids(tokenizer)
+        self.cut = 0
+
+    def ids(
+        self, texts: Sequence[str], offsets: bool = False, wheres: Sequence[str] = ()
+    ) -> Iterator[tuple[list[int], Any]]:
+        """(token ids, character offsets or None) of each text, without special tokens; ``wheres`` are their places.
+
+        Raises DoesNotFit, and EdgezoError where the tokenizer fails.
+        """
+        for start, stop in _batches(texts):
+            batch = list(texts[start:stop])
+            where = wheres[start] if wheres else "a text"
+            encoded = self._bounded(
+                batch,
+                where,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                return_offsets_mapping=offsets,
+                verbose=False,
+            )
+            ids = encoded["input_ids"]
+            spans = encoded["offset_mapping"] if offsets else [None] * len(ids)
+            yield from zip(ids, spans, strict=True)
+
+    def _bounded(self, texts: list[str], where: str, **options: Any) -> Any:
+        """What the tokenizer makes of a batch, while memory and processor time are looked at."""
+        item = f"tokenising from {where} on"
+        each_bytes = ASCII_BYTES if all(map(str.isascii, texts)) else OTHER_BYTES
+        self.guard.check(each_bytes * sum(map(len, texts)), item)
+        outcome = _Outcome(None, None)
+
+        def work() -> None:
+            nonlocal outcome
+            try:
+                outcome = _Outcome(self.tokenizer(texts, **options), None)
+            except BaseException as problem:
+                outcome = _Outcome(None, problem)
+
+        thread = threading.Thread(target=work, daemon=True)
+        begun_s = time.process_time()
+        thread.start()
+        while thread.is_alive():
+            thread.join(_LOOK_S)
+            if not thread.is_alive():
+                break
+            self.guard.check(item=item)
+            if time.process_time() - begun_s > MOST_BATCH_CPU_S:
+                raise EdgezoError(
+                    f"{item} takes more than {MOST_BATCH_CPU_S:g} s of processor time, where a tenth of a second is "
+                    "usual. The tokenizer of the model is at fault: fetch the model again, or give another one."
+                )
+        if outcome.problem is not None:
+            with reading(f"The model's tokenizer fails {item}: the text", any_kind=True):
+                raise outcome.problem
+        return outcome.encoded
+
+    def examples(
+        self, drafts: Sequence[Draft], split: str, notes: list[str]
+    ) -> tuple[Example, ...]:
+        """The examples of all drafts that have a token to predict. Notes how many rows were cut or left out."""
+        pieces = [piece for draft in drafts for piece in draft.pieces]
+        wheres = [draft.where for draft in drafts for _ in draft.pieces]
+        make = self._span_rows if all(piece.spans for piece in pieces) else self._label_rows
+        rows = make(pieces, wheres)
+        self.cut = 0
+        every = [
+            Example(
+                tuple(next(rows) for _ in d.pieces),
+                d.label,
+                d.fields,
+                () if d.fields is None else d.options,
+            )
+            for d in drafts
+        ]
+        kept = tuple(e for e in every if all(row.score_at for row in e.rows))
+        if self.cut:
+            notes.append(
+                f"{self.cut} of {len(pieces)} {split} rows cut to {self.max_length} tokens "
+                "(--max-length)"
+            )
+        if len(kept) < len(every):
+            notes.append(f"{len(every) - len(kept)} {split} rows left out: no token to predict")
+        return kept
+
+    # -- very long texts ----------------------------------------------------------------------------------
+
+    def clipped(self, piece: Piece, where: str) -> Piece:
+        """The piece, or of a very long one the part that gives the row of the whole.
+
+        No number of characters is enough for every tokenizer: some make one token of any number of them, or none. So
+        parts are tried, each about twice as long as the one before, until two give the same row. A part of
+        ``MOST_CHARS`` on each side is taken as it is. Each is longer by a prime number: tokens of a fixed length,
+        which depend on where a part begins, then differ.
+        """
+        size = max(WHOLE_CHARS, WHOLE_TIMES * self.max_length)
+        if len(piece.text) <= size and len(piece.after or "") <= size:
+            return piece
+        part, size = _part(piece, size // 2), size // 2
+        row = self._row_of(part, where)
+        while size < MOST_CHARS:
+            size += _prime_above(size)
+            larger = _part(piece, size)
+            if not larger.clipped:
+                return piece
+            if (row_of_larger := self._row_of(larger, where)) == row:
+                break
+            part, row = larger, row_of_larger
+        return part
+
+    def _row_of(self, piece: Piece, where: str) -> Row:
+        """The row of one piece, tokenised alone."""
+        (ids, offsets), *_ = self.ids([piece.text], bool(piece.spans), [where])
+        if piece.spans:
+            return self._span_row(piece, ids, offsets)[0]
+        (after, _), *_ = self.ids([piece.after or ""], False, [where])
+        return self._label_row(ids, after)[0]
+
+    # -- rows that predict some of their characters -------------------------------------------------------
+
+    def _span_rows(self, pieces: Sequence[Piece], wheres: Sequence[str]) -> Iterator[Row]:
+        encoded = self.ids([piece.text for piece in pieces], True, wheres)
+        for piece, (ids, offsets) in zip(pieces, encoded, strict=True):
+            row, cut = self._span_row(piece, ids, offsets)
+            self.cut += cut or piece.clipped
+            yield row
+
+    def _span_row(self, piece: Piece, ids: list[int], offsets: Any) -> tuple[Row, bool]:
+        """The row of a piece, and whether it was cut."""
+        end_id = self.tokenizer.eos_token_id
+        # A token of no characters (the mark of a word's start in some vocabularies) counts as one character.
+        scored = [
+            any(first < end and max(last, first + 1) > start for start, end in piece.spans)
+            for first, last in offsets
+        ]
+        if piece.ends and end_id is not None:
+            ids, scored = [*ids, end_id], [*scored, True]
+        return self._causal_row(() if piece.bare else self.prefix, ids, scored)
+
+    def _causal_row(
+        self, prefix: Sequence[int], ids: list[int], scored: list[bool]
+    ) -> tuple[Row, bool]:
+        """A row of at most ``max_length`` tokens, cut before its first scored token, and only then at its end."""
+        first = scored.index(True) if True in scored else len(ids)
+        last = max((i for i, s in enumerate(scored) if s), default=-1)
+        ids, scored = ids[: last + 1], scored[: last + 1]  # nothing reads what follows
+        room = self.max_length + 1 - len(prefix)  # the last token is predicted, not read
+        cut = len(ids) > room
+        if cut:
+            start = max(0, min(len(ids) - room, first - (0 if prefix else 1)))
+            ids, scored = ids[start : start + room], scored[start : start + room]
+        ids, scored = [*prefix, *ids], [False] * len(prefix) + scored
+        targets = [i for i, is_scored in enumerate(scored) if is_scored and i > 0]
+        row = Row(
+            array("i", ids[:-1]),
+            _compact([i - 1 for i in targets]),
+            array("i", [ids[i] for i in targets]),
+        )
+        return row, cut
+
+    # -- rows that predict a label word -------------------------------------------------------------------
+
+    def _label_rows(self, pieces: Sequence[Piece], wheres: Sequence[str]) -> Iterator[Row]:
+        """Rows that end with the prompt; for a masked model, the prompt, the mask and the text after it."""
+        befores = self.ids([piece.text for piece in pieces], False, wheres)
+        afters = self.ids([piece.after or "" for piece in pieces], False, wheres)
+        for piece, (before, _), (after, _) in zip(pieces, befores, afters, strict=True):
+            row, cut = self._label_row(before, after)
+            self.cut += cut or piece.clipped
+            yield row
+
+    def _label_row(self, before: list[int], after: list[int]) -> tuple[Row, bool]:
+        """The row of a prompt and the text after the mask, and whether it was cut."""
+        around = [*self.prefix, self.tokenizer.mask_token_id, *self.suffix]
+        room = self.max_length - (len(around) if self.masked else len(self.prefix))
+        cut = len(before) + len(after) > room
+        after = after[: max(room - len(before), room // 2)]
+        before = before[max(0, len(before) - (room - len(after))) :]
+        ids = [*self.prefix, *before]
+        if self.masked:
+            ids += [self.tokenizer.mask_token_id]
+        score_at = (len(ids) - 1,) if ids else ()
+        if self.masked:
+            ids += [*after, *self.suffix]
+        return Row(array("i", ids), score_at, ()), cut
+
+
+class _Outcome(NamedTuple):
+    """What a thread came to."""
+
+    encoded: Any
+    problem: BaseException | None
+
+
+def _part(piece: Piece, size: int) -> Piece:
+    """``size`` characters of a piece on each side of where prediction begins; ``clipped`` if it has more."""
+    text, after = piece.text, piece.after
+    first = min((start for start, _ in piece.spans), default=len(text))
+    start, stop = max(0, first - size), min(len(text), first + size)
+    spans = [(max(a, start) - start, min(b, stop) - start) for a, b in piece.spans]
+    inside = stop == len(text)
+    return replace(
+        piece,
+        text=text[start:stop],
+        spans=tuple((a, b) for a, b in spans if a < b),
+        ends=piece.ends and inside,
+        after=None if after is None else after[:size],
+        clipped=start > 0 or not inside or len(after or "") > size,
+    )
+
+
+def _prime_above(number: int) -> int:
+    """The smallest prime that is larger."""
+    while True:
+        number += 1
+        if all(number % factor for factor in range(2, math.isqrt(number) + 1)):
+            return number
+
+
+def _batches(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of consecutive texts that are tokenised together."""
+    start, chars = 0, 0
+    for i, text in enumerate(texts):
+        if i > start and (i - start == ENCODE_ROWS or chars + len(text) > ENCODE_CHARS):
+            yield start, i
+            start, chars = i, 0
+        chars += len(text)
+    if start < len(texts):
+        yield start, len(texts)
+
+
+def _compact(positions: list[int]) -> Sequence[int]:
+    """Ascending positions as a range where they follow each other, else as an array."""
+    if positions and positions[-1] - positions[0] == len(positions) - 1:
+        return range(positions[0], positions[-1] + 1)
+    return array("i", positions)
+
+
+def _special_ids(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The special tokens that the tokenizer puts before and after a text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return tuple(whole[:start]), tuple(whole[start + len(plain) :])
+    return (), ()
