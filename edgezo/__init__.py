@@ -12,6 +12,12 @@ from typing import TYPE_CHECKING, Any
 # The hub's client tells what runs it and asks which programs there are, unless this is set before its import.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+# A process that another one of edgezo's has started ends with it.
+if "EDGEZO_PARENT" in os.environ:
+    from edgezo.machine.children import end_with_parent
+
+    end_with_parent(int(os.environ.pop("EDGEZO_PARENT")))
+
 __version__ = "0.1.0"
 __all__ = ["RunConfig", "__version__", "finetune", "make_config", "make_plan"]
 

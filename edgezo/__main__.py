@@ -1,6 +1,19 @@
-"""``python -m edgezo`` is ``edgezo``."""
+"""``python -m edgezo`` is ``edgezo``. It listens for Ctrl-C before it imports the rest, which takes a while."""
 
-from edgezo.cli.main import main
+from __future__ import annotations
+
+from typing import NoReturn
+
+from edgezo.machine import interrupts
+
+
+def main() -> NoReturn:
+    """Run the command line; the process ends with its exit code."""
+    interrupts.listen()
+    from edgezo.cli.main import main as command
+
+    command()
+
 
 if __name__ == "__main__":
     main()

@@ -71,24 +71,19 @@ def model_shape(model: str) -> Shape:
 def _hub_shape(repo: str) -> Shape:
     """Sizes of a model on the hub. Raises EdgezoError without a connection or for an unknown family."""
     from huggingface_hub import hf_hub_download
-    from transformers import AutoConfig
 
     from edgezo.network import loader
+    from edgezo.network.foreign_config import read_config
 
     try:
         file = hf_hub_download(repo, "config.json", etag_timeout=_TIMEOUT_S)
-        config = AutoConfig.from_pretrained(file, trust_remote_code=False).get_text_config()
-    except Exception as error:  # the hub client and transformers raise many types
+    except Exception as error:  # the hub client raises many types
         first = str(error).strip().partition("\n")[0]
         raise EdgezoError(
             f"can't fetch the configuration of {repo} from the hub: {first}\n"
             "Give --model a local directory, a .gguf file or a card (see edgezo models)."
         ) from error
-    if config.model_type not in loader.FAMILIES:
-        raise EdgezoError(
-            f"{repo} is of type {config.model_type!r}; edgezo loads {', '.join(loader.FAMILIES)}."
-        )
-    return loader.shape_of(config)
+    return loader.shape_of(read_config(Path(file)))
 
 
 def show_batch(cfg: RunConfig) -> str:

@@ -7,8 +7,9 @@ one JSON object, errors included; progress and notes go to standard error.
 
 from __future__ import annotations
 
+import errno
+import io
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -29,16 +30,18 @@ from edgezo.cli.options import (
     RUN,
     config_option,
     emit,
+    encodable,
     json_option,
     options,
+    printable,
     use_threads,
 )
 from edgezo.cli.requests import evaluation_request, finetune_request, request
 from edgezo.errors import EdgezoError, UsageError
+from edgezo.machine import interrupts
+from edgezo.machine.interrupts import INTERRUPTED
 from edgezo.machine.process_memory import allocator_policy
 from edgezo.plan.request import read_toml
-
-INTERRUPTED = 130
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -82,7 +85,6 @@ def finetune(
         plan = preview.plan(cfg, progress.note)
         emit(as_json, plan.to_dict(), tables.plan_table(plan))
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with profiler.profiling(cfg.profile):
         with profiler.phase("import"):
             from edgezo.run.train import finetune as run_finetune
@@ -169,7 +171,6 @@ def export(run: str, form: str, dtype: str | None, out: str, as_json: bool) -> N
     from edgezo.plan.budget import mb
     from edgezo.run.export import export as run_export
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     result = run_export(Path(run), form, Path(out), dtype=dtype)
     text = f"{result['tensors']} tensors, {mb(result['weight_bytes'])}, in {out}"
     emit(as_json, result, "\n".join([text, *(f"note: {line}" for line in result["notes"])]))
@@ -309,9 +310,25 @@ def _describe(error: BaseException) -> tuple[int, str, Mapping[str, Any]]:
     if isinstance(error, MemoryError):
         return 1, "the system has no more memory to give; try a smaller --max-mem", {}
     if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return 1, f"{where}{error.strerror or error}", {}
+        return 1, _os_message(error), {}
     return 1, f"{type(error).__name__}: {error}", {}
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+def _os_message(error: OSError) -> str:
+    """What the system refuses, where, and what to do next."""
+    what = error.strerror or str(error) or type(error).__name__
+    if error.errno in _NO_ROOM:
+        where = error.filename or "standard output, or a temporary file"
+        return (
+            f"{where}: {what}. The disk, the quota or the file size limit is full. Free some space and give the "
+            "command again; a run goes on with --resume."
+        )
+    if error.filename:
+        return f"{error.filename}: {what}. Check that it exists and may be read and written."
+    return f"{what}. Check the files and directories that the command names."
 
 
 _EXPECTED = (
@@ -328,28 +345,66 @@ def run(args: Sequence[str]) -> int:
     """Run one command and return its exit code; errors are printed, not raised."""
     as_json = "--json" in args
     try:
-        outcome = cli.main(args=list(args), prog_name="edgezo", standalone_mode=False)
+        _check_text(args)
+        with interrupts.raising():
+            outcome = cli.main(args=list(args), prog_name="edgezo", standalone_mode=False)
         return outcome if isinstance(outcome, int) else 0
     except BaseException as error:
         if isinstance(error, SystemExit | GeneratorExit):
             raise
         if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard_output()
             return 1
+        if interrupts.asked() and not isinstance(error, EdgezoError):
+            error = KeyboardInterrupt()  # what it became on its way through a library
         code, message, more = _describe(error)
         if not isinstance(error, _EXPECTED):  # a bug: show where it is
             traceback.print_exc()
         if as_json:
             from edgezo.machine.files import to_json
 
-            click.echo(to_json({"error": message, "exit_code": code, **more}))
+            click.echo(encodable(to_json({"error": message, "exit_code": code, **more})))
         elif isinstance(error, click.UsageError):
             error.show()
         else:
-            click.echo(f"edgezo: {message}", err=True)
+            click.echo(f"edgezo: {printable(message)}", err=True)
         return code
 
 
+def _check_text(args: Sequence[str]) -> None:
+    """UsageError for an argument whose bytes are no UTF-8: neither a journal nor a summary could hold it."""
+    for argument in args:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"the argument {printable(argument)} is not UTF-8 text. Rename the file, or give the text as UTF-8."
+            ) from None
+
+
+def _discard_output() -> None:
+    """Write nothing more to a standard output that nobody reads, or that is full."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> NoReturn:
+    """Run the command line in a process of its own, which ends with its exit code."""
+    interrupts.listen()
     allocator_policy()  # before anything imports torch
-    sys.exit(run(sys.argv[1:]))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # half a character is no reason to fail
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _discard_output()
+        if not isinstance(error, BrokenPipeError):
+            click.echo(f"edgezo: {_os_message(error)}", err=True)
+        code = code or 1
+    interrupts.finish()
+    if interrupts.asked():
+        # Python would end with the signal, where it has passed through code that was made of text (a dataclass).
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
+    sys.exit(code)

@@ -88,6 +88,20 @@ def emit(as_json: bool, payload: Mapping[str, Any], shown: Any) -> None:
     from edgezo.machine.files import to_json
 
     if as_json:
-        click.echo(to_json(payload))
+        click.echo(encodable(to_json(payload)))
     else:
         stdout().print(shown, markup=False)
+
+
+def encodable(text: str) -> str:
+    """``text`` with each half of a surrogate pair, which is no character, as the escape that JSON has for it."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def printable(text: str) -> str:
+    """``text`` for a terminal: without control characters, which could be commands to it."""
+    shown = (
+        c if (c >= " " and not "\x7f" <= c <= "\x9f") or c in "\n\t" else repr(c)[1:-1]
+        for c in text
+    )
+    return encodable("".join(shown))

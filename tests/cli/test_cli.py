@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ class Finetune:
 def finetune(monkeypatch):
     stand_in = Finetune()
     monkeypatch.setitem(sys.modules, "edgezo.run.train", SimpleNamespace(finetune=stand_in))
-    monkeypatch.setattr(cli.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
     return stand_in
 
 
