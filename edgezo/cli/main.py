@@ -367,7 +367,7 @@ def run(args: Sequence[str]) -> int:
         elif isinstance(error, click.UsageError):
             error.show()
         else:
-            click.echo(f"edgezo: {printable(message)}", err=True)
+            click.echo(f"edgezo: {printable(message)}", file=sys.stderr)  # in its own encoding
         return code
 
 

@@ -106,6 +106,7 @@ def _opened(cfg: RunConfig, files: RunFiles, resume: bool, progress: RunProgress
         at_end.callback(_save_profile, files, progress)
         model, memory = _load(planned, Overlay.of(files, header), resume)
         at_end.callback(model.close)
+        begins = journal is None
         if journal is None:  # last, so that a model that cannot be loaded leaves no run behind
             kind = {"shaped": journal_is_shaped(cfg), "scaled": cfg.finetuner is not None}
             journal = at_end.enter_context(create_journal(files.journal, header, **kind))
@@ -115,7 +116,8 @@ def _opened(cfg: RunConfig, files: RunFiles, resume: bool, progress: RunProgress
         at_end.enter_context(stop.listening())
         follow(model, cfg, journal, progress.note)
         readout = restore_readout(files, cfg, model, journal, opened.files.shape.hidden)
-        restored = restore_weights(files, cfg, model, journal)
+        # What a run whose journal is gone has left is no state of the one that begins here.
+        restored = Restored(0, {}) if begins else restore_weights(files, cfg, model, journal)
         before = files.read_config() if files.config.exists() else None
         ended = _ended(files, cfg, model, restored, readout)
         # Nothing refuses a resume from here on, so that a refusal has changed nothing.

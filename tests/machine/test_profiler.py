@@ -369,10 +369,12 @@ def test_the_profile_of_a_run_that_the_guard_stops_is_written_and_a_resume_may_e
     assert (run / "profile.json").read_bytes() == first
 
 
-def test_a_profile_that_cannot_be_written_is_a_note_and_fails_no_run(bench, edgezo, tmp_path):
+def test_a_folder_in_the_place_of_the_profile_is_refused_before_the_run_begins(
+    bench, edgezo, tmp_path
+):
     run = tmp_path / "run"
     claim(run, "run")
     (run / "profile.json").mkdir()
-    code, out, err = edgezo("finetune", *bench.arguments(out=run), "--profile")
-    assert code == 0 and "peak memory" in out
-    assert "no profile of this run" in err.replace("\n", " ")
+    code, _, err = edgezo("finetune", *bench.arguments(out=run), "--profile")
+    assert code == 1 and "profile.json" in err.replace("\n", "")
+    assert not (run / "journal.bin").exists() and (run / "profile.json").is_dir()
