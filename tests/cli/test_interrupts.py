@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ import os, signal, sys
 event, what, number, swallow = sys.argv[1:5]
 del sys.argv[1:5]
 struck = False
+
 def hook(name, args):
     global struck
     if not struck and name == event and str(args[0]).endswith(what):
@@ -41,6 +43,16 @@ sys.addaudithook(hook)
 from edgezo.__main__ import main
 main()
 """
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """A shell lets jobs in the background ignore Ctrl-C, and they pass that on: here it is heard in any case."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def struck(
