@@ -127,7 +127,7 @@ def test_a_snapshot_holds_the_weights_and_a_lost_one_is_made_again(
     whole_file = (run / "head.safetensors").read_bytes()
     (run / "head.safetensors").write_bytes(whole_file[: len(whole_file) // 2])
     code, answer = edgezo_json("eval", "--model", run)
-    assert code == 1 and "head.safetensors is damaged" in answer["error"]
+    assert code == 1 and "head.safetensors cannot be read" in answer["error"]
     (run / "head.safetensors").unlink()
     code, answer = edgezo_json("replay", run, "--out", tmp_path / "copy")
     assert code == 1 and "--resume" in answer["error"]
