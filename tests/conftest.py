@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -97,6 +98,17 @@ def _rows(kind: str) -> list[dict[str, Any]]:
         }
         rows.append(kinds[kind])
     return rows
+
+
+@pytest.fixture(autouse=True)
+def threads_of_children() -> Iterator[None]:
+    """--threads of a command in this process sets what later children would take: other threads give other bits."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    yield
+    for name in names:
+        os.environ.pop(name, None)
+    os.environ.update(before)
 
 
 @pytest.fixture
