@@ -11,11 +11,12 @@ import math
 import threading
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from edgezo.data.batches import Example, Row
+from edgezo.data.packed import PackedExamples
 from edgezo.data.row_kinds import Draft, Piece
 from edgezo.errors import EdgezoError
 from edgezo.machine.foreign import reading
@@ -98,33 +99,38 @@ class Encoder:
                 raise outcome.problem
         return outcome.encoded
 
-    def examples(
-        self, drafts: Sequence[Draft], split: str, notes: list[str]
-    ) -> tuple[Example, ...]:
+    def examples(self, drafts: Iterable[Draft], split: str, notes: list[str]) -> PackedExamples:
         """The examples of all drafts that have a token to predict. Notes how many rows were cut or left out."""
+        packed, n_rows, left_out = PackedExamples(), 0, 0
+        self.cut = 0
+        for some in _groups(drafts):
+            n_rows += sum(len(draft.pieces) for draft in some)
+            for example in self._some_examples(some):
+                if all(row.score_at for row in example.rows):
+                    packed.append(example)
+                else:
+                    left_out += 1
+            self.guard.check(item=f"keeping the tokens of the rows up to {some[-1].where}")
+        if self.cut:
+            notes.append(
+                f"{self.cut} of {n_rows} {split} rows cut to {self.max_length} tokens "
+                "(--max-length)"
+            )
+        if left_out:
+            notes.append(f"{left_out} {split} rows left out: no token to predict")
+        return packed
+
+    def _some_examples(self, drafts: Sequence[Draft]) -> Iterator[Example]:
+        """One example for each draft, whether it predicts something or not."""
         pieces = [piece for draft in drafts for piece in draft.pieces]
         wheres = [draft.where for draft in drafts for _ in draft.pieces]
         make = self._span_rows if all(piece.spans for piece in pieces) else self._label_rows
         rows = make(pieces, wheres)
-        self.cut = 0
-        every = [
-            Example(
-                tuple(next(rows) for _ in d.pieces),
-                d.label,
-                d.fields,
-                () if d.fields is None else d.options,
+        for draft in drafts:
+            options = () if draft.fields is None else draft.options
+            yield Example(
+                tuple(next(rows) for _ in draft.pieces), draft.label, draft.fields, options
             )
-            for d in drafts
-        ]
-        kept = tuple(e for e in every if all(row.score_at for row in e.rows))
-        if self.cut:
-            notes.append(
-                f"{self.cut} of {len(pieces)} {split} rows cut to {self.max_length} tokens "
-                "(--max-length)"
-            )
-        if len(kept) < len(every):
-            notes.append(f"{len(every) - len(kept)} {split} rows left out: no token to predict")
-        return kept
 
     # -- very long texts ----------------------------------------------------------------------------------
 
@@ -258,6 +264,19 @@ def _prime_above(number: int) -> int:
         number += 1
         if all(number % factor for factor in range(2, math.isqrt(number) + 1)):
             return number
+
+
+def _groups(drafts: Iterable[Draft]) -> Iterator[list[Draft]]:
+    """Consecutive drafts, few enough that their texts take little memory."""
+    group, chars = list[Draft](), 0
+    for draft in drafts:
+        group.append(draft)
+        chars += sum(len(piece.text) for piece in draft.pieces)
+        if len(group) == ENCODE_ROWS or chars > ENCODE_CHARS:
+            yield group
+            group, chars = [], 0
+    if group:
+        yield group
 
 
 def _batches(texts: Sequence[str]) -> Iterator[tuple[int, int]]:

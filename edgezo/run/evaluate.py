@@ -60,7 +60,7 @@ def evaluate(
     trained = run.read_config() if is_run else None
     if trained is None:
         cfg = replace(cfg, train=("head",))  # the smallest: nothing is trained
-    opened = open_request(cfg)
+    opened = open_request(cfg, to_train=False)
     for text in opened.dataset.notes:
         note(text)
     base = meter.mark("base")

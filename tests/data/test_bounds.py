@@ -202,9 +202,9 @@ def test_a_part_of_a_long_text_gives_the_row_of_the_whole(make: str) -> None:
         if labelled or make == "masked":
             piece = Piece(prompt, after=answer if make == "masked" else None)
         part = encoder.clipped(piece, "rows:1")
-        whole = encoder.examples([Draft((piece,))], "training", [])
+        whole = list(encoder.examples([Draft((piece,))], "training", []))
         notes: list[str] = []
-        assert encoder.examples([Draft((part,))], "training", notes) == whole
+        assert list(encoder.examples([Draft((part,))], "training", notes)) == whole
         if part.clipped:
             assert f"1 of 1 training rows cut to {length} tokens (--max-length)" in notes
 
@@ -311,7 +311,7 @@ def test_reading_ends_at_the_cap_with_the_row_and_what_would_be_enough(tmp_path:
     file.write_text('{"text": "a film"}\n' * 5000)
     guard = ReadingGuard(400 * MB, rss=Rising(80 * MB), trim=lambda: None)
     with pytest.raises(DoesNotFit, match=r"rows\.jsonl:\d+ is being read, .* --max-mem 400\.0 MB"):
-        read_records(file, Problems(), guard)
+        list(read_records(file, Problems(), guard))
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_a_line_is_refused_before_it_is_parsed_where_its_values_have_no_room(
     # Resident memory does not matter here: no room at all is left.
     guard = Guard(20 * MB, 16 * MB, rss=lambda: 2 * MB, trim=lambda: None)
     with pytest.raises(BudgetExceeded, match=rf"rows\.{suffix}:1"):
-        read_records(file, Problems(), guard)
+        list(read_records(file, Problems(), guard))
 
 
 def test_a_cap_below_what_the_process_holds_is_the_planners_to_refuse() -> None:
@@ -392,7 +392,7 @@ def test_a_peak_before_loading_ends_before_anything_is_written(
 
 def problems_of(file: Path) -> str:
     problems = Problems()
-    read_records(file, problems)
+    list(read_records(file, problems))
     with pytest.raises(UsageError) as caught:
         problems.raise_any()
     return str(caught.value)
@@ -475,7 +475,7 @@ def test_a_file_in_which_every_row_is_wrong_is_not_read_to_its_end(
 
     monkeypatch.setattr(row_files, "parse_json", counted)
     with pytest.raises(UsageError, match=r"stopped after 10,000 problems") as caught:
-        read_records(file, Problems())
+        list(read_records(file, Problems()))
     assert parsed == Problems.MOST_PLACES and len(str(caught.value)) < 2000
 
 
@@ -491,7 +491,7 @@ def test_a_parquet_file_that_unpacks_to_more_than_there_is_room_for_is_refused(
     monkeypatch.setattr(row_files, "LEAST_PARQUET_BYTES", 0)
     guard = Guard(100 * MB, 0, rss=lambda: 0)
     problems = Problems()
-    assert not read_records(tmp_path / "rows.parquet", problems, guard)
+    assert not list(read_records(tmp_path / "rows.parquet", problems, guard))
     with pytest.raises(UsageError, match="needs more than 100MB to unpack"):
         problems.raise_any()
 
