@@ -7,8 +7,8 @@
     rows                                  JSONL, JSON and CSV: the suffix of a case's name says which
     templates                             chat templates: programs that write, count and call without end
 
-Each generator yields (name, bytes) for ever, and the same ones for the same seed. ``READERS`` has for each what reads a
-case: it returns whether the case was accepted, and raises nothing but EdgezoError.
+``READERS`` has for each form what makes a case, (name, bytes), from a random generator, and what reads one: it returns
+whether the case was accepted, and raises nothing but EdgezoError.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import random
 import shutil
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 Case = tuple[str, bytes]
-Generator = Callable[[int], Iterator[Case]]
 
 INTEGERS = (
     *(0, 1, 2, 3, 4, 7, 8, 31, 32, 63, 64, 255, 256, 4095, 4096, 65535, 65536, 10**6),
@@ -113,19 +113,6 @@ def written(rng: random.Random, value: Any) -> bytes:
         case 6:
             text = text.replace(": ", ": " + " " * rarely(rng, 100_000, 1000), 1)
     return text.encode("utf-8", "surrogatepass")
-
-
-def forever(make: Callable[[random.Random], tuple[str, bytes]]) -> Generator:
-    """A generator of what ``make`` makes."""
-
-    def cases(seed: int) -> Iterator[Case]:
-        rng, number = random.Random(seed), 0
-        while True:
-            name, data = make(rng)
-            yield f"{number:07d}-{name}", data
-            number += 1
-
-    return cases
 
 
 # ---------------------------------------------------------------------------------------------
@@ -585,7 +572,7 @@ def _rows(rng: random.Random) -> Case:
 
 
 def _templates(rng: random.Random) -> Case:
-    n = rng.choice((3, 1000, 99_999, 10**9, 3 * 10**9))
+    n = rarely(rng, rng.choice((99_999, 10**9, 3 * 10**9)), 3, 12, 1000)
     writers = (
         f"{{{{ 'x' * {n} }}}}",
         f"{{{{ [0] * {n} }}}}",
@@ -600,7 +587,7 @@ def _templates(rng: random.Random) -> Case:
         f"{{{{ range({n})|join('x' * {n}) }}}}",
         f"{{{{ ('x' * {min(n, 10**5)})|replace('x', 'y' * {min(n, 10**5)}) }}}}",
         "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}{% endmacro %}"
-        f"{{{{ m({min(n, 40)}) }}}}",
+        f"{{{{ m({min(n, 12 if n < 2000 else 40)}) }}}}",
         "{% set ns = namespace(t='x') %}{% for i in range(60) %}{% set ns.t = ns.t ~ ns.t %}{% endfor %}"
         "{{ ns.t }}",
         "{{ messages[0].content.__class__.__mro__ }}",
@@ -625,10 +612,11 @@ def _templates(rng: random.Random) -> Case:
 
 
 class FuzzReader(NamedTuple):
-    """Cases of one form, and what reads one of them in an empty folder: whether it was accepted."""
+    """Cases of one form, and what reads one of them in a folder: whether it was accepted."""
 
-    cases: Generator
+    make: Callable[[random.Random], Case]
     read: Callable[[str, bytes, Path], bool]
+    share: int  # of every thousand cases of the lane
 
 
 def _model_with(folder: Path, **files: bytes) -> Path:
@@ -661,7 +649,7 @@ def read_gguf(name: str, data: bytes, folder: Path) -> bool:
     file = folder / "model.gguf"
     file.write_bytes(data)
     _load(file)
-    if name.startswith(("0000", "0001")):  # a twentieth of a second each
+    if zlib.crc32(data) % 20 == 0:  # a twentieth of a second each
         from edgezo.network.loader import load_tokenizer
 
         load_tokenizer(file)
@@ -769,13 +757,13 @@ def read_templates(name: str, data: bytes, folder: Path) -> bool:
 
 
 READERS: dict[str, FuzzReader] = {
-    "gguf": FuzzReader(forever(_gguf), read_gguf),
-    "safetensors": FuzzReader(forever(_safetensors), read_safetensors),
-    "index": FuzzReader(forever(_index), read_index),
-    "pickled": FuzzReader(forever(_pickled), read_pickled),
-    "configs": FuzzReader(forever(_configs), read_configs),
-    "tokenizers": FuzzReader(forever(_tokenizers), read_tokenizers),
-    "toml": FuzzReader(forever(_toml), read_toml),
-    "rows": FuzzReader(forever(_rows), read_rows),
-    "templates": FuzzReader(forever(_templates), read_templates),
+    "gguf": FuzzReader(_gguf, read_gguf, 20),
+    "safetensors": FuzzReader(_safetensors, read_safetensors, 20),
+    "index": FuzzReader(_index, read_index, 20),
+    "pickled": FuzzReader(_pickled, read_pickled, 20),
+    "configs": FuzzReader(_configs, read_configs, 20),
+    "tokenizers": FuzzReader(_tokenizers, read_tokenizers, 20),
+    "toml": FuzzReader(_toml, read_toml, 20),
+    "rows": FuzzReader(_rows, read_rows, 20),
+    "templates": FuzzReader(_templates, read_templates, 20),
 }
