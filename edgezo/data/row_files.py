@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from edgezo.errors import UsageError
 from edgezo.machine import children
-from edgezo.machine.foreign import FAULTS, clip, parse_json, reason
+from edgezo.machine.foreign import FAULTS, clip, first_twice, parse_json, reason
 from edgezo.machine.process_memory import Guard, ReadingGuard
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -307,7 +307,7 @@ def _read_csv(path: Path, problems: Problems, guard: Guard) -> Iterator[Record]:
         reader = csv.reader(_lines(file, path, guard))
         header = next((row for row in reader if row), [])
         listed = clip(", ".join(header), 200)
-        if twice := _first_twice(header):
+        if (twice := first_twice(header)) is not None:
             problems.add(f"{path} has several columns named {twice!r} ({listed})")
             return
         for row in reader:
@@ -320,16 +320,6 @@ def _read_csv(path: Path, problems: Problems, guard: Guard) -> Iterator[Record]:
                 problems.add(
                     f"the cells of a row do not match the header of {path} ({listed})", at=where
                 )
-
-
-def _first_twice(names: Sequence[str]) -> str | None:
-    """The first of the names that occurs more than once; None where none does."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
 
 
 def _clip(text: str) -> str:
