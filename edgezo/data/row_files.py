@@ -153,7 +153,8 @@ def _part(files: Sequence[Path], names: Sequence[str], problems: Problems) -> li
             )
             if shards:
                 count = max(count for _, count, _ in shards)
-                if [number for number, _, _ in shards] != list(range(count)):
+                numbers = [number for number, _, _ in shards]
+                if len(shards) != count or numbers != list(range(len(shards))):
                     problems.add(
                         f"{shards[0][2].parent} has {len(shards)} shards of {name}, not each of {count} "
                         "once: fetch those that are missing, or remove those of another set"

@@ -17,6 +17,7 @@ from edgezo.data.dataset import Dataset
 from edgezo.errors import DoesNotFit, EdgezoError, UsageError
 from edgezo.machine.downloads import cache_dir
 from edgezo.machine.files import atomic_path, is_leftover, write_error
+from edgezo.machine.foreign import MOST_TOML_BYTES, read_small, reading
 from edgezo.machine.hardware import format_bytes
 from edgezo.machine.open_files import (
     check_folder,
@@ -101,13 +102,15 @@ class RunFiles:
         return self.path / "edgezo.json"
 
     def read_config(self) -> RunConfig:
-        try:
-            return from_toml(self.config.read_text(encoding="utf-8"))
-        except FileNotFoundError as problem:
+        """The settings of the run. Raises EdgezoError where there is no such file, or one that cannot be read."""
+        if not os.path.lexists(self.config):
             raise EdgezoError(
                 f"{self.path} is no run: it has no config.toml.\n"
                 "Give the --out directory of an edgezo finetune, or one that edgezo replay wrote."
-            ) from problem
+            )
+        with reading(self.config, "Restore it from a copy."):
+            text = read_small(self.config, MOST_TOML_BYTES).decode("utf-8")
+        return from_toml(text)
 
 
 def free_directory(cfg: RunConfig) -> Path:

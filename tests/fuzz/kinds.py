@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from fuzz import journals, overlays, snapshots
 from fuzz.damage import damaged
+from fuzz.datasets import SETS
 from fuzz.lane import Believed, Kind
+from fuzz.own_files import OWN
 from fuzz.readers import READERS, FuzzReader
 
 from edgezo.errors import EdgezoError
@@ -140,7 +142,8 @@ def table(precision: str) -> Callable[[int, Path], bool]:
 
 
 KINDS: dict[str, Kind] = {
-    **{name: Kind(foreign(reader), reader.share) for name, reader in READERS.items()},
+    **{name: Kind(foreign(reader), reader.share) for name, reader in (READERS | SETS).items()},
+    **{name: Kind(*kind) for name, kind in OWN.items()},
     "journal-damaged": Kind(damaged_journal, 100),
     "journal-forged": Kind(forged_journal, 60),
     "head": Kind(snapshot(0), 100),

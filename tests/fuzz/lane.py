@@ -22,7 +22,6 @@ import select
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,18 +39,31 @@ class Believed(Exception):
     """What was read is not what was written."""
 
 
+class Elsewhere:
+    """What a case has taken in processes that are not children of the worker."""
+
+    cpu_s, memory_bytes = 0.0, 0
+
+    @classmethod
+    def add(cls, cpu_s: float, memory_bytes: int) -> None:
+        cls.cpu_s += cpu_s
+        cls.memory_bytes = max(cls.memory_bytes, memory_bytes)
+
+
 class Kind(NamedTuple):
     """What makes and reads the case of a seed in a folder: whether it was accepted. Raises EdgezoError, or Believed."""
 
     read: Callable[[int, Path], bool]
-    share: int = 1  # of every thousand cases of a long run
+    share: int = 1  # of the cases of a long run, beside those of the other kinds
 
 
 class Limits(NamedTuple):
     """What a case may take."""
 
     memory_bytes: int = 256 * MB  # of resident memory, more than before the case
-    seconds: float | None = None  # None: no clock is looked at
+    seconds: float | None = (
+        None  # of processor time, children's included; None: no clock is looked at
+    )
     silent_s: float = 120.0  # the parent ends a worker that has said nothing for so long
 
 
@@ -121,10 +133,10 @@ class Report:
 # The parent
 
 
-def shared(kinds: Mapping[str, Kind], cases: int, least: int) -> dict[str, int]:
-    """How many cases each kind has, of so many in all: by its share, but ``least`` at least."""
+def shared(kinds: Mapping[str, Kind], cases: int) -> dict[str, int]:
+    """How many cases each kind has, of so many in all: by its share, and one at least."""
     total = sum(kind.share for kind in kinds.values())
-    return {name: max(least, cases * kind.share // total) for name, kind in kinds.items()}
+    return {name: max(1, cases * kind.share // total) for name, kind in kinds.items()}
 
 
 class Part(NamedTuple):
@@ -223,11 +235,14 @@ def _work(todo: Sequence[Part], folder: Path, limits: Limits, table: str) -> Non
     for part, kind in zip(todo, kinds, strict=True):
         place = folder / part.kind
         place.mkdir()
+        _once(
+            kind, part.first, place
+        )  # what is imported, and made for all cases, is no part of one
         for seed in range(part.first, part.first + part.count):
             outcome = _once(kind, seed, place)
             if not outcome[0] and _over(
                 outcome, limits
-            ):  # a library was imported, or the machine was busy
+            ):  # a library has grown, or the machine was busy
                 outcome = _smaller(outcome, _once(kind, seed, place))
             wrong, *figures = outcome
             answers.write(json.dumps([part.kind, seed, wrong or _over(outcome, limits), *figures]))
@@ -256,7 +271,7 @@ def _smaller(outcome: Outcome, again: Outcome) -> Outcome:
 def _once(kind: Kind, seed: int, folder: Path) -> Outcome:
     from edgezo.errors import EdgezoError
 
-    before_bytes, begun_s, wrong, accepted = _begin(), time.perf_counter(), "", False
+    before_bytes, begun_s, wrong, accepted = _begin(), _cpu_s(), "", False
     try:
         accepted = bool(kind.read(seed, folder))
     except EdgezoError as problem:
@@ -269,11 +284,13 @@ def _once(kind: Kind, seed: int, folder: Path) -> Outcome:
         last = traceback.extract_tb(problem.__traceback__)[-1]
         at = f"{Path(last.filename).name}:{last.lineno}"
         wrong = f"{type(problem).__name__} at {at}: {problem}"[:300]
-    return wrong, accepted, time.perf_counter() - begun_s, _peak_bytes() - before_bytes
+    memory_bytes = max(_peak_bytes() - before_bytes, Elsewhere.memory_bytes)
+    return wrong, accepted, _cpu_s() - begun_s, memory_bytes
 
 
 def _begin() -> int:
     """Forget the peak; the resident bytes from which it grows."""
+    Elsewhere.memory_bytes = 0
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
     return _peak_bytes()
@@ -284,6 +301,12 @@ def _peak_bytes() -> int:
         text = file.read()
     at = text.index(b"VmHWM:")
     return 1024 * int(text[at + 6 : text.index(b"kB", at)])
+
+
+def _cpu_s() -> float:
+    """Processor time of this process, of children that have ended, and of others."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return Elsewhere.cpu_s + sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def _limit_memory() -> None:
@@ -300,11 +323,11 @@ def main(arguments: Iterable[str]) -> None:
         _work([Part(*part) for part in todo], Path(folder), Limits(*limits), table)
         return
     with tempfile.TemporaryDirectory() as folder:
-        begun_s = time.perf_counter()
+        begun_s = _cpu_s()
         try:
             accepted: Any = _kind_of(TABLE, first).read(int(second), Path(folder))
         finally:
-            print(f"{time.perf_counter() - begun_s:.2f} s, peak {_peak_bytes() / MB:.0f} MB")
+            print(f"{_cpu_s() - begun_s:.2f} s, peak {_peak_bytes() / MB:.0f} MB")
         print("accepted" if accepted else "refused")
 
 

@@ -27,6 +27,7 @@ from edgezo.weights.layouts import place, vacant
 
 RUNS = ("run", "another run")
 SHAPE = (48, 64)
+TABLE_ROWS = 12
 
 
 @dataclass(frozen=True)
@@ -132,23 +133,24 @@ class SoundTable:
 
 
 def sound_table(path: Path, precision: str = "int8") -> SoundTable:
-    """A table of 48 rows."""
+    """A table of 12 rows."""
     path.parent.mkdir(exist_ok=True)
-    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    shape = (TABLE_ROWS, SHAPE[1])
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     how = {"table": True, "rounding": None, "trained": precision != "int8"}
-    empty = vacant(SHAPE, precision, **how)  # type: ignore[arg-type]
+    empty = vacant(shape, precision, **how)  # type: ignore[arg-type]
     file = OverlayFile(path, RUNS[0], {"table": empty}, Traffic())
     file.open()
     table = DiskTable(file, empty)
     table.fill(lambda rows: place(weight[rows], precision, **how))  # type: ignore[arg-type]
-    raw = {suffix: tensor.clone() for suffix, tensor in table.raw(slice(0, SHAPE[0])).items()}
+    raw = {suffix: tensor.clone() for suffix, tensor in table.raw(slice(0, TABLE_ROWS)).items()}
     return SoundTable(table, raw, path.read_bytes())
 
 
 def table_wrongly_read(sound: SoundTable, data: bytes) -> bool:
     """Whether a row is read, from a file with these bytes, that was not written so."""
     put(sound.table.file.path, data)
-    for row in range(SHAPE[0]):
+    for row in range(TABLE_ROWS):
         try:
             raw = sound.table.raw(slice(row, row + 1))
         except EdgezoError:
