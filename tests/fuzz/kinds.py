@@ -145,7 +145,7 @@ KINDS: dict[str, Kind] = {
     **{name: Kind(foreign(reader), reader.share) for name, reader in (READERS | SETS).items()},
     **{name: Kind(*kind) for name, kind in OWN.items()},
     "journal-damaged": Kind(damaged_journal, 100),
-    "journal-forged": Kind(forged_journal, 60),
+    "journal-forged": Kind(forged_journal, 20),
     "head": Kind(snapshot(0), 100),
     "probe": Kind(snapshot(1), 100),
     "trained": Kind(snapshot(2), 100),
