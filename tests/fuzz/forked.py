@@ -11,6 +11,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NoReturn
@@ -27,9 +28,9 @@ def run_forked(program: str, folder: Path, arguments: list[str]) -> None:
 
     Raises EdgezoError where it ends with an exit status or a signal, AssertionError where it ends with a traceback.
     """
-    server = _server()
+    server = _server(program)
     assert server.stdin is not None and server.stdout is not None
-    server.stdin.write(json.dumps([program, str(folder), arguments]) + "\n")
+    server.stdin.write(json.dumps([str(folder), arguments]) + "\n")
     server.stdin.flush()
     status, cpu_s, memory_bytes = json.loads(server.stdout.readline())
     Elsewhere.add(cpu_s, memory_bytes)
@@ -44,9 +45,9 @@ def run_forked(program: str, folder: Path, arguments: list[str]) -> None:
 
 
 @cache
-def _server() -> subprocess.Popen[str]:
+def _server(program: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", "from fuzz.forked import serve; serve()"],
+        [sys.executable, "-c", f"from fuzz.forked import serve; serve({program!r})"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         encoding="utf-8",
@@ -60,30 +61,38 @@ def _server() -> subprocess.Popen[str]:
     )
 
 
-def serve() -> None:
+def _program(name: str) -> Callable[[], None]:
+    """The ``main`` of a module of edgezo, with what it imports."""
+    if name == "parquet":
+        import pyarrow.parquet  # type: ignore[import-untyped]  # noqa: F401
+
+        from edgezo.data import parquet_rows
+
+        return parquet_rows.main
+    from edgezo.data import chat_rendering
+
+    chat_rendering._template("{{ 1 }}", {})([{"role": "user", "content": ""}])
+    return chat_rendering.main
+
+
+def serve(program: str) -> None:
     """Fork for each line of standard input, until it ends."""
-    import pyarrow.parquet  # type: ignore[import-untyped]  # noqa: F401
-
-    from edgezo.data import chat_rendering, parquet_rows
-
-    programs = {"templates": chat_rendering.main, "parquet": parquet_rows.main}
-    render = chat_rendering._template("{{ 1 }}", {})
-    render([{"role": "user", "content": ""}])  # imports transformers and jinja2
+    main = _program(program)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        program, folder, arguments = json.loads(line)
+        folder, arguments = json.loads(line)
         before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         child = os.fork()
         if child == 0:
-            _run(programs[program], Path(folder), arguments)
+            _run(main, Path(folder), arguments)
         _, status, used = os.wait4(child, 0)
         memory_bytes = max(0, 1024 * used.ru_maxrss - before)
         answers.write(json.dumps([status, used.ru_utime + used.ru_stime, memory_bytes]) + "\n")
         answers.flush()
 
 
-def _run(main: object, folder: Path, arguments: list[str]) -> NoReturn:
+def _run(main: Callable[[], None], folder: Path, arguments: list[str]) -> NoReturn:
     status = ENDED
     try:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -91,7 +100,7 @@ def _run(main: object, folder: Path, arguments: list[str]) -> NoReturn:
         sys.stdin = open(folder / "in", encoding="utf-8") if (folder / "in").exists() else None
         sys.stdout = open(folder / "out", "w", encoding="utf-8")
         sys.stderr = open(folder / "err", "w", encoding="utf-8")
-        main()  # type: ignore[operator]
+        main()
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
