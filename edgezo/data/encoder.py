@@ -175,35 +175,35 @@ class Encoder:
             yield row
 
     def _span_row(self, piece: Piece, ids: list[int], offsets: Any) -> tuple[Row, bool]:
-        """The row of a piece, and whether it was cut."""
-        end_id = self.tokenizer.eos_token_id
-        # A token of no characters (the mark of a word's start in some vocabularies) counts as one character.
-        scored = [
-            any(first < end and max(last, first + 1) > start for start, end in piece.spans)
-            for first, last in offsets
-        ]
-        if piece.ends and end_id is not None:
-            ids, scored = [*ids, end_id], [*scored, True]
-        return self._causal_row(() if piece.bare else self.prefix, ids, scored)
+        """The row of a piece, and whether it was cut: before its first scored token, and only then at its end.
 
-    def _causal_row(
-        self, prefix: Sequence[int], ids: list[int], scored: list[bool]
-    ) -> tuple[Row, bool]:
-        """A row of at most ``max_length`` tokens, cut before its first scored token, and only then at its end."""
-        first = scored.index(True) if True in scored else len(ids)
-        last = max((i for i, s in enumerate(scored) if s), default=-1)
-        ids, scored = ids[: last + 1], scored[: last + 1]  # nothing reads what follows
+        A text may have far more tokens than the row, so only those that bound it and those in it are looked at.
+        """
+        end_id = self.tokenizer.eos_token_id
+        ends = piece.ends and end_id is not None
+
+        def scored(i: int) -> bool:
+            if i == len(offsets):
+                return True  # the end token
+            first, last = offsets[i]
+            # A token of no characters (the mark of a word's start in some vocabularies) counts as one character.
+            last = max(last, first + 1)
+            return any(first < end and last > start for start, end in piece.spans)
+
+        ids = [*ids, end_id] if ends else ids
+        prefix = () if piece.bare else self.prefix
+        first_scored = next(filter(scored, range(len(ids))), len(ids))
+        stop = next(filter(scored, reversed(range(len(ids)))), -1) + 1  # nothing reads what follows
         room = self.max_length + 1 - len(prefix)  # the last token is predicted, not read
-        cut = len(ids) > room
-        if cut:
-            start = max(0, min(len(ids) - room, first - (0 if prefix else 1)))
-            ids, scored = ids[start : start + room], scored[start : start + room]
-        ids, scored = [*prefix, *ids], [False] * len(prefix) + scored
-        targets = [i for i, is_scored in enumerate(scored) if is_scored and i > 0]
+        start = max(0, min(stop - room, first_scored - (0 if prefix else 1)))
+        cut, stop = stop > room, min(stop, start + room)
+        tokens = [*prefix, *ids[start:stop]]
+        places = (len(prefix) + i - start for i in range(start, stop) if scored(i))
+        targets = [place for place in places if place > 0]  # nothing stands before the first token
         row = Row(
-            array("i", ids[:-1]),
+            array("i", tokens[:-1]),
             _compact([i - 1 for i in targets]),
-            array("i", [ids[i] for i in targets]),
+            array("i", [tokens[i] for i in targets]),
         )
         return row, cut
 

@@ -19,7 +19,7 @@ from typing import IO, Any
 from edgezo.data.json_array import PIECE_CHARS, JsonArray
 from edgezo.errors import UsageError
 from edgezo.machine import children
-from edgezo.machine.foreign import FAULTS, clip, parse_json, reason
+from edgezo.machine.foreign import FAULTS, clip, first_twice, parse_json, reason
 from edgezo.machine.process_memory import Guard, ReadingGuard
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -153,7 +153,8 @@ def _part(files: Sequence[Path], names: Sequence[str], problems: Problems) -> li
             )
             if shards:
                 count = max(count for _, count, _ in shards)
-                if [number for number, _, _ in shards] != list(range(count)):
+                numbers = [number for number, _, _ in shards]
+                if len(shards) != count or numbers != list(range(len(shards))):
                     problems.add(
                         f"{shards[0][2].parent} has {len(shards)} shards of {name}, not each of {count} "
                         "once: fetch those that are missing, or remove those of another set"
@@ -298,7 +299,7 @@ def _read_csv(path: Path, problems: Problems, guard: Guard) -> Iterator[Record]:
         reader = csv.reader(_lines(file, path, guard))
         header = next((row for row in reader if row), [])
         listed = clip(", ".join(header), 200)
-        if twice := _first_twice(header):
+        if (twice := first_twice(header)) is not None:
             problems.add(f"{path} has several columns named {twice!r} ({listed})")
             return
         for row in reader:
@@ -311,16 +312,6 @@ def _read_csv(path: Path, problems: Problems, guard: Guard) -> Iterator[Record]:
                 problems.add(
                     f"the cells of a row do not match the header of {path} ({listed})", at=where
                 )
-
-
-def _first_twice(names: Sequence[str]) -> str | None:
-    """The first of the names that occurs more than once; None where none does."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
 
 
 def _clip(text: str) -> str:

@@ -23,7 +23,7 @@ from edgezo.data.chat import ChatTemplates, TemplateFails
 from edgezo.data.chat_rendering import spans
 from edgezo.data.dataset import DataRequest, load_dataset
 from edgezo.data.encoder import Encoder
-from edgezo.data.row_files import Problems, read_records
+from edgezo.data.row_files import Problems, find_splits, read_records
 from edgezo.data.row_kinds import Draft, Piece
 from edgezo.errors import BudgetExceeded, DoesNotFit, EdgezoError, UsageError
 from edgezo.machine import process_memory
@@ -425,9 +425,41 @@ def test_columns_of_one_name_are_refused_by_name(tmp_path: Path) -> None:
 
     (tmp_path / "rows.csv").write_text("text,label,text\na,b,c\n")
     assert "several columns named 'text' (text, label, text)" in problems_of(tmp_path / "rows.csv")
+    (tmp_path / "rows.csv").write_text("text,,\na,b,c\n")
+    assert "several columns named ''" in problems_of(tmp_path / "rows.csv")
     table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     pq.write_table(table, tmp_path / "rows.parquet")
     assert "several columns named 'text'" in problems_of(tmp_path / "rows.parquet")
+
+
+def test_a_key_that_occurs_twice_is_looked_for_once_among_the_others() -> None:
+    """Counting each would take minutes."""
+    keys = [f'"{number}":0' for number in range(100_000)]
+    with pytest.raises(ValueError, match="'99999' occurs twice"):
+        parse_json("{" + ",".join([*keys, keys[-1]]) + "}")
+
+
+def test_shards_are_counted_not_listed_as_their_names_have_them(tmp_path: Path) -> None:
+    (tmp_path / "train-00000-of-99999999999.jsonl").write_text('{"text": "a"}\n')
+    problems = Problems()
+    find_splits(tmp_path, problems)
+    with pytest.raises(UsageError, match="1 shards of train, not each of 99999999999 once"):
+        problems.raise_any()
+
+
+def test_of_a_long_text_only_the_tokens_that_bound_its_row_are_looked_at() -> None:
+    looked = []
+
+    class Offsets(list[tuple[int, int]]):
+        def __getitem__(self, place):  # type: ignore[no-untyped-def]
+            looked.append(place)
+            return super().__getitem__(place)
+
+    tokens = 10_000
+    offsets = Offsets((i, i + 1) for i in range(tokens))
+    encoder = Encoder(byte_tokenizer(), 16, False)
+    row, cut = encoder._span_row(Piece("x" * tokens, ((1, tokens),)), [5] * tokens, offsets)
+    assert cut and len(row.ids) == 16 and len(looked) < 100
 
 
 def test_whole_pairs_and_equal_keys_in_several_objects_are_read() -> None:
