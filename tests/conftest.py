@@ -22,6 +22,14 @@ SMOKE = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The long runs of the fuzz lane (tests/fuzz/lane.py)."""
+    group = parser.getgroup("fuzz")
+    group.addoption("--fuzz-cases", type=int, help="cases of all kinds together, with a clock")
+    group.addoption("--fuzz-kinds", help="of these kinds only, separated by commas")
+    group.addoption("--fuzz-seed", type=int, default=0, help="of the first case of each kind")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the fast lane."""
     for item in items:

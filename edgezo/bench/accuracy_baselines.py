@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.plan.config import RunConfig
+from edgezo.plan.field import is_finite
 from edgezo.plan.fields import DEFAULT_BATCH
 from edgezo.plan.request import make_config
 
@@ -74,7 +75,7 @@ class Request:
         Raises UsageError with every problem.
         """
         name = given["baseline"]
-        baseline = FIRST_ORDER_BASELINES.get(name)
+        baseline = FIRST_ORDER_BASELINES.get(name) if isinstance(name, str) else None
         if baseline is None:
             known = ", ".join(FIRST_ORDER_BASELINES)
             raise UsageError(f"there is no baseline {name!r}; there are {known}")
@@ -85,7 +86,7 @@ class Request:
             if field not in usable
         ]
         lr = given.get("lr", baseline.lr)
-        if not isinstance(lr, int | float) or not 0 < lr < float("inf"):
+        if not isinstance(lr, int | float) or not is_finite(lr) or lr <= 0:
             problems.append(f"lr: {lr!r} is no learning rate; give a number above 0")
         settings = {field: given.get(field, usual) for field, usual in baseline.settings.items()}
         problems += [

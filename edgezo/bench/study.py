@@ -33,6 +33,7 @@ from edgezo.data.tasks import TASKS
 from edgezo.errors import UsageError
 from edgezo.machine.limits import MOST_READOUT_ROWS
 from edgezo.plan.config import RunConfig
+from edgezo.plan.field import is_finite
 from edgezo.plan.fields import DEFAULT_BATCH
 from edgezo.plan.request import make_config
 
@@ -40,6 +41,7 @@ Settings = dict[str, Any]
 BUDGETS = ("forwards", "seconds")
 KEYS = ("model", "tasks", "seeds", "reach", "common", "methods", "tune", *BUDGETS)
 HELD_OUT = 0.1
+MOST_POINTS = 1000  # of all methods' grids on all tasks, each of which is a run of tuning
 # Settings that the study decides for every run, and the key or option that decides them.
 STUDY_DECIDES = {
     **dict.fromkeys(("steps", "for", "for_s"), "forwards or seconds"),
@@ -134,6 +136,7 @@ def read_study(given: Mapping[str, Any], methods: Sequence[str] = ()) -> Study:
     problems += _decided_by_study([("[common]", common), ("[tune]", tune), *each])
     problems += [f"{name}: the list of {k} is empty" for name, s in each for k in s if s[k] == []]
     problems += _unknown_names(tasks, grids, tune.get("tasks", []), methods)
+    problems += _too_many_points(grids, len(tasks))
     if problems:
         raise UsageError(problems)
     (budget,) = ((name, float(given[name])) for name in BUDGETS if name in given)
@@ -161,7 +164,7 @@ def _wrong_types(given: Mapping[str, Any]) -> list[str]:
 
     def number(value: Any) -> bool:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and math.isfinite(value)
+        return is_number and is_finite(value)
 
     def listed(value: Any, kind: Callable[[Any], bool]) -> bool:
         return isinstance(value, list) and all(kind(one) for one in value)
@@ -226,6 +229,17 @@ def _decided_by_study(tables: Sequence[tuple[str, Settings]]) -> list[str]:
         for table, settings in tables
         for name, decided_by in STUDY_DECIDES.items()
         if name in settings
+    ]
+
+
+def _too_many_points(grids: Mapping[str, Settings], tasks: int) -> list[str]:
+    """A problem with grids of more points than anybody has the time for, of which a list would have no room."""
+    lists = ([v for v in settings.values() if isinstance(v, list)] for settings in grids.values())
+    points = tasks * sum(math.prod(map(len, grid)) for grid in lists)
+    if points <= MOST_POINTS:
+        return []
+    return [
+        f"the grids of all methods have more than {MOST_POINTS:,} points on all tasks: give shorter lists"
     ]
 
 

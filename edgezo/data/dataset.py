@@ -8,15 +8,18 @@ recognition.py chooses which form of row_kinds.py reads the rows.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from edgezo.data.batches import Example, Row, permutation
 from edgezo.data.encoder import Encoder
 from edgezo.data.metrics import Report
+from edgezo.data.packed import PackedExamples, PackedRecords, SelectedRecords
 from edgezo.data.preferences import paired
 from edgezo.data.recognition import Labelling, recognise
 from edgezo.data.row_files import (
@@ -49,8 +52,8 @@ class Dataset:
     """Examples to train and to evaluate on."""
 
     kind: str  # "label", "choice", "completion" or "text"
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...]
+    train: Sequence[Example]  # none where a request wants no training rows
+    validation: Sequence[Example]
     label_ids: tuple[int, ...]  # kind "label": the label words' token ids in label order; else ()
     label_names: tuple[str, ...]  # the candidates' names, where they are the same in every row
     notes: tuple[str, ...]  # what the user should know: "12 of 4000 rows cut to 512 tokens"
@@ -59,23 +62,25 @@ class Dataset:
 
     def token_stats(self) -> TokenStats:
         """Token counts of the examples, which the planner needs."""
-        examples = [*self.train, *self.validation]
-        scored = max((sum(len(row.score_at) for row in e.rows) for e in examples), default=1)
+        splits = [PackedExamples.of(split) for split in (self.train, self.validation)]
+        train, validation = splits
+        counts = np.sort(train.token_counts())[::-1]
         writes = self.generation
-        tokens = sorted((sum(len(row.ids) for row in e.rows) for e in self.train), reverse=True)
+        prompts = [
+            max((len(e.prompt) for e in split), default=0) if writes else 0 for split in splits
+        ]
         return TokenStats(
             kind=self.kind,
-            tokens=tuple(tokens[:KEPT_LENGTHS]) or (1,),
-            scored=scored,
+            tokens=tuple(counts[:KEPT_LENGTHS].tolist()) or (1,),
+            scored=max(int(split.scored_counts().max(initial=0)) for split in splits) or 1,
             label_words=len(self.label_ids),
-            mean=sum(tokens) / max(1, len(tokens)),
-            evaluated=max((sum(len(r.ids) for r in e.rows) for e in self.validation), default=0),
+            mean=float(counts.mean()) if len(counts) else 0.0,
+            evaluated=int(validation.token_counts().max(initial=0)),
             written=writes.most if writes else 0,
-            prompt=max((len(e.prompt) for e in self.train), default=0) if writes else 0,
-            evaluated_prompt=max((len(e.prompt) for e in self.validation), default=0)
-            if writes
-            else 0,
-            examples=len(self.train),
+            prompt=prompts[0],
+            evaluated_prompt=prompts[1],
+            examples=len(train),
+            stored_bytes=sum(split.stored_bytes for split in splits),
         )
 
 
@@ -94,6 +99,9 @@ class DataRequest:
     held_out: float | None = None  # share of the training rows to evaluate on instead
     judged: bool = False  # an objective scores predictions, in training too
     max_new_tokens: int | None = None  # of a written answer
+    to_train: bool = (
+        True  # False: the training rows are read for what they say of labels, and not tokenised
+    )
 
 
 # --------------------------------------------------------------------------------------- loading
@@ -114,36 +122,42 @@ def load_dataset(
     task = _find_task(request, problems)
     path = _find_path(request, task, problems, notes)
     labelling = Labelling.of(task, request.template, request.labels, request.label_field, problems)
-    rows = _Rows([], [], True)
+    rows = _Rows((), (), ())
     if path:
         rows = _read(path, task, labelling, request.held_out, problems, notes, encoder.guard)
     problems.raise_any()
 
-    known = rows.train if rows.apart else rows.train + rows.validation
     form, label_ids, label_names = recognise(
-        task, labelling, rows.train, known, tokenizer, masked, problems, notes
+        task, labelling, rows.train, rows.known, tokenizer, masked, problems, notes
     )
     validation = _eval_sample(rows.validation, request.eval_limit, notes)
     # A report knows the task's label words, not the user's.
     report = task.report if task and not request.labels else None
     generation = _generation(request, task, form.kind, rows.train, notes)
     judged = request.judged or report is not None or generation is not None
+    splits = {"validation": (validation, judged)}
+    if request.to_train:
+        splits = {"training": (rows.train, request.judged), **splits}
+    packed = dict[str, PackedExamples]()
     with form if isinstance(form, MessagesForm) else nullcontext():
-        drafts = {
-            name: list(_drafts(records, form, label_names, judges, encoder, problems))
-            for name, records, judges in (
-                ("training", rows.train, request.judged),
-                ("validation", validation, judged),
-            )
-        }
+        for name, (records, judges) in splits.items():
+            drafts = _drafts(records, form, label_names, judges, encoder, problems)
+            packed[name] = encoder.examples(_sound(drafts, problems), name, notes)
     problems.raise_any()
-    train, evaluated = (encoder.examples(drafts[name], name, notes) for name in drafts)
-    for name, examples in (("training", train), ("validation", evaluated)):
+    for name, examples in packed.items():
         if not examples:
             raise UsageError(f"no {name} row has a token to predict: every text is one token long")
+    train = packed.get("training", ())
     return Dataset(
-        *(form.kind, train, evaluated, label_ids, label_names, tuple(notes)), generation, report
+        *(form.kind, train, packed["validation"], label_ids, label_names, tuple(notes)),
+        generation,
+        report,
     )
+
+
+def _sound(drafts: Iterable[Draft], problems: Problems) -> Iterator[Draft]:
+    """The drafts until there is a problem; the rest is still looked at for more of them, but not tokenised."""
+    return (draft for draft in drafts if not len(problems))
 
 
 def _drafts(
@@ -202,7 +216,7 @@ def _generation(
     elif kind != "completion" or not (request.judged or most):
         return None
     else:
-        texts = [str(record.fields.get("completion", "\n")).strip() for record in train]
+        texts = (str(record.fields.get("completion", "\n")).strip() for record in train)
         stop = () if any("\n" in text for text in texts) else ("\n",)
         generation = Generation(most or MOST_WRITTEN, stop)
     end = "a new line or the end token" if "\n" in generation.stop else "the end token"
@@ -269,9 +283,9 @@ def _find_path(
 class _Rows(NamedTuple):
     """Training and validation rows."""
 
-    train: list[Record]
-    validation: list[Record]
-    apart: bool  # they are of different files; else the validation rows are held out
+    train: Sequence[Record]
+    validation: Sequence[Record]
+    known: Sequence[Record]  # whose labels are known: the training rows, before any were held out
 
 
 def _read(
@@ -287,20 +301,18 @@ def _read(
     train_files, validation_files = find_splits(path, problems)
     if held_out is not None:
         validation_files = []
+    prepare = task.prepare if task else None
+    train: Sequence[Record]
+    validation: Sequence[Record]
     train, validation = (
-        [record for file in files for record in read_records(file, problems, guard)]
+        PackedRecords(_prepared(files, prepare, problems, guard))
         for files in (train_files, validation_files)
     )
     if validation_files and validation_files[0].name.startswith("test"):
         notes.append(f"no validation file: {validation_files[0].name} is used to evaluate")
-    if task and task.prepare:
-        prepare = task.prepare
-        train, validation = (
-            [replace(r, fields=prepare(r.fields)) for r in records]
-            for records in (train, validation)
-        )
     if not labelling.labelled:
         train, validation = paired((train, validation), problems, notes)
+    known = train
     if train and not validation_files:
         if len(train) < 2:
             problems.add(
@@ -310,24 +322,41 @@ def _read(
         why = "no validation file" if held_out is None else "--held-out"
         n = len(validation)
         notes.append(f"{why}: {n} of {n + len(train)} rows are held out to evaluate on")
-    return _Rows(train, validation, bool(validation_files))
+    return _Rows(train, validation, known)
 
 
-def _held_out(records: list[Record], share: float) -> tuple[list[Record], list[Record]]:
+def _prepared(
+    files: Sequence[Path],
+    prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None,
+    problems: Problems,
+    guard: Guard,
+) -> Iterator[Record]:
+    """The rows of files, as their task changes them."""
+    for file in files:
+        for record in read_records(file, problems, guard):
+            yield record if prepare is None else replace(record, fields=prepare(record.fields))
+
+
+def _held_out(records: Sequence[Record], share: float) -> tuple[Sequence[Record], Sequence[Record]]:
     """The rows to train on, and a random ``share`` of them (one at least) to evaluate on."""
     n = max(1, int(len(records) * share))
-    chosen = set(permutation(len(records), 0, _HOLD_OUT)[:n].tolist())
-    train = [r for i, r in enumerate(records) if i not in chosen]
-    return train, [r for i, r in enumerate(records) if i in chosen]
+    held_out = np.zeros(len(records), dtype=bool)
+    held_out[permutation(len(records), 0, _HOLD_OUT)[:n]] = True
+    train, chosen = (
+        SelectedRecords(records, np.flatnonzero(which)) for which in (~held_out, held_out)
+    )
+    return train, chosen
 
 
-def _eval_sample(records: list[Record], limit: int | None, notes: list[str]) -> list[Record]:
+def _eval_sample(
+    records: Sequence[Record], limit: int | None, notes: list[str]
+) -> Sequence[Record]:
     """At most ``limit`` rows to evaluate on."""
     if limit is None or len(records) <= limit:
         return records
     chosen = sorted(permutation(len(records), 0, _EVAL_SAMPLE)[:limit].tolist())
     notes.append(f"evaluated on {limit} of {len(records)} validation rows, the same in every run")
-    return [records[i] for i in chosen]
+    return SelectedRecords(records, chosen)
 
 
 # --------------------------------------------------------------------------------------- showing

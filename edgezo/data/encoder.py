@@ -11,11 +11,12 @@ import math
 import threading
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from edgezo.data.batches import Example, Row
+from edgezo.data.packed import PackedExamples
 from edgezo.data.row_kinds import Draft, Piece
 from edgezo.errors import EdgezoError
 from edgezo.machine.foreign import reading
@@ -98,33 +99,38 @@ class Encoder:
                 raise outcome.problem
         return outcome.encoded
 
-    def examples(
-        self, drafts: Sequence[Draft], split: str, notes: list[str]
-    ) -> tuple[Example, ...]:
+    def examples(self, drafts: Iterable[Draft], split: str, notes: list[str]) -> PackedExamples:
         """The examples of all drafts that have a token to predict. Notes how many rows were cut or left out."""
+        packed, n_rows, left_out = PackedExamples(), 0, 0
+        self.cut = 0
+        for some in _groups(drafts):
+            n_rows += sum(len(draft.pieces) for draft in some)
+            for example in self._some_examples(some):
+                if all(row.score_at for row in example.rows):
+                    packed.append(example)
+                else:
+                    left_out += 1
+            self.guard.check(item=f"keeping the tokens of the rows up to {some[-1].where}")
+        if self.cut:
+            notes.append(
+                f"{self.cut} of {n_rows} {split} rows cut to {self.max_length} tokens "
+                "(--max-length)"
+            )
+        if left_out:
+            notes.append(f"{left_out} {split} rows left out: no token to predict")
+        return packed
+
+    def _some_examples(self, drafts: Sequence[Draft]) -> Iterator[Example]:
+        """One example for each draft, whether it predicts something or not."""
         pieces = [piece for draft in drafts for piece in draft.pieces]
         wheres = [draft.where for draft in drafts for _ in draft.pieces]
         make = self._span_rows if all(piece.spans for piece in pieces) else self._label_rows
         rows = make(pieces, wheres)
-        self.cut = 0
-        every = [
-            Example(
-                tuple(next(rows) for _ in d.pieces),
-                d.label,
-                d.fields,
-                () if d.fields is None else d.options,
+        for draft in drafts:
+            options = () if draft.fields is None else draft.options
+            yield Example(
+                tuple(next(rows) for _ in draft.pieces), draft.label, draft.fields, options
             )
-            for d in drafts
-        ]
-        kept = tuple(e for e in every if all(row.score_at for row in e.rows))
-        if self.cut:
-            notes.append(
-                f"{self.cut} of {len(pieces)} {split} rows cut to {self.max_length} tokens "
-                "(--max-length)"
-            )
-        if len(kept) < len(every):
-            notes.append(f"{len(every) - len(kept)} {split} rows left out: no token to predict")
-        return kept
 
     # -- very long texts ----------------------------------------------------------------------------------
 
@@ -169,35 +175,35 @@ class Encoder:
             yield row
 
     def _span_row(self, piece: Piece, ids: list[int], offsets: Any) -> tuple[Row, bool]:
-        """The row of a piece, and whether it was cut."""
-        end_id = self.tokenizer.eos_token_id
-        # A token of no characters (the mark of a word's start in some vocabularies) counts as one character.
-        scored = [
-            any(first < end and max(last, first + 1) > start for start, end in piece.spans)
-            for first, last in offsets
-        ]
-        if piece.ends and end_id is not None:
-            ids, scored = [*ids, end_id], [*scored, True]
-        return self._causal_row(() if piece.bare else self.prefix, ids, scored)
+        """The row of a piece, and whether it was cut: before its first scored token, and only then at its end.
 
-    def _causal_row(
-        self, prefix: Sequence[int], ids: list[int], scored: list[bool]
-    ) -> tuple[Row, bool]:
-        """A row of at most ``max_length`` tokens, cut before its first scored token, and only then at its end."""
-        first = scored.index(True) if True in scored else len(ids)
-        last = max((i for i, s in enumerate(scored) if s), default=-1)
-        ids, scored = ids[: last + 1], scored[: last + 1]  # nothing reads what follows
+        A text may have far more tokens than the row, so only those that bound it and those in it are looked at.
+        """
+        end_id = self.tokenizer.eos_token_id
+        ends = piece.ends and end_id is not None
+
+        def scored(i: int) -> bool:
+            if i == len(offsets):
+                return True  # the end token
+            first, last = offsets[i]
+            # A token of no characters (the mark of a word's start in some vocabularies) counts as one character.
+            last = max(last, first + 1)
+            return any(first < end and last > start for start, end in piece.spans)
+
+        ids = [*ids, end_id] if ends else ids
+        prefix = () if piece.bare else self.prefix
+        first_scored = next(filter(scored, range(len(ids))), len(ids))
+        stop = next(filter(scored, reversed(range(len(ids)))), -1) + 1  # nothing reads what follows
         room = self.max_length + 1 - len(prefix)  # the last token is predicted, not read
-        cut = len(ids) > room
-        if cut:
-            start = max(0, min(len(ids) - room, first - (0 if prefix else 1)))
-            ids, scored = ids[start : start + room], scored[start : start + room]
-        ids, scored = [*prefix, *ids], [False] * len(prefix) + scored
-        targets = [i for i, is_scored in enumerate(scored) if is_scored and i > 0]
+        start = max(0, min(stop - room, first_scored - (0 if prefix else 1)))
+        cut, stop = stop > room, min(stop, start + room)
+        tokens = [*prefix, *ids[start:stop]]
+        places = (len(prefix) + i - start for i in range(start, stop) if scored(i))
+        targets = [place for place in places if place > 0]  # nothing stands before the first token
         row = Row(
-            array("i", ids[:-1]),
+            array("i", tokens[:-1]),
             _compact([i - 1 for i in targets]),
-            array("i", [ids[i] for i in targets]),
+            array("i", [tokens[i] for i in targets]),
         )
         return row, cut
 
@@ -258,6 +264,19 @@ def _prime_above(number: int) -> int:
         number += 1
         if all(number % factor for factor in range(2, math.isqrt(number) + 1)):
             return number
+
+
+def _groups(drafts: Iterable[Draft]) -> Iterator[list[Draft]]:
+    """Consecutive drafts, few enough that their texts take little memory."""
+    group, chars = list[Draft](), 0
+    for draft in drafts:
+        group.append(draft)
+        chars += sum(len(piece.text) for piece in draft.pieces)
+        if len(group) == ENCODE_ROWS or chars > ENCODE_CHARS:
+            yield group
+            group, chars = [], 0
+    if group:
+        yield group
 
 
 def _batches(texts: Sequence[str]) -> Iterator[tuple[int, int]]:

@@ -11,6 +11,7 @@ import sys
 from typing import Any, NoReturn
 
 from edgezo.machine.children import address_space_bytes, limit_memory
+from edgezo.machine.foreign import first_twice
 
 BATCH_ROWS = 256
 
@@ -30,8 +31,8 @@ def main() -> None:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         names = file.schema_arrow.names
-        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-            _stop(f"it has several columns named {twice[0]!r}")
+        if (twice := first_twice(names)) is not None:
+            _stop(f"it has several columns named {twice!r}")
         for batch in file.iter_batches(BATCH_ROWS, use_threads=False):
             for row in batch.to_pylist():
                 print(json.dumps(row, default=_text))

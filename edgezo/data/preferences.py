@@ -10,11 +10,14 @@ more likely one of the two, whatever their lengths.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import chain
 from typing import Any
 
+from edgezo.data.packed import PackedRecords
 from edgezo.data.row_files import Problems, Record
 
 PAIR = ("prompt", "chosen", "rejected")
@@ -25,26 +28,38 @@ NUMBERS = {"1": True, "0": False, "1.0": True, "0.0": False}
 THUMBS = {**WORDS, **NUMBERS}
 
 
-def thumb_field(records: Sequence[Record]) -> str | None:
+def thumb_field(records: Iterable[Record]) -> str | None:
     """The field of answers that gives whether they were liked; None where no field does.
 
     ``thumb`` if it is a thumb in any row. ``label`` if both true and false (or up and down) occur, or if no other
     values occur. Numbers alone may be classes or marks: they count if some prompt has an answer with 1 and one with 0.
     """
-    answers = [r.fields for r in records if _has(r, ANSWER)]
-    if any(_thumb_text(fields.get("thumb")) in THUMBS for fields in answers):
-        return "thumb"
-    labels = {text for fields in answers if (text := _thumb_text(fields.get("label")))}
-    both_words = {WORDS[text] for text in labels & set(WORDS)} == {True, False}
-    if both_words or (labels <= set(THUMBS) and labels & set(WORDS)):
+    labels, thumbs_of = set[str](), dict[bytes, set[bool]]()  # the latter by prompt
+    others = False
+    for record in records:
+        if not _has(record, ANSWER):
+            continue
+        if _thumb_text(record.fields.get("thumb")) in THUMBS:
+            return "thumb"
+        text = _thumb_text(record.fields.get("label"))
+        if text in THUMBS:
+            labels.add(text)
+            prompt = _digest(str(record.fields["prompt"]))
+            thumbs_of.setdefault(prompt, set()).add(THUMBS[text])
+        elif text:
+            others = True
+            thumbs_of.clear()
+    if {WORDS[text] for text in labels & set(WORDS)} == {True, False}:
         return "label"
-    if not labels <= set(THUMBS):
+    if others:
         return None
-    thumbs_of: dict[str, set[bool]] = {}  # by prompt
-    for fields in answers:
-        if text := _thumb_text(fields.get("label")):
-            thumbs_of.setdefault(str(fields["prompt"]), set()).add(THUMBS[text])
-    return "label" if any(len(thumbs) == 2 for thumbs in thumbs_of.values()) else None
+    both = any(len(thumbs) == 2 for thumbs in thumbs_of.values())
+    return "label" if both or labels & set(WORDS) else None
+
+
+def _digest(text: str) -> bytes:
+    """A text's stand-in where many are told apart: no two texts have the same one, but by chances that never come."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _has(record: Record, names: Sequence[str]) -> bool:
@@ -58,18 +73,17 @@ def _thumb_text(value: Any) -> str:
 
 @dataclass
 class _Answers:
-    """The answers to one prompt."""
+    """The answers to one prompt, by their numbers among the rows."""
 
-    liked: list[Record]
-    disliked: list[Record]
+    liked: array[int]
+    disliked: array[int]
 
-    def pairs(self) -> list[Record]:
-        """Every answer of the more numerous kind with one of the other; [] where one kind has none."""
-        more = max(len(self.liked), len(self.disliked))
+    def pairs(self) -> Iterator[tuple[int, int]]:
+        """Every answer of the more numerous kind with one of the other; none where one kind has none."""
         if not self.liked or not self.disliked:
-            return []
-        both = zip(cycle(self.liked), cycle(self.disliked), strict=False)
-        return [_pair(*answers) for answers, _ in zip(both, range(more), strict=False)]
+            return
+        for i in range(max(len(self.liked), len(self.disliked))):
+            yield self.liked[i % len(self.liked)], self.disliked[i % len(self.disliked)]
 
 
 def _pair(liked: Record, disliked: Record) -> Record:
@@ -83,54 +97,67 @@ def _pair(liked: Record, disliked: Record) -> Record:
 
 def paired(
     splits: Sequence[Sequence[Record]], problems: Problems, notes: list[str]
-) -> list[list[Record]]:
+) -> list[Sequence[Record]]:
     """The splits with answers that have thumbs made into pairs, and other rows as they are."""
-    every = [record for split in splits for record in split]
-    name = thumb_field(every)
+    name = thumb_field(chain.from_iterable(splits))
     if name is not None:
         return [_paired(split, name, problems, notes) for split in splits]
     for field in ("thumb", "label"):
+        every = chain.from_iterable(splits)
         if any(_thumb_text(record.fields.get(field)) for record in every if _has(record, ANSWER)):
             notes.append(
                 f"the field {field!r} is not used, so every completion is learned: its values do not tell which "
                 "answers to one prompt were liked (up or down, true or false, 1 or 0)"
             )
-    return [list(split) for split in splits]
+    return list(splits)
 
 
 def _paired(
     records: Sequence[Record], name: str, problems: Problems, notes: list[str]
-) -> list[Record]:
+) -> Sequence[Record]:
     """The pairs that answers make by their field ``name``, before rows that are pairs already."""
-    pairs = [record for record in records if _has(record, PAIR)]
-    rest = [record for record in records if not _has(record, PAIR)]
-    if not rest:
-        return pairs
-    by_prompt: dict[str, _Answers] = {}
-    for record in rest:
-        if not _has(record, ANSWER):
-            problems.add(
-                f"a row has neither {' and '.join(ANSWER)} nor {', '.join(PAIR)}",
-                at=f"{record.where} (it has: {record.keys})",
-            )
-            continue
-        thumb = THUMBS.get(_thumb_text(record.fields.get(name)))
-        if thumb is None:
-            problems.add(
-                f"the field {name!r} says neither up nor down (to learn every completion, remove or rename the field)",
-                at=f"{record.where} (it has: {record.keys})",
-            )
-            continue
-        answers = by_prompt.setdefault(str(record.fields.get("prompt")), _Answers([], []))
-        (answers.liked if thumb else answers.disliked).append(record)
-    made = [pair for answers in by_prompt.values() for pair in answers.pairs()]
-    left_out = sum(not answers.pairs() for answers in by_prompt.values())
-    notes.append(f"{len(rest)} answers with thumbs up or down: {len(made)} pairs")
+    pairs, by_prompt = array("Q"), dict[bytes, _Answers]()
+    for number, record in enumerate(records):
+        if _has(record, PAIR):
+            pairs.append(number)
+        elif (thumb := _thumb(record, name, problems)) is not None:
+            prompt = _digest(str(record.fields.get("prompt")))
+            answers = by_prompt.setdefault(prompt, _Answers(array("Q"), array("Q")))
+            (answers.liked if thumb else answers.disliked).append(number)
+    n_answers = len(records) - len(pairs)
+    if not n_answers:
+        return records
+    made = PackedRecords(
+        _pair(records[liked], records[disliked])
+        for answers in by_prompt.values()
+        for liked, disliked in answers.pairs()
+    )
+    n_made = len(made)
+    left_out = sum(not (answers.liked and answers.disliked) for answers in by_prompt.values())
+    notes.append(f"{n_answers} answers with thumbs up or down: {n_made} pairs")
     if left_out:
         notes.append(f"{left_out} prompts left out: all of their answers were liked, or none was")
-    if not made and not len(problems):
+    if not n_made and not len(problems):
         problems.add(
             "no prompt has an answer with thumbs up and one with thumbs down: there is nothing to compare "
             f"(to learn every completion, remove or rename the field {name!r})"
         )
-    return [*made, *pairs]
+    made.extend(records[number] for number in pairs)
+    return made
+
+
+def _thumb(record: Record, name: str, problems: Problems) -> bool | None:
+    """Whether an answer was liked; None after noting that the row does not tell."""
+    if not _has(record, ANSWER):
+        problems.add(
+            f"a row has neither {' and '.join(ANSWER)} nor {', '.join(PAIR)}",
+            at=f"{record.where} (it has: {record.keys})",
+        )
+        return None
+    thumb = THUMBS.get(_thumb_text(record.fields.get(name)))
+    if thumb is None:
+        problems.add(
+            f"the field {name!r} says neither up nor down (to learn every completion, remove or rename the field)",
+            at=f"{record.where} (it has: {record.keys})",
+        )
+    return thumb

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from edgezo.data.json_array import PIECE_CHARS, JsonArray
 from edgezo.errors import UsageError
 from edgezo.machine import children
-from edgezo.machine.foreign import FAULTS, clip, parse_json, reason
+from edgezo.machine.foreign import FAULTS, clip, first_twice, parse_json, reason
 from edgezo.machine.process_memory import Guard, ReadingGuard
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -26,7 +27,6 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 ABOUT = ("dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 TRAIN_NAMES = ("train",)
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test")
-PIECE_CHARS = 1 << 20  # so much of a line is read before the guard is asked again
 CHECK_ROWS = 1024  # the guard is asked after so many rows
 LARGE_CHARS = 1 << 16  # the guard is asked before a text of this length is parsed
 VALUE_BYTES = 100  # of one small value that is parsed: an object, a key, a number
@@ -153,7 +153,8 @@ def _part(files: Sequence[Path], names: Sequence[str], problems: Problems) -> li
             )
             if shards:
                 count = max(count for _, count, _ in shards)
-                if [number for number, _, _ in shards] != list(range(count)):
+                numbers = [number for number, _, _ in shards]
+                if len(shards) != count or numbers != list(range(len(shards))):
                     problems.add(
                         f"{shards[0][2].parent} has {len(shards)} shards of {name}, not each of {count} "
                         "once: fetch those that are missing, or remove those of another set"
@@ -162,35 +163,30 @@ def _part(files: Sequence[Path], names: Sequence[str], problems: Problems) -> li
     return []
 
 
-def read_records(path: Path, problems: Problems, guard: Guard | None = None) -> list[Record]:
-    """All rows of a file. Problems are noted with the file and the line.
+def read_records(path: Path, problems: Problems, guard: Guard | None = None) -> Iterator[Record]:
+    """The rows of a file, one after the other. Problems are noted with the file and the line.
 
     ``guard`` is asked at bounded intervals, and before whatever may be large. It raises DoesNotFit.
     """
     read = {".csv": _read_csv, ".parquet": _read_parquet}.get(path.suffix, _read_json)
-    guard, before = guard or ReadingGuard(), len(problems)
-    records: list[Record] = []
+    guard, before, count = guard or ReadingGuard(), len(problems), 0
     try:
         for record in read(path, problems, guard):
-            records.append(record)
-            if len(records) % CHECK_ROWS == 0:
+            yield record
+            count += 1
+            if count % CHECK_ROWS == 0:
                 guard.check(item=record.where)
     except UnicodeDecodeError as error:
         problems.add(f"{path} is not UTF-8 text ({error.reason}): save it as UTF-8")
-        return []
     except csv.Error as error:
         problems.add(f"cannot read {path} as CSV: {error}")
-        return []
     except MemoryError:
         problems.add(f"cannot read {path}: its rows take more memory than the system gives")
-        return []
     except FAULTS as error:
         problems.add(f"cannot read {path}: {reason(error)}")
-        return []
-    if not records and len(problems) == before:
+    if not count and len(problems) == before:
         size = path.stat().st_size
         problems.add(f"{path} is empty" if size == 0 else f"no rows in {path} ({size} bytes)")
-    return records
 
 
 def _lines(file: IO[str], path: Path, guard: Guard) -> Iterator[str]:
@@ -235,27 +231,23 @@ def _read_json(path: Path, problems: Problems, guard: Guard) -> Iterator[Record]
 
 
 def _array(file: IO[str], path: Path, problems: Problems, guard: Guard) -> Iterator[Record]:
-    """Rows from one array of objects."""
-    pieces, size_bytes = list[str](), 0
-    while piece := file.read(PIECE_CHARS):
-        pieces.append(piece)
-        size_bytes += sys.getsizeof(piece)
-        guard.check(size_bytes, path.name)  # to be joined
-    text = "".join(pieces)
-    del pieces
-    guard.check(_parsed_bytes(text), path.name)
+    """Rows from one array of objects, each parsed as soon as it has been read."""
+    buffer = JsonArray(file, path.name, guard)
+    number = 0
     try:
-        rows = parse_json(text)
+        for text in buffer.elements():
+            number += 1
+            where = f"{path.name}[{number}]"
+            if len(text) >= LARGE_CHARS:
+                guard.check(_parsed_bytes(text), where)
+            row = parse_json(text)
+            if isinstance(row, dict):
+                yield Record(where, row)
+            else:
+                shown = "a list" if isinstance(row, list) else _clip(str(row))
+                problems.add(f"not a JSON object in {path}", at=f"{where}: {shown}")
     except ValueError as error:
-        problems.add(f"malformed JSON in {path}", at=str(error))
-        return
-    for number, row in enumerate(rows, 1):
-        where = f"{path.name}[{number}]"
-        if isinstance(row, dict):
-            yield Record(where, row)
-        else:
-            shown = "a list" if isinstance(row, list) else _clip(str(row))
-            problems.add(f"not a JSON object in {path}", at=f"{where}: {shown}")
+        problems.add(f"malformed JSON in {path}", at=f"after {number} rows: {error}")
 
 
 def _read_parquet(path: Path, problems: Problems, guard: Guard) -> Iterator[Record]:
@@ -307,7 +299,7 @@ def _read_csv(path: Path, problems: Problems, guard: Guard) -> Iterator[Record]:
         reader = csv.reader(_lines(file, path, guard))
         header = next((row for row in reader if row), [])
         listed = clip(", ".join(header), 200)
-        if twice := _first_twice(header):
+        if (twice := first_twice(header)) is not None:
             problems.add(f"{path} has several columns named {twice!r} ({listed})")
             return
         for row in reader:
@@ -320,16 +312,6 @@ def _read_csv(path: Path, problems: Problems, guard: Guard) -> Iterator[Record]:
                 problems.add(
                     f"the cells of a row do not match the header of {path} ({listed})", at=where
                 )
-
-
-def _first_twice(names: Sequence[str]) -> str | None:
-    """The first of the names that occurs more than once; None where none does."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
 
 
 def _clip(text: str) -> str:

@@ -25,6 +25,7 @@ class TokenStats:
     prompt: int = 0
     evaluated_prompt: int = 0
     examples: int | None = None  # to train on; None: not known
+    stored_bytes: int = 0  # of all tokens, which stay in memory
 
     def longest(self, examples: int) -> int:
         """Tokens of the ``examples`` longest examples together. The longest counts again where there are fewer."""

@@ -11,7 +11,7 @@ import re
 import struct
 import tomllib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,16 @@ def reason(problem: BaseException) -> str:
     if isinstance(problem, KeyError):
         return f"it has no {problem}"
     return clip(str(problem).strip().partition("\n")[0] or type(problem).__name__, _REASON_LENGTH)
+
+
+def first_twice(names: Iterable[str]) -> str | None:
+    """The first of the names that occurs more than once; None where none does."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def clip(text: str, most: int) -> str:
@@ -159,9 +169,8 @@ def _is_flat(text: str, value: Any) -> bool:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {clip(twice, 60)!r} occurs twice")
+        twice = first_twice(key for key, _ in pairs)
+        raise ValueError(f"the key {clip(str(twice), 60)!r} occurs twice")
     return fields
 
 

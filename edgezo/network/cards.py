@@ -33,7 +33,7 @@ from edgezo.machine.foreign import (
     read_small,
     reading,
 )
-from edgezo.plan.shapes import NamedShape, Shape
+from edgezo.plan.shapes import NORMS, NamedShape, Shape
 
 # ----------------------------------------------------------------------------- cards
 
@@ -107,13 +107,32 @@ def read_card(file: Path) -> Card:
             raise ValueError(f"unknown shape fields {sorted(unknown)}")
         sources = tuple(_source(entry) for entry in table.pop("source", []))
         aliases = tuple(table.pop("aliases", ()))
-        return Card(**table, **shape, sources=sources, aliases=aliases)
+        card = Card(**table, **shape, sources=sources, aliases=aliases)
+        _check_types(card)
+        return card
 
 
 def _source(entry: dict[str, Any]) -> Source:
     if "hub" in entry:
         return HubSource(entry["hub"], entry.get("revision"))
     return WheelSource(entry["wheel"], entry["member"], entry["sha256"])
+
+
+def _check_types(card: Card) -> None:
+    """ValueError unless every field of a card, and of its sources, has a value of its type, and no size is below 0."""
+    wanted: dict[Any, type] = {"int": int, "bool": bool, "str": str, "dict[str, Any]": dict}
+    for part in (card, *card.sources):
+        for one in fields(part):
+            value, kind = getattr(part, one.name), wanted.get(one.type)
+            if kind is not None and type(value) is not kind:
+                raise ValueError(f"{one.name} is no {kind.__name__}: {clip(repr(value), 60)}")
+            if kind is int and not 0 <= value < 1 << 32:
+                raise ValueError(f"{one.name} is {clip(repr(value), 60)}")
+    texts = [*card.aliases, *(s.revision for s in card.sources if isinstance(s, HubSource))]
+    if not all(text is None or type(text) is str for text in texts):
+        raise ValueError("an alias or a revision is no text")
+    if card.norm not in NORMS:
+        raise ValueError(f"norm is {clip(card.norm, 60)!r}, not one of {', '.join(NORMS)}")
 
 
 def _cards_directory() -> Path:

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from edgezo.machine.foreign import clip
 from edgezo.zo.presets import PRESETS
 
 DEFAULT_PRESET = "grzo"
@@ -90,14 +91,11 @@ class Field:
             value = self._number_of(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"needs a number, not {value!r}")
-        if self.kind in ("int", "bytes"):
-            if not math.isfinite(value) or int(value) != value:
-                raise ValueError(f"needs a whole number, not {value!r}")
-            value = int(value)
-        else:
-            value = float(value)
-            if not math.isfinite(value):
-                raise ValueError(f"needs a finite number, not {value!r}")
+        whole = self.kind in ("int", "bytes")
+        if not is_finite(value) or (whole and int(value) != value):
+            shown = clip(repr(value), 60)
+            raise ValueError(f"needs a {'whole' if whole else 'finite'} number, not {shown}")
+        value = int(value) if whole else float(value)
         if value < self.low or (self.open_low and value == self.low):
             bound = "above" if self.open_low else "at least"
             raise ValueError(f"must be {bound} {self.low:g}, not {value:g}")
@@ -120,6 +118,14 @@ class Field:
             except ValueError:
                 continue
         return text
+
+
+def is_finite(number: int | float) -> bool:
+    """Whether a float can hold a number. A whole number may be too large for it."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def as_text(value: Any) -> str:

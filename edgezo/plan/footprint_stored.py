@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from edgezo.data.token_stats import TokenStats
 from edgezo.machine.limits import PAGE_BYTES, QUANTISE_BYTES, READOUT_BLOCKS, SLOTS, TILE_BYTES
+from edgezo.plan.budget import mb
 from edgezo.plan.calibration import (
     ADAPTER_COPIES,
     BASE_BYTES,
@@ -106,11 +107,15 @@ class StoredFootprint:
 
     def _base(self) -> Item:
         if self.base_bytes is not None:
-            reason = "Python, PyTorch, transformers and the tokenizer, measured"
+            reason = (
+                "Python, PyTorch, transformers, the tokenizer and the tokens of all rows, measured"
+            )
             return Item("base process", self.base_bytes, reason)
-        words = self.shape.vocab
-        size = BASE_BYTES + max(0, words - BASE_VOCAB) * TOKENIZER_BYTES_PER_WORD
+        words, rows_bytes = self.shape.vocab, self.tokens.stored_bytes
+        size = BASE_BYTES + max(0, words - BASE_VOCAB) * TOKENIZER_BYTES_PER_WORD + rows_bytes
         reason = f"Python, PyTorch, transformers, a tokenizer of {words:,} words"
+        if rows_bytes:
+            reason += f", {mb(rows_bytes)} of tokens"
         return Item("base process", size, reason)
 
     def _weights(self, precision: str, on_disk: int) -> list[Item]:

@@ -136,6 +136,13 @@ def from_toml(text: str) -> RunConfig:
     return make_config({}, parse_toml(text, "the configuration"), before, need_data=False)
 
 
+def read_saved(file: Path) -> RunConfig:
+    """The configuration that a run has written to ``file``. Raises EdgezoError where it cannot be read."""
+    with foreign.reading(file, "Restore it from a copy."):
+        text = foreign.read_small(file, foreign.MOST_TOML_BYTES).decode("utf-8")
+    return from_toml(text)
+
+
 def read_toml(path: Path | str) -> dict[str, Any]:
     """The layer in a TOML file. Raises UsageError if it can't be read as one."""
     try:

@@ -16,6 +16,10 @@ BYTES_PER_WEIGHT = {"fp32": 4, "bf16": 2, "fp16": 2}
 UNKNOWN_LABEL_WORDS = 16  # planned for where labels have not been read yet
 
 
+# Vectors of a norm: its scale, and with "layer" its bias. With "rms+1" the scale is 1 + weight.
+NORMS = {"rms": 1, "rms+1": 1, "layer": 2, "none": 0}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """All that the planner needs of a model to count bytes without weights. Counts are elements, not bytes."""
@@ -30,7 +34,7 @@ class Shape:
     max_positions: int
     tied: bool
     gated: bool = True  # MLP with gate and up (fused or not) instead of one up matrix
-    norm: str = "rms"  # "rms" | "rms+1" (scale is 1 + weight) | "layer" (with bias) | "none"
+    norm: str = "rms"  # one of NORMS
     layer_norms: int = 2  # norms of width hidden in each layer
     final_norm: bool = True
     qk_norm: bool = False  # one norm of width head_dim for q and one for k in each layer
@@ -103,7 +107,7 @@ class Shape:
 
     @property
     def _norm_vectors(self) -> int:
-        return {"rms": 1, "rms+1": 1, "layer": 2, "none": 0}[self.norm]
+        return NORMS[self.norm]
 
 
 @dataclass(frozen=True, kw_only=True)

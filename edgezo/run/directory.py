@@ -17,6 +17,7 @@ from edgezo.data.dataset import Dataset
 from edgezo.errors import DoesNotFit, EdgezoError, UsageError
 from edgezo.machine.downloads import cache_dir
 from edgezo.machine.files import atomic_path, is_leftover, write_error
+from edgezo.machine.foreign import MOST_TOML_BYTES, read_small
 from edgezo.machine.hardware import format_bytes
 from edgezo.machine.open_files import (
     check_folder,
@@ -30,7 +31,7 @@ from edgezo.machine.ownership import claim
 from edgezo.network.model import Model
 from edgezo.plan.config import RunConfig
 from edgezo.plan.fields import FREE_ON_RESUME, flag
-from edgezo.plan.request import from_toml
+from edgezo.plan.request import from_toml, read_saved
 from edgezo.run.journal import Journal, open_journal
 from edgezo.run.journal_header import check_base
 from edgezo.weights.disk import OVERLAY_NAMES, DiskMedium
@@ -101,13 +102,13 @@ class RunFiles:
         return self.path / "edgezo.json"
 
     def read_config(self) -> RunConfig:
-        try:
-            return from_toml(self.config.read_text(encoding="utf-8"))
-        except FileNotFoundError as problem:
+        """The settings of the run. Raises EdgezoError where there is no such file, or one that cannot be read."""
+        if not os.path.lexists(self.config):
             raise EdgezoError(
                 f"{self.path} is no run: it has no config.toml.\n"
                 "Give the --out directory of an edgezo finetune, or one that edgezo replay wrote."
-            ) from problem
+            )
+        return read_saved(self.config)
 
 
 def free_directory(cfg: RunConfig) -> Path:
@@ -308,7 +309,7 @@ def _began_here(folder: Path) -> bool:
     run = RunFiles(folder)
     ours = {run.config.name, run.plan.name}
     try:
-        text = run.config.read_text(encoding="utf-8")
+        text = read_small(run.config, MOST_TOML_BYTES).decode("utf-8")
         only_ours = all(n in ours or is_leftover(n) for n in os.listdir(folder))
         return only_ours and from_toml(text).to_toml() == text
     except (OSError, ValueError, EdgezoError):

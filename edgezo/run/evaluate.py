@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 from edgezo.data.dataset import Dataset
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.files import atomic_path, atomic_write, to_json
+from edgezo.machine.foreign import MOST_CONFIG_BYTES, parse_json, read_small, reading
 from edgezo.machine.gpu_memory import confirmed
 from edgezo.machine.hardware import machine
 from edgezo.machine.process_memory import Meter, peak_rss_bytes, rss_bytes
@@ -60,7 +60,7 @@ def evaluate(
     trained = run.read_config() if is_run else None
     if trained is None:
         cfg = replace(cfg, train=("head",))  # the smallest: nothing is trained
-    opened = open_request(cfg)
+    opened = open_request(cfg, to_train=False)
     for text in opened.dataset.notes:
         note(text)
     base = meter.mark("base")
@@ -127,16 +127,13 @@ def _with_exported_probe(folder: RunFiles, opened: Opened, model: Model) -> str:
 
     Returns a sentence that says whether it does.
     """
-    try:
-        about = json.loads(folder.exported.read_text(encoding="utf-8"))
+    what = f"{folder.path} has a linear probe, but what it is for ({folder.exported.name})"
+    way_out = f"Export the run again, or remove {folder.probe.name} to evaluate without it."
+    with reading(what, way_out):
+        about = parse_json(read_small(folder.exported, MOST_CONFIG_BYTES).decode("utf-8"))
         same = _same_task(about["dataset"], opened.dataset)
         words = ", ".join(about["dataset"]["label_names"])
         of_run = about.get("run_id")  # exports of earlier versions have none
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise EdgezoError(
-            f"{folder.path} has a linear probe, but what it is for cannot be read from {folder.exported.name} "
-            f"({problem}).\nExport the run again, or remove {folder.probe.name} to evaluate without it."
-        ) from problem
     if not same:
         return f"the linear probe beside this model tells {words} apart, which is another task: not used"
     recall(folder, model, opened.files.shape.hidden, of_run)

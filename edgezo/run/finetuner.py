@@ -28,19 +28,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse
-from safetensors.torch import save as serialise
 from torch import Tensor
 
 from edgezo.data.dataset import Dataset
 from edgezo.errors import EdgezoError, UsageError
-from edgezo.machine.files import atomic_write
+from edgezo.machine.files import atomic_path
+from edgezo.machine.foreign import reading
 from edgezo.machine.limits import tiles
+from edgezo.machine.open_files import open_to_read
 from edgezo.run.journal_record import StepRecord
 from edgezo.run.pickled import read_networks
+from edgezo.weights.saved import Saved, write_saved
 from edgezo.weights.store import WeightStore
 from edgezo.weights.trainable import Trainable
+from edgezo.weights.verified import open_saved
 
 FEATURES, HIDDEN = 5, 64  # as published
 LARGEST_SIGMA = 1e6
@@ -48,6 +49,7 @@ LEAST_SIGMA = 1e-6  # a smaller root mean square of all sigmas counts as 0
 _MOMENTS_PIECE_BYTES = (
     16  # counted for an element, so that a piece is a quarter of a tile: sums take copies
 )
+_ABOUT = "edgezo-finetuner"  # the metadata of a file: what it was made from, as JSON
 _PARTS = ("0.weight", "0.bias", "2.weight", "2.bias")  # names of a network's tensors in the file
 
 Moments = tuple[float, float, int]  # sum, sum of squares, count
@@ -101,36 +103,34 @@ class Finetuner:
             w1, c, w2, e = (w[place].detach().float().clone() for w in self.weights)
             parts = zip(_PARTS, (w1, c, w2[None], e[None]), strict=True)
             tensors.update({f"{block}.{part}": values for part, values in parts})
-        # One entry: several would be written in any order.
-        description = json.dumps(dict(about), sort_keys=True)
-        atomic_write(path, serialise(tensors, {"edgezo-finetuner": description}))
+        saved = [Saved.of(name, values) for name, values in tensors.items()]
+        with atomic_path(path) as temporary:
+            write_saved(temporary, saved, {_ABOUT: json.dumps(dict(about), sort_keys=True)}, run="")
 
 
 def load_finetuner(path: Path) -> Finetuner:
     """Read a file that ``Finetuner.save`` wrote. Raises EdgezoError, or UsageError for a pickled one."""
-    try:
-        data = path.read_bytes()
-    except OSError as problem:
-        raise EdgezoError(
-            f"the finetuner {path} cannot be read ({problem.strerror}).\nGive another --finetuner."
-        ) from problem
-    if data[:2] == b"PK":
+    way_out = (
+        "Give another --finetuner: edgezo meta-train and edgezo convert-finetuner make such files."
+    )
+    with reading(f"The finetuner {path}", way_out):
+        with os.fdopen(open_to_read(path), "rb") as stream:
+            is_zip = stream.read(2) == b"PK"
+            stream.seek(0)
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    if is_zip:
         raise UsageError(
             f"{path} holds pickled modules, as finetuners are published.\n"
             f"Convert it first: edgezo convert-finetuner {path} {path.with_suffix('.safetensors').name}"
         )
-    try:
-        tensors = parse(data)
-    except (SafetensorError, ValueError) as problem:
-        raise EdgezoError(
-            f"{path} is no finetuner: it cannot be read as safetensors ({problem}).\n"
-            "edgezo meta-train and edgezo convert-finetuner make such files."
-        ) from problem
     networks: dict[str, dict[str, np.ndarray]] = {}
-    for name, values in tensors.items():
-        block, first, kind = name.rsplit(".", 2) if name.count(".") > 1 else ("", name, "")
-        networks.setdefault(block, {})[f"{first}.{kind}"] = values.float().numpy()
-    return _stacked(networks, path, hashlib.sha256(data).hexdigest())
+    with open_saved(path, {_ABOUT}, None, way_out) as file:
+        tensors = {n: torch.empty(p.shape, dtype=p.dtype) for n, p in file.places.items()}
+        file.read(tensors)
+        for name, values in tensors.items():
+            block, first, kind = name.rsplit(".", 2) if name.count(".") > 1 else ("", name, "")
+            networks.setdefault(block, {})[f"{first}.{kind}"] = values.float().numpy()
+    return _stacked(networks, path, sha256)
 
 
 def convert_finetuner(source: Path, out: Path) -> Finetuner:

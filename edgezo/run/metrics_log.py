@@ -1,18 +1,21 @@
 """metrics.jsonl: one line for each step and evaluation; a summary takes its medians from them.
 
-A resume reads times and evaluations back, and with --step auto the sigma and the step that it goes on with: the only
-numbers here that weights depend on, so those lines have a checksum.
+A resume reads times and evaluations back, and with --step auto the sigma and the step that it goes on with. So every
+line has a checksum, ``crc``: CRC-32 (8 hexadecimal digits) of the run's identity, of every byte of the file before the
+line, and of the line's JSON without it. Lines that are changed, lost, repeated or of another run are thus seen by the
+lines after them. The lines with which a file of an earlier version begins have none.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import statistics
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,19 +31,23 @@ _MOVED = ("_read_bytes", "_written_bytes")  # ends of the names of bytes that a 
 class MetricsLog:
     """Appends one JSON object a line and hands it to the operating system at once."""
 
-    def __init__(self, path: Path, keep_through: int | None = None):
+    def __init__(self, path: Path, keep_through: int | None = None, of_run: str = ""):
         """Start an empty file; or go on, and cut lines of steps after ``keep_through`` and an unfinished last line.
 
-        Raises EdgezoError if the file can't be written, is a link, or has a line that is damaged.
+        ``of_run`` is the identity of the run that the lines are of, if they are of one. Raises EdgezoError if the file
+        can't be written, is a link, or has a line that is damaged.
         """
-        self.path = path
+        self.path, self.of_run = path, of_run
         try:
             fd = open_inside(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         except OSError as error:
             raise EdgezoError(f"can't write {path}: {error.strerror}") from error
         self._file = os.fdopen(fd, "a", encoding="utf-8", buffering=1)
         try:
-            os.ftruncate(fd, 0 if keep_through is None else _bytes_through(path, keep_through))
+            size_bytes, self._crc = 0, _crc_of(of_run)
+            if keep_through is not None:
+                size_bytes, self._crc = _through(path, keep_through, of_run)
+            os.ftruncate(fd, size_bytes)
         except BaseException as error:
             self._file.close()
             if isinstance(error, OSError):
@@ -49,18 +56,18 @@ class MetricsLog:
 
     def lines(self) -> list[dict[str, Any]]:
         """Every line of the file. Raises EdgezoError for one that is damaged."""
-        return [line for line, _ in _whole_lines(self.path)]
+        return [line.values for line in _whole_lines(self.path, self.of_run)]
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a line. Its "step" is the number of steps done. Raises EdgezoError if the disk refuses it."""
-        if "pace" in record:
-            record = {**record, "crc": _crc_of(record)}
+        line = _with_crc(record, self._crc)
         try:
-            self._file.write(to_json(record) + "\n")
+            self._file.write(line)
         except OSError as error:
             raise EdgezoError(
                 f"can't write {self.path}: {error.strerror}. The run can go on with --resume."
             ) from error
+        self._crc = _crc_of(line, self._crc)
 
     def close(self) -> None:
         self._file.close()
@@ -69,8 +76,8 @@ class MetricsLog:
 class RunLog(MetricsLog):
     """The metrics of a run, which a resume reads back: times, evaluations, paces of --step auto."""
 
-    def __init__(self, path: Path, keep_through: int | None = None):
-        super().__init__(path, keep_through)
+    def __init__(self, path: Path, keep_through: int | None = None, of_run: str = ""):
+        super().__init__(path, keep_through, of_run)
         self.step_times_s: list[float] = []
         self.forward_times_s: list[float] = []
         self.moved: dict[str, list[int]] = {}  # bytes of blocks elsewhere, one value a step
@@ -135,50 +142,63 @@ def _median(values: list[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def check_lines(path: Path) -> None:
-    """Raise EdgezoError, and change nothing, where a line of a run's metrics.jsonl is damaged."""
+def check_lines(path: Path, of_run: str) -> None:
+    """Raise EdgezoError, and change nothing, where a line of the metrics.jsonl of a run is damaged."""
     with contextlib.suppress(FileNotFoundError):
-        for _ in _whole_lines(path):
+        for _ in _whole_lines(path, of_run):
             pass
 
 
-def _bytes_through(path: Path, step: int) -> int:
-    """Bytes of the leading lines that are whole and of no step after ``step``."""
-    size = 0
-    for line, size_bytes in _whole_lines(path):
-        if line["step"] > step:
+class _Line(NamedTuple):
+    """A whole line of a file."""
+
+    values: dict[str, Any]  # without its checksum
+    size_bytes: int
+    crc: int  # of the run and of every byte up to the end of the line
+
+
+def _through(path: Path, step: int, of_run: str) -> tuple[int, int]:
+    """Bytes of the leading lines that are whole and of no step after ``step``, and the checksum of them."""
+    size_bytes, crc = 0, _crc_of(of_run)
+    for line in _whole_lines(path, of_run):
+        if line.values["step"] > step:
             break
-        size += size_bytes
-    return size
+        size_bytes, crc = size_bytes + line.size_bytes, line.crc
+    return size_bytes, crc
 
 
-def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """The lines of a file with their bytes, without an unfinished one at its end.
-
-    Raises EdgezoError for a line that is damaged.
-    """
+def _whole_lines(path: Path, of_run: str) -> Iterator[_Line]:
+    """The lines of a file, without an unfinished one at its end. Raises EdgezoError for a line that is damaged."""
+    crc, checked = _crc_of(of_run), False
+    way_out = "Restore the file from a copy; without --step auto you can also remove that line and all after it."
     with os.fdopen(open_inside(path, os.O_RDONLY), "rb") as file:
         for number, raw in enumerate(file, 1):
             if not raw.endswith(b"\n"):
                 return
-            way_out = (
-                "Restore the file from a copy; without --step auto you can also remove that line."
-            )
             with reading(f"{path}: line {number:,}", way_out):
-                line = _line_of(raw)
-            yield line, len(raw)
+                text = raw.decode("utf-8")
+                values = _values_of(text)
+                if "crc" in values:
+                    checked = True
+                    del values["crc"]
+                    if text != _with_crc(values, crc):
+                        raise ValueError(
+                            "its checksum does not fit: it or a line before it is damaged"
+                        )
+                elif checked or _CRC_AT_END.search(text):
+                    raise ValueError("it has no checksum")
+            crc = zlib.crc32(raw, crc)
+            yield _Line(values, len(raw), crc)
 
 
-def _line_of(raw: bytes) -> dict[str, Any]:
+def _values_of(text: str) -> dict[str, Any]:
     """A line as a resume may use it. Raises ValueError, TypeError or KeyError for any other."""
-    line = parse_json(raw.decode("utf-8"))
+    line = parse_json(text)
     if type(line) is not dict or type(line["step"]) is not int or line["step"] < 0:
         raise ValueError("it has no step")
     numbers = [line.get("step_s"), line.get("forward_s")]
     numbers += [value for name, value in line.items() if name.endswith(_MOVED)]
-    if "pace" in line or "crc" in line:
-        if "crc" in line and line["crc"] != _crc_of({"step": line["step"], "pace": line["pace"]}):
-            raise ValueError("its checksum does not fit")
+    if "pace" in line:
         if not line.keys() <= {"step", "pace", "crc"}:
             raise ValueError("it has more than a pace")
         numbers += [line["pace"][name] for name in ("sigma", "factor", "began", "took_s")]
@@ -189,6 +209,13 @@ def _line_of(raw: bytes) -> dict[str, Any]:
     return line
 
 
-def _crc_of(line: Mapping[str, Any]) -> str:
-    """CRC (8 hexadecimal digits) of the JSON of a line."""
-    return f"{zlib.crc32(to_json(line).encode()):08x}"
+_CRC_AT_END = re.compile(r'"[0-9a-f]{8}"\}\n$')  # whatever damage has made of the name before it
+
+
+def _with_crc(values: Mapping[str, Any], before: int) -> str:
+    """A line; ``before`` is the checksum of what stands before it."""
+    return to_json({**values, "crc": f"{_crc_of(to_json(values), before):08x}"}) + "\n"
+
+
+def _crc_of(text: str, before: int = 0) -> int:
+    return zlib.crc32(text.encode(), before)

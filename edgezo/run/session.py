@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from edgezo.data.batches import Example
 from edgezo.data.dataset import DataRequest, Dataset, load_dataset
+from edgezo.data.packed import PackedExamples
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.gpu_memory import Memory, open_memory
 from edgezo.machine.hardware import Machine, machine
@@ -77,8 +77,8 @@ class Loaded(NamedTuple):
     memory: Memory
 
 
-def open_request(cfg: RunConfig) -> Opened:
-    """Find the model, check its files, read and tokenise the rows.
+def open_request(cfg: RunConfig, *, to_train: bool = True) -> Opened:
+    """Find the model, check its files, read and tokenise the rows; those to evaluate on only unless ``to_train``.
 
     Raises UsageError for rows or settings that do not go together, EdgezoError for files that cannot be read, and
     DoesNotFit where reading them takes more than the cap.
@@ -87,7 +87,7 @@ def open_request(cfg: RunConfig) -> Opened:
     files = loader.open_model(cards.resolve(cfg.model))
     loader.model_class(files)  # its code is part of the process that a plan starts from
     tokenizer = loader.load_tokenizer(files.path)
-    dataset = read_data(cfg, files, tokenizer, guard)
+    dataset = read_data(cfg, files, tokenizer, guard, to_train)
     cfg = _for_kind(cfg, dataset.kind)
     judge = _judge_of(cfg, files, tokenizer, dataset)
     malloc_trim()  # memory that parsing has freed is no part of the process that a plan starts from
@@ -134,38 +134,45 @@ def _for_kind(cfg: RunConfig, kind: str) -> RunConfig:
 
 
 def read_data(
-    cfg: RunConfig, files: ModelFiles, tokenizer: Any, guard: Guard | None = None
+    cfg: RunConfig,
+    files: ModelFiles,
+    tokenizer: Any,
+    guard: Guard | None = None,
+    to_train: bool = True,
 ) -> Dataset:
     """The rows of a request, tokenised, all of them within the model's vocabulary and positions."""
     shared = {f.name for f in fields(DataRequest)} & {f.name for f in fields(RunConfig)}
     request = DataRequest(
-        judged=cfg.objective != LOSS, **{name: getattr(cfg, name) for name in shared}
+        judged=cfg.objective != LOSS,
+        to_train=to_train,
+        **{name: getattr(cfg, name) for name in shared},
     )
     dataset = load_dataset(request, tokenizer, masked=files.kind == "masked", guard=guard)
-    examples = (*dataset.train, *dataset.validation)
-    used = (*dataset.label_ids, *(max(row.ids, default=0) for e in examples for row in e.rows))
-    if max(used) >= files.shape.vocab:
+    splits = [PackedExamples.of(split) for split in (dataset.train, dataset.validation)]
+    largest = max(*dataset.label_ids, *(split.largest_id() for split in splits))
+    if largest >= files.shape.vocab:
         raise EdgezoError(
-            f"the tokenizer of {files.path} gives the token {max(used)}, but the model has only "
+            f"the tokenizer of {files.path} gives the token {largest}, but the model has only "
             f"{files.shape.vocab} words.\nThe two do not belong together: fetch the model again."
         )
     if files.shape.positions:  # a learned table: there is nothing beyond its end
         positions = files.shape.max_positions - files.position_offset
-        _check_lengths(dataset, examples, positions, files.path)
+        _check_lengths(dataset, splits, positions, files.path)
     return dataset
 
 
 def _check_lengths(
-    dataset: Dataset, examples: Sequence[Example], positions: int, path: Path
+    dataset: Dataset, splits: Sequence[PackedExamples], positions: int, path: Path
 ) -> None:
     """UsageError for rows, or prompts and their answers, of more tokens than the model has positions."""
-    longest = max(len(row.ids) for example in examples for row in example.rows)
+    longest = max(split.longest_row() for split in splits)
     if longest > positions:
         raise UsageError(
             f"a row has {longest} tokens, but {path} has only {positions} positions: give --max-length {positions}"
         )
     if dataset.generation is not None:
-        longest = max(len(e.prompt) for e in examples) + dataset.generation.most
+        prompts = max(len(example.prompt) for split in splits for example in split)
+        longest = prompts + dataset.generation.most
         if longest > positions:
             raise UsageError(
                 f"a prompt and its answer may have {longest} tokens, but {path} has only "

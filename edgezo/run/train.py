@@ -32,6 +32,7 @@ from edgezo.run.directory import (
     prepare,
     refuse_links,
     reopen,
+    run_id,
 )
 from edgezo.run.figures import evaluate_model
 from edgezo.run.finetuner import load_finetuner
@@ -92,14 +93,14 @@ def finetune(
 def _opened(cfg: RunConfig, files: RunFiles, resume: bool, progress: RunProgress) -> Iterator[Run]:
     """A run with its plan made, its journal open and its weights where the journal ends; closed after the block."""
     refuse_links(files)
-    if resume:
-        check_lines(files.metrics)
     meter, split_is_free = Meter(), cfg.micro_batch is None
     opened, planned = _plan(cfg, resume, meter, progress)
     cfg, header = planned.cfg, header_of(opened, planned.cfg)
     with ExitStack() as at_end:
         journal = at_end.enter_context(reopen(files, header)) if resume else None
-        if journal is None:
+        if journal is not None:
+            check_lines(files.metrics, run_id(journal.header))
+        else:
             prepare(files)
             atomic_write(files.config, cfg.to_toml().encode())
             atomic_write(files.plan, to_json(planned.plan.to_dict()).encode())
@@ -126,7 +127,8 @@ def _opened(cfg: RunConfig, files: RunFiles, resume: bool, progress: RunProgress
             atomic_write(files.plan, to_json(planned.plan.to_dict()).encode())
         if before != cfg:
             atomic_write(files.config, cfg.to_toml().encode())
-        log = RunLog(files.metrics, keep_through=restored.steps if resume else None)
+        kept = restored.steps if resume else None
+        log = RunLog(files.metrics, keep_through=kept, of_run=run_id(journal.header))
         at_end.enter_context(closing(log))
         guard = guard_of(planned.plan, memory)
         state = RunState(files, planned, model, memory, journal, log, meter, progress, guard, stop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from conftest import make_model
@@ -82,6 +83,23 @@ def test_every_problem_of_a_study_is_named_at_once(tmp_path):
     ):
         with pytest.raises(UsageError, match=word):
             read_study(made(tmp_path / word.replace(" ", "-"), **bad))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": [10**400]}, "seeds needs whole numbers"),
+        ({"forwards": 10**400}, "forwards needs a number"),
+        ({"methods": {"a": {"step": 10**400}}}, "--step: needs a finite number"),
+        ({"methods": {"a": {"baseline": {"x": 1}}}}, "there is no baseline {'x': 1}"),
+        ({"methods": {"a": {"baseline": "lora", "lr": 10**400}}}, "is no learning rate"),
+        ({"methods": {"a": {"step": [0.1] * 1001}}}, "more than 1,000 points"),
+        ({"methods": {"a": {f"x{i}": [0.1, 0.2] for i in range(20_000)}}}, "more than 1,000"),
+    ],
+)
+def test_numbers_beyond_any_float_and_grids_without_end_are_refused(changes, message, tmp_path):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        read_study(made(tmp_path, **changes))
 
 
 def test_a_best_point_at_the_end_of_its_grid_is_reported():

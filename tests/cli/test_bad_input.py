@@ -295,6 +295,13 @@ def test_a_damaged_configuration_is_a_usage_error(content, stopped, edgezo):
     assert_refused(edgezo, stopped, 2, r"--model|configuration|unknown")
 
 
+@pytest.mark.parametrize("content", [b"model = \xff", b"x" * 300_000])
+def test_a_configuration_that_cannot_be_read_is_named(content, stopped, edgezo):
+    config = stopped / "config.toml"
+    config.write_bytes(content)
+    assert_refused(edgezo, stopped, 1, r"config\.toml")
+
+
 def test_a_directory_that_is_no_run_is_named(bench, edgezo, tmp_path):
     (tmp_path / "empty").mkdir()
     for args in commands(tmp_path / "empty").values():

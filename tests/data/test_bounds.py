@@ -23,7 +23,7 @@ from edgezo.data.chat import ChatTemplates, TemplateFails
 from edgezo.data.chat_rendering import spans
 from edgezo.data.dataset import DataRequest, load_dataset
 from edgezo.data.encoder import Encoder
-from edgezo.data.row_files import Problems, read_records
+from edgezo.data.row_files import Problems, find_splits, read_records
 from edgezo.data.row_kinds import Draft, Piece
 from edgezo.errors import BudgetExceeded, DoesNotFit, EdgezoError, UsageError
 from edgezo.machine import process_memory
@@ -202,9 +202,9 @@ def test_a_part_of_a_long_text_gives_the_row_of_the_whole(make: str) -> None:
         if labelled or make == "masked":
             piece = Piece(prompt, after=answer if make == "masked" else None)
         part = encoder.clipped(piece, "rows:1")
-        whole = encoder.examples([Draft((piece,))], "training", [])
+        whole = list(encoder.examples([Draft((piece,))], "training", []))
         notes: list[str] = []
-        assert encoder.examples([Draft((part,))], "training", notes) == whole
+        assert list(encoder.examples([Draft((part,))], "training", notes)) == whole
         if part.clipped:
             assert f"1 of 1 training rows cut to {length} tokens (--max-length)" in notes
 
@@ -311,7 +311,7 @@ def test_reading_ends_at_the_cap_with_the_row_and_what_would_be_enough(tmp_path:
     file.write_text('{"text": "a film"}\n' * 5000)
     guard = ReadingGuard(400 * MB, rss=Rising(80 * MB), trim=lambda: None)
     with pytest.raises(DoesNotFit, match=r"rows\.jsonl:\d+ is being read, .* --max-mem 400\.0 MB"):
-        read_records(file, Problems(), guard)
+        list(read_records(file, Problems(), guard))
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_a_line_is_refused_before_it_is_parsed_where_its_values_have_no_room(
     # Resident memory does not matter here: no room at all is left.
     guard = Guard(20 * MB, 16 * MB, rss=lambda: 2 * MB, trim=lambda: None)
     with pytest.raises(BudgetExceeded, match=rf"rows\.{suffix}:1"):
-        read_records(file, Problems(), guard)
+        list(read_records(file, Problems(), guard))
 
 
 def test_a_cap_below_what_the_process_holds_is_the_planners_to_refuse() -> None:
@@ -392,7 +392,7 @@ def test_a_peak_before_loading_ends_before_anything_is_written(
 
 def problems_of(file: Path) -> str:
     problems = Problems()
-    read_records(file, problems)
+    list(read_records(file, problems))
     with pytest.raises(UsageError) as caught:
         problems.raise_any()
     return str(caught.value)
@@ -425,9 +425,41 @@ def test_columns_of_one_name_are_refused_by_name(tmp_path: Path) -> None:
 
     (tmp_path / "rows.csv").write_text("text,label,text\na,b,c\n")
     assert "several columns named 'text' (text, label, text)" in problems_of(tmp_path / "rows.csv")
+    (tmp_path / "rows.csv").write_text("text,,\na,b,c\n")
+    assert "several columns named ''" in problems_of(tmp_path / "rows.csv")
     table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     pq.write_table(table, tmp_path / "rows.parquet")
     assert "several columns named 'text'" in problems_of(tmp_path / "rows.parquet")
+
+
+def test_a_key_that_occurs_twice_is_looked_for_once_among_the_others() -> None:
+    """Counting each would take minutes."""
+    keys = [f'"{number}":0' for number in range(100_000)]
+    with pytest.raises(ValueError, match="'99999' occurs twice"):
+        parse_json("{" + ",".join([*keys, keys[-1]]) + "}")
+
+
+def test_shards_are_counted_not_listed_as_their_names_have_them(tmp_path: Path) -> None:
+    (tmp_path / "train-00000-of-99999999999.jsonl").write_text('{"text": "a"}\n')
+    problems = Problems()
+    find_splits(tmp_path, problems)
+    with pytest.raises(UsageError, match="1 shards of train, not each of 99999999999 once"):
+        problems.raise_any()
+
+
+def test_of_a_long_text_only_the_tokens_that_bound_its_row_are_looked_at() -> None:
+    looked = []
+
+    class Offsets(list[tuple[int, int]]):
+        def __getitem__(self, place):  # type: ignore[no-untyped-def]
+            looked.append(place)
+            return super().__getitem__(place)
+
+    tokens = 10_000
+    offsets = Offsets((i, i + 1) for i in range(tokens))
+    encoder = Encoder(byte_tokenizer(), 16, False)
+    row, cut = encoder._span_row(Piece("x" * tokens, ((1, tokens),)), [5] * tokens, offsets)
+    assert cut and len(row.ids) == 16 and len(looked) < 100
 
 
 def test_whole_pairs_and_equal_keys_in_several_objects_are_read() -> None:
@@ -475,7 +507,7 @@ def test_a_file_in_which_every_row_is_wrong_is_not_read_to_its_end(
 
     monkeypatch.setattr(row_files, "parse_json", counted)
     with pytest.raises(UsageError, match=r"stopped after 10,000 problems") as caught:
-        read_records(file, Problems())
+        list(read_records(file, Problems()))
     assert parsed == Problems.MOST_PLACES and len(str(caught.value)) < 2000
 
 
@@ -491,7 +523,7 @@ def test_a_parquet_file_that_unpacks_to_more_than_there_is_room_for_is_refused(
     monkeypatch.setattr(row_files, "LEAST_PARQUET_BYTES", 0)
     guard = Guard(100 * MB, 0, rss=lambda: 0)
     problems = Problems()
-    assert not read_records(tmp_path / "rows.parquet", problems, guard)
+    assert not list(read_records(tmp_path / "rows.parquet", problems, guard))
     with pytest.raises(UsageError, match="needs more than 100MB to unpack"):
         problems.raise_any()
 

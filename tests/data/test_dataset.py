@@ -46,7 +46,7 @@ def problems(run: Callable[[], Any]) -> str:
 
 
 def everything(data: Dataset) -> tuple[Example, ...]:
-    return data.train + data.validation
+    return [*data.train, *data.validation]
 
 
 def targets(row: Row, tokenizer: Any) -> str:

@@ -133,7 +133,7 @@ def test_parquet_takes_no_memory_of_the_run(tmp_path: Path) -> None:
     write_as("parquet", tmp_path / "rows.parquet", ROWS)
     code = (
         "import sys; from pathlib import Path; from edgezo.data.row_files import Problems, read_records\n"
-        f"assert len(read_records(Path({str(tmp_path / 'rows.parquet')!r}), Problems())) == 6\n"
+        f"assert len(list(read_records(Path({str(tmp_path / 'rows.parquet')!r}), Problems()))) == 6\n"
         "assert not [name for name in sys.modules if name.startswith('pyarrow')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -181,7 +181,7 @@ def test_reading_parquet_runs_nothing_of_the_folder_that_it_is_read_in(
     for name in ("json", "pyarrow"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the folder was run')")
     monkeypatch.chdir(tmp_path)
-    assert len(read_records(Path("rows.parquet"), Problems())) == len(ROWS)
+    assert len(list(read_records(Path("rows.parquet"), Problems()))) == len(ROWS)
 
 
 def test_bytes_in_parquet_are_text_or_refused(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_bytes_in_parquet_are_text_or_refused(tmp_path: Path) -> None:
     (record,) = read_records(path, faults)
     assert record.fields["text"] == "café" and not len(faults)
     pq.write_table(pa.table({"text": pa.array([b"\xff"], pa.binary())}), path)
-    assert not read_records(path, faults) and len(faults) == 1
+    assert not list(read_records(path, faults)) and len(faults) == 1
 
 
 def test_parquet_without_its_library_says_what_to_install(

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from fuzz.damage import Beside, Damage, damaged, put
@@ -26,6 +27,7 @@ from edgezo.weights.layouts import place, vacant
 
 RUNS = ("run", "another run")
 SHAPE = (48, 64)
+TABLE_ROWS = 12
 
 
 @dataclass(frozen=True)
@@ -75,19 +77,39 @@ def block_wrongly_read(sound: SoundBlock, data: bytes) -> bool:
         file.close()
 
 
-def damaged_blocks(folder: Path, seed: int, count: int) -> Iterator[tuple[SoundBlock, Damage]]:
-    """``count`` damaged files; half of the damage is to the data alone."""
+class PreparedBlock(NamedTuple):
+    """A sound block, and other files: of another run, and of the same at another time; whole, and their data alone."""
+
+    sound: SoundBlock
+    beside: Beside
+    data_beside: Beside
+
+
+def prepared_block(folder: Path) -> PreparedBlock:
     sound = sound_block(folder / "overlay" / "block-0000.overlay")
     other = folder / "overlay" / "block-0001.overlay"
     foreign = [sound_block(other, n, RUNS[1]).data for n in (0, 1)]
     beside = Beside(foreign, [sound_block(other, 1, applied=8).data])
-    for case in damaged(sound.data, beside, seed, count // 2):
-        yield sound, case
-    head = sound.data[:PAGE_BYTES]
-    beside = Beside([data[PAGE_BYTES:] for data in (*beside.foreign, *beside.later)])
-    beside = Beside([data for data in beside.foreign if data != sound.data[PAGE_BYTES:]])
-    for case in damaged(sound.data[PAGE_BYTES:], beside, seed, count - count // 2):
-        yield sound, Damage(case.kind, head + case.data)
+    others = [data[PAGE_BYTES:] for data in (*beside.foreign, *beside.later)]
+    return PreparedBlock(
+        sound, beside, Beside([data for data in others if data != sound.data[PAGE_BYTES:]])
+    )
+
+
+def block_case(prepared: PreparedBlock, seed: int) -> tuple[SoundBlock, Damage]:
+    """The damaged file of a seed; half of the damage is to the data alone."""
+    whole = prepared.sound.data
+    if seed % 2:
+        return prepared.sound, next(damaged(whole, prepared.beside, seed, 1))
+    case = next(damaged(whole[PAGE_BYTES:], prepared.data_beside, seed, 1))
+    return prepared.sound, Damage(case.kind, whole[:PAGE_BYTES] + case.data)
+
+
+def damaged_blocks(folder: Path, seed: int, count: int) -> Iterator[tuple[SoundBlock, Damage]]:
+    """``count`` damaged files."""
+    prepared = prepared_block(folder)
+    for number in range(seed * count, (seed + 1) * count):
+        yield block_case(prepared, number)
 
 
 def of_format_1(data: bytes) -> bytes:
@@ -111,23 +133,24 @@ class SoundTable:
 
 
 def sound_table(path: Path, precision: str = "int8") -> SoundTable:
-    """A table of 48 rows."""
+    """A table of 12 rows."""
     path.parent.mkdir(exist_ok=True)
-    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    shape = (TABLE_ROWS, SHAPE[1])
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     how = {"table": True, "rounding": None, "trained": precision != "int8"}
-    empty = vacant(SHAPE, precision, **how)  # type: ignore[arg-type]
+    empty = vacant(shape, precision, **how)  # type: ignore[arg-type]
     file = OverlayFile(path, RUNS[0], {"table": empty}, Traffic())
     file.open()
     table = DiskTable(file, empty)
     table.fill(lambda rows: place(weight[rows], precision, **how))  # type: ignore[arg-type]
-    raw = {suffix: tensor.clone() for suffix, tensor in table.raw(slice(0, SHAPE[0])).items()}
+    raw = {suffix: tensor.clone() for suffix, tensor in table.raw(slice(0, TABLE_ROWS)).items()}
     return SoundTable(table, raw, path.read_bytes())
 
 
 def table_wrongly_read(sound: SoundTable, data: bytes) -> bool:
     """Whether a row is read, from a file with these bytes, that was not written so."""
     put(sound.table.file.path, data)
-    for row in range(SHAPE[0]):
+    for row in range(TABLE_ROWS):
         try:
             raw = sound.table.raw(slice(row, row + 1))
         except EdgezoError:
@@ -137,14 +160,19 @@ def table_wrongly_read(sound: SoundTable, data: bytes) -> bool:
     return False
 
 
+def table_case(sound: SoundTable, seed: int) -> Damage:
+    """The damaged file of a seed: a table has no head to be damaged."""
+    data = sound.data[PAGE_BYTES:]
+    case = next(damaged(data, Beside([bytes(len(data)), data[::-1]]), seed, 1))
+    return Damage(case.kind, sound.data[:PAGE_BYTES] + case.data)
+
+
 def damaged_tables(folder: Path, seed: int, count: int) -> Iterator[tuple[SoundTable, Damage]]:
     """``count`` damaged files."""
     for precision in ("int8", "fp32"):
         sound = sound_table(folder / "overlay" / "table-0.overlay", precision)
-        data = sound.data[PAGE_BYTES:]
-        beside = Beside([bytes(len(data)), data[::-1]])
-        for case in damaged(data, beside, seed, count // 2):
-            yield sound, Damage(case.kind, sound.data[:PAGE_BYTES] + case.data)
+        for number in range(seed * count, seed * count + count // 2):
+            yield sound, table_case(sound, number)
         sound.table.file.close()
 
 

@@ -7,25 +7,24 @@
     rows                                  JSONL, JSON and CSV: the suffix of a case's name says which
     templates                             chat templates: programs that write, count and call without end
 
-Each generator yields (name, bytes) for ever, and the same ones for the same seed. ``READERS`` has for each what reads a
-case: it returns whether the case was accepted, and raises nothing but EdgezoError.
+``READERS`` has for each form what makes a case, (name, bytes), from a random generator, and what reads one: it returns
+whether the case was accepted, and raises nothing but EdgezoError.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 Case = tuple[str, bytes]
-Generator = Callable[[int], Iterator[Case]]
 
 INTEGERS = (
     *(0, 1, 2, 3, 4, 7, 8, 31, 32, 63, 64, 255, 256, 4095, 4096, 65535, 65536, 10**6),
@@ -115,19 +114,6 @@ def written(rng: random.Random, value: Any) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def forever(make: Callable[[random.Random], tuple[str, bytes]]) -> Generator:
-    """A generator of what ``make`` makes."""
-
-    def cases(seed: int) -> Iterator[Case]:
-        rng, number = random.Random(seed), 0
-        while True:
-            name, data = make(rng)
-            yield f"{number:07d}-{name}", data
-            number += 1
-
-    return cases
-
-
 # ---------------------------------------------------------------------------------------------
 # GGUF
 
@@ -160,8 +146,16 @@ class GgufFields(NamedTuple):
         return head + b"\0" * (-len(head) % 32) + self.data
 
 
+# Types of a GGUF file's matrices, with the size of the model that has them: blocks of 32 or 256 numbers.
+GGUF_TYPES: dict[str, dict[str, int]] = {
+    **{name: {} for name in ("F32", "F16")},
+    **{name: {"hidden_size": 96, "intermediate_size": 96} for name in ("Q8_0", "Q4_0")},
+    **{name: {"hidden_size": 768, "intermediate_size": 256} for name in ("Q4_K", "Q6_K")},
+}
+
+
 @cache
-def sound_gguf() -> GgufFields:
+def sound_gguf(matrix_type: str = "F32") -> GgufFields:
     """A model of one block, read back from what llama.cpp's converter would write."""
     import tempfile
 
@@ -169,11 +163,13 @@ def sound_gguf() -> GgufFields:
     import tiny_models
 
     model = tiny_models.random_model(
-        "llama", num_hidden_layers=1, attention_bias=False, mlp_bias=False
+        "llama",
+        **{"num_hidden_layers": 1, "attention_bias": False, "mlp_bias": False},
+        **GGUF_TYPES[matrix_type],
     )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "m.gguf"
-        tiny_models.make_gguf(model, file, tokenizer=True)
+        tiny_models.make_gguf(model, file, matrix_type=matrix_type, tokenizer=True)
         reader = gguf.GGUFReader(file)
         values = []
         for key, field in reader.fields.items():
@@ -192,7 +188,7 @@ def sound_gguf() -> GgufFields:
 
 
 def _gguf(rng: random.Random) -> Case:
-    sound = sound_gguf()
+    sound = sound_gguf(rng.choice(("F32", *GGUF_TYPES)))
     values, tensors = list(sound.values), list(sound.tensors)
     changes: dict[str, Any] = {"data": sound.data}
     name = rng.choice(
@@ -228,7 +224,7 @@ def _gguf(rng: random.Random) -> Case:
             n = rarely(rng, 10_000, 100)
             values += [(b"k%d" % i, 0, b"\0") for i in range(n)]
         case "texts":
-            n = rng.choice((100, 100_000))
+            n = rarely(rng, 100_000, 100, 1000)
             values[at] = (
                 key,
                 9,
@@ -274,7 +270,7 @@ def _safetensors(rng: random.Random) -> Case:
             raw = json.dumps(sound).encode()
             return name, damaged(rng, struct.pack("<Q", len(raw)) + raw + data)
         case "shape":
-            axes = rng.choice((0, 1, 2, 8, 9, 100, 3000))
+            axes = rarely(rng, 3000, 0, 1, 2, 8, 9, 30)
             tensor["shape"] = [rng.choice((*INTEGERS, 10**40, 10**4000, -1)) for _ in range(axes)]
         case "dtype":
             tensor["dtype"] = rng.choice(("F8", "F64", "I64", "BOOL", "C64", "U16", odd(rng)))
@@ -326,6 +322,46 @@ def _index(rng: random.Random) -> Case:
         case "many":
             weights |= {f"t{i}": f"s{i}" for i in range(rarely(rng, 20_000, 100))}
     return name, json.dumps(index).encode("utf-8", "surrogatepass")
+
+
+def _shards(rng: random.Random) -> Case:
+    """Weights in two files, as JSON: the index, and the bytes of each. Its names may be in both, or in none."""
+    sound, data = sound_safetensors()
+    names = [name for name in sound if name != "__metadata__"]
+    shards: list[dict[str, Any]] = [{}, {}]
+    weights = {}
+    for name in names:
+        which = rng.randrange(2)
+        weights[name] = f"model-{which + 1}.safetensors"
+        shards[which][name] = dict(sound[name])
+    bodies = []
+    for shard in shards:
+        body = b""
+        for place in shard.values():
+            first, last = place["data_offsets"]
+            place["data_offsets"] = [len(body), len(body) + last - first]
+            body += data[first:last]
+        bodies.append(body)
+    name = rng.choice("sound moved twice swapped header flip".split())
+    chosen = rng.choice(names)
+    if name == "moved":
+        weights[chosen] = rng.choice(
+            ("model-1.safetensors", "model-2.safetensors", "model-3.safetensors")
+        )
+    elif name == "twice":
+        place = next(shard[chosen] for shard in shards if chosen in shard)
+        for shard in shards:
+            shard.setdefault(chosen, place)
+    elif name == "swapped":
+        bodies.reverse()
+    elif name == "header" and shards[0]:
+        shards[0][rng.choice(sorted(shards[0]))][rng.choice(("dtype", "shape"))] = odd(rng)
+    files = []
+    for shard, body in zip(shards, bodies, strict=True):
+        raw = json.dumps(shard).encode("utf-8", "surrogatepass")
+        whole = struct.pack("<Q", len(raw)) + raw + body
+        files.append(damaged(rng, whole) if name == "flip" and rng.random() < 0.5 else whole)
+    return name, json.dumps([weights, *(file.hex() for file in files)]).encode()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -509,6 +545,54 @@ def _tokenizers(rng: random.Random) -> Case:
     return name, json.dumps(values).encode("utf-8", "surrogatepass")
 
 
+@cache
+def _sound_vocabulary() -> Any:
+    return json.loads((sound_model() / "tokenizer.json").read_text(encoding="utf-8"))
+
+
+def _vocabularies(rng: random.Random) -> Case:
+    """tokenizer.json: what the library in Rust parses."""
+    values = json.loads(json.dumps(_sound_vocabulary()))
+    name = rng.choice("part model merges vocabulary added written type".split())
+    model = values["model"]
+    match name:
+        case "part":
+            values[rng.choice(sorted(values))] = odd(rng)
+        case "model":
+            model[rng.choice(sorted(model))] = odd(rng)
+        case "merges":
+            merges = model["merges"]
+            wrong = (
+                ["a"],
+                "a",
+                ["a", "b", "c"],
+                ["absent", "x"],
+                [],
+                "",
+                ["\ud800", "a"],
+                merges[:1],
+            )
+            merges[rng.randrange(len(merges))] = rng.choice(wrong)
+        case "vocabulary":
+            token = rng.choice(sorted(model["vocab"]))
+            model["vocab"][token] = rng.choice((*INTEGERS, -1, 3.5, "1", None))
+        case "added":
+            token = rng.choice(values["added_tokens"] or [{}])
+            token[rng.choice(("id", "content", "special", "x"))] = odd(rng)
+        case "written":
+            return name, written(rng, values)
+        case "type":
+            place = values[rng.choice(("pre_tokenizer", "decoder", "post_processor", "model"))]
+            pattern = {"Regex": rng.choice(("(a+)+$", "(?:a|a)*b", "[", "(" * 500, "\\p{L}+"))}
+            more = {
+                "type": rng.choice(("Split", "Sequence", "Unigram", "Evil")),
+                "pattern": pattern,
+            }
+            if isinstance(place, dict):
+                place |= more | {"behavior": "Isolated", "invert": False}
+    return name, json.dumps(values).encode("utf-8", "surrogatepass")
+
+
 def _toml(rng: random.Random) -> Case:
     lines = ['model = "smollm2-135m"', "steps = 3", 'task = "example"', "batch_size = 4"]
     name = rng.choice("flip depth keys dotted odd".split())
@@ -585,7 +669,7 @@ def _rows(rng: random.Random) -> Case:
 
 
 def _templates(rng: random.Random) -> Case:
-    n = rng.choice((3, 1000, 99_999, 10**9, 3 * 10**9))
+    n = rarely(rng, rng.choice((99_999, 10**9, 3 * 10**9)), 3, 12, 60)
     writers = (
         f"{{{{ 'x' * {n} }}}}",
         f"{{{{ [0] * {n} }}}}",
@@ -600,15 +684,15 @@ def _templates(rng: random.Random) -> Case:
         f"{{{{ range({n})|join('x' * {n}) }}}}",
         f"{{{{ ('x' * {min(n, 10**5)})|replace('x', 'y' * {min(n, 10**5)}) }}}}",
         "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}{% endmacro %}"
-        f"{{{{ m({min(n, 40)}) }}}}",
-        "{% set ns = namespace(t='x') %}{% for i in range(60) %}{% set ns.t = ns.t ~ ns.t %}{% endfor %}"
-        "{{ ns.t }}",
+        f"{{{{ m({min(n, 9 if n < 2000 else 40)}) }}}}",
+        f"{{% set ns = namespace(t='x') %}}{{% for i in range({60 if n > 60 else 12}) %}}"
+        "{% set ns.t = ns.t ~ ns.t %}{% endfor %}{{ ns.t }}",
         "{{ messages[0].content.__class__.__mro__ }}",
         "{{ cycler.__init__.__globals__.os.system('true') }}",
         "{{ raise_exception('no') }}",
         "{% import 'os' as os %}",
         "{% include '/etc/passwd' %}",
-        "{{ lipsum(9999) }}",
+        f"{{{{ lipsum({n}) }}}}",
         "{% if true %}" * min(n, 3000) + "{% endif %}" * min(n, 3000),
     )
     sound = "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
@@ -625,10 +709,11 @@ def _templates(rng: random.Random) -> Case:
 
 
 class FuzzReader(NamedTuple):
-    """Cases of one form, and what reads one of them in an empty folder: whether it was accepted."""
+    """Cases of one form, and what reads one of them in a folder: whether it was accepted."""
 
-    cases: Generator
+    make: Callable[[random.Random], Case]
     read: Callable[[str, bytes, Path], bool]
+    share: int  # of the cases of a long run, beside those of the other kinds
 
 
 def _model_with(folder: Path, **files: bytes) -> Path:
@@ -661,7 +746,7 @@ def read_gguf(name: str, data: bytes, folder: Path) -> bool:
     file = folder / "model.gguf"
     file.write_bytes(data)
     _load(file)
-    if name.startswith(("0000", "0001")):  # a twentieth of a second each
+    if zlib.crc32(data) % 20 == 0:  # a twentieth of a second each
         from edgezo.network.loader import load_tokenizer
 
         load_tokenizer(file)
@@ -691,6 +776,20 @@ def read_index(name: str, data: bytes, folder: Path) -> bool:
     return True
 
 
+def read_shards(name: str, data: bytes, folder: Path) -> bool:
+    from edgezo.weights.safetensors_file import SafetensorsSource
+
+    weights, *files = json.loads(data)
+    index = json.dumps({"metadata": {}, "weight_map": weights})
+    (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+    for number, file in enumerate(files, 1):
+        (folder / f"model-{number}.safetensors").write_bytes(bytes.fromhex(file))
+    source = SafetensorsSource(folder)
+    for stored in source.names:
+        source.read(stored)
+    return True
+
+
 def read_pickled(name: str, data: bytes, folder: Path) -> bool:
     from edgezo.run.pickled import read_networks
 
@@ -710,6 +809,19 @@ def read_tokenizers(name: str, data: bytes, folder: Path) -> bool:
     return len(tokenizer("a film")["input_ids"]) >= 0
 
 
+def read_vocabularies(name: str, data: bytes, folder: Path) -> bool:
+    """Load it, and tokenise as rows are."""
+    from edgezo.data.dataset import DataRequest, load_dataset
+    from edgezo.network.loader import load_tokenizer
+
+    rows = folder / "rows.jsonl"
+    if not rows.exists():
+        rows.write_text("".join(json.dumps({"text": "aaaa " * n}) + "\n" for n in (2, 30, 300)))
+    tokenizer = load_tokenizer(_model_with(folder, tokenizer__json=data))
+    load_dataset(DataRequest(data=str(rows)), tokenizer)
+    return True
+
+
 def read_toml(name: str, data: bytes, folder: Path) -> bool:
     from edgezo.plan.request import make_config, read_toml
 
@@ -719,11 +831,12 @@ def read_toml(name: str, data: bytes, folder: Path) -> bool:
 
 
 @cache
-def _tokenizer() -> Any:
-    from tokenizers_fixture import byte_tokenizer
+def byte_tokenizer() -> Any:
+    """A tokenizer without a chat template: templates have cases of their own."""
+    import tokenizers_fixture
 
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = None  # templates have cases of their own
+    tokenizer = tokenizers_fixture.byte_tokenizer()
+    tokenizer.chat_template = None
     return tokenizer
 
 
@@ -734,15 +847,14 @@ def read_rows(name: str, data: bytes, folder: Path) -> bool:
     file = folder / f"rows.{name.rpartition('.')[2]}"
     file.write_bytes(data)
     guard = ReadingGuard(rss_bytes() + 250_000_000)
-    load_dataset(DataRequest(data=str(file)), _tokenizer(), guard=guard)
+    load_dataset(DataRequest(data=str(file)), byte_tokenizer(), guard=guard)
     return True
 
 
 def read_templates(name: str, data: bytes, folder: Path) -> bool:
-    """As ChatTemplates has it, but in a fork in place of a process that imports transformers first."""
-    import resource
+    """As ChatTemplates has it, but in a fork."""
+    from fuzz.forked import run_forked
 
-    from edgezo.data import chat_rendering
     from edgezo.errors import EdgezoError
 
     questions = [
@@ -750,18 +862,7 @@ def read_templates(name: str, data: bytes, folder: Path) -> bool:
         [{"role": "user", "content": "a film"}, {"role": "assistant", "content": "good"}],
     ]
     (folder / "in").write_text("".join(json.dumps(q) + "\n" for q in questions), encoding="utf-8")
-    child = os.fork()
-    if child == 0:
-        try:
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            import sys
-
-            sys.stdin = open(folder / "in", encoding="utf-8")
-            sys.stdout = open(folder / "out", "w", encoding="utf-8")
-            chat_rendering.main()
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
+    run_forked("templates", folder, [])
     answers = (folder / "out").read_text(encoding="utf-8").splitlines()
     if len(answers) < 2 or "error" in json.loads(answers[1]):
         raise EdgezoError("the template fails")
@@ -769,13 +870,15 @@ def read_templates(name: str, data: bytes, folder: Path) -> bool:
 
 
 READERS: dict[str, FuzzReader] = {
-    "gguf": FuzzReader(forever(_gguf), read_gguf),
-    "safetensors": FuzzReader(forever(_safetensors), read_safetensors),
-    "index": FuzzReader(forever(_index), read_index),
-    "pickled": FuzzReader(forever(_pickled), read_pickled),
-    "configs": FuzzReader(forever(_configs), read_configs),
-    "tokenizers": FuzzReader(forever(_tokenizers), read_tokenizers),
-    "toml": FuzzReader(forever(_toml), read_toml),
-    "rows": FuzzReader(forever(_rows), read_rows),
-    "templates": FuzzReader(forever(_templates), read_templates),
+    "gguf": FuzzReader(_gguf, read_gguf, 20),
+    "safetensors": FuzzReader(_safetensors, read_safetensors, 20),
+    "index": FuzzReader(_index, read_index, 20),
+    "shards": FuzzReader(_shards, read_shards, 20),
+    "vocabularies": FuzzReader(_vocabularies, read_vocabularies, 20),
+    "pickled": FuzzReader(_pickled, read_pickled, 20),
+    "configs": FuzzReader(_configs, read_configs, 20),
+    "tokenizers": FuzzReader(_tokenizers, read_tokenizers, 20),
+    "toml": FuzzReader(_toml, read_toml, 20),
+    "rows": FuzzReader(_rows, read_rows, 20),
+    "templates": FuzzReader(_templates, read_templates, 20),
 }

@@ -97,16 +97,25 @@ def wrongly_read(path: Path, sound: SoundSnapshot, data: bytes) -> bool:
     return True
 
 
+PreparedSnapshot = tuple[SoundSnapshot, bytes, Beside]
+
+
+def prepared(folder: Path, number: int) -> PreparedSnapshot:
+    """A sound file, its bytes, and files of other runs, of other kinds, and of the same run at another time."""
+    here = folder / "sound"
+    sound, later = sound_snapshots()[number], sound_snapshots(1)[number]
+    whole = sound.write(here)
+    foreign = [file.write(here, RUNS[1]) for file in (sound, later)]
+    foreign += [other.write(here) for other in sound_snapshots() if other.name != sound.name]
+    return sound, whole, Beside(foreign, [later.write(here)])
+
+
 def damaged_snapshots(
     folder: Path, seed: int, count: int
 ) -> Iterator[tuple[SoundSnapshot, Damage]]:
     """``count`` damaged files of each kind."""
-    here = folder / "sound"
-    for sound, later in zip(sound_snapshots(), sound_snapshots(1), strict=True):
-        whole = sound.write(here)
-        foreign = [file.write(here, RUNS[1]) for file in (sound, later)]
-        foreign += [other.write(here) for other in sound_snapshots() if other.name != sound.name]
-        beside = Beside(foreign, [later.write(here)])
+    for number in range(len(sound_snapshots())):
+        sound, whole, beside = prepared(folder, number)
         for case in damaged(whole, beside, seed, count - count // 3):
             yield sound, case
         for case in forged_headers(whole, seed, count // 3):
@@ -229,10 +238,15 @@ def states_wrongly_read(sound: SoundStates, data: bytes) -> bool:
     )
 
 
+def prepared_states(folder: Path) -> tuple[SoundStates, list[bytes]]:
+    """A sound file, and files of another run."""
+    sound = sound_states(folder / "states")
+    return sound, [sound_states(folder / "other", n, RUNS[1]).data for n in (0, 1)]
+
+
 def damaged_states(folder: Path, seed: int, count: int) -> Iterator[tuple[SoundStates, Damage]]:
     """``count`` damaged files."""
-    sound = sound_states(folder / "states")
-    foreign = [sound_states(folder / "other", n, RUNS[1]).data for n in (0, 1)]
+    sound, foreign = prepared_states(folder)
     for case in damaged(sound.data, Beside(foreign), seed, count):
         yield sound, case
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 import sys
 import time
 import zipfile
@@ -134,10 +135,19 @@ def test_a_card_is_found_by_alias_case_and_hub_id(name: str) -> None:
 
 
 def test_a_malformed_card_names_its_file_and_fault(tmp_path: Path) -> None:
+    models = Path(__file__).parents[2] / "models"
+    sound = (models / "gemma-3-1b.toml").read_text(encoding="utf-8")
     for text, fault in (
         ("name = ", "odd.toml"),
         ('name = "a"\n[shape]\nlayrs = 2', "layrs"),
         ('name = "a"\n[shape]\nlayers = 2', "missing"),
+        (sound.replace('name = "', 'name = 3 # "'), "name is no str: 3"),
+        (re.sub("hidden = .*", 'hidden = "x"', sound), "hidden is no int: 'x'"),
+        (re.sub("hidden = .*", "hidden = -1", sound), "hidden is -1"),
+        (re.sub("hidden = .*", "hidden = true", sound), "hidden is no int: True"),
+        (sound.replace('"rms+1"', '"rsm"'), "norm is 'rsm'"),
+        (sound.replace("hub = ", "hub = 3 # "), "repo is no str: 3"),
+        ("aliases = [3]\n" + re.sub("aliases = .*", "", sound), "an alias"),
     ):
         (tmp_path / "odd.toml").write_text(text)
         with pytest.raises(EdgezoError, match=fault):

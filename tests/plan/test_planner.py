@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgezo.data.batches import Example, Row
 from edgezo.data.dataset import Dataset
 from edgezo.data.token_stats import TokenStats
 from edgezo.errors import DoesNotFit
@@ -149,10 +150,12 @@ def test_pieces_of_a_micro_batch_are_the_same_wherever_the_weights_are():
 def test_lengths_of_the_data_bound_the_longest_micro_batch():
     assert SST2.longest(2) == 139
     assert SST2.longest(100) == sum(SST2.tokens) + 36 * 70
-    rows = SimpleNamespace(ids=(1, 2, 3), score_at=(2,))
-    example = SimpleNamespace(rows=(rows, rows), label=0)
-    data = Dataset("choice", (example,), (), (), (), ())
-    assert data.token_stats() == TokenStats("choice", (6,), 2, 0, 6.0, examples=1)
+    row = Row((1, 2, 3), (2,), (4,))
+    data = Dataset("choice", (Example((row, row), 0),), (), (), (), ())
+    kept_bytes = data.token_stats().stored_bytes
+    assert 16 < kept_bytes < 200
+    expected = TokenStats("choice", (6,), 2, 0, 6.0, examples=1, stored_bytes=kept_bytes)
+    assert data.token_stats() == expected
 
 
 @pytest.mark.parametrize("cap", [650, 1000, 2000, 6000, 40_000])

@@ -188,6 +188,9 @@ def test_all_problems_are_reported_together():
         ({"seed": 1.5}, "whole number"),
         ({"profile": "yes"}, "true or false"),
         ({"step": "nan"}, "finite"),
+        ({"step": 10**400}, "--step: needs a finite number"),
+        ({"steps": -(10**400)}, "--steps: needs a whole number"),
+        ({"max_mem_bytes": 10**400}, "needs a whole number"),
     ],
 )
 def test_meaningless_requests_are_refused_with_the_reason(asked, reason):

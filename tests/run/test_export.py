@@ -222,9 +222,11 @@ def test_a_probe_of_nobody_knows_what_is_refused(
     exported_probe: tuple[Path, Any], bench: Bench, edgezo_json: Any
 ) -> None:
     folder, _ = exported_probe
-    (folder / "edgezo.json").unlink()
-    code, told = evaluated(edgezo_json, bench, "label", folder)
-    assert code == 1 and "has a linear probe, but what it is for" in told["error"]
+    about = folder / "edgezo.json"
+    for content in (None, b"\xff", b"[" * 100_000, b"3", b'{"dataset": []}', b"{}" * (1 << 22)):
+        about.unlink(missing_ok=True) if content is None else about.write_bytes(content)
+        code, told = evaluated(edgezo_json, bench, "label", folder)
+        assert code == 1 and "has a linear probe, but what it is for" in told["error"]
 
 
 def test_the_lines_of_the_docs_classify_by_an_exported_probe(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -88,7 +89,7 @@ def test_a_file_that_is_no_finetuner_is_refused_with_the_way_on(
     assert not (tmp_path / "g.safetensors").exists()
     file = tmp_path / "f.safetensors"
     file.write_bytes(b"not a header")
-    with pytest.raises(EdgezoError, match="cannot be read as safetensors"):
+    with pytest.raises(EdgezoError, match="no header within them"):
         load_finetuner(file)
     Finetuner.plain(["a", "b"], 0).save(file, {})
     good = load_file(file)
@@ -108,6 +109,33 @@ def test_a_file_that_is_no_finetuner_is_refused_with_the_way_on(
     said = bench.arguments(estimator="zo-finetuner", finetuner=str(tmp_path / "none"))
     code, found = edgezo_json("finetune", *said, "--out", tmp_path / "run")
     assert code == 1 and "cannot be read" in found["error"] and not (tmp_path / "run").exists()
+
+
+def test_every_flipped_bit_and_every_length_of_a_finetuner_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "f.safetensors"
+    tuner = Finetuner.plain(["a"], 0)
+    small = replace(tuner, weights=tuple(w[:, :2] if w.ndim > 1 else w for w in tuner.weights))
+    small.save(file, {"model": "m"})
+    whole = file.read_bytes()
+    assert load_finetuner(file).sha256 == hashlib.sha256(whole).hexdigest()
+    assert set(load_file(file)) == {
+        f"a.{part}" for part in ("0.weight", "0.bias", "2.weight", "2.bias")
+    }
+    cases = [whole[:size] for size in range(len(whole))]
+    for bit in range(8 * len(whole)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        cases.append(bytes(data))
+    for number, data in enumerate(cases):
+        file.write_bytes(data)
+        with pytest.raises(EdgezoError):
+            load_finetuner(file)
+            pytest.fail(f"case {number} was believed")
+
+
+def test_a_finetuner_of_an_earlier_version_is_read() -> None:
+    old = Path(__file__).parents[1] / "old_runs" / "finetuner.safetensors"
+    assert b"sha256" not in old.read_bytes()[:200] and load_finetuner(old).blocks
 
 
 def test_a_finetuner_for_another_architecture_is_refused_by_what_it_lacks(

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from edgezo.errors import EdgezoError
 from edgezo.plan.request import make_config
+from edgezo.run.metrics_log import RunLog, check_lines
 from edgezo.run.train import finetune
 from edgezo.weights import verified
 from edgezo.weights.saved import DIGEST, DIGEST_AT, NO_DIGEST, Saved, write_saved
@@ -369,26 +370,66 @@ def test_a_damaged_line_of_the_metrics_is_named_and_nothing_is_cut(runs, edgezo_
     assert (run / "metrics.jsonl").read_bytes().splitlines(keepends=True) == whole
 
 
-def test_every_flipped_bit_in_the_pace_of_an_automatic_step_is_refused(bench, tmp_path):
-    from edgezo.run.metrics_log import RunLog, check_lines
-
-    path = tmp_path / "metrics.jsonl"
-    log = RunLog(path)
+def metrics_of_a_run(path: Path, of_run: str = RUNS[0]) -> list[dict[str, Any]]:
+    """Write lines of every kind; returns them."""
     pace = {"sigma": 0.002, "factor": 1.5, "began": 1.0, "losses": [0.25, None], "idle": 0}
-    log.write({"step": 3, "pace": {**pace, "took_s": 0.5, "why": ""}})
+    lines = [
+        {"step": 0, "eval": "before", "metric": "accuracy", "value": 0.5, "n": 4},
+        {"step": 0, "pace": {**pace, "took_s": 0.5, "why": ""}},
+        {"step": 1, "loss": 0.75, "skipped": False, "step_s": 0.25, "disk_read_bytes": 4096},
+        {"step": 2, "loss": float("nan"), "skipped": True, "step_s": None, "why": "sch\u00f6n"},
+    ]
+    log = RunLog(path, of_run=of_run)
+    for line in lines:
+        log.write(line)
     log.close()
+    return [*lines[:3], {**lines[3], "loss": None}]
+
+
+def test_every_flipped_bit_of_the_metrics_is_refused(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = metrics_of_a_run(path)
     whole = path.read_bytes()
-    log = RunLog(path, keep_through=5)
+    log = RunLog(path, keep_through=5, of_run=RUNS[0])
+    assert log.lines() == lines and log.paces[0]["sigma"] == 0.002
     log.close()
-    assert log.paces[3] == {**pace, "took_s": 0.5, "why": ""}
     for bit in range(
         8 * (len(whole) - 1)
-    ):  # without the end of the line: it is then an unfinished one
+    ):  # without the end of the last line: it is then an unfinished one
         data = bytearray(whole)
         data[bit // 8] ^= 1 << bit % 8
         path.write_bytes(data)
-        with pytest.raises(EdgezoError, match="line 1"):
-            check_lines(path)
+        with pytest.raises(EdgezoError, match=r"metrics\.jsonl: line \d"):
+            check_lines(path, RUNS[0])
+
+
+def test_lines_that_are_lost_repeated_exchanged_or_of_another_run_are_refused(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics_of_a_run(path)
+    a, b, c, d = path.read_bytes().splitlines(keepends=True)
+    without = c[: c.index(b', "crc"')] + b"}\n"
+    for changed in ([a, c, d], [b], [a, a, b, c, d], [a, c, b, d], [a, b, b], [a, b, without, d]):
+        path.write_bytes(b"".join(changed))
+        with pytest.raises(EdgezoError, match=r"line .*check"):
+            check_lines(path, RUNS[0])
+    path.write_bytes(b"".join([a, b, c, d]))
+    with pytest.raises(EdgezoError, match=r"line 1 .*checksum does not fit"):
+        check_lines(path, RUNS[1])
+
+
+def test_metrics_without_checksums_are_read_and_go_on_with_them(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "step_s": 0.5}\n{"step": 2, "step_s": 1.5}\n{"step": 3}\n')
+    log = RunLog(path, keep_through=2, of_run=RUNS[0])
+    log.write({"step": 3, "step_s": 2.5})
+    log.close()
+    check_lines(path, RUNS[0])
+    log = RunLog(path, keep_through=9, of_run=RUNS[0])
+    assert log.step_times_s == [0.5, 1.5, 2.5]
+    log.close()
+    path.write_bytes(path.read_bytes().replace(b"1.5", b"1.0"))
+    with pytest.raises(EdgezoError, match=r"line 3 .*a line before it"):
+        check_lines(path, RUNS[0])
 
 
 # ---------------------------------------------------------------------------------------------

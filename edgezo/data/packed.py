@@ -1,0 +1,266 @@
+"""Rows and examples in little memory: a few bytes a row instead of a kilobyte of objects.
+
+    PackedRecords    rows of files, as compressed JSON, while they become examples
+    PackedExamples   tokens of all examples in one array, as long as a run lasts
+
+Both are sequences that make an object when one is asked for, so whoever reads them sees a list of objects.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, overload
+
+import numpy as np
+
+from edgezo.data.batches import Example, Row
+from edgezo.data.row_files import Record
+
+T = TypeVar("T")
+
+CHUNK_ROWS = 256  # rows that are compressed together,
+CHUNK_CHARS = 1 << 20  # or fewer, where they have so many characters
+# What a row predicts: a label word; tokens of its own, the last of which is read, too; or one that is not read.
+LABEL_WORD, READ, NOT_READ = 0, 1, 2
+
+
+class _Objects(Sequence[T]):
+    """A sequence that makes its items. A slice is a list."""
+
+    def _item(self, index: int) -> T:
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self._item(i) for i in range(*index.indices(len(self)))]
+        place = index + len(self) if index < 0 else index
+        if not 0 <= place < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        return self._item(place)
+
+
+# ---------------------------------------------------------------------------------------------
+# Records
+
+
+class PackedRecords(_Objects[Record]):
+    """Rows, each as it was added: fields of JSON values, and where it is from.
+
+    Reading in order is fast; reading at random unpacks up to ``CHUNK_ROWS`` rows for one.
+    """
+
+    def __init__(self, records: Iterable[Record] = ()) -> None:
+        self._chunks: list[bytes] = []
+        self._starts = array("Q")  # the number of the first row of each chunk
+        self._count = 0  # of packed rows
+        self._open: list[tuple[str, Mapping[str, Any]]] = []  # of the chunk that is not packed yet
+        self._open_chars = 0
+        self._unpacked: tuple[int, list[Any]] = (-1, [])  # the chunk that was read last
+        self.extend(records)
+
+    def append(self, record: Record) -> None:
+        """Add a row."""
+        self._open.append((record.where, record.fields))
+        self._open_chars += sum(len(v) for v in record.fields.values() if isinstance(v, str | list))
+        if len(self._open) == CHUNK_ROWS or self._open_chars > CHUNK_CHARS:
+            self._pack()
+
+    def extend(self, records: Iterable[Record]) -> None:
+        """Add rows."""
+        for record in records:
+            self.append(record)
+
+    def _pack(self) -> None:
+        self._starts.append(self._count)
+        self._chunks.append(zlib.compress(json.dumps(self._open).encode(), 1))
+        self._count += len(self._open)
+        self._open, self._open_chars = [], 0
+
+    def __len__(self) -> int:
+        return self._count + len(self._open)
+
+    def _item(self, index: int) -> Record:
+        if index >= self._count:
+            return Record(*self._open[index - self._count])
+        chunk = bisect_right(self._starts, index) - 1
+        if self._unpacked[0] != chunk:
+            self._unpacked = (chunk, json.loads(zlib.decompress(self._chunks[chunk])))
+        return Record(*self._unpacked[1][index - self._starts[chunk]])
+
+
+class SelectedRecords(_Objects[Record]):
+    """Some rows of others, in their order."""
+
+    def __init__(self, records: Sequence[Record], chosen: Iterable[int]) -> None:
+        self._records, self._chosen = records, array("Q", chosen)
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def _item(self, index: int) -> Record:
+        return self._records[self._chosen[index]]
+
+
+# ---------------------------------------------------------------------------------------------
+# Examples
+
+
+class PackedExamples(_Objects[Example]):
+    """Tokenised examples of one kind of rows.
+
+    A row of n tokens takes 2 n + 41 bytes (4 n + 41 where the vocabulary has more than 65,536 words). What it predicts
+    follows from its tokens and from where it predicts, which is a few stretches of positions.
+    """
+
+    def __init__(self, examples: Iterable[Example] = ()) -> None:
+        # Of each row its tokens, and the last predicted one if that is not read: 2 bytes each, or 4 once one needs it.
+        self._ids = array("H")
+        self._row_ends = array("Q")  # where each row ends in ``_ids``
+        self._stretches = array("i")  # of positions that predict: first and last of each
+        self._stretch_ends = array("Q")  # where each row ends in ``_stretches``
+        self._targets = array("b")  # of each row: LABEL_WORD, READ or NOT_READ
+        self._example_ends = array("Q")  # where each example ends among the rows
+        self._labels = array("i")
+        self._judged: dict[
+            int, bytes
+        ] = {}  # fields and options of the examples that are judged, as JSON
+        for example in examples:
+            self.append(example)
+
+    @staticmethod
+    def of(examples: Sequence[Example]) -> PackedExamples:
+        """``examples``, packed unless they are."""
+        return examples if isinstance(examples, PackedExamples) else PackedExamples(examples)
+
+    def append(self, example: Example) -> None:
+        """Add an example. Raises ValueError for a row whose targets are not the tokens after its positions."""
+        for row in example.rows:
+            self._append_row(row)
+        if example.fields is not None or example.options:
+            judged = json.dumps([example.fields, example.options], default=str)
+            self._judged[len(self)] = judged.encode("utf-8", "surrogatepass")
+        self._example_ends.append(len(self._row_ends))
+        self._labels.append(example.label)
+
+    def _append_row(self, row: Row) -> None:
+        first, kind = len(self._ids), LABEL_WORD
+        if self._ids.itemsize == 2 and max((*row.ids, *row.score_ids), default=0) >= 1 << 16:
+            self._ids = array("i", self._ids)
+        self._ids.extend(iter(row.ids))
+        if row.score_ids:
+            kind = NOT_READ if row.score_at[-1] == len(row.ids) - 1 else READ
+            if kind == NOT_READ:
+                self._ids.append(row.score_ids[-1])
+            pairs = zip(row.score_at, row.score_ids, strict=True)
+            if any(self._ids[first + at + 1] != target for at, target in pairs):
+                raise ValueError("a row's targets are not the tokens that follow its positions")
+        self._row_ends.append(len(self._ids))
+        for stretch in _stretches(row.score_at):
+            self._stretches.extend(stretch)
+        self._stretch_ends.append(len(self._stretches))
+        self._targets.append(kind)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PackedExamples) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]  # as of a list: it grows
+
+    def _item(self, index: int) -> Example:
+        first = self._example_ends[index - 1] if index else 0
+        rows = tuple(self._row(i) for i in range(first, self._example_ends[index]))
+        fields, options = None, ()
+        if index in self._judged:
+            fields, options = json.loads(self._judged[index])
+        return Example(rows, self._labels[index], fields, tuple(options))
+
+    def _row(self, number: int) -> Row:
+        start, stop = _bounds(self._row_ends, number)
+        places = self._stretches[slice(*_bounds(self._stretch_ends, number))]
+        ids = array("i", self._ids[start:stop])
+        score_at = _positions(places)
+        if self._targets[number] == LABEL_WORD:
+            return Row(ids, score_at, ())
+        targets = array("i", [ids[at + 1] for at in score_at])
+        return Row(ids[:-1] if self._targets[number] == NOT_READ else ids, score_at, targets)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Memory that the examples take."""
+        arrays = (self._ids, self._row_ends, self._stretches, self._stretch_ends, self._targets)
+        places = (self._example_ends, self._labels)
+        texts = sum(len(text) + 100 for text in self._judged.values())
+        return texts + sum(len(a) * a.itemsize for a in (*arrays, *places))
+
+    # -- facts of all examples, without an object for each ------------------------------------------------
+
+    def token_counts(self) -> np.ndarray:
+        """Tokens of each example, all its rows together, (n,) int64."""
+        return self._summed(self._row_lengths())
+
+    def scored_counts(self) -> np.ndarray:
+        """Positions of each example at which something is predicted, (n,) int64."""
+        firsts_and_lasts = np.asarray(self._stretches, dtype=np.int64).reshape(-1, 2)
+        ends = np.asarray(self._stretch_ends, dtype=np.int64) // 2
+        each = firsts_and_lasts[:, 1] - firsts_and_lasts[:, 0] + 1
+        return self._summed(_sums(each, ends))
+
+    def longest_row(self) -> int:
+        """Tokens of the longest row."""
+        return int(self._row_lengths().max(initial=0))
+
+    def largest_id(self) -> int:
+        """The largest token number, read or predicted."""
+        return int(np.asarray(self._ids).max(initial=0))
+
+    def _row_lengths(self) -> np.ndarray:
+        ends = np.asarray(self._row_ends, dtype=np.int64)
+        lengths = np.diff(ends, prepend=0)
+        return lengths - (np.asarray(self._targets) == NOT_READ)
+
+    def _summed(self, of_rows: np.ndarray) -> np.ndarray:
+        return _sums(of_rows, np.asarray(self._example_ends, dtype=np.int64))
+
+
+def _bounds(ends: array[int], number: int) -> tuple[int, int]:
+    return ends[number - 1] if number else 0, ends[number]
+
+
+def _sums(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Sums of consecutive groups of values; group i ends before ``ends[i]``."""
+    running = np.concatenate(([0], np.cumsum(values)))
+    return np.diff(running[ends], prepend=0)
+
+
+def _stretches(positions: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """First and last of each run of consecutive numbers."""
+    if isinstance(positions, range):
+        yield positions[0], positions[-1]
+        return
+    first = last = None
+    for position in positions:
+        if last is None or position != last + 1:
+            if first is not None and last is not None:
+                yield first, last
+            first = position
+        last = position
+    if first is not None and last is not None:
+        yield first, last
+
+
+def _positions(stretches: Sequence[int]) -> Sequence[int]:
+    """The positions of stretches: a range where there is one, as rows are made, else an array."""
+    if len(stretches) == 2:
+        return range(stretches[0], stretches[1] + 1)
+    pairs = zip(stretches[::2], stretches[1::2], strict=True)
+    return array("i", [at for first, last in pairs for at in range(first, last + 1)])
