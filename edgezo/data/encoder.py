@@ -29,6 +29,7 @@ ASCII_BYTES, OTHER_BYTES = 300, 1000  # of memory that a tokenizer takes for a c
 WHOLE_CHARS, WHOLE_TIMES = 1 << 16, 16
 MOST_CHARS = 1 << 20  # on each side of the first predicted one, of a longer text
 MOST_BATCH_CPU_S = 20.0  # for a batch, which takes a tenth of a second
+MOST_ID = 2**31 - 1  # of a token: rows hold numbers of 32 bits
 _LOOK_S = 0.05  # how often memory is looked at while a batch is tokenised
 
 
@@ -42,6 +43,8 @@ class Encoder:
         self.guard = guard or ReadingGuard()
         with reading("The model's tokenizer", any_kind=True):
             self.prefix, self.suffix = _special_ids(tokenizer)
+            special = (tokenizer.eos_token_id, tokenizer.mask_token_id)
+            _check_ids([(*self.prefix, *self.suffix, *(i for i in special if i is not None))])
         self.cut = 0
 
     def ids(
@@ -64,6 +67,7 @@ class Encoder:
                 verbose=False,
             )
             ids = encoded["input_ids"]
+            _check_ids(ids)
             spans = encoded["offset_mapping"] if offsets else [None] * len(ids)
             yield from zip(ids, spans, strict=True)
 
@@ -289,6 +293,16 @@ def _batches(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
         chars += len(text)
     if start < len(texts):
         yield start, len(texts)
+
+
+def _check_ids(rows: Sequence[Sequence[int]]) -> None:
+    """Raise EdgezoError where a token's number is larger than any vocabulary."""
+    largest = max((max(row) for row in rows if row), default=0)
+    if largest > MOST_ID:
+        raise EdgezoError(
+            f"The model's tokenizer has a token with the number {largest:,}, and no vocabulary is so large. "
+            "Its tokenizer.json is damaged: fetch the model again."
+        )
 
 
 def _compact(positions: list[int]) -> Sequence[int]:

@@ -95,8 +95,8 @@ INLINE float total(vec x) {
 /* e^x to within 2 ulp (Cephes' polynomial), in steps that a compiler can turn into vectors. */
 INLINE float exponential(float x) {
     x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float n = x * 1.44269504f + 12582912.0f;
-    n -= 12582912.0f;
+    float shifted = x * 1.44269504f + 12582912.0f; /* its low bits are those of the rounded sum */
+    float n = shifted - 12582912.0f;
     float r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
@@ -105,7 +105,9 @@ INLINE float exponential(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    int32_t bits = ((int32_t)n + 127) << 23;
+    uint32_t bits; /* not by a conversion of n, which C does not define for NaN */
+    memcpy(&bits, &shifted, 4);
+    bits = (bits + 127) << 23;
     float power;
     memcpy(&power, &bits, 4);
     return p * power;

@@ -8,8 +8,8 @@ Header, written once, whole, before the file has its name:
 offset  type        field
 ======  ==========  ===========================================================================
 0       8 bytes     magic ``89 45 5A 4A 0D 0A 1A 0A`` (a copy in text mode breaks it)
-8       u32         format version: 1, 2 where records have a shape of their own, or 3 where they
-                    hold scales
+8       u32         format version: 4, 5 where records have a shape of their own, or 6 where they
+                    hold scales. Versions 1, 2 and 3 differ only in the last CRC of a record
 12      u32         number of the first step
 16      u32         n, length of the JSON in bytes
 20      n bytes     header as canonical JSON: UTF-8, sorted keys, no spaces, no NaN
@@ -39,7 +39,8 @@ offset  type        field
 ...     u32, f32s   scales, if flagged: their number and themselves
 ...     varints     touched tokens, if flagged: for each of the T examples the count, the first id
                     and the differences of the sorted ids (LEB128, 7 bits a byte, low bits first)
-end-4   u32         CRC of the record before it
+end-4   u32         CRC of bytes 20..end-4, which starts from that of bytes 0..15; in versions 1
+                    to 3 the CRC of bytes 0..end-4, which starts from that of the header
 ======  ==========  ===========================================================================
 
 A record is appended by one ``write``, so kill -9 leaves at most a record cut short at the end, and
@@ -76,6 +77,7 @@ from edgezo.run.journal_meaning import format_problem
 from edgezo.run.journal_record import (
     FIXED_BYTES,
     HEAD_BYTES,
+    LAYOUTS,
     RecordHead,
     StepRecord,
     decode_record,
@@ -194,7 +196,7 @@ class Journal:
 
     def _checked(self, data: bytes, head: RecordHead | None = None) -> StepRecord | None:
         """The record that fills `data`; None if its bytes are damaged. ValueError for what no run writes."""
-        record = decode_record(data, self._crc, head)
+        record = decode_record(data, self._crc, head, bound=self.version > LAYOUTS)
         if record is not None and (problem := self._problem(record)):
             raise ValueError(problem)
         return record
@@ -291,7 +293,7 @@ class Journal:
             raise ValueError(f"step {record.step} after step {self.next_step - 1}")
         if problem := format_problem(record, self.version):
             raise ValueError(problem)
-        data = encode_record(record, self._crc)
+        data = encode_record(record, self._crc, bound=self.version > LAYOUTS)
         if problem := not_finite(record) or self._problem(record):
             raise EdgezoError(
                 f"{self.path}: step {record.step} cannot be recorded: {problem}. Nothing was written. "
@@ -384,7 +386,8 @@ def create_journal(
 
     Raises EdgezoError if the file exists, or cannot be written; then nothing is left behind.
     """
-    data = encode_header(header, 3 if scaled else 2 if shaped else 1, first_step)
+    version = LAYOUTS + (3 if scaled else 2 if shaped else 1)
+    data = encode_header(header, version, first_step)
     if os.path.lexists(path):
         raise EdgezoError(
             f"{path} exists already: a run is there. Continue it with --resume, or choose another "

@@ -12,10 +12,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 from edgezo.errors import BaseMismatch, EdgezoError
 from edgezo.run.journal_meaning import Meaning
-from edgezo.run.journal_record import CRC
+from edgezo.run.journal_record import CRC, LAYOUTS
 
 MAGIC = b"\x89EZJ\r\n\x1a\n"
-VERSION = 3  # the latest that is read
+VERSION = 2 * LAYOUTS  # the latest that is read
 MOST_HEADER_BYTES = 2**22  # of JSON, which takes up to 25 times as much once it is read
 _PREFIX = struct.Struct("<8sIII")  # magic, version, first step, JSON length
 

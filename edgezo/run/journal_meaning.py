@@ -24,6 +24,7 @@ from edgezo.plan.request import completed
 from edgezo.run.journal_record import (
     COUNT_BYTES,
     FIXED_BYTES,
+    LAYOUTS,
     SHAPE_BYTES,
     RecordHead,
     StepRecord,
@@ -170,9 +171,12 @@ class Meaning:
 
 def format_problem(record: StepRecord, version: int) -> str:
     """Why a record cannot stand in a journal of this format; "" where it can."""
-    if version < 2 and is_shaped(record):
-        return "format 1 has two losses and one credit an example"
-    return "only format 3 has scales" if version < 3 and record.scales is not None else ""
+    layout = (version - 1) % LAYOUTS + 1
+    if layout < 2 and is_shaped(record):
+        return f"format {version} has two losses and one credit an example"
+    if layout < LAYOUTS and record.scales is not None:
+        return f"only formats {LAYOUTS} and {2 * LAYOUTS} have scales"
+    return ""
 
 
 def _check_keys(values: Any, keys: set[str], what: str) -> None:

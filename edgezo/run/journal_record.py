@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+LAYOUTS = (
+    3  # formats 1 to 3; formats 4 to 6 have the same ones, and bind a record's body to its head
+)
 _HEAD = struct.Struct("<2sHIII")  # mark, flags, record length, step, B
 _SIZES = struct.Struct("<dd")  # sigma, step size
 _SHAPE = struct.Struct("<III")  # evaluations, credits, lists of touched tokens
@@ -101,7 +104,20 @@ def is_shaped(record: StepRecord) -> bool:
     return record.losses.shape != (2, k) or lists not in (0, k)
 
 
-def encode_record(record: StepRecord, crc: int) -> bytes:
+def _last_crc(body: bytes, crc: int, bound: bool) -> int:
+    """The CRC of a record, from its bytes before it; ``crc`` is the header's, ``bound`` in journals of format 4 to 6.
+
+    The CRC of bytes that end with their own CRC is one number, whatever they are. So a CRC over head and body, as in
+    formats 1 to 3, does not depend on the head: two records of one length could exchange their bodies unseen. The
+    CRC of the body alone, which starts from that of the head, depends on both.
+    """
+    if not bound:
+        return zlib.crc32(body, crc)
+    (of_head,) = CRC.unpack_from(body, _HEAD.size)
+    return zlib.crc32(memoryview(body)[HEAD_BYTES:], of_head)
+
+
+def encode_record(record: StepRecord, crc: int, *, bound: bool = True) -> bytes:
     """One record in the layout of the module's table; `crc` is the header's. ValueError if the
     arrays have not the shapes and types of `StepRecord` (rounding here would break replay)."""
     if record.credit.ndim != 1 or record.losses.ndim != 2:
@@ -141,10 +157,12 @@ def encode_record(record: StepRecord, crc: int) -> bytes:
             touched,
         )
     )
-    return body + CRC.pack(zlib.crc32(body, crc))
+    return body + CRC.pack(_last_crc(body, crc, bound))
 
 
-def decode_record(data: bytes, crc: int, head: RecordHead | None = None) -> StepRecord | None:
+def decode_record(
+    data: bytes, crc: int, head: RecordHead | None = None, *, bound: bool = True
+) -> StepRecord | None:
     """The record that fills ``data``, arrays freshly owned; None if its bytes are damaged.
 
     ``head`` is what `read_head` made of it, where that was called before.
@@ -155,7 +173,7 @@ def decode_record(data: bytes, crc: int, head: RecordHead | None = None) -> Step
     if head is None or head.length != len(data):
         return None
     end = len(data) - CRC.size
-    if CRC.pack(zlib.crc32(data[:end], crc)) != data[end:]:
+    if CRC.pack(_last_crc(data[:end], crc, bound)) != data[end:]:
         return None
     if head.flags & ~_ALL_FLAGS:
         raise ValueError(f"its flags are {head.flags:#x}, and only those in {_ALL_FLAGS:#x} exist")

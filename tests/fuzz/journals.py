@@ -27,6 +27,7 @@ from edgezo.run.journal import Journal
 OLD_RUNS = Path(__file__).resolve().parent.parent / "old_runs"
 MAGIC = b"\x89EZJ\r\n\x1a\n"
 SKIPPED, TOUCHED, SHAPED, SCALED = 1, 2, 4, 8
+OLD_FORMATS = 3  # formats up to this one do not bind a record's body to its head
 SHORTEST = 52  # bytes of a record
 
 
@@ -51,7 +52,8 @@ class RecordFields:
     more: bytes = b""  # after everything else
     length: int | None = None  # None: what it is
 
-    def encode(self, crc: int) -> bytes:
+    def encode(self, crc: int, bound: bool = True) -> bytes:
+        """The bytes of the record; ``bound`` as in formats 4 to 6."""
         body = struct.pack("<dd", self.sigma, self.step_size)
         if self.shape is not None:
             body += struct.pack("<III", *self.shape)
@@ -64,8 +66,10 @@ class RecordFields:
         head = struct.pack(
             "<2sHIII", b"EZ", self.flags, length & 0xFFFFFFFF, self.step, self.examples
         )
-        whole = head + struct.pack("<I", zlib.crc32(head, crc)) + body
-        return whole + struct.pack("<I", zlib.crc32(whole, crc))
+        of_head = zlib.crc32(head, crc)
+        whole = head + struct.pack("<I", of_head) + body
+        last = zlib.crc32(body, of_head) if bound else zlib.crc32(whole, crc)
+        return whole + struct.pack("<I", last)
 
     @staticmethod
     def decode(data: bytes) -> RecordFields:
@@ -130,7 +134,10 @@ class JournalFields:
         head = struct.pack("<8sIII", MAGIC, self.version, self.first_step, len(text)) + text
         crc = zlib.crc32(head)
         return b"".join(
-            [head, struct.pack("<I", crc), *(record.encode(crc) for record in self.records)]
+            [
+                *(head, struct.pack("<I", crc)),
+                *(record.encode(crc, self.version > OLD_FORMATS) for record in self.records),
+            ]
         )
 
 
@@ -179,7 +186,7 @@ def made_here(name: str, steps: int, **config: Any) -> SoundJournal:
         "dataset": {"kind": "label", "label_ids": [7, 3], "label_names": ["bad", "schön"]},
         "config": {"steps": max(1, steps), "step": 0.1, "sigma": 0.002, **kept},
     }
-    fields = JournalFields(1, 0, header)
+    fields = JournalFields(4, 0, header)
     for step in range(steps):
         floats = [chance.gauss(0, 1) for _ in range(9)]
         ids = [
@@ -199,7 +206,18 @@ def sound_journals() -> tuple[SoundJournal, ...]:
     """Of every format, with every part that a record can have."""
     files = sorted(OLD_RUNS.glob("finished/*/journal.bin"))
     old = [SoundJournal.of(file.parent.name, file.read_bytes()) for file in files]
-    return (*old, made_here("touched", 12), made_here("two", 2), made_here("none", 0))
+    new = []
+    for sound in old:
+        fields = sound.fields()
+        fields.version += OLD_FORMATS
+        new.append(SoundJournal.of(f"{sound.name}, as now", fields.encode()))
+    return (*old, *new, made_here("touched", 12), made_here("two", 2), made_here("none", 0))
+
+
+@cache
+def journals_of_now() -> tuple[SoundJournal, ...]:
+    """Of the formats that are written now."""
+    return tuple(sound for sound in sound_journals() if sound.data[8] > OLD_FORMATS)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -314,7 +332,7 @@ def damaged(seed: int) -> Iterator[DamagedJournal]:
     """Damaged journals without end: the same ones for the same seed. Never a sound one."""
     chance = random.Random(seed)
     while True:
-        sound = chance.choice(sound_journals())
+        sound = chance.choice(journals_of_now())
         if chance.random() < 0.25:
             name, data = at_records(sound, chance)
         else:
@@ -477,7 +495,7 @@ def _odd_text(fields: JournalFields, chance: random.Random) -> None:
 
 def _odd_prefix(fields: JournalFields, chance: random.Random) -> None:
     if chance.random() < 0.5:
-        fields.version = chance.choice((0, 1, 2, 3, 4, 2**32 - 1))
+        fields.version = chance.choice((*range(8), 2**32 - 1))
     else:
         fields.first_step = chance.choice((1, 7, 2**32 - 1))
 

@@ -286,7 +286,7 @@ def test_a_run_is_replayed_without_its_finetuner_and_goes_on_only_with_it(
     code, whole = edgezo_json("finetune", *said, "--out", run)
     assert code == 0, whole
     with open_journal(run / "journal.bin", resume=True) as journal:
-        assert journal.version == 3
+        assert journal.version == 6
         journal.truncate_to(2)
     (run / "summary.json").unlink()
     other = make_finetuner(files, tmp_path / "other.safetensors", drawn=0.2)
@@ -383,7 +383,7 @@ def test_scales_are_read_back_to_the_bit_and_only_a_later_format_has_them(tmp_pa
                 np.testing.assert_array_equal(found.scales, wanted.scales)
             assert [t.tolist() for t in found.touched] == [t.tolist() for t in wanted.touched]
     with create_journal(tmp_path / "old", header, shaped=True) as journal:
-        with pytest.raises(ValueError, match="format 3"):
+        with pytest.raises(ValueError, match="formats 3 and 6"):
             journal.append(records[0])
     with (
         pytest.raises(ValueError, match="scales"),

@@ -91,6 +91,21 @@ def child_environment() -> dict[str, str]:
 # --- what is written is what is read -----------------------------------------------------------
 
 
+def test_records_that_exchange_what_follows_their_heads_are_damage(tmp_path):
+    """A CRC over head and body does not see it: that of bytes with their own CRC behind them is constant."""
+    path = tmp_path / "journal.bin"
+    whole = write(path, 6)
+    a, b = record_ends(path)[1:3]
+    size = b - a
+    changed = bytearray(whole)
+    changed[a + 20 : b] = whole[b + 20 : b + size]
+    changed[b + 20 : b + size] = whole[a + 20 : b]
+    path.write_bytes(changed)
+    for resume in (False, True):
+        with pytest.raises(EdgezoError, match=r"the record of step 1 at byte .* is damaged"):
+            open_journal(path, resume=resume)
+
+
 @pytest.mark.parametrize("touched", [False, True])
 def test_a_journal_reads_back_bit_for_bit(tmp_path, touched):
     path = tmp_path / "journal.bin"
@@ -106,7 +121,6 @@ def test_a_journal_reads_back_bit_for_bit(tmp_path, touched):
 
 
 def test_records_of_other_shapes_are_in_a_journal_of_a_later_format(tmp_path):
-    "Format 1, which every version reads, stays as it was."
     records = [
         StepRecord(0, 0.1, 0.2, False, np.ones((1, 3), "f4"), np.ones(3, "f4")),
         StepRecord(
@@ -117,8 +131,8 @@ def test_records_of_other_shapes_are_in_a_journal_of_a_later_format(tmp_path):
     with create_journal(tmp_path / "journal.bin", PLAIN, shaped=True) as journal:
         for record in records:
             journal.append(record)
-    assert (tmp_path / "journal.bin").read_bytes()[8] == 2
-    assert write(tmp_path / "plain", 1)[8] == 1
+    assert (tmp_path / "journal.bin").read_bytes()[8] == 5
+    assert write(tmp_path / "plain", 1)[8] == 4
     with open_journal(tmp_path / "journal.bin", resume=False) as journal:
         for found, record in zip(journal.records(), records, strict=True):
             assert_same(found, record)

@@ -314,7 +314,7 @@ def test_a_journal_copied_in_text_mode_is_no_journal(tmp_path):
 def test_a_later_format_says_which_edgezo_is_needed(tmp_path, monkeypatch):
     create_journal(tmp_path / "journal.bin", HEADER, shaped=True).close()
     monkeypatch.setattr(journal_header, "VERSION", 1)
-    with pytest.raises(EdgezoError, match=r"format 2 .* reads formats up to 1\. Install"):
+    with pytest.raises(EdgezoError, match=r"format 5 .* reads formats up to 1\. Install"):
         open_journal(tmp_path / "journal.bin", resume=True)
 
 
