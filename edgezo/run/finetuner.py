@@ -37,6 +37,8 @@ from edgezo.data.dataset import Dataset
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.files import atomic_write
 from edgezo.machine.limits import tiles
+from edgezo.machine.open_files import open_to_read
+from edgezo.machine.ownership import check_new_file
 from edgezo.run.journal_record import StepRecord
 from edgezo.run.pickled import read_networks
 from edgezo.weights.store import WeightStore
@@ -109,7 +111,8 @@ class Finetuner:
 def load_finetuner(path: Path) -> Finetuner:
     """Read a file that ``Finetuner.save`` wrote. Raises EdgezoError, or UsageError for a pickled one."""
     try:
-        data = path.read_bytes()
+        with os.fdopen(open_to_read(path), "rb") as file:
+            data = file.read()
     except OSError as problem:
         raise EdgezoError(
             f"the finetuner {path} cannot be read ({problem.strerror}).\nGive another --finetuner."
@@ -138,8 +141,7 @@ def convert_finetuner(source: Path, out: Path) -> Finetuner:
 
     Raises UsageError where ``out`` exists already, EdgezoError for a file that is no finetuner.
     """
-    if os.path.lexists(out):
-        raise UsageError(f"{out} exists already. Remove it, or give another name.")
+    check_new_file(out)
     networks = {}
     for name, layers in read_networks(source).items():
         kinds = ["weight" in layer for layer in layers]
