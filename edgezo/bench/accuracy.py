@@ -257,5 +257,5 @@ def chart(result: Mapping[str, Any], file: Path) -> None:
     panels[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(f"{result['model']}: validation rows, one line for each seed")
     figure.tight_layout()
-    figure.savefig(file, dpi=130)
+    figure.savefig(file, dpi=130, format="png")
     plt.close(figure)

@@ -110,12 +110,16 @@ class Request:
         return FIRST_ORDER_BASELINES[self.baseline].passes
 
 
+_WRITTEN = {"metrics.jsonl", "summary.json"}  # without a marker in versions before there was one
+
+
 def run(given: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """Train a baseline and evaluate it; returns the content of summary.json, which is written last.
 
     Raises UsageError for settings, EdgezoError for models, rows and packages that are missing.
     """
     from edgezo.machine.files import atomic_write, to_json
+    from edgezo.machine.ownership import claim
     from edgezo.machine.process_memory import Meter, peak_rss_bytes
     from edgezo.run.metrics_log import MetricsLog
     from edgezo.run.session import open_request
@@ -127,7 +131,7 @@ def run(given: Mapping[str, Any], out: Path) -> dict[str, Any]:
     masked = files.kind == "masked"
     trainer = Trainer(request, files.path, masked, opened.dataset, opened.judge)
     meter.mark("load")
-    out.mkdir(parents=True, exist_ok=True)
+    claim(out, "baseline", lambda folder: {p.name for p in folder.iterdir()} <= _WRITTEN)
     log = MetricsLog(out / "metrics.jsonl")
     figures = _train(trainer, request, log)
     log.close()

@@ -409,5 +409,5 @@ def chart(result: Mapping[str, Any], file: Path) -> None:
     panel.set_xlabel("cosine to the true gradient x sqrt(d); the line is theory")
     figure.suptitle(f"{result['model']}: alignment")
     figure.tight_layout()
-    figure.savefig(file, dpi=130)
+    figure.savefig(file, dpi=130, format="png")
     plt.close(figure)

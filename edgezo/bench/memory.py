@@ -27,7 +27,8 @@ import psutil
 from edgezo import __version__
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine import children
-from edgezo.machine.files import atomic_write
+from edgezo.machine.files import atomic_path, atomic_write
+from edgezo.machine.foreign import parse_json, read_small
 from edgezo.machine.hardware import machine
 from edgezo.machine.ownership import claim
 from edgezo.machine.process_memory import Meter, allocator_policy, read_status
@@ -136,23 +137,42 @@ def _problems(
 
 def claim_results(out: Path) -> None:
     """Make ``out`` a directory for results. Raises UsageError, and changes nothing, where it holds other files."""
-    claim(out, "bench", _holds_results)
+    claim(out, "bench", _holds_results, _FORMS)
 
 
 def _holds_results(folder: Path) -> bool:
     """Whether all files of a directory are results of a version before directories had a marker."""
-    results = {f"{stem}.{kind}" for stem in STEMS for kind in ("json", "png")}
     for path in folder.iterdir():
-        if path.name not in {*results, "points.jsonl", "runs"}:
+        try:
+            if not _FORMS[path.name](path):
+                return False
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False
-        if path.suffix == ".json" and path.stat().st_size <= LARGEST_RESULT_BYTES:
-            try:
-                rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-            except (OSError, ValueError, KeyError, TypeError, RecursionError):
-                return False
-            if not isinstance(rows, list):
-                return False
     return any((folder / f"{stem}.json").exists() for stem in STEMS)
+
+
+def _is_result(path: Path) -> bool:
+    return isinstance(
+        parse_json(read_small(path, LARGEST_RESULT_BYTES).decode("utf-8"))["rows"], list
+    )
+
+
+def _is_chart(path: Path) -> bool:
+    return read_small(path, LARGEST_RESULT_BYTES).startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def _is_points(path: Path) -> bool:
+    lines = read_small(path, LARGEST_RESULT_BYTES).decode("utf-8").splitlines()
+    return all("method" in parse_json(line) for line in lines)
+
+
+# By name: what this command's results are. A run in ``runs`` is claimed by the run itself.
+_FORMS: dict[str, Callable[[Path], bool]] = {
+    **{f"{stem}.json": _is_result for stem in STEMS},
+    **{f"{stem}.png": _is_chart for stem in STEMS},
+    "points.jsonl": _is_points,
+    "runs": lambda path: True,
+}
 
 
 def write_results(
@@ -169,7 +189,8 @@ def write_results(
     if find_spec("matplotlib") is None:
         note("no chart, because matplotlib is missing: pip install 'edgezo[bench]'")
     elif any("error" not in row for row in result["rows"]):
-        draw(result, stem.with_suffix(".png"))
+        with atomic_path(stem.with_suffix(".png")) as temporary:
+            draw(result, temporary)
 
 
 def train_peak_bytes(point: dict[str, Any]) -> int:
@@ -356,7 +377,7 @@ def chart(result: dict[str, Any], file: Path) -> None:
     panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(f"{result['model']}: peak memory")
     figure.tight_layout()
-    figure.savefig(file, dpi=130)
+    figure.savefig(file, dpi=130, format="png")
     plt.close(figure)
 
 

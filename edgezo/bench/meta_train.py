@@ -38,6 +38,7 @@ from edgezo.data.batches import Example, batch_indices, pieces
 from edgezo.data.dataset import Dataset
 from edgezo.errors import DoesNotFit, UsageError
 from edgezo.machine.hardware import machine
+from edgezo.machine.ownership import check_new_file
 from edgezo.machine.process_memory import rss_bytes
 from edgezo.network.model import Model
 from edgezo.plan.budget import default_budget, mb
@@ -90,8 +91,7 @@ def meta_train(
     Raises UsageError, DoesNotFit and EdgezoError.
     """
     configs = _configs(settings, tasks, request)
-    if out.exists():
-        raise UsageError(f"{out} exists already. Remove it, or give another --out.")
+    check_new_file(out)
     opened = open_request(configs[0])
     others = [read_data(cfg, opened.files, opened.tokenizer) for cfg in configs[1:]]
     trainer = MetaTrainer.of(opened, [opened.dataset, *others], request, max_mem_bytes)
@@ -102,7 +102,6 @@ def meta_train(
         **{name: str(getattr(request, name)) for name in ("sharing", "steps", "restart")},
         "seed": str(trainer.cfg.seed),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     trainer.finetuner.save(
         out, about
     )  # a place that cannot be written is an error now, not at the end

@@ -433,5 +433,5 @@ def chart(result: Mapping[str, Any], file: Path) -> None:
     panel.legend(fontsize=8)
     figure.suptitle(f"{result['model']}: time of a step, {result['threads']} threads")
     figure.tight_layout()
-    figure.savefig(file, dpi=130)
+    figure.savefig(file, dpi=130, format="png")
     plt.close(figure)

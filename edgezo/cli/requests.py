@@ -10,7 +10,7 @@ from typing import Any
 from edgezo.errors import UsageError
 from edgezo.plan.config import RunConfig
 from edgezo.plan.fields import FREE_ON_RESUME, LOSS, OF_PRESET, flag
-from edgezo.plan.request import make_config, read_saved, read_toml
+from edgezo.plan.request import make_config, read_run_config, read_toml
 
 # Settings of a run that belong to its data: an evaluation on other data does not take them over.
 OF_DATA = ("data_root", "template", "labels", "label_field", "max_new_tokens")
@@ -98,7 +98,7 @@ def evaluation_request(given: Mapping[str, Any], config_file: str | None) -> tup
 def saved_config(run: Path) -> RunConfig | None:
     """The configuration of a run directory, or None if there is none."""
     file = run / "config.toml"
-    return read_saved(file) if file.is_file() else None
+    return read_run_config(file) if file.is_file() else None
 
 
 def _settings_of_run(saved: RunConfig, given: Mapping[str, Any]) -> dict[str, Any]:

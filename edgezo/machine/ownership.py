@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.files import atomic_write, to_json
+from edgezo.machine.open_files import open_to_read
 
 MARKER = ".edgezo"
 FORMAT = 1
@@ -21,15 +22,22 @@ SHOWN_NAMES = 3  # of a foreign directory's files, in the refusal
 _MARKER_BYTES = 1000  # more than any marker has
 
 
-def claim(folder: Path, kind: str, proof: Callable[[Path], bool] = lambda folder: False) -> None:
+def claim(
+    folder: Path,
+    kind: str,
+    proof: Callable[[Path], bool] = lambda folder: False,
+    forms: Mapping[str, Callable[[Path], bool]] = {},
+) -> None:
     """Make ``folder`` a directory of this kind, or find that it is one.
 
-    ``proof`` says whether a directory without a marker is one all the same. Raises UsageError for a directory with
-    other files, or one of another kind, and EdgezoError where it cannot be made.
+    ``proof`` says whether a directory without a marker is one all the same. ``forms`` has the names that may be
+    replaced in a directory of this kind, each with a test of whether the file that is there is edgezo's: a marker may
+    have come with a copy of other files. Raises UsageError for a directory with other files, or one of another kind,
+    and EdgezoError where it cannot be made.
     """
     names = _names(folder)
     if names is None:
-        _make(folder)
+        _make(folder, folder)
         names = []
     if MARKER in names:
         made_as = kind_of(folder)
@@ -39,6 +47,7 @@ def claim(folder: Path, kind: str, proof: Callable[[Path], bool] = lambda folder
                 f"{folder} is a directory of edgezo's, but {what}, and this command writes a {kind!r} there. "
                 "Nothing was changed. Give another --out."
             )
+        _check_forms(folder, names, forms)
         return
     if names and not proof(folder):
         others = sorted(names)
@@ -51,10 +60,55 @@ def claim(folder: Path, kind: str, proof: Callable[[Path], bool] = lambda folder
     atomic_write(folder / MARKER, (to_json({"kind": kind, "format": FORMAT}) + "\n").encode())
 
 
+def _check_forms(
+    folder: Path, names: list[str], forms: Mapping[str, Callable[[Path], bool]]
+) -> None:
+    """Raise UsageError where a file under a name of edgezo's is none of edgezo's."""
+    for name in sorted(forms.keys() & set(names)):
+        try:
+            is_ours = forms[name](folder / name)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, EdgezoError):
+            is_ours = False
+        if not is_ours:
+            raise UsageError(
+                f"{folder} is a directory of edgezo's, but {name} in it is no file that edgezo wrote, or is damaged. "
+                "Nothing was changed. Put the file elsewhere, or give another --out."
+            )
+
+
+def check_new(folder: Path) -> None:
+    """Raise UsageError unless ``folder`` is absent or empty, EdgezoError where it cannot be made.
+
+    The directories above it are made, so that what is in their way shows before the work that is to be written.
+    """
+    names = _names(folder)
+    if names is None:
+        _make(folder, folder.parent)
+    if names:
+        raise UsageError(
+            f"{folder} is there already. Nothing was changed. Give another --out, or remove it."
+        )
+
+
+def check_new_file(file: Path) -> None:
+    """Raise UsageError where something is in the place of a file to write; else make its directory, or EdgezoError."""
+    if os.path.lexists(file):
+        raise UsageError(
+            f"{file} exists already. Nothing was changed. Remove it, or give another name."
+        )
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise EdgezoError(
+            f"{file} cannot be made: its directory is not there and cannot be made ({problem.strerror}). "
+            "Give another name."
+        ) from problem
+
+
 def kind_of(folder: Path) -> str | None:
     """The kind that the marker of ``folder`` names; None without a marker that can be read."""
     try:
-        with open(folder / MARKER, "rb") as file:
+        with os.fdopen(open_to_read(folder / MARKER), "rb") as file:
             marker = json.loads(file.read(_MARKER_BYTES))
         kind, version = marker["kind"], marker["format"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -82,9 +136,10 @@ def _names(folder: Path) -> list[str] | None:
         ) from problem
 
 
-def _make(folder: Path) -> None:
+def _make(folder: Path, made: Path) -> None:
+    """Make ``made``: ``folder``, or the directories above it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        made.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise EdgezoError(
             f"the directory {folder} cannot be made ({problem.strerror}). Give another --out."

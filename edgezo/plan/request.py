@@ -130,17 +130,23 @@ def completed(saved: Mapping[str, Any]) -> RunConfig:
     return make_config({}, saved, need_data=False)
 
 
+_BEFORE_DEVICES = {"device": "cpu"}  # of a run from before there was a choice
+
+
 def from_toml(text: str) -> RunConfig:
     """The inverse of :meth:`RunConfig.to_toml`. Raises UsageError for any other text."""
-    before = {"device": "cpu"}  # of a run from before there was a choice
-    return make_config({}, parse_toml(text, "the configuration"), before, need_data=False)
+    return make_config({}, parse_toml(text, "the configuration"), _BEFORE_DEVICES, need_data=False)
 
 
-def read_saved(file: Path) -> RunConfig:
-    """The configuration that a run has written to ``file``. Raises EdgezoError where it cannot be read."""
-    with foreign.reading(file, "Restore it from a copy."):
-        text = foreign.read_small(file, foreign.MOST_TOML_BYTES).decode("utf-8")
-    return from_toml(text)
+def read_run_config(path: Path) -> RunConfig:
+    """The configuration of a run, from its file. Raises UsageError, which names the file, for any other text."""
+    try:
+        return make_config({}, read_toml(path), _BEFORE_DEVICES, need_data=False)
+    except UsageError as problem:
+        if str(path) in str(problem):
+            raise
+        what = f"{path} is not the configuration of a run of edgezo's"
+        raise UsageError([what, *problem.problems]) from problem
 
 
 def read_toml(path: Path | str) -> dict[str, Any]:

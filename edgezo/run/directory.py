@@ -16,8 +16,7 @@ from edgezo.data.batches import Example
 from edgezo.data.dataset import Dataset
 from edgezo.errors import DoesNotFit, EdgezoError, UsageError
 from edgezo.machine.downloads import cache_dir
-from edgezo.machine.files import atomic_path, is_leftover, write_error
-from edgezo.machine.foreign import MOST_TOML_BYTES, read_small
+from edgezo.machine.files import atomic_path, write_error
 from edgezo.machine.hardware import format_bytes
 from edgezo.machine.open_files import (
     check_folder,
@@ -27,11 +26,10 @@ from edgezo.machine.open_files import (
     remove_files,
     temporary_folder,
 )
-from edgezo.machine.ownership import claim
 from edgezo.network.model import Model
 from edgezo.plan.config import RunConfig
 from edgezo.plan.fields import FREE_ON_RESUME, flag
-from edgezo.plan.request import from_toml, read_saved
+from edgezo.plan.request import read_run_config
 from edgezo.run.journal import Journal, open_journal
 from edgezo.run.journal_header import check_base
 from edgezo.weights.disk import OVERLAY_NAMES, DiskMedium
@@ -108,7 +106,7 @@ class RunFiles:
                 f"{self.path} is no run: it has no config.toml.\n"
                 "Give the --out directory of an edgezo finetune, or one that edgezo replay wrote."
             )
-        return read_saved(self.config)
+        return read_run_config(self.config)
 
 
 def free_directory(cfg: RunConfig) -> Path:
@@ -280,50 +278,6 @@ def dataset_facts(dataset: Dataset) -> dict[str, Any]:
         "label_ids": list(dataset.label_ids),
         "label_names": list(dataset.label_names),
     }
-
-
-RUN, REPLAY = "run", "replay"  # kinds of directories (machine/ownership.py)
-
-
-def prepare(run: RunFiles) -> None:
-    """Make the directory of a new run. Raises UsageError, and changes nothing, where a run or other files are."""
-    if os.path.lexists(run.journal):
-        raise UsageError(
-            f"{run.path} already holds a run. Go on with it (--resume --out {run.path}), "
-            "or give another --out."
-        )
-    claim(run.path, RUN, _began_here)
-
-
-def prepare_replay(run: RunFiles) -> None:
-    """Make the directory of a replay. Raises UsageError, and changes nothing, where a run or other files are."""
-    if run.journal.exists() and not run.trained.exists():
-        raise UsageError(
-            f"{run.path} holds a run, which a replay would overwrite. Give another --out."
-        )
-    claim(run.path, REPLAY, _replayed_here)
-
-
-def _began_here(folder: Path) -> bool:
-    """Whether a run began in a directory without a marker: a version before there were markers was killed there."""
-    run = RunFiles(folder)
-    ours = {run.config.name, run.plan.name}
-    try:
-        text = read_small(run.config, MOST_TOML_BYTES).decode("utf-8")
-        only_ours = all(n in ours or is_leftover(n) for n in os.listdir(folder))
-        return only_ours and from_toml(text).to_toml() == text
-    except (OSError, ValueError, EdgezoError):
-        return False
-
-
-def _replayed_here(folder: Path) -> bool:
-    """Whether a directory without a marker is what a replay wrote."""
-    run = RunFiles(folder)
-    try:
-        open_journal(run.journal, resume=False).close()
-    except EdgezoError:
-        return False
-    return run.trained.exists()
 
 
 def reopen(run: RunFiles, given: Mapping[str, Any]) -> Journal:

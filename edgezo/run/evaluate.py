@@ -19,10 +19,10 @@ from edgezo.network import cards, loader
 from edgezo.network.model import Model
 from edgezo.plan.budget import portable
 from edgezo.plan.config import RunConfig
+from edgezo.run.claims import prepare_replay
 from edgezo.run.directory import (
     RunFiles,
     lost_head,
-    prepare_replay,
     run_id,
     temporary_overlay,
 )

@@ -37,6 +37,7 @@ from edgezo.errors import UsageError
 from edgezo.machine.downloads import BESIDE_WEIGHTS
 from edgezo.machine.files import atomic_folder, to_json
 from edgezo.machine.limits import tiles
+from edgezo.machine.ownership import check_new
 from edgezo.network.cards import HubSource, find_card
 from edgezo.network.first_order import ALPHA
 from edgezo.network.loader import build_meta, load_tokenizer, source_names
@@ -54,10 +55,8 @@ def export(source: Path, form: str, out: Path, *, dtype: str | None = None) -> d
     ``dtype``: of the weights of ``hf``. Blocks that have no room in memory are read one by one.
     Raises UsageError where ``out`` is there already, or the form has no place for what was trained.
     """
-    run, out = RunFiles(source), out.resolve()
-    cfg = run.read_config()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} is there already. Give another --out, or remove it.")
+    run, cfg = RunFiles(source), RunFiles(source).read_config()
+    check_new(out)
     if form == "peft" and (inside := [part for part in cfg.train if PARTS[part].in_base]):
         raise UsageError(
             f"--format peft holds what lies beside frozen weights, and this run trained {'+'.join(inside)}.\n"
@@ -67,6 +66,7 @@ def export(source: Path, form: str, out: Path, *, dtype: str | None = None) -> d
         raise UsageError(
             "--dtype is the type of the weights that --format hf writes; an adapter is fp32"
         )
+    out = out.resolve()  # where a link to an empty directory leads
     with atomic_folder(out) as folder, brought_back(run, cfg) as rebuilt:
         files = rebuilt.planned.opened.files
         exporter = _Exporter(rebuilt, build_meta(files))

@@ -36,6 +36,7 @@ from edgezo.machine.files import atomic_path
 from edgezo.machine.foreign import reading
 from edgezo.machine.limits import tiles
 from edgezo.machine.open_files import open_to_read
+from edgezo.machine.ownership import check_new_file
 from edgezo.run.journal_record import StepRecord
 from edgezo.run.pickled import read_networks
 from edgezo.weights.saved import Saved, write_saved
@@ -138,8 +139,7 @@ def convert_finetuner(source: Path, out: Path) -> Finetuner:
 
     Raises UsageError where ``out`` exists already, EdgezoError for a file that is no finetuner.
     """
-    if os.path.lexists(out):
-        raise UsageError(f"{out} exists already. Remove it, or give another name.")
+    check_new_file(out)
     networks = {}
     for name, layers in read_networks(source).items():
         kinds = ["weight" in layer for layer in layers]

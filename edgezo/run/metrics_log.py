@@ -149,6 +149,14 @@ def check_lines(path: Path, of_run: str) -> None:
             pass
 
 
+def check_form(path: Path) -> None:
+    """Raise EdgezoError where a file is no metrics.jsonl of edgezo's, of whatever run it may be."""
+    with reading(path), os.fdopen(open_inside(path, os.O_RDONLY), "rb") as file:
+        for raw in file:
+            if raw.endswith(b"\n") and not _OWN_NAMES & _values_of(raw.decode("utf-8")).keys():
+                raise ValueError("a line of it is none that edgezo writes")
+
+
 class _Line(NamedTuple):
     """A whole line of a file."""
 
@@ -209,6 +217,7 @@ def _values_of(text: str) -> dict[str, Any]:
     return line
 
 
+_OWN_NAMES = {"step_size", "eval", "pace"}  # a line has one of them
 _CRC_AT_END = re.compile(r'"[0-9a-f]{8}"\}\n$')  # whatever damage has made of the name before it
 
 

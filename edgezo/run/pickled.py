@@ -8,6 +8,7 @@ called: what a name may stand for is in the tables below, and everything else is
 from __future__ import annotations
 
 import math
+import os
 import pickletools
 import zipfile
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import numpy as np
 
 from edgezo.errors import EdgezoError
 from edgezo.machine.foreign import FAULTS, clip, reason
+from edgezo.machine.open_files import open_to_read
 
 LARGEST_BYTES = 64 * 10**6  # no file of small networks is larger,
 MOST_PARTS = 10_000  # has more parts,
@@ -86,13 +88,14 @@ def read_networks(path: Path) -> dict[str, Layers]:
     Raises EdgezoError for any other file. Nothing in the file is ever run.
     """
     try:
-        size = path.stat().st_size
-        if size > LARGEST_BYTES:
-            raise _Refused(f"it has {size:,} bytes, small networks at most 64 MB")
-        if path.read_bytes().count(_PART) > MOST_PARTS:
-            raise _Refused(f"it has more than {MOST_PARTS:,} parts")
-        with zipfile.ZipFile(path) as archive:
-            return _networks(archive, size)
+        with os.fdopen(open_to_read(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > LARGEST_BYTES:
+                raise _Refused(f"it has {size:,} bytes, small networks at most 64 MB")
+            if file.read().count(_PART) > MOST_PARTS:
+                raise _Refused(f"it has more than {MOST_PARTS:,} parts")
+            with zipfile.ZipFile(file) as archive:
+                return _networks(archive, size)
     except _WRONG as problem:
         raise EdgezoError(
             f"{path} is not a file of small networks that edgezo reads: {reason(problem)}.\n"

@@ -24,12 +24,12 @@ from edgezo.machine.profiler import phase, profiling, running
 from edgezo.network.model import Model
 from edgezo.plan.config import RunConfig
 from edgezo.run.auto_step import AutoStep
+from edgezo.run.claims import prepare
 from edgezo.run.clock import TrainingClock
 from edgezo.run.directory import (
     Overlay,
     RunFiles,
     free_directory,
-    prepare,
     refuse_links,
     reopen,
     run_id,

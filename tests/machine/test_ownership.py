@@ -1,52 +1,16 @@
-"""A directory of a user's files is never written to: every command that writes refuses it before a byte has changed."""
+"""The gate before a directory is written to. tests/cli/test_users_files.py tries it with every command."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from edgezo.errors import EdgezoError, UsageError
-from edgezo.machine.ownership import MARKER, claim, kind_of
-
-# Names that edgezo writes itself, with what a user might have in such files.
-USERS_FILES = {
-    "config.toml": '[server]\nport = 8080\nmodel = "mine"\n',
-    "plan.json": '{"plan": "holidays"}\n',
-    "metrics.jsonl": '{"visitors": 12}\n',
-    "summary.json": '{"steps": 3}\n',
-    "report.html": "<p>mine</p>\n",
-    "trained.safetensors": "not a tensor",
-    "head.safetensors": "not a tensor",
-    "probe.safetensors": "not a tensor",
-    "probe.states": "states of matter",
-    "replay.json": '{"match": 1}\n',
-    "overlay/block-0000.overlay": "a transparency",
-    "overlay/notes.txt": "read me",
-    "memory.json": "{}\n",
-    "points.jsonl": "{}\n",
-    "speed.json": "{}\n",
-    "accuracy.json": "{}\n",
-    ".config.toml.abcd1234.edgezo-tmp": "a file of another program",
-}
-JOURNALS = {
-    "none": None,
-    "text": b"Dear diary,\n",
-    "empty": b"",
-    "magic alone": b"\x89EZJ\r\n\x1a\n",
-}
-
-
-def users_directory(folder: Path, journal: bytes | None = None) -> Path:
-    for name, text in USERS_FILES.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    if journal is not None:
-        (folder / "journal.bin").write_bytes(journal)
-    return folder
+from edgezo.machine.ownership import MARKER, check_new, check_new_file, claim, kind_of
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -63,64 +27,6 @@ def finished(bench, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "run"
     finetune(make_config(bench.settings(out=str(run), steps=2, train="lowrank+head")))
     return run
-
-
-def commands(bench, finished: Path, folder: Path) -> dict[str, list[object]]:
-    """Every command and option that writes to a place that the user names, with that place in ``folder``."""
-    request = bench.arguments(steps=1)
-    labelled = [*bench.arguments(steps=None, micro_batch=None, batch_size=None, precision=None)]
-    study = folder.parent / "study.toml"
-    study.write_text(
-        f'model = "{bench.model}"\nseeds = [0]\nsteps = 1\nmetric = "accuracy"\n'
-        "[tasks.example]\n[methods.grzo]\n"
-    )
-    return {
-        "finetune": ["finetune", *request, "--out", folder],
-        "finetune on disk": [
-            *("finetune", *request, "--out", folder, "--train", "full", "--residency", "disk")
-        ],
-        "finetune profiled": ["finetune", *request, "--out", folder, "--profile"],
-        "resume": ["finetune", *request, "--resume", "--out", folder],
-        "resume alone": ["finetune", "--resume", "--out", folder],
-        "replay": ["replay", finished, "--out", folder],
-        "export hf": ["export", finished, "--out", folder],
-        "export peft": ["export", finished, "--format", "peft", "--out", folder],
-        "bench memory": ["bench", "memory", "--model", bench.model, "--out", folder],
-        "bench speed": ["bench", "speed", *labelled, "--out", folder],
-        "bench alignment": ["bench", "alignment", *labelled, "--out", folder],
-        "bench accuracy": ["bench", "accuracy", study, "--out", folder],
-        "meta-train": [
-            *("meta-train", "--model", bench.model, "--task", "example", "--steps", 1),
-            *("--out", folder / "trained.safetensors"),
-        ],
-        "convert-finetuner": ["convert-finetuner", "in.pth", folder / "trained.safetensors"],
-    }
-
-
-NAMES = (
-    *("finetune", "finetune on disk", "finetune profiled", "resume", "resume alone", "replay"),
-    *("export hf", "export peft", "bench memory", "bench speed", "bench alignment"),
-    *("bench accuracy", "meta-train", "convert-finetuner"),
-)
-
-
-@pytest.mark.parametrize("journal", JOURNALS)
-@pytest.mark.parametrize("name", NAMES)
-def test_a_users_directory_is_byte_equal_after_every_command(
-    bench, finished, edgezo, tmp_path, name, journal
-):
-    folder = users_directory(tmp_path / "mine", JOURNALS[journal])
-    before = contents(folder)
-    code, _, err = edgezo(*commands(bench, finished, folder)[name])
-    assert contents(folder) == before
-    assert code in (1, 2) and "Traceback" not in err
-
-
-def test_a_converted_finetuner_replaces_no_file(edgezo, tmp_path):
-    out = tmp_path / "mine.safetensors"
-    out.write_text("mine")
-    code, _, err = edgezo("convert-finetuner", tmp_path / "in.pth", out)
-    assert code == 2 and "exists already" in err and out.read_text() == "mine"
 
 
 def test_a_directory_is_claimed_once_and_by_one_kind(tmp_path):
@@ -141,6 +47,35 @@ def test_a_marker_that_cannot_be_read_is_no_proof(tmp_path, marker):
     with pytest.raises(UsageError, match="Nothing was changed"):
         claim(tmp_path, "run")
     assert contents(tmp_path) == {MARKER: marker.encode()}
+
+
+def test_a_marker_that_is_a_pipe_is_no_proof(tmp_path):
+    os.mkfifo(tmp_path / MARKER)
+    with pytest.raises(UsageError, match="not readable"):
+        claim(tmp_path, "run")
+
+
+def test_a_marker_does_not_prove_whose_each_file_is(tmp_path):
+    claim(tmp_path, "run", forms={"a": Path.is_dir})
+    (tmp_path / "b").write_text("a name that edgezo does not write")
+    claim(tmp_path, "run", forms={"a": Path.is_dir})
+    (tmp_path / "a").write_text("mine")
+    for form in (Path.is_dir, Path.readlink):  # no, and an error
+        with pytest.raises(UsageError, match="but a in it is no file that edgezo wrote"):
+            claim(tmp_path, "run", forms={"a": form})
+    assert (tmp_path / "a").read_text() == "mine"
+
+
+def test_a_new_place_is_absent_or_empty(tmp_path):
+    check_new(tmp_path / "a" / "b")
+    assert (tmp_path / "a").is_dir() and not (tmp_path / "a" / "b").exists()
+    check_new(tmp_path / "a")
+    check_new_file(tmp_path / "a" / "b" / "file")
+    for taken in (tmp_path, tmp_path / "a"):
+        with pytest.raises(UsageError, match="there already"):
+            check_new(taken)
+        with pytest.raises(UsageError, match="exists already"):
+            check_new_file(taken)
 
 
 def test_files_links_and_places_without_permission_are_refused(tmp_path):

@@ -1,0 +1,127 @@
+"""The gate before a run or a replay writes: its directory is new, empty or edgezo's, and so is each file it replaces.
+
+The marker of a directory (machine/ownership.py) says what edgezo made it for. It can have come with a copy of other
+files, and a user may have put a config.toml beside it: so each file that is there has to show whose it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from edgezo.errors import EdgezoError, UsageError
+from edgezo.machine.files import is_leftover
+from edgezo.machine.foreign import MOST_TOML_BYTES, parse_json, read_small
+from edgezo.machine.open_files import files_inside, open_to_read
+from edgezo.machine.ownership import claim
+from edgezo.network.readout import STATES_MAGIC
+from edgezo.plan.request import from_toml, read_run_config
+from edgezo.run.directory import RunFiles
+from edgezo.run.journal import open_journal
+from edgezo.run.metrics_log import check_form
+from edgezo.run.readout_pass import PROBE_KEYS
+from edgezo.weights.disk import OVERLAY_MAGIC, OVERLAY_NAMES
+from edgezo.weights.verified import open_saved
+
+Form = Callable[[Path], bool]
+_MOST_JSON_BYTES = 64 << 20
+
+
+def _config(path: Path) -> bool:
+    return read_run_config(path).to_toml().encode() == read_small(path, MOST_TOML_BYTES)
+
+
+def _json(key: str, path: Path) -> bool:
+    return key in parse_json(read_small(path, _MOST_JSON_BYTES).decode("utf-8"))
+
+
+def _metrics(path: Path) -> bool:
+    check_form(path)
+    return True
+
+
+def _saved(keys: set[str], path: Path) -> bool:
+    with open_saved(path, keys, None, ""):
+        return True
+
+
+def _journal(path: Path) -> bool:
+    open_journal(path, resume=False).close()
+    return True
+
+
+def _begins(magic: bytes, path: Path) -> bool:
+    """Whether a file begins so, or has not been begun to be written: a kill leaves it empty, or zeros."""
+    with os.fdopen(open_to_read(path), "rb") as file:
+        start = file.read(len(magic))
+    return magic.startswith(start) or not any(start)
+
+
+def _overlay(folder: Path) -> bool:
+    return all(
+        _begins(OVERLAY_MAGIC, folder / name) for name in files_inside(folder, OVERLAY_NAMES)
+    )
+
+
+# By name, for directories of a run and of a replay.
+FORMS: Mapping[str, Form] = {
+    "config.toml": _config,
+    "plan.json": partial(_json, "planned_peak_bytes"),
+    "metrics.jsonl": _metrics,
+    "summary.json": partial(_json, "trained_sha256"),
+    "profile.json": partial(_json, "phases"),
+    "replay.json": partial(_json, "trained_sha256"),
+    "head.safetensors": partial(_saved, {"step"}),
+    "trained.safetensors": partial(_saved, {"steps"}),
+    "probe.safetensors": partial(_saved, set(PROBE_KEYS)),
+    "probe.states": partial(_begins, STATES_MAGIC),
+    "journal.bin": _journal,
+    "journal-again.bin": partial(_begins, b"EZ"),
+    "overlay": _overlay,
+}
+
+
+RUN, REPLAY = "run", "replay"  # kinds of directories (machine/ownership.py)
+
+
+def prepare(run: RunFiles) -> None:
+    """Make the directory of a new run. Raises UsageError, and changes nothing, where a run or other files are."""
+    if os.path.lexists(run.journal):
+        raise UsageError(
+            f"{run.path} already holds a run. Go on with it (--resume --out {run.path}), "
+            "or give another --out."
+        )
+    claim(run.path, RUN, _began_here, FORMS)
+
+
+def prepare_replay(run: RunFiles) -> None:
+    """Make the directory of a replay. Raises UsageError, and changes nothing, where a run or other files are."""
+    if run.journal.exists() and not run.trained.exists():
+        raise UsageError(
+            f"{run.path} holds a run, which a replay would overwrite. Give another --out."
+        )
+    claim(run.path, REPLAY, _replayed_here, FORMS)
+
+
+def _began_here(folder: Path) -> bool:
+    """Whether a run began in a directory without a marker: a version before there were markers was killed there."""
+    run = RunFiles(folder)
+    ours = {run.config.name, run.plan.name}
+    try:
+        text = read_small(run.config, MOST_TOML_BYTES).decode("utf-8")
+        only_ours = all(n in ours or is_leftover(n) for n in os.listdir(folder))
+        return only_ours and from_toml(text).to_toml() == text
+    except (OSError, ValueError, EdgezoError):
+        return False
+
+
+def _replayed_here(folder: Path) -> bool:
+    """Whether a directory without a marker is what a replay wrote."""
+    run = RunFiles(folder)
+    try:
+        open_journal(run.journal, resume=False).close()
+    except EdgezoError:
+        return False
+    return run.trained.exists()
