@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from edgezo.data.batches import Example, Row, permutation
 from edgezo.data.encoder import Encoder
 from edgezo.data.metrics import Report
 from edgezo.data.preferences import paired
-from edgezo.data.recognition import Labelling, recognise
+from edgezo.data.recognition import Labelling, Plain, recognise
 from edgezo.data.row_files import (
     CHECK_ROWS,
     LARGE_CHARS,
@@ -56,6 +57,7 @@ class Dataset:
     notes: tuple[str, ...]  # what the user should know: "12 of 4000 rows cut to 512 tokens"
     generation: Generation | None = None  # how answers are written, if they are
     report: Report | None = None  # figures of an evaluation, beside or in place of accuracy
+    written_at: str | None = None  # the time that the chat template has written, if it writes one
 
     def token_stats(self) -> TokenStats:
         """Token counts of the examples, which the planner needs."""
@@ -94,6 +96,10 @@ class DataRequest:
     held_out: float | None = None  # share of the training rows to evaluate on instead
     judged: bool = False  # an objective scores predictions, in training too
     max_new_tokens: int | None = None  # of a written answer
+    text_end: str = "yes"  # rows with ``text`` end with the end token, which is predicted
+    written_at: str | None = (
+        None  # the time for chat templates that write one, in ISO's form; None: now
+    )
 
 
 # --------------------------------------------------------------------------------------- loading
@@ -120,8 +126,10 @@ def load_dataset(
     problems.raise_any()
 
     known = rows.train if rows.apart else rows.train + rows.validation
+    now = request.written_at or datetime.now().isoformat(timespec="seconds")
+    plain = Plain(tokenizer, request.text_end == "yes", now)
     form, label_ids, label_names = recognise(
-        task, labelling, rows.train, known, tokenizer, masked, problems, notes
+        task, labelling, rows.train, known, plain, masked, problems, notes
     )
     validation = _eval_sample(rows.validation, request.eval_limit, notes)
     # A report knows the task's label words, not the user's.
@@ -129,20 +137,25 @@ def load_dataset(
     generation = _generation(request, task, form.kind, rows.train, notes)
     judged = request.judged or report is not None or generation is not None
     with form if isinstance(form, MessagesForm) else nullcontext():
+        looked_at = task is None and not judged
         drafts = {
-            name: list(_drafts(records, form, label_names, judges, encoder, problems))
+            name: list(_drafts(records, form, label_names, judges, encoder, problems, looked_at))
             for name, records, judges in (
                 ("training", rows.train, request.judged),
                 ("validation", validation, judged),
             )
         }
     problems.raise_any()
+    notes += problems.remarks.lines()
     train, evaluated = (encoder.examples(drafts[name], name, notes) for name in drafts)
     for name, examples in (("training", train), ("validation", evaluated)):
         if not examples:
             raise UsageError(f"no {name} row has a token to predict: every text is one token long")
     return Dataset(
-        *(form.kind, train, evaluated, label_ids, label_names, tuple(notes)), generation, report
+        *(form.kind, train, evaluated, label_ids, label_names, tuple(notes)),
+        generation,
+        report,
+        now if isinstance(form, MessagesForm) and form.templates.dated else None,
     )
 
 
@@ -153,18 +166,25 @@ def _drafts(
     judged: bool,
     encoder: Encoder,
     problems: Problems,
+    looked_at: bool,
 ) -> Iterator[Draft]:
-    """The drafts of rows, very long texts clipped; with what a prediction is judged by, if they are ``judged``."""
+    """The drafts of rows, very long texts clipped; with what a prediction is judged by, if they are ``judged``.
+
+    Where rows are ``looked_at``, fields that nothing uses are remarked on.
+    """
+    uses = form.uses
     copies = CHAT_TIMES if isinstance(form, MessagesForm) else DRAFT_TIMES
     for number, record in enumerate(records):
         if (size_bytes := _text_bytes(record.fields)) > LARGE_CHARS or number % CHECK_ROWS == 0:
             encoder.guard.check(copies * size_bytes, record.where)
         draft = form.draft(record, problems)
+        if looked_at:
+            problems.remarks.add_unused(record, uses)
         if draft is None:
             continue
         if judged:
             draft = _with_fields(draft, record, names)
-        pieces = tuple(encoder.clipped(piece, record.where) for piece in draft.pieces)
+        pieces = tuple(encoder.clipped(encoder.tidy(piece), record.where) for piece in draft.pieces)
         yield replace(draft, pieces=pieces, answers=(), where=record.where)
 
 

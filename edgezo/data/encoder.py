@@ -41,6 +41,7 @@ class Encoder:
         self.guard = guard or ReadingGuard()
         with reading("The model's tokenizer", any_kind=True):
             self.prefix, self.suffix = _special_ids(tokenizer)
+            self.begin = "".join(tokenizer.convert_ids_to_tokens(list(self.prefix)))
         self.cut = 0
 
     def ids(
@@ -171,14 +172,36 @@ class Encoder:
     def _span_row(self, piece: Piece, ids: list[int], offsets: Any) -> tuple[Row, bool]:
         """The row of a piece, and whether it was cut."""
         end_id = self.tokenizer.eos_token_id
+        if not piece.bare:
+            written = self._begins_with_prefix(ids)
+            ids, offsets = ids[written:], offsets[written:]
         # A token of no characters (the mark of a word's start in some vocabularies) counts as one character.
         scored = [
             any(first < end and max(last, first + 1) > start for start, end in piece.spans)
             for first, last in offsets
         ]
-        if piece.ends and end_id is not None:
+        if piece.ends and end_id is not None and ids[-1:] != [end_id]:
             ids, scored = [*ids, end_id], [*scored, True]
         return self._causal_row(() if piece.bare else self.prefix, ids, scored)
+
+    def _begins_with_prefix(self, ids: list[int]) -> int:
+        """How many tokens at the beginning of a text are those that the tokenizer would put there once more."""
+        at, size = 0, len(self.prefix)
+        while size and ids[at : at + size] == list(self.prefix):
+            at += size
+        return at
+
+    def tidy(self, piece: Piece) -> Piece:
+        """The piece without white space before a begin token, or behind an end token, that its text has already."""
+        begin, end, text = self.begin, self.tokenizer.eos_token, piece.text
+        first = len(text) - len(text.lstrip())
+        if piece.bare or not begin or not text.startswith(begin, first):
+            first = 0
+        stop = len(text.rstrip())
+        if not piece.ends or not end or not text.endswith(end, 0, stop):
+            stop = len(text)
+        spans = tuple((max(0, a - first), min(stop, b) - first) for a, b in piece.spans)
+        return replace(piece, text=text[first:stop], spans=spans)
 
     def _causal_row(
         self, prefix: Sequence[int], ids: list[int], scored: list[bool]
@@ -214,6 +237,9 @@ class Encoder:
 
     def _label_row(self, before: list[int], after: list[int]) -> tuple[Row, bool]:
         """The row of a prompt and the text after the mask, and whether it was cut."""
+        before = before[self._begins_with_prefix(before) :]
+        if self.suffix and after[-len(self.suffix) :] == list(self.suffix):
+            after = after[: -len(self.suffix)]
         around = [*self.prefix, self.tokenizer.mask_token_id, *self.suffix]
         room = self.max_length - (len(around) if self.masked else len(self.prefix))
         cut = len(before) + len(after) > room

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -50,6 +50,7 @@ class Problems:
         self._places: dict[str, list[str]] = {}  # the first few of each kind
         self._counts: dict[str, int] = {}
         self._total = 0
+        self.remarks = Remarks()
 
     def add(self, what: str, *, at: str = "") -> None:
         """Note a problem; problems with the same ``what`` are shown together. Raises UsageError after too many."""
@@ -79,6 +80,44 @@ class Problems:
         if count > len(places):
             lines.append(f"  ... and {count - len(places)} more ({count} in all)")
         return "\n".join(lines)
+
+
+class Remarks:
+    """What the user should know of rows that are in order: each kind with the rows that it is true of."""
+
+    MOST_KINDS = 40
+
+    def __init__(self) -> None:
+        self._rows: dict[str, int] = {}
+        self._first: dict[str, str] = {}
+        self._unused: dict[str, int] = {}  # rows by the field that nothing uses
+
+    def add(self, what: str, where: str, times: int = 1) -> None:
+        """Note something of a row at ``where``; ``what`` is true of so many things in it."""
+        if what in self._rows or len(self._rows) < self.MOST_KINDS:
+            self._rows[what] = self._rows.get(what, 0) + times
+            self._first.setdefault(what, where)
+
+    def add_unused(self, record: Record, used: Collection[str]) -> None:
+        """Count the fields of a row that have a value and are not among those that are ``used``."""
+        for name, value in record.fields.items():
+            if name not in used and value is not None and value != "":
+                if name in self._unused or len(self._unused) < self.MOST_KINDS:
+                    self._unused[name] = self._unused.get(name, 0) + 1
+
+    def lines(self) -> list[str]:
+        """A sentence for each kind, with the number of its rows and the first of them."""
+        lines = [
+            f"{clip(what, 200)}: {count:,}, the first in {clip(self._first[what], 80)}"
+            for what, count in self._rows.items()
+        ]
+        names = [f"{clip(name, 60)!r} ({count:,})" for name, count in self._unused.items()]
+        if names:
+            more = ", ..." if len(names) > SHOWN_KEYS else ""
+            lines.append(
+                f"fields that nothing uses, and their rows: {', '.join(names[:SHOWN_KEYS])}{more}"
+            )
+        return lines
 
 
 # ---------------------------------------------------------------------------------------- files

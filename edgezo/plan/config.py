@@ -28,6 +28,8 @@ class RunConfig:
     template: str | None
     labels: str | None
     label_field: str
+    text_end: str
+    written_at: str | None
     max_mem_bytes: int | None
     steps: int | None
     for_s: float | None

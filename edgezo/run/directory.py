@@ -347,7 +347,8 @@ def _check_as_begun(run: RunFiles, journal: Journal, given: Mapping[str, Any]) -
     if began["data_hash"] != given["data_hash"]:
         raise EdgezoError(
             f"{run.path} was trained on other rows than the ones that the data gives now.\n"
-            "Restore the data files, or start a new run with another --out."
+            "Restore the data files (--data names them where they have moved), the tokenizer and its chat template, or "
+            "start a new run with another --out."
         )
     if began["dataset"] != given["dataset"]:
         first, now = (

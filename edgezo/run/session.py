@@ -88,7 +88,7 @@ def open_request(cfg: RunConfig) -> Opened:
     loader.model_class(files)  # its code is part of the process that a plan starts from
     tokenizer = loader.load_tokenizer(files.path)
     dataset = read_data(cfg, files, tokenizer, guard)
-    cfg = _for_kind(cfg, dataset.kind)
+    cfg = replace(_for_kind(cfg, dataset.kind), written_at=dataset.written_at)
     judge = _judge_of(cfg, files, tokenizer, dataset)
     malloc_trim()  # memory that parsing has freed is no part of the process that a plan starts from
     peak_before_bytes = guard.peak_before_bytes
