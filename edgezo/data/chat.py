@@ -29,10 +29,10 @@ class ChatText(NamedTuple):
     text: str
     spans: tuple[tuple[int, int], ...]
     answer: str = ""  # the content of the last turn
-    rewritten: int = (
-        0  # turns that are written in another way once more turns follow: they have no span
-    )
-    unwritten: int = 0  # turns whose tool calls leave no trace: they have no span
+    ended: bool = True  # a token ends the last turn
+    # Turns that have no span: written in another way once more turns follow; or without a trace of their tool calls.
+    rewritten: int = 0
+    unwritten: int = 0
     shortened: int = 0  # turns of which a part is left out
     unused: tuple[str, ...] = ()  # what makes no difference to the text: tools, keys of turns
 

@@ -38,7 +38,7 @@ REFERENCES = {"role", "content", "tool_calls", "tool_call_id", "id"}
 def main() -> None:
     """Answer the conversations on standard input until it ends."""
     settings = json.loads(sys.stdin.readline())
-    template = Template(settings)
+    template = ChatTemplate(settings)
     size_bytes, begun_s, allowed_s = address_space_bytes(), time.process_time(), MOST_CPU_S
     _answer({})
     for line in sys.stdin:
@@ -74,7 +74,7 @@ def mean_cpu_s(size: int, turns: int) -> float:
     return min(most_cpu_s(size), MEAN_CPU_S + RENDERINGS * size * turns / CHARS_A_S)
 
 
-class Template:
+class ChatTemplate:
     """A chat template: ``apply_chat_template`` of transformers, without the rest of a tokenizer."""
 
     def __init__(self, settings: dict[str, Any]):
@@ -132,15 +132,15 @@ class Template:
         messages, text = _first_that_renders(list(map(self._joined, asked["messages"])), render)
         if len(text) > MOST_TIMES * size + MOST_MORE:
             raise ValueError(f"it writes {len(text):,} characters for a row of {size:,}")
-        found = spans(messages, text, render, self._tokens, asked["learned"])
+        turns = spans(messages, text, render, self._tokens, asked["learned"])
         written = "".join(text.split())
         return {
             "text": text,
             "answer": messages[-1].get("content", "").strip(),
-            "spans": found.places,
-            "ended": text[: found.stop].endswith(tuple(self._tokens)),
-            "rewritten": found.rewritten,
-            "unwritten": found.unwritten,
+            "spans": turns.places,
+            "ended": text[: turns.stop].endswith(tuple(self._tokens)),
+            "rewritten": turns.rewritten,
+            "unwritten": turns.unwritten,
             "unused": [
                 *self._unused_variables(messages, text, asked["variables"]),
                 *_unused_keys(messages, text, render),
@@ -173,7 +173,7 @@ class Template:
                 template.dated = True
                 return now
 
-        setattr(chat_template_utils, "datetime", Stopped)  # noqa: B010: a class there, for mypy
+        chat_template_utils.datetime = Stopped  # type: ignore[misc]
 
 
 def _first_that_renders(

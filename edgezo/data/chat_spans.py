@@ -16,7 +16,7 @@ Render = Callable[..., str]  # (messages, add_generation_prompt=False) -> text
 # Contents that stand in for a turn's own: their first characters differ, and so do their last.
 MARKERS = ("Quartz", "jigsaw")
 # Keys of a turn beside which a template writes the content alone.
-PLAIN = {"role", "content"}
+PLAIN_KEYS = {"role", "content"}
 
 
 class Spans(NamedTuple):
@@ -32,7 +32,7 @@ class Spans(NamedTuple):
         return max((stop for _, stop in self.places), default=0)
 
 
-class _Own(NamedTuple):
+class _Alone(NamedTuple):
     """A turn in the text that ends with it."""
 
     text: str
@@ -83,16 +83,16 @@ class _Turns:
         if after is None:
             return None
         prompt = self._try(self.messages[:index], add_generation_prompt=True) if index else None
-        own = self._plain(index, after, prompt) or self._marked(index, after, prompt)
-        if own is None or own.start >= own.body:
+        alone = self._plain(index, after, prompt) or self._marked(index, after, prompt)
+        if alone is None or alone.start >= alone.body:
             return None
         for stop in (
-            own.stop,
-            own.body,
+            alone.stop,
+            alone.body,
         ):  # where more turns follow, a template may leave out the end
             if self.text.startswith(after[:stop]):
-                return own.start, stop
-        return self._elsewhere(index, own)
+                return alone.start, stop
+        return self._elsewhere(index, alone)
 
     def writes_calls(self, index: int) -> bool:
         """Whether the tool calls of a turn, if it has any, leave a trace in the text."""
@@ -116,11 +116,11 @@ class _Turns:
 
     # -- a turn in the text that ends with it -------------------------------------------------------------
 
-    def _plain(self, index: int, after: str, prompt: str | None) -> _Own | None:
+    def _plain(self, index: int, after: str, prompt: str | None) -> _Alone | None:
         """A turn whose content follows the prompt for it as it is; None for others."""
         turn = self.messages[index]
         content = turn.get("content", "").strip()
-        if prompt is None or not content or set(turn) > PLAIN or not after.startswith(prompt):
+        if prompt is None or not content or set(turn) > PLAIN_KEYS or not after.startswith(prompt):
             return None
         begin = len(prompt)
         while begin < len(after) and after[begin].isspace():
@@ -128,9 +128,9 @@ class _Turns:
         if not after.startswith(content, begin):
             return None
         body = begin + len(content)
-        return _Own(after, len(prompt), begin, body, body + self._end(after[body:]))
+        return _Alone(after, len(prompt), begin, body, body + self._end(after[body:]))
 
-    def _marked(self, index: int, after: str, prompt: str | None) -> _Own | None:
+    def _marked(self, index: int, after: str, prompt: str | None) -> _Alone | None:
         """A turn in ``after``, found by other contents in its place; None where the template does not write them."""
         before = self.messages[:index]
         one, two = (self._try([*before, _turn(marker)]) for marker in MARKERS)
@@ -141,7 +141,7 @@ class _Turns:
         content = _same_start(after, head)
         body = max(content, len(after) - _same_end(after, tail))
         start = self._start(index, after, prompt, one, content)
-        return _Own(after, start, content, body, body + self._end(after[body:]))
+        return _Alone(after, start, content, body, body + self._end(after[body:]))
 
     def _start(self, index: int, after: str, prompt: str | None, one: str, content: int) -> int:
         """Where what the model writes begins: behind what the prompt for the turn and the text share.
@@ -188,16 +188,16 @@ class _Turns:
 
     # -- a turn in the whole text -------------------------------------------------------------------------
 
-    def _elsewhere(self, index: int, own: _Own) -> tuple[int, int] | None:
+    def _elsewhere(self, index: int, alone: _Alone) -> tuple[int, int] | None:
         """The place of a turn where the text before it is another than when it was the last one."""
         before, later = self.messages[:index], self.messages[index + 1 :]
         one, two = (self._try([*before, _turn(marker), *later]) for marker in MARKERS)
         if one is None or two is None:
             return None
         content = _same_start(self.text, one[: _same_start(one, two)])
-        start = content - (own.content - own.start)
-        for stop in (own.stop, own.body):
-            written = own.text[own.start : stop]
+        start = content - (alone.content - alone.start)
+        for stop in (alone.stop, alone.body):
+            written = alone.text[alone.start : stop]
             if start >= 0 and self.text.startswith(written, start):
                 return start, start + len(written)
         return None

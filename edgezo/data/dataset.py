@@ -19,7 +19,7 @@ from edgezo.data.batches import Example, Row, permutation
 from edgezo.data.encoder import Encoder
 from edgezo.data.metrics import Report
 from edgezo.data.preferences import paired
-from edgezo.data.recognition import Labelling, Plain, recognise
+from edgezo.data.recognition import Labelling, Reading, recognise
 from edgezo.data.row_files import (
     CHECK_ROWS,
     LARGE_CHARS,
@@ -127,9 +127,9 @@ def load_dataset(
 
     known = rows.train if rows.apart else rows.train + rows.validation
     now = request.written_at or datetime.now().isoformat(timespec="seconds")
-    plain = Plain(tokenizer, request.text_end == "yes", now)
+    how = Reading(tokenizer, request.text_end == "yes", now)
     form, label_ids, label_names = recognise(
-        task, labelling, rows.train, known, plain, masked, problems, notes
+        task, labelling, rows.train, known, how, masked, problems, notes
     )
     validation = _eval_sample(rows.validation, request.eval_limit, notes)
     # A report knows the task's label words, not the user's.

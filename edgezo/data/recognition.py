@@ -77,7 +77,7 @@ class Labelling:
         )
 
 
-class Plain(NamedTuple):
+class Reading(NamedTuple):
     """What the forms of rows without labels need."""
 
     tokenizer: Any
@@ -98,16 +98,16 @@ def recognise(
     labelling: Labelling,
     train: Sequence[Record],
     known: Sequence[Record],  # labels are collected from these where no label words are given
-    plain: Plain,
+    how: Reading,
     masked: bool,
     problems: Problems,
     notes: list[str],
 ) -> Recognised:
     """The form of a dataset's rows. Raises UsageError with all problems if there are any."""
     form = _task_form(task, labelling, masked, problems)
-    form = form or _plain_form(train[0], labelling, plain)
+    form = form or _plain_form(train[0], labelling, how)
     if form is None:
-        return _labelled_form(labelling, train, known, plain.tokenizer, masked, problems, notes)
+        return _labelled_form(labelling, train, known, how.tokenizer, masked, problems, notes)
     if masked and task is None:
         problems.add(
             "a masked language model learns from labelled rows only: give --template, --labels and "
@@ -133,7 +133,7 @@ def _task_form(
     return WrittenForm(labelling.template, task.source)
 
 
-def _plain_form(first: Record, labelling: Labelling, plain: Plain) -> Form | None:
+def _plain_form(first: Record, labelling: Labelling, how: Reading) -> Form | None:
     """The form of rows without labels, by the fields of the first row; None if rows are labelled.
 
     Raises UsageError for rows that no form reads.
@@ -141,12 +141,12 @@ def _plain_form(first: Record, labelling: Labelling, plain: Plain) -> Form | Non
     if labelling.labelled:
         return None
     if any(name in first.fields for name in TURN_FIELDS):
-        if not getattr(plain.tokenizer, "chat_template", None):
+        if not getattr(how.tokenizer, "chat_template", None):
             raise UsageError(
                 "the rows have turns of a conversation, but this model has no chat template: use an instruction-"
                 "tuned model, or rows with prompt and completion"
             )
-        return MessagesForm(ChatTemplates(plain.tokenizer, plain.now))
+        return MessagesForm(ChatTemplates(how.tokenizer, how.now))
     if all(name in first.fields for name in PAIR):
         return PairForm()
     if "prompt" in first.fields and "completion" in first.fields:
@@ -154,7 +154,7 @@ def _plain_form(first: Record, labelling: Labelling, plain: Plain) -> Form | Non
     if labelling.label_field in first.fields:
         return None
     if "text" in first.fields:
-        return TextForm(plain.text_ends)
+        return TextForm(how.text_ends)
     raise UsageError(
         f"{first.where} has the keys {first.keys}, and edgezo does not know how to read such rows.\n"
         "It reads rows with text; with prompt and completion; with prompt, chosen and rejected; with messages; or any "

@@ -18,8 +18,13 @@ from edgezo.data.row_files import Problems, Record, Remarks
 from edgezo.data.templates import Template, label_key
 from edgezo.data.turns import USED, Conversation, NothingToLearn, conversation
 
-
-MISSING = ("nan", "none", "null", "n/a", "<na>")  # what tables write into a cell without a value
+MISSING_WORDS = (
+    "nan",
+    "none",
+    "null",
+    "n/a",
+    "<na>",
+)  # what tables write into a cell without a value
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def _remark_blanks(record: Record, names: Sequence[str], remarks: Remarks) -> No
         text = str(record.fields[name]).strip()
         if not text:
             remarks.add(f"rows whose field {name!r} is empty", record.where)
-        elif text.lower() in MISSING:
+        elif text.lower() in MISSING_WORDS:
             remarks.add(f"rows whose field {name!r} is the word {text!r}", record.where)
 
 

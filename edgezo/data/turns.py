@@ -34,7 +34,7 @@ ROLES = {
     "tool_call": "assistant",
 }
 CALLS = ("function_call", "tool_call")  # roles whose content is a call
-TEXT_PARTS = (None, "text", "input_text", "output_text")
+READ_PARTS = (None, "text", "input_text", "output_text")
 
 
 class Conversation(NamedTuple):
@@ -142,7 +142,7 @@ def _content(value: Any, role: str) -> str | list[str] | None:
         return value if isinstance(value, str) else None
     texts = []
     for part in value:
-        if isinstance(part, dict) and part.get("type") not in TEXT_PARTS:
+        if isinstance(part, dict) and part.get("type") not in READ_PARTS:
             raise ValueError(
                 f"a turn of {clip(role, 40)!r} has a part of the type {clip(str(part['type']), 40)!r}, and only text "
                 "is read"
