@@ -31,6 +31,7 @@ from edgezo.data.row_files import (
 )
 from edgezo.data.row_kinds import Draft, Form, MessagesForm
 from edgezo.data.tasks import TASKS, Generation, Task, task_folder
+from edgezo.data.templates import unescaped
 from edgezo.data.token_stats import KEPT_LENGTHS, TokenStats
 from edgezo.errors import SourceError, UsageError
 from edgezo.machine.downloads import DATA_ID, dataset
@@ -119,7 +120,8 @@ def load_dataset(
     _check_numbers(request, encoder, problems)
     task = _find_task(request, problems)
     path = _find_path(request, task, problems, notes)
-    labelling = Labelling.of(task, request.template, request.labels, request.label_field, problems)
+    template = unescaped(request.template, notes) if request.template else None
+    labelling = Labelling.of(task, template, request.labels, request.label_field, problems)
     rows = _Rows([], [], True)
     if path:
         rows = _read(path, task, labelling, request.held_out, problems, notes, encoder.guard)
@@ -257,7 +259,7 @@ def _given_path(data: str, problems: Problems, notes: list[str]) -> Path | None:
     """
     path = Path(data).expanduser()
     local = path.exists() or Path(data.partition("/")[0]).exists()
-    if local or path.suffix in SUFFIXES or not DATA_ID.fullmatch(data):
+    if local or path.suffix.lower() in SUFFIXES or not DATA_ID.fullmatch(data):
         return path
     try:
         return dataset(data, SUFFIXES, notes.append)
