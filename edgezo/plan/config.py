@@ -30,6 +30,7 @@ class RunConfig:
     label_field: str
     text_end: str
     written_at: str | None
+    began_in: str | None
     max_mem_bytes: int | None
     steps: int | None
     for_s: float | None

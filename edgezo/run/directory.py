@@ -33,6 +33,7 @@ from edgezo.plan.fields import FREE_ON_RESUME, flag
 from edgezo.plan.request import from_toml
 from edgezo.run.journal import Journal, open_journal
 from edgezo.run.journal_header import check_base
+from edgezo.run.places import found_again
 from edgezo.weights.disk import OVERLAY_NAMES, DiskMedium
 from edgezo.weights.saved import Saved, snapshot_tensors, write_saved
 from edgezo.weights.verified import open_saved
@@ -101,13 +102,15 @@ class RunFiles:
         return self.path / "edgezo.json"
 
     def read_config(self) -> RunConfig:
+        """The configuration of the run, with the places where its files are now."""
         try:
-            return from_toml(self.config.read_text(encoding="utf-8"))
+            cfg = from_toml(self.config.read_text(encoding="utf-8"))
         except FileNotFoundError as problem:
             raise EdgezoError(
                 f"{self.path} is no run: it has no config.toml.\n"
                 "Give the --out directory of an edgezo finetune, or one that edgezo replay wrote."
             ) from problem
+        return found_again(cfg, self.path)
 
 
 def free_directory(cfg: RunConfig) -> Path:

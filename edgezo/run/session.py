@@ -45,7 +45,7 @@ from edgezo.weights.ram import HostMedium
 from edgezo.zo.credit import Estimator
 
 # Settings that a replay does not need: the journal's header leaves them out.
-NOT_IN_HEADER = ("out", "max_mem_bytes", "device", "threads", "profile", "finetuner")
+NOT_IN_HEADER = ("out", "max_mem_bytes", "device", "threads", "profile", "finetuner", "began_in")
 
 
 @dataclass(frozen=True)
