@@ -35,7 +35,7 @@ from edgezo.data.templates import (
     wants_space,
     word_ids,
 )
-from edgezo.data.turns import TURN_FIELDS
+from edgezo.data.turns import has_turns
 from edgezo.errors import UsageError
 
 DEFAULT_TEMPLATE = "{text}\nLabel:"
@@ -140,7 +140,7 @@ def _plain_form(first: Record, labelling: Labelling, how: Reading) -> Form | Non
     """
     if labelling.labelled:
         return None
-    if any(name in first.fields for name in TURN_FIELDS):
+    if has_turns(first.fields):
         if not getattr(how.tokenizer, "chat_template", None):
             raise UsageError(
                 "the rows have turns of a conversation, but this model has no chat template: use an instruction-"

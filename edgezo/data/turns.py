@@ -1,6 +1,7 @@
 """Conversations as people write them become conversations as chat templates take them.
 
 messages: [{"role", "content"}]          OpenAI's form, which chat templates are written for
+prompt, completion: each of turns        TRL's form, of which only the completion is learned
 conversations: [{"from", "value"}]       ShareGPT's form
 content: [{"type": "text", "text"}]      parts, of which only text is read
 tools, functions; tool_calls, function_call    also as texts of JSON
@@ -16,10 +17,11 @@ from typing import Any, NamedTuple
 
 from edgezo.machine.foreign import clip, parse_json
 
-TURN_FIELDS = ("messages", "conversations")  # a row's turns are in the first of these that it has
+TURN_FIELDS = ("messages", "conversations")  # a row's turns are in the first of these that it has,
+ASKED, ANSWERED = "prompt", "completion"  # or in these, of which only the second is learned
 TOOLS = ("tools", "functions")
 VARIABLES = "chat_template_kwargs"  # of the template, by name
-USED = (*TURN_FIELDS, *TOOLS, VARIABLES)
+USED = (*TURN_FIELDS, ASKED, ANSWERED, *TOOLS, VARIABLES)
 WEIGHTS = ("weight", "train", "training", "loss")
 # What other formats call the roles.
 ROLES = {
@@ -55,7 +57,7 @@ def conversation(fields: Mapping[str, Any]) -> Conversation:
 
     Raises ValueError with what is wrong with them, and NothingToLearn where their weights leave none to learn.
     """
-    turns = _read(_first(fields, TURN_FIELDS))
+    turns = _turns(fields)
     if not isinstance(turns, list) or not turns:
         raise ValueError("not a list of turns")
     remarks, learned = list[str](), list[int]()
@@ -75,6 +77,24 @@ def conversation(fields: Mapping[str, Any]) -> Conversation:
     _check_learned(messages, learned)
     last = learned[-1]
     return Conversation(messages[: last + 1], learned, _variables(fields), tuple(remarks))
+
+
+def has_turns(fields: Mapping[str, Any]) -> bool:
+    """Whether a row is a conversation."""
+    return any(name in fields for name in TURN_FIELDS) or (
+        isinstance(fields.get(ASKED), list) and isinstance(fields.get(ANSWERED), list)
+    )
+
+
+def _turns(fields: Mapping[str, Any]) -> Any:
+    """The turns of a row as they are written; those of a prompt are not learned."""
+    if any(name in fields for name in TURN_FIELDS):
+        return _read(_first(fields, TURN_FIELDS))
+    asked, answered = fields.get(ASKED), fields.get(ANSWERED)
+    if not isinstance(asked, list) or not isinstance(answered, list):
+        return None
+    context = [{**turn, WEIGHTS[0]: 0} if isinstance(turn, dict) else turn for turn in asked]
+    return [*context, *answered]
 
 
 def _check_learned(messages: list[dict[str, Any]], learned: list[int]) -> None:

@@ -278,6 +278,15 @@ def test_sharegpt_and_openai_rows_are_the_same_rows(tmp_path: Path) -> None:
     assert predicted(data[0]) == ["one<|im_end|>two<|im_end|>"] * 2
 
 
+def test_of_a_prompt_of_turns_nothing_is_learned(tmp_path: Path) -> None:
+    asked, answered = turns("u: q / a: one / u: r"), turns("a: two")
+    rows = [{"prompt": asked, "completion": answered, "tools": [TOOL]}] * 2
+    data = load(rows, tmp_path)
+    assert predicted(data) == ["two<|im_end|>"] * 2 and said(data, "'tools' the model's")
+    with pytest.raises(UsageError, match="not a list of turns"):
+        load([*rows, {"prompt": asked, "completion": "two"}], tmp_path)
+
+
 def test_what_a_template_does_not_use_of_a_row_is_counted(tmp_path: Path) -> None:
     messages = turns("u: q / a: one")
     messages[1]["reasoning_content"] = "hm"
