@@ -90,13 +90,16 @@ class ChatTemplates:
         settings = {
             "template": self._tokenizer.chat_template,
             "special_tokens": self._tokenizer.special_tokens_map,
-            "tokens": sorted(
-                {str(token) for token in self._tokenizer.added_tokens_decoder.values()}
-            ),
+            "tokens": self._marks(),
             "now": self._now,
         }
         self._ask(child, settings)
         return child
+
+    def _marks(self) -> list[str]:
+        """The texts of the tokens that may end a turn. Some tokenizers have white space among their added tokens."""
+        added = {str(token) for token in self._tokenizer.added_tokens_decoder.values()}
+        return sorted(text for text in added if text.strip())
 
     def _ask(self, child: subprocess.Popen[str], value: Any) -> dict[str, Any]:
         """The answer to one line. Raises TemplateFails where the process has ended over it."""

@@ -186,6 +186,10 @@ def _drafts(
             continue
         if judged:
             draft = _with_fields(draft, record, names)
+        if any(map(encoder.begins_inside, draft.pieces)):
+            problems.remarks.add(
+                f"rows whose answer begins with {encoder.begin}, which begins a text", record.where
+            )
         pieces = tuple(encoder.clipped(encoder.tidy(piece), record.where) for piece in draft.pieces)
         yield replace(draft, pieces=pieces, answers=(), where=record.where)
 

@@ -191,6 +191,11 @@ class Encoder:
             at += size
         return at
 
+    def begins_inside(self, piece: Piece) -> bool:
+        """Whether what is to be predicted begins with the token that begins a text."""
+        starts = (piece.text[start:].lstrip() for start, _ in piece.spans if start)
+        return bool(self.begin) and not piece.bare and any(s.startswith(self.begin) for s in starts)
+
     def tidy(self, piece: Piece) -> Piece:
         """The piece without white space before a begin token, or behind an end token, that its text has already."""
         begin, end, text = self.begin, self.tokenizer.eos_token, piece.text

@@ -168,7 +168,7 @@ def find_splits(path: Path, problems: Problems) -> tuple[list[Path], list[Path]]
         return [path], []
     if path.exists() and not path.is_dir():
         problems.add(
-            f"cannot read {path}: it is a device or a socket; give a file or a pipe of rows"
+            f"cannot read {path}: it is no file and no pipe of rows. Rows that came by a pipe have to be piped again"
         )
         return [], []
     if not path.is_dir():

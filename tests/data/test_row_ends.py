@@ -85,6 +85,17 @@ def test_a_begin_or_end_token_that_is_there_is_not_doubled(
 
 
 @pytest.mark.parametrize("make", MAKERS)
+def test_a_begin_token_inside_is_counted(make: str, tmp_path: Path) -> None:
+    tokenizer = MAKERS[make]()
+    begin = tokenizer.bos_token
+    rows = [{"prompt": "q", "completion": f" {begin}a"}] * 3
+    what = f"rows whose answer begins with {begin}, which begins a text: 3"
+    assert said(load(rows, tmp_path, tokenizer), what)
+    first = [{"prompt": "", "completion": f" {begin}a"}] * 3
+    assert not said(load(first, tmp_path, tokenizer), what)
+
+
+@pytest.mark.parametrize("make", MAKERS)
 def test_a_template_may_write_the_begin_token(make: str, tmp_path: Path) -> None:
     tokenizer = MAKERS[make]()
     rows = [{"text": f"a film {i}", "label": i % 2} for i in range(6)]
