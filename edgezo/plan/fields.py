@@ -468,6 +468,7 @@ GROUPS = {
 }
 FIELDS = {field.name: field for group in GROUPS.values() for field in group.fields}
 FIELDS |= {field.name: field for field in (_STEP_AUTO, _WRITTEN_AT, _BEGAN_IN)}
+SET_BY_RUN = (_STEP_AUTO.name, _WRITTEN_AT.name, _BEGAN_IN.name)
 
 OF_PRESET = tuple(field.name for field in FIELDS.values() if field.of_preset)
 FREE_ON_RESUME = tuple(field.name for field in FIELDS.values() if field.free_on_resume)

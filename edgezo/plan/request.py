@@ -14,7 +14,7 @@ from typing import Any
 
 from edgezo.errors import UsageError
 from edgezo.machine import foreign
-from edgezo.plan.config import RunConfig
+from edgezo.plan.config import BEFORE, RunConfig
 from edgezo.plan.conflicts import conflicts
 from edgezo.plan.field import DEFAULT_PRESET
 from edgezo.plan.fields import (
@@ -31,8 +31,6 @@ from edgezo.plan.unused import without_effect
 from edgezo.zo.parts import trained, without_exact
 from edgezo.zo.presets import FIRST_ORDER, PRESETS, default_step
 
-# Settings of a run from before there was a choice.
-BEFORE = {"device": "cpu", "text_end": "no"}
 ALIASES = {field.alias: field.name for field in FIELDS.values() if field.alias}
 
 
@@ -129,13 +127,13 @@ def completed(saved: Mapping[str, Any]) -> RunConfig:
 
     Every value is read and checked as one of a command line. Raises UsageError with every problem.
     """
-    before = {"text_end": BEFORE["text_end"]}  # the device is in no journal
-    return make_config({}, saved, before, need_data=False)
+    return make_config({}, saved, BEFORE, need_data=False)
 
 
 def from_toml(text: str) -> RunConfig:
     """The inverse of :meth:`RunConfig.to_toml`. Raises UsageError for any other text."""
-    return make_config({}, parse_toml(text, "the configuration"), BEFORE, need_data=False)
+    before = {"device": "cpu", **BEFORE}  # the device is in no journal
+    return make_config({}, parse_toml(text, "the configuration"), before, need_data=False)
 
 
 def read_toml(path: Path | str) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def header_of(opened: Opened, cfg: RunConfig) -> dict[str, Any]:
         "content_hash": opened.files.content_hash,
         "data_hash": data_hash(opened.dataset.train),
         "dataset": dataset_facts(opened.dataset),
-        "config": {k: v for k, v in cfg.to_dict().items() if k not in NOT_IN_HEADER},
+        "config": {k: v for k, v in cfg.without_absent().items() if k not in NOT_IN_HEADER},
     }
 
 
