@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgezo.errors import EdgezoError
+from edgezo.errors import EdgezoError, UsageError
 from edgezo.network import cards
 from edgezo.plan.config import RunConfig
 from edgezo.plan.fields import flag
@@ -86,13 +86,13 @@ def check_base_is_there(cfg: RunConfig, run: Path) -> None:
 
 
 def check_data_is_there(cfg: RunConfig, run: Path) -> None:
-    """Raise EdgezoError, with the way out, where the rows of a run are in none of the places that are known."""
+    """Raise UsageError, with the way out, where the rows of a run are in none of the places that are known."""
     for name in ("data", "data_root"):
         value = getattr(cfg, name)
         # A name as owner/name may be of the hub, which has an answer of its own.
         if value and not os.path.exists(os.path.expanduser(value)) and not _may_be_on_hub(value):
-            raise EdgezoError(
-                f"{run} was trained on the rows of {value}, and there is no such file or folder.\n"
+            raise UsageError(
+                f"{run} was trained on the rows of {value}, and there is no such file or directory.\n"
                 f"If they have moved, say where they are now with {flag(name)}; their content says whether they are "
                 "the same."
             )
