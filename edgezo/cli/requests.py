@@ -50,6 +50,8 @@ def finetune_request(
                 "or give another --out."
             )
         return request(given, config_file), False
+    from edgezo.run.places import check_base_is_there, check_data_is_there, given_now
+
     if out is None:
         raise UsageError("--resume needs --out RUN, the directory of the run to go on with")
     saved = saved_config(Path(out))
@@ -60,7 +62,9 @@ def finetune_request(
         return request(given, config_file), False
     layer = _settings_of_run(saved, given)
     cfg = make_config({**given, "model": given["model"] or saved.model}, layer)
-    cfg = replace(cfg, out=out)
+    cfg = given_now(replace(cfg, out=out), given)
+    check_base_is_there(cfg, Path(out))
+    check_data_is_there(cfg, Path(out))
     changed = [
         f"{flag(f.name)} was {getattr(saved, f.name)} when the run began, "
         f"not {getattr(cfg, f.name)}; a resumed run goes on as it began"
@@ -97,8 +101,12 @@ def evaluation_request(given: Mapping[str, Any], config_file: str | None) -> tup
 
 def saved_config(run: Path) -> RunConfig | None:
     """The configuration of a run directory, or None if there is none."""
+    from edgezo.run.places import found_again
+
     file = run / "config.toml"
-    return read_run_config(file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    return found_again(read_run_config(file), run)
 
 
 def _settings_of_run(saved: RunConfig, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import IO, Any, NamedTuple
 
 from edgezo.data.chat_rendering import most_cpu_s
+from edgezo.data.turns import Conversation
 from edgezo.machine import children
 
 # The libraries of the process, which renders on one core and asks no server.
@@ -23,10 +24,17 @@ _ENVIRONMENT = {
 
 
 class ChatText(NamedTuple):
-    """A rendered conversation, and where the assistant's turns are in it."""
+    """A rendered conversation, where the assistant's turns are in it, and what the template did not write."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
+    answer: str = ""  # the content of the last turn
+    ended: bool = True  # a token ends the last turn
+    # Turns that have no span: written in another way once more turns follow; or without a trace of their tool calls.
+    rewritten: int = 0
+    unwritten: int = 0
+    shortened: int = 0  # turns of which a part is left out
+    unused: tuple[str, ...] = ()  # what makes no difference to the text: tools, keys of turns
 
 
 class TemplateFails(Exception):
@@ -40,17 +48,25 @@ class TemplateFails(Exception):
 class ChatTemplates:
     """Renders conversations with a tokenizer's chat template. The process starts with the first one."""
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, now: str | None = None):
+        self._tokenizer, self._now = tokenizer, now  # the time that templates write, in ISO's form
+        self.dated = False  # the template has asked for the time
         self._child: subprocess.Popen[str] | None = None
         self._errors: IO[str] | None = None
 
-    def render(self, messages: list[dict[str, Any]]) -> ChatText:
+    def render(self, asked: Conversation) -> ChatText:
         """The text of a conversation. Raises TemplateFails."""
-        answer = self._ask(self._child or self._start(), messages)
+        question = {
+            "messages": asked.messages,
+            "learned": asked.learned,
+            "variables": asked.variables,
+        }
+        answer = self._ask(self._child or self._start(), question)
         if "error" in answer:
             raise TemplateFails(answer["error"], over="over" in answer)
-        return ChatText(answer["text"], tuple((start, stop) for start, stop in answer["spans"]))
+        self.dated |= answer.pop("dated")
+        spans = tuple((start, stop) for start, stop in answer.pop("spans"))
+        return ChatText(spans=spans, unused=tuple(answer.pop("unused")), **answer)
 
     def close(self) -> None:
         """End the process."""
@@ -74,9 +90,16 @@ class ChatTemplates:
         settings = {
             "template": self._tokenizer.chat_template,
             "special_tokens": self._tokenizer.special_tokens_map,
+            "tokens": self._marks(),
+            "now": self._now,
         }
         self._ask(child, settings)
         return child
+
+    def _marks(self) -> list[str]:
+        """The texts of the tokens that may end a turn. Some tokenizers have white space among their added tokens."""
+        added = {str(token) for token in self._tokenizer.added_tokens_decoder.values()}
+        return sorted(text for text in added if text.strip())
 
     def _ask(self, child: subprocess.Popen[str], value: Any) -> dict[str, Any]:
         """The answer to one line. Raises TemplateFails where the process has ended over it."""

@@ -3,38 +3,42 @@
 A template is a program of a model's authors, which may loop for ever or write without end. Here it may: the kernel
 bounds the memory and the processor time of this process, whatever the template does in Python or in C, and the caller
 only loses this process. A line of JSON with the template comes first; then each line is a conversation, answered by a
-line with its text and where the assistant's turns are in it.
+line with its text, where the assistant's turns are in it, and what of it the template writes nothing of.
 """
 
 from __future__ import annotations
 
+import datetime
+import inspect
 import json
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from edgezo.data.chat_spans import MARKERS, Message, Render, spans
 from edgezo.machine.children import address_space_bytes, limit_memory
 from edgezo.machine.foreign import clip
-
-Messages = list[dict[str, Any]]
-Render = Callable[..., str]  # (messages, add_generation_prompt=False) -> text
 
 # What a conversation may take: memory beside the libraries, and processor time (a usual one takes a millisecond); and
 # for each of its characters, so that a long one has as much more as an honest template needs.
 ROOM_BYTES, ROOM_TIMES = 256_000_000, 16
 MOST_CPU_S, CHARS_A_S = 1.0, 10_000_000
 MEAN_CPU_S = 0.05  # of all conversations so far
+# Times that a turn may be rendered: a few texts are compared where the plain ones do not tell (chat_spans.py).
+RENDERINGS = 4
 # Characters that a template may write for each character of a conversation, and for none: a system prompt, and marks
 # around each turn.
 MOST_TIMES, MOST_MORE = 16, 1_000_000
+# Keys of a turn that refer to others, or that are looked at by themselves.
+REFERENCES = {"role", "content", "tool_calls", "tool_call_id", "id"}
 
 
 def main() -> None:
     """Answer the conversations on standard input until it ends."""
     settings = json.loads(sys.stdin.readline())
-    render = _template(settings["template"], settings["special_tokens"])
+    template = ChatTemplate(settings)
     size_bytes, begun_s, allowed_s = address_space_bytes(), time.process_time(), MOST_CPU_S
     _answer({})
     for line in sys.stdin:
@@ -42,9 +46,9 @@ def main() -> None:
         limit_memory(size_bytes + room_bytes)
         _count_cpu(most_cpu_s(len(line)))
         try:
-            messages = json.loads(line)
-            allowed_s += mean_cpu_s(len(line), len(messages))
-            answer = _rendered(messages, len(line), render)
+            asked = json.loads(line)
+            allowed_s += mean_cpu_s(len(line), len(asked["messages"]))
+            answer = template.answer(asked, len(line))
         except MemoryError:
             answer = _over(f"it takes more than {room_bytes // 1_000_000}MB for one row")
         except Exception as error:  # a template is a program, which can fail in any way
@@ -62,59 +66,198 @@ def _over(why: str) -> dict[str, Any]:
 
 def most_cpu_s(size: int) -> float:
     """Processor time that a conversation of ``size`` characters may take, in seconds."""
-    return MOST_CPU_S + size / CHARS_A_S
+    return MOST_CPU_S + RENDERINGS * size / CHARS_A_S
 
 
 def mean_cpu_s(size: int, turns: int) -> float:
     """Processor time that conversations may take in the mean: each turn is found by rendering all turns before it."""
-    return min(most_cpu_s(size), MEAN_CPU_S + size * turns / CHARS_A_S)
+    return min(most_cpu_s(size), MEAN_CPU_S + RENDERINGS * size * turns / CHARS_A_S)
 
 
-def _template(template: Any, special_tokens: dict[str, str]) -> Render:
-    """What renders with this template: ``apply_chat_template`` of transformers, without the rest of a tokenizer."""
-    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+class ChatTemplate:
+    """A chat template: ``apply_chat_template`` of transformers, without the rest of a tokenizer."""
 
-    parts = {
-        "chat_template": template,
-        "special_tokens_map": special_tokens,
-        "__init__": lambda self: None,
-    }
-    tokenizer = type("Templates", (PreTrainedTokenizerBase,), parts)()
+    def __init__(self, settings: dict[str, Any]):
+        from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-    def render(messages: Messages, **options: Any) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        parts = {
+            "chat_template": settings["template"],
+            "special_tokens_map": settings["special_tokens"],
+            "__init__": lambda self: None,
+        }
+        self._apply = type("Templates", (PreTrainedTokenizerBase,), parts)().apply_chat_template
+        self._reserved = set(inspect.signature(self._apply).parameters) - {"tools", "documents"}
+        self._tokens: Sequence[str] = settings.get("tokens", ())
+        self._joint: str | None = None
+        self.dated = False
+        if settings.get("now"):
+            self._stop_the_clock(datetime.datetime.fromisoformat(settings["now"]))
 
-    return render
+    def render(self, messages: Sequence[Message], **options: Any) -> str:
+        """The text of messages. ``options``: tools, add_generation_prompt, and other variables of the template."""
+        return str(self._apply(list(messages), tokenize=False, **options))
+
+    def _joined(self, message: Message) -> Message:
+        """The message with its content as one text: parts are joined as the template joins them."""
+        parts = message.get("content")
+        if not isinstance(parts, list):
+            return message
+        if self._joint is None:
+            self._joint = self._read_joint()
+        return {**message, "content": self._joint.join(parts)}
+
+    def _read_joint(self) -> str:
+        """What the template writes between two parts of a content; a new line where it does not read parts."""
+        parts = [{"type": "text", "text": marker} for marker in MARKERS]
+        try:
+            text = self.render([{"role": "user", "content": parts}])
+        except MemoryError:
+            raise
+        except Exception:  # it takes texts alone
+            return "\n"
+        _, first, rest = text.partition(MARKERS[0])
+        joint, second, _ = rest.partition(MARKERS[1])
+        written_out = (
+            "'text'" in text or '"text"' in text
+        )  # the list itself, as Python or JSON spells it
+        return joint if first and second and not written_out else "\n"
+
+    def answer(self, asked: dict[str, Any], size: int) -> dict[str, Any]:
+        """The answer to a conversation that took ``size`` characters."""
+        variables = {k: v for k, v in asked["variables"].items() if k not in self._reserved}
+
+        def render(messages: Sequence[Message], **options: Any) -> str:
+            return self.render(messages, **variables, **options)
+
+        messages, text = _first_that_renders(list(map(self._joined, asked["messages"])), render)
+        if len(text) > MOST_TIMES * size + MOST_MORE:
+            raise ValueError(f"it writes {len(text):,} characters for a row of {size:,}")
+        turns = spans(messages, text, render, self._tokens, asked["learned"])
+        written = "".join(text.split())
+        return {
+            "text": text,
+            "answer": messages[-1].get("content", "").strip(),
+            "spans": turns.places,
+            "ended": text[: turns.stop].endswith(tuple(self._tokens)),
+            "rewritten": turns.rewritten,
+            "unwritten": turns.unwritten,
+            "unused": [
+                *self._unused_variables(messages, text, asked["variables"]),
+                *_unused_keys(messages, text, render),
+            ],
+            "shortened": sum(
+                "".join(messages[i].get("content", "").split()) not in written
+                for i in asked["learned"]
+            ),
+            "dated": self.dated,
+        }
+
+    def _unused_variables(
+        self, messages: Sequence[Message], text: str, variables: dict[str, Any]
+    ) -> Iterator[str]:
+        """The variables of a row (tools, for example) without which the template writes the same."""
+        for name in variables:
+            without = {k: v for k, v in variables.items() if k not in {name, *self._reserved}}
+            if name in self._reserved or _text_of(self.render, messages, **without) == text:
+                yield name
+
+    def _stop_the_clock(self, now: datetime.datetime) -> None:
+        """Let templates find this time, whenever they are rendered, and note that one has asked for it."""
+        from transformers.utils import chat_template_utils
+
+        template = self
+
+        class Stopped(datetime.datetime):
+            @classmethod
+            def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:  # type: ignore[override]
+                template.dated = True
+                return now
+
+        chat_template_utils.datetime = Stopped  # type: ignore[misc]
 
 
-def _rendered(messages: Messages, size: int, render: Render) -> dict[str, Any]:
-    """The answer to a conversation that took ``size`` characters."""
-    text = render(messages)
-    if len(text) > MOST_TIMES * size + MOST_MORE:
-        raise ValueError(f"it writes {len(text):,} characters for a row of {size:,}")
-    return {"text": text, "spans": spans(messages, text, render)}
+def _first_that_renders(
+    messages: Sequence[Message], render: Render
+) -> tuple[Sequence[Message], str]:
+    """The messages as the template takes them, and their text. Raises what the template raises.
 
-
-def spans(messages: Messages, text: str, render: Render) -> list[tuple[int, int]]:
-    """Where in ``text``, the rendered messages, the assistant's turns are: (start, stop) of each.
-
-    A turn's text is what the template adds when the turn is appended. Some templates write earlier turns in another way
-    once more turns follow; then only the last turn and those that stay as they were are there.
+    Templates differ in what they take of a tool call: arguments as an object or as a text of JSON, and no content or
+    an empty one. The first of these ways is taken in which every call is written, else the first that renders.
     """
-    places = []
-    for index in (i for i, m in enumerate(messages) if m["role"] == "assistant"):
-        before = render(messages[:index], add_generation_prompt=True)
-        after = render(messages[: index + 1]).rstrip()
-        if text.startswith(after) and after.startswith(before):
-            places.append((len(before), len(after)))
-        elif index == len(messages) - 1:  # the last turn begins where the two renderings part
-            before = render(messages[:index])
-            start = next(
-                (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b),
-                min(len(before), len(after)),
-            )
-            places.append((start, len(after)))
-    return [place for place in places if place[0] < place[1]]
+    if not any(message.get("tool_calls") for message in messages):
+        return messages, render(messages)
+    rendered: list[tuple[Sequence[Message], str]] = []
+    problem: Exception | None = None
+    for way in _ways(messages):
+        try:
+            rendered.append((way, render(way)))
+            renamed = render([_with_marker(message) for message in way])
+        except MemoryError:
+            raise
+        except Exception as error:  # a template is a program, which can fail in any way
+            problem = problem or error
+            continue
+        calls = sum(len(message.get("tool_calls", ())) for message in way)
+        if renamed.count(MARKERS[0]) >= calls:
+            return rendered[-1]
+    if not rendered and problem is not None:
+        raise problem
+    return rendered[0]
+
+
+def _ways(messages: Sequence[Message]) -> Iterator[list[Message]]:
+    """Messages with tool calls in the ways that templates may want them."""
+    for as_text in (False, True):
+        for empty in (None, ""):
+            yield [_in_way(message, as_text, empty) for message in messages]
+
+
+def _in_way(message: Message, as_text: bool, empty: str | None) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    calls = [
+        {**call, "function": {**call["function"], "arguments": _arguments(call, as_text)}}
+        for call in message["tool_calls"]
+    ]
+    content = message.get("content") or empty
+    rest = {k: v for k, v in message.items() if k != "content"}
+    return {**rest, "tool_calls": calls} | ({} if content is None else {"content": content})
+
+
+def _arguments(call: Message, as_text: bool) -> Any:
+    """The arguments of a call, which chat.py has as an object wherever they are one."""
+    arguments = call["function"].get("arguments", {})
+    return json.dumps(arguments, ensure_ascii=False) if as_text else arguments
+
+
+def _with_marker(message: Message) -> Message:
+    """The message with other names in its tool calls."""
+    if not message.get("tool_calls"):
+        return message
+    calls = [
+        {**call, "function": {**call["function"], "name": MARKERS[0]}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
+
+
+def _unused_keys(messages: Sequence[Message], text: str, render: Render) -> Iterator[str]:
+    """The keys of turns without which the template writes the same."""
+    for key in dict.fromkeys(key for message in messages for key in message):
+        if key not in REFERENCES:
+            without = [{k: v for k, v in m.items() if k != key} for m in messages]
+            if _text_of(render, without) == text:
+                yield key
+
+
+def _text_of(render: Render, messages: Sequence[Message], **options: Any) -> str | None:
+    """The text of messages; None where the template refuses them."""
+    try:
+        return render(messages, **options)
+    except MemoryError:
+        raise
+    except Exception:  # a template is a program, which can fail in any way
+        return None
 
 
 def _count_cpu(seconds: float) -> None:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from edgezo.data.encoder import Encoder
 from edgezo.data.metrics import Report
 from edgezo.data.packed import PackedExamples, PackedRecords, SelectedRecords
 from edgezo.data.preferences import paired
-from edgezo.data.recognition import Labelling, recognise
+from edgezo.data.recognition import Labelling, Reading, recognise
 from edgezo.data.row_files import (
     CHECK_ROWS,
     LARGE_CHARS,
@@ -33,6 +34,7 @@ from edgezo.data.row_files import (
 )
 from edgezo.data.row_kinds import Draft, Form, MessagesForm
 from edgezo.data.tasks import TASKS, Generation, Task, task_folder
+from edgezo.data.templates import unescaped
 from edgezo.data.token_stats import KEPT_LENGTHS, TokenStats
 from edgezo.errors import SourceError, UsageError
 from edgezo.machine.downloads import DATA_ID, dataset
@@ -59,6 +61,7 @@ class Dataset:
     notes: tuple[str, ...]  # what the user should know: "12 of 4000 rows cut to 512 tokens"
     generation: Generation | None = None  # how answers are written, if they are
     report: Report | None = None  # figures of an evaluation, beside or in place of accuracy
+    written_at: str | None = None  # the time that the chat template has written, if it writes one
 
     def token_stats(self) -> TokenStats:
         """Token counts of the examples, which the planner needs."""
@@ -99,9 +102,11 @@ class DataRequest:
     held_out: float | None = None  # share of the training rows to evaluate on instead
     judged: bool = False  # an objective scores predictions, in training too
     max_new_tokens: int | None = None  # of a written answer
-    to_train: bool = (
-        True  # False: the training rows are read for what they say of labels, and not tokenised
-    )
+    text_end: str = "yes"  # rows with ``text`` end with the end token, which is predicted
+    # The time for chat templates that write one, in ISO's form; None: now.
+    written_at: str | None = None
+    # False: the training rows are read for what they say of labels, and not tokenised.
+    to_train: bool = True
 
 
 # --------------------------------------------------------------------------------------- loading
@@ -121,14 +126,17 @@ def load_dataset(
     _check_numbers(request, encoder, problems)
     task = _find_task(request, problems)
     path = _find_path(request, task, problems, notes)
-    labelling = Labelling.of(task, request.template, request.labels, request.label_field, problems)
+    template = unescaped(request.template, notes) if request.template else None
+    labelling = Labelling.of(task, template, request.labels, request.label_field, problems)
     rows = _Rows((), (), ())
     if path:
         rows = _read(path, task, labelling, request.held_out, problems, notes, encoder.guard)
     problems.raise_any()
 
+    now = request.written_at or datetime.now().isoformat(timespec="seconds")
+    how = Reading(tokenizer, request.text_end == "yes", now)
     form, label_ids, label_names = recognise(
-        task, labelling, rows.train, rows.known, tokenizer, masked, problems, notes
+        task, labelling, rows.train, rows.known, how, masked, problems, notes
     )
     validation = _eval_sample(rows.validation, request.eval_limit, notes)
     # A report knows the task's label words, not the user's.
@@ -138,12 +146,14 @@ def load_dataset(
     splits = {"validation": (validation, judged)}
     if request.to_train:
         splits = {"training": (rows.train, request.judged), **splits}
-    packed = dict[str, PackedExamples]()
+    packed, cuts = dict[str, PackedExamples](), list[str]()
     with form if isinstance(form, MessagesForm) else nullcontext():
+        looked_at = task is None and not judged
         for name, (records, judges) in splits.items():
-            drafts = _drafts(records, form, label_names, judges, encoder, problems)
-            packed[name] = encoder.examples(_sound(drafts, problems), name, notes)
+            drafts = _drafts(records, form, label_names, judges, encoder, problems, looked_at)
+            packed[name] = encoder.examples(_sound(drafts, problems), name, cuts)
     problems.raise_any()
+    notes += [*problems.remarks.lines(), *cuts]
     for name, examples in packed.items():
         if not examples:
             raise UsageError(f"no {name} row has a token to predict: every text is one token long")
@@ -152,6 +162,7 @@ def load_dataset(
         *(form.kind, train, packed["validation"], label_ids, label_names, tuple(notes)),
         generation,
         report,
+        now if isinstance(form, MessagesForm) and form.templates.dated else None,
     )
 
 
@@ -167,18 +178,29 @@ def _drafts(
     judged: bool,
     encoder: Encoder,
     problems: Problems,
+    looked_at: bool,
 ) -> Iterator[Draft]:
-    """The drafts of rows, very long texts clipped; with what a prediction is judged by, if they are ``judged``."""
+    """The drafts of rows, very long texts clipped; with what a prediction is judged by, if they are ``judged``.
+
+    Where rows are ``looked_at``, fields that nothing uses are remarked on.
+    """
+    uses = form.uses
     copies = CHAT_TIMES if isinstance(form, MessagesForm) else DRAFT_TIMES
     for number, record in enumerate(records):
         if (size_bytes := _text_bytes(record.fields)) > LARGE_CHARS or number % CHECK_ROWS == 0:
             encoder.guard.check(copies * size_bytes, record.where)
         draft = form.draft(record, problems)
+        if looked_at:
+            problems.remarks.add_unused(record, uses)
         if draft is None:
             continue
         if judged:
             draft = _with_fields(draft, record, names)
-        pieces = tuple(encoder.clipped(piece, record.where) for piece in draft.pieces)
+        if any(map(encoder.begins_inside, draft.pieces)):
+            problems.remarks.add(
+                f"rows whose answer begins with {encoder.begin}, which begins a text", record.where
+            )
+        pieces = tuple(encoder.clipped(encoder.tidy(piece), record.where) for piece in draft.pieces)
         yield replace(draft, pieces=pieces, answers=(), where=record.where)
 
 
@@ -251,7 +273,7 @@ def _given_path(data: str, problems: Problems, notes: list[str]) -> Path | None:
     """
     path = Path(data).expanduser()
     local = path.exists() or Path(data.partition("/")[0]).exists()
-    if local or path.suffix in SUFFIXES or not DATA_ID.fullmatch(data):
+    if local or path.suffix.lower() in SUFFIXES or not DATA_ID.fullmatch(data):
         return path
     try:
         return dataset(data, SUFFIXES, notes.append)

@@ -45,6 +45,7 @@ class Encoder:
             self.prefix, self.suffix = _special_ids(tokenizer)
             special = (tokenizer.eos_token_id, tokenizer.mask_token_id)
             _check_ids([(*self.prefix, *self.suffix, *(i for i in special if i is not None))])
+            self.begin = "".join(tokenizer.convert_ids_to_tokens(list(self.prefix)))
         self.cut = 0
 
     def ids(
@@ -184,7 +185,9 @@ class Encoder:
         A text may have far more tokens than the row, so only those that bound it and those in it are looked at.
         """
         end_id = self.tokenizer.eos_token_id
-        ends = piece.ends and end_id is not None
+        if not piece.bare and (written := self._begins_with_prefix(ids)):
+            ids, offsets = ids[written:], offsets[written:]
+        ends = piece.ends and end_id is not None and ids[-1:] != [end_id]
 
         def scored(i: int) -> bool:
             if i == len(offsets):
@@ -211,6 +214,30 @@ class Encoder:
         )
         return row, cut
 
+    def _begins_with_prefix(self, ids: list[int]) -> int:
+        """How many tokens at the beginning of a text are those that the tokenizer would put there once more."""
+        at, size = 0, len(self.prefix)
+        while size and ids[at : at + size] == list(self.prefix):
+            at += size
+        return at
+
+    def begins_inside(self, piece: Piece) -> bool:
+        """Whether what is to be predicted begins with the token that begins a text."""
+        starts = (piece.text[start:].lstrip() for start, _ in piece.spans if start)
+        return bool(self.begin) and not piece.bare and any(s.startswith(self.begin) for s in starts)
+
+    def tidy(self, piece: Piece) -> Piece:
+        """The piece without white space before a begin token, or behind an end token, that its text has already."""
+        begin, end, text = self.begin, self.tokenizer.eos_token, piece.text
+        first = len(text) - len(text.lstrip())
+        if piece.bare or not begin or not text.startswith(begin, first):
+            first = 0
+        stop = len(text.rstrip())
+        if not piece.ends or not end or not text.endswith(end, 0, stop):
+            stop = len(text)
+        spans = tuple((max(0, a - first), min(stop, b) - first) for a, b in piece.spans)
+        return replace(piece, text=text[first:stop], spans=spans)
+
     # -- rows that predict a label word -------------------------------------------------------------------
 
     def _label_rows(self, pieces: Sequence[Piece], wheres: Sequence[str]) -> Iterator[Row]:
@@ -224,6 +251,9 @@ class Encoder:
 
     def _label_row(self, before: list[int], after: list[int]) -> tuple[Row, bool]:
         """The row of a prompt and the text after the mask, and whether it was cut."""
+        before = before[self._begins_with_prefix(before) :]
+        if self.suffix and after[-len(self.suffix) :] == list(self.suffix):
+            after = after[: -len(self.suffix)]
         around = [*self.prefix, self.tokenizer.mask_token_id, *self.suffix]
         room = self.max_length - (len(around) if self.masked else len(self.prefix))
         cut = len(before) + len(after) > room

@@ -35,13 +35,20 @@ def main() -> None:
             _stop(f"it has several columns named {twice!r}")
         for batch in file.iter_batches(BATCH_ROWS, use_threads=False):
             for row in batch.to_pylist():
-                print(json.dumps(row, default=_text))
+                print(json.dumps({k: _without_nulls(v) for k, v in row.items()}, default=_text))
     except MemoryError:
         _stop(f"it needs more than {room_bytes // 1_000_000}MB to unpack")
     except BrokenPipeError:
         _stop("its rows are not wanted any more")
     except Exception as error:  # a damaged file: pyarrow raises exceptions of many types
         _stop((str(error).splitlines() or [type(error).__name__])[0])
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value whose objects have no keys without a value: a column's objects all have every key of any of them."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _text(value: Any) -> str:

@@ -35,6 +35,7 @@ from edgezo.data.templates import (
     wants_space,
     word_ids,
 )
+from edgezo.data.turns import has_turns
 from edgezo.errors import UsageError
 
 DEFAULT_TEMPLATE = "{text}\nLabel:"
@@ -76,6 +77,14 @@ class Labelling:
         )
 
 
+class Reading(NamedTuple):
+    """What the forms of rows without labels need."""
+
+    tokenizer: Any
+    text_ends: bool  # rows with ``text`` end with the end token
+    now: str  # the time that chat templates write
+
+
 class Recognised(NamedTuple):
     """The form of a dataset's rows."""
 
@@ -89,16 +98,16 @@ def recognise(
     labelling: Labelling,
     train: Sequence[Record],
     known: Sequence[Record],  # labels are collected from these where no label words are given
-    tokenizer: Any,
+    how: Reading,
     masked: bool,
     problems: Problems,
     notes: list[str],
 ) -> Recognised:
     """The form of a dataset's rows. Raises UsageError with all problems if there are any."""
     form = _task_form(task, labelling, masked, problems)
-    form = form or _plain_form(train[0], labelling, tokenizer)
+    form = form or _plain_form(train[0], labelling, how)
     if form is None:
-        return _labelled_form(labelling, train, known, tokenizer, masked, problems, notes)
+        return _labelled_form(labelling, train, known, how.tokenizer, masked, problems, notes)
     if masked and task is None:
         problems.add(
             "a masked language model learns from labelled rows only: give --template, --labels and "
@@ -124,20 +133,20 @@ def _task_form(
     return WrittenForm(labelling.template, task.source)
 
 
-def _plain_form(first: Record, labelling: Labelling, tokenizer: Any) -> Form | None:
+def _plain_form(first: Record, labelling: Labelling, how: Reading) -> Form | None:
     """The form of rows without labels, by the fields of the first row; None if rows are labelled.
 
     Raises UsageError for rows that no form reads.
     """
     if labelling.labelled:
         return None
-    if "messages" in first.fields:
-        if not getattr(tokenizer, "chat_template", None):
+    if has_turns(first.fields):
+        if not getattr(how.tokenizer, "chat_template", None):
             raise UsageError(
-                "the rows have 'messages', but this model has no chat template: use an instruction-"
+                "the rows have turns of a conversation, but this model has no chat template: use an instruction-"
                 "tuned model, or rows with prompt and completion"
             )
-        return MessagesForm(ChatTemplates(tokenizer))
+        return MessagesForm(ChatTemplates(how.tokenizer, how.now))
     if all(name in first.fields for name in PAIR):
         return PairForm()
     if "prompt" in first.fields and "completion" in first.fields:
@@ -145,7 +154,7 @@ def _plain_form(first: Record, labelling: Labelling, tokenizer: Any) -> Form | N
     if labelling.label_field in first.fields:
         return None
     if "text" in first.fields:
-        return TextForm()
+        return TextForm(how.text_ends)
     raise UsageError(
         f"{first.where} has the keys {first.keys}, and edgezo does not know how to read such rows.\n"
         "It reads rows with text; with prompt and completion; with prompt, chosen and rejected; with messages; or any "

@@ -1,28 +1,42 @@
-"""Files of rows: JSONL, JSON, CSV or Parquet; one file, or a folder with train and validation parts, also in shards.
+"""Files of rows: JSONL, JSON, CSV, TSV or Parquet; one file or pipe, or a folder with parts, also in shards.
 
 ``Problems`` collects whatever is wrong, so that one run reports all of it.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from edgezo.data.json_array import PIECE_CHARS, JsonArray
+from edgezo.data.table_files import SEPARATOR_NAMES, Table
 from edgezo.errors import UsageError
 from edgezo.machine import children
 from edgezo.machine.foreign import FAULTS, clip, first_twice, parse_json, reason
 from edgezo.machine.process_memory import Guard, ReadingGuard
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+TABLES = (".csv", ".tsv")
+SUFFIXES = (".jsonl", ".ndjson", ".json", *TABLES, ".parquet")
+# How files begin that hold rows in a form that is not read, and what to do with them.
+PACKED = {
+    b"\x1f\x8b": "it is compressed (gzip): unpack it first, with gunzip, or give --data <(gunzip -c FILE)",
+    b"BZh": "it is compressed (bzip2): unpack it first, with bunzip2",
+    b"\xfd7zXZ": "it is compressed (xz): unpack it first, with unxz",
+    b"\x28\xb5\x2f\xfd": "it is compressed (zstd): unpack it first, with unzstd",
+    b"PK\x03\x04": "it is a zip archive, as .xlsx is too: unpack it, or save the table as CSV",
+    b"PAR1": "it is Parquet, which is read from a file whose name ends in .parquet, and not from a pipe",
+}
+_PEEK_BYTES = 4096
 # Files about a data set, without rows.
 ABOUT = ("dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 TRAIN_NAMES = ("train",)
@@ -50,6 +64,7 @@ class Problems:
         self._places: dict[str, list[str]] = {}  # the first few of each kind
         self._counts: dict[str, int] = {}
         self._total = 0
+        self.remarks = Remarks()
 
     def add(self, what: str, *, at: str = "") -> None:
         """Note a problem; problems with the same ``what`` are shown together. Raises UsageError after too many."""
@@ -81,6 +96,44 @@ class Problems:
         return "\n".join(lines)
 
 
+class Remarks:
+    """What the user should know of rows that are in order: each kind with the rows that it is true of."""
+
+    MOST_KINDS = 40
+
+    def __init__(self) -> None:
+        self._rows: dict[str, int] = {}
+        self._first: dict[str, str] = {}
+        self._unused: dict[str, int] = {}  # rows by the field that nothing uses
+
+    def add(self, what: str, where: str, times: int = 1) -> None:
+        """Note something of a row at ``where``; ``what`` is true of so many things in it."""
+        if what in self._rows or len(self._rows) < self.MOST_KINDS:
+            self._rows[what] = self._rows.get(what, 0) + times
+            self._first.setdefault(what, where)
+
+    def add_unused(self, record: Record, used: Collection[str]) -> None:
+        """Count the fields of a row that have a value and are not among those that are ``used``."""
+        for name, value in record.fields.items():
+            if name not in used and value is not None and value != "":
+                if name in self._unused or len(self._unused) < self.MOST_KINDS:
+                    self._unused[name] = self._unused.get(name, 0) + 1
+
+    def lines(self) -> list[str]:
+        """A sentence for each kind, with the number of its rows and the first of them."""
+        lines = [
+            f"{clip(what, 200)}: {count:,}, the first in {clip(self._first[what], 80)}"
+            for what, count in self._rows.items()
+        ]
+        names = [f"{clip(name, 60)!r} ({count:,})" for name, count in self._unused.items()]
+        if names:
+            more = ", ..." if len(names) > SHOWN_KEYS else ""
+            lines.append(
+                f"fields that nothing uses, and their rows: {', '.join(names[:SHOWN_KEYS])}{more}"
+            )
+        return lines
+
+
 # ---------------------------------------------------------------------------------------- files
 
 
@@ -108,13 +161,16 @@ def find_splits(path: Path, problems: Problems) -> tuple[list[Path], list[Path]]
     hub, ``train-00000-of-00002.parquet``, ..., and may have validation files; if no file has such a name, its only file
     has the training rows.
     """
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            problems.add(
-                f"cannot read {path}: edgezo reads {', '.join(SUFFIXES)} files with rows of named fields"
-            )
+    if path.is_file() or path.is_fifo():
+        if _suffix(path) not in (*SUFFIXES, ""):
+            problems.add(f"cannot read {path}: {_unread(path)}")
             return [], []
         return [path], []
+    if path.exists() and not path.is_dir():
+        problems.add(
+            f"cannot read {path}: it is no file and no pipe of rows. Rows that came by a pipe have to be piped again"
+        )
+        return [], []
     if not path.is_dir():
         problems.add(f"no such file or directory: {path}")
         return [], []
@@ -128,24 +184,41 @@ def find_splits(path: Path, problems: Problems) -> tuple[list[Path], list[Path]]
     names = sorted(p.name for p in path.iterdir())
     listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     problems.add(
-        f"no train.jsonl, .json, .csv or .parquet in {path} (it holds: {listed or 'nothing'})"
+        f"no train.jsonl, .json, .csv, .tsv or .parquet in {path} (it holds: {listed or 'nothing'})"
     )
     return [], []
+
+
+def _suffix(path: Path) -> str:
+    """The suffix of a file in small letters; "" for a pipe, whose name means nothing."""
+    return "" if path.is_fifo() else path.suffix.lower()
+
+
+def _unread(path: Path) -> str:
+    """Why a file with this suffix is not read."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    packed = next((what for magic, what in PACKED.items() if start.startswith(magic)), "")
+    return packed or f"edgezo reads {', '.join(SUFFIXES)} files with rows of named fields"
 
 
 def _readable(folder: Path) -> list[Path]:
     """The files of a folder that may have rows, in alphabetical order."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [f for f in files if f.suffix in SUFFIXES and f.name not in ABOUT and f.is_file()]
+    return [
+        f for f in files if f.suffix.lower() in SUFFIXES and f.name not in ABOUT and f.is_file()
+    ]
 
 
 def _part(files: Sequence[Path], names: Sequence[str], problems: Problems) -> list[Path]:
     """The file or the shards of the first of ``names`` that a file has; [] if none has."""
     for name in names:
         for suffix in SUFFIXES:
-            if single := [file for file in files if file.name == f"{name}{suffix}"]:
+            if single := [file for file in files if file.name.lower() == f"{name}{suffix}"]:
                 return single
-            form = re.compile(rf"{name}-(\d+)-of-(\d+)(?:-[0-9a-f]+)?{re.escape(suffix)}")
+            form = re.compile(
+                rf"{name}-(\d+)-of-(\d+)(?:-[0-9a-f]+)?{re.escape(suffix)}", re.IGNORECASE
+            )
             shards = sorted(
                 (int(match[1]), int(match[2]), file)
                 for file in files
@@ -168,7 +241,7 @@ def read_records(path: Path, problems: Problems, guard: Guard | None = None) -> 
 
     ``guard`` is asked at bounded intervals, and before whatever may be large. It raises DoesNotFit.
     """
-    read = {".csv": _read_csv, ".parquet": _read_parquet}.get(path.suffix, _read_json)
+    read = _read_parquet if _suffix(path) == ".parquet" else _read_text
     guard, before, count = guard or ReadingGuard(), len(problems), 0
     try:
         for record in read(path, problems, guard):
@@ -186,7 +259,8 @@ def read_records(path: Path, problems: Problems, guard: Guard | None = None) -> 
         problems.add(f"cannot read {path}: {reason(error)}")
     if not count and len(problems) == before:
         size = path.stat().st_size
-        problems.add(f"{path} is empty" if size == 0 else f"no rows in {path} ({size} bytes)")
+        is_empty = size == 0 and not path.is_fifo()
+        problems.add(f"{path} is empty" if is_empty else f"no rows in {path} ({size} bytes)")
 
 
 def _lines(file: IO[str], path: Path, guard: Guard) -> Iterator[str]:
@@ -217,17 +291,33 @@ def _parsed_bytes(text: str) -> int:
     return sys.getsizeof(text) + VALUE_BYTES * sum(map(text.count, "[{,:"))
 
 
-def _read_json(path: Path, problems: Problems, guard: Guard) -> Iterator[Record]:
-    """Rows of JSON: one object a line, or in a .json file also one array of objects."""
-    with path.open(encoding="utf-8-sig") as lines:
-        first = lines.read(1) if path.suffix == ".json" else ""
-        while first.isspace():
-            first = lines.read(1)
-        lines.seek(0)
-        if first == "[":
-            yield from _array(lines, path, problems, guard)
-        else:
-            yield from _records(_lines(lines, path, guard), path, problems)
+def _read_json_file(
+    file: IO[str], path: Path, problems: Problems, guard: Guard, array: bool
+) -> Iterator[Record]:
+    """Rows of JSON: one object a line, or one ``array`` of objects."""
+    if array:
+        yield from _array(file, path, problems, guard)
+    else:
+        yield from _records(_lines(file, path, guard), path, problems)
+
+
+def _read_text(path: Path, problems: Problems, guard: Guard) -> Iterator[Record]:
+    """Rows of a file or a pipe that is text. A name without a suffix tells nothing, so that its first bytes do."""
+    with path.open("rb") as raw:
+        start = raw.peek(_PEEK_BYTES)
+        if packed := next((what for magic, what in PACKED.items() if start.startswith(magic)), ""):
+            problems.add(f"cannot read {path}: {packed}")
+            return
+        first = start.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+        suffix = _suffix(path) or (".json" if first in (b"[", b"{", b"") else ".csv")
+        is_table = suffix in TABLES
+        newline = "" if is_table else None
+        with io.TextIOWrapper(raw, "utf-8-sig", newline=newline) as file:
+            if is_table:
+                yield from _read_table(file, path, problems, guard)
+            else:
+                array = suffix == ".json" and first == b"["
+                yield from _read_json_file(file, path, problems, guard, array)
 
 
 def _array(file: IO[str], path: Path, problems: Problems, guard: Guard) -> Iterator[Record]:
@@ -294,24 +384,32 @@ def _records(lines: Iterable[str], path: Path, problems: Problems) -> Iterator[R
             problems.add(f"not a JSON object in {path}", at=f"{where}: {_clip(line)}")
 
 
-def _read_csv(path: Path, problems: Problems, guard: Guard) -> Iterator[Record]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(_lines(file, path, guard))
-        header = next((row for row in reader if row), [])
-        listed = clip(", ".join(header), 200)
-        if (twice := first_twice(header)) is not None:
-            problems.add(f"{path} has several columns named {twice!r} ({listed})")
-            return
-        for row in reader:
-            if not row:
-                continue
-            where = f"{path.name}:{reader.line_num}"
-            if len(row) == len(header):
+def _read_table(file: IO[str], path: Path, problems: Problems, guard: Guard) -> Iterator[Record]:
+    """Rows of CSV and its relatives."""
+    table = Table(
+        _lines(file, path, guard),
+        _suffix(path) == ".tsv",
+        lambda size_bytes: guard.check(size_bytes, path.name),
+    )
+    header, listed = table.header, clip(", ".join(table.header), 200)
+    if (twice := first_twice(header)) is not None:
+        problems.add(f"{path} has several columns named {twice!r} ({listed})")
+        return
+    if table.separator in SEPARATOR_NAMES and _suffix(path) != ".tsv":
+        name = SEPARATOR_NAMES[table.separator]
+        problems.remarks.add(f"files read as cells between {name}", path.name)
+    for first, last, row in table.rows():
+        where = f"{path.name}:{last}"
+        if len(row) == len(header):
+            if any(cell.strip() for cell in row):
                 yield Record(where, dict(zip(header, row, strict=True)))
             else:
-                problems.add(
-                    f"the cells of a row do not match the header of {path} ({listed})", at=where
-                )
+                problems.remarks.add("rows left out, since all their cells are empty", where)
+            continue
+        of = "" if first == last else f" (it begins in line {first}: is a quotation mark open?)"
+        problems.add(
+            f"the cells of a row do not match the header of {path} ({listed})", at=f"{where}{of}"
+        )
 
 
 def _clip(text: str) -> str:

@@ -12,11 +12,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from edgezo.data.chat import ChatTemplates, TemplateFails
+from edgezo.data.chat import ChatTemplates, ChatText, TemplateFails
 from edgezo.data.preferences import PAIR
-from edgezo.data.row_files import Problems, Record
+from edgezo.data.row_files import Problems, Record, Remarks
 from edgezo.data.templates import Template, label_key
-from edgezo.machine.foreign import clip
+from edgezo.data.turns import USED, Conversation, NothingToLearn, conversation
+
+MISSING_WORDS = (
+    "nan",
+    "none",
+    "null",
+    "n/a",
+    "<na>",
+)  # what tables write into a cell without a value
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,11 @@ class Form(Protocol):
         """The kind of dataset that it makes: "label", "choice", "completion" or "text"."""
         ...
 
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """The fields of a row that it reads."""
+        ...
+
     def draft(self, record: Record, problems: Problems) -> Draft | None:
         """The example of one row; None after noting what is wrong with the row."""
         ...
@@ -59,12 +72,28 @@ class Form(Protocol):
 
 def _lacks(record: Record, names: Sequence[str], problems: Problems) -> bool:
     """Whether a row lacks one of the fields, or has something else there than a text or number; notes which."""
-    missing = [n for n in names if not isinstance(record.fields.get(n), str | int | float)]
+    missing = [n for n in names if not _is_text(record.fields.get(n))]
     for name in missing:
-        there = record.fields.get(name) is not None
+        value = record.fields.get(name)
+        there = value is not None and not isinstance(value, float)
         state = "is not a text or number" if there else "is missing"
         problems.add(f"field {name!r} {state}", at=f"{record.where} (it has: {record.keys})")
     return bool(missing)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a field has a text or a number. NaN is what tables have where they have nothing."""
+    return isinstance(value, str | int | float) and value == value
+
+
+def _remark_blanks(record: Record, names: Sequence[str], remarks: Remarks) -> None:
+    """Say which of the fields of a prompt are empty, or have what tables write where they have nothing."""
+    for name in names:
+        text = str(record.fields[name]).strip()
+        if not text:
+            remarks.add(f"rows whose field {name!r} is empty", record.where)
+        elif text.lower() in MISSING_WORDS:
+            remarks.add(f"rows whose field {name!r} is the word {text!r}", record.where)
 
 
 def seam(before: str, after: str) -> str:
@@ -77,9 +106,11 @@ def seam(before: str, after: str) -> str:
 
 @dataclass(frozen=True)
 class TextForm:
-    """``text``: every token is predicted from those before it."""
+    """``text``: every token is predicted from those before it, and unless told otherwise the end token."""
 
+    ends: bool = True
     kind: str = "text"
+    uses: tuple[str, ...] = ("text",)
 
     def draft(self, record: Record, problems: Problems) -> Draft | None:
         if _lacks(record, ("text",), problems):
@@ -88,7 +119,8 @@ class TextForm:
         if not text.strip():
             problems.add("field 'text' is empty", at=record.where)
             return None
-        return Draft((Piece(text, ((0, len(text)),)),))
+        _remark_blanks(record, self.uses, problems.remarks)
+        return Draft((Piece(text, ((0, len(text)),), ends=self.ends),))
 
 
 @dataclass(frozen=True)
@@ -96,14 +128,16 @@ class CompletionForm:
     """``prompt`` and ``completion``: the completion and the end token are predicted."""
 
     kind: str = "completion"
+    uses: tuple[str, ...] = ("prompt", "completion")
 
     def draft(self, record: Record, problems: Problems) -> Draft | None:
-        if _lacks(record, ("prompt", "completion"), problems):
+        if _lacks(record, self.uses, problems):
             return None
-        prompt, completion = (str(record.fields[n]) for n in ("prompt", "completion"))
+        prompt, completion = (str(record.fields[n]) for n in self.uses)
         if not completion.strip():
             problems.add("field 'completion' is empty", at=record.where)
             return None
+        _remark_blanks(record, self.uses, problems.remarks)
         return Draft((_completed(prompt, completion),), answers=(completion.strip(),))
 
 
@@ -121,6 +155,10 @@ class WrittenForm:
     source: str  # the field that a task takes its answers from
     kind: str = "completion"
 
+    @property
+    def uses(self) -> tuple[str, ...]:
+        return (*self.template.names, self.source)
+
     def draft(self, record: Record, problems: Problems) -> Draft | None:
         if _lacks(record, self.template.names, problems):
             return None
@@ -137,6 +175,7 @@ class PairForm:
     """``prompt``, ``chosen`` and ``rejected``: which of two answers follows, their end tokens included."""
 
     kind: str = "choice"
+    uses: tuple[str, ...] = PAIR
 
     def draft(self, record: Record, problems: Problems) -> Draft | None:
         if _lacks(record, PAIR, problems):
@@ -148,6 +187,7 @@ class PairForm:
                 at=record.where,
             )
             return None
+        _remark_blanks(record, self.uses, problems.remarks)
         texts = [prompt + seam(prompt, answer) + answer for answer in answers]
         pieces = [Piece(text, ((len(prompt), len(text)),), ends=True) for text in texts]
         return Draft(tuple(pieces), 0)
@@ -155,14 +195,14 @@ class PairForm:
 
 @dataclass(frozen=True)
 class MessagesForm:
-    """``messages``: the assistant's turns, with their end tokens, are predicted.
+    """``messages``: what the assistant writes in its turns is predicted, their end tokens included.
 
-    A turn's text is what the chat template adds when the turn is appended. Some templates write earlier turns in
-    another way once more turns follow; then only the last turn and those that stay as they were are predicted.
+    Turns that the template writes in another way once more turns follow, or whose tool calls it leaves out, are not.
     """
 
     templates: ChatTemplates
     kind: str = "completion"
+    uses: tuple[str, ...] = USED
 
     def __enter__(self) -> MessagesForm:
         return self
@@ -171,35 +211,55 @@ class MessagesForm:
         self.templates.close()
 
     def draft(self, record: Record, problems: Problems) -> Draft | None:
-        messages = record.fields.get("messages")
-        fault = self._fault(messages)
-        if fault or not isinstance(messages, list):
+        try:
+            asked = conversation(record.fields)
+        except NothingToLearn as why:
+            problems.remarks.add(f"rows left out, since {why}", record.where)
+            return None
+        except ValueError as fault:
             problems.add(f"messages: {fault}", at=f"{record.where} (it has: {record.keys})")
             return None
-        last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
         try:
-            text, spans = self.templates.render(messages[: last + 1])
+            chat = self.templates.render(asked)
         except TemplateFails as error:
             problems.add("the model's chat template fails", at=f"{record.where}: {error}")
             if error.over:
                 problems.raise_any()
             return None
-        answers = (messages[last]["content"].strip(),)
-        return Draft((Piece(text.rstrip(), spans, bare=True),), answers=answers)
+        _remark(asked, chat, record.where, problems.remarks)
+        stop = max((stop for _, stop in chat.spans), default=0)
+        piece = Piece(chat.text[:stop], chat.spans, ends=not chat.ended, bare=True)
+        return Draft((piece,), answers=(chat.answer,))
 
-    @staticmethod
-    def _fault(messages: Any) -> str:
-        """What is wrong with a row's messages; "" if nothing is."""
-        if not isinstance(messages, list) or not messages:
-            return "not a list of turns"
-        for turn in messages:
-            if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-                return 'a turn is not {"role": ..., "content": ...}'
-            if not isinstance(turn.get("content"), str):
-                return f"the content of a turn of {clip(turn['role'], 40)!r} is not a text"
-        if not any(t["role"] == "assistant" and t["content"].strip() for t in messages):
-            return "no assistant turn with text, so there is nothing to learn"
-        return ""
+
+def _remark(asked: Conversation, chat: ChatText, where: str, remarks: Remarks) -> None:
+    """Say what of a conversation is not learned as it stands in its row."""
+    for what, turns in (
+        (
+            "turns of the assistant not learned, since the model's chat template writes them in another way once more "
+            "turns follow",
+            chat.rewritten,
+        ),
+        (
+            "turns of the assistant not learned, since the model's chat template does not write their tool calls",
+            chat.unwritten,
+        ),
+        (
+            "turns of the assistant of which the model's chat template leaves out a part",
+            chat.shortened,
+        ),
+    ):
+        if turns:
+            remarks.add(what, where, turns)
+    if not chat.ended:
+        remarks.add(
+            "rows whose turns the model's chat template ends with no token: the end token follows the last one",
+            where,
+        )
+    for what in asked.remarks:
+        remarks.add(what, where)
+    for name in chat.unused:
+        remarks.add(f"rows whose {name!r} the model's chat template does not use", where)
 
 
 @dataclass(frozen=True)
@@ -212,10 +272,19 @@ class LabelForm:
     index: Mapping[str, int]  # label -> its place among the label words
     kind: str = "label"
 
+    @property
+    def prompted(self) -> tuple[str, ...]:
+        """The fields of the prompt."""
+        return (*self.before.names, *(self.after.names if self.after else ()))
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        return (*self.prompted, self.label_field)
+
     def draft(self, record: Record, problems: Problems) -> Draft | None:
-        names = (*self.before.names, *(self.after.names if self.after else ()))
-        if _lacks(record, (*names, self.label_field), problems):
+        if _lacks(record, self.uses, problems):
             return None
+        _remark_blanks(record, self.prompted, problems.remarks)
         label = self.label(record, problems)
         after = None if self.after is None else self.after.fill(record.fields)
         text = self.before.fill(record.fields).rstrip(" ")
@@ -241,8 +310,16 @@ class ChoiceForm:
     options: tuple[Template, ...]
     kind: str = "choice"
 
+    @property
+    def uses(self) -> tuple[str, ...]:
+        return (*self.labels.uses, *self._of_options)
+
+    @property
+    def _of_options(self) -> list[str]:
+        return [name for option in self.options for name in option.names]
+
     def draft(self, record: Record, problems: Problems) -> Draft | None:
-        if _lacks(record, [name for option in self.options for name in option.names], problems):
+        if _lacks(record, self._of_options, problems):
             return None
         prompt = self.labels.draft(record, problems)
         if prompt is None:
@@ -266,6 +343,10 @@ class ListedOptionsForm:
     options_field: str
     label_field: str
     kind: str = "choice"
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        return (*self.template.names, self.options_field, self.label_field)
 
     def draft(self, record: Record, problems: Problems) -> Draft | None:
         if _lacks(record, self.template.names, problems):

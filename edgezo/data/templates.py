@@ -11,6 +11,7 @@ from typing import Any
 from edgezo.data.row_files import Problems, Record
 
 MASK = "mask"  # in a template, stands for the mask token of a masked model
+_WHOLE_LABEL = re.compile(r"([-+]?\d+)\.0*")
 MOST_LABELS = 256  # a field with more different values has no labels
 
 
@@ -48,6 +49,15 @@ class Template:
         return self, None
 
 
+def unescaped(text: str, notes: list[str]) -> str:
+    """A template of the user with new lines and tabs for ``\\n`` and ``\\t``, which a shell leaves as they are."""
+    for escaped, meant, name in (("\\n", "\n", "a new line"), ("\\t", "\t", "a tab")):
+        if escaped in text:
+            notes.append(f"--template: {escaped} is read as {name} ({text.count(escaped)} times)")
+            text = text.replace(escaped, meant)
+    return text
+
+
 def parse_template(text: str, problems: Problems) -> Template | None:
     """Parse ``'{text} All in all it was'``; ``{{`` and ``}}`` are braces. None after noting what is wrong."""
     try:
@@ -78,12 +88,12 @@ def parse_template(text: str, problems: Problems) -> Template | None:
 
 
 def label_key(value: Any) -> str | None:
-    """The label of a row as text: 1, 1.0, "1" and " 1" are one label. None where it is neither text nor number."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
+    """The label of a row as text: 1, 1.0, "1", "1.0" and " 1" are one label. None where it is no text or number."""
     if not isinstance(value, str | int | float):
         return None
     key = str(value).strip()
+    if whole := _WHOLE_LABEL.fullmatch(key):  # a table with a missing label has all others as 1.0
+        key = whole[1]
     return key.lower() if key.lower() in ("true", "false") else key
 
 

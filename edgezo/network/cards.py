@@ -159,9 +159,16 @@ def resolve(model: str, *, progress: Progress | None = None) -> Path:
     card = find_card(model)
     if card is not None:
         return _resolve_sources(card.name, card.sources, tell)
-    if _looks_like_path(model) or not downloads.MODEL_ID.fullmatch(model):
+    if is_unknown(model):
         raise EdgezoError(_unknown(model))
     return _resolve_sources(model, (HubSource(model),), tell)
+
+
+def is_unknown(model: str) -> bool:
+    """Whether a name that is no path can be neither a card nor a hub id."""
+    if find_card(model) is not None:
+        return False
+    return _looks_like_path(model) or not downloads.MODEL_ID.fullmatch(model)
 
 
 def _looks_like_path(model: str) -> bool:

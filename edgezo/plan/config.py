@@ -16,6 +16,10 @@ from edgezo.machine.limits import MOST_READOUT_ROWS
 from edgezo.zo.parts import Trained, trained
 from edgezo.zo.presets import BACKWARD_PASSES, CREDITS, FIRST_ORDER, forwards, mean_forwards
 
+# What a run did that began before there was a choice. Files of such a run do not have these settings, and are not
+# given them.
+BEFORE = {"text_end": "no", "written_at": None}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -67,6 +71,9 @@ class RunConfig:
     threads: int | None
     profile: bool
     out: str | None
+    text_end: str
+    written_at: str | None
+    began_in: str | None
 
     @classmethod
     def of(cls, cfg: RunConfig, **changes: Any) -> Self:
@@ -133,13 +140,17 @@ class RunConfig:
         """Every field, with lists for tuples, ready for JSON."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
+    def without_absent(self) -> dict[str, Any]:
+        """Every field but those that mean what their absence means (``BEFORE``)."""
+        return {k: v for k, v in self.to_dict().items() if k not in BEFORE or v != BEFORE[k]}
+
     def canonical_json(self) -> str:
         """The one spelling of the configuration that a journal's header holds: sorted keys, no spaces."""
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     def to_toml(self) -> str:
         """The configuration as TOML, without the settings that are None; ``request.from_toml`` reads it."""
-        return tomli_w.dumps({k: v for k, v in self.to_dict().items() if v is not None})
+        return tomli_w.dumps({k: v for k, v in self.without_absent().items() if v is not None})
 
 
 # The two classes below have the fields of RunConfig, some with a narrower type. They need no methods of their own, and

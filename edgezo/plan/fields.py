@@ -84,6 +84,13 @@ _DATA = (
         default="label",
     ),
     Field(
+        name="text_end",
+        kind="choice",
+        help="Whether rows with text end with the end token, which is learned too.",
+        default="yes",
+        choices=("yes", "no"),
+    ),
+    Field(
         name="max_length",
         kind="int",
         metavar="N",
@@ -438,8 +445,11 @@ _RUN = (
     ),
 )
 
-# A run writes it: whether --step is only where the automatic step begins (run/auto_step.py).
+# A run writes these: whether --step is only where the automatic step begins (run/auto_step.py); the time that its chat
+# template writes, so that a resume writes it again; and the folder that its paths start from (run/places.py).
 _STEP_AUTO = Field(name="step_auto", kind="bool", default=False)
+_WRITTEN_AT = Field(name="written_at", kind="str")
+_BEGAN_IN = Field(name="began_in", kind="str", free_on_resume=True)
 
 
 class SettingGroup(NamedTuple):
@@ -457,7 +467,8 @@ GROUPS = {
     "run": SettingGroup("Steps, evaluation and files", _RUN),
 }
 FIELDS = {field.name: field for group in GROUPS.values() for field in group.fields}
-FIELDS[_STEP_AUTO.name] = _STEP_AUTO
+FIELDS |= {field.name: field for field in (_STEP_AUTO, _WRITTEN_AT, _BEGAN_IN)}
+SET_BY_RUN = (_STEP_AUTO.name, _WRITTEN_AT.name, _BEGAN_IN.name)
 
 OF_PRESET = tuple(field.name for field in FIELDS.values() if field.of_preset)
 FREE_ON_RESUME = tuple(field.name for field in FIELDS.values() if field.free_on_resume)

@@ -14,7 +14,7 @@ from typing import Any
 
 from edgezo.errors import UsageError
 from edgezo.machine import foreign
-from edgezo.plan.config import RunConfig
+from edgezo.plan.config import BEFORE, RunConfig
 from edgezo.plan.conflicts import conflicts
 from edgezo.plan.field import DEFAULT_PRESET
 from edgezo.plan.fields import (
@@ -127,21 +127,24 @@ def completed(saved: Mapping[str, Any]) -> RunConfig:
 
     Every value is read and checked as one of a command line. Raises UsageError with every problem.
     """
-    return make_config({}, saved, need_data=False)
+    return make_config({}, saved, BEFORE, need_data=False)
 
 
-_BEFORE_DEVICES = {"device": "cpu"}  # of a run from before there was a choice
+_BEFORE = {
+    "device": "cpu",
+    **BEFORE,
+}  # of a run from before there was a choice; the device is in no journal
 
 
 def from_toml(text: str) -> RunConfig:
     """The inverse of :meth:`RunConfig.to_toml`. Raises UsageError for any other text."""
-    return make_config({}, parse_toml(text, "the configuration"), _BEFORE_DEVICES, need_data=False)
+    return make_config({}, parse_toml(text, "the configuration"), _BEFORE, need_data=False)
 
 
 def read_run_config(path: Path) -> RunConfig:
     """The configuration of a run, from its file. Raises UsageError, which names the file, for any other text."""
     try:
-        return make_config({}, read_toml(path), _BEFORE_DEVICES, need_data=False)
+        return make_config({}, read_toml(path), _BEFORE, need_data=False)
     except UsageError as problem:
         if str(path) in str(problem):
             raise

@@ -32,6 +32,7 @@ from edgezo.plan.fields import FREE_ON_RESUME, flag
 from edgezo.plan.request import read_run_config
 from edgezo.run.journal import Journal, open_journal
 from edgezo.run.journal_header import check_base
+from edgezo.run.places import found_again
 from edgezo.weights.disk import OVERLAY_NAMES, DiskMedium
 from edgezo.weights.saved import Saved, snapshot_tensors, write_saved
 from edgezo.weights.verified import open_saved
@@ -100,13 +101,13 @@ class RunFiles:
         return self.path / "edgezo.json"
 
     def read_config(self) -> RunConfig:
-        """The settings of the run. Raises EdgezoError where there is no such file, or one that cannot be read."""
+        """The settings of the run, with the places where its files are now. Raises EdgezoError without such a file."""
         if not os.path.lexists(self.config):
             raise EdgezoError(
                 f"{self.path} is no run: it has no config.toml.\n"
                 "Give the --out directory of an edgezo finetune, or one that edgezo replay wrote."
             )
-        return read_run_config(self.config)
+        return found_again(read_run_config(self.config), self.path)
 
 
 def free_directory(cfg: RunConfig) -> Path:
@@ -302,7 +303,8 @@ def _check_as_begun(run: RunFiles, journal: Journal, given: Mapping[str, Any]) -
     if began["data_hash"] != given["data_hash"]:
         raise EdgezoError(
             f"{run.path} was trained on other rows than the ones that the data gives now.\n"
-            "Restore the data files, or start a new run with another --out."
+            "Restore the data files (--data names them where they have moved), the tokenizer and its chat template, or "
+            "start a new run with another --out."
         )
     if began["dataset"] != given["dataset"]:
         first, now = (

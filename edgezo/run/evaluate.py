@@ -29,6 +29,7 @@ from edgezo.run.directory import (
 from edgezo.run.figures import evaluate_model
 from edgezo.run.journal import Journal, open_journal
 from edgezo.run.journal_header import check_base
+from edgezo.run.places import check_base_is_there, check_data_is_there
 from edgezo.run.readout_pass import recall
 from edgezo.run.recipes import follow, replay_into
 from edgezo.run.restore import snapshot_step
@@ -60,6 +61,9 @@ def evaluate(
     trained = run.read_config() if is_run else None
     if trained is None:
         cfg = replace(cfg, train=("head",))  # the smallest: nothing is trained
+    else:
+        check_base_is_there(cfg, run.path)
+        check_data_is_there(cfg, run.path)
     opened = open_request(cfg, to_train=False)
     for text in opened.dataset.notes:
         note(text)
@@ -214,6 +218,7 @@ def brought_back(run: RunFiles, cfg: RunConfig) -> Iterator[Rebuilt]:
 
     ``cfg`` is the configuration of the run.
     """
+    check_base_is_there(cfg, run.path)
     cfg, peak_before_bytes = portable(cfg, confirmed(machine())), peak_rss_bytes()
     files = loader.open_model(cards.resolve(cfg.model))
     with ExitStack() as at_end:

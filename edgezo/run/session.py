@@ -45,7 +45,7 @@ from edgezo.weights.ram import HostMedium
 from edgezo.zo.credit import Estimator
 
 # Settings that a replay does not need: the journal's header leaves them out.
-NOT_IN_HEADER = ("out", "max_mem_bytes", "device", "threads", "profile", "finetuner")
+NOT_IN_HEADER = ("out", "max_mem_bytes", "device", "threads", "profile", "finetuner", "began_in")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def open_request(cfg: RunConfig, *, to_train: bool = True) -> Opened:
     loader.model_class(files)  # its code is part of the process that a plan starts from
     tokenizer = loader.load_tokenizer(files.path)
     dataset = read_data(cfg, files, tokenizer, guard, to_train)
-    cfg = _for_kind(cfg, dataset.kind)
+    cfg = replace(_for_kind(cfg, dataset.kind), written_at=dataset.written_at)
     judge = _judge_of(cfg, files, tokenizer, dataset)
     malloc_trim()  # memory that parsing has freed is no part of the process that a plan starts from
     peak_before_bytes = guard.peak_before_bytes
@@ -194,7 +194,7 @@ def header_of(opened: Opened, cfg: RunConfig) -> dict[str, Any]:
         "content_hash": opened.files.content_hash,
         "data_hash": data_hash(opened.dataset.train),
         "dataset": dataset_facts(opened.dataset),
-        "config": {k: v for k, v in cfg.to_dict().items() if k not in NOT_IN_HEADER},
+        "config": {k: v for k, v in cfg.without_absent().items() if k not in NOT_IN_HEADER},
     }
 
 

@@ -39,6 +39,7 @@ from edgezo.run.finetuner import load_finetuner
 from edgezo.run.journal import create_journal
 from edgezo.run.journal_record import StepRecord
 from edgezo.run.metrics_log import RunLog, check_lines, step_line
+from edgezo.run.places import with_beginning
 from edgezo.run.progress import RunProgress, Silent, peaks_line
 from edgezo.run.readout_pass import ReadoutPass, ReadoutResult
 from edgezo.run.recipes import follow, journal_is_shaped
@@ -80,6 +81,8 @@ def finetune(
     files = RunFiles(free_directory(cfg) if cfg.out is None else Path(cfg.out))
     if cfg.out is None:
         cfg = replace(cfg, out=str(files.path))
+    if not resume:
+        cfg = with_beginning(cfg)
     if resume and cfg.micro_batch is None:
         cfg = replace(cfg, micro_batch=files.read_config().micro_batch)
     with profiling(cfg.profile):

@@ -10,11 +10,11 @@ import pytest
 
 from edgezo.cli.main import cli
 from edgezo.cli.option_pages import options_page, settings_sample, write
-from edgezo.plan.fields import FIELDS, flag
+from edgezo.plan.fields import FIELDS, SET_BY_RUN, flag
 from edgezo.plan.request import make_config, read_layer
 
 DOCS = Path(__file__).parents[2] / "docs"
-SETTINGS = [name for name in FIELDS if name != "step_auto"]
+SETTINGS = [name for name in FIELDS if name not in SET_BY_RUN]
 
 
 @pytest.mark.parametrize("name", ["options.md", "settings-sample.toml"])

@@ -20,11 +20,12 @@ from transformers import PreTrainedTokenizerFast
 from edgezo.data import encoder as encoding
 from edgezo.data import row_files
 from edgezo.data.chat import ChatTemplates, TemplateFails
-from edgezo.data.chat_rendering import spans
+from edgezo.data.chat_spans import spans
 from edgezo.data.dataset import DataRequest, load_dataset
 from edgezo.data.encoder import Encoder
 from edgezo.data.row_files import Problems, find_splits, read_records
 from edgezo.data.row_kinds import Draft, Piece
+from edgezo.data.turns import Conversation
 from edgezo.errors import BudgetExceeded, DoesNotFit, EdgezoError, UsageError
 from edgezo.machine import process_memory
 from edgezo.machine.foreign import MOST_DEPTH, parse_json, parse_toml
@@ -126,13 +127,21 @@ def test_a_template_writes_what_transformers_writes(name: str) -> None:
         for messages in CONVERSATIONS:
             try:
                 text = render(messages)
-                expected: Any = (text, tuple(spans(messages, text, render)))
+                expected = spans(messages, text, render, ["<|endoftext|>", "<|im_end|>"])
             except Exception as error:
                 with pytest.raises(TemplateFails) as caught:
-                    templates.render(messages)
+                    templates.render(asked(messages))
                 assert str(error) in str(caught.value) and not caught.value.over
             else:
-                assert templates.render(messages) == expected
+                chat = templates.render(asked(messages))
+                assert (chat.text, chat.spans) == (text, expected.places)
+                assert chat.rewritten == expected.rewritten
+
+
+def asked(messages: list[dict[str, Any]]) -> Conversation:
+    """The messages as they are, each turn of the assistant to be learned."""
+    learned = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return Conversation(messages, learned, {}, ())
 
 
 ENDLESS = {
@@ -149,7 +158,7 @@ def test_a_template_without_end_is_ended(name: str) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = ENDLESS[name]
     with closing(ChatTemplates(tokenizer)) as templates, pytest.raises(TemplateFails) as caught:
-        templates.render(CONVERSATIONS[0])
+        templates.render(asked(CONVERSATIONS[0]))
     assert any(s in str(caught.value) for s in ("for one row", "characters for a row"))
 
 

@@ -258,7 +258,7 @@ def test_assistant_turns_are_predicted_and_nothing_else(tmp_path: Path) -> None:
         assert targets(example.rows[0], tokenizer) == "yes<|im_end|>no<|im_end|>"
 
 
-def test_a_template_that_rewrites_earlier_turns_trains_the_last(tmp_path: Path) -> None:
+def test_a_template_that_numbers_turns_from_the_end_trains_each_answer(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ loop.revindex0 }}{{ m['content'] }}\n{% endfor %}"
@@ -274,8 +274,9 @@ def test_a_template_that_rewrites_earlier_turns_trains_the_last(tmp_path: Path) 
         ]
     ]
     data = load([{"messages": messages}] * 2, tmp_path, tokenizer)
-    text = targets(data.train[0].rows[0], tokenizer)
-    assert text.endswith("no") and "yes" not in text.split("\n")[-1]
+    # The template ends no turn with a token; behind the last answer the end token follows.
+    assert targets(data.train[0].rows[0], tokenizer) == "yesno<|im_end|>"
+    assert any("ends with no token" in note for note in data.notes)
 
 
 def test_masked_models_score_the_mask(tmp_path: Path) -> None:

@@ -297,7 +297,7 @@ def ask_hub(name: str, cwd: Path, **env: str) -> tuple[int, str]:
         "from tokenizers_fixture import byte_tokenizer\n"
         "tokenizer = byte_tokenizer()\n"
         "try:\n"
-        "    data = load_dataset(DataRequest(data=sys.argv[1]), tokenizer)\n"
+        "    data = load_dataset(DataRequest(data=sys.argv[1], text_end='no'), tokenizer)\n"
         "except UsageError as error:\n"
         "    sys.exit(str(error))\n"
         "rows = [e.rows[0] for e in (*data.train, *data.validation)]\n"

@@ -27,18 +27,19 @@ ORDER = (
     "model data task data_root template labels label_field max_mem_bytes steps for_s estimator directions mask credit "
     "rule train precision rounding residency device rank keep refresh candidates finetuner short_tokens short_lr "
     "batch_size micro_batch max_length objective max_new_tokens step step_auto sigma schedule weight_decay head_lr "
-    "held_out seed eval_every eval_limit snapshot_every threads profile out"
+    "held_out seed eval_every eval_limit snapshot_every threads profile out text_end "
+    "written_at began_in"
 ).split()
 CANONICAL = (
-    '{"batch_size":null,"candidates":8,"credit":"group","data":null,"data_root":null,'
+    '{"batch_size":null,"began_in":null,"candidates":8,"credit":"group","data":null,"data_root":null,'
     '"device":"auto","directions":"signs","estimator":"grzo","eval_every":0,"eval_limit":null,'
     '"finetuner":null,"for_s":null,"head_lr":2.0,"held_out":null,"keep":0.25,"label_field":"label",'
     '"labels":null,"mask":"none","max_length":512,"max_mem_bytes":null,"max_new_tokens":null,'
     '"micro_batch":null,"model":"m","objective":"loss","out":null,"precision":null,"profile":false,'
     '"rank":8,"refresh":50,"residency":null,"rounding":null,"rule":"sgd","schedule":"linear",'
     '"seed":0,"short_lr":0.0001,"short_tokens":null,"sigma":0.002,"snapshot_every":25,"step":0.1,'
-    '"step_auto":false,"steps":400,"task":"sst2","template":null,"threads":null,"train":["lowrank",'
-    '"head","probe"],"weight_decay":0.0}'
+    '"step_auto":false,"steps":400,"task":"sst2","template":null,"text_end":"yes","threads":null,"train":["lowrank",'
+    '"head","probe"],"weight_decay":0.0,"written_at":null}'
 )
 
 
@@ -65,7 +66,9 @@ def test_every_setting_of_a_request_is_in_the_table_with_its_type():
 
 def test_every_setting_but_what_a_run_writes_is_shown_once_with_help_and_a_value():
     shown = [field for group in GROUPS.values() for field in group.fields]
-    assert [field.name for field in shown] == [name for name in FIELDS if name != "step_auto"]
+    assert [field.name for field in shown] == [
+        name for name in FIELDS if name not in fields.SET_BY_RUN
+    ]
     for field in shown:
         assert field.help[-1] in ".)", field.name
         value = field.example if field.usual is None else field.usual

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgezo.errors import BaseMismatch, EdgezoError
-from edgezo.run.directory import RunFiles
+from edgezo.plan.request import from_toml
 from edgezo.run.journal import create_journal, open_journal
 from edgezo.run.journal_header import check_base
 from edgezo.run.journal_record import StepRecord, decode_record, encode_record
@@ -53,7 +53,8 @@ def test_a_journal_that_a_run_has_written_is_read_and_its_fields_make_its_bytes(
 def test_the_header_has_the_settings_that_stand_in_the_configuration():
     for file in sorted(fuzz.OLD_RUNS.glob("*/*/journal.bin")):
         with open_journal(file, resume=False) as journal:
-            began, now = journal.settings, RunFiles(file.parent).read_config()
+            began = journal.settings
+            now = from_toml((file.parent / "config.toml").read_text())
         free = {"out": None, "device": None, "max_mem_bytes": None, "finetuner": None}
         assert began.to_dict() | free == now.to_dict() | free, file
 
