@@ -113,6 +113,12 @@ def packed(packing: Packing, kept: Kept | None = None) -> Iterator[None]:
         _current.reset(token)
 
 
+def current_rows() -> tuple[int, ...] | None:
+    """Tokens of each row of the forward that is running; None outside of ``packed``."""
+    running = _current.get(None)
+    return None if running is None else running[0].lengths
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,  # (1, heads, n, head_dim)
