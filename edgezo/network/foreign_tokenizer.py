@@ -28,8 +28,8 @@ from edgezo.network.gguf_tokenizer import gguf_tokenizer
 from edgezo.network.tokenizer_check import checked
 
 # Files that are shown to transformers as they are: vocabularies and templates, which are data.
-_TOKENIZER_FILE = "tokenizer.json"
-_FILES = (_TOKENIZER_FILE, "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
+TOKENIZER_FILE = "tokenizer.json"
+_FILES = (TOKENIZER_FILE, "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
 _TEMPLATES = "additional_chat_templates"
 _MOST_TEMPLATES = 100
 _SETTINGS, _SPECIAL, _ADDED = (
@@ -114,7 +114,7 @@ def _of_directory(path: Path) -> tuple[Any, list[str]]:
     """The tokenizer of a directory: tokenizer.json as it stands, or what its class makes of older files."""
     config = read_config(path / "config.json")
     with _shown(path, config.model_type) as folder:
-        if (folder / _TOKENIZER_FILE).is_file():
+        if (folder / TOKENIZER_FILE).is_file():
             return FastTokenizer.from_pretrained(str(folder)), _contradictions(path)
         if (folder / "tokenizer.model").is_file() and find_spec("sentencepiece") is None:
             raise EdgezoError(
@@ -137,7 +137,7 @@ def _contradictions(path: Path) -> list[str]:
     file = path / _SETTINGS
     values = read_json(file, MOST_INDEX_BYTES) if file.is_file() else {}
     listed = values.get("added_tokens_decoder")
-    in_file = added_tokens(path / _TOKENIZER_FILE)
+    in_file = added_tokens(path / TOKENIZER_FILE)
     if not isinstance(listed, dict):
         return []
     wrong = [
@@ -190,8 +190,8 @@ def _shown(directory: Path, family: str) -> Iterator[Path]:
             )
             if (directory / name).is_file()
         }
-        if (directory / _TOKENIZER_FILE).is_file():
-            settings = _as_in_file(settings, added_tokens(directory / _TOKENIZER_FILE), family)
+        if (directory / TOKENIZER_FILE).is_file():
+            settings = _as_in_file(settings, added_tokens(directory / TOKENIZER_FILE), family)
         for name, values in settings.items():
             (folder / name).write_text(json.dumps(values), encoding="utf-8")
         yield folder

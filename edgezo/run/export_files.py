@@ -1,9 +1,9 @@
 """Files beside exported weights, in the spelling that transformers 4 and 5 both read.
 
-transformers 5 has one table ``rope_parameters`` and ``dtype``; 4 has ``rope_theta``, ``rope_scaling``,
-``partial_rotary_factor``, ``rope_local_base_freq`` and ``torch_dtype``, and takes 10000 for a base that it does not see,
-without a word. Programs that read 4's spelling (llama.cpp's converter, mlx, vLLM) do so too. Both spellings are written:
-each version passes over the other's. A tokenizer is named by a class that both have.
+transformers 5 has one table ``rope_parameters`` and ``dtype``. 4 has ``rope_theta``, ``rope_scaling``,
+``partial_rotary_factor``, ``rope_local_base_freq`` and ``torch_dtype``; for a base that it does not see it takes 10000
+without a word, and so do programs that read its spelling. Both spellings are written: each version passes over the
+other's. A tokenizer is named by a class that both have.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from edgezo.machine.downloads import BESIDE_WEIGHTS
 from edgezo.machine.files import to_json
-from edgezo.machine.foreign import MOST_INDEX_BYTES, read_json
+from edgezo.machine.foreign import MOST_INDEX_BYTES, read_json, reading
+from edgezo.network.foreign_tokenizer import CLASSES, TOKENIZER_FILE
 from edgezo.network.loader import ModelFiles, load_tokenizer
 from edgezo.network.rotary import rope_tables
+from edgezo.network.tokenizer_check import SAMPLE
 
 _TOKENIZER_SETTINGS, _GENERATION = "tokenizer_config.json", "generation_config.json"
 _FOLDERS_BESIDE = ("additional_chat_templates",)
@@ -29,6 +33,12 @@ _NOT_OF_THE_MODEL = frozenset(
     "chunk_size_feed_forward is_encoder_decoder".split()
 )
 _BASE_KEYS = frozenset({"rope_theta", "partial_rotary_factor"})  # of a table, that 4 has beside it
+_MORE = (
+    "no x12 and 1234567",
+    " a space",
+    "don't",
+    "\n\n\tx=1",
+)  # what rules of splitting differ in
 # All that transformers 4 allows in Phi-3's table.
 _PHI3_TABLE = ("short_factor", "long_factor")
 
@@ -96,6 +106,7 @@ def beside_weights(files: ModelFiles, folder: Path) -> None:
                 (folder / name).mkdir(exist_ok=True)
                 shutil.copyfile(file, folder / name / file.name)
     _name_class(folder / _TOKENIZER_SETTINGS)
+    _keep_tokens(base, folder)
 
 
 def _name_class(file: Path) -> None:
@@ -111,3 +122,25 @@ def _name_class(file: Path) -> None:
         changed.setdefault("additional_special_tokens", listed)
     if changed != values:
         file.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _keep_tokens(base: Path, folder: Path) -> None:
+    """Let transformers 5 take tokenizer.json as it stands where a class that it finds by name splits otherwise."""
+    file = folder / _TOKENIZER_SETTINGS
+    values = read_json(file, MOST_INDEX_BYTES) if file.is_file() else {}
+    name = values.get("tokenizer_class")
+    known = name is None or (isinstance(name, str) and name.removesuffix("Fast") in CLASSES)
+    if not (folder / TOKENIZER_FILE).is_file() or not known or "auto_map" in values:
+        return
+    if not (folder / "config.json").is_file() and name is None:
+        return  # an adapter, whose base says which class it is
+    with reading(f"The tokenizer in {folder}", "Fetch the base model again.", any_kind=True):
+        theirs = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    tokenizer = load_tokenizer(base)
+    if all(theirs(t)["input_ids"] == tokenizer(t)["input_ids"] for t in (SAMPLE, *_MORE)):
+        return
+    values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for role, token in tokenizer.special_tokens_map.items():
+        if isinstance(token, str):
+            values.setdefault(role, token)
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
