@@ -208,9 +208,16 @@ _GGUF_ARCHITECTURES = {
 
 
 def make_gguf(
-    model: Any, file: Path, *, matrix_type: str = "F32", tokenizer: bool = False
+    model: Any,
+    file: Path,
+    *,
+    matrix_type: str = "F32",
+    tokenizer: bool = False,
+    metadata: dict[str, Any] | None = None,
 ) -> dict[str, np.ndarray]:
     """Write a module as GGUF the way llama.cpp's converter does.
+
+    ``metadata`` has values by key that replace the converter's; None takes a key away.
 
     Matrices are stored as ``matrix_type``, vectors as F32. K-quants, which the gguf package
     cannot write, get random blocks with small scales. Returns the stored bytes by GGUF name.
@@ -244,6 +251,12 @@ def make_gguf(
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
     if tokenizer:
         _add_tokenizer(writer)
+    for key, value in (metadata or {}).items():
+        writer.kv_data[0].pop(key, None)
+        if value is not None:
+            kind = gguf.GGUFValueType.get_type(value)
+            unsigned = type(value) is int and value >= 2**31
+            writer.add_key_value(key, value, gguf.GGUFValueType.UINT32 if unsigned else kind)
     stored = {}
     generator = np.random.default_rng(0)
     for name, values in _converted(model, arch).items():

@@ -38,6 +38,8 @@ BESIDE_WEIGHTS = (
     "vocab.*",
     "merges.txt",
     "chat_template*",
+    *("*.model", "tekken.json", "*.tiktoken"),  # vocabularies of other makes
+    *("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*"),
 )
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", *BESIDE_WEIGHTS)
 MODEL_SKIPPED = ("*/*", "consolidated*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.py")

@@ -135,14 +135,39 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def read_small(file: Path, most_bytes: int) -> bytes:
-    """The bytes of a regular file. Raises ValueError for one of more than ``most_bytes``, OSError otherwise."""
+    """The bytes of a regular file.
+
+    Raises ValueError for one of more than ``most_bytes``, EdgezoError for a stand-in, OSError otherwise.
+    """
     if file.exists() and not file.is_file():
         raise ValueError("it is no regular file")
+    refuse_stand_in(file)
     with open(file, "rb") as stream:
         raw = stream.read(most_bytes + 1)
     if len(raw) > most_bytes:
         raise ValueError(f"it has more than {most_bytes:,} bytes")
     return raw
+
+
+# First bytes of what stands where a file should be: a pointer of git-lfs, a page of a web server.
+_LFS = b"version https://git-lfs.github.com/spec/"
+_PAGES = (b"<!doctype html", b"<html")
+
+
+def refuse_stand_in(file: Path) -> None:
+    """EdgezoError for a file that only stands in for the one that is meant, with the command that gets that one."""
+    with open(file, "rb") as stream:
+        head = stream.read(len(_LFS))
+    if head.startswith(_LFS):
+        raise EdgezoError(
+            f"{file} is a pointer of git-lfs, not the file itself. Run git lfs install and then git lfs pull in "
+            f"{file.parent}."
+        )
+    if head.lstrip().lower().startswith(_PAGES):
+        raise EdgezoError(
+            f"{file} is a page of a web server, not the file itself. Fetch it with hf download, or by the link that "
+            "starts the download."
+        )
 
 
 _TOO_DEEP = f"lists or tables are nested more than {MOST_DEPTH} deep"

@@ -53,6 +53,7 @@ from edgezo.network.perturb import (
     PerturbedNorm,
 )
 from edgezo.network.placement import BlocksElsewhere, StoredMatrix
+from edgezo.network.rotary import rotate_by_row
 from edgezo.weights.disk import DiskTable
 from edgezo.weights.layouts import CPU, Dense, Int8, Layout, moved
 from edgezo.weights.store import WeightStore
@@ -114,6 +115,7 @@ def assemble(files: ModelFiles, spec: ModelSpec) -> Model:
     packing.register()
     module = loader.build_meta(files)
     module.set_attn_implementation(packing.ATTENTION)  # type: ignore[operator]
+    rotate_by_row(module)
     builder = _Builder(files, module, spec)
     with torch.no_grad():
         builder.run()

@@ -32,8 +32,10 @@ from edgezo.machine.foreign import (
     read_json,
     read_small,
     reading,
+    refuse_stand_in,
 )
 from edgezo.plan.shapes import NORMS, NamedShape, Shape
+from edgezo.weights.file_kinds import file_advice, first_parts, folder_advice, is_gguf
 
 # ----------------------------------------------------------------------------- cards
 
@@ -177,28 +179,20 @@ def _looks_like_path(model: str) -> bool:
 
 def _local(path: Path) -> Path:
     if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise EdgezoError(f"{path} is a file, but no GGUF file: give the model's directory.")
+        refuse_stand_in(path)
+        if not is_gguf(path):
+            raise EdgezoError(f"{path} is a file, but no GGUF file: {file_advice(path)}")
         return path
     if (path / "config.json").is_file():
         return path
-    files = sorted(path.glob("*.gguf"))
+    files = first_parts(path.glob("*.gguf"))
     if len(files) == 1:
         return files[0]
     if files:
         raise EdgezoError(f"{path} holds {len(files)} GGUF files: name one, e.g. {files[0]}.")
-    raise EdgezoError(f"{path} holds no model: no config.json and no GGUF file.{_advice(path)}")
-
-
-def _advice(directory: Path) -> str:
-    """What to do with a directory that is no model but a run or an adapter; "" for any other."""
-    if (directory / "journal.bin").exists():
-        return (
-            f"\nIt is a run: edgezo export {directory} --format hf --out DIR makes a model from it."
-        )
-    if (directory / "adapter_config.json").exists():
-        return "\nIt is only an adapter: edgezo export RUN --format hf writes a whole model."
-    return ""
+    raise EdgezoError(
+        f"{path} holds no model: no config.json and no GGUF file.{folder_advice(path)}"
+    )
 
 
 def _unknown(model: str) -> str:

@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from edgezo.errors import EdgezoError
 from edgezo.machine.foreign import clip, read_json, reading
+from edgezo.network.config_values import NO_SCALING, refuse_other_families, settled
 
 MOST_COUNT = 2**31 - 1  # of a size: indices are 32 bits wide
 MOST_LISTED = 4096  # of a list: factors of rotary positions, types of layers, end tokens
@@ -68,7 +69,7 @@ _LAYERS: Kind = (
 )
 
 _ROPE_FIELDS: dict[str, Kind] = {
-    **dict.fromkeys(("type", "rope_type"), _word(ROPE_TYPES)),
+    **dict.fromkeys(("type", "rope_type"), _word(ROPE_TYPES | NO_SCALING)),
     **dict.fromkeys(("rope_theta", "factor", "attention_factor", "beta_fast", "beta_slow"), _REAL),
     **dict.fromkeys(("low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim"), _REAL),
     **dict.fromkeys(("short_mscale", "long_mscale"), _REAL),
@@ -121,6 +122,7 @@ _DECODER: dict[str, Kind] = {
     "hidden_act": _ACTIVATION,
     "attention_dropout": _SHARE,
     "partial_rotary_factor": _SHARE,
+    "original_max_position_embeddings": _WHOLE,
 }
 _WINDOWS: dict[str, Kind] = {
     **dict.fromkeys(("sliding_window", "max_window_layers"), _WHOLE),
@@ -232,13 +234,19 @@ def build_config(values: Mapping[str, Any], where: Path) -> PretrainedConfig:
                 f"{where} is not a valid config: {name} is {clip(repr(value)[:200], 60)}, not {kind}. {_CHECK}"
             )
     with reading(f"{where} is not a valid config: it", _CHECK, any_kind=True):
-        config: PretrainedConfig = CONFIG_MAPPING[family](**chosen)
+        refuse_other_families(values)
+        config: PretrainedConfig = CONFIG_MAPPING[family](**settled(family, chosen))
         _refuse_unknown(values, config, where)
     return config
 
 
 def _refuse_quantised(values: Mapping[str, Any], where: Path) -> None:
     """EdgezoError for a checkpoint of codes, which only its own library could read."""
+    if isinstance(values.get("quantization"), dict) and "bits" in values["quantization"]:
+        raise EdgezoError(
+            f"{where} is of a model in codes of MLX ({clip(str(values['quantization']['bits']), 10)} bits), which only "
+            "MLX reads. Give the full-precision checkpoint, which --precision quantises while it loads, or a GGUF file."
+        )
     settings = values.get("quantization_config")
     if settings:
         method = settings.get("quant_method", "?") if isinstance(settings, dict) else "?"
@@ -256,7 +264,7 @@ def _refuse_unknown(values: Mapping[str, Any], config: PretrainedConfig, where: 
         listed = name in CONFIG_FIELDS[config.model_type] or name in general
         if listed or name in UNUSED_FIELDS or name.startswith(_UNUSED_PREFIX):
             continue
-        if name in values and values[name] != getattr(config, name):
+        if values.get(name) is not None and values[name] != getattr(config, name):
             raise EdgezoError(
                 f"{where} sets {name}, which edgezo does not know: it may change what the model computes. "
                 "Use a checkpoint without it, or a newer edgezo."

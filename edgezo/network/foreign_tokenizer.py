@@ -9,27 +9,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from edgezo.errors import EdgezoError
-from edgezo.machine.foreign import MOST_INDEX_BYTES, read_json, reading
+from edgezo.machine.foreign import MOST_INDEX_BYTES, clip, read_json, reading, refuse_stand_in
 from edgezo.network.foreign_config import read_config
-from edgezo.weights.gguf_header import read_header
-
-# Vocabularies whose merges were learned with every digit alone (llama.cpp: LLAMA_VOCAB_PRE_TYPE_*).
-_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone")
+from edgezo.network.gguf_tokenizer import gguf_tokenizer
+from edgezo.network.tokenizer_check import checked
 
 # Files that are shown to transformers as they are: vocabularies and templates, which are data.
-_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
+TOKENIZER_FILE = "tokenizer.json"
+_FILES = (TOKENIZER_FILE, "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
 _TEMPLATES = "additional_chat_templates"
 _MOST_TEMPLATES = 100
 _SETTINGS, _SPECIAL, _ADDED = (
@@ -59,6 +59,33 @@ _SWITCHES = (
     *("legacy", "spaces_between_special_tokens", "split_special_tokens", "trim_offsets"),
     *("use_default_system_prompt", "do_lower_case", "from_slow"),
 )
+_LISTED = ("additional_special_tokens", "extra_special_tokens")
+# Texts of special tokens that a class has by itself, and the class of families whose files name none.
+_GPT2_TOKENS = dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>")
+_LLAMA_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+_USUAL_TOKENS: dict[str, dict[str, str]] = {
+    **dict.fromkeys(("GPT2Tokenizer", "GPTNeoXTokenizer", "CodeGenTokenizer"), _GPT2_TOKENS),
+    "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
+    "LlamaTokenizer": _LLAMA_TOKENS,
+    "GemmaTokenizer": {
+        **{f"{role}_token": f"<{role}>" for role in ("unk", "bos", "eos", "pad", "mask")},
+    },
+    "RobertaTokenizer": {
+        **_LLAMA_TOKENS,
+        **{"sep_token": "</s>", "cls_token": "<s>", "pad_token": "<pad>", "mask_token": "<mask>"},
+    },
+    "CohereTokenizer": {
+        **{"unk_token": "<UNK>", "bos_token": "<BOS_TOKEN>", "pad_token": "<PAD>"},
+        "eos_token": "<|END_OF_TURN_TOKEN|>",
+    },
+}
+_USUAL_CLASSES = {
+    **dict.fromkeys(("llama", "mistral", "phi3"), "LlamaTokenizer"),
+    **dict.fromkeys(("gpt2", "opt"), "GPT2Tokenizer"),
+    **dict.fromkeys(("qwen2", "qwen3"), "Qwen2Tokenizer"),
+    **dict.fromkeys(("gemma2", "gemma3_text"), "GemmaTokenizer"),
+    "roberta": "RobertaTokenizer",
+}
 _SIDES = ("padding_side", "truncation_side")
 _PARTS_OF_TOKEN = ("content", "lstrip", "rstrip", "normalized", "single_word", "special")
 
@@ -66,18 +93,12 @@ _PARTS_OF_TOKEN = ("content", "lstrip", "rstrip", "normalized", "single_word", "
 def load_tokenizer(path: Path) -> Any:
     """The fast tokenizer of a model directory or GGUF file, chat template included.
 
-    Its pad token is the end token where the model names none. Raises EdgezoError if there is no fast tokenizer.
+    Its pad token is the end token where the model names none. ``edgezo_notes`` of it says what a user should know.
+    Raises EdgezoError if there is no fast tokenizer, or if its files contradict each other.
     """
     path = Path(path)
     with reading(f"The tokenizer of {path}", "Fetch the model again.", any_kind=True):
-        if path.is_file():
-            tokenizer = _gguf_tokenizer(path)
-        else:
-            config = read_config(path / "config.json")
-            with _shown(path) as folder:
-                tokenizer = AutoTokenizer.from_pretrained(
-                    str(folder), config=config, trust_remote_code=False
-                )
+        tokenizer, notes = gguf_tokenizer(path) if path.is_file() else _of_directory(path)
         _check_template(tokenizer, path)
         if not tokenizer.is_fast:
             raise EdgezoError(
@@ -85,24 +106,53 @@ def load_tokenizer(path: Path) -> Any:
             )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.edgezo_notes = (*notes, *checked(tokenizer, path))
     return tokenizer
 
 
-def _gguf_tokenizer(path: Path) -> Any:
-    # Not through AutoTokenizer, which parses the metadata twice more with gguf's reader: 10 s and 170 MB for 49,152
-    # tokens, where this takes 0.7 s and 50 MB.
-    header = read_header(path)
-    with tempfile.TemporaryDirectory(prefix="edgezo-tokenizer-") as folder:
-        _link(path, Path(folder) / "model.gguf")  # alone: files beside it are another model's
-        tokenizer = FastTokenizer.from_pretrained(folder, gguf_file="model.gguf")
-    if header.metadata.get("tokenizer.ggml.pre") in _SINGLE_DIGITS:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
+def _of_directory(path: Path) -> tuple[Any, list[str]]:
+    """The tokenizer of a directory: tokenizer.json as it stands, or what its class makes of older files."""
+    config = read_config(path / "config.json")
+    with _shown(path, config.model_type) as folder:
+        if (folder / TOKENIZER_FILE).is_file():
+            return FastTokenizer.from_pretrained(str(folder)), _contradictions(path)
+        if (folder / "tokenizer.model").is_file() and find_spec("sentencepiece") is None:
+            raise EdgezoError(
+                f"{path} has its tokenizer as tokenizer.model only, which the sentencepiece library reads.\n"
+                "Install it (pip install sentencepiece protobuf), or put the model's tokenizer.json beside it."
+            )
+        if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.model")):
+            raise EdgezoError(
+                f"{path} has no tokenizer: no tokenizer.json, no vocab.json with merges.txt, no tokenizer.model. "
+                "Fetch the tokenizer files of this model into it."
+            )
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), config=config, trust_remote_code=False
         )
-    return tokenizer
+        return tokenizer, []
+
+
+def _contradictions(path: Path) -> list[str]:
+    """A note where tokenizer_config.json numbers tokens otherwise than tokenizer.json, which is used."""
+    file = path / _SETTINGS
+    values = read_json(file, MOST_INDEX_BYTES) if file.is_file() else {}
+    listed = values.get("added_tokens_decoder")
+    in_file = added_tokens(path / TOKENIZER_FILE)
+    if not isinstance(listed, dict):
+        return []
+    wrong = [
+        f"{clip(token['content'], 30)} is {in_file[token['content']]['id']}, not {number}"
+        for number, written in listed.items()
+        if isinstance(token := _token(written), dict)
+        and token["content"] in in_file
+        and str(in_file[token["content"]].get("id")) != number
+    ]
+    if not wrong:
+        return []
+    return [
+        f"tokenizer_config.json of {path} numbers {len(wrong)} tokens otherwise than tokenizer.json, which is used: "
+        f"{'; '.join(wrong[:3])}"
+    ]
 
 
 def _check_template(tokenizer: Any, path: Path) -> None:
@@ -117,12 +167,13 @@ def _check_template(tokenizer: Any, path: Path) -> None:
 
 
 @contextmanager
-def _shown(directory: Path) -> Iterator[Path]:
+def _shown(directory: Path, family: str) -> Iterator[Path]:
     """A temporary directory with a tokenizer's files, as far as they are used, and with settings from the lists."""
     with tempfile.TemporaryDirectory(prefix="edgezo-tokenizer-") as temporary:
         folder = Path(temporary)
         for name in _FILES:
             if (directory / name).is_file():
+                refuse_stand_in(directory / name)
                 _link(directory / name, folder / name)
         templates = directory / _TEMPLATES
         if templates.is_dir():
@@ -130,13 +181,77 @@ def _shown(directory: Path) -> Iterator[Path]:
             for file in sorted(templates.glob("*.jinja"))[:_MOST_TEMPLATES]:
                 if file.is_file():
                     _link(file, folder / _TEMPLATES / file.name)
-        for name, choose in ((_SETTINGS, _settings), (_SPECIAL, _special_tokens), (_ADDED, _added)):
-            if (directory / name).is_file():
-                values = read_json(directory / name, MOST_INDEX_BYTES)
-                if not isinstance(values, dict):
-                    raise EdgezoError(f"{directory / name} holds no table. Fetch the model again.")
-                (folder / name).write_text(json.dumps(choose(values)), encoding="utf-8")
+        settings = {
+            name: choose(_table(directory / name))
+            for name, choose in (
+                (_SETTINGS, _settings),
+                (_SPECIAL, _special_tokens),
+                (_ADDED, _added),
+            )
+            if (directory / name).is_file()
+        }
+        if (directory / TOKENIZER_FILE).is_file():
+            settings = _as_in_file(settings, added_tokens(directory / TOKENIZER_FILE), family)
+        for name, values in settings.items():
+            (folder / name).write_text(json.dumps(values), encoding="utf-8")
         yield folder
+
+
+def _table(file: Path) -> dict[str, Any]:
+    values = read_json(file, MOST_INDEX_BYTES)
+    if not isinstance(values, dict):
+        raise EdgezoError(f"{file} holds no table. Fetch the model again.")
+    return values
+
+
+def added_tokens(file: Path) -> dict[str, dict[str, Any]]:
+    """The added tokens of a tokenizer.json by their texts, of which the rest is not parsed here."""
+    text = file.read_text(encoding="utf-8")
+    start = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
+    listed = json.JSONDecoder().raw_decode(text, start.end())[0] if start else []
+    return {
+        token["content"]: token
+        for token in listed
+        if isinstance(token, dict) and isinstance(token.get("content"), str)
+    }
+
+
+def _as_in_file(
+    settings: dict[str, dict[str, Any]], in_file: Mapping[str, Mapping[str, Any]], family: str
+) -> dict[str, dict[str, Any]]:
+    """Settings that leave tokenizer.json as it stands: tokens are as it has them, and no class is named.
+
+    A special token that no file names has the text that its class has for it, if the file has such a token.
+    """
+    chosen = settings.setdefault(_SETTINGS, {})
+    name = chosen.pop("tokenizer_class", "").removesuffix("Fast")
+    usual = _USUAL_TOKENS.get(name) or _USUAL_TOKENS.get(_USUAL_CLASSES.get(family, ""), {})
+    named = {role for values in settings.values() for role in values}
+    for role, text in usual.items():
+        if role not in named and text in in_file:
+            chosen[role] = text
+    settings.pop(_ADDED, None)  # of a slow tokenizer, the file has them
+    decoder = chosen.get("added_tokens_decoder", {})
+    chosen["added_tokens_decoder"] = {
+        number: token for number, token in decoder.items() if token["content"] not in in_file
+    }
+    for values in settings.values():
+        for role in values.keys() & set(_ROLES):
+            values[role] = _as_there(values[role], in_file)
+        for listed in values.keys() & set(_LISTED):
+            values[listed] = [_as_there(token, in_file) for token in values[listed]]
+    chosen["tokenizer_class"] = _AS_IT_STANDS
+    return settings
+
+
+def _as_there(token: Any, in_file: Mapping[str, Mapping[str, Any]]) -> Any:
+    """A token with the switches that the file gives it."""
+    content = token if isinstance(token, str) else token["content"]
+    there = in_file.get(content)
+    if there is None:
+        return token
+    switches = {k: v for k, v in there.items() if k in _PARTS_OF_TOKEN}
+    return {"__type": "AddedToken", **switches}
 
 
 def _link(file: Path, place: Path) -> None:
@@ -173,7 +288,7 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
 def _special_tokens(values: Mapping[str, Any]) -> dict[str, Any]:
     """The special tokens by role, from the settings or from special_tokens_map.json."""
     chosen = {name: token for name in _ROLES if (token := _token(values.get(name))) is not None}
-    for name in ("additional_special_tokens", "extra_special_tokens"):
+    for name in _LISTED:
         listed = values.get(name)
         if isinstance(listed, list):
             chosen[name] = [token for item in listed if (token := _token(item)) is not None]

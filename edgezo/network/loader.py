@@ -7,6 +7,7 @@ one tensor at a time. No weight is read here, and no code of a checkpoint is eve
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,13 +22,13 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from edgezo.errors import EdgezoError
 from edgezo.machine.downloads import file_sha256
-from edgezo.machine.foreign import clip, reading
+from edgezo.machine.foreign import clip, read_json, reading
 from edgezo.network.foreign_config import build_config, read_config
 from edgezo.network.foreign_tokenizer import (
     load_tokenizer as load_tokenizer,  # with the rest of a model
 )
 from edgezo.plan.shapes import Shape
-from edgezo.weights.gguf_config import gguf_config
+from edgezo.weights.gguf_config import gguf_config, gguf_end_ids, metadata_notes
 from edgezo.weights.gguf_header import read_header
 from edgezo.weights.tensor_source import TensorSource, open_tensors
 
@@ -154,6 +155,7 @@ class ModelFiles:
     config: Any  # transformers PretrainedConfig
     kind: str  # "causal" | "masked"
     source: TensorSource
+    header_notes: tuple[str, ...] = ()  # on metadata of a GGUF file
 
     @cached_property
     def content_hash(self) -> str:
@@ -167,6 +169,30 @@ class ModelFiles:
     def shape(self) -> Shape:
         return shape_of(self.config)
 
+    @cached_property
+    def notes(self) -> list[str]:
+        """What a user should know of the files.
+
+        Raises EdgezoError where the tensors are not those of the config, as transformers does.
+        """
+        module = _build(self)
+        source_names(self, module)
+        return [*self.header_notes, *_unused_note(self, module)]
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """Tokens that end a text: of the config, of generation_config.json, of a GGUF file's metadata and marks."""
+        if self.path.is_file():
+            return sorted(gguf_end_ids(read_header(self.path)))
+        settings = self.path / "generation_config.json"
+        values = read_json(settings) if settings.is_file() else {}
+        also = values.get("eos_token_id") if isinstance(values, dict) else None
+        ends: set[int] = set()
+        for stated in (self.config.eos_token_id, also):
+            listed = stated if isinstance(stated, list) else [stated]
+            ends.update(n for n in listed if type(n) is int and 0 <= n < self.shape.vocab)
+        return sorted(ends)
+
     @property
     def position_offset(self) -> int:
         """The number of a row's first position: RoBERTa counts from padding_idx + 1."""
@@ -176,14 +202,17 @@ class ModelFiles:
 def open_model(path: Path) -> ModelFiles:
     """Read and check the config and the table of tensors. Raises EdgezoError for what edgezo cannot load."""
     path = Path(path)
+    notes: tuple[str, ...] = ()
     if path.is_dir():
         config = read_config(path / "config.json")
     elif path.is_file():
-        config = build_config(gguf_config(read_header(path)), path)
+        header = read_header(path)
+        config = build_config(gguf_config(header), path)
+        notes = tuple(metadata_notes(header))
     else:
         raise EdgezoError(f"There is no model at {path}.")
     source = open_tensors(path, config)
-    files = ModelFiles(path, config, FAMILIES[config.model_type].kind, source)
+    files = ModelFiles(path, config, FAMILIES[config.model_type].kind, source, notes)
     _check_sizes(files)
     return files
 
@@ -292,6 +321,7 @@ def source_names(files: ModelFiles, module: nn.Module) -> dict[str, str]:
     stored_names: dict[str, str] = {}
     absent: list[str] = []
     misshapen: list[str] = []
+    coded: list[str] = []
     parameters = dict(module.named_parameters())
     for names in _parameter_names(module).values():
         name = names[0]
@@ -303,6 +333,14 @@ def source_names(files: ModelFiles, module: nn.Module) -> dict[str, str]:
         shape, expected = files.source.shape(source), tuple(parameters[name].shape)
         if shape != expected:
             misshapen.append(f"{source} is {list(shape)}, but the config needs {list(expected)}")
+        if not files.source.dtype(source).is_floating_point:
+            coded.append(f"{source} is {str(files.source.dtype(source)).removeprefix('torch.')}")
+    if coded:
+        raise EdgezoError(
+            f"{files.path} holds codes of a quantised model in {len(coded)} tensors ({_some(coded)}), which only the "
+            "library that made them reads. Give the full-precision checkpoint, which --precision quantises while it "
+            "loads, or a GGUF file."
+        )
     if absent or misshapen:
         lines = [f"{files.path} does not match its config."]
         if absent:
@@ -311,6 +349,36 @@ def source_names(files: ModelFiles, module: nn.Module) -> dict[str, str]:
             lines.append(f"{len(misshapen)} tensors of another shape: {_some(misshapen)}.")
         raise EdgezoError(" ".join(lines) + " Fetch the checkpoint again, or check config.json.")
     return stored_names
+
+
+# Tensors that no parameter has and that change nothing: buffers that are computed from the config.
+_COMPUTED = re.compile(
+    r"(rotary_emb\.inv_freq|rotary_emb\.(cos|sin)_cached|\.attn\.(masked_)?bias|position_ids|rope_freqs)$"
+)
+# Of a text and vision model, the part that is not built.
+_VISION = re.compile(r"(^|\.)(vision_tower|vision_model|multi_modal_projector)\.")
+
+
+def _unused_note(files: ModelFiles, module: nn.Module) -> list[str]:
+    """A note where the checkpoint holds tensors that the config asks nobody to read."""
+    every = [name for names in _parameter_names(module).values() for name in names]
+    used = {_find(files.source, module, name) for name in every}
+    known = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
+    unused = [
+        name
+        for name in files.source.names
+        if name not in used
+        and not _COMPUTED.search(name)
+        and not _VISION.search(name)
+        and not any(re.search(pattern, name) for pattern in known)
+    ]
+    if not unused:
+        return []
+    return [
+        f"{len(unused)} tensors of {files.path} are not used, since its config asks for no such parts: "
+        f"{_some([clip(name, 80) for name in unused])}. If they belong to the model, its config is not its own: check "
+        "it before you train"
+    ]
 
 
 def _some(items: list[str]) -> str:

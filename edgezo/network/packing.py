@@ -113,6 +113,12 @@ def packed(packing: Packing, kept: Kept | None = None) -> Iterator[None]:
         _current.reset(token)
 
 
+def current_rows() -> tuple[int, ...] | None:
+    """Tokens of each row of the forward that is running; None outside of ``packed``."""
+    running = _current.get(None)
+    return None if running is None else running[0].lengths
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,  # (1, heads, n, head_dim)
@@ -127,6 +133,8 @@ def packed_attention(
     **_: object,
 ) -> tuple[Tensor, None]:
     """Attention within rows, (1, n, heads, head_dim), and None for its weights: transformers' interface."""
+    # 0 is no window: a kernel and torch would take it for different things.
+    sliding_window, softcap = sliding_window or None, softcap or None
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # (n, heads, head_dim)
     packing, kept = _current.get()

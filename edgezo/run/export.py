@@ -23,7 +23,6 @@ import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,17 +32,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from edgezo.errors import UsageError
-from edgezo.machine.downloads import BESIDE_WEIGHTS
+from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.files import atomic_folder, to_json
 from edgezo.machine.limits import tiles
 from edgezo.machine.ownership import check_new
 from edgezo.network.cards import HubSource, find_card
 from edgezo.network.first_order import ALPHA
-from edgezo.network.loader import build_meta, load_tokenizer, source_names
+from edgezo.network.loader import build_meta, source_names
 from edgezo.plan.fields import QUANTIZED
 from edgezo.run.directory import RunFiles, dataset_facts
 from edgezo.run.evaluate import Rebuilt, brought_back
+from edgezo.run.export_files import beside_weights, write_config
 from edgezo.weights.layouts import DENSE_DTYPES
 from edgezo.weights.saved import Saved, write_saved
 from edgezo.zo.parts import PARTS
@@ -71,7 +70,7 @@ def export(source: Path, form: str, out: Path, *, dtype: str | None = None) -> d
         files = rebuilt.planned.opened.files
         exporter = _Exporter(rebuilt, build_meta(files))
         about = exporter.peft(folder) if form == "peft" else exporter.hf(folder, dtype)
-        _beside_weights(files.path, folder)
+        beside_weights(files, folder)
         notes = exporter.notes(form)
         if exporter.probed:
             shutil.copyfile(run.probe, folder / run.probe.name)
@@ -94,16 +93,6 @@ def export(source: Path, form: str, out: Path, *, dtype: str | None = None) -> d
     return result
 
 
-def _beside_weights(base: Path, folder: Path) -> None:
-    """Tokenizer and generation settings: a directory's own files, or made of what a GGUF file says."""
-    if base.is_file():
-        load_tokenizer(base).save_pretrained(folder)
-        return
-    for file in sorted(base.iterdir()):
-        if file.is_file() and any(fnmatch(file.name, wanted) for wanted in BESIDE_WEIGHTS):
-            shutil.copyfile(file, folder / file.name)
-
-
 class Product(NamedTuple):
     """What was trained beside a matrix: alpha/rank * up @ down, as LoRA has it."""
 
@@ -114,6 +103,18 @@ class Product(NamedTuple):
     @property
     def scale(self) -> float:
         return self.alpha / len(self.down)
+
+
+def _rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """``values`` in ``dtype``. Raises EdgezoError for a number that it cannot hold."""
+    rounded = values.to(dtype)
+    if rounded.numel() and not torch.isfinite(rounded).all():
+        most = values.float().abs().max().item()
+        raise EdgezoError(
+            f"{name} holds {most:g}, and {str(dtype).removeprefix('torch.')} holds numbers up to "
+            f"{torch.finfo(dtype).max:g} only.\nGive --dtype bf16 or fp32."
+        )
+    return rounded
 
 
 @dataclass
@@ -166,7 +167,7 @@ class _Exporter:
             every = [name for name, _ in self.meta.named_parameters(remove_duplicate=False)]
             names += [name for name in every if name not in names]  # RoBERTa's head ties its bias
         config.architectures = [type(self.meta).__name__]
-        config.save_pretrained(folder)
+        write_config(config, folder)
         saved = [self._saved(name, dtype, name == output) for name in names]
         write_saved(folder / "model.safetensors", saved, {"format": "pt"})
         size = sum(math.prod(tensor.shape) for tensor in saved) * dtype.itemsize
@@ -274,7 +275,7 @@ class _Exporter:
                 values = store.vectors[place]
             else:  # above what a linear probe reads, and so not kept
                 values = self.rebuilt.planned.opened.files.source.read(self._sources[place])
-            return Saved.of(name, values.reshape(shape).to(dtype))
+            return Saved.of(name, _rounded(values.reshape(shape), dtype, name))
         saved = Saved(name, shape, dtype, partial(self._tiles, place, dtype, output))
         if isinstance(self.meta.get_submodule(name.rpartition(".")[0]), Conv1D):
             return saved._replace(pieces=lambda: [torch.cat(list(saved.pieces())).T])
@@ -297,7 +298,7 @@ class _Exporter:
                 values *= 1 + gain.values[part].cpu()
             for product in products:
                 values.addmm_(product.up[part], product.down, alpha=product.scale)
-            yield values.to(dtype)
+            yield _rounded(values, dtype, place)
 
     @cached_property
     def _places(self) -> dict[str, str]:

@@ -16,6 +16,7 @@ import torch
 from edgezo.data.dataset import DataRequest, Dataset, load_dataset
 from edgezo.data.packed import PackedExamples
 from edgezo.errors import EdgezoError, UsageError
+from edgezo.machine.foreign import clip
 from edgezo.machine.gpu_memory import Memory, open_memory
 from edgezo.machine.hardware import Machine, machine
 from edgezo.machine.process_memory import (
@@ -31,6 +32,7 @@ from edgezo.network import cards, loader
 from edgezo.network.assemble import ModelSpec, assemble
 from edgezo.network.loader import ModelFiles
 from edgezo.network.model import Model
+from edgezo.network.rotary import longrope_switch
 from edgezo.plan.budget import budget, choose_device, default_budget, mb
 from edgezo.plan.config import RunConfig, Settled
 from edgezo.plan.fields import LOSS
@@ -117,7 +119,7 @@ def _judge_of(cfg: RunConfig, files: ModelFiles, tokenizer: Any, dataset: Datase
     """The judge of predictions, where the task or the request asks for more than loss and accuracy."""
     if cfg.objective == LOSS and dataset.generation is None and dataset.report is None:
         return None
-    return Judge.of(cfg, dataset, tokenizer, _end_ids(files))
+    return Judge.of(cfg, dataset, tokenizer, files.end_ids)
 
 
 def _for_kind(cfg: RunConfig, kind: str) -> RunConfig:
@@ -148,17 +150,67 @@ def read_data(
         **{name: getattr(cfg, name) for name in shared},
     )
     dataset = load_dataset(request, tokenizer, masked=files.kind == "masked", guard=guard)
+    notes = (*files.notes, *getattr(tokenizer, "edgezo_notes", ()), *dataset.notes)
     splits = [PackedExamples.of(split) for split in (dataset.train, dataset.validation)]
-    largest = max(*dataset.label_ids, *(split.largest_id() for split in splits))
-    if largest >= files.shape.vocab:
-        raise EdgezoError(
-            f"the tokenizer of {files.path} gives the token {largest}, but the model has only "
-            f"{files.shape.vocab} words.\nThe two do not belong together: fetch the model again."
-        )
+    _check_tokens(dataset, splits, files, tokenizer)
     if files.shape.positions:  # a learned table: there is nothing beyond its end
         positions = files.shape.max_positions - files.position_offset
         _check_lengths(dataset, splits, positions, files.path)
-    return dataset
+    if dataset.generation is not None:
+        _check_writing(dataset, splits, files)
+        notes += _end_note(dataset.generation.most, files, tokenizer)
+    return replace(dataset, notes=notes)
+
+
+def _check_tokens(
+    dataset: Dataset, splits: Sequence[PackedExamples], files: ModelFiles, tokenizer: Any
+) -> None:
+    """EdgezoError for a token without a row in the embedding and the head, wherever a forward or a loss uses it."""
+    uses = {
+        "a label word": max(dataset.label_ids, default=0),
+        "a row": max(split.largest_id() for split in splits),
+    }
+    use, token = max(uses.items(), key=lambda item: item[1])
+    if token < files.shape.vocab:
+        return
+    text = tokenizer.convert_ids_to_tokens(token)
+    is_end = token in (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    raise EdgezoError(
+        f"the tokenizer of {files.path} gives the token {token} ({clip(repr(text), 60)}, in {use}), but the model "
+        f"has rows for {files.shape.vocab} tokens only.\n"
+        + (
+            "Name one of the model's tokens as eos_token in tokenizer_config.json, or resize the model's embedding."
+            if is_end
+            else "The two do not belong together: fetch the model again, or resize its embedding."
+        )
+    )
+
+
+def _check_writing(dataset: Dataset, splits: Sequence[PackedExamples], files: ModelFiles) -> None:
+    """UsageError where an answer would go from short to long rotary factors: keys that are kept have the old ones."""
+    assert dataset.generation is not None
+    switch, most = longrope_switch(files.config), dataset.generation.most
+    if switch is None:
+        return
+    prompts = [len(example.prompt) for split in splits for example in split]
+    crossing = [size for size in prompts if size <= switch < size + most - 1]
+    if crossing:
+        raise UsageError(
+            f"a prompt of {max(crossing)} tokens and its answer may have {max(crossing) + most}, and beyond {switch} "
+            f"tokens {files.path} turns all positions by other factors: give a smaller --max-length or "
+            f"--max-new-tokens, or prompts of more than {switch} tokens"
+        )
+
+
+def _end_note(most: int, files: ModelFiles, tokenizer: Any) -> tuple[str, ...]:
+    """A note where no token ends an answer."""
+    end = tokenizer.eos_token_id
+    if files.end_ids or (end is not None and end < files.shape.vocab):
+        return ()
+    return (
+        f"{files.path} names no token that ends a text, so every answer has {most} tokens: name one as eos_token in "
+        "tokenizer_config.json, or give --max-new-tokens",
+    )
 
 
 def _check_lengths(
@@ -178,12 +230,6 @@ def _check_lengths(
                 f"a prompt and its answer may have {longest} tokens, but {path} has only "
                 f"{positions} positions: give a smaller --max-length or --max-new-tokens"
             )
-
-
-def _end_ids(files: ModelFiles) -> list[int]:
-    """Tokens that end a text according to the model's configuration."""
-    ends = getattr(files.config, "eos_token_id", None)
-    return list(ends) if isinstance(ends, list) else [] if ends is None else [int(ends)]
 
 
 def header_of(opened: Opened, cfg: RunConfig) -> dict[str, Any]:

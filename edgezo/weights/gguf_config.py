@@ -80,7 +80,6 @@ _CONFIG = {
     "vocab_size": "vocab_size",
 }
 _REQUIRED = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
-_LLAMA_CONFIG = {"rope.dimension_count": "head_dim"} | _CONFIG  # an explicit key_length wins
 _SLIDING = {"attention.sliding_window": "sliding_window"}
 _SOFTCAP = {
     "attn_logit_softcapping": "attn_logit_softcapping",
@@ -95,13 +94,15 @@ _GPT2_CONFIG = {
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
 }
 _ARCHITECTURES = {
-    "llama": Architecture("llama", _NAMES, _LLAMA_CONFIG, permuted=True),
+    "llama": Architecture("llama", _NAMES, _CONFIG, permuted=True),
     "qwen2": Architecture("qwen2", _NAMES, _CONFIG),
     "qwen3": Architecture("qwen3", _NAMES, _CONFIG),
     "gemma2": Architecture(
         "gemma2", _GEMMA_NAMES, _CONFIG | _SLIDING | _SOFTCAP, norm_plus_one=True
     ),
-    "gemma3": Architecture("gemma3_text", _GEMMA_NAMES, _CONFIG | _SLIDING, norm_plus_one=True),
+    "gemma3": Architecture(
+        "gemma3_text", _GEMMA_NAMES, _CONFIG | _SLIDING | _SOFTCAP, norm_plus_one=True
+    ),
     "phi3": Architecture("phi3", _PHI3_NAMES, _CONFIG | _SLIDING),
     "gpt2": Architecture(
         "gpt2",
@@ -110,6 +111,11 @@ _ARCHITECTURES = {
         transposed=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
     ),
 }
+# Texts of tokens that end a turn or a text (llama.cpp knows the same ones by their texts).
+END_MARKS = frozenset(
+    "<|eot_id|> <|im_end|> <|end|> <|return|> <end_of_turn> <|endoftext|> <|eom_id|> <EOT> _<EOT> [EOT] [EOS] "
+    "<|end_of_text|> <end_of_utterance> <eos> </s> <\uff5cend\u2581of\u2581sentence\uff5c>".split()
+)
 # These say how positions are rotated: part of the config, not weights.
 IGNORED_TENSORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
 
@@ -127,36 +133,165 @@ def architecture_of(header: GgufHeader) -> Architecture:
 def gguf_config(header: GgufHeader) -> dict[str, Any]:
     """Keyword arguments of ``AutoConfig.for_model`` for the model in this file.
 
-    Raises EdgezoError where metadata and tensors disagree, or where rotary positions are scaled in a way that cannot
-    be taken over.
+    Raises EdgezoError where metadata and tensors disagree, and for what cannot be taken over: a way to scale rotary
+    positions, or a number with which another family computes.
     """
     arch = architecture_of(header)
+    _refuse_other_numbers(header)
     config: dict[str, Any] = {"model_type": arch.model_type}
     for key, target in arch.config.items():
-        if (value := _number(header, f"{header.architecture}.{key}")) is not None:
+        value = _number(header, f"{header.architecture}.{key}")
+        if value is not None and (value != 0 or target in _ZERO_IS_NONE):
             config[target] = value
     _check_sizes(header, arch, config)
     config["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
     config["tie_word_embeddings"] = "output.weight" not in header.tensors
-    if "num_attention_heads" in config and "head_dim" not in config:
-        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    if "num_attention_heads" in config:
+        _head_sizes(header, config)
     _check_heads(header, config)
     if "blk.0.attn_q.bias" in header.tensors and arch.model_type == "llama":
         config["attention_bias"] = True
     if (header.architecture, config.get("num_hidden_layers")) in (("gemma2", 46), ("gemma3", 62)):
         # The 27B models scale attention by the mean width of a head; no key of the file says so.
         config["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"]
-    for role in ("bos", "eos"):
-        config[f"{role}_token_id"] = _number(header, f"tokenizer.ggml.{role}_token_id")
-    config["pad_token_id"] = _number(header, "tokenizer.ggml.padding_token_id")
+    _window_layers(header, config)
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        value = token_id(header, f"tokenizer.ggml.{key}_token_id", config["vocab_size"])
+        config[f"{role}_token_id"] = value
     if arch.model_type != "gpt2":
         config["rope_parameters"] = _rope(header, config)
     return config
 
 
-def _number(header: GgufHeader, key: str, default: float | None = None) -> Any:
-    """A number of the metadata; ``default`` where it has none. Raises EdgezoError for something else."""
-    value = header.metadata.get(key, default)
+# 0 is none for these; for other sizes it is a size that the file does not state.
+_ZERO_IS_NONE = frozenset({"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"})
+
+
+def _head_sizes(header: GgufHeader, config: dict[str, Any]) -> None:
+    """Width of a head, number of key heads and the share of a head that is rotated, stated or not."""
+    heads = config["num_attention_heads"]
+    config.setdefault("num_key_value_heads", heads)
+    output = header.tensors.get("blk.0.attn_output.weight")
+    if "head_dim" not in config:
+        columns = config["hidden_size"] if output is None else output.shape[-1]
+        config["head_dim"] = columns // heads
+    width = config["head_dim"]
+    prefix = header.architecture
+    rotated = _number(header, f"{prefix}.rope.dimension_count") or width
+    if rotated != width:
+        if prefix != "phi3" or not 0 < rotated < width:
+            raise EdgezoError(
+                f"{header.path} rotates {rotated} of the {width} values of a head, which edgezo computes for phi3 "
+                "only. Use the safetensors checkpoint of this model."
+            )
+        config["partial_rotary_factor"] = rotated / width
+    values = _number(header, f"{prefix}.attention.value_length") or width
+    if values != width:
+        raise EdgezoError(
+            f"{header.path} has heads of {width} values for keys and {values} for values, which edgezo does not "
+            "compute. Use the safetensors checkpoint of this model."
+        )
+
+
+def _window_layers(header: GgufHeader, config: dict[str, Any]) -> None:
+    """Which layers have the window, where the file says so: each layer, or all but every n-th."""
+    key = f"{header.architecture}.attention.sliding_window_pattern"
+    pattern, layers = header.metadata.get(key), config.get("num_hidden_layers", 0)
+    if isinstance(pattern, int) and not isinstance(pattern, bool) and pattern > 0:
+        pattern = [bool((layer + 1) % pattern) for layer in range(layers)]
+    if isinstance(pattern, list) and len(pattern) == layers and "gemma" in header.architecture:
+        kinds = ("full_attention", "sliding_attention")
+        config["layer_types"] = [kinds[bool(windowed)] for windowed in pattern]
+
+
+# Keys with numbers that other architectures compute with -> the numbers that change nothing.
+_OTHER_NUMBERS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("logit_scale", "residual_scale", "embedding_scale"), (0, 1)),
+    **dict.fromkeys(("attention.scale", "attention.clamp_kqv", "attention.max_alibi_bias"), (0,)),
+    **dict.fromkeys(("expert_count", "expert_used_count", "leading_dense_block_count"), (0,)),
+    "attention.causal": (True, 1),
+    "use_parallel_residual": (False, 0),
+    "rope.scaling.attn_factor": (0, 1),
+    **dict.fromkeys(("router_logit_softcapping", "attention.temperature_scale"), (0,)),
+}
+# Keys that change nothing in what is computed, or that this module and gguf_file.py read.
+_READ_KEYS = frozenset(
+    "rope.freq_base rope.freq_base_swa rope.dimension_count rope.scaling.type rope.scaling.factor rope.scale_linear "
+    "rope.scaling.original_context_length rope.scaling.finetuned attention.key_length attention.value_length "
+    "attention.sliding_window attention.sliding_window_pattern attention.key_length_swa attention.value_length_swa "
+    "rope.dimension_count_swa attention.group_norm_epsilon vocab_size tensor_data_layout "
+    "attention.layer_norm_epsilon attention.layer_norm_rms_epsilon pooling_type n_ctx".split()
+)
+
+
+def _refuse_other_numbers(header: GgufHeader) -> None:
+    """EdgezoError for a number in the metadata with which this architecture does not compute here."""
+    for key, neutral in _OTHER_NUMBERS.items():
+        value = header.metadata.get(f"{header.architecture}.{key}")
+        if value is None or value in neutral:
+            continue
+        raise EdgezoError(
+            f"{header.path} sets {header.architecture}.{key} to {clip(repr(value), 60)}, with which edgezo does not "
+            "compute: the model would be another one. Use the safetensors checkpoint of this model."
+        )
+
+
+def metadata_notes(header: GgufHeader) -> list[str]:
+    """A note on keys of the architecture that are not read."""
+    prefix = f"{header.architecture}."
+    arch = architecture_of(header)
+    read = _READ_KEYS | _OTHER_NUMBERS.keys() | arch.config.keys()
+    unread = [
+        key
+        for key, value in header.metadata.items()
+        if key.startswith(prefix) and key.removeprefix(prefix) not in read and value not in (0, "")
+    ]
+    if not unread:
+        return []
+    listed = ", ".join(clip(key, 60) for key in unread[:4]) + (", ..." if len(unread) > 4 else "")
+    return [
+        f"{header.path} states what edgezo does not read ({listed}): if it changes what the model computes, "
+        "use the safetensors checkpoint of this model"
+    ]
+
+
+def token_id(header: GgufHeader, key: str, count: int) -> int | None:
+    """A token by a key of the metadata; None where there is none, which is also written as -1 or a number too large."""
+    value = header.metadata.get(key)
+    return value if type(value) is int and 0 <= value < count else None
+
+
+def gguf_end_ids(header: GgufHeader) -> set[int]:
+    """Tokens that end a text or a turn: by the metadata, and by their texts."""
+    tokens = header.texts("tokenizer.ggml.tokens")
+    stated = {
+        token_id(header, f"tokenizer.ggml.{role}_token_id", len(tokens))
+        for role in ("eos", "eot", "eom")
+    }
+    by_text = {number for number, text in enumerate(tokens) if text in END_MARKS}
+    return by_text | {number for number in stated if number is not None}
+
+
+# Keys that may have a number for each layer.
+_OF_EACH_LAYER = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+
+
+def head_count(header: GgufHeader, keys: bool) -> int:
+    """Attention heads, or with ``keys`` those of keys and values; 0 where the metadata has no such number."""
+    prefix = f"{header.architecture}.attention.head_count"
+    heads = _number(header, prefix)
+    count = (_number(header, f"{prefix}_kv") or heads) if keys else heads
+    return count if type(count) is int else 0
+
+
+def _number(header: GgufHeader, key: str) -> Any:
+    """A number of the metadata, or the one number of a list of equal ones; None where it has none.
+
+    Raises EdgezoError for something else.
+    """
+    value = header.metadata.get(key)
+    if key.endswith(_OF_EACH_LAYER) and isinstance(value, list) and value:
+        value = value[0] if all(v == value[0] for v in value) else value
     if value is None or (type(value) in (int, float) and math.isfinite(value)):
         return value
     raise EdgezoError(
@@ -195,20 +330,26 @@ def _check_heads(header: GgufHeader, config: dict[str, Any]) -> None:
 
 def _rope(header: GgufHeader, config: dict[str, Any]) -> dict[str, Any]:
     """``rope_parameters`` of the config. Raises EdgezoError for a scaling that a GGUF does not fully describe."""
-    theta = float(_number(header, f"{header.architecture}.rope.freq_base", 10000.0))
-    scaling = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
+    prefix = f"{header.architecture}.rope"
+    theta = float(_number(header, f"{prefix}.freq_base") or 10000.0)
+    # As llama.cpp has it: a factor without a type scales linearly, and 0 is no factor.
+    stated = _number(header, f"{prefix}.scaling.factor") or _number(
+        header, f"{prefix}.scale_linear"
+    )
+    factor = float(stated or 1.0)
+    scaling = header.metadata.get(f"{prefix}.scaling.type") or "linear"
     if scaling not in ("none", "linear") or "rope_factors_long.weight" in header.tensors:
         raise EdgezoError(
             f"{header.path} scales its rotary positions ({clip(str(scaling), 60)}), which edgezo cannot take "
             "from a GGUF. Use the safetensors checkpoint of this model."
         )
     plain: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
-    if scaling == "linear":
-        factor = float(_number(header, f"{header.architecture}.rope.scaling.factor", 1.0))
+    if scaling == "linear" and factor != 1.0:
         plain = {"rope_type": "linear", "rope_theta": theta, "factor": factor}
     if header.architecture == "gemma3":
-        # llama.cpp states one base; the sliding layers of every Gemma 3 use this one, unscaled.
-        local = {"rope_type": "default", "rope_theta": 10000.0}
+        # Older files state one base; the sliding layers of every Gemma 3 use this one, unscaled.
+        local_base = float(_number(header, f"{prefix}.freq_base_swa") or 10000.0)
+        local = {"rope_type": "default", "rope_theta": local_base}
         return {"full_attention": plain, "sliding_attention": local}
     if "rope_freqs.weight" in header.tensors:
         return _llama3_rope(header, theta, config["head_dim"])
@@ -246,5 +387,5 @@ def _read_plain(header: GgufHeader, name: str) -> Tensor:
     if tensor.type not in PLAIN_DTYPES:
         raise EdgezoError(f"{header.path}: {name} is quantised, which no converter does.")
     raw = bytearray(tensor.size_bytes)
-    read_into(header.path, tensor.offset, memoryview(raw), name)
+    read_into(tensor.file, tensor.offset, memoryview(raw), name)
     return torch.frombuffer(raw, dtype=PLAIN_DTYPES[tensor.type]).view(tensor.shape)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from edgezo.errors import EdgezoError
 from edgezo.machine.foreign import clip
-from edgezo.weights.gguf_config import IGNORED_TENSORS, Architecture, architecture_of
+from edgezo.weights.gguf_config import IGNORED_TENSORS, Architecture, architecture_of, head_count
 from edgezo.weights.gguf_header import PLAIN_DTYPES, GgufTensor, read_header
 from edgezo.weights.safetensors_file import (
     PIECE_ELEMENTS,
@@ -41,7 +41,7 @@ class _Arrangement:
 
 
 class GgufSource:
-    """The tensors of a GGUF file (a ``TensorSource``): F32, F16 and BF16 as stored, blocks as fp32.
+    """The tensors of a GGUF file, or of its parts (a ``TensorSource``): F32, F16 and BF16 as stored, blocks as fp32.
 
     ``piece_elements``: how many values are decoded at a time. Raises EdgezoError for a file that is damaged, or holds
     an architecture or a tensor that edgezo does not know.
@@ -69,15 +69,11 @@ class GgufSource:
 
     def _arrangement(self, arch: Architecture, stem: str, tensor: GgufTensor) -> _Arrangement:
         if arch.permuted and stem in ("attn_q", "attn_k"):
-            key = "attention.head_count" + ("_kv" if stem == "attn_k" else "")
-            prefix = self.header.architecture
-            heads = self.header.metadata.get(
-                f"{prefix}.{key}", self.header.metadata.get(f"{prefix}.attention.head_count")
-            )
-            if type(heads) is not int or heads < 1 or tensor.shape[0] % (2 * heads):
+            heads = head_count(self.header, keys=stem == "attn_k")
+            if heads < 1 or tensor.shape[0] % (2 * heads):
                 raise EdgezoError(
                     f"{self.header.path}: {tensor.name} has {tensor.shape[0]} rows, which do not "
-                    f"split into {clip(str(heads), 60)} heads of even width."
+                    f"split into {heads} heads of even width."
                 )
             return _Arrangement(heads=heads)
         return _Arrangement(
@@ -91,7 +87,7 @@ class GgufSource:
 
     @property
     def files(self) -> list[Path]:
-        return [self.header.path]
+        return list(self.header.parts)
 
     def shape(self, name: str) -> tuple[int, ...]:
         shape = self._tensors[name].shape
@@ -127,14 +123,13 @@ class GgufSource:
                 values = values.float() - 1.0
             place = slice(first, last) if order is None else order[first:last]
             grid[place] = values.to(out.dtype)
-        check_finite(out, name, self.header.path)
+        check_finite(out, name, tensor.file)
         return out
 
     def same_bytes(self, first: str, second: str) -> bool:
         a, b = self._tensors[first], self._tensors[second]
-        path = self.header.path
         return (a.type, a.shape) == (b.type, b.shape) and equal_ranges(
-            path, a.offset, path, b.offset, a.size_bytes
+            a.file, a.offset, b.file, b.offset, a.size_bytes
         )
 
     def _rows(self, tensor: GgufTensor) -> Iterator[tuple[int, int, Tensor]]:
@@ -145,7 +140,7 @@ class GgufSource:
         for first, last in spans(total, len(raw) // row_bytes):
             piece = memoryview(raw)[: (last - first) * row_bytes]
             offset = tensor.offset + first * row_bytes
-            read_into(self.header.path, offset, piece, f"tensor {tensor.name!r}")
+            read_into(tensor.file, offset, piece, f"tensor {tensor.name!r}")
             if tensor.type in PLAIN_DTYPES:
                 rows = torch.frombuffer(piece, dtype=PLAIN_DTYPES[tensor.type])
             else:

@@ -20,7 +20,9 @@ from edgezo.machine.foreign import (
     parse_json,
     read_json,
     reading,
+    refuse_stand_in,
 )
+from edgezo.weights.file_kinds import folder_advice, refuse_foreign_codes
 
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -83,6 +85,7 @@ class SafetensorsSource:
                         f"Tensor {clip(name, 60)!r} is in both {other} and {file.name}."
                     )
                 self._entries[name] = entry
+        refuse_foreign_codes(self._entries, directory)
         missing = sorted(_indexed_names(directory) - set(self._entries))
         if missing:
             raise EdgezoError(
@@ -147,15 +150,10 @@ def _weight_files(directory: Path) -> list[Path]:
                 f"({', '.join(absent[:3])}). Fetch it again."
             )
         return shards
-    pickled = sorted(p.name for p in directory.glob("*.bin")) + sorted(
-        p.name for p in directory.glob("*.pt*")
+    raise EdgezoError(
+        f"{directory} holds no model.safetensors and no safetensors index, and edgezo loads no pickled weights: "
+        f"they can run code.{folder_advice(directory)}"
     )
-    if pickled:
-        raise EdgezoError(
-            f"{directory} holds only pickled weights ({pickled[0]}), which edgezo never loads: "
-            "they can run code. Convert them to safetensors first."
-        )
-    raise EdgezoError(f"{directory} holds no model.safetensors and no safetensors index.")
 
 
 def _index(directory: Path) -> dict[str, str]:
@@ -180,6 +178,7 @@ def _indexed_names(directory: Path) -> set[str]:
 def _read_safetensors_header(file: Path) -> dict[str, _Entry]:
     """The tensors of one file. Raises EdgezoError unless every byte after the header belongs to exactly one of them."""
     with reading(file), open(file, "rb") as stream:
+        refuse_stand_in(file)
         size = os.fstat(stream.fileno()).st_size
         if size < 8:
             raise EdgezoError(f"{file} has {size} bytes, too few for safetensors. {FETCH_AGAIN}")
@@ -225,9 +224,10 @@ def _safetensors_entry(
     what = f"tensor {clip(name, 60)!r}"
     dtype = _SAFETENSORS_DTYPES.get(str(fields["dtype"]))
     if dtype is None:
-        raise ValueError(
-            f"{what} has dtype {clip(str(fields['dtype']), 20)!r}; edgezo reads "
-            + ", ".join(_SAFETENSORS_DTYPES)
+        raise EdgezoError(
+            f"{file}: {what} is stored as {clip(str(fields['dtype']), 20)}, which edgezo does not read: "
+            "it holds codes of a quantised model. Give its checkpoint in bf16, fp16 or fp32, which --precision "
+            "quantises while it loads, or a GGUF file."
         )
     shape, offsets = fields["shape"], fields["data_offsets"]
     numbers = [*shape, *offsets]

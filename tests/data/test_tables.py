@@ -98,7 +98,7 @@ def test_a_cell_that_goes_on_and_on_is_bounded_by_the_cap(tmp_path: Path) -> Non
     path.write_text('text,label\n"not closed\n' + "word word word\n" * 200_000)
     guard = Guard(20 * MB, 16 * MB, rss=lambda: 10 * MB, trim=lambda: None)
     with pytest.raises(BudgetExceeded, match=r"rows\.csv"):
-        read_records(path, Problems(), guard)
+        list(read_records(path, Problems(), guard))
 
 
 @pytest.mark.parametrize(
