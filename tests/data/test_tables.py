@@ -33,7 +33,7 @@ TABLE = 'text,label\na film,0\n"one, ""two""; three",1\n'
 def rows_of(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of a file, and what is said of them."""
     faults = Problems()
-    records = read_records(path, faults)
+    records = list(read_records(path, faults))
     faults.raise_any()
     return [dict(record.fields) for record in records], faults.remarks.lines()
 
