@@ -76,6 +76,7 @@ class Dataset:
             if writes
             else 0,
             examples=len(self.train),
+            evaluations=len(self.validation),
         )
 
 

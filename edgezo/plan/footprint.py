@@ -6,7 +6,6 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
-from edgezo.data.token_stats import KEPT_LENGTHS
 from edgezo.machine.limits import (
     EVAL_TOKENS,
     GUARD_MARGIN_BYTES,
@@ -93,7 +92,7 @@ class Footprint(StoredFootprint):
     def items(self, precision: str, micro_batch: int, on_disk: int = 0) -> tuple[Item, ...]:
         """Every item, with the last ``on_disk`` blocks on disk, and then the tables too."""
         compute_bytes = self.compute_bytes(precision)
-        return (
+        items = (
             self._base(),
             *self._weights(precision, on_disk),
             *self._trained(compute_bytes),
@@ -108,6 +107,7 @@ class Footprint(StoredFootprint):
             self._update(precision, micro_batch, compute_bytes, on_disk),
             *(i for i in self._of_parts(compute_bytes) if i.phase != "always"),
         )
+        return (*items, *self._reading(items))
 
     def _code(self, precision: str) -> Item:
         size = LIBRARY_BYTES + PANEL_BYTES * max(m.d_out for m in self.shape.kinds)
@@ -152,7 +152,7 @@ class Footprint(StoredFootprint):
 
         ``most``: tokens of one side in a piece, where micro-batches are split into pieces.
         """
-        evaluating = max(min(EVAL_TOKENS, self.tokens.longest(KEPT_LENGTHS)), self.tokens.evaluated)
+        evaluating = self.tokens.evaluated_at_once(EVAL_TOKENS)
         return max(self.sides * self.tokens.at_once(micro_batch, most), evaluating)
 
     def _tokens_at_once(self, precision: str, micro_batch: int) -> int:
@@ -277,7 +277,10 @@ class Footprint(StoredFootprint):
         tokens, most = self.tokens, self.tokens.written
         if not most:
             return []
-        kept = max(self.kept_tokens, tokens.evaluated_prompt + most)
+        a_row = tokens.evaluated_prompt + most
+        kept = max(self.kept_tokens, a_row)
+        if tokens.evaluations:
+            kept = min(kept, tokens.evaluations * a_row)
         what = "of an evaluation"
         training = self.sides * micro_batch * (tokens.prompt + most)
         if self.cfg.objective != LOSS and training > kept:

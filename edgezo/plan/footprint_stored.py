@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from edgezo.data.token_stats import TokenStats
-from edgezo.machine.limits import PAGE_BYTES, QUANTISE_BYTES, READOUT_BLOCKS, SLOTS, TILE_BYTES
+from edgezo.machine.limits import (
+    GUARD_MARGIN_BYTES,
+    PAGE_BYTES,
+    QUANTISE_BYTES,
+    READOUT_BLOCKS,
+    SLOTS,
+    TILE_BYTES,
+)
 from edgezo.plan.calibration import (
     ADAPTER_COPIES,
     BASE_BYTES,
@@ -19,6 +26,7 @@ from edgezo.plan.calibration import (
     READ_PIECE_BYTES,
     TOKENIZER_BYTES_PER_WORD,
     Item,
+    phase_bytes,
 )
 from edgezo.plan.config import Batched, RunConfig
 from edgezo.plan.conflicts import cannot_requantise
@@ -65,6 +73,7 @@ class StoredFootprint:
     bf16_fast: bool
     c_kernels: bool
     base_bytes: int | None  # the process as measured; None: BASE_BYTES
+    read_peak_bytes: int = 0  # its peak until then, as measured; 0: not known
 
     elsewhere: ClassVar[str] = "disk"  # where blocks are that do not stay in memory
 
@@ -112,6 +121,14 @@ class StoredFootprint:
         size = BASE_BYTES + max(0, words - BASE_VOCAB) * TOKENIZER_BYTES_PER_WORD
         reason = f"Python, PyTorch, transformers, a tokenizer of {words:,} words"
         return Item("base process", size, reason)
+
+    def _reading(self, items: Sequence[Item]) -> list[Item]:
+        """What reading has taken more than the permanent ``items`` do, most of which came later."""
+        more = self.read_peak_bytes + GUARD_MARGIN_BYTES - phase_bytes(items, "read")
+        if not self.read_peak_bytes or more <= 0:
+            return []
+        reason = "rows were read and tokenised before anything else: more than all that stays takes"
+        return [Item("reading", more, reason, "read")]
 
     def _weights(self, precision: str, on_disk: int) -> list[Item]:
         shape = self.shape
@@ -239,26 +256,39 @@ class StoredFootprint:
 
     def _load(self, precision: str, on_disk: int) -> Item:
         if on_disk:
+            # One slot is in use while blocks are written, and none while tables are.
             reason = "rows of a table or a matrix of a block: read, converted and written"
-            size = max(TILE_BYTES, self._staged_bytes(precision))
+            slot = self.block_bytes(precision)
+            size = max(TILE_BYTES - SLOTS * slot, self._staged_bytes(precision) - slot, 0)
             return Item("load staging", size, reason, "load")
         if precision not in QUANTIZED:
             reason = "a piece of one tensor that is being read"
             return Item("load staging", READ_PIECE_BYTES, reason, "load")
-        # Codes are made from fp32, a tile with its copies (QUANTISE_BYTES) at a time; tables are read so.
+        return self._quantising(precision)
+
+    def _quantising(self, precision: str) -> Item:
+        """A matrix in fp32 and a tile being quantised, less the weights that are read after it: largest come first."""
+        largest_first = sorted(self.shape.modules, key=lambda m: -m.numel)
+        size = later = 0
+        for matrix in reversed(largest_first):
+            tile = min(TILE_BYTES, QUANTISE_BYTES * matrix.numel)
+            size = max(size, 4 * matrix.numel + tile - later)
+            later += self.shape.layers * matrix.stored_bytes(precision)
+        if not self.shape.tied:  # the head is read last, a tile at a time
+            size = max(size - self.shape.tables[1].stored_bytes("int8"), TILE_BYTES)
         reason = "one matrix in fp32 beside its codes, and a tile being quantised"
-        return Item("load staging", self._largest_base() + TILE_BYTES, reason, "load")
+        return Item("load staging", size, reason, "load")
 
     def _staged_bytes(self, precision: str) -> int:
         """One matrix as it is in the base, beside the form in which a block on disk has it."""
-        largest = max(m.numel for m in self.shape.kinds)
+        largest = max(m.numel for m in (*self.shape.modules, *self.shape.outside))
         if precision in QUANTIZED:  # in fp32 beside its codes, and a tile being quantised
             return 5 * largest + min(TILE_BYTES, QUANTISE_BYTES * largest)
         return largest * (BYTES_PER_WEIGHT[precision] + 1)
 
     def _largest_base(self) -> int:
         """Bytes of the largest matrix of a block as a checkpoint has it: fp32 at most."""
-        return 4 * max(m.numel for m in self.shape.kinds)
+        return 4 * max(m.numel for m in (*self.shape.modules, *self.shape.outside))
 
 
 # ---------------------------------------------------------------------------------------------

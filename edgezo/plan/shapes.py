@@ -162,6 +162,16 @@ class ModelShape(NamedShape):
         return tuple(MatrixShape(*matrix) for matrix in self.layer_matrices)
 
     @cached_property
+    def modules(self) -> tuple[MatrixShape, ...]:
+        """The matrices of one block as checkpoints may have them: q, k and v in one, gate and up in one."""
+        fused = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+        rows: dict[tuple[str, int], int] = {}
+        for matrix in self.block:
+            name = fused.get(matrix.name, matrix.name), matrix.d_in
+            rows[name] = rows.get(name, 0) + matrix.d_out
+        return tuple(MatrixShape(name, d_out, d_in) for (name, d_in), d_out in rows.items())
+
+    @cached_property
     def outside(self) -> tuple[MatrixShape, ...]:
         """Linears outside the blocks (OPT's and RoBERTa's)."""
         width, hidden = self.embed_width, self.hidden

@@ -25,6 +25,7 @@ from edgezo.machine.process_memory import (
     allocator_reuse,
     check_cap_kept,
     malloc_trim,
+    peak_rss_bytes,
 )
 from edgezo.machine.profiler import phase
 from edgezo.network import cards, loader
@@ -59,6 +60,7 @@ class Opened:
     finetuner: Finetuner | None = None  # with --mask block, for training
     judge: Judge | None = None  # where predictions are written or scored
     peak_before_bytes: int = 0  # of this process's memory, before it began to read
+    read_peak_bytes: int = 0  # and until all was read; 0: not higher than before
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,9 @@ def open_request(cfg: RunConfig) -> Opened:
     cfg = _for_kind(cfg, dataset.kind)
     judge = _judge_of(cfg, files, tokenizer, dataset)
     malloc_trim()  # memory that parsing has freed is no part of the process that a plan starts from
-    peak_before_bytes = guard.peak_before_bytes
-    return Opened(cfg, files, tokenizer, dataset, judge=judge, peak_before_bytes=peak_before_bytes)
+    before_bytes, peak_bytes = guard.peak_before_bytes, peak_rss_bytes()
+    read_bytes = peak_bytes if peak_bytes > before_bytes else 0
+    return Opened(cfg, files, tokenizer, dataset, None, judge, before_bytes, read_bytes)
 
 
 def ram_cap_bytes(cfg: RunConfig, machine: Machine) -> int:
@@ -207,6 +210,7 @@ def settle(opened: Opened, machine: Machine, base_bytes: int, correction_bytes: 
         machine,
         opened.dataset.token_stats(),
         base_bytes=base_bytes,
+        read_peak_bytes=opened.read_peak_bytes,
         correction_bytes=correction_bytes,
     )
     return Planned(opened, plan.settle(opened.cfg), plan)
