@@ -7,8 +7,8 @@ Needs the right to make control groups (version 1 or 2), as root has it. A cap i
 plan names and 4 GB, its logarithm uniformly, so that many are tight. Each request (estimator, precision, what is
 trained, where blocks are, kind and length of rows) comes as often as any other. Each run must end with exit code 0, no
 kill by the kernel, no swap, and a peak within its plan and the cap. With a cap below the smallest, the exit code must
-be 3 every time. With --layers the model has so many blocks and random weights, which is faster; with --data-root
-built-in tasks are trained on too.
+be 3 every time. Finished runs are kept. With --layers the model has so many blocks and random weights, which is faster;
+with --data-root built-in tasks are trained on too.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ OF_DATA_ROOT = [
     Request("sst2", 512, []),
     Request("boolq", 512, ["--batch-size", "4"]),
     Request("copa", 128, ["--estimator", "lora"]),
-    Request("squad", 256, ["--batch-size", "4", "--max-new-tokens", "8", "--precision", "int4"]),
+    Request("squad", 200, ["--batch-size", "4", "--max-new-tokens", "8", "--precision", "int4"]),
     Request("gsm8k", 128, ["--batch-size", "4", "--max-new-tokens", "8", *DISK]),
 ]
 
@@ -131,8 +131,8 @@ def words_of(request: Request, args: argparse.Namespace) -> list[str]:
 
 
 def smallest_mb(words: list[str]) -> int:
-    """The smallest cap for these options, in MB, which a plan names when the cap is too small."""
-    done = run(["finetune", *words, "--dry-run", "--json", "--max-mem", "100MB"], None)
+    """The smallest cap for these options, in MB, which every plan names."""
+    done = run(["finetune", *words, "--dry-run", "--json", "--max-mem", "20GB"], None)
     return -(-int(json.loads(done.stdout)["smallest_bytes"]) // 10**6)
 
 
@@ -158,6 +158,31 @@ def tried(
     return line
 
 
+def run_all(args: argparse.Namespace, file: Path, lines: list[dict[str, Any]]) -> None:
+    """Try every cap that ``lines`` does not have."""
+    draw = random.Random(args.seed)
+    requests = [*REQUESTS, *(OF_DATA_ROOT if args.data_root else [])]
+    draw.shuffle(requests)
+    least: dict[int, int] = {}
+    for number in range(args.caps + args.below):
+        fits, which = number < args.caps, number % len(requests)
+        share, below_mb = draw.random(), draw.randint(1, 5)
+        if number < len(lines):
+            continue
+        request = requests[which]
+        words = words_of(request, args)
+        least[which] = least.get(which) or smallest_mb(words)
+        cap_mb = least[which] - below_mb
+        if fits:
+            cap_mb = int(least[which] * (LARGEST_BYTES / 1e6 / least[which]) ** share) + 1
+        name = {"rows": request.rows, "tokens": request.tokens}
+        line = name | {"options": " ".join(request.options), "least_mb": least[which]}
+        out = args.out / f"run-{args.seed}-{number}"
+        lines.append(line | tried(words, cap_mb, fits, out, args))
+        file.write_text("[\n" + ",\n".join(map(json.dumps, lines)) + "\n]\n")
+        print(json.dumps(lines[-1]), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -171,29 +196,13 @@ def main() -> None:
     parser.add_argument("more", nargs="*")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    draw, lines = random.Random(args.seed), []
-    requests = [*REQUESTS, *(OF_DATA_ROOT if args.data_root else [])]
-    draw.shuffle(requests)
-    for number in range(args.caps + args.below):
-        fits, request = number < args.caps, requests[number % len(requests)]
-        words = words_of(request, args)
-        least = smallest_mb(words)
-        cap_mb = least - draw.randint(1, 5)
-        if fits:
-            cap_mb = int(least * (LARGEST_BYTES / 1e6 / least) ** draw.random())
-        asked = {
-            "rows": request.rows,
-            "tokens": request.tokens,
-            "options": " ".join(request.options),
-        }
-        line = asked | tried(words, cap_mb, fits, args.out / f"run-{args.seed}-{number}", args)
-        lines.append(line | {"least_mb": least})
-        print(json.dumps(lines[-1]), flush=True)
+    file = args.out / f"caps-{args.seed}.json"
+    lines = json.loads(file.read_text()) if file.exists() else []
+    run_all(args, file, lines)
     kept = sum(line["kept"] for line in lines)
     print(
         f"{kept} of {len(lines)} as they should be: {args.caps} caps that fit, {args.below} below the smallest"
     )
-    (args.out / f"caps-{args.seed}.json").write_text(json.dumps(lines, indent=1))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ def _qwen3(c: Any) -> dict[str, Any]:
 
 def _gemma2(c: Any) -> dict[str, Any]:
     bias = c.attention_bias
-    return {"qkv_bias": bias, "o_bias": bias, "norm": "rms+1", "layer_norms": 4}
+    norms = {"norm": "rms+1", "layer_norms": 4}
+    return {"qkv_bias": bias, "o_bias": bias, **norms, "softcap": bool(c.attn_logit_softcapping)}
 
 
 def _gemma3(c: Any) -> dict[str, Any]:
@@ -63,7 +64,12 @@ def _gpt2(c: Any) -> dict[str, Any]:
         "intermediate": c.n_inner or 4 * c.n_embd,
         "positions": c.n_positions,
         **_ALL_BIASES,
+        "fused": True,
     }
+
+
+def _phi3(c: Any) -> dict[str, Any]:
+    return {"fused": True}
 
 
 def _opt(c: Any) -> dict[str, Any]:
@@ -119,7 +125,7 @@ FAMILIES: dict[str, _Family] = {
     "gemma3_text": _Family("causal", _gemma3),
     "opt": _Family("causal", _opt),
     "gpt2": _Family("causal", _gpt2),
-    "phi3": _Family("causal", _plain),
+    "phi3": _Family("causal", _phi3),
     "roberta": _Family("masked", _roberta),
 }
 

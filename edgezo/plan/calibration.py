@@ -2,7 +2,7 @@
 
 An ``Item`` is a name, bytes and the reason. Items of one phase do not add up with those of another:
 
-    peak = sum(always) + max(sum(read), sum(load), sum(forward), sum(update), sum(fit))
+    peak = sum(always) + max(sum(read), sum(load), sum(compute) + max(sum(forward), sum(update), sum(fit)))
 
 A "calibrated" coefficient is set against a measured peak: VmHWM on a CPU, the allocator's reserved bytes on a GPU.
 Standard library only.
@@ -18,21 +18,30 @@ from edgezo.machine.limits import MB
 
 ACTIVATIONS = "activations"  # the item's name
 PHASES = ("read", "load", "forward", "update", "fit")
+BEFORE_COMPUTING = (
+    "read",
+    "load",
+)  # phases without what the first computation brings, and what then stays
+COMPUTE = "compute"
 
 # ---------------------------------------------------------------------------------------------
 # The process
 
 # Python, PyTorch, transformers and a tokenizer, imported and idle (calibrated).
-BASE_BYTES = 380 * MB
+BASE_BYTES = 395 * MB
 # What each word of a vocabulary above BASE_VOCAB adds to that (calibrated).
 TOKENIZER_BYTES_PER_WORD = 500
 BASE_VOCAB = 50_000
 # Freed blocks below the mmap threshold stay in the heap (calibrated).
 SLACK_BYTES = 4 * MB
-# The model's class and what the first forward touches, and quanto where it quantises. They are imported after the base
-# process has been measured (calibrated).
-LIBRARY_BYTES = 24 * MB
+# The model's modules and what loading touches, and quanto where it quantises. They come after the base process has been
+# measured (calibrated).
+LIBRARY_BYTES = 15 * MB
 QUANTO_BYTES = 4 * MB
+# Code and buffers of the libraries that the first computation touches (calibrated).
+FIRST_STEP_BYTES = 9 * MB
+# More of it where products are computed in fp32; the kernels of bf16 products are counted one by one (calibrated).
+FP32_STEP_BYTES = 5 * MB
 # Panels that the matrix library packs, for each column of the widest product (calibrated).
 PANEL_BYTES = 2800
 # Code that the matrix library compiles for one shape of a bf16 product: 0.63 MB measured with AVX-512 BF16.
@@ -65,16 +74,19 @@ NETWORK = 449
 # ---------------------------------------------------------------------------------------------
 # A forward
 
-# Expanded rows of the head, a chunk of their logits in the compute dtype, and in fp32, where the error takes its place.
-LOGITS_BYTES = 24 << 20
 # Of a token: its embedding, the block's input, the residual after attention, its norm.
 HIDDEN_COPIES = 4
-# Activation of the gate, up, their product; without a gate the temporaries of a GELU.
+# Activation of the gate, up, their product; without a gate the temporaries of a GELU. Where gate and up are one matrix,
+# its product stays beside the activation and the product. A C kernel leaves act(gate) * up in the place of up.
 MLP_COPIES = {True: 3, False: 4}
+FUSED_MLP_COPIES, KERNEL_MLP_COPIES = 4, 2
 # Queries rotated, in rows, the result in rows, packed again, and as attention returns it.
 QUERY_COPIES = 5
 # Keys and values, rotated, in rows, and the temporaries of the rotation.
 KEY_COPIES = 6
+# The C kernels rotate in place and attend to rows where they lie: queries, their norm, the result; keys and values, and
+# a norm.
+KERNEL_QUERY_COPIES, KERNEL_KEY_COPIES = 3, 3
 # Share of what attention takes that stays in the heap beside the temporaries of the MLP (calibrated).
 HEAP_SHARE = 0.6
 # In pieces of fewer tokens too much of a forward would go into making fp32 of weights.
@@ -127,15 +139,16 @@ class Item:
     name: str
     bytes: int
     reason: str
-    phase: str = "always"  # or one of PHASES
+    phase: str = "always"  # or COMPUTE, or one of PHASES
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "bytes": self.bytes, "reason": self.reason, "phase": self.phase}
 
 
 def phase_bytes(items: Sequence[Item], phase: str) -> int:
-    """What a run takes while ``phase`` lasts, the permanent items included."""
-    return sum(item.bytes for item in items if item.phase in ("always", phase))
+    """What a run takes while ``phase`` lasts, the permanent items included; "always": those of a run that computes."""
+    phases = ("always", phase) if phase in BEFORE_COMPUTING else ("always", COMPUTE, phase)
+    return sum(item.bytes for item in items if item.phase in phases)
 
 
 def peak_bytes(items: Sequence[Item]) -> int:

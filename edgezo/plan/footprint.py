@@ -5,10 +5,12 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import NamedTuple
 
 from edgezo.machine.limits import (
     EVAL_TOKENS,
     GUARD_MARGIN_BYTES,
+    LOGITS_BYTES,
     PRODUCT_ROWS,
     REUSED_BYTES,
     THIN,
@@ -18,14 +20,20 @@ from edgezo.plan.calibration import (
     ACTIVATIONS,
     ATTENDING_TOKENS,
     CODES_UPDATE_TILES,
+    COMPUTE,
     EVAL_KEPT_TOKENS,
+    FIRST_STEP_BYTES,
+    FP32_STEP_BYTES,
+    FUSED_MLP_COPIES,
     HEAP_SHARE,
     HIDDEN_COPIES,
     KERNEL_BYTES,
+    KERNEL_KEY_COPIES,
+    KERNEL_MLP_COPIES,
+    KERNEL_QUERY_COPIES,
     KEY_COPIES,
     LEAST_PIECE_TOKENS,
     LIBRARY_BYTES,
-    LOGITS_BYTES,
     MLP_COPIES,
     MOST_KEPT_TOKENS,
     PANEL_BYTES,
@@ -43,6 +51,20 @@ from edgezo.plan.fields import LOSS, QUANTIZED
 from edgezo.plan.footprint_stored import StoredFootprint, rounding_of
 from edgezo.plan.shapes import BYTES_PER_WEIGHT, MatrixShape
 from edgezo.zo.presets import DIRECTIONS, MASKS, RULES
+
+
+def _numbers_of_rows(n: int) -> int:
+    """Numbers of rows that bf16 products over up to ``n`` rows are computed in (machine/matmul.py)."""
+    return bisect_left(PRODUCT_ROWS, min(n, PRODUCT_ROWS[-1])) + 1
+
+
+class BlockCopies(NamedTuple):
+    """How many temporaries a block has at once, by their width."""
+
+    mlp: int
+    queries: int
+    keys: int
+    in_rows: bool  # attention pads its rows to one length
 
 
 @dataclass(frozen=True)
@@ -97,7 +119,7 @@ class Footprint(StoredFootprint):
             *self._weights(precision, on_disk),
             *self._trained(compute_bytes),
             Item("journal and metrics", RUN_BYTES, "buffers; the records are on disk"),
-            self._code(precision),
+            *self._code(precision),
             *self._compiled(precision, micro_batch),
             Item("guard margin", GUARD_MARGIN_BYTES, "kept free: nearer to the cap, a run stops"),
             Item("allocator slack", SLACK_BYTES, "freed small blocks that stay in the heap"),
@@ -109,19 +131,23 @@ class Footprint(StoredFootprint):
         )
         return (*items, *self._reading(items))
 
-    def _code(self, precision: str) -> Item:
-        size = LIBRARY_BYTES + PANEL_BYTES * max(m.d_out for m in self.shape.kinds)
-        if precision in QUANTIZED:
-            size += QUANTO_BYTES
-        reason = "classes and kernels that loading and the first step use, and their packed panels"
-        return Item("model code", size, reason)
+    def _code(self, precision: str) -> list[Item]:
+        """What the libraries take while weights are loaded, and from the first forward on."""
+        loaded = LIBRARY_BYTES + (QUANTO_BYTES if precision in QUANTIZED else 0)
+        first = FIRST_STEP_BYTES + PANEL_BYTES * max(m.d_out for m in self.shape.kinds)
+        if self.compute_dtype(precision)[0] == "fp32":
+            first += FP32_STEP_BYTES
+        return [
+            Item("model code", loaded, "the model's modules, and what loading them touches"),
+            Item("step code", first, "kernels that a step uses, and their packed panels", COMPUTE),
+        ]
 
     def _compiled(self, precision: str, micro_batch: int) -> list[Item]:
         """What the matrix library compiles for the shapes of bf16 products, and keeps (machine/matmul.py)."""
         if self.compute_dtype(precision)[0] != "bf16":
             return []
         cfg, parts = self.cfg, self.cfg.parts
-        matrices = (*self.shape.block, *self.shape.outside)
+        matrices = self.shape.kinds
         d_in, d_out = {m.d_in for m in matrices}, {m.d_out for m in matrices}
         # Thin products with a basis or directions, and sums into the outputs. C kernels compute those that are narrow
         # enough, except those of the table and of norms. The width is what is added at once: factors, one direction
@@ -134,10 +160,18 @@ class Footprint(StoredFootprint):
         if parts.factors and not in_c:
             thin += len(d_in) + 2 * len(d_out) + 1
         shapes = len({(m.d_in, m.d_out) for m in matrices}) * self.product_kinds + thin
-        rows = min(self._tokens_at_once(precision, micro_batch), PRODUCT_ROWS[-1])
-        sizes = bisect_left(PRODUCT_ROWS, rows) + 1
-        reason = f"oneDNN's kernels for {shapes} bf16 products of {sizes} numbers of rows"
-        return [Item("compiled products", KERNEL_BYTES * shapes * sizes, reason)]
+        n_tokens = self._tokens_at_once(precision, micro_batch)
+        count, numbers = shapes * _numbers_of_rows(n_tokens), _numbers_of_rows(n_tokens)
+        # Products with the head: of a chunk of its rows and of those that remain, with some of the scored states.
+        scored = min(self.sides * micro_batch * self.tokens.scored, n_tokens)
+        if self.tokens.kind == "label":
+            count += _numbers_of_rows(scored)
+        else:
+            chunks = 1 + bool(self.shape.vocab % self.head_rows)
+            count += chunks * _numbers_of_rows(min(scored, self._states_at_once))
+        reason = f"oneDNN's kernels for {shapes} bf16 products of {numbers} numbers of rows, and those with the head"
+        size = KERNEL_BYTES * count
+        return [Item("compiled products", size, reason, COMPUTE)]
 
     # -----------------------------------------------------------------------------------------
     # Tokens that pass at once
@@ -168,6 +202,11 @@ class Footprint(StoredFootprint):
         reused = self.reused_tokens(precision)
         return reused // self.sides if reused >= LEAST_PIECE_TOKENS else None
 
+    def maps(self, precision: str, micro_batch: int) -> bool:
+        """Whether there are batches whose temporaries are mapped one by one (`process_memory.Heap`)."""
+        n_tokens = self._tokens_at_once(precision, micro_batch)
+        return self._unfused_bytes(n_tokens, self.compute_bytes(precision)) > REUSED_BYTES
+
     def reused_tokens(self, precision: str) -> int:
         """Tokens, of all sides, whose temporaries stay in the heap."""
         return self._reused_tokens[self.compute_bytes(precision)]
@@ -178,7 +217,9 @@ class Footprint(StoredFootprint):
         most = range(REUSED_BYTES)
         return {
             size: bisect_right(
-                most, REUSED_BYTES, key=partial(self._activations, compute_bytes=size)
+                most,
+                REUSED_BYTES,
+                key=partial(self._unfused_bytes, compute_bytes=size),
             )
             - 1
             for size in (2, 4)
@@ -205,7 +246,7 @@ class Footprint(StoredFootprint):
         size = self._drawn(micro_batch) * (4 * n_tokens + self._widest()) * compute_bytes
         items += self._perturbing(micro_batch, size)
         scored = min(sides * micro_batch * tokens.scored, n_tokens)
-        logits, what = self._logits(scored)
+        logits, what = self._logits(scored, precision)
         # The blocks' temporaries are freed before scores are computed, which use their memory again.
         scores = logits + 4 * (scored + 2 * n_tokens) * shape.hidden - items[0].bytes
         reason = f"hidden states and logits of {scored:,} scored positions, {what}: more than a block takes"
@@ -258,11 +299,31 @@ class Footprint(StoredFootprint):
         """What is taken to expand a matrix of ``largest`` bytes."""
         return min(largest, TILE_BYTES)
 
-    def _logits(self, scored: int) -> tuple[int, str]:
+    @property
+    def _states_at_once(self) -> int:
+        """States of which logits are computed at once."""
+        return max(1, LOGITS_BYTES // (4 * self.head_rows))
+
+    def _logits(self, scored: int, precision: str) -> tuple[int, str]:
         """Logits of so many positions: (bytes, over which words)."""
         if self.tokens.kind == "label":
             return 4 * scored * self.tokens.label_words, "label words only"
-        return LOGITS_BYTES, "the vocabulary in chunks"
+        compute_bytes, width, rows = (
+            self.compute_bytes(precision),
+            self.shape.embed_width,
+            self.head_rows,
+        )
+        # Products in bf16 have a few numbers of rows: a smaller one is filled up.
+        states = next((n for n in PRODUCT_ROWS if n >= scored), scored)
+        # Logits in the compute dtype, and in fp32, where the error takes their place.
+        size = min(self._states_at_once, states) * rows * (4 + compute_bytes)
+        if BYTES_PER_WEIGHT.get(precision) != compute_bytes:
+            size += rows * width * compute_bytes
+        if (
+            self.product_kinds > 1
+        ):  # the gradient by the states is a product with these rows in fp32
+            size += 4 * rows * width
+        return size, "the vocabulary in chunks"
 
     def _beside(self, micro_batch: int, compute_bytes: int) -> list[Item]:
         """What a forward takes beside its temporaries: keys and values, and what a measurement adds."""
@@ -295,29 +356,55 @@ class Footprint(StoredFootprint):
         return (shape.layers + 1) * (shape.qkv_width - shape.attention_width) * compute_bytes
 
     def _activations(self, n_tokens: int, compute_bytes: int) -> int:
-        """Bytes of one block's temporaries over ``n_tokens`` tokens: while it attends, or while its MLP runs.
+        """Bytes of one block's temporaries over ``n_tokens`` tokens, in the heap or, where they are large, mapped."""
+        in_heap = self._unfused_bytes(n_tokens, compute_bytes) <= REUSED_BYTES
+        return self._temporaries(n_tokens, compute_bytes, in_heap, self._copies)
+
+    def _unfused_bytes(self, n_tokens: int, compute_bytes: int) -> int:
+        """What temporaries in the heap would take without C kernels.
+
+        Pieces are cut by this measure on every machine, because another cut would change the last bits of losses.
+        """
+        copies = BlockCopies(MLP_COPIES[self.shape.gated], QUERY_COPIES, KEY_COPIES, in_rows=True)
+        return self._temporaries(n_tokens, compute_bytes, True, copies)
+
+    def _temporaries(
+        self, n_tokens: int, compute_bytes: int, in_heap: bool, copies: BlockCopies
+    ) -> int:
+        """Bytes of one block's temporaries: while it attends, or while its MLP runs.
 
         In the heap, a share of what attention took is still there beside the MLP's temporaries.
         """
         shape = self.shape
         keys = (shape.qkv_width - shape.attention_width) // 2
         queries = shape.attention_width
-        # Half of the queries are negated to rotate them: a temporary of that size.
-        at_once = QUERY_COPIES * queries + KEY_COPIES * keys + queries // 2
-        attending = at_once * min(n_tokens, ATTENDING_TOKENS)
-        # Tokens beyond a padded group have only what is made before and after it: rotated, and the result.
-        attending += (4 * queries + 2 * keys) * max(0, n_tokens - ATTENDING_TOKENS)
+        at_once = copies.queries * queries + copies.keys * keys
+        attending = at_once * n_tokens
+        if copies.in_rows:
+            at_once += (
+                queries // 2
+            )  # half of the queries are negated to rotate them: a temporary of that size
+            attending = at_once * min(n_tokens, ATTENDING_TOKENS)
+            # Tokens beyond a padded group have only what is made before and after it: rotated, and the result.
+            attending += (4 * queries + 2 * keys) * max(0, n_tokens - ATTENDING_TOKENS)
         attending += n_tokens * shape.hidden * (HIDDEN_COPIES - 1)
-        mlp = n_tokens * (
-            HIDDEN_COPIES * shape.hidden + MLP_COPIES[shape.gated] * shape.intermediate
-        )
+        mlp = n_tokens * (HIDDEN_COPIES * shape.hidden + copies.mlp * shape.intermediate)
         rotary = 2 * shape.head_dim  # cosine and sine
-        in_heap = int(HEAP_SHARE * n_tokens * at_once)
-        size = (max(attending, mlp + in_heap) + n_tokens * rotary) * compute_bytes
-        if size <= REUSED_BYTES:
-            return size
-        # Temporaries are mapped. Counted as more than what stays in the heap, so that Plan.maps tells the two apart.
-        return max((max(attending, mlp) + n_tokens * rotary) * compute_bytes, REUSED_BYTES + 1)
+        kept = int(HEAP_SHARE * n_tokens * at_once) if in_heap else 0
+        return (max(attending, mlp + kept) + n_tokens * rotary) * compute_bytes
+
+    @property
+    def _copies(self) -> BlockCopies:
+        """Temporaries of a block, as this machine computes it."""
+        shape = self.shape
+        mlp = MLP_COPIES[shape.gated]
+        if shape.gated and shape.fused:
+            mlp = FUSED_MLP_COPIES
+        elif shape.gated and self.c_kernels:
+            mlp = KERNEL_MLP_COPIES
+        if self.c_kernels and not shape.softcap:
+            return BlockCopies(mlp, KERNEL_QUERY_COPIES, KERNEL_KEY_COPIES, in_rows=False)
+        return BlockCopies(mlp, QUERY_COPIES, KEY_COPIES, in_rows=True)
 
     # -----------------------------------------------------------------------------------------
     # An update
@@ -336,7 +423,7 @@ class Footprint(StoredFootprint):
         """
         n_tokens = self._tokens_at_once(precision, micro_batch)
         temporaries = self._activations(n_tokens, compute_bytes)
-        if not self.cfg.parts.weights or temporaries > REUSED_BYTES:
+        if not self.cfg.parts.weights or self.maps(precision, micro_batch):
             return []
         size = min(self._update_tiles(precision), temporaries)
         reason = "in the heap, between what updates and forwards take"

@@ -9,6 +9,7 @@ from typing import ClassVar
 from edgezo.data.token_stats import TokenStats
 from edgezo.machine.limits import (
     GUARD_MARGIN_BYTES,
+    LOGITS_BYTES,
     PAGE_BYTES,
     QUANTISE_BYTES,
     READOUT_BLOCKS,
@@ -151,6 +152,11 @@ class StoredFootprint:
         reason = f"{weights:,} weights, {tied}: {self._storage(stored)}"
         return Item("embedding", self.stored_bytes(tables, stored), reason)
 
+    @property
+    def head_rows(self) -> int:
+        """Rows of the head that scores are computed of at once."""
+        return min(self.shape.vocab, max(1, LOGITS_BYTES // (4 * self.shape.embed_width)))
+
     def _storage(self, precision: str) -> str:
         """How a weight is stored, in words."""
         plane = " + 1 for the low plane" if self._plane_bytes(precision) else ""
@@ -174,7 +180,16 @@ class StoredFootprint:
         rows = sum(t.d_out for t in shape.tables)
         reason = f"the tables are on disk: a checksum for each of {rows:,} rows, and rows in use"
         # With label words the rows in use are the hidden states, or counted with the tiles of an update.
-        in_use = 0 if self.tokens.kind == "label" else TILE_BYTES
+        in_use = 0
+        if (
+            self.tokens.kind != "label"
+        ):  # those that scores are computed of; or a tile that an update moves
+            head = MatrixShape("rows of the head", self.head_rows, shape.embed_width)
+            in_use = (
+                TILE_BYTES
+                if self.cfg.parts.weights
+                else self.stored_bytes((head,), _table_precision(precision))
+            )
         items.append(Item("embedding", 8 * rows + in_use, reason))
         return items
 
@@ -256,10 +271,10 @@ class StoredFootprint:
 
     def _load(self, precision: str, on_disk: int) -> Item:
         if on_disk:
-            # One slot is in use while blocks are written, and none while tables are.
+            # Tables are written before there are slots.
             reason = "rows of a table or a matrix of a block: read, converted and written"
-            slot = self.block_bytes(precision)
-            size = max(TILE_BYTES - SLOTS * slot, self._staged_bytes(precision) - slot, 0)
+            slots = SLOTS * self.block_bytes(precision)
+            size = max(TILE_BYTES - slots, self._staged_bytes(precision))
             return Item("load staging", size, reason, "load")
         if precision not in QUANTIZED:
             reason = "a piece of one tensor that is being read"
@@ -281,14 +296,14 @@ class StoredFootprint:
 
     def _staged_bytes(self, precision: str) -> int:
         """One matrix as it is in the base, beside the form in which a block on disk has it."""
-        largest = max(m.numel for m in (*self.shape.modules, *self.shape.outside))
+        largest = max(m.numel for m in self.shape.kinds)
         if precision in QUANTIZED:  # in fp32 beside its codes, and a tile being quantised
             return 5 * largest + min(TILE_BYTES, QUANTISE_BYTES * largest)
         return largest * (BYTES_PER_WEIGHT[precision] + 1)
 
     def _largest_base(self) -> int:
         """Bytes of the largest matrix of a block as a checkpoint has it: fp32 at most."""
-        return 4 * max(m.numel for m in (*self.shape.modules, *self.shape.outside))
+        return 4 * max(m.numel for m in self.shape.kinds)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -157,6 +157,7 @@ def _described(choice: Choice) -> Plan:
         disk_bytes=footprint.disk_bytes(precision, on_disk),
         reused_tokens=footprint.reused_tokens(precision),
         most_tokens=footprint.most_tokens(precision),
+        maps=footprint.maps(precision, option.micro_batch),
         blocks_in_host=away - on_disk,
         host_bytes=footprint.host_bytes(precision, away),
         kept_tokens=roomy.kept_tokens,

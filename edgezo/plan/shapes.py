@@ -42,6 +42,8 @@ class Shape:
     embed_dim: int = 0  # width of the token embedding where it is not hidden (OPT-350m)
     masked_head: bool = False  # dense + norm + output bias before the tied decoder (RoBERTa)
     sliding_window: int = 0  # tokens; 0: none
+    softcap: bool = False  # of attention's scores, which there is no C kernel for
+    fused: bool = False  # one matrix for q, k and v, and one for gate and up
 
     @property
     def embed_width(self) -> int:
@@ -163,7 +165,9 @@ class ModelShape(NamedShape):
 
     @cached_property
     def modules(self) -> tuple[MatrixShape, ...]:
-        """The matrices of one block as checkpoints may have them: q, k and v in one, gate and up in one."""
+        """The matrices of one block as the model has them: q, k and v in one where they are fused."""
+        if not self.fused:
+            return self.block
         fused = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
         rows: dict[tuple[str, int], int] = {}
         for matrix in self.block:
@@ -203,7 +207,7 @@ class ModelShape(NamedShape):
     @property
     def kinds(self) -> tuple[MatrixShape, ...]:
         """One of each linear that there is: enough to look for the largest."""
-        return self.block + self.outside
+        return self.modules + self.outside
 
     @cached_property
     def vector_elements(self) -> int:
