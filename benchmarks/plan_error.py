@@ -37,7 +37,8 @@ from edgezo.zo.presets import PRESETS
 MB = 1e6
 REAL = "smollm2-135m-instruct"
 # (name, blocks); None: the published model with its weights, all blocks.
-MODELS: list[tuple[str, int | None]] = [
+Model = tuple[str, int | None]
+MODELS: list[Model] = [
     *[(REAL, None)] * 4,
     *((name, blocks) for name in CONFIGS for blocks in (1, 3)),
     *(
@@ -138,10 +139,10 @@ def means_something(settings: dict[str, Any]) -> bool:
     return True
 
 
-def drawn(draw: random.Random, tasks: Sequence[str]) -> Request:
+def drawn(draw: random.Random, models: Sequence[Model], tasks: Sequence[str]) -> Request:
     """A random request that means something and is short."""
     method = next(method for method in methods(draw) if means_something(method))
-    model, blocks = draw.choice(MODELS)
+    model, blocks = draw.choice(models)
     rows = draw.choice([*KINDS, *KINDS, *tasks])
     while rows not in WITH_LABELS and method["train"] == "probe":
         rows = draw.choice([*KINDS, *tasks])
@@ -170,11 +171,13 @@ def weights_of_blocks(model: str, blocks: int | None) -> int:
     return int((blocks or depth) * hidden * (3 * inner + 3 * hidden))
 
 
-def requests(count: int, seed: int, tasks: Sequence[str]) -> list[Request]:
-    """``count`` different requests."""
-    draw, made = random.Random(seed), {}
-    while len(made) < count:
-        request = drawn(draw, tasks)
+def requests(args: argparse.Namespace) -> list[Request]:
+    """``args.count`` different requests."""
+    draw, made = random.Random(args.seed), {}
+    models = [model for model in MODELS if args.models is None or model[0] in args.models]
+    tasks = TASKS if args.data_root else []
+    while len(made) < args.count:
+        request = drawn(draw, models, tasks)
         made[request.name] = request
     return list(made.values())
 
@@ -296,8 +299,7 @@ def save(file: Path, lines: Sequence[dict[str, Any]]) -> None:
 def run_all(args: argparse.Namespace, file: Path, lines: list[dict[str, Any]]) -> None:
     """Run every request that ``lines`` does not have."""
     ended = {json.dumps(line["request"]) for line in lines}
-    tasks = TASKS if args.data_root else []
-    for number, request in enumerate(requests(args.count, args.seed, tasks)):
+    for number, request in enumerate(requests(args)):
         if json.dumps(asdict(request)) in ended:
             continue
         figures = run(asked(request, args.out, args.data_root), args.out, args.more)
@@ -316,6 +318,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--models", nargs="+", choices=CONFIGS, help="draw these alone")
     parser.add_argument("--data-root", type=Path, help="folder of data sets for built-in tasks")
     parser.add_argument("--json", type=Path, help="file of the figures, else --out has it")
     parser.add_argument("--replan", action="store_true", help="plan finished runs anew")

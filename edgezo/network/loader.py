@@ -51,8 +51,7 @@ def _qwen3(c: Any) -> dict[str, Any]:
 
 def _gemma2(c: Any) -> dict[str, Any]:
     bias = c.attention_bias
-    norms = {"norm": "rms+1", "layer_norms": 4}
-    return {"qkv_bias": bias, "o_bias": bias, **norms, "softcap": bool(c.attn_logit_softcapping)}
+    return {"qkv_bias": bias, "o_bias": bias, "norm": "rms+1", "layer_norms": 4}
 
 
 def _gemma3(c: Any) -> dict[str, Any]:

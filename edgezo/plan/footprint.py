@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import NamedTuple
 
 from edgezo.machine.limits import (
     EVAL_TOKENS,
@@ -24,13 +23,9 @@ from edgezo.plan.calibration import (
     EVAL_KEPT_TOKENS,
     FIRST_STEP_BYTES,
     FP32_STEP_BYTES,
-    FUSED_MLP_COPIES,
     HEAP_SHARE,
     HIDDEN_COPIES,
     KERNEL_BYTES,
-    KERNEL_KEY_COPIES,
-    KERNEL_MLP_COPIES,
-    KERNEL_QUERY_COPIES,
     KEY_COPIES,
     LEAST_PIECE_TOKENS,
     LIBRARY_BYTES,
@@ -56,15 +51,6 @@ from edgezo.zo.presets import DIRECTIONS, MASKS, RULES
 def _numbers_of_rows(n: int) -> int:
     """Numbers of rows that bf16 products over up to ``n`` rows are computed in (machine/matmul.py)."""
     return bisect_left(PRODUCT_ROWS, min(n, PRODUCT_ROWS[-1])) + 1
-
-
-class BlockCopies(NamedTuple):
-    """How many temporaries a block has at once, by their width."""
-
-    mlp: int
-    queries: int
-    keys: int
-    in_rows: bool  # attention pads its rows to one length
 
 
 @dataclass(frozen=True)
@@ -205,7 +191,8 @@ class Footprint(StoredFootprint):
     def maps(self, precision: str, micro_batch: int) -> bool:
         """Whether there are batches whose temporaries are mapped one by one (`process_memory.Heap`)."""
         n_tokens = self._tokens_at_once(precision, micro_batch)
-        return self._unfused_bytes(n_tokens, self.compute_bytes(precision)) > REUSED_BYTES
+        size = self._temporaries(n_tokens, self.compute_bytes(precision), in_heap=True)
+        return size > REUSED_BYTES
 
     def reused_tokens(self, precision: str) -> int:
         """Tokens, of all sides, whose temporaries stay in the heap."""
@@ -219,7 +206,7 @@ class Footprint(StoredFootprint):
             size: bisect_right(
                 most,
                 REUSED_BYTES,
-                key=partial(self._unfused_bytes, compute_bytes=size),
+                key=partial(self._temporaries, compute_bytes=size, in_heap=True),
             )
             - 1
             for size in (2, 4)
@@ -357,54 +344,32 @@ class Footprint(StoredFootprint):
 
     def _activations(self, n_tokens: int, compute_bytes: int) -> int:
         """Bytes of one block's temporaries over ``n_tokens`` tokens, in the heap or, where they are large, mapped."""
-        in_heap = self._unfused_bytes(n_tokens, compute_bytes) <= REUSED_BYTES
-        return self._temporaries(n_tokens, compute_bytes, in_heap, self._copies)
+        size = self._temporaries(n_tokens, compute_bytes, in_heap=True)
+        if size <= REUSED_BYTES:
+            return size
+        return self._temporaries(n_tokens, compute_bytes, in_heap=False)
 
-    def _unfused_bytes(self, n_tokens: int, compute_bytes: int) -> int:
-        """What temporaries in the heap would take without C kernels.
-
-        Pieces are cut by this measure on every machine, because another cut would change the last bits of losses.
-        """
-        copies = BlockCopies(MLP_COPIES[self.shape.gated], QUERY_COPIES, KEY_COPIES, in_rows=True)
-        return self._temporaries(n_tokens, compute_bytes, True, copies)
-
-    def _temporaries(
-        self, n_tokens: int, compute_bytes: int, in_heap: bool, copies: BlockCopies
-    ) -> int:
+    def _temporaries(self, n_tokens: int, compute_bytes: int, in_heap: bool) -> int:
         """Bytes of one block's temporaries: while it attends, or while its MLP runs.
 
-        In the heap, a share of what attention took is still there beside the MLP's temporaries.
+        In the heap, a share of what attention took is still there beside the MLP's temporaries. Those of C kernels are
+        counted as torch's: the heap's holes take what they save.
         """
         shape = self.shape
         keys = (shape.qkv_width - shape.attention_width) // 2
         queries = shape.attention_width
-        at_once = copies.queries * queries + copies.keys * keys
-        attending = at_once * n_tokens
-        if copies.in_rows:
-            at_once += (
-                queries // 2
-            )  # half of the queries are negated to rotate them: a temporary of that size
-            attending = at_once * min(n_tokens, ATTENDING_TOKENS)
-            # Tokens beyond a padded group have only what is made before and after it: rotated, and the result.
-            attending += (4 * queries + 2 * keys) * max(0, n_tokens - ATTENDING_TOKENS)
+        # Half of the queries are negated to rotate them: a temporary of that size.
+        at_once = QUERY_COPIES * queries + KEY_COPIES * keys + queries // 2
+        attending = at_once * min(n_tokens, ATTENDING_TOKENS)
+        # Tokens beyond a padded group have only what is made before and after it: rotated, and the result.
+        attending += (4 * queries + 2 * keys) * max(0, n_tokens - ATTENDING_TOKENS)
         attending += n_tokens * shape.hidden * (HIDDEN_COPIES - 1)
-        mlp = n_tokens * (HIDDEN_COPIES * shape.hidden + copies.mlp * shape.intermediate)
+        mlp = n_tokens * (
+            HIDDEN_COPIES * shape.hidden + MLP_COPIES[shape.gated] * shape.intermediate
+        )
         rotary = 2 * shape.head_dim  # cosine and sine
         kept = int(HEAP_SHARE * n_tokens * at_once) if in_heap else 0
         return (max(attending, mlp + kept) + n_tokens * rotary) * compute_bytes
-
-    @property
-    def _copies(self) -> BlockCopies:
-        """Temporaries of a block, as this machine computes it."""
-        shape = self.shape
-        mlp = MLP_COPIES[shape.gated]
-        if shape.gated and shape.fused:
-            mlp = FUSED_MLP_COPIES
-        elif shape.gated and self.c_kernels:
-            mlp = KERNEL_MLP_COPIES
-        if self.c_kernels and not shape.softcap:
-            return BlockCopies(mlp, KERNEL_QUERY_COPIES, KERNEL_KEY_COPIES, in_rows=False)
-        return BlockCopies(mlp, QUERY_COPIES, KEY_COPIES, in_rows=True)
 
     # -----------------------------------------------------------------------------------------
     # An update
