@@ -23,6 +23,7 @@ from edgezo.plan.calibration import (
     EVAL_KEPT_TOKENS,
     FIRST_STEP_BYTES,
     FP32_STEP_BYTES,
+    HEAD_TEMPORARIES,
     HEAP_SHARE,
     HIDDEN_COPIES,
     KERNEL_BYTES,
@@ -38,6 +39,7 @@ from edgezo.plan.calibration import (
     ROUNDED_UPDATE_TILES,
     RUN_BYTES,
     SLACK_BYTES,
+    UPDATE_HOLES,
     UPDATE_TILES,
     Item,
     peak_bytes,
@@ -113,6 +115,8 @@ class Footprint(StoredFootprint):
             *self._forward(precision, micro_batch, compute_bytes),
             *self._holes(precision, micro_batch, compute_bytes),
             self._update(precision, micro_batch, compute_bytes, on_disk),
+            *self._update_holes(precision),
+            *self._head_step(),
             *(i for i in self._of_parts(compute_bytes) if i.phase != "always"),
         )
         return (*items, *self._reading(items))
@@ -410,6 +414,29 @@ class Footprint(StoredFootprint):
                 "; and the hidden states, since a block is updated when the forward comes to it"
             )
         return Item("update tiles", size, reason, "update")
+
+    def _update_holes(self, precision: str) -> list[Item]:
+        if not self.cfg.parts.weights:
+            return []
+        if precision != "int8" and not DIRECTIONS[self.cfg.directions].guided:
+            return []  # then nothing that stays is made between tiles
+        reason = "in the heap, between tiles of matrices of all sizes"
+        return [Item("holes", int(UPDATE_HOLES * self._update_tiles(precision)), reason, "update")]
+
+    def _head_step(self) -> list[Item]:
+        """Temporaries of the exact head's own update, which comes after that of the tiles."""
+        shape, cfg = self.shape, self.cfg
+        if not cfg.parts.head or self.tokens.kind == "label":
+            return []
+        size = 4 * HEAD_TEMPORARIES * cfg.rank * shape.vocab
+        return [
+            Item(
+                "head update",
+                size,
+                "the scale of an Adam step, as large as what it moves",
+                "update",
+            )
+        ]
 
     def _largest_trained(self) -> int:
         """Bytes in fp32 of the largest tensor that an update moves."""

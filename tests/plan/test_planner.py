@@ -143,6 +143,27 @@ def test_scores_of_a_vocabulary_are_planned_by_chunks_and_positions():
     assert chunk < logits(16, "bf16") < 1.1 * chunk, "few positions have few logits"
 
 
+def test_updates_that_make_what_stays_leave_holes():
+    """Codes made anew and guides lie between the tiles of an update (benchmarks/plan-error.json)."""
+    text = replace(SST2, kind="text", label_words=0)
+
+    def holes(**asked: object) -> int:
+        planned = plan(text, max_mem_bytes=4000 * MB, train="full", **asked)
+        return sum(i.bytes for i in planned.items if (i.name, i.phase) == ("holes", "update"))
+
+    tiles = calibration.CODES_UPDATE_TILES * limits.TILE_BYTES
+    assert holes(precision="int8") == int(calibration.UPDATE_HOLES * tiles)
+    assert holes(precision="bf16", estimator="ag-grzo") > 0
+    assert holes(precision="bf16") == 0
+
+
+def test_the_exact_heads_own_step_is_counted():
+    text = replace(SST2, kind="text", label_words=0)
+    planned = plan(text, rank=32, max_mem_bytes=4000 * MB)
+    assert item(planned, "head update") == 2 * 4 * 32 * 49_152
+    assert item(plan(rank=32, max_mem_bytes=4000 * MB), "head update") == 0  # label words only
+
+
 def test_the_largest_matrices_are_quantised_before_the_others_are_read():
     def staged(layers: int) -> int:
         shape = replace(cards()["qwen2.5-1.5b"], layers=layers)
