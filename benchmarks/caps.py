@@ -28,6 +28,8 @@ from typing import Any, NamedTuple
 from random_models import KINDS, make_model, make_rows
 
 LARGEST_BYTES = 4_000_000_000
+# The plan that names the smallest cap is made in another process, which may be smaller or larger by so much.
+SIZE_DIFFERS_MB = 16
 MODEL = "smollm2-135m-instruct"
 DISK = ["--residency", "disk"]
 FULL = ["--precision", "bf16", "--train", "full"]
@@ -166,15 +168,16 @@ def run_all(args: argparse.Namespace, file: Path, lines: list[dict[str, Any]]) -
     least: dict[int, int] = {}
     for number in range(args.caps + args.below):
         fits, which = number < args.caps, number % len(requests)
-        share, below_mb = draw.random(), draw.randint(1, 5)
+        share, off_mb = draw.random(), SIZE_DIFFERS_MB + draw.randint(0, 4)
         if number < len(lines):
             continue
         request = requests[which]
         words = words_of(request, args)
         least[which] = least.get(which) or smallest_mb(words)
-        cap_mb = least[which] - below_mb
+        cap_mb = least[which] - off_mb
         if fits:
-            cap_mb = int(least[which] * (LARGEST_BYTES / 1e6 / least[which]) ** share) + 1
+            tightest = least[which] + SIZE_DIFFERS_MB
+            cap_mb = int(tightest * (LARGEST_BYTES / 1e6 / tightest) ** share)
         name = {"rows": request.rows, "tokens": request.tokens}
         line = name | {"options": " ".join(request.options), "least_mb": least[which]}
         out = args.out / f"run-{args.seed}-{number}"
