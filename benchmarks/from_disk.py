@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from plan_grid import CONFIGS, make_model, make_rows
+from random_models import CONFIGS, make_model, make_rows
 
 RUNS = ["disk", "memory", "int4"]
 

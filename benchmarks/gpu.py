@@ -15,7 +15,7 @@ import gc
 import json
 from pathlib import Path
 
-import plan_grid
+import random_models
 import torch
 
 from edgezo.plan.request import make_config
@@ -44,13 +44,13 @@ def grid(args: argparse.Namespace) -> None:
     print(head + "".join(f"{c:>10}" for c in columns) + "   over  step_s forward_s")
     for shape in args.models:
         name, _, layers = shape.partition(":")
-        model = plan_grid.make_model(name, int(layers) if layers else None, args.out)
+        model = random_models.make_model(name, int(layers) if layers else None, args.out)
         for precision in args.precisions:
             for tokens in args.tokens:
                 for kind, train in (part.split("/") for part in args.requests):
                     if train == "full" and precision not in ("fp32", "bf16"):
                         continue
-                    rows = plan_grid.make_rows(tokens, kind, args.out)
+                    rows = random_models.make_rows(tokens, kind, args.out)
                     made = args.out / "runs" / f"{model.name}-{precision}-{tokens}-{kind}-{train}"
                     summary = run(
                         made,
@@ -91,8 +91,8 @@ def _detail(made: Path, summary: dict) -> None:
 
 def host(args: argparse.Namespace) -> None:
     """Print whether a run with blocks in RAM ends with the bits of a run on the GPU, and how much slower it is."""
-    model = plan_grid.make_model(args.models[0], args.layers, args.out)
-    rows = plan_grid.make_rows(args.tokens[0], "label", args.out)
+    model = random_models.make_model(args.models[0], args.layers, args.out)
+    rows = random_models.make_rows(args.tokens[0], "label", args.out)
     weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     request = {
         "train": "full",
@@ -139,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["grid", "host"])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokenizer", default=plan_grid.TOKENIZER)
+    parser.add_argument("--tokenizer", default=random_models.TOKENIZER)
     parser.add_argument(
         "--models", nargs="+", default=["smollm2-1.7b"], help="SHAPE or SHAPE:LAYERS"
     )
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--detail", action="store_true")
     args = parser.parse_args()
-    plan_grid.TOKENIZER = args.tokenizer
+    random_models.TOKENIZER = args.tokenizer
     (args.out / "runs").mkdir(parents=True, exist_ok=True)
     {"grid": grid, "host": host}[args.what](args)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from plan_grid import make_model, make_rows
+from random_models import make_model, make_rows
 
 from edgezo.bench.speed import straight
 from edgezo.network.cards import find_card

@@ -39,12 +39,15 @@ def plan(cfg: RunConfig, note: Callable[[str], None] = lambda text: None) -> Pla
             f"{error}\nWithout its tokenizer, every row is planned with --max-length {cfg.max_length} tokens."
         )
         return make_plan(card, cfg, machine())
-    from edgezo.run.session import open_request
+    from edgezo.machine.process_memory import rss_bytes
+    from edgezo.run.session import open_request, settle
 
     opened = open_request(cfg)
     for text in opened.dataset.notes:
         note(text)
-    return make_plan(opened.files.shape, cfg, machine(), opened.dataset.token_stats())
+    return settle(
+        opened, machine(), rss_bytes()
+    ).plan  # as a run would, which is now what this process is
 
 
 def largest(cfg: RunConfig) -> Plan | None:

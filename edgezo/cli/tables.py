@@ -39,7 +39,12 @@ def plan_table(plan: Plan, largest: Plan | None = None) -> RenderableType:
     for item in plan.items:
         items.add_row(item.name, format_bytes(item.bytes), item.phase, item.reason)
     items.add_section()
-    items.add_row("peak", format_bytes(plan.planned_peak_bytes), "", "always + the largest phase")
+    items.add_row(
+        "peak",
+        format_bytes(plan.planned_peak_bytes),
+        "",
+        "always + the largest phase (compute: all but load)",
+    )
     items.add_row("cap", format_bytes(plan.max_mem_bytes), "", "--max-mem")
     smallest = f"the smallest budget that works ({plan.smallest_flags})"
     items.add_row("least", format_bytes(plan.smallest_bytes), "", smallest)

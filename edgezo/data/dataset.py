@@ -83,6 +83,7 @@ class Dataset:
             prompt=prompts[0],
             evaluated_prompt=prompts[1],
             examples=len(train),
+            evaluations=len(validation),
             stored_bytes=sum(split.stored_bytes for split in splits),
         )
 

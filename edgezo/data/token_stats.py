@@ -26,11 +26,19 @@ class TokenStats:
     evaluated_prompt: int = 0
     examples: int | None = None  # to train on; None: not known
     stored_bytes: int = 0  # of all tokens, which stay in memory
+    evaluations: int = 0  # examples to evaluate on; 0: not known
 
     def longest(self, examples: int) -> int:
         """Tokens of the ``examples`` longest examples together. The longest counts again where there are fewer."""
         tokens = self.tokens[:examples]
         return sum(tokens) + self.tokens[0] * (examples - len(tokens))
+
+    def evaluated_at_once(self, most: int) -> int:
+        """Most tokens of an evaluation batch, which is filled up to ``most`` or has one example."""
+        batch = min(most, self.longest(KEPT_LENGTHS))
+        if self.evaluations:
+            batch = min(most, self.evaluations * self.evaluated)
+        return max(batch, self.evaluated)
 
     def at_once(self, examples: int, most: int | None) -> int:
         """Most tokens that pass at once of such a micro-batch, which is split into pieces of ``most`` tokens."""

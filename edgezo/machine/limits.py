@@ -12,10 +12,12 @@ MB = 1_000_000
 # -- memory ---------------------------------------------------------------------------------------------
 
 TILE_BYTES = 16 << 20  # no temporary of the weights is larger, whatever the largest matrix
+# Rows of the head in fp32, and their logits: scores are computed in such chunks.
+LOGITS_BYTES = TILE_BYTES // 2
 QUANTISE_BYTES = 16  # per weight being quantised: its fp32 value and the copies for rounding
 PAGE_BYTES = 4096  # raw tensors of a block begin at multiples of this
 SLOTS = 2  # memory for so many blocks that do not stay there: one computes or is written back, one is read into
-GUARD_MARGIN_BYTES = 16 << 20  # process_memory.Guard keeps so much of the cap free
+GUARD_MARGIN_BYTES = 8 << 20  # process_memory.Guard keeps so much of the cap free
 
 # Activations of at most this size in all stay in the heap, which saves their page faults; the memory that attention
 # frees there is only partly used again (calibrated). Larger ones are mapped and given back one by one

@@ -64,7 +64,12 @@ def _gpt2(c: Any) -> dict[str, Any]:
         "intermediate": c.n_inner or 4 * c.n_embd,
         "positions": c.n_positions,
         **_ALL_BIASES,
+        "fused": True,
     }
+
+
+def _phi3(c: Any) -> dict[str, Any]:
+    return {"fused": True}
 
 
 def _opt(c: Any) -> dict[str, Any]:
@@ -120,7 +125,7 @@ FAMILIES: dict[str, _Family] = {
     "gemma3_text": _Family("causal", _gemma3),
     "opt": _Family("causal", _opt),
     "gpt2": _Family("causal", _gpt2),
-    "phi3": _Family("causal", _plain),
+    "phi3": _Family("causal", _phi3),
     "roberta": _Family("masked", _roberta),
 }
 

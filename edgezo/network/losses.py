@@ -18,11 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgezo.data.batches import Batch
-from edgezo.machine.limits import TILE_BYTES
+from edgezo.machine.limits import LOGITS_BYTES
 from edgezo.network.exact_head import ExactHead
 from edgezo.network.perturb import PerturbedHead, Probe
-
-_CHUNK_BYTES = TILE_BYTES // 2
 
 
 @dataclass
@@ -168,8 +166,8 @@ class Scorer:
     ) -> Iterator[tuple[slice, slice, Tensor]]:
         """(rows of the vocabulary, slice of the states, their logits in fp32); each piece's logits reuse the memory."""
         vocab, d = self.head.matrix.layout.shape
-        step = min(max(1, _CHUNK_BYTES // (4 * d)), vocab)
-        part = min(max(1, _CHUNK_BYTES // (4 * step)), len(hidden))
+        step = min(max(1, LOGITS_BYTES // (4 * d)), vocab)
+        part = min(max(1, LOGITS_BYTES // (4 * step)), len(hidden))
         memory = torch.empty(part * step, device=hidden.device)
         for start in range(0, vocab, step):
             rows = slice(start, min(start + step, vocab))

@@ -6,10 +6,10 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
-from edgezo.data.token_stats import KEPT_LENGTHS
 from edgezo.machine.limits import (
     EVAL_TOKENS,
     GUARD_MARGIN_BYTES,
+    LOGITS_BYTES,
     PRODUCT_ROWS,
     REUSED_BYTES,
     THIN,
@@ -19,14 +19,17 @@ from edgezo.plan.calibration import (
     ACTIVATIONS,
     ATTENDING_TOKENS,
     CODES_UPDATE_TILES,
+    COMPUTE,
     EVAL_KEPT_TOKENS,
+    FIRST_STEP_BYTES,
+    FP32_STEP_BYTES,
+    HEAD_TEMPORARIES,
     HEAP_SHARE,
     HIDDEN_COPIES,
     KERNEL_BYTES,
     KEY_COPIES,
     LEAST_PIECE_TOKENS,
     LIBRARY_BYTES,
-    LOGITS_BYTES,
     MLP_COPIES,
     MOST_KEPT_TOKENS,
     PANEL_BYTES,
@@ -36,6 +39,7 @@ from edgezo.plan.calibration import (
     ROUNDED_UPDATE_TILES,
     RUN_BYTES,
     SLACK_BYTES,
+    UPDATE_HOLES,
     UPDATE_TILES,
     Item,
     peak_bytes,
@@ -44,6 +48,11 @@ from edgezo.plan.fields import LOSS, QUANTIZED
 from edgezo.plan.footprint_stored import StoredFootprint, rounding_of
 from edgezo.plan.shapes import BYTES_PER_WEIGHT, MatrixShape
 from edgezo.zo.presets import DIRECTIONS, MASKS, RULES
+
+
+def _numbers_of_rows(n: int) -> int:
+    """Numbers of rows that bf16 products over up to ``n`` rows are computed in (machine/matmul.py)."""
+    return bisect_left(PRODUCT_ROWS, min(n, PRODUCT_ROWS[-1])) + 1
 
 
 @dataclass(frozen=True)
@@ -93,12 +102,12 @@ class Footprint(StoredFootprint):
     def items(self, precision: str, micro_batch: int, on_disk: int = 0) -> tuple[Item, ...]:
         """Every item, with the last ``on_disk`` blocks on disk, and then the tables too."""
         compute_bytes = self.compute_bytes(precision)
-        return (
+        items = (
             self._base(),
             *self._weights(precision, on_disk),
             *self._trained(compute_bytes),
             Item("journal and metrics", RUN_BYTES, "buffers; the records are on disk"),
-            self._code(precision),
+            *self._code(precision),
             *self._compiled(precision, micro_batch),
             Item("guard margin", GUARD_MARGIN_BYTES, "kept free: nearer to the cap, a run stops"),
             Item("allocator slack", SLACK_BYTES, "freed small blocks that stay in the heap"),
@@ -106,22 +115,29 @@ class Footprint(StoredFootprint):
             *self._forward(precision, micro_batch, compute_bytes),
             *self._holes(precision, micro_batch, compute_bytes),
             self._update(precision, micro_batch, compute_bytes, on_disk),
+            *self._update_holes(precision),
+            *self._head_step(),
             *(i for i in self._of_parts(compute_bytes) if i.phase != "always"),
         )
+        return (*items, *self._reading(items))
 
-    def _code(self, precision: str) -> Item:
-        size = LIBRARY_BYTES + PANEL_BYTES * max(m.d_out for m in self.shape.kinds)
-        if precision in QUANTIZED:
-            size += QUANTO_BYTES
-        reason = "classes and kernels that loading and the first step use, and their packed panels"
-        return Item("model code", size, reason)
+    def _code(self, precision: str) -> list[Item]:
+        """What the libraries take while weights are loaded, and from the first forward on."""
+        loaded = LIBRARY_BYTES + (QUANTO_BYTES if precision in QUANTIZED else 0)
+        first = FIRST_STEP_BYTES + PANEL_BYTES * max(m.d_out for m in self.shape.kinds)
+        if self.compute_dtype(precision)[0] == "fp32":
+            first += FP32_STEP_BYTES
+        return [
+            Item("model code", loaded, "the model's modules, and what loading them touches"),
+            Item("step code", first, "kernels that a step uses, and their packed panels", COMPUTE),
+        ]
 
     def _compiled(self, precision: str, micro_batch: int) -> list[Item]:
         """What the matrix library compiles for the shapes of bf16 products, and keeps (machine/matmul.py)."""
         if self.compute_dtype(precision)[0] != "bf16":
             return []
         cfg, parts = self.cfg, self.cfg.parts
-        matrices = (*self.shape.block, *self.shape.outside)
+        matrices = self.shape.kinds
         d_in, d_out = {m.d_in for m in matrices}, {m.d_out for m in matrices}
         # Thin products with a basis or directions, and sums into the outputs. C kernels compute those that are narrow
         # enough, except those of the table and of norms. The width is what is added at once: factors, one direction
@@ -134,10 +150,18 @@ class Footprint(StoredFootprint):
         if parts.factors and not in_c:
             thin += len(d_in) + 2 * len(d_out) + 1
         shapes = len({(m.d_in, m.d_out) for m in matrices}) * self.product_kinds + thin
-        rows = min(self._tokens_at_once(precision, micro_batch), PRODUCT_ROWS[-1])
-        sizes = bisect_left(PRODUCT_ROWS, rows) + 1
-        reason = f"oneDNN's kernels for {shapes} bf16 products of {sizes} numbers of rows"
-        return [Item("compiled products", KERNEL_BYTES * shapes * sizes, reason)]
+        n_tokens = self._tokens_at_once(precision, micro_batch)
+        count, numbers = shapes * _numbers_of_rows(n_tokens), _numbers_of_rows(n_tokens)
+        # Products with the head: of a chunk of its rows and of those that remain, with some of the scored states.
+        scored = min(self.sides * micro_batch * self.tokens.scored, n_tokens)
+        if self.tokens.kind == "label":
+            count += _numbers_of_rows(scored)
+        else:
+            chunks = 1 + bool(self.shape.vocab % self.head_rows)
+            count += chunks * _numbers_of_rows(min(scored, self._states_at_once))
+        reason = f"oneDNN's kernels for {shapes} bf16 products of {numbers} numbers of rows, and those with the head"
+        size = KERNEL_BYTES * count
+        return [Item("compiled products", size, reason, COMPUTE)]
 
     # -----------------------------------------------------------------------------------------
     # Tokens that pass at once
@@ -152,7 +176,7 @@ class Footprint(StoredFootprint):
 
         ``most``: tokens of one side in a piece, where micro-batches are split into pieces.
         """
-        evaluating = max(min(EVAL_TOKENS, self.tokens.longest(KEPT_LENGTHS)), self.tokens.evaluated)
+        evaluating = self.tokens.evaluated_at_once(EVAL_TOKENS)
         return max(self.sides * self.tokens.at_once(micro_batch, most), evaluating)
 
     def _tokens_at_once(self, precision: str, micro_batch: int) -> int:
@@ -168,6 +192,12 @@ class Footprint(StoredFootprint):
         reused = self.reused_tokens(precision)
         return reused // self.sides if reused >= LEAST_PIECE_TOKENS else None
 
+    def maps(self, precision: str, micro_batch: int) -> bool:
+        """Whether there are batches whose temporaries are mapped one by one (`process_memory.Heap`)."""
+        n_tokens = self._tokens_at_once(precision, micro_batch)
+        size = self._temporaries(n_tokens, self.compute_bytes(precision), in_heap=True)
+        return size > REUSED_BYTES
+
     def reused_tokens(self, precision: str) -> int:
         """Tokens, of all sides, whose temporaries stay in the heap."""
         return self._reused_tokens[self.compute_bytes(precision)]
@@ -178,7 +208,9 @@ class Footprint(StoredFootprint):
         most = range(REUSED_BYTES)
         return {
             size: bisect_right(
-                most, REUSED_BYTES, key=partial(self._activations, compute_bytes=size)
+                most,
+                REUSED_BYTES,
+                key=partial(self._temporaries, compute_bytes=size, in_heap=True),
             )
             - 1
             for size in (2, 4)
@@ -205,7 +237,7 @@ class Footprint(StoredFootprint):
         size = self._drawn(micro_batch) * (4 * n_tokens + self._widest()) * compute_bytes
         items += self._perturbing(micro_batch, size)
         scored = min(sides * micro_batch * tokens.scored, n_tokens)
-        logits, what = self._logits(scored)
+        logits, what = self._logits(scored, precision)
         # The blocks' temporaries are freed before scores are computed, which use their memory again.
         scores = logits + 4 * (scored + 2 * n_tokens) * shape.hidden - items[0].bytes
         reason = f"hidden states and logits of {scored:,} scored positions, {what}: more than a block takes"
@@ -258,11 +290,31 @@ class Footprint(StoredFootprint):
         """What is taken to expand a matrix of ``largest`` bytes."""
         return min(largest, TILE_BYTES)
 
-    def _logits(self, scored: int) -> tuple[int, str]:
+    @property
+    def _states_at_once(self) -> int:
+        """States of which logits are computed at once."""
+        return max(1, LOGITS_BYTES // (4 * self.head_rows))
+
+    def _logits(self, scored: int, precision: str) -> tuple[int, str]:
         """Logits of so many positions: (bytes, over which words)."""
         if self.tokens.kind == "label":
             return 4 * scored * self.tokens.label_words, "label words only"
-        return LOGITS_BYTES, "the vocabulary in chunks"
+        compute_bytes, width, rows = (
+            self.compute_bytes(precision),
+            self.shape.embed_width,
+            self.head_rows,
+        )
+        # Products in bf16 have a few numbers of rows: a smaller one is filled up.
+        states = next((n for n in PRODUCT_ROWS if n >= scored), scored)
+        # Logits in the compute dtype, and in fp32, where the error takes their place.
+        size = min(self._states_at_once, states) * rows * (4 + compute_bytes)
+        if BYTES_PER_WEIGHT.get(precision) != compute_bytes:
+            size += rows * width * compute_bytes
+        if (
+            self.product_kinds > 1
+        ):  # the gradient by the states is a product with these rows in fp32
+            size += 4 * rows * width
+        return size, "the vocabulary in chunks"
 
     def _beside(self, micro_batch: int, compute_bytes: int) -> list[Item]:
         """What a forward takes beside its temporaries: keys and values, and what a measurement adds."""
@@ -277,7 +329,10 @@ class Footprint(StoredFootprint):
         tokens, most = self.tokens, self.tokens.written
         if not most:
             return []
-        kept = max(self.kept_tokens, tokens.evaluated_prompt + most)
+        a_row = tokens.evaluated_prompt + most
+        kept = max(self.kept_tokens, a_row)
+        if tokens.evaluations:
+            kept = min(kept, tokens.evaluations * a_row)
         what = "of an evaluation"
         training = self.sides * micro_batch * (tokens.prompt + most)
         if self.cfg.objective != LOSS and training > kept:
@@ -292,9 +347,17 @@ class Footprint(StoredFootprint):
         return (shape.layers + 1) * (shape.qkv_width - shape.attention_width) * compute_bytes
 
     def _activations(self, n_tokens: int, compute_bytes: int) -> int:
-        """Bytes of one block's temporaries over ``n_tokens`` tokens: while it attends, or while its MLP runs.
+        """Bytes of one block's temporaries over ``n_tokens`` tokens, in the heap or, where they are large, mapped."""
+        size = self._temporaries(n_tokens, compute_bytes, in_heap=True)
+        if size <= REUSED_BYTES:
+            return size
+        return self._temporaries(n_tokens, compute_bytes, in_heap=False)
 
-        In the heap, a share of what attention took is still there beside the MLP's temporaries.
+    def _temporaries(self, n_tokens: int, compute_bytes: int, in_heap: bool) -> int:
+        """Bytes of one block's temporaries: while it attends, or while its MLP runs.
+
+        In the heap, a share of what attention took is still there beside the MLP's temporaries. Those of C kernels are
+        counted as torch's: the heap's holes take what they save.
         """
         shape = self.shape
         keys = (shape.qkv_width - shape.attention_width) // 2
@@ -309,12 +372,8 @@ class Footprint(StoredFootprint):
             HIDDEN_COPIES * shape.hidden + MLP_COPIES[shape.gated] * shape.intermediate
         )
         rotary = 2 * shape.head_dim  # cosine and sine
-        in_heap = int(HEAP_SHARE * n_tokens * at_once)
-        size = (max(attending, mlp + in_heap) + n_tokens * rotary) * compute_bytes
-        if size <= REUSED_BYTES:
-            return size
-        # Temporaries are mapped. Counted as more than what stays in the heap, so that Plan.maps tells the two apart.
-        return max((max(attending, mlp) + n_tokens * rotary) * compute_bytes, REUSED_BYTES + 1)
+        kept = int(HEAP_SHARE * n_tokens * at_once) if in_heap else 0
+        return (max(attending, mlp + kept) + n_tokens * rotary) * compute_bytes
 
     # -----------------------------------------------------------------------------------------
     # An update
@@ -333,7 +392,7 @@ class Footprint(StoredFootprint):
         """
         n_tokens = self._tokens_at_once(precision, micro_batch)
         temporaries = self._activations(n_tokens, compute_bytes)
-        if not self.cfg.parts.weights or temporaries > REUSED_BYTES:
+        if not self.cfg.parts.weights or self.maps(precision, micro_batch):
             return []
         size = min(self._update_tiles(precision), temporaries)
         reason = "in the heap, between what updates and forwards take"
@@ -355,6 +414,29 @@ class Footprint(StoredFootprint):
                 "; and the hidden states, since a block is updated when the forward comes to it"
             )
         return Item("update tiles", size, reason, "update")
+
+    def _update_holes(self, precision: str) -> list[Item]:
+        if not self.cfg.parts.weights:
+            return []
+        if precision != "int8" and not DIRECTIONS[self.cfg.directions].guided:
+            return []  # then nothing that stays is made between tiles
+        reason = "in the heap, between tiles of matrices of all sizes"
+        return [Item("holes", int(UPDATE_HOLES * self._update_tiles(precision)), reason, "update")]
+
+    def _head_step(self) -> list[Item]:
+        """Temporaries of the exact head's own update, which comes after that of the tiles."""
+        shape, cfg = self.shape, self.cfg
+        if not cfg.parts.head or self.tokens.kind == "label":
+            return []
+        size = 4 * HEAD_TEMPORARIES * cfg.rank * shape.vocab
+        return [
+            Item(
+                "head update",
+                size,
+                "the scale of an Adam step, as large as what it moves",
+                "update",
+            )
+        ]
 
     def _largest_trained(self) -> int:
         """Bytes in fp32 of the largest tensor that an update moves."""

@@ -80,7 +80,7 @@ class BackwardFootprint(Footprint):
         items.append(Item(ACTIVATIONS, max(block, evaluated - kept), reason, "forward"))
         items += self._expanded(precision, compute_bytes)
         scored = min(micro_batch * tokens.scored, trained)
-        logits, what = self._logits(scored)
+        logits, what = self._logits(scored, precision)
         # Scores are computed when all block inputs are kept, before a block is run again.
         scores = logits + 8 * (scored + 2 * trained) * shape.hidden - items[1].bytes
         reason = f"hidden states, their gradients and logits of {scored:,} scored positions, {what}"

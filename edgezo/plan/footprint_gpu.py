@@ -110,7 +110,7 @@ class CudaFootprint(Footprint):
         size = self._drawn(micro_batch) * (4 * n_tokens + 3 * self._widest()) * compute_bytes
         items += self._perturbing(micro_batch, size + 16 * n_tokens)
         scored = sides * micro_batch * self.tokens.scored
-        logits, what = self._logits(scored)
+        logits, what = self._logits(scored, precision)
         reason = f"hidden states and logits of {scored:,} scored positions; {what}"
         # The blocks' temporaries are freed before scores are computed, which use their memory again.
         scores = logits + 6 * scored * self.shape.hidden - items[0].bytes
@@ -122,7 +122,7 @@ class CudaFootprint(Footprint):
         """The tile, and the codes of one."""
         return 3 * min(largest, TILE_BYTES) // 2
 
-    def _logits(self, scored: int) -> tuple[int, str]:
+    def _logits(self, scored: int, precision: str) -> tuple[int, str]:
         if self.tokens.kind == "label":
             return 8 * scored * self.tokens.label_words, "label words only"
         return GPU_LOGITS_BYTES, "the vocabulary in chunks"

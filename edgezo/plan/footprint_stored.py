@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from edgezo.data.token_stats import TokenStats
-from edgezo.machine.limits import PAGE_BYTES, QUANTISE_BYTES, READOUT_BLOCKS, SLOTS, TILE_BYTES
+from edgezo.machine.limits import (
+    GUARD_MARGIN_BYTES,
+    LOGITS_BYTES,
+    PAGE_BYTES,
+    QUANTISE_BYTES,
+    READOUT_BLOCKS,
+    SLOTS,
+    TILE_BYTES,
+)
 from edgezo.plan.budget import mb
 from edgezo.plan.calibration import (
     ADAPTER_COPIES,
@@ -20,6 +28,7 @@ from edgezo.plan.calibration import (
     READ_PIECE_BYTES,
     TOKENIZER_BYTES_PER_WORD,
     Item,
+    phase_bytes,
 )
 from edgezo.plan.config import Batched, RunConfig
 from edgezo.plan.conflicts import cannot_requantise
@@ -66,6 +75,7 @@ class StoredFootprint:
     bf16_fast: bool
     c_kernels: bool
     base_bytes: int | None  # the process as measured; None: BASE_BYTES
+    read_peak_bytes: int = 0  # its peak until then, as measured; 0: not known
 
     elsewhere: ClassVar[str] = "disk"  # where blocks are that do not stay in memory
 
@@ -118,6 +128,14 @@ class StoredFootprint:
             reason += f", {mb(rows_bytes)} of tokens"
         return Item("base process", size, reason)
 
+    def _reading(self, items: Sequence[Item]) -> list[Item]:
+        """What reading has taken more than the permanent ``items`` do, most of which came later."""
+        more = self.read_peak_bytes + GUARD_MARGIN_BYTES - phase_bytes(items, "read")
+        if not self.read_peak_bytes or more <= 0:
+            return []
+        reason = "rows were read and tokenised before anything else: more than all that stays takes"
+        return [Item("reading", more, reason, "read")]
+
     def _weights(self, precision: str, on_disk: int) -> list[Item]:
         shape = self.shape
         vectors = shape.vector_elements
@@ -138,6 +156,11 @@ class StoredFootprint:
         tied = "tied with the head" if self.shape.tied else "with the untied head"
         reason = f"{weights:,} weights, {tied}: {self._storage(stored)}"
         return Item("embedding", self.stored_bytes(tables, stored), reason)
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of the head that scores are computed of at once."""
+        return min(self.shape.vocab, max(1, LOGITS_BYTES // (4 * self.shape.embed_width)))
 
     def _storage(self, precision: str) -> str:
         """How a weight is stored, in words."""
@@ -162,7 +185,16 @@ class StoredFootprint:
         rows = sum(t.d_out for t in shape.tables)
         reason = f"the tables are on disk: a checksum for each of {rows:,} rows, and rows in use"
         # With label words the rows in use are the hidden states, or counted with the tiles of an update.
-        in_use = 0 if self.tokens.kind == "label" else TILE_BYTES
+        in_use = 0
+        if (
+            self.tokens.kind != "label"
+        ):  # those that scores are computed of; or a tile that an update moves
+            head = MatrixShape("rows of the head", self.head_rows, shape.embed_width)
+            in_use = (
+                TILE_BYTES
+                if self.cfg.parts.weights
+                else self.stored_bytes((head,), _table_precision(precision))
+            )
         items.append(Item("embedding", 8 * rows + in_use, reason))
         return items
 
@@ -244,15 +276,28 @@ class StoredFootprint:
 
     def _load(self, precision: str, on_disk: int) -> Item:
         if on_disk:
+            # Tables are written before there are slots.
             reason = "rows of a table or a matrix of a block: read, converted and written"
-            size = max(TILE_BYTES, self._staged_bytes(precision))
+            slots = SLOTS * self.block_bytes(precision)
+            size = max(TILE_BYTES - slots, self._staged_bytes(precision))
             return Item("load staging", size, reason, "load")
         if precision not in QUANTIZED:
             reason = "a piece of one tensor that is being read"
             return Item("load staging", READ_PIECE_BYTES, reason, "load")
-        # Codes are made from fp32, a tile with its copies (QUANTISE_BYTES) at a time; tables are read so.
+        return self._quantising(precision)
+
+    def _quantising(self, precision: str) -> Item:
+        """A matrix in fp32 and a tile being quantised, less the weights that are read after it: largest come first."""
+        largest_first = sorted(self.shape.modules, key=lambda m: -m.numel)
+        size = later = 0
+        for matrix in reversed(largest_first):
+            tile = min(TILE_BYTES, QUANTISE_BYTES * matrix.numel)
+            size = max(size, 4 * matrix.numel + tile - later)
+            later += self.shape.layers * matrix.stored_bytes(precision)
+        if not self.shape.tied:  # the head is read last, a tile at a time
+            size = max(size - self.shape.tables[1].stored_bytes("int8"), TILE_BYTES)
         reason = "one matrix in fp32 beside its codes, and a tile being quantised"
-        return Item("load staging", self._largest_base() + TILE_BYTES, reason, "load")
+        return Item("load staging", size, reason, "load")
 
     def _staged_bytes(self, precision: str) -> int:
         """One matrix as it is in the base, beside the form in which a block on disk has it."""

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgezo.errors import DoesNotFit
-from edgezo.machine.limits import REUSED_BYTES
-from edgezo.plan.calibration import ACTIVATIONS, Item, peak_bytes, phase_bytes
+from edgezo.plan.calibration import Item, peak_bytes, phase_bytes
 from edgezo.plan.config import RunConfig, Settled
 from edgezo.plan.request import as_estimator
 from edgezo.zo.presets import AUTO
@@ -50,6 +49,7 @@ class Plan:
     disk_bytes: int  # what the overlay takes on disk
     reused_tokens: int  # packed tokens of all sides whose temporaries stay in the heap
     most_tokens: int | None  # tokens of one side in a piece of a micro-batch; None: no pieces
+    maps: bool  # there are batches whose temporaries are mapped one by one (`process_memory.Heap`)
     blocks_in_host: int = 0  # the last blocks, where a GPU has no room for them
     host_bytes: int = 0  # what those blocks take of the RAM
     kept_tokens: int = 0  # tokens whose keys and values an evaluation keeps at once
@@ -62,11 +62,6 @@ class Plan:
     def phase_bytes(self, phase: str) -> int:
         """What a run takes while ``phase`` (load, forward, update or fit) lasts."""
         return phase_bytes(self.items, phase)
-
-    @property
-    def maps(self) -> bool:
-        """Whether there are batches whose temporaries are mapped one by one (`process_memory.Heap`)."""
-        return sum(i.bytes for i in self.items if i.name == ACTIVATIONS) > REUSED_BYTES
 
     @property
     def load_peak_bytes(self) -> int:

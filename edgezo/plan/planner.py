@@ -54,17 +54,22 @@ def make_plan(
     tokens: TokenStats | None = None,
     *,
     base_bytes: int | None = None,
+    read_peak_bytes: int = 0,
     correction_bytes: int = 0,
 ) -> Plan:
     """Fit the request into its budget; more memory never gives a lower precision.
 
     ``shape`` is a card or that of opened files. Without ``tokens`` every row is taken to be as long as --max-length.
-    ``base_bytes`` is the resident process where it was measured; ``correction_bytes`` what a forward took more than
-    planned (less, where negative).
+    ``base_bytes`` is the resident process where it was measured, and ``read_peak_bytes`` its peak until then, while
+    rows were read; ``correction_bytes`` what a forward took more than planned (less, where negative).
     Raises PlanDoesNotFit with the smallest budget that would work and the flags that would help, UsageError where the
     device that is asked for is not there.
     """
-    known = {"base_bytes": base_bytes, "correction_bytes": correction_bytes}
+    known = {
+        "base_bytes": base_bytes,
+        "read_peak_bytes": read_peak_bytes,
+        "correction_bytes": correction_bytes,
+    }
     tokens = tokens or assumed_tokens(cfg)
     if cfg.estimator == AUTO:
         return _best_that_fits(shape, cfg, machine, tokens, **known)
@@ -152,6 +157,7 @@ def _described(choice: Choice) -> Plan:
         disk_bytes=footprint.disk_bytes(precision, on_disk),
         reused_tokens=footprint.reused_tokens(precision),
         most_tokens=footprint.most_tokens(precision),
+        maps=footprint.maps(precision, option.micro_batch),
         blocks_in_host=away - on_disk,
         host_bytes=footprint.host_bytes(precision, away),
         kept_tokens=roomy.kept_tokens,

@@ -46,6 +46,7 @@ class Shape:
     embed_dim: int = 0  # width of the token embedding where it is not hidden (OPT-350m)
     masked_head: bool = False  # dense + norm + output bias before the tied decoder (RoBERTa)
     sliding_window: int = 0  # tokens; 0: none
+    fused: bool = False  # one matrix for q, k and v, and one for gate and up
 
     @property
     def embed_width(self) -> int:
@@ -166,6 +167,18 @@ class ModelShape(NamedShape):
         return tuple(MatrixShape(*matrix) for matrix in self.layer_matrices)
 
     @cached_property
+    def modules(self) -> tuple[MatrixShape, ...]:
+        """The matrices of one block as the model has them: q, k and v in one where they are fused."""
+        if not self.fused:
+            return self.block
+        fused = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+        rows: dict[tuple[str, int], int] = {}
+        for matrix in self.block:
+            name = fused.get(matrix.name, matrix.name), matrix.d_in
+            rows[name] = rows.get(name, 0) + matrix.d_out
+        return tuple(MatrixShape(name, d_out, d_in) for (name, d_in), d_out in rows.items())
+
+    @cached_property
     def outside(self) -> tuple[MatrixShape, ...]:
         """Linears outside the blocks (OPT's and RoBERTa's)."""
         width, hidden = self.embed_width, self.hidden
@@ -197,7 +210,7 @@ class ModelShape(NamedShape):
     @property
     def kinds(self) -> tuple[MatrixShape, ...]:
         """One of each linear that there is: enough to look for the largest."""
-        return self.block + self.outside
+        return self.modules + self.outside
 
     @cached_property
     def vector_elements(self) -> int:

@@ -26,6 +26,7 @@ from edgezo.machine.process_memory import (
     allocator_reuse,
     check_cap_kept,
     malloc_trim,
+    peak_rss_bytes,
 )
 from edgezo.machine.profiler import phase
 from edgezo.network import cards, loader
@@ -34,6 +35,7 @@ from edgezo.network.loader import ModelFiles
 from edgezo.network.model import Model
 from edgezo.network.rotary import longrope_switch
 from edgezo.plan.budget import budget, choose_device, default_budget, mb
+from edgezo.plan.calibration import LATER_BYTES
 from edgezo.plan.config import RunConfig, Settled
 from edgezo.plan.fields import LOSS
 from edgezo.plan.plan import Plan, PlanDoesNotFit
@@ -61,6 +63,7 @@ class Opened:
     finetuner: Finetuner | None = None  # with --mask block, for training
     judge: Judge | None = None  # where predictions are written or scored
     peak_before_bytes: int = 0  # of this process's memory, before it began to read
+    read_peak_bytes: int = 0  # and until all was read; 0: not higher than before
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,9 @@ def open_request(cfg: RunConfig, *, to_train: bool = True) -> Opened:
     cfg = replace(_for_kind(cfg, dataset.kind), written_at=dataset.written_at)
     judge = _judge_of(cfg, files, tokenizer, dataset)
     malloc_trim()  # memory that parsing has freed is no part of the process that a plan starts from
-    peak_before_bytes = guard.peak_before_bytes
-    return Opened(cfg, files, tokenizer, dataset, judge=judge, peak_before_bytes=peak_before_bytes)
+    before_bytes, peak_bytes = guard.peak_before_bytes, peak_rss_bytes()
+    read_bytes = peak_bytes if peak_bytes > before_bytes else 0
+    return Opened(cfg, files, tokenizer, dataset, None, judge, before_bytes, read_bytes)
 
 
 def ram_cap_bytes(cfg: RunConfig, machine: Machine) -> int:
@@ -260,6 +264,7 @@ def settle(opened: Opened, machine: Machine, base_bytes: int, correction_bytes: 
         machine,
         opened.dataset.token_stats(),
         base_bytes=base_bytes,
+        read_peak_bytes=opened.read_peak_bytes,
         correction_bytes=correction_bytes,
     )
     return Planned(opened, plan.settle(opened.cfg), plan)
@@ -277,7 +282,9 @@ def split_less(
     planned_bytes = before.phase_bytes("forward")
     free = replace(opened, cfg=planned.cfg.reopened(micro_batch=None))
     with suppress(PlanDoesNotFit):
-        again = settle(free, machine, base_bytes, min(0, peak_bytes - planned_bytes))
+        # The first forward is not the largest that there will be.
+        correction_bytes = min(0, peak_bytes + LATER_BYTES - planned_bytes)
+        again = settle(free, machine, base_bytes, correction_bytes)
         larger = again.plan.micro_batch > before.micro_batch
         if larger and again.plan.blocks_on_disk == before.blocks_on_disk:
             return replace(again, opened=opened)

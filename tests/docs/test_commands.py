@@ -159,7 +159,7 @@ def workspace(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     os.environ.clear()
     os.environ.update(before)
     sys.path[:] = paths
-    for name in ("scores", "plan_grid"):
+    for name in ("scores", "random_models", "memory_of_a_run"):
         sys.modules.pop(name, None)
 
 

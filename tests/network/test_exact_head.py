@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from workshop import KEY, SIGMA, Case, Tried, cases, close, of
 
-from edgezo.machine.limits import TILE_BYTES
 from edgezo.network import losses
 from edgezo.network.exact_head import ExactHead
-from edgezo.plan import calibration
 from edgezo.weights.saved import Saved, saved_sha256
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,7 +35,7 @@ HEADS: tuple[Case, ...] = (
 def test_the_exact_heads_gradient_is_autograds(
     tried: Tried, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "_CHUNK_BYTES", 40_000)
+    monkeypatch.setattr(losses, "LOGITS_BYTES", 40_000)
     model, head = tried.model, tried.model.exact
     assert head is not None
     head.delta.copy_(torch.randn(head.delta.shape, generator=torch.Generator().manual_seed(1)) / 20)
@@ -92,17 +90,17 @@ def test_scores_of_a_vocabulary_take_three_chunks(
     tried: Tried, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, chunk_bytes = tried.model, 16_000
-    monkeypatch.setattr(losses, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(losses, "LOGITS_BYTES", chunk_bytes)
     hidden = torch.randn(64, model.scorer.head.matrix.layout.shape[1])
     ids = torch.arange(64)
     nll, gradient = model.scorer._vocabulary(hidden, ids, None)
     with Alive() as alive:
         nll()
         gradient(torch.ones(64), None)
-    # Three chunks: expanded rows of the head, their logits in the compute dtype and in fp32. The plan counts as much.
+    # Three chunks: expanded rows of the head, their logits in the compute dtype and in fp32. The plan counts as much
+    # (tests/plan/test_planner.py).
     beside = 64 * 20 * 4
     assert chunk_bytes < alive.most <= 3 * chunk_bytes + beside
-    assert calibration.LOGITS_BYTES == 3 * (TILE_BYTES // 2)
 
 
 def test_the_head_takes_the_steps_of_torch_adam() -> None:

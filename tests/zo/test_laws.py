@@ -320,7 +320,7 @@ def test_many_recipes_at_once_give_the_bits_of_one_by_one_for_any_tile(
 def test_losses_do_not_depend_on_the_tile(tried: Tried, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tried.losses()
     monkeypatch.setattr(limits, "TILE_BYTES", 2000)
-    monkeypatch.setattr(objective, "_CHUNK_BYTES", 2000)
+    monkeypatch.setattr(objective, "LOGITS_BYTES", 2000)
     close(tried.losses(), whole, atol=2e-5)
 
 
