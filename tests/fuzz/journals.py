@@ -341,6 +341,8 @@ def damaged(seed: int) -> Iterator[DamagedJournal]:
             if chance.random() < 0.1:
                 second = chance.choice(DAMAGE)
                 name, data = f"{name}, {second.__name__}", second(data or b"\0", chance)
+        # A range of another journal may be all of it: what is read must then be as it was there.
+        sound = next((s for s in journals_of_now() if data.startswith(s.data[: s.ends[0]])), sound)
         if data != sound.data:
             yield DamagedJournal(name, sound, data)
 
