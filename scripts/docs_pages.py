@@ -1,4 +1,4 @@
-"""Pages of the site that stand outside docs/: the log of experiments, the charts, CONTRIBUTING.md. A hook of mkdocs.
+"""Pages of the site that stand outside docs/: the log of experiments, the charts and pages at the top. A hook of mkdocs.
 
 docs/ links to them as the repository has them (../benchmarks/log/...), so that the links work there too; here the links
 become those of the site.
@@ -15,7 +15,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = ("benchmarks/log/*.md", "benchmarks/*.json", "benchmarks/*.png")
-CONTRIBUTING = "CONTRIBUTING.md"
+AT_TOP = ("CONTRIBUTING.md", "SECURITY.md")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -24,14 +24,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()
             files.append(File.generated(config, name, abs_src_path=str(path)))
-    path = str(ROOT / CONTRIBUTING)
-    files.append(File.generated(config, CONTRIBUTING.lower(), abs_src_path=path))
+    for name in AT_TOP:
+        files.append(File.generated(config, name.lower(), abs_src_path=str(ROOT / name)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links from the repository's folders become links of the site."""
-    if page.file.src_uri == CONTRIBUTING.lower():
+    if page.file.src_uri in [name.lower() for name in AT_TOP]:
         return markdown.replace("](docs/", "](")
-    markdown = markdown.replace(f"](../{CONTRIBUTING})", f"]({CONTRIBUTING.lower()})")
+    for name in AT_TOP:
+        markdown = markdown.replace(f"](../{name})", f"]({name.lower()})")
     return re.sub(r"\]\(\.\./(?=benchmarks/)", "](", markdown)

@@ -27,10 +27,10 @@ class Snippet(NamedTuple):
 
 
 def pages() -> list[Path]:
-    """README, CONTRIBUTING and every page of docs/ that is written by hand."""
+    """README, CONTRIBUTING, SECURITY and every page of docs/ that is written by hand."""
     docs = sorted((ROOT / "docs").rglob("*.md"))
     written = [page for page in docs if page.name not in GENERATED]
-    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *written]
+    return [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")), *written]
 
 
 def fences(language: str) -> list[Snippet]:

@@ -75,6 +75,21 @@ def test_paths_and_options_that_a_page_names_are_there(page: Path) -> None:
     assert not options, f"{page.name} names {options}, which no command has"
 
 
+def test_every_threat_names_tests_that_there_are() -> None:
+    lines = (ROOT / "SECURITY.md").read_text(encoding="utf-8").splitlines()
+    rows = [
+        line.split(" | ") for line in lines if line.startswith("| ") and "| tests |" not in line
+    ]
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(rows) > 15
+    for row in rows:
+        names = re.findall(r"`((?:tests/|test_)[\w/.]+)`", row[-1])
+        assert names, row
+        for name in names:
+            there = (ROOT / name).exists() if "/" in name else f"def {name}(" in code
+            assert there, f"{name} is no test"
+
+
 def test_every_preset_is_on_the_page_of_methods() -> None:
     from edgezo.zo.presets import FIRST_ORDER, PRESETS
 
