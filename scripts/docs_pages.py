@@ -1,4 +1,4 @@
-"""Pages of the site that stand outside docs/: the log of experiments, the charts and pages at the top. A hook of mkdocs.
+"""Pages of the site that stand outside docs/: the log of experiments, charts, pages at the top. A hook of mkdocs.
 
 docs/ links to them as the repository has them (../benchmarks/log/...), so that the links work there too; here the links
 become those of the site.
