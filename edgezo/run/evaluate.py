@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from edgezo.data.dataset import Dataset
 from edgezo.errors import EdgezoError, UsageError
+from edgezo.machine.busy_cores import beside_others
 from edgezo.machine.files import atomic_path, atomic_write, to_json
 from edgezo.machine.foreign import MOST_CONFIG_BYTES, parse_json, read_small, reading
 from edgezo.machine.gpu_memory import confirmed
@@ -70,6 +71,7 @@ def evaluate(
     base = meter.mark("base")
     planned = settle(opened, confirmed(machine()), base.rss_bytes)
     with ExitStack() as at_end:
+        at_end.enter_context(beside_others())
         model, memory = at_end.enter_context(loaded(planned))
         steps = 0
         if trained is not None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from edgezo.data.batches import pieces
 from edgezo.errors import BudgetExceeded, EdgezoError, Interrupted, UsageError
+from edgezo.machine.busy_cores import beside_others
 from edgezo.machine.files import atomic_write, to_json
 from edgezo.machine.gpu_memory import confirmed
 from edgezo.machine.hardware import machine
@@ -85,7 +86,7 @@ def finetune(
         cfg = with_beginning(cfg)
     if resume and cfg.micro_batch is None:
         cfg = replace(cfg, micro_batch=files.read_config().micro_batch)
-    with profiling(cfg.profile):
+    with profiling(cfg.profile), beside_others():
         with _opened(cfg, files, resume, progress or Silent()) as run:
             summary = run.to_the_end()
             keep_cap(run.state.planned, run.state.memory, f"The run is complete in {files.path}")

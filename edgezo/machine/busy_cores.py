@@ -1,0 +1,155 @@
+"""OpenMP's threads wait by spinning, which is fastest on a quiet machine and worst on a busy one. Here it is adapted.
+
+Between two products a thread of libgomp spins for up to 10 ms before it sleeps. Beside other programs it spins through
+the time that the thread it waits for needs: a step beside two busy programs on two cores took 4.5 times as long
+(benchmarks/busy.py). A process that never spins loses a third where nothing else runs. libgomp itself spins a
+three-hundredth as long while its teams have more threads than there are cores. So where threads of this process are
+found to wait for a core, one more team is kept, of threads that sleep; where they no longer wait, it is dissolved. As
+many threads compute as before, so the bits of a run are the same.
+
+Only with libgomp (PyTorch's for Linux), and where Linux says how long threads have waited; elsewhere nothing is done.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+LOOK_S = 0.5
+LEAST_RAN_NS = 50_000_000  # threads that ran for less tell nothing
+# Shares of the time of this process's threads that they wait for a core. Between the two nothing is changed.
+BUSY, QUIET = 0.12, 0.04
+THREADS = Path("/proc/self/task")
+
+
+class CoreTimes(NamedTuple):
+    """Nanoseconds of all threads of this process: on a core, and ready but waiting for one."""
+
+    ran_ns: int
+    waited_ns: int
+
+    @staticmethod
+    def now() -> CoreTimes:
+        """Of the threads that there are. Raises OSError or ValueError where the system does not say."""
+        ran = waited = 0
+        for task in THREADS.iterdir():
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                first, second, *_ = (task / "schedstat").read_text().split()
+                ran, waited = ran + int(first), waited + int(second)
+        return CoreTimes(ran, waited)
+
+    def waiting_since(self, before: CoreTimes) -> float | None:
+        """The share of the time between that was waited; None where threads have ended, or hardly ran."""
+        ran, waited = self.ran_ns - before.ran_ns, self.waited_ns - before.waited_ns
+        return waited / (ran + waited) if ran >= LEAST_RAN_NS and waited >= 0 else None
+
+
+class SleepingTeam:
+    """A team of OpenMP threads that do nothing. While there is one, libgomp counts more threads than cores."""
+
+    def __init__(self, library: ctypes.CDLL, threads: int):
+        self._end = threading.Event()
+        made = threading.Event()
+        self._thread = threading.Thread(
+            target=self._hold, args=(library, threads, made), name="sleeping team", daemon=True
+        )
+        self._thread.start()
+        made.wait()
+
+    def _hold(self, library: ctypes.CDLL, threads: int, made: threading.Event) -> None:
+        # Any function of no argument will do that needs no Python: the team's threads have none.
+        library.GOMP_parallel(library.omp_get_thread_num, None, threads, 0)
+        made.set()
+        self._end.wait()
+
+    def dissolve(self) -> None:
+        """End its threads. They end with the one that has made them."""
+        self._end.set()
+        self._thread.join()
+
+
+class SpinGovernor:
+    """Decides, from one look to the next, whether libgomp's threads are to spin less."""
+
+    def __init__(self, library: ctypes.CDLL, threads: int):
+        self._library, self._threads = library, threads
+        self._team: SleepingTeam | None = None
+        self._before = CoreTimes.now()
+
+    @property
+    def spins_less(self) -> bool:
+        """Whether there is a sleeping team."""
+        return self._team is not None
+
+    def look(self, now: CoreTimes) -> None:
+        """Take in how long threads have waited since the last look."""
+        share, self._before = now.waiting_since(self._before), now
+        if share is None:
+            return
+        if self._team is None and share > BUSY:
+            self._team = SleepingTeam(self._library, self._threads)
+        elif self._team is not None and share < QUIET:
+            self.rest()
+
+    def rest(self) -> None:
+        """Let threads spin as libgomp has them."""
+        if self._team is not None:
+            self._team.dissolve()
+            self._team = None
+
+
+@contextmanager
+def beside_others() -> Iterator[None]:
+    """For the length of the block, threads that compute spin little while others keep the cores busy."""
+    governor = _governor()
+    if governor is None:
+        yield
+        return
+    end = threading.Event()
+
+    def watch() -> None:
+        with suppress(OSError, ValueError):
+            while not end.wait(LOOK_S):
+                governor.look(CoreTimes.now())
+
+    watcher = threading.Thread(target=watch, name="busy cores", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        end.set()
+        watcher.join()
+        governor.rest()
+
+
+def _governor() -> SpinGovernor | None:
+    """None without libgomp, a second thread or waiting times, and where the user has chosen how threads wait."""
+    chosen = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
+    path = _libgomp()
+    if chosen or path is None or os.environ.get("OMP_NUM_THREADS") == "1":
+        return None
+    try:
+        library = ctypes.CDLL(path)
+        library.GOMP_parallel.argtypes = [
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        ]
+        library.GOMP_parallel.restype = None
+        # With one more than there are cores it does not matter how many compute.
+        return SpinGovernor(library, len(os.sched_getaffinity(0)) + 1)
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _libgomp() -> str | None:
+    """The libgomp that this process has loaded: the one whose threads compute."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    paths = [line.split(maxsplit=5)[-1] for line in lines if "libgomp" in line]
+    return paths[0] if paths else None
