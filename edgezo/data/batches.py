@@ -73,12 +73,14 @@ def tokens_of(example: Example) -> int:
     return sum(len(row.ids) for row in example.rows)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(
+    maxsize=2
+)  # of the epoch and of the one before it, both of which a batch may have rows of
 def permutation(n: int, seed: int, stream: int) -> np.ndarray:
     """A random order of n rows, (n,) int64, from Philox's raw bits: numpy may change its shuffles, but not these."""
     key = np.array([seed % 2**64, stream], dtype=np.uint64)
     bits = np.random.Philox(key=key).random_raw(n)
-    order = np.argsort(bits, kind="stable").astype(np.int64)
+    order = np.argsort(bits, kind="stable").astype(np.int64, copy=False)
     order.flags.writeable = False
     return order
 

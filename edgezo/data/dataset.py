@@ -67,7 +67,8 @@ class Dataset:
         """Token counts of the examples, which the planner needs."""
         splits = [PackedExamples.of(split) for split in (self.train, self.validation)]
         train, validation = splits
-        counts = np.sort(train.token_counts())[::-1]
+        counts = train.token_counts()
+        counts[::-1].sort()  # the longest first
         writes = self.generation
         prompts = [
             max((len(e.prompt) for e in split), default=0) if writes else 0 for split in splits

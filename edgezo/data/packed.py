@@ -12,7 +12,7 @@ import json
 import zlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import numpy as np
@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 CHUNK_ROWS = 256  # rows that are compressed together,
 CHUNK_CHARS = 1 << 20  # or fewer, where they have so many characters
+FACTS_ROWS = 1 << 14  # examples or rows whose numbers are summed at once
 # What a row predicts: a label word; tokens of its own, the last of which is read, too; or one that is not read.
 LABEL_WORD, READ, NOT_READ = 0, 1, 2
 
@@ -205,31 +206,53 @@ class PackedExamples(_Objects[Example]):
     # -- facts of all examples, without an object for each ------------------------------------------------
 
     def token_counts(self) -> np.ndarray:
-        """Tokens of each example, all its rows together, (n,) int64."""
-        return self._summed(self._row_lengths())
+        """Tokens of each example, all its rows together, (n,) int32."""
+        return self._summed(self._row_lengths)
 
     def scored_counts(self) -> np.ndarray:
-        """Positions of each example at which something is predicted, (n,) int64."""
-        firsts_and_lasts = np.asarray(self._stretches, dtype=np.int64).reshape(-1, 2)
-        ends = np.asarray(self._stretch_ends, dtype=np.int64) // 2
-        each = firsts_and_lasts[:, 1] - firsts_and_lasts[:, 0] + 1
-        return self._summed(_sums(each, ends))
+        """Positions of each example at which something is predicted, (n,) int32."""
+        return self._summed(self._row_scores)
 
     def longest_row(self) -> int:
         """Tokens of the longest row."""
-        return int(self._row_lengths().max(initial=0))
+        n, step = len(self._row_ends), FACTS_ROWS
+        parts = (self._row_lengths(at, min(n, at + step)) for at in range(0, n, step))
+        return max((int(part.max()) for part in parts), default=0)
 
     def largest_id(self) -> int:
         """The largest token number, read or predicted."""
         return int(np.asarray(self._ids).max(initial=0))
 
-    def _row_lengths(self) -> np.ndarray:
-        ends = np.asarray(self._row_ends, dtype=np.int64)
-        lengths = np.diff(ends, prepend=0)
-        return lengths - (np.asarray(self._targets) == NOT_READ)
+    def _row_lengths(self, first: int, stop: int) -> np.ndarray:
+        """Tokens of some rows, (stop - first,) int64."""
+        return _lengths(self._row_ends, first, stop) - (
+            np.asarray(self._targets[first:stop]) == NOT_READ
+        )
 
-    def _summed(self, of_rows: np.ndarray) -> np.ndarray:
-        return _sums(of_rows, np.asarray(self._example_ends, dtype=np.int64))
+    def _row_scores(self, first: int, stop: int) -> np.ndarray:
+        """Positions of some rows at which something is predicted, (stop - first,) int64."""
+        counts = _lengths(self._stretch_ends, first, stop) // 2
+        begin = self._stretch_ends[first - 1] if first else 0
+        end = self._stretch_ends[stop - 1] if stop else 0
+        pairs = np.asarray(self._stretches[begin:end], dtype=np.int64).reshape(-1, 2)
+        return _sums(pairs[:, 1] - pairs[:, 0] + 1, np.cumsum(counts))
+
+    def _summed(self, of_rows: Callable[[int, int], np.ndarray]) -> np.ndarray:
+        """A number of each row, summed over the rows of each example, a piece after the other: (n,) int32."""
+        out = np.empty(len(self), dtype=np.int32)
+        for at in range(0, len(self), FACTS_ROWS):
+            to = min(len(self), at + FACTS_ROWS)
+            first = self._example_ends[at - 1] if at else 0
+            ends = np.asarray(self._example_ends[at:to], dtype=np.int64)
+            out[at:to] = _sums(of_rows(first, int(ends[-1])), ends - first)
+        return out
+
+
+def _lengths(ends: array[int], first: int, stop: int) -> np.ndarray:
+    """Lengths of the stretches ``first`` to ``stop`` of an array that ``ends`` divides, (stop - first,) int64."""
+    return np.diff(
+        np.asarray(ends[first:stop], dtype=np.int64), prepend=ends[first - 1] if first else 0
+    )
 
 
 def _bounds(ends: array[int], number: int) -> tuple[int, int]:

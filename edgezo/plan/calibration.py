@@ -47,6 +47,7 @@ PANEL_BYTES = 2800
 # Code that the matrix library compiles for one shape of a bf16 product: 0.63 MB measured with AVX-512 BF16.
 KERNEL_BYTES = 630_000
 # Buffers of the journal and of the metrics, and the records of a step.
+ROW_ORDER_BYTES = 40  # of a training row: random orders of two epochs, and one that is being made
 RUN_BYTES = 2 * MB
 
 # What steps add after a first forward: kernels of other numbers of rows, holes in the heap. Three blocks of

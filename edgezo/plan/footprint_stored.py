@@ -26,6 +26,8 @@ from edgezo.plan.calibration import (
     HEAD_COPIES,
     NETWORK,
     READ_PIECE_BYTES,
+    ROW_ORDER_BYTES,
+    RUN_BYTES,
     TOKENIZER_BYTES_PER_WORD,
     Item,
     phase_bytes,
@@ -127,6 +129,13 @@ class StoredFootprint:
         if rows_bytes:
             reason += f", {mb(rows_bytes)} of tokens"
         return Item("base process", size, reason)
+
+    def _run(self) -> Item:
+        order_bytes = ROW_ORDER_BYTES * (self.tokens.examples or 0)
+        reason = "buffers; the records are on disk"
+        if order_bytes >= RUN_BYTES:
+            reason += f"; random orders of the rows, {mb(order_bytes)}"
+        return Item("journal and metrics", RUN_BYTES + order_bytes, reason)
 
     def _reading(self, items: Sequence[Item]) -> list[Item]:
         """What reading has taken more than the permanent ``items`` do, most of which came later."""
