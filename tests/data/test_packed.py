@@ -6,6 +6,7 @@ import io
 import json
 from array import array
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers_fixture import byte_tokenizer
 
+from edgezo.data import packed as packed_rows
 from edgezo.data.batches import Example, Row
 from edgezo.data.dataset import DataRequest, load_dataset
 from edgezo.data.json_array import JsonArray
@@ -59,6 +61,10 @@ def test_examples_come_out_as_they_went_in_and_are_counted(examples: list[Exampl
     assert packed.longest_row() == max((len(row.ids) for row in every), default=0)
     used = [token for row in every for token in (*row.ids, *row.score_ids)]
     assert packed.largest_id() == max(used, default=0)
+    longest, sizes = packed.longest_row(), (packed.token_counts(), packed.scored_counts())
+    with mock.patch.object(packed_rows, "FACTS_ROWS", 3):  # in pieces
+        assert packed.longest_row() == longest
+        assert np.array_equal(sizes, (packed.token_counts(), packed.scored_counts()))
     tokens = [sum(len(row.ids) for row in example.rows) for example in examples]
     scored = [sum(len(row.score_at) for row in example.rows) for example in examples]
     assert packed.token_counts().tolist() == tokens and packed.scored_counts().tolist() == scored
