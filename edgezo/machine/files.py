@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgezo.errors import EdgezoError
-from edgezo.machine.open_files import LOCK, is_abandoned, locked_folder
+from edgezo.machine.open_files import LOCK_SUFFIX, abandoned, lock_beside
 
 _TEMP_SUFFIX = ".edgezo-tmp"
 _TEMP_NAME = re.compile(r"\.(.+)\.[0-9a-f]{8}" + re.escape(_TEMP_SUFFIX), re.DOTALL)
@@ -49,38 +49,46 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Temporary directories that a killed process left beside it are removed first: they have its lock.
     """
-    for leftover in list(path.parent.glob(f".*{_TEMP_SUFFIX}")):
+    for lock in list(path.parent.glob(f".*{_TEMP_SUFFIX}{LOCK_SUFFIX}")):
+        leftover = lock.with_name(lock.name.removesuffix(LOCK_SUFFIX))
         name = _TEMP_NAME.fullmatch(leftover.name)
-        if name is not None and name[1] == path.name and is_abandoned(leftover):
-            shutil.rmtree(leftover, ignore_errors=True)  # links in it are not followed
-    with _in_place_of(path, "the directory") as temp:
-        temp.mkdir(parents=True)
-        with locked_folder(temp):
-            yield temp
-            for file in temp.iterdir():
-                _fsync(file)
-            if path.is_dir():
-                path.rmdir()
-            (temp / LOCK).unlink()
+        if name is not None and name[1] == path.name and not leftover.is_symlink():
+            with abandoned(lock) as is_abandoned:
+                if is_abandoned:
+                    shutil.rmtree(leftover, ignore_errors=True)  # links in it are not followed
+    with _in_place_of(path, "the directory", lock=True) as temp:
+        temp.mkdir()
+        yield temp
+        for file in temp.iterdir():
+            _fsync(file)
+        if path.is_dir():
+            path.rmdir()
 
 
 @contextlib.contextmanager
-def _in_place_of(path: Path, what: str) -> Iterator[Path]:
-    """A temporary name that takes the place of ``path`` after the block; ``what`` names it in an error."""
+def _in_place_of(path: Path, what: str, *, lock: bool = False) -> Iterator[Path]:
+    """A temporary name that takes the place of ``path`` after the block; ``what`` names it in an error.
+
+    ``lock``: a lock lies beside it meanwhile, and the directory that it is in is made.
+    """
     temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMP_SUFFIX}")
-    try:
-        yield temp
-        os.replace(temp, path)
-        with contextlib.suppress(
-            OSError
-        ):  # Windows and some network file systems cannot sync a directory
-            _fsync(path.parent)
-    except BaseException as error:
-        _discard(temp)
-        cause = _os_error(error)
-        if cause is not None:
+    with contextlib.ExitStack() as at_end:
+        try:
+            if lock:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                at_end.enter_context(lock_beside(temp))
+            yield temp
+            os.replace(temp, path)
+            with contextlib.suppress(
+                OSError
+            ):  # Windows and some network file systems cannot sync a directory
+                _fsync(path.parent)
+        except BaseException as error:
+            _discard(temp)
+            cause = _os_error(error)
+            if cause is None:
+                raise
             raise write_error(path, what, cause) from error
-        raise
 
 
 def _discard(temp: Path) -> None:
