@@ -28,7 +28,8 @@ from write_points import FULL, KILL_WITHIN, KILLS, Ended, Point, Points, answers
 from writers import STUDY, WRITERS, Tools
 
 # bench memory, speed and accuracy measure for long, in children; what they write is what bench alignment writes.
-NAMES = [name for name in WRITERS if not name.startswith("bench") and name != "resume profiled"]
+# One resume is enough: the options of the others are those of a run.
+NAMES = [n for n in WRITERS if not n.startswith(("bench", "resume")) or n == "resume alone"]
 # What a clock or the memory decides; of these the keys below are compared.
 VARYING = {"plan.json", "summary.json", "profile.json", "metrics.jsonl", "probe.safetensors"}
 KEPT = ("trained_sha256", "steps", "eval_before", "eval_after", "loss_first", "loss_last")
@@ -87,14 +88,12 @@ class Tried:
         self.calls, self.expected = points.points(), outcome(points.folder)
 
     def arguments(self) -> list[object]:
-        if self.name == "resume":  # its settings are those of the run
-            return ["finetune", "--resume", "--out", self.out, "--threads", 1]
         return [*self.writer.command.split(), *self.writer.arguments(self.tools, self.out)]
 
     def fresh(self, at: int = 0, answer: int = 0) -> Ended:
         shutil.rmtree(self.points.folder)
         self.points.folder.mkdir()
-        if self.name.startswith("resume"):
+        if self.name == "resume alone":
             shutil.copytree(self.begun, self.out)
         return self.points.command(self.arguments(), at, answer)
 
