@@ -85,7 +85,11 @@ def _in_place_of(path: Path, what: str, *, lock: bool) -> Iterator[Path]:
 
 def remove_abandoned(path: Path) -> None:
     """Remove the temporary files and directories that killed processes left beside ``path``: they have a lock."""
-    for lock in list(path.parent.glob(f".*{_TEMP_SUFFIX}{LOCK_SUFFIX}")):
+    try:
+        locks = list(path.parent.glob(f".*{_TEMP_SUFFIX}{LOCK_SUFFIX}"))
+    except OSError:  # whoever writes there says so
+        return
+    for lock in locks:
         leftover = lock.with_name(lock.name.removesuffix(LOCK_SUFFIX))
         name = _TEMP_NAME.fullmatch(leftover.name)
         if name is not None and name[1] == path.name and not leftover.is_symlink():

@@ -85,6 +85,7 @@ def check_new(folder: Path) -> None:
 
     The directories above it are made, so that what is in their way shows before the work that is to be written.
     """
+    remove_abandoned(folder)
     names = _names(folder)
     if names is None:
         _make(folder, folder.parent)
@@ -96,6 +97,7 @@ def check_new(folder: Path) -> None:
 
 def check_new_file(file: Path) -> None:
     """Raise UsageError where something is in the place of a file to write; else make its directory, or EdgezoError."""
+    remove_abandoned(file)
     if os.path.lexists(file):
         raise UsageError(
             f"{file} exists already. Nothing was changed. Remove it, or give another name."

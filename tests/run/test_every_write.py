@@ -106,12 +106,13 @@ class Tried:
 
     def end(self, where: str) -> None:
         ended = self.again()
-        if (
-            ended.code == 2
-            and "Nothing was changed" in ended.err
-            and self.writer.command != "finetune"
-        ):
-            return self.check_outcome(where)  # it was whole already, and is not replaced
+        if ended.code == 2 and self.writer.file and self.out.exists():
+            # A whole file is not replaced. meta-train writes one before its first step, too.
+            assert "Remove it" in ended.err, (where, ended)
+            self.out.unlink()
+            ended = self.again()
+        if ended.code == 2 and self.writer.command == "export":  # it was whole already
+            return self.check_outcome(where)
         assert ended.code == 0, (where, ended)
         return self.check_outcome(where)
 
