@@ -3,12 +3,11 @@
     python benchmarks/kills.py --out DIR [--kills 200] [--seed 0] [--only NAME]
 
 For every setting one run goes to its end undisturbed. Others are killed with SIGKILL at random moments, resumed, killed
-again, and so on until they end by themselves. A kill may come at any moment from the start of the command to its end;
-one in four is aimed at the time after the last step, when a run evaluates and saves. A run that was killed there is
-left alone every other time, so that others begin. A kill counts where the process is reported to have died of that
-signal. Each run that ends must have the SHA-256 of the trained weights, the journal, the evaluations and the lines of
-metrics of the undisturbed one, and no other file beside the records that a resume keeps. The model is a tiny random one
-of the tests, so that most of a run is loading, writing and saving.
+again, and so on until they end by themselves. Every other kill is aimed at the time after the last step, when a run
+evaluates and saves; the rest may come at any moment from the start of the command to its end. A kill counts where the
+process is reported to have died of that signal. Each run that ends must have the SHA-256 of the trained weights, the
+journal, the evaluations and the lines of metrics of the undisturbed one, and no other file beside the records that a
+resume keeps. The model is a tiny random one of the tests, so that most of a run is loading, writing and saving.
 """
 
 from __future__ import annotations
@@ -167,7 +166,7 @@ class Setting:
 
     def moment(self, journal: Path) -> Moment:
         """A random moment of a command that writes this journal."""
-        if self.draw.random() < 0.75:
+        if self.draw.random() < 0.5:
             after_s = self.draw.uniform(0.0, self.whole_s)
             return lambda now_s: now_s >= after_s
         after_s, begun_s = self.draw.uniform(0.0, self.ending_s), [-1.0]
@@ -193,15 +192,13 @@ class Setting:
         while sum(self.delivered.values()) < kills:
             folder = self.folder / f"killed-{self.runs}"
             request = ["finetune", *self.options, "--out", str(folder)]
-            code, left_alone = -signal.SIGKILL, False
+            code = -signal.SIGKILL
             while code == -signal.SIGKILL:
                 enough = sum(self.delivered.values()) >= kills
-                moment = None if enough or left_alone else self.moment(folder / "journal.bin")
+                moment = None if enough else self.moment(folder / "journal.bin")
                 code, _ = run(request, self.folder / "printed", moment)
                 if code == -signal.SIGKILL:
-                    phase = self.phase(folder)
-                    self.delivered[phase] += 1
-                    left_alone = phase == PHASES[3] and self.draw.random() < 0.5
+                    self.delivered[self.phase(folder)] += 1
                 if (folder / "config.toml").exists():
                     request = ["finetune", "--resume", "--out", str(folder)]
             self.runs += 1
