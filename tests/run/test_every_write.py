@@ -193,7 +193,7 @@ def test_a_command_that_is_killed_at_any_write_is_given_again_and_ends_the_same(
         tried.end(where)
 
     trials = [(n, p, answer) for n, p in enumerate(tried.calls, 1) for answer in answers(p)]
-    all_of(kill, drawn(request, trials, 2, tried.name))
+    all_of(kill, drawn(request, trials, 1, tried.name))
 
 
 @each_writer
@@ -213,7 +213,7 @@ def test_a_disk_that_is_full_from_any_write_on_is_one_error_and_there_is_a_way_o
             assert part in shown, (where, part, ended.err)
         return tried.end(where)
 
-    all_of(fill, drawn(request, list(enumerate(tried.calls, 1)), 2, tried.name))
+    all_of(fill, drawn(request, list(enumerate(tried.calls, 1)), 1, tried.name))
 
 
 def test_every_kind_of_file_is_struck(points, tools, begun):
