@@ -23,11 +23,14 @@ SMOKE = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The long runs of the fuzz lane (tests/fuzz/lane.py)."""
+    """The long runs of the fuzz lane (tests/fuzz/lane.py) and of kills and full disks (test_every_write.py)."""
     group = parser.getgroup("fuzz")
     group.addoption("--fuzz-cases", type=int, help="cases of all kinds together, with a clock")
     group.addoption("--fuzz-kinds", help="of these kinds only, separated by commas")
     group.addoption("--fuzz-seed", type=int, default=0, help="of the first case of each kind")
+    parser.addoption(
+        "--every-point", action="store_true", help="strike at every write of a command"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,13 +15,13 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgezo.errors import EdgezoError, UsageError
+from edgezo.machine.clock import now_s
 from edgezo.plan.config import RunConfig
 from edgezo.plan.field import is_finite
 from edgezo.plan.fields import DEFAULT_BATCH
@@ -166,20 +166,20 @@ def _train(trainer: Trainer, request: Request, log: MetricsLog) -> dict[str, Any
         return figures
 
     before = evaluate("before", 0)
-    begun_s, step = time.monotonic(), 0
-    while (fraction := _fraction(cfg, step, time.monotonic() - begun_s - evaluations_s)) < 1:
+    begun_s, step = now_s(), 0
+    while (fraction := _fraction(cfg, step, now_s() - begun_s - evaluations_s)) < 1:
         if cfg.eval_every and step and step % cfg.eval_every == 0:
-            paused_s = time.monotonic()
+            paused_s = now_s()
             evaluate("during", step)
-            evaluations_s += time.monotonic() - paused_s
-        step_begun_s = time.monotonic()
+            evaluations_s += now_s() - paused_s
+        step_begun_s = now_s()
         picked = batch_indices(len(rows), request.batch_size, cfg.seed, step)
         rate = request.lr * schedule(cfg.schedule, fraction)
         losses.append(trainer.step([rows[i] for i in picked], rate))
-        times_s.append(time.monotonic() - step_begun_s)
+        times_s.append(now_s() - step_begun_s)
         step += 1
         log.write({"step": step, "loss": losses[-1], "step_s": times_s[-1]})
-    train_s = time.monotonic() - begun_s - evaluations_s
+    train_s = now_s() - begun_s - evaluations_s
     return {
         "steps": step,
         "loss_first": losses[0] if losses else None,

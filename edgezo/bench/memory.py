@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from itertools import product
@@ -27,6 +26,7 @@ import psutil
 from edgezo import __version__
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine import children
+from edgezo.machine.clock import now_s
 from edgezo.machine.files import atomic_path, atomic_write
 from edgezo.machine.foreign import parse_json, read_small
 from edgezo.machine.hardware import machine
@@ -332,11 +332,11 @@ def inference(request: dict[str, Any]) -> dict[str, Any]:
     size = int(request["batch_size"])
     times_s = []
     for start in range(0, len(examples), size):
-        begun_s = time.monotonic()
+        begun_s = now_s()
         batch = examples[start : start + size]
         for piece in pieces(batch, size, model.most_tokens):
             model.losses(piece, sides=2)
-        times_s.append(time.monotonic() - begun_s)
+        times_s.append(now_s() - begun_s)
     meter.mark("train")
     memory.measure_context()
     figures: dict[str, Any] = meter.summary() | memory.figures()

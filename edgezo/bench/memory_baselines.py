@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from edgezo.machine.clock import now_s
 from edgezo.machine.hardware import Gpu, machine
 from edgezo.machine.process_memory import Meter
 
@@ -105,11 +105,11 @@ def _train(model: Any, tokenizer: Any, spec: dict[str, Any]) -> dict[str, Any]:
     one_step = make_step(trained, loss_of)
     losses, times_s = [], []
     for step in range(spec["steps"]):
-        begun_s = time.monotonic()
+        begun_s = now_s()
         picked = torch.arange(spec["batch_size"]).add(step * spec["batch_size"]) % len(ids)
         batch = ids[picked]
         losses.append(one_step(batch))
-        times_s.append(time.monotonic() - begun_s)
+        times_s.append(now_s() - begun_s)
     return {
         "step_s": statistics.median(times_s),
         "losses": losses,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
@@ -22,6 +21,7 @@ from rich.progress import (
 from rich.text import Text
 
 from edgezo.cli.tables import plan_table
+from edgezo.machine.clock import now_s
 from edgezo.machine.hardware import format_bytes
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class TerminalProgress:
     def begin(self, *, done: int, steps: int | None, cap_bytes: int) -> None:
         self._total = f"/{steps}" if steps is not None else ""
         self._cap = format_bytes(cap_bytes)
-        self._start_s, self._start_fraction, self._shown = time.monotonic(), None, 0.0
+        self._start_s, self._start_fraction, self._shown = now_s(), None, 0.0
         if done:
             self.note(f"resuming after step {done}")
         if not self._console.is_terminal:
@@ -125,7 +125,7 @@ class TerminalProgress:
         done = fraction - (self._start_fraction or 0.0)
         if done <= 0 or fraction >= 1:
             return ""
-        remaining_s = (time.monotonic() - self._start_s) * (1 - fraction) / done
+        remaining_s = (now_s() - self._start_s) * (1 - fraction) / done
         return f"  eta {remaining_s:.0f} s"
 
     def refresh(self) -> None:

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -79,14 +78,11 @@ def file_sha256(file: Path) -> str:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     # A file written within the clock's resolution of its time stamp could change again unnoticed.
     if _stamp(file) == before and time.time_ns() - max(before[1:]) > 2_000_000_000:
-        # A disk that is full or read-only is no error: a remembered hash only saves time.
+        # A disk that is full or read-only is no error: a remembered hash only saves time. Written in place, so that a
+        # kill leaves no other file: what is not whole is no JSON, and written again.
         with contextlib.suppress(OSError):
             known.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", dir=known.parent, delete=False, encoding="utf-8"
-            ) as out:
-                json.dump({"stamp": before, "sha256": digest}, out)
-            os.replace(out.name, known)
+            known.write_text(json.dumps({"stamp": before, "sha256": digest}), encoding="utf-8")
     return digest
 
 

@@ -15,30 +15,31 @@ from pathlib import Path
 from typing import Any
 
 from edgezo.errors import EdgezoError
-from edgezo.machine.open_files import LOCK, is_abandoned, locked_folder
+from edgezo.machine.open_files import LOCK_SUFFIX, abandoned, lock_beside
 
 _TEMP_SUFFIX = ".edgezo-tmp"
 _TEMP_NAME = re.compile(r"\.(.+)\.[0-9a-f]{8}" + re.escape(_TEMP_SUFFIX), re.DOTALL)
 
 
-def atomic_write(path: Path, data: bytes) -> None:
+def atomic_write(path: Path, data: bytes, *, lock: bool = False) -> None:
     """Write a file so that at any moment ``path`` is the old file or the whole new one. Raises EdgezoError.
 
-    A link that is there is replaced by the file; what it leads to stays as it is.
+    A link that is there is replaced by the file; what it leads to stays as it is. ``lock``: see ``atomic_path``.
     """
-    with atomic_path(path) as temp, open(temp, "xb") as file:
+    with atomic_path(path, lock=lock) as temp, open(temp, "xb") as file:
         file.write(data)
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, lock: bool = False) -> Iterator[Path]:
     """A temporary file name beside ``path`` to write to, for writers that take a file name (safetensors).
 
     If the block succeeds, the file is synced to disk and renamed to ``path``; if it raises, the file is removed. An
     OSError of the block becomes EdgezoError, with the free space if the disk is full. A kill -9 inside the block leaves
-    the temporary file: see ``remove_leftovers``.
+    the temporary file: in a directory of edgezo's ``remove_leftovers`` finds it; elsewhere it needs a ``lock``, by
+    which the next write of ``path`` knows that it may remove it.
     """
-    with _in_place_of(path, path.name) as temp:
+    with _in_place_of(path, path.name, lock=lock) as temp:
         yield temp
         _fsync(temp)
 
@@ -47,45 +48,59 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary directory to fill, as ``atomic_path``: ``path`` is as before, absent or empty, or has all files.
 
-    Temporary directories that a killed process left beside it are removed first: they have its lock.
+    It has a lock, and what a killed process left beside it is removed first.
     """
-    for leftover in list(path.parent.glob(f".*{_TEMP_SUFFIX}")):
-        name = _TEMP_NAME.fullmatch(leftover.name)
-        if name is not None and name[1] == path.name and is_abandoned(leftover):
-            shutil.rmtree(leftover, ignore_errors=True)  # links in it are not followed
-    with _in_place_of(path, "the directory") as temp:
-        temp.mkdir(parents=True)
-        with locked_folder(temp):
-            yield temp
-            for file in temp.iterdir():
-                _fsync(file)
-            if path.is_dir():
-                path.rmdir()
-            (temp / LOCK).unlink()
+    with _in_place_of(path, "the directory", lock=True) as temp:
+        temp.mkdir()
+        yield temp
+        for file in temp.iterdir():
+            _fsync(file)
+        if path.is_dir():
+            path.rmdir()
 
 
 @contextlib.contextmanager
-def _in_place_of(path: Path, what: str) -> Iterator[Path]:
+def _in_place_of(path: Path, what: str, *, lock: bool) -> Iterator[Path]:
     """A temporary name that takes the place of ``path`` after the block; ``what`` names it in an error."""
     temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMP_SUFFIX}")
-    try:
-        yield temp
-        os.replace(temp, path)
-        with contextlib.suppress(
-            OSError
-        ):  # Windows and some network file systems cannot sync a directory
-            _fsync(path.parent)
-    except BaseException as error:
-        _discard(temp)
-        cause = _os_error(error)
-        if cause is not None:
+    with contextlib.ExitStack() as at_end:
+        try:
+            if lock:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                remove_abandoned(path)
+                at_end.enter_context(lock_beside(temp))
+            yield temp
+            os.replace(temp, path)
+            with contextlib.suppress(
+                OSError
+            ):  # Windows and some network file systems cannot sync a directory
+                _fsync(path.parent)
+        except BaseException as error:
+            _discard(temp)
+            cause = _os_error(error)
+            if cause is None:
+                raise
             raise write_error(path, what, cause) from error
-        raise
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove the temporary files and directories that killed processes left beside ``path``: they have a lock."""
+    try:
+        locks = list(path.parent.glob(f".*{_TEMP_SUFFIX}{LOCK_SUFFIX}"))
+    except OSError:  # whoever writes there says so
+        return
+    for lock in locks:
+        leftover = lock.with_name(lock.name.removesuffix(LOCK_SUFFIX))
+        name = _TEMP_NAME.fullmatch(leftover.name)
+        if name is not None and name[1] == path.name and not leftover.is_symlink():
+            with abandoned(lock) as is_abandoned:
+                if is_abandoned:
+                    _discard(leftover)
 
 
 def _discard(temp: Path) -> None:
     if temp.is_dir():
-        shutil.rmtree(temp, ignore_errors=True)
+        shutil.rmtree(temp, ignore_errors=True)  # links in it are not followed
         return
     with contextlib.suppress(OSError):
         temp.unlink()

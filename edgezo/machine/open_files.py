@@ -7,7 +7,7 @@ takes a link's place and leaves alone where it led. A file that is written or cu
     the file                        is a regular file with one name, so that no other name's bytes change
 
 Whatever else is there raises EdgezoError before a byte has changed. The directory itself, which a user names, may be a
-link. A folder is removed only where a lock in it proves that a process of edgezo's made it, and that it has ended.
+link. A folder is removed only where a lock beside it proves that a process of edgezo's made it, and that it has ended.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -30,7 +30,8 @@ try:
 except ImportError:  # Windows: no lock against a second writer there
     fcntl = None  # type: ignore[assignment]
 
-LOCK = "lock"  # the file of a temporary folder that the process which made it has locked
+# The end of the name of a lock: an empty file beside a temporary folder, locked by the process that made both.
+LOCK_SUFFIX = ".lock"
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
 _FILE = (
@@ -168,50 +169,73 @@ def unlink_inside(folder: Path, name: str) -> None:
 def temporary_folder(parent: Path, names: re.Pattern[str]) -> Iterator[Path]:
     """A folder in ``parent`` for files whose names match, removed after the block.
 
-    Those that killed processes left there are removed first: folders, no links, that hold such files and a lock that
-    no process has, and nothing else. Raises OSError.
+    Those that killed processes left there are removed first: folders, no links, that hold such files and nothing else,
+    and have a lock that no process has. Raises OSError.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    ours = re.compile(f"{names.pattern}|{LOCK}")
-    for abandoned in list(parent.iterdir()):
-        if _holds_only(abandoned, ours) and is_abandoned(abandoned):
-            remove_files(abandoned, ours)
-    folder = Path(tempfile.mkdtemp(dir=parent))
-    try:
-        with locked_folder(folder):
+    for lock in list(parent.glob(f"*{LOCK_SUFFIX}")):
+        folder = lock.with_name(lock.name.removesuffix(LOCK_SUFFIX))
+        if not os.path.lexists(folder) or _holds_only(folder, names):
+            with abandoned(lock) as is_abandoned:
+                if is_abandoned:
+                    remove_files(folder, names)
+    folder = parent / secrets.token_hex(8)
+    with lock_beside(folder):
+        try:
+            folder.mkdir(mode=0o700)
             yield folder
-    finally:
-        shutil.rmtree(
-            folder, ignore_errors=True
-        )  # this process made it; links in it are not followed
+        finally:  # this process made it; links in it are not followed
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Lock the file ``LOCK`` in a new folder during the block: later processes know by it whether the folder is in use.
+def lock_beside(folder: Path) -> Iterator[None]:
+    """A lock beside a folder that is made and removed, or renamed, in the block: by it later processes know its state.
 
-    The file stays.
+    The lock is there before the folder is and after it is gone, so that a kill at any moment leaves no folder without
+    one. Raises OSError.
     """
-    hidden = folder / f".{LOCK}"
-    lock = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FILE, 0o600)
+    path = folder.with_name(folder.name + LOCK_SUFFIX)
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FILE, 0o600)
     try:
-        locked(lock)  # before it has its name: whoever sees it there sees it locked
-        hidden.rename(folder / LOCK)
+        locked(lock)
+        if not _is_at(
+            lock, path
+        ):  # another process took it for an abandoned one before it was locked
+            raise OSError(errno.EAGAIN, "another process writes there", str(folder))
         yield
     finally:
+        if _is_at(lock, path):
+            with contextlib.suppress(OSError):  # it may stay: the next one removes it
+                path.unlink()
         os.close(lock)
 
 
-def is_abandoned(folder: Path) -> bool:
-    """Whether ``folder`` is no link, and has the lock of a process that has ended."""
+@contextlib.contextmanager
+def abandoned(lock: Path) -> Iterator[bool]:
+    """Whether a lock is the empty file of a process that has ended. It is then removed after the block."""
+    fd = -1
     try:
-        lock = open_inside(folder / LOCK, os.O_RDWR, levels=2)
-    except (OSError, EdgezoError):
-        return False
-    try:
-        return locked(lock)
+        with contextlib.suppress(OSError, EdgezoError):
+            fd = open_inside(lock, os.O_RDWR)
+        is_abandoned = fd >= 0 and os.fstat(fd).st_size == 0 and locked(fd) and _is_at(fd, lock)
+        yield is_abandoned
+        folder = lock.with_name(lock.name.removesuffix(LOCK_SUFFIX))
+        if is_abandoned and not os.path.lexists(folder):
+            with contextlib.suppress(OSError):
+                lock.unlink()
     finally:
-        os.close(lock)
+        if fd >= 0:
+            os.close(fd)
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    """Whether an open file is the one of that name."""
+    try:
+        there, ours = os.lstat(path), os.fstat(fd)
+    except OSError:
+        return False
+    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
 
 
 def _holds_only(folder: Path, names: re.Pattern[str]) -> bool:

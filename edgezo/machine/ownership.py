@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from edgezo.errors import EdgezoError, UsageError
-from edgezo.machine.files import atomic_write, to_json
+from edgezo.machine.files import atomic_write, remove_abandoned, remove_leftovers, to_json
 from edgezo.machine.open_files import open_to_read
 
 MARKER = ".edgezo"
@@ -35,6 +35,8 @@ def claim(
     have come with a copy of other files. Raises UsageError for a directory with other files, or one of another kind,
     and EdgezoError where it cannot be made.
     """
+    if os.path.isdir(folder):
+        remove_abandoned(folder / MARKER)
     names = _names(folder)
     if names is None:
         _make(folder, folder)
@@ -48,6 +50,7 @@ def claim(
                 "Nothing was changed. Give another --out."
             )
         _check_forms(folder, names, forms)
+        remove_leftovers(folder)
         return
     if names and not proof(folder):
         others = sorted(names)
@@ -57,7 +60,8 @@ def claim(
             f"{folder} holds files that edgezo did not write ({shown}{more}). Nothing was changed. "
             "Give another --out: a new or an empty directory."
         )
-    atomic_write(folder / MARKER, (to_json({"kind": kind, "format": FORMAT}) + "\n").encode())
+    marker = to_json({"kind": kind, "format": FORMAT}) + "\n"
+    atomic_write(folder / MARKER, marker.encode(), lock=True)
 
 
 def _check_forms(
@@ -81,6 +85,7 @@ def check_new(folder: Path) -> None:
 
     The directories above it are made, so that what is in their way shows before the work that is to be written.
     """
+    remove_abandoned(folder)
     names = _names(folder)
     if names is None:
         _make(folder, folder.parent)
@@ -92,6 +97,7 @@ def check_new(folder: Path) -> None:
 
 def check_new_file(file: Path) -> None:
     """Raise UsageError where something is in the place of a file to write; else make its directory, or EdgezoError."""
+    remove_abandoned(file)
     if os.path.lexists(file):
         raise UsageError(
             f"{file} exists already. Nothing was changed. Remove it, or give another name."

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from edgezo.machine.clock import now_s
 from edgezo.machine.hardware import cgroup_peak_bytes
 from edgezo.machine.process_memory import Resident, peak_rss_bytes, resident
 
@@ -60,7 +61,7 @@ class Profiler:
     def __init__(
         self,
         *,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = now_s,
         cpu: Callable[[], float] = time.thread_time,
         read: Callable[[], Resident] = resident,
         max_samples: int = MAX_SAMPLES,

@@ -23,7 +23,6 @@ was measured, so that a resume goes on with it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from edgezo.data.batches import Example, collate, micro_batches
+from edgezo.machine.clock import now_s
 from edgezo.machine.profiler import phase
 from edgezo.plan.config import RunConfig
 from edgezo.plan.fields import LOSS
@@ -156,7 +156,7 @@ class AutoStep:
 
     def _measure(self, step: int) -> Pace:
         """The pace from ``step`` on."""
-        begun_s = time.monotonic()
+        begun_s = now_s()
         last = self.pace
         kept = [e for at in range(CHECK_BATCHES) for e in self.stepper.batch(FAR + at)]
         losses = self._losses(kept)[0]
@@ -172,7 +172,7 @@ class AutoStep:
                     "error. Give more steps or a larger --batch-size, or --train another part."
                 )
         of_rows = tuple(map(float, losses))
-        return Pace(step, sigma, factor, began, of_rows, idle, time.monotonic() - begun_s, why)
+        return Pace(step, sigma, factor, began, of_rows, idle, now_s() - begun_s, why)
 
     def _begin(self, step: int, plain: np.ndarray) -> tuple[float, float, str]:
         """(sigma, factor, warning) from the rows of a batch; ``plain``: losses of the rows that are kept."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+from edgezo.machine.clock import now_s
 
 
 @dataclass
@@ -19,17 +20,17 @@ class TrainingClock:
     """Runs from ``before_s`` seconds on."""
 
     def __init__(self, before_s: float):
-        self._start_s = time.monotonic() - before_s
+        self._start_s = now_s() - before_s
 
     def seconds(self) -> float:
-        return time.monotonic() - self._start_s
+        return now_s() - self._start_s
 
     @contextmanager
     def paused(self) -> Iterator[Pause]:
         """A block that does not count as training."""
-        begun_s, pause = time.monotonic(), Pause()
+        begun_s, pause = now_s(), Pause()
         try:
             yield pause
         finally:
-            pause.seconds = time.monotonic() - begun_s
+            pause.seconds = now_s() - begun_s
             self._start_s += pause.seconds

@@ -105,7 +105,7 @@ class Finetuner:
             parts = zip(_PARTS, (w1, c, w2[None], e[None]), strict=True)
             tensors.update({f"{block}.{part}": values for part, values in parts})
         saved = [Saved.of(name, values) for name, values in tensors.items()]
-        with atomic_path(path) as temporary:
+        with atomic_path(path, lock=True) as temporary:
             write_saved(temporary, saved, {_ABOUT: json.dumps(dict(about), sort_keys=True)}, run="")
 
 

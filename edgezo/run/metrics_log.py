@@ -9,6 +9,7 @@ lines after them. The lines with which a file of an earlier version begins have 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import statistics
@@ -19,8 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edgezo.errors import EdgezoError
-from edgezo.machine.files import to_json
+from edgezo.machine.files import to_json, write_error
 from edgezo.machine.foreign import parse_json, reading
 from edgezo.machine.open_files import open_inside
 from edgezo.run.journal_record import StepRecord
@@ -39,19 +39,18 @@ class MetricsLog:
         """
         self.path, self.of_run = path, of_run
         try:
-            fd = open_inside(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            self._fd = open_inside(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            self._size_bytes, self._crc = 0, _crc_of(of_run)
         except OSError as error:
-            raise EdgezoError(f"can't write {path}: {error.strerror}") from error
-        self._file = os.fdopen(fd, "a", encoding="utf-8", buffering=1)
+            raise write_error(path, "the metrics", error) from error
         try:
-            size_bytes, self._crc = 0, _crc_of(of_run)
             if keep_through is not None:
-                size_bytes, self._crc = _through(path, keep_through, of_run)
-            os.ftruncate(fd, size_bytes)
+                self._size_bytes, self._crc = _through(path, keep_through, of_run)
+            os.ftruncate(self._fd, self._size_bytes)
         except BaseException as error:
-            self._file.close()
+            self.close()
             if isinstance(error, OSError):
-                raise EdgezoError(f"can't write {path}: {error.strerror}") from error
+                raise write_error(path, "the metrics", error) from error
             raise
 
     def lines(self) -> list[dict[str, Any]]:
@@ -59,18 +58,31 @@ class MetricsLog:
         return [line.values for line in _whole_lines(self.path, self.of_run)]
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a line. Its "step" is the number of steps done. Raises EdgezoError if the disk refuses it."""
+        """Append a line. Its "step" is the number of steps done.
+
+        Raises EdgezoError if the disk refuses it; the file is then as before.
+        """
         line = _with_crc(record, self._crc)
+        data = line.encode()
         try:
-            self._file.write(line)
-        except OSError as error:
-            raise EdgezoError(
-                f"can't write {self.path}: {error.strerror}. The run can go on with --resume."
-            ) from error
+            written = os.write(self._fd, data)
+            if written < len(data):  # a short write is how a full disk shows first
+                raise OSError(errno.ENOSPC, f"{written} of {len(data)} bytes were written")
+        except BaseException as error:
+            with contextlib.suppress(
+                OSError
+            ):  # an unfinished line that stays is cut by the next resume
+                os.ftruncate(self._fd, self._size_bytes)
+            if isinstance(error, OSError):
+                raise write_error(self.path, f"a line of {len(data)} bytes", error) from error
+            raise
+        self._size_bytes += len(data)
         self._crc = _crc_of(line, self._crc)
 
     def close(self) -> None:
-        self._file.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 class RunLog(MetricsLog):

@@ -9,7 +9,6 @@ probe.safetensors    the linear probe, written once before the first step; resum
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ import torch
 
 from edgezo.data.batches import Example, batch_indices, pieces
 from edgezo.errors import EdgezoError
+from edgezo.machine.clock import now_s
 from edgezo.machine.files import atomic_path
 from edgezo.machine.limits import READOUT_SHARE
 from edgezo.machine.profiler import phase
@@ -102,7 +102,7 @@ class ReadoutPass:
         self.layers, self.blocks = shape.layers, candidates(shape.layers)
         self.of_run = run_id(state.journal.header)
         self.states = StateFile(state.files.states, len(self.blocks), shape.hidden, self.of_run)
-        self.begun_s = time.monotonic()  # later by what evaluations took
+        self.begun_s = now_s()  # later by what evaluations took
         # One side passes here, where a step passes several, and the plan has room for them.
         self.sides = cfg.planned_sides
         self.group_size = cfg.batch_size * self.sides
@@ -153,7 +153,7 @@ class ReadoutPass:
 
     def _spent_s(self) -> float:
         """Seconds of the pass, evaluations excluded."""
-        return time.monotonic() - self.begun_s
+        return now_s() - self.begun_s
 
     def _fit(self, rows: Sequence[int]) -> Fitted:
         """The linear probe of the rows that have passed."""

@@ -6,7 +6,6 @@ linear probe in readout_pass.py, and what a resume brings back in restore.py.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -17,6 +16,7 @@ from typing import Any
 from edgezo.data.batches import pieces
 from edgezo.errors import BudgetExceeded, EdgezoError, Interrupted, UsageError
 from edgezo.machine.busy_cores import beside_others
+from edgezo.machine.clock import now_s
 from edgezo.machine.files import atomic_write, to_json
 from edgezo.machine.gpu_memory import confirmed
 from edgezo.machine.hardware import machine
@@ -281,13 +281,13 @@ class Run:
         state, cfg = self.state, self.state.cfg
         fraction = self._fraction(step, clock.seconds())
         stride = self.auto_step.stride(step)
-        begun_s, moved = time.monotonic(), self._moved_bytes()
+        begun_s, moved = now_s(), self._moved_bytes()
         scheduled = cfg.step * stride.factor * schedule(cfg.schedule, min(1.0, fraction))
         step_size = self.restored.step_sizes.get(step, scheduled)
         with state.memory.short("an update"):  # names all allocations that no block inside names
             work = partial(self.stepper.step, step, step_size, stride)
             record = self.fitter.fitting(step, work)
-        step_s = time.monotonic() - begun_s
+        step_s = now_s() - begun_s
         line = {**self._line(record), "step_s": step_s, "rss_bytes": rss_bytes()}
         line |= {name: now - moved[name] for name, now in self._moved_bytes().items()}
         if self._times_plain_forward(step):

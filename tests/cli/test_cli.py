@@ -301,6 +301,21 @@ def test_metrics_that_cannot_be_written_are_an_error_with_the_place(tmp_path):
         metrics_log.MetricsLog(tmp_path / "absent" / "metrics.jsonl")
 
 
+def test_a_line_that_finds_the_disk_full_leaves_the_lines_before_it(tmp_path, monkeypatch):
+    path, write = tmp_path / "metrics.jsonl", os.write
+    log = metrics_log.MetricsLog(path)
+    log.write({"step": 1})
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda fd, data: write(fd, data[:7]))
+        with pytest.raises(EdgezoError, match=r"metrics\.jsonl.*bytes are free.*--resume"):
+            log.write({"step": 2})
+    assert path.read_bytes() == before
+    log.write({"step": 2})
+    log.close()
+    assert [line["step"] for line in metrics_log.MetricsLog(path, keep_through=2).lines()] == [1, 2]
+
+
 def test_progress_without_a_terminal_is_a_bounded_number_of_lines(capsys):
     progress = terminal.TerminalProgress()
     progress.begin(done=0, steps=1000, cap_bytes=10**9)

@@ -10,8 +10,9 @@ import sys
 import pytest
 from test_journal import child_environment
 
-from edgezo.errors import EdgezoError
+from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.files import atomic_path, atomic_write, remove_leftovers
+from edgezo.machine.ownership import MARKER, check_new_file, claim
 
 
 def test_an_atomic_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
@@ -64,3 +65,34 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     assert remove_leftovers(tmp_path) == 1
     assert sorted(os.listdir(tmp_path)) == [".hidden", "snapshot"]
     assert (tmp_path / "snapshot").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("begun", ["lock", "temporary file", "file"])
+def test_what_a_kill_left_of_a_file_elsewhere_is_removed_by_the_next_write(tmp_path, begun):
+    """In a directory of a user's, at every moment between the lock's beginning and its end."""
+    temporary = tmp_path / ".a.safetensors.0123abcd.edgezo-tmp"
+    (tmp_path / f"{temporary.name}.lock").touch()
+    if begun == "temporary file":
+        temporary.write_bytes(b"half")
+    mine = tmp_path / ".a.safetensors.ffffffff.edgezo-tmp"  # no lock: not provably edgezo's
+    mine.write_bytes(b"mine")
+    path = tmp_path / "a.safetensors"
+    if begun == "file":
+        path.write_bytes(b"whole")
+        with pytest.raises(UsageError):
+            check_new_file(path)
+        assert sorted(os.listdir(tmp_path)) == sorted([path.name, mine.name])
+        return
+    with atomic_path(path, lock=True) as temp:
+        temp.write_bytes(b"new")
+    assert sorted(os.listdir(tmp_path)) == sorted([path.name, mine.name])
+
+
+def test_a_directory_whose_first_write_was_killed_is_taken_again(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    temporary = folder / f".{MARKER}.0123abcd.edgezo-tmp"
+    temporary.write_bytes(b'{"ki')
+    temporary.with_name(f"{temporary.name}.lock").touch()
+    claim(folder, "run")
+    assert os.listdir(folder) == [MARKER]

@@ -16,11 +16,11 @@ from test_journal import child_environment
 from edgezo.errors import EdgezoError
 from edgezo.machine.files import atomic_folder, atomic_path, atomic_write, remove_leftovers
 from edgezo.machine.open_files import (
-    LOCK,
+    LOCK_SUFFIX,
     check_inside,
     files_inside,
+    lock_beside,
     locked,
-    locked_folder,
     make_folder,
     open_inside,
     remove_files,
@@ -176,6 +176,14 @@ def test_leftovers_are_files_that_atomic_writes_make(tmp_path, victim):
     assert contents(tmp_path) == {k: v for k, v in before.items() if k != ours.name}
 
 
+def folders(parent: Path) -> set[Path]:
+    return {path for path in parent.iterdir() if path.is_dir()}
+
+
+def beside_lock(folder: Path) -> Path:
+    return folder.with_name(folder.name + LOCK_SUFFIX)
+
+
 def test_a_temporary_folder_is_removed_by_its_process_or_by_the_next_one(tmp_path):
     code = (
         "import os, re, signal, sys; from pathlib import Path\n"
@@ -188,12 +196,12 @@ def test_a_temporary_folder_is_removed_by_its_process_or_by_the_next_one(tmp_pat
     run = [sys.executable, "-c", code, str(parent)]
     for _ in range(2):
         subprocess.run(run, env=child_environment())
-        (killed,) = parent.iterdir()
-        assert sorted(os.listdir(killed)) == ["block-1.overlay", LOCK]
+        killed, lock = sorted(parent.iterdir())
+        assert lock.name == killed.name + LOCK_SUFFIX and os.listdir(killed) == ["block-1.overlay"]
     with pytest.raises(ZeroDivisionError), temporary_folder(parent, NAMES) as folder:
-        assert list(parent.iterdir()) == [folder] and folder != killed
+        assert folders(parent) == {folder} and folder != killed
         with temporary_folder(parent, NAMES) as other:  # the first one is in use
-            assert sorted(parent.iterdir()) == sorted([folder, other])
+            assert folders(parent) == {folder, other}
         (folder / "whatever").write_bytes(b"x")
         raise ZeroDivisionError
     assert list(parent.iterdir()) == []
@@ -202,23 +210,27 @@ def test_a_temporary_folder_is_removed_by_its_process_or_by_the_next_one(tmp_pat
 def test_folders_in_the_cache_that_are_not_provably_ours_stay(tmp_path, victim):
     parent = tmp_path / "cache"
     for name, files in {
-        "a file of a user": {LOCK: b"", "block-1.overlay": b"", "notes.txt": b"mine"},
+        "a file of a user": {"block-1.overlay": b"", "notes.txt": b"mine"},
+        "a lock inside": {"block-1.overlay": b"mine", "lock": b""},
         "no lock": {"block-1.overlay": b"mine"},
         "empty": {},
+        "a lock that holds something": {"block-1.overlay": b""},
+        "a link as the lock": {"block-1.overlay": b""},
+        "two names": {"block-1.overlay": b""},
     }.items():
         (parent / name).mkdir(parents=True)
         for file, data in files.items():
             (parent / name / file).write_bytes(data)
     (parent / "a folder inside" / "block-2.overlay").mkdir(parents=True)
-    (parent / "a folder inside" / LOCK).touch()
-    (parent / "a link as the lock").mkdir()
-    (parent / "a link as the lock" / LOCK).symlink_to(victim)
-    (parent / "two names").mkdir()
-    (parent / "two names" / LOCK).hardlink_to(victim)
+    for name in ("a file of a user", "a folder inside"):
+        beside_lock(parent / name).touch()
+    beside_lock(parent / "a lock that holds something").write_bytes(b"mine")
+    beside_lock(parent / "a link as the lock").symlink_to(victim)
+    beside_lock(parent / "two names").hardlink_to(victim)
     elsewhere = tmp_path / "home" / "elsewhere"
     elsewhere.mkdir()
-    (elsewhere / LOCK).touch()
     (parent / "a link").symlink_to(elsewhere)
+    beside_lock(parent / "a link").touch()
     (parent / "a file").write_bytes(b"mine")
     before = contents(tmp_path)
     with temporary_folder(parent, NAMES):
@@ -232,10 +244,11 @@ def test_an_export_removes_what_a_killed_one_left_and_nothing_else(tmp_path, vic
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"half")
         if lock:
-            (folder / LOCK).touch()
+            beside_lock(folder).touch()
         return folder
 
     killed = beside(".out.00000000.edgezo-tmp")
+    beside_lock(tmp_path / ".out.55555555.edgezo-tmp").touch()  # killed before its folder was there
     beside(".out.mine.edgezo-tmp"), beside(".outer.00000000.edgezo-tmp")
     beside(".out.x.00000000.edgezo-tmp"), beside(".out.11111111.edgezo-tmp", lock=False)
     elsewhere = beside("elsewhere")
@@ -244,15 +257,16 @@ def test_an_export_removes_what_a_killed_one_left_and_nothing_else(tmp_path, vic
     (killed / "link").symlink_to(elsewhere)
     before = contents(tmp_path)
     with ExitStack() as at_end:
-        busy = beside(".out.44444444.edgezo-tmp", lock=False)
-        at_end.enter_context(locked_folder(busy))
+        busy = tmp_path / ".out.44444444.edgezo-tmp"
+        at_end.enter_context(lock_beside(busy))
+        beside(busy.name, lock=False)
         with atomic_folder(tmp_path / "out") as folder:
             (folder / "file").write_bytes(b"ours")
         assert busy.is_dir()
         assert os.listdir(tmp_path / "out") == ["file"]
     after = contents(tmp_path)
     added = {name for name in after if name.startswith(("out", busy.name))}
-    gone = {name for name in before if name.startswith(killed.name)}
+    gone = {name for name in before if name.startswith((killed.name, ".out.55555555"))}
     assert {n: after[n] for n in after.keys() - added} == {
         n: before[n] for n in before.keys() - gone
     }

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from edgezo.errors import EdgezoError
 from edgezo.machine.downloads import cache_dir
 from edgezo.machine.limits import EVAL_TOKENS
+from edgezo.machine.open_files import LOCK_SUFFIX
 from edgezo.network.model import Model
 from edgezo.plan import footprint
 from edgezo.plan.request import make_config
@@ -204,8 +205,8 @@ def test_folders_that_a_killed_evaluation_left_are_removed_by_the_next(deep, tmp
     run_of(deep, tmp_path / "run", train="full", precision="bf16", residency="disk")
     leftover = cache_dir() / "overlay" / "tmpleft"
     leftover.mkdir(parents=True)
-    for name in ("lock", "block-0000.overlay"):
-        (leftover / name).touch()
+    (leftover / "block-0000.overlay").touch()
+    leftover.with_name(f"tmpleft{LOCK_SUFFIX}").touch()
     assert edgezo_json("eval", "--model", tmp_path / "run")[0] == 0
     assert not leftover.exists()
 
