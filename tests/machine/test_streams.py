@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pwd
 import random
 import subprocess
 import sys
@@ -114,7 +115,8 @@ def test_json_is_json_in_every_encoding(
 # Environments: a seeded sample of their product, each command in a fork of a process that has edgezo imported
 
 UNSET = None
-PLACES = (UNSET, "", "~", "~nobody-here/x", "relative", "/proc/nowhere", "/dev/null", "/x\udcff")
+# None of them can be written to outside of the test's own folder.
+PLACES = (UNSET, "~nobody-here/x", "relative", "/proc/nowhere", "/dev/null", "/proc/\udcff")
 SIZES = (UNSET, "", "0", "1", "7", "80", "abc", "-5", "²", "9" * 30)
 VARIABLES: dict[str, tuple[str | None, ...]] = {
     "HOME": PLACES,
@@ -139,13 +141,18 @@ FOLDERS = ("there", "there", "there", "removed", "read-only", "no text")
 ODD_TEXT = "é☃\U0001f600\u2028\x1b[2J"
 
 
+def _nobody(number: int) -> object:
+    raise KeyError(number)
+
+
 def _in_environment(args: list[str], output: Path, case: dict[str, object]) -> None:
     """Run a command as ``case`` has it; what it prints goes to files in ``output``."""
-    for name, value in {"HF_HUB_OFFLINE": "1", **case["variables"]}.items():  # type: ignore[dict-item]
+    for name, value in {"HF_HUB_OFFLINE": "1", "HOME": str(output), **case["variables"]}.items():  # type: ignore[dict-item]
         os.environ.pop(name, None)
         if value is not UNSET:
             os.environ[name] = value
     tempfile.tempdir = None  # it is asked for anew
+    pwd.getpwuid = _nobody  # type: ignore[assignment]  # without HOME there is no home
     folder = output / os.fsdecode(b"od\xff")
     folder.mkdir()
     os.chdir({"read-only": "/proc", "there": output}.get(str(case["folder"]), folder))
