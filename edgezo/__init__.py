@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 # A process that another one of edgezo's has started ends with it.
-if "EDGEZO_PARENT" in os.environ:
+if (_parent := os.environ.pop("EDGEZO_PARENT", "")).isdecimal():
     from edgezo.machine.children import end_with_parent
 
-    end_with_parent(int(os.environ.pop("EDGEZO_PARENT")))
+    end_with_parent(int(_parent))
 
 __version__ = "0.1.0"
 __all__ = ["RunConfig", "__version__", "finetune", "make_config", "make_plan"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgezo.errors import EdgezoError, UsageError
+from edgezo.machine.files import user_path
 from edgezo.machine.hardware import machine
 from edgezo.network import cards
 from edgezo.plan.config import RunConfig
@@ -28,7 +29,7 @@ def plan(cfg: RunConfig, note: Callable[[str], None] = lambda text: None) -> Pla
     Raises UsageError and EdgezoError for rows and models that cannot be used, DoesNotFit.
     """
     if cfg.data is None and cfg.task is None:
-        return make_plan(model_shape(cfg.model), cfg, machine())
+        return make_plan(model_shape(cfg.model, note), cfg, machine())
     try:
         cards.resolve(cfg.model, progress=note)
     except EdgezoError as error:
@@ -57,9 +58,12 @@ def largest(cfg: RunConfig) -> Plan | None:
     return largest_card([c for c in cards.cards().values() if c.kind == kind], cfg, machine())
 
 
-def model_shape(model: str) -> Shape:
-    """Sizes of a card, a local model or a hub id; from the hub, only config.json is fetched."""
-    if not Path(model).expanduser().exists():
+def model_shape(model: str, note: Callable[[str], None]) -> Shape:
+    """Sizes of a card, a local model or a hub id; from the hub, only config.json is fetched.
+
+    ``note`` is called with what is odd in a model's files.
+    """
+    if not user_path(model).exists():
         card = cards.find_card(model)
         if card is not None:
             return card
@@ -68,11 +72,17 @@ def model_shape(model: str) -> Shape:
     path = cards.resolve(model)
     from edgezo.network import loader
 
-    return loader.open_model(path).shape
+    files = loader.open_model(path)
+    for text in files.notes:
+        note(text)
+    return files.shape
 
 
 def _hub_shape(repo: str) -> Shape:
     """Sizes of a model on the hub. Raises EdgezoError without a connection or for an unknown family."""
+    from edgezo.machine.downloads import check_hub_cache
+
+    check_hub_cache()
     from huggingface_hub import hf_hub_download
 
     from edgezo.network import loader

@@ -8,9 +8,9 @@ one JSON object, errors included; progress and notes go to standard error.
 from __future__ import annotations
 
 import errno
-import io
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,8 +29,8 @@ from edgezo.cli.options import (
     PREDICTION,
     RUN,
     config_option,
+    echo_json,
     emit,
-    encodable,
     json_option,
     options,
     printable,
@@ -38,7 +38,7 @@ from edgezo.cli.options import (
 )
 from edgezo.cli.requests import evaluation_request, finetune_request, request
 from edgezo.errors import EdgezoError, UsageError
-from edgezo.machine import interrupts
+from edgezo.machine import interrupts, streams
 from edgezo.machine.interrupts import INTERRUPTED
 from edgezo.machine.process_memory import allocator_policy
 from edgezo.plan.request import read_toml
@@ -315,20 +315,41 @@ def _describe(error: BaseException) -> tuple[int, str, Mapping[str, Any]]:
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+_FREE = (
+    "The disk, the quota or the file size limit is full. Free some space and give the command again; "
+    "a run goes on with --resume."
+)
 
 
 def _os_message(error: OSError) -> str:
     """What the system refuses, where, and what to do next."""
     what = error.strerror or str(error) or type(error).__name__
     if error.errno in _NO_ROOM:
-        where = error.filename or "standard output, or a temporary file"
-        return (
-            f"{where}: {what}. The disk, the quota or the file size limit is full. Free some space and give the "
-            "command again; a run goes on with --resume."
-        )
+        return f"{error.filename or 'A temporary file'}: {what}. {_FREE}"
     if error.filename:
         return f"{error.filename}: {what}. Check that it exists and may be read and written."
-    return f"{what}. Check the files and directories that the command names."
+    return (
+        f"{what}. {_missing_folder() or 'Check the files and directories that the command names.'}"
+    )
+
+
+def _missing_folder() -> str:
+    """Which folder that a command does not name is missing, and what to do; empty where none is."""
+    try:
+        os.getcwd()
+    except OSError:
+        return "The current directory is not there any more. Change to another one (cd), and give the command again."
+    try:
+        tempfile.gettempdir()
+    except OSError:
+        return "Set TMPDIR to a directory that can be written."
+    return ""
+
+
+def _not_printed(refusal: OSError) -> str:
+    """Why the result is not on standard output, and what to do."""
+    way_out = _FREE if refusal.errno in _NO_ROOM else "What a run has written is in its directory."
+    return f"standard output: {refusal.strerror}, so the result is not printed in full. {way_out}"
 
 
 _EXPECTED = (
@@ -346,24 +367,20 @@ def run(args: Sequence[str]) -> int:
     as_json = "--json" in args
     try:
         _check_text(args)
+        _check_folder()
         with interrupts.raising():
             outcome = cli.main(args=list(args), prog_name="edgezo", standalone_mode=False)
         return outcome if isinstance(outcome, int) else 0
     except BaseException as error:
         if isinstance(error, SystemExit | GeneratorExit):
             raise
-        if isinstance(error, BrokenPipeError):
-            _discard_output()
-            return 1
         if interrupts.asked() and not isinstance(error, EdgezoError):
             error = KeyboardInterrupt()  # what it became on its way through a library
         code, message, more = _describe(error)
         if not isinstance(error, _EXPECTED):  # a bug: show where it is
             traceback.print_exc()
         if as_json:
-            from edgezo.machine.files import to_json
-
-            click.echo(encodable(to_json({"error": message, "exit_code": code, **more})))
+            echo_json({"error": message, "exit_code": code, **more})
         elif isinstance(error, click.UsageError):
             error.show()
         else:
@@ -378,29 +395,38 @@ def _check_text(args: Sequence[str]) -> None:
             argument.encode()
         except UnicodeEncodeError:
             raise UsageError(
-                f"the argument {printable(argument)} is not UTF-8 text. Rename the file, or give the text as UTF-8."
+                f"the argument {printable(argument)} is not {_encoding_asked(argument)}"
             ) from None
 
 
-def _discard_output() -> None:
-    """Write nothing more to a standard output that nobody reads, or that is full."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _check_folder() -> None:
+    """EdgezoError where the current directory was removed: PyTorch would end the process without a word."""
+    try:
+        os.getcwd()
+    except OSError as problem:
+        raise EdgezoError(
+            f"The current directory cannot be used ({problem.strerror}). Change to another one (cd), and give the "
+            "command again."
+        ) from problem
+
+
+def _encoding_asked(argument: str) -> str:
+    """The encoding in which an argument that could not be read has to be, and what to do."""
+    try:
+        os.fsencode(argument).decode()
+    except UnicodeError:
+        return "UTF-8 text. Rename the file, or give the text as UTF-8."
+    return f"in this locale's encoding, {sys.getfilesystemencoding()}. Set LC_ALL to a UTF-8 locale, or PYTHONUTF8=1."
 
 
 def main() -> NoReturn:
     """Run the command line in a process of its own, which ends with its exit code."""
     interrupts.listen()
     allocator_policy()  # before anything imports torch
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # half a character is no reason to fail
     code = run(sys.argv[1:])
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        _discard_output()
-        if not isinstance(error, BrokenPipeError):
-            click.echo(f"edgezo: {_os_message(error)}", err=True)
+    if (refusal := streams.refusal()) is not None:
+        if not isinstance(refusal, BrokenPipeError):  # a reader that has seen enough needs no word
+            click.echo(f"edgezo: {_not_printed(refusal)}", err=True)
         code = code or 1
     interrupts.finish()
     if interrupts.asked():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -84,13 +86,24 @@ def use_threads(threads: int | None) -> None:
 
 def emit(as_json: bool, payload: Mapping[str, Any], shown: Any) -> None:
     """Print a result: ``payload`` as JSON, or ``shown`` for a person."""
-    from edgezo.cli.terminal import stdout
+    if as_json:
+        echo_json(payload)
+    else:
+        from edgezo.cli.terminal import stdout
+
+        stdout().print(shown, markup=False)
+
+
+def echo_json(payload: Mapping[str, Any]) -> None:
+    """Print one line of JSON, with JSON's escapes for characters that standard output cannot encode."""
     from edgezo.machine.files import to_json
 
-    if as_json:
-        click.echo(encodable(to_json(payload)))
-    else:
-        stdout().print(shown, markup=False)
+    line = encodable(to_json(payload))
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        line = json.dumps(json.loads(line))
+    click.echo(line)
 
 
 def encodable(text: str) -> str:

@@ -6,6 +6,7 @@ Progress goes to standard error; standard output holds results only.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import TYPE_CHECKING, TextIO
 
@@ -31,6 +32,7 @@ PLAIN_LINES = (
     20  # about how many lines of progress a run prints where standard error is no terminal
 )
 REFRESHES_PER_S = 2  # how often the live line is drawn; each time costs about a millisecond
+LEAST_WIDTH = 40  # columns; below it a table would have no room for a letter
 PLAIN_WIDTH = 110  # columns of a table that goes to a file or a pipe
 
 
@@ -45,9 +47,18 @@ def stderr() -> Console:
 
 
 def _console(file: TextIO) -> Console:
-    """A console as wide as the terminal or ``COLUMNS``, else ``PLAIN_WIDTH`` columns."""
+    """A console as wide as the terminal or ``COLUMNS``, else ``PLAIN_WIDTH`` columns; never too narrow for a table."""
+    for name in (
+        "COLUMNS",
+        "LINES",
+    ):  # no number, or 0 where nobody knows it: as if it were not there
+        if re.fullmatch("0*[1-9][0-9]{0,5}", os.environ.get(name, "1"), re.ASCII) is None:
+            del os.environ[name]
     width = None if file.isatty() or "COLUMNS" in os.environ else PLAIN_WIDTH
-    return Console(file=file, highlight=False, width=width)
+    console = Console(file=file, highlight=False, width=width)
+    if console.width < LEAST_WIDTH:
+        console.width = LEAST_WIDTH
+    return console
 
 
 class TerminalProgress:

@@ -38,6 +38,7 @@ from edgezo.data.templates import unescaped
 from edgezo.data.token_stats import KEPT_LENGTHS, TokenStats
 from edgezo.errors import SourceError, UsageError
 from edgezo.machine.downloads import DATA_ID, dataset
+from edgezo.machine.files import user_path
 from edgezo.machine.process_memory import Guard
 
 VALIDATION_SHARE = 0.1  # of the rows, which is held out where there is no validation file
@@ -273,7 +274,7 @@ def _given_path(data: str, problems: Problems, notes: list[str]) -> Path | None:
 
     None after noting that there is neither.
     """
-    path = Path(data).expanduser()
+    path = user_path(data)
     local = path.exists() or Path(data.partition("/")[0]).exists()
     if local or path.suffix.lower() in SUFFIXES or not DATA_ID.fullmatch(data):
         return path

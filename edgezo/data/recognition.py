@@ -147,6 +147,8 @@ def _plain_form(first: Record, labelling: Labelling, how: Reading) -> Form | Non
                 "tuned model, or rows with prompt and completion"
             )
         return MessagesForm(ChatTemplates(how.tokenizer, how.now))
+    if (way_out := _of_another_trainer(first.fields)) is not None:
+        raise UsageError(f"{first.where} has the keys {first.keys}: {way_out}")
     if all(name in first.fields for name in PAIR):
         return PairForm()
     if "prompt" in first.fields and "completion" in first.fields:
@@ -160,6 +162,31 @@ def _plain_form(first: Record, labelling: Labelling, how: Reading) -> Form | Non
         "It reads rows with text; with prompt and completion; with prompt, chosen and rejected; with messages; or any "
         "others with a label, given --template '{field} ...', --labels '0=word,1=word' and --label-field"
     )
+
+
+def _of_another_trainer(fields: Mapping[str, Any]) -> str | None:
+    """What a row is, and how to make it one that edgezo reads, if it has the keys of another trainer; else None."""
+    answers = [fields.get(name) for name in PAIR[1:]]
+    if all(isinstance(answer, list) for answer in answers):
+        return (
+            "the two answers are lists of turns, which edgezo compares as texts only.\nWrite prompt as the text of "
+            "tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True) over the turns that both "
+            "answers share, and chosen and rejected as the text of the last turn"
+        )
+    if not fields.keys().isdisjoint(("text", "completion", "label")):
+        return None
+    if all(isinstance(answer, str) for answer in answers) and "prompt" not in fields:
+        return (
+            "two answers without a prompt.\nWrite the text that both begin with as prompt, and what follows it as "
+            "chosen and rejected"
+        )
+    if "instruction" in fields and "output" in fields:
+        return (
+            "rows as Alpaca has them.\nWrite output as completion, and instruction with input (if there is one) as "
+            "prompt, in the words of the prompt that the model is to be used with; or write them as messages of a user "
+            "and an assistant"
+        )
+    return None
 
 
 def _labelled_form(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from edgezo.data import metrics
 from edgezo.data.metrics import Report
+from edgezo.machine.files import user_path
 
 EXAMPLE_FOLDER = Path(__file__).parent / "example"
 
@@ -243,4 +244,4 @@ def task_folder(
     """The folder with the task's train and validation files; None if it lies in a data root that was not given."""
     if task.name == "example":
         return EXAMPLE_FOLDER
-    return Path(data_root).expanduser() / task.name if data_root else None
+    return user_path(data_root) / task.name if data_root else None

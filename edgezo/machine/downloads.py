@@ -22,7 +22,7 @@ from glob import escape
 from pathlib import Path
 
 from edgezo.errors import EdgezoError, SourceError
-from edgezo.machine.files import atomic_write
+from edgezo.machine.files import atomic_write, home, user_path
 
 TIMEOUT_S = 5
 MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -50,24 +50,53 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 # The cache directory, and hashes of files that are remembered there
 
 
+_CACHES = {"darwin": ("Library", "Caches"), "win32": ("AppData", "Local")}  # in a user's home
+
+
 def cache_dir() -> Path:
-    """``EDGEZO_CACHE``, or ``edgezo`` in the user's cache directory of this platform."""
+    """``EDGEZO_CACHE``, or ``edgezo`` in the user's cache directory of this platform.
+
+    Raises EdgezoError for a user without a home directory, where EDGEZO_CACHE is not set.
+    """
     if configured := os.environ.get("EDGEZO_CACHE"):
-        return Path(configured).expanduser()
-    home = Path.home()
-    platform = {
-        "darwin": home / "Library" / "Caches",
-        "win32": Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local"),
-    }
-    xdg = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    return platform.get(sys.platform, xdg) / "edgezo"
+        return user_path(configured)
+    if (xdg := _absolute("XDG_CACHE_HOME")) is not None and sys.platform not in _CACHES:
+        return xdg / "edgezo"
+    at_home = home()
+    if at_home is None:
+        raise EdgezoError(
+            "This user has no home directory to keep edgezo's cache in. Set EDGEZO_CACHE to a directory that can be "
+            "written (and HF_HOME to another one, if the model comes from the hub)."
+        )
+    if sys.platform == "win32" and (local := _absolute("LOCALAPPDATA")) is not None:
+        return local / "edgezo"
+    return at_home.joinpath(*_CACHES.get(sys.platform, (".cache",)), "edgezo")
+
+
+def _absolute(variable: str) -> Path | None:
+    """The directory that an environment variable names; None where it is not set or, against its rules, relative."""
+    path = Path(os.environ.get(variable, ""))
+    return path if path.is_absolute() else None
+
+
+def check_hub_cache() -> None:
+    """Raise Unreachable where the hub's client would keep what it fetches in a folder named ``~``."""
+    places = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME")
+    if home() is None and not any(os.environ.get(place) for place in places):
+        raise Unreachable(
+            "this user has no home directory for the hub's cache; set HF_HOME to a directory that can be written"
+        )
 
 
 def file_sha256(file: Path) -> str:
     """SHA-256 (hex) of a file, remembered in the cache by the file's path, size and times. Raises OSError."""
     file = file.resolve()
-    known = cache_dir() / "hashes" / hashlib.sha256(str(file).encode()).hexdigest()[:32]
     before = _stamp(file)
+    try:
+        known = cache_dir() / "hashes" / hashlib.sha256(os.fsencode(file)).hexdigest()[:32]
+    except EdgezoError:  # no place to remember it
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     try:
         remembered = json.loads(known.read_text(encoding="utf-8"))
         if remembered["stamp"] == before:
@@ -119,6 +148,7 @@ class Repository:
         """
         if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true"):
             raise Unreachable("HF_HUB_OFFLINE is set")
+        check_hub_cache()
         from huggingface_hub import HfApi
 
         try:

@@ -21,6 +21,17 @@ _TEMP_SUFFIX = ".edgezo-tmp"
 _TEMP_NAME = re.compile(r"\.(.+)\.[0-9a-f]{8}" + re.escape(_TEMP_SUFFIX), re.DOTALL)
 
 
+def user_path(name: str) -> Path:
+    """The path that a user gives. ``~`` is the home directory; where there is none, a name as any other."""
+    return Path(os.path.expanduser(name))
+
+
+def home() -> Path | None:
+    """The user's home directory; None for a user without one, as in a container that runs under a bare number."""
+    path = user_path("~")
+    return path if path.is_absolute() else None
+
+
 def atomic_write(path: Path, data: bytes, *, lock: bool = False) -> None:
     """Write a file so that at any moment ``path`` is the old file or the whole new one. Raises EdgezoError.
 

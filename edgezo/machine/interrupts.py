@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -69,7 +69,7 @@ def finish() -> None:
 
 def _end(number: int = 0, frame: FrameType | None = None) -> NoReturn:
     """End the process without a word from Python."""
-    with open(2, "wb", closefd=False) as out:
+    with suppress(OSError), open(2, "wb", closefd=False) as out:
         out.write(b"edgezo: interrupted\n")
     os._exit(INTERRUPTED)
 

@@ -24,6 +24,7 @@ from typing import Any
 from edgezo.errors import EdgezoError, SourceError
 from edgezo.machine import downloads
 from edgezo.machine.downloads import cache_dir, file_sha256
+from edgezo.machine.files import user_path
 from edgezo.machine.foreign import (
     MOST_INDEX_BYTES,
     MOST_TOML_BYTES,
@@ -155,7 +156,7 @@ def resolve(model: str, *, progress: Progress | None = None) -> Path:
     """
     tell = progress or (lambda message: None)
     with reading(f"The model {clip(model, 200)!r}", "Give a directory, a .gguf file, or a card."):
-        path = Path(model).expanduser()
+        path = user_path(model)
         if path.exists():
             return _local(path)
     card = find_card(model)

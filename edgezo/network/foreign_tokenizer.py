@@ -43,7 +43,7 @@ _SETTINGS, _SPECIAL, _ADDED = (
 CLASSES = frozenset(
     f"{name}Tokenizer" for name in "CodeGen Cohere Gemma GPT2 GPTNeoX Llama Qwen2 Roberta".split()
 ) | {"PreTrainedTokenizer", "TokenizersBackend"}
-_AS_IT_STANDS = "PreTrainedTokenizerFast"
+AS_IT_STANDS = "PreTrainedTokenizerFast"
 
 _ROLES = (
     "bos_token",
@@ -240,7 +240,7 @@ def _as_in_file(
             values[role] = _as_there(values[role], in_file)
         for listed in values.keys() & set(_LISTED):
             values[listed] = [_as_there(token, in_file) for token in values[listed]]
-    chosen["tokenizer_class"] = _AS_IT_STANDS
+    chosen["tokenizer_class"] = AS_IT_STANDS
     return settings
 
 
@@ -274,7 +274,7 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
         chosen["chat_template"] = template
     name = values.get("tokenizer_class")
     if isinstance(name, str):
-        chosen["tokenizer_class"] = name if name.removesuffix("Fast") in CLASSES else _AS_IT_STANDS
+        chosen["tokenizer_class"] = name if name.removesuffix("Fast") in CLASSES else AS_IT_STANDS
     decoder = values.get("added_tokens_decoder")
     if isinstance(decoder, dict):
         chosen["added_tokens_decoder"] = {

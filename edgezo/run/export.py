@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from edgezo.errors import EdgezoError, UsageError
-from edgezo.machine.files import atomic_folder, to_json
+from edgezo.machine.files import atomic_folder, to_json, user_path
 from edgezo.machine.limits import tiles
 from edgezo.machine.ownership import check_new
 from edgezo.network.cards import HubSource, find_card
@@ -70,8 +70,7 @@ def export(source: Path, form: str, out: Path, *, dtype: str | None = None) -> d
         files = rebuilt.planned.opened.files
         exporter = _Exporter(rebuilt, build_meta(files))
         about = exporter.peft(folder) if form == "peft" else exporter.hf(folder, dtype)
-        beside_weights(files, folder)
-        notes = exporter.notes(form)
+        notes = [*beside_weights(files, folder), *exporter.notes(form)]
         if exporter.probed:
             shutil.copyfile(run.probe, folder / run.probe.name)
         result = {
@@ -216,7 +215,7 @@ class _Exporter:
     def _base(self) -> str:
         """A hub id that the card or the user names, else the path of the base here."""
         model = self.rebuilt.planned.cfg.model
-        card, path = find_card(model), Path(model).expanduser()
+        card, path = find_card(model), user_path(model)
         hubs = [s.repo for s in card.sources if isinstance(s, HubSource)] if card else []
         if path.exists():
             return str(path.resolve())

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from edgezo.machine.downloads import BESIDE_WEIGHTS
 from edgezo.machine.files import to_json
 from edgezo.machine.foreign import MOST_INDEX_BYTES, read_json, reading
-from edgezo.network.foreign_tokenizer import CLASSES, TOKENIZER_FILE
+from edgezo.network.foreign_tokenizer import AS_IT_STANDS, CLASSES, TOKENIZER_FILE
 from edgezo.network.loader import ModelFiles, load_tokenizer
 from edgezo.network.rotary import rope_tables
 from edgezo.network.tokenizer_check import SAMPLE
@@ -86,8 +86,11 @@ def _phi3_scaling(config: Any, scaling: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "longrope", **{k: scaling[k] for k in _PHI3_TABLE}, **more}
 
 
-def beside_weights(files: ModelFiles, folder: Path) -> None:
-    """Tokenizer, generation settings and licences: a directory's own files, or made of what a GGUF file says."""
+def beside_weights(files: ModelFiles, folder: Path) -> list[str]:
+    """Tokenizer, generation settings and licences: a directory's own files, or made of what a GGUF file says.
+
+    Returns notes on what other programs read in another way.
+    """
     base = files.path
     if base.is_file():
         load_tokenizer(base).save_pretrained(folder)
@@ -106,7 +109,7 @@ def beside_weights(files: ModelFiles, folder: Path) -> None:
                 (folder / name).mkdir(exist_ok=True)
                 shutil.copyfile(file, folder / name / file.name)
     _name_class(folder / _TOKENIZER_SETTINGS)
-    _keep_tokens(base, folder)
+    return _keep_tokens(base, folder)
 
 
 def _name_class(file: Path) -> None:
@@ -116,7 +119,7 @@ def _name_class(file: Path) -> None:
     values = read_json(file, MOST_INDEX_BYTES)
     changed = dict(values)
     if changed.get("tokenizer_class") == "TokenizersBackend":
-        changed["tokenizer_class"] = "PreTrainedTokenizerFast"
+        changed["tokenizer_class"] = AS_IT_STANDS
     if isinstance(changed.get("extra_special_tokens"), list):  # a table in 4, which has this list
         listed = changed.pop("extra_special_tokens")
         changed.setdefault("additional_special_tokens", listed)
@@ -124,23 +127,39 @@ def _name_class(file: Path) -> None:
         file.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _keep_tokens(base: Path, folder: Path) -> None:
-    """Let transformers 5 take tokenizer.json as it stands where a class that it finds by name splits otherwise."""
+def _keep_tokens(base: Path, folder: Path) -> list[str]:
+    """Let transformers 5 take tokenizer.json as it stands where a class that it finds by name splits otherwise.
+
+    Returns a note where no name does that: for some families it takes its own class, whatever is named.
+    """
     file = folder / _TOKENIZER_SETTINGS
     values = read_json(file, MOST_INDEX_BYTES) if file.is_file() else {}
     name = values.get("tokenizer_class")
-    known = name is None or (isinstance(name, str) and name.removesuffix("Fast") in CLASSES)
+    known = name is None or (
+        isinstance(name, str) and (name.removesuffix("Fast") in CLASSES or name == AS_IT_STANDS)
+    )
     if not (folder / TOKENIZER_FILE).is_file() or not known or "auto_map" in values:
-        return
+        return []
     if not (folder / "config.json").is_file() and name is None:
-        return  # an adapter, whose base says which class it is
-    with reading(f"The tokenizer in {folder}", "Fetch the base model again.", any_kind=True):
-        theirs = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        return []  # an adapter, whose base says which class it is
     tokenizer = load_tokenizer(base)
-    if all(theirs(t)["input_ids"] == tokenizer(t)["input_ids"] for t in (SAMPLE, *_MORE)):
-        return
-    values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if _reads_the_same(folder, tokenizer):
+        return []
+    values["tokenizer_class"] = AS_IT_STANDS
     for role, token in tokenizer.special_tokens_map.items():
         if isinstance(token, str):
             values.setdefault(role, token)
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if _reads_the_same(folder, tokenizer):
+        return []
+    return [
+        "AutoTokenizer of transformers 5 splits text by a rule of its own for this family, not as tokenizer.json has "
+        "it and as the run did: load the tokenizer by PreTrainedTokenizerFast.from_pretrained(DIR)"
+    ]
+
+
+def _reads_the_same(folder: Path, tokenizer: Any) -> bool:
+    """Whether AutoTokenizer gives sample texts the tokens that the run had."""
+    with reading(f"The tokenizer in {folder}", "Fetch the base model again.", any_kind=True):
+        theirs = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    return all(theirs(t)["input_ids"] == tokenizer(t)["input_ids"] for t in (SAMPLE, *_MORE))

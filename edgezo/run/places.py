@@ -27,7 +27,9 @@ def with_beginning(cfg: RunConfig) -> RunConfig:
         for name in PLACES
         if (value := getattr(cfg, name)) and not os.path.isabs(value) and os.path.exists(value)
     )
-    return replace(cfg, began_in=os.getcwd()) if any(relative) else cfg
+    here = os.getcwd()
+    is_text = os.fsencode(here).decode(errors="replace") == here  # else config.toml cannot hold it
+    return replace(cfg, began_in=here) if is_text and any(relative) else cfg
 
 
 def given_now(cfg: RunConfig, given: Mapping[str, Any]) -> RunConfig:

@@ -201,7 +201,7 @@ def test_a_standard_output_that_is_full_is_an_error_with_a_way_out() -> None:
         done = edgezo_process("models", stdout=full)
     assert done.returncode == 1
     message = done.stderr.decode()
-    assert message.startswith("edgezo: standard output, or a temporary file: No space left")
+    assert message.startswith("edgezo: standard output: No space left")
     assert "Free some space" in message and message.count("\n") == 1
 
 
@@ -209,7 +209,7 @@ def test_a_bare_error_of_the_system_says_where_and_what_to_do(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for error, words in (
-        (OSError(28, "No space left on device"), "standard output, or a temporary file"),
+        (OSError(28, "No space left on device"), "A temporary file: No space left"),
         (OSError(28, "No space left on device", "/tmp/x"), "/tmp/x: No space"),
         (PermissionError(13, "Permission denied", "/root/x"), "Check that it exists"),
         (OSError("odd"), "odd. Check the files"),

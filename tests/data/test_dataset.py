@@ -468,6 +468,9 @@ def test_all_problems_of_a_request_are_reported_together(tmp_path: Path) -> None
     assert "--max-length 1" in message and "--eval-limit 0" in message
 
 
+SAID = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+
+
 @pytest.mark.parametrize(
     ("rows", "asked", "expected"),
     [
@@ -494,6 +497,12 @@ def test_all_problems_of_a_request_are_reported_together(tmp_path: Path) -> None
         ([{"messages": [{"role": "user", "content": "hi"}]}] * 2, {}, "no assistant turn"),
         ([{"messages": "hi"}] * 2, {}, "not a list of turns"),
         ([{"text": "a"}] * 3, {"task": "sst3"}, "takes one of sst2"),
+        ([{"prompt": SAID, "chosen": SAID, "rejected": SAID}] * 3, {}, "apply_chat_template"),
+        ([{"prompt": "a", "chosen": SAID, "rejected": SAID}] * 3, {}, "apply_chat_template"),
+        ([{"chosen": SAID, "rejected": SAID}] * 3, {}, "lists of turns"),
+        ([{"chosen": "a b", "rejected": "a c"}] * 3, {}, "as prompt"),
+        ([{"instruction": "a", "input": "", "output": "b"}] * 3, {}, "output as completion"),
+        ([{"instruction": "a", "output": "b", "system": "c"}] * 3, {}, "or write them as messages"),
     ],
 )
 def test_each_fault_of_rows_and_settings_is_named(

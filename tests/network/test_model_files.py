@@ -306,3 +306,12 @@ def test_tensors_that_the_config_asks_for_are_refused_before_a_weight_is_read(
     (path / "config.json").write_text(json.dumps(values))
     with pytest.raises(EdgezoError, match="No tensor for 4 parameters"):
         open_model(path).notes  # noqa: B018
+
+
+def test_a_plan_without_data_says_what_is_odd_in_a_model(edgezo: Any, tmp_path: Path) -> None:
+    path = tiny_models.make("mistral", tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(48)
+    save_file(tensors, path / "model.safetensors")
+    code, out, err = edgezo("plan", "--model", path)
+    assert code == 0 and "planned memory" in out and "self_attn.q_proj.bias" in err

@@ -21,7 +21,12 @@ import torch
 from conftest import Bench, make_model
 from safetensors.torch import load_file, save_file
 from test_runs import run_of
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from edgezo.errors import EdgezoError
 from edgezo.network.foreign_config import read_config
@@ -247,26 +252,51 @@ def test_transformers_4_reads_the_tokenizer_of_a_gguf(
     assert tokens == [ours(text)["input_ids"] for text in TEXTS]
 
 
-# AutoTokenizer of transformers 5 splits by its own rule for qwen2, whatever class is named; others take the file.
+def with_a_merge(model: Path, *merge: str) -> Path:
+    """The model with a tokenizer.json that merges over the border of two words of its family's usual rule."""
+    whole = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = whole["model"]["vocab"]
+    vocabulary["".join(merge)] = vocabulary.pop(list(vocabulary)[-1])
+    merges = [*whole["model"]["merges"], list(merge)]
+    whole["model"]["merges"] = [m for m in merges if "".join(m) in vocabulary]
+    (model / "tokenizer.json").write_text(json.dumps(whole))
+    return model
+
+
+def name_class(model: Path, name: str) -> None:
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": name}))
+
+
 @pytest.mark.parametrize("family", ("llama", "qwen3"))
 def test_an_export_is_read_with_the_tokens_of_the_run(
     family: str, run_on: Any, tmp_path: Path
 ) -> None:
-    model = make_model(tmp_path / "model", family)
-    whole = json.loads((model / "tokenizer.json").read_text())
-    whole["model"]["merges"].append(["1", "2"])
-    whole["model"]["vocab"]["12"] = whole["model"]["vocab"].pop(list(whole["model"]["vocab"])[-1])
-    whole["model"]["merges"] = [
-        m for m in whole["model"]["merges"] if "".join(m) in whole["model"]["vocab"]
-    ]
-    (model / "tokenizer.json").write_text(json.dumps(whole))
-    settings = json.loads((model / "tokenizer_config.json").read_text())
-    settings["tokenizer_class"] = "Qwen2Tokenizer" if family == "qwen3" else "GPT2Tokenizer"
-    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    model = with_a_merge(make_model(tmp_path / "model", family), "1", "2")
+    name_class(model, "Qwen2Tokenizer" if family == "qwen3" else "GPT2Tokenizer")
     ours, theirs = load_tokenizer(model), AutoTokenizer.from_pretrained(run_on(model))
     assert ours.tokenize("x12")[-1] == "12"
     assert ours("x12 <|im_end|>")["input_ids"] == theirs("x12 <|im_end|>")["input_ids"]
     assert theirs.special_tokens_map.items() <= ours.special_tokens_map.items()
+
+
+@pytest.mark.parametrize("name", ("Qwen2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast"))
+def test_an_export_says_where_autotokenizer_splits_by_a_rule_of_its_own(
+    name: str, bench: Bench, tmp_path: Path
+) -> None:
+    # transformers 5 takes its class for qwen2, whatever is named.
+    model = with_a_merge(make_model(tmp_path / "model", "qwen2"), "1", "2")
+    name_class(model, name)
+    run_of(replace(bench, model=model), tmp_path / "run", kind="completion", steps=1)
+    result = export(tmp_path / "run", "hf", tmp_path / "out")
+    assert "PreTrainedTokenizerFast.from_pretrained" in result["notes"][0]
+    ours = load_tokenizer(model)
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    assert (
+        ours("x12")["input_ids"]
+        == theirs("x12")["input_ids"]
+        != AutoTokenizer.from_pretrained(tmp_path / "out")("x12")["input_ids"]
+    )
 
 
 BESIDE = {
