@@ -36,6 +36,7 @@ ROLES = {
     "tool_call": "assistant",
 }
 CALLS = ("function_call", "tool_call")  # roles whose content is a call
+_NO_CALL = 'a tool call is not {"type": "function", "function": {"name": ..., "arguments": ...}}'
 READ_PARTS = (None, "text", "input_text", "output_text")
 
 
@@ -148,6 +149,8 @@ def _message(turn: Any) -> dict[str, Any]:
     message = {k: v for k, v in turn.items() if v is not None and k not in made_here}
     calls = _calls(turn, role)
     content = None if role in CALLS else _content(turn.get("content"), role)
+    if role in CALLS and not calls:
+        raise ValueError(_NO_CALL)
     if content is None and not calls:
         raise ValueError(f"the content of a turn of {clip(role, 40)!r} is not a text")
     message = {"role": ROLES.get(role, role)} | message
@@ -184,9 +187,7 @@ def _calls(turn: Mapping[str, Any], role: str) -> list[dict[str, Any]]:
         return []
     every = [_call(call) for call in (calls if isinstance(calls, list) else [calls])]
     if not every or None in every:
-        raise ValueError(
-            'a tool call is not {"type": "function", "function": {"name": ..., "arguments": ...}}'
-        )
+        raise ValueError(_NO_CALL)
     return [call for call in every if call is not None]
 
 

@@ -234,6 +234,12 @@ def test_rows_without_a_turn_to_learn_are_left_out_and_others_are_refused(tmp_pa
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "is not a text"),
         ({"messages": with_call({"content": None, "tool_calls": ["sky"]})}, "a tool call is not"),
         ({"messages": turns("u: q / a: b"), "tools": ["sky"]}, "a tool is not"),
+        ({"messages": turns("u: q / a: b"), "tools": "{not JSON"}, "a tool is not"),
+        *(
+            ({"conversations": [{"from": "human", "value": "q"}, call]}, "a tool call is not")
+            for value in ("{}", "[]", "", "sky()")
+            for call in [{"from": "function_call", "value": value}]
+        ),
         ({"conversations": [{"from": "human", "value": "q"}]}, "its roles: user"),
     ],
 )

@@ -227,3 +227,36 @@ def test_objects_of_a_parquet_file_have_the_keys_that_they_were_saved_with(tmp_p
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.PARQUET")
     assert rows_of(tmp_path / "rows.PARQUET")[0] == rows
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".tsv", ".csv"])
+def test_a_byte_order_mark_is_no_part_of_the_first_row(suffix: str, tmp_path: Path) -> None:
+    text = {
+        ".jsonl": "".join(json.dumps(row) + "\n" for row in FIELDS),
+        ".json": json.dumps(FIELDS),
+        ".tsv": between("\t"),
+        ".csv": TABLE,
+    }[suffix]
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(("\ufeff" + text).encode())
+    assert rows_of(path)[0] == FIELDS
+
+
+@pytest.mark.parametrize("labels", [(False, True), (0.0, 1.0), ("FALSE", "True"), ("0.0", "1.")])
+def test_labels_of_every_type_are_those_of_the_request(
+    labels: tuple[object, object], tmp_path: Path
+) -> None:
+    rows = [{"text": f"film {i}", "label": labels[i % 2]} for i in range(6)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = "false=bad,true=good" if "alse" in str(labels[0]).lower() else "0=bad,1=good"
+    asked = DataRequest(data=str(path), template="{text} It was", labels=words)
+    data = load_dataset(asked, byte_tokenizer())
+    assert sorted(example.label for example in (*data.train, *data.validation)) == [
+        0,
+        0,
+        0,
+        1,
+        1,
+        1,
+    ]

@@ -179,6 +179,8 @@ def test_what_changes_nothing_is_passed_over(neutral: dict[str, Any], tmp_path: 
 # family, what the model is made with, what its file says beside or in place of the converter's values
 GGUF_SPELLINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "window 0": ("phi3", {"sliding_window": None}, {"phi3.attention.sliding_window": 0}),
+    "window -1": ("phi3", {"sliding_window": None}, {"phi3.attention.sliding_window": -1}),
+    "no window": ("phi3", {"sliding_window": None}, {"phi3.attention.sliding_window": None}),
     "window 0 of gemma2": (
         "gemma2",
         {"sliding_window": None, "query_pre_attn_scalar": 256},
