@@ -25,7 +25,17 @@ READS = {
 }
 FLAGS = {"as_json", "resume", "dry_run", "show_batch", "profile", "baselines"}
 NO_FILES = {
-    *("task", "tasks", "template", "labels", "label_field", "max_length", "held_out", "eval_limit"),
+    *(
+        "task",
+        "tasks",
+        "template",
+        "labels",
+        "label_field",
+        "max_length",
+        "text_end",
+        "held_out",
+        "eval_limit",
+    ),
     *("seed", "objective", "max_new_tokens", "max_mem_bytes", "max_mem", "device", "precision"),
     *("precisions", "residency", "batch_size", "batch_sizes", "micro_batch", "estimator"),
     *("estimators", "directions", "mask", "credit", "rule", "train", "rounding", "rank", "keep"),

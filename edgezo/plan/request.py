@@ -142,9 +142,14 @@ def from_toml(text: str) -> RunConfig:
 
 
 def read_run_config(path: Path) -> RunConfig:
-    """The configuration of a run, from its file. Raises UsageError, which names the file, for any other text."""
+    """The configuration of a run, from its file.
+
+    Raises EdgezoError for a file that cannot be read, and UsageError, which names it, for any other text.
+    """
+    with foreign.reading(path, "Restore it from a copy."):
+        text = foreign.read_small(path, foreign.MOST_TOML_BYTES).decode("utf-8")
     try:
-        return make_config({}, read_toml(path), _BEFORE, need_data=False)
+        return make_config({}, parse_toml(text, str(path)), _BEFORE, need_data=False)
     except UsageError as problem:
         if str(path) in str(problem):
             raise

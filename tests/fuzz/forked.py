@@ -71,7 +71,8 @@ def _program(name: str) -> Callable[[], None]:
         return parquet_rows.main
     from edgezo.data import chat_rendering
 
-    chat_rendering._template("{{ 1 }}", {})([{"role": "user", "content": ""}])
+    settings = {"template": "{{ 1 }}", "special_tokens": {}}
+    chat_rendering.ChatTemplate(settings).render([{"role": "user", "content": ""}])
     return chat_rendering.main
 
 

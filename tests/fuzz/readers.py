@@ -858,8 +858,20 @@ def read_templates(name: str, data: bytes, folder: Path) -> bool:
     from edgezo.errors import EdgezoError
 
     questions = [
-        {"template": data.decode("utf-8", "replace"), "special_tokens": {"eos_token": "</s>"}},
-        [{"role": "user", "content": "a film"}, {"role": "assistant", "content": "good"}],
+        {
+            "template": data.decode("utf-8", "replace"),
+            "special_tokens": {"eos_token": "</s>"},
+            "tokens": ["</s>"],
+            "now": "2026-01-02T03:04:05",
+        },
+        {
+            "messages": [
+                {"role": "user", "content": "a film", "mood": "dark"},
+                {"role": "assistant", "content": "good"},
+            ],
+            "variables": {"tools": []},
+            "learned": [1],
+        },
     ]
     (folder / "in").write_text("".join(json.dumps(q) + "\n" for q in questions), encoding="utf-8")
     run_forked("templates", folder, [])
