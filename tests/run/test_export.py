@@ -305,7 +305,7 @@ def test_the_current_directory_will_do_where_it_is_empty(
     (tmp_path / "here").mkdir()
     left = tmp_path / ".here.00000000.edgezo-tmp"  # of a process that was killed
     left.mkdir()
-    (left / "lock").touch()
+    left.with_name(f"{left.name}.lock").touch()
     monkeypatch.chdir(tmp_path / "here")
     export(tmp_path / "run", "hf", Path("."))
     assert (tmp_path / "here/model.safetensors").is_file() and not left.exists()

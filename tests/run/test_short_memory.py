@@ -140,6 +140,7 @@ def test_a_step_without_room_is_made_again_with_a_smaller_micro_batch(
     notes = [note for note in progress.notes if "micro-batch" in note]
     assert len(notes) == 1 and f"3 -> {left} after step {SHORT_AT}" in notes[0]
     changes = [line for line in lines(run) if "micro_batch" in line]
+    assert len(changes[0].pop("crc")) == 8
     assert changes == [{"step": SHORT_AT, "micro_batch": left}]
     steps = [line["step"] for line in lines(run) if "loss" in line and "eval" not in line]
     assert steps == list(range(1, STEPS + 1))
