@@ -127,11 +127,16 @@ def _arm(blow: Blow) -> None:
         _strike(os, "replace", blow, wanted=lambda source, goal: Path(goal).name == named)
 
 
-def _command(args: list[str], output: Path, blow: Blow | None, largest_file: int | None) -> None:
+def _command(
+    args: list[str], output: Path, blow: Blow | None, largest_file: int | None, threads: int
+) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+    import torch
+
     from edgezo.cli import main as cli
 
+    torch.set_num_threads(threads)
     if blow is not None:
         _arm(blow)
     if largest_file is not None:
@@ -170,7 +175,11 @@ def start(
     ``largest_file``: bytes that no file may be larger than, as if the disk were full.
     """
     output.mkdir(exist_ok=True)
-    process = _CONTEXT.Process(target=_command, args=(args, output, blow, largest_file))
+    import torch
+
+    # The server took its threads from the environment of the test that began it: other threads give other bits.
+    more = (blow, largest_file, torch.get_num_threads())
+    process = _CONTEXT.Process(target=_command, args=(args, output, *more))
     process.start()
     return Running(process, output)
 

@@ -342,7 +342,7 @@ def test_every_run_ends_with_planned_measured_inference_and_cap(bench, edgezo, t
     summary = json.loads((run / "summary.json").read_text())
     assert summary["load_peak_rss_bytes"] <= summary["inference_peak_rss_bytes"]
     assert summary["inference_peak_rss_bytes"] <= summary["peak_rss_bytes"]
-    last = out[out.index("peak memory") :].replace("\n", " ")
+    last = " ".join(out[out.index("peak memory") :].split())
     ratio = summary["peak_rss_bytes"] / summary["inference_peak_rss_bytes"]
     for part in ("planned ", "measured ", f"{ratio:.2f} x inference ", "cap 8.00 GB kept"):
         assert part in last
