@@ -21,6 +21,10 @@ SMOKE = {
     *("test_files", "test_ownership"),
 }
 
+os.environ.pop(
+    "COLUMNS", None
+)  # which the processes of pytest-xdist are given: output is as wide as in a pipe
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The long runs of the fuzz lane (tests/fuzz/lane.py) and of kills and full disks (test_every_write.py)."""
