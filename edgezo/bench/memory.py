@@ -30,7 +30,7 @@ from edgezo.machine.clock import now_s
 from edgezo.machine.files import atomic_path, atomic_write
 from edgezo.machine.foreign import parse_json, read_small
 from edgezo.machine.hardware import machine
-from edgezo.machine.ownership import claim
+from edgezo.machine.ownership import claim, has_form
 from edgezo.machine.process_memory import Meter, allocator_policy, read_status
 from edgezo.plan.fields import FIELDS, flag
 
@@ -142,13 +142,8 @@ def claim_results(out: Path) -> None:
 
 def _holds_results(folder: Path) -> bool:
     """Whether all files of a directory are results of a version before directories had a marker."""
-    for path in folder.iterdir():
-        try:
-            if not _FORMS[path.name](path):
-                return False
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return False
-    return any((folder / f"{stem}.json").exists() for stem in STEMS)
+    results = any((folder / f"{stem}.json").exists() for stem in STEMS)
+    return results and all(has_form(path, _FORMS) for path in folder.iterdir())
 
 
 def _is_result(path: Path) -> bool:

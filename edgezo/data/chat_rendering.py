@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from edgezo.data.chat_spans import MARKERS, Message, Render, spans
+from edgezo.data.chat_spans import MARKERS, Message, Render, renamed, spans, text_of
 from edgezo.machine.children import address_space_bytes, limit_memory
 from edgezo.machine.foreign import clip
 
@@ -109,11 +109,8 @@ class ChatTemplate:
     def _read_joint(self) -> str:
         """What the template writes between two parts of a content; a new line where it does not read parts."""
         parts = [{"type": "text", "text": marker} for marker in MARKERS]
-        try:
-            text = self.render([{"role": "user", "content": parts}])
-        except MemoryError:
-            raise
-        except Exception:  # it takes texts alone
+        text = text_of(self.render, [{"role": "user", "content": parts}])
+        if text is None:  # it takes texts alone
             return "\n"
         _, first, rest = text.partition(MARKERS[0])
         joint, second, _ = rest.partition(MARKERS[1])
@@ -158,7 +155,7 @@ class ChatTemplate:
         """The variables of a row (tools, for example) without which the template writes the same."""
         for name in variables:
             without = {k: v for k, v in variables.items() if k not in {name, *self._reserved}}
-            if name in self._reserved or _text_of(self.render, messages, **without) == text:
+            if name in self._reserved or text_of(self.render, messages, **without) == text:
                 yield name
 
     def _stop_the_clock(self, now: datetime.datetime) -> None:
@@ -191,14 +188,14 @@ def _first_that_renders(
     for way in _ways(messages):
         try:
             rendered.append((way, render(way)))
-            renamed = render([_with_marker(message) for message in way])
+            called = render(list(map(renamed, way)))
         except MemoryError:
             raise
         except Exception as error:  # a template is a program, which can fail in any way
             problem = problem or error
             continue
         calls = sum(len(message.get("tool_calls", ())) for message in way)
-        if renamed.count(MARKERS[0]) >= calls:
+        if called.count(MARKERS[0]) >= calls:
             return rendered[-1]
     if not rendered and problem is not None:
         raise problem
@@ -230,34 +227,13 @@ def _arguments(call: Message, as_text: bool) -> Any:
     return json.dumps(arguments, ensure_ascii=False) if as_text else arguments
 
 
-def _with_marker(message: Message) -> Message:
-    """The message with other names in its tool calls."""
-    if not message.get("tool_calls"):
-        return message
-    calls = [
-        {**call, "function": {**call["function"], "name": MARKERS[0]}}
-        for call in message["tool_calls"]
-    ]
-    return {**message, "tool_calls": calls}
-
-
 def _unused_keys(messages: Sequence[Message], text: str, render: Render) -> Iterator[str]:
     """The keys of turns without which the template writes the same."""
     for key in dict.fromkeys(key for message in messages for key in message):
         if key not in REFERENCES:
             without = [{k: v for k, v in m.items() if k != key} for m in messages]
-            if _text_of(render, without) == text:
+            if text_of(render, without) == text:
                 yield key
-
-
-def _text_of(render: Render, messages: Sequence[Message], **options: Any) -> str | None:
-    """The text of messages; None where the template refuses them."""
-    try:
-        return render(messages, **options)
-    except MemoryError:
-        raise
-    except Exception:  # a template is a program, which can fail in any way
-        return None
 
 
 def _count_cpu(seconds: float) -> None:

@@ -99,20 +99,12 @@ class _Turns:
         turn = self.messages[index]
         if not turn.get("tool_calls"):
             return True
-        called = {**turn, "tool_calls": [_renamed(call) for call in turn["tool_calls"]]}
-        text = self._try([*self.messages[:index], called])
+        text = self._try([*self.messages[:index], renamed(turn)])
         return text is not None and MARKERS[0] in text
 
     def _try(self, messages: Sequence[Message], **options: Any) -> str | None:
-        """The text of messages; None where the template refuses them."""
-        if not messages:
-            return None
-        try:
-            return self.render(list(messages), **options)
-        except MemoryError:
-            raise
-        except Exception:  # a template is a program, which can fail in any way
-            return None
+        """The text of messages; None where there are none, or the template refuses them."""
+        return text_of(self.render, list(messages), **options) if messages else None
 
     # -- a turn in the text that ends with it -------------------------------------------------------------
 
@@ -207,9 +199,25 @@ def _turn(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
-def _renamed(call: Message) -> Message:
-    """A tool call to a function of another name."""
-    return {**call, "function": {**call["function"], "name": MARKERS[0]}}
+def text_of(render: Render, messages: Sequence[Message], **options: Any) -> str | None:
+    """The text of messages; None where the template refuses them."""
+    try:
+        return str(render(messages, **options))
+    except MemoryError:
+        raise
+    except Exception:  # a template is a program, which can fail in any way
+        return None
+
+
+def renamed(turn: Message) -> Message:
+    """A turn with tool calls to functions of another name; any other turn as it is."""
+    if not turn.get("tool_calls"):
+        return turn
+    calls = [
+        {**call, "function": {**call["function"], "name": MARKERS[0]}}
+        for call in turn["tool_calls"]
+    ]
+    return {**turn, "tool_calls": calls}
 
 
 def _same_start(one: str, two: str) -> int:

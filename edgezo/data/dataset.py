@@ -71,9 +71,7 @@ class Dataset:
         counts = train.token_counts()
         counts[::-1].sort()  # the longest first
         writes = self.generation
-        prompts = [
-            max((len(e.prompt) for e in split), default=0) if writes else 0 for split in splits
-        ]
+        prompts = [int(s.prompt_lengths().max(initial=0)) if writes else 0 for s in splits]
         return TokenStats(
             kind=self.kind,
             tokens=tuple(counts[:KEPT_LENGTHS].tolist()) or (1,),

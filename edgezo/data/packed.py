@@ -219,6 +219,12 @@ class PackedExamples(_Objects[Example]):
         parts = (self._row_lengths(at, min(n, at + step)) for at in range(0, n, step))
         return max((int(part.max()) for part in parts), default=0)
 
+    def prompt_lengths(self) -> np.ndarray:
+        """Tokens of each example's ``prompt``, (n,) int64."""
+        first_rows = np.concatenate(([0], np.asarray(self._example_ends[:-1], dtype=np.int64)))
+        last_stretch = np.asarray(self._stretch_ends)[first_rows[: len(self)]].astype(np.int64) - 2
+        return np.asarray(self._stretches)[last_stretch].astype(np.int64) + 1
+
     def largest_id(self) -> int:
         """The largest token number, read or predicted."""
         return int(np.asarray(self._ids).max(initial=0))

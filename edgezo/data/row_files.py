@@ -194,12 +194,16 @@ def _suffix(path: Path) -> str:
     return "" if path.is_fifo() else path.suffix.lower()
 
 
+def _packed(start: bytes) -> str:
+    """What a file that begins so is, and what to do with it; "" where it may have rows as text."""
+    return next((what for magic, what in PACKED.items() if start.startswith(magic)), "")
+
+
 def _unread(path: Path) -> str:
     """Why a file with this suffix is not read."""
     with path.open("rb") as file:
         start = file.read(8)
-    packed = next((what for magic, what in PACKED.items() if start.startswith(magic)), "")
-    return packed or f"edgezo reads {', '.join(SUFFIXES)} files with rows of named fields"
+    return _packed(start) or f"edgezo reads {', '.join(SUFFIXES)} files with rows of named fields"
 
 
 def _readable(folder: Path) -> list[Path]:
@@ -305,7 +309,7 @@ def _read_text(path: Path, problems: Problems, guard: Guard) -> Iterator[Record]
     """Rows of a file or a pipe that is text. A name without a suffix tells nothing, so that its first bytes do."""
     with path.open("rb") as raw:
         start = raw.peek(_PEEK_BYTES)
-        if packed := next((what for magic, what in PACKED.items() if start.startswith(magic)), ""):
+        if packed := _packed(start):
             problems.add(f"cannot read {path}: {packed}")
             return
         first = start.removeprefix(codecs.BOM_UTF8).lstrip()[:1]

@@ -12,7 +12,7 @@ MB = 1_000_000
 # -- memory ---------------------------------------------------------------------------------------------
 
 TILE_BYTES = 16 << 20  # no temporary of the weights is larger, whatever the largest matrix
-# Rows of the head in fp32, and their logits: scores are computed in such chunks.
+# Rows of the head in fp32, and their logits: scores are computed in such chunks (``head_rows``, ``states_at_once``).
 LOGITS_BYTES = TILE_BYTES // 2
 QUANTISE_BYTES = 16  # per weight being quantised: its fp32 value and the copies for rounding
 PAGE_BYTES = 4096  # raw tensors of a block begin at multiples of this
@@ -58,3 +58,13 @@ def tiles(rows: int, cols: int, bytes_per_element: int = 4) -> Iterator[slice]:
     step = max(1, TILE_BYTES // max(1, cols * bytes_per_element))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
+
+
+def head_rows(vocab: int, width: int) -> int:
+    """Rows of a head (vocab, width) of which logits are computed at once."""
+    return min(vocab, max(1, LOGITS_BYTES // (4 * width)))
+
+
+def states_at_once(rows: int) -> int:
+    """States of which the logits of so many rows are computed at once."""
+    return max(1, LOGITS_BYTES // (4 * rows))

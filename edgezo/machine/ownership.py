@@ -14,11 +14,13 @@ from pathlib import Path
 
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.files import atomic_write, remove_abandoned, remove_leftovers, to_json
+from edgezo.machine.foreign import FAULTS
 from edgezo.machine.open_files import open_to_read
 
 MARKER = ".edgezo"
 FORMAT = 1
 SHOWN_NAMES = 3  # of a foreign directory's files, in the refusal
+_NO_FORM: tuple[type[Exception], ...] = (*FAULTS, EdgezoError)  # what a test of a file may end with
 _MARKER_BYTES = 1000  # more than any marker has
 
 
@@ -69,15 +71,19 @@ def _check_forms(
 ) -> None:
     """Raise UsageError where a file under a name of edgezo's is none of edgezo's."""
     for name in sorted(forms.keys() & set(names)):
-        try:
-            is_ours = forms[name](folder / name)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, EdgezoError):
-            is_ours = False
-        if not is_ours:
+        if not has_form(folder / name, forms):
             raise UsageError(
                 f"{folder} is a directory of edgezo's, but {name} in it is no file that edgezo wrote, or is damaged. "
                 "Nothing was changed. Put the file elsewhere, or give another --out."
             )
+
+
+def has_form(file: Path, forms: Mapping[str, Callable[[Path], bool]]) -> bool:
+    """Whether a file passes the test that ``forms`` has for its name."""
+    try:
+        return forms[file.name](file)
+    except _NO_FORM:
+        return False
 
 
 def check_new(folder: Path) -> None:

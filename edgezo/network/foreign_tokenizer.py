@@ -113,9 +113,10 @@ def load_tokenizer(path: Path) -> Any:
 def _of_directory(path: Path) -> tuple[Any, list[str]]:
     """The tokenizer of a directory: tokenizer.json as it stands, or what its class makes of older files."""
     config = read_config(path / "config.json")
-    with _shown(path, config.model_type) as folder:
-        if (folder / TOKENIZER_FILE).is_file():
-            return FastTokenizer.from_pretrained(str(folder)), _contradictions(path)
+    in_file = added_tokens(path / TOKENIZER_FILE)
+    with _shown(path, config.model_type, in_file) as folder:
+        if in_file is not None:
+            return FastTokenizer.from_pretrained(str(folder)), _contradictions(path, in_file)
         if (folder / "tokenizer.model").is_file() and find_spec("sentencepiece") is None:
             raise EdgezoError(
                 f"{path} has its tokenizer as tokenizer.model only, which the sentencepiece library reads.\n"
@@ -132,12 +133,11 @@ def _of_directory(path: Path) -> tuple[Any, list[str]]:
         return tokenizer, []
 
 
-def _contradictions(path: Path) -> list[str]:
+def _contradictions(path: Path, in_file: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A note where tokenizer_config.json numbers tokens otherwise than tokenizer.json, which is used."""
     file = path / _SETTINGS
     values = read_json(file, MOST_INDEX_BYTES) if file.is_file() else {}
     listed = values.get("added_tokens_decoder")
-    in_file = added_tokens(path / TOKENIZER_FILE)
     if not isinstance(listed, dict):
         return []
     wrong = [
@@ -167,8 +167,13 @@ def _check_template(tokenizer: Any, path: Path) -> None:
 
 
 @contextmanager
-def _shown(directory: Path, family: str) -> Iterator[Path]:
-    """A temporary directory with a tokenizer's files, as far as they are used, and with settings from the lists."""
+def _shown(
+    directory: Path, family: str, in_file: Mapping[str, Mapping[str, Any]] | None
+) -> Iterator[Path]:
+    """A temporary directory with a tokenizer's files, as far as they are used, and with settings from the lists.
+
+    ``in_file``: the added tokens of tokenizer.json, where there is one.
+    """
     with tempfile.TemporaryDirectory(prefix="edgezo-tokenizer-") as temporary:
         folder = Path(temporary)
         for name in _FILES:
@@ -190,8 +195,8 @@ def _shown(directory: Path, family: str) -> Iterator[Path]:
             )
             if (directory / name).is_file()
         }
-        if (directory / TOKENIZER_FILE).is_file():
-            settings = _as_in_file(settings, added_tokens(directory / TOKENIZER_FILE), family)
+        if in_file is not None:
+            settings = _as_in_file(settings, in_file, family)
         for name, values in settings.items():
             (folder / name).write_text(json.dumps(values), encoding="utf-8")
         yield folder
@@ -204,8 +209,11 @@ def _table(file: Path) -> dict[str, Any]:
     return values
 
 
-def added_tokens(file: Path) -> dict[str, dict[str, Any]]:
-    """The added tokens of a tokenizer.json by their texts, of which the rest is not parsed here."""
+def added_tokens(file: Path) -> dict[str, dict[str, Any]] | None:
+    """The added tokens of a tokenizer.json by their texts, of which the rest is not parsed here; None without one."""
+    if not file.is_file():
+        return None
+    refuse_stand_in(file)
     text = file.read_text(encoding="utf-8")
     start = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
     listed = json.JSONDecoder().raw_decode(text, start.end())[0] if start else []

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgezo.data.batches import Batch
-from edgezo.machine.limits import LOGITS_BYTES
+from edgezo.machine.limits import head_rows, states_at_once
 from edgezo.network.exact_head import ExactHead
 from edgezo.network.perturb import PerturbedHead, Probe
 
@@ -166,8 +166,8 @@ class Scorer:
     ) -> Iterator[tuple[slice, slice, Tensor]]:
         """(rows of the vocabulary, slice of the states, their logits in fp32); each piece's logits reuse the memory."""
         vocab, d = self.head.matrix.layout.shape
-        step = min(max(1, LOGITS_BYTES // (4 * d)), vocab)
-        part = min(max(1, LOGITS_BYTES // (4 * step)), len(hidden))
+        step = head_rows(vocab, d)
+        part = min(states_at_once(step), len(hidden))
         memory = torch.empty(part * step, device=hidden.device)
         for start in range(0, vocab, step):
             rows = slice(start, min(start + step, vocab))

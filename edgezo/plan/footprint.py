@@ -9,11 +9,11 @@ from functools import cached_property, partial
 from edgezo.machine.limits import (
     EVAL_TOKENS,
     GUARD_MARGIN_BYTES,
-    LOGITS_BYTES,
     PRODUCT_ROWS,
     REUSED_BYTES,
     THIN,
     TILE_BYTES,
+    states_at_once,
 )
 from edgezo.plan.calibration import (
     ACTIVATIONS,
@@ -157,7 +157,7 @@ class Footprint(StoredFootprint):
             count += _numbers_of_rows(scored)
         else:
             chunks = 1 + bool(self.shape.vocab % self.head_rows)
-            count += chunks * _numbers_of_rows(min(scored, self._states_at_once))
+            count += chunks * _numbers_of_rows(min(scored, states_at_once(self.head_rows)))
         reason = f"oneDNN's kernels for {shapes} bf16 products of {numbers} numbers of rows, and those with the head"
         size = KERNEL_BYTES * count
         return [Item("compiled products", size, reason, COMPUTE)]
@@ -289,11 +289,6 @@ class Footprint(StoredFootprint):
         """What is taken to expand a matrix of ``largest`` bytes."""
         return min(largest, TILE_BYTES)
 
-    @property
-    def _states_at_once(self) -> int:
-        """States of which logits are computed at once."""
-        return max(1, LOGITS_BYTES // (4 * self.head_rows))
-
     def _logits(self, scored: int, precision: str) -> tuple[int, str]:
         """Logits of so many positions: (bytes, over which words)."""
         if self.tokens.kind == "label":
@@ -306,7 +301,7 @@ class Footprint(StoredFootprint):
         # Products in bf16 have a few numbers of rows: a smaller one is filled up.
         states = next((n for n in PRODUCT_ROWS if n >= scored), scored)
         # Logits in the compute dtype, and in fp32, where the error takes their place.
-        size = min(self._states_at_once, states) * rows * (4 + compute_bytes)
+        size = min(states_at_once(rows), states) * rows * (4 + compute_bytes)
         if BYTES_PER_WEIGHT.get(precision) != compute_bytes:
             size += rows * width * compute_bytes
         if (

@@ -9,12 +9,12 @@ from typing import ClassVar
 from edgezo.data.token_stats import TokenStats
 from edgezo.machine.limits import (
     GUARD_MARGIN_BYTES,
-    LOGITS_BYTES,
     PAGE_BYTES,
     QUANTISE_BYTES,
     READOUT_BLOCKS,
     SLOTS,
     TILE_BYTES,
+    head_rows,
 )
 from edgezo.plan.budget import mb
 from edgezo.plan.calibration import (
@@ -169,7 +169,7 @@ class StoredFootprint:
     @property
     def head_rows(self) -> int:
         """Rows of the head that scores are computed of at once."""
-        return min(self.shape.vocab, max(1, LOGITS_BYTES // (4 * self.shape.embed_width)))
+        return head_rows(self.shape.vocab, self.shape.embed_width)
 
     def _storage(self, precision: str) -> str:
         """How a weight is stored, in words."""

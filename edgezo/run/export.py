@@ -54,7 +54,8 @@ def export(source: Path, form: str, out: Path, *, dtype: str | None = None) -> d
     ``dtype``: of the weights of ``hf``. Blocks that have no room in memory are read one by one.
     Raises UsageError where ``out`` is there already, or the form has no place for what was trained.
     """
-    run, cfg = RunFiles(source), RunFiles(source).read_config()
+    run = RunFiles(source)
+    cfg = run.read_config()
     check_new(out)
     if form == "peft" and (inside := [part for part in cfg.train if PARTS[part].in_base]):
         raise UsageError(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from edgezo.data.dataset import DataRequest, Dataset, load_dataset
@@ -196,11 +197,12 @@ def _check_writing(dataset: Dataset, splits: Sequence[PackedExamples], files: Mo
     switch, most = longrope_switch(files.config), dataset.generation.most
     if switch is None:
         return
-    prompts = [len(example.prompt) for split in splits for example in split]
-    crossing = [size for size in prompts if size <= switch < size + most - 1]
-    if crossing:
+    sizes = np.concatenate([split.prompt_lengths() for split in splits])
+    crossing = sizes[(sizes <= switch) & (switch < sizes + most - 1)]
+    if len(crossing):
+        longest = int(crossing.max())
         raise UsageError(
-            f"a prompt of {max(crossing)} tokens and its answer may have {max(crossing) + most}, and beyond {switch} "
+            f"a prompt of {longest} tokens and its answer may have {longest + most}, and beyond {switch} "
             f"tokens {files.path} turns all positions by other factors: give a smaller --max-length or "
             f"--max-new-tokens, or prompts of more than {switch} tokens"
         )
@@ -227,8 +229,8 @@ def _check_lengths(
             f"a row has {longest} tokens, but {path} has only {positions} positions: give --max-length {positions}"
         )
     if dataset.generation is not None:
-        prompts = max(len(example.prompt) for split in splits for example in split)
-        longest = prompts + dataset.generation.most
+        prompt = max(int(split.prompt_lengths().max(initial=0)) for split in splits)
+        longest = prompt + dataset.generation.most
         if longest > positions:
             raise UsageError(
                 f"a prompt and its answer may have {longest} tokens, but {path} has only "

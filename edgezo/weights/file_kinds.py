@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from edgezo.errors import EdgezoError
-from edgezo.machine.foreign import clip, read_small, reading
+from edgezo.machine.foreign import clip, parse_json, read_small, reading
 
 GGUF_MAGIC = b"GGUF"
 PART_NAME = re.compile(
@@ -98,10 +97,9 @@ def folder_advice(directory: Path) -> str:
 
 def _adapter_advice(directory: Path) -> str:
     """How an adapter and its base become a model."""
-    base = None
     with reading(directory / "adapter_config.json", "Give the base model instead."):
         raw = read_small(directory / "adapter_config.json", _MOST_CONFIG_BYTES)
-        values = json.loads(raw)
+        values = parse_json(raw.decode("utf-8-sig"))
         base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
     of = f" for {clip(base, 100)}" if isinstance(base, str) and base else ""
     if (directory / "edgezo.json").exists():

@@ -61,6 +61,9 @@ def test_examples_come_out_as_they_went_in_and_are_counted(examples: list[Exampl
     assert packed.longest_row() == max((len(row.ids) for row in every), default=0)
     used = [token for row in every for token in (*row.ids, *row.score_ids)]
     assert packed.largest_id() == max(used, default=0)
+    with_targets = [e for e in examples if all(row.score_at for row in e.rows)]
+    prompts = PackedExamples(with_targets).prompt_lengths()
+    assert prompts.tolist() == [len(example.prompt) for example in with_targets]
     longest, sizes = packed.longest_row(), (packed.token_counts(), packed.scored_counts())
     with mock.patch.object(packed_rows, "FACTS_ROWS", 3):  # in pieces
         assert packed.longest_row() == longest

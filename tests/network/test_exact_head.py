@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from workshop import KEY, SIGMA, Case, Tried, cases, close, of
 
-from edgezo.network import losses
+from edgezo.machine import limits
 from edgezo.network.exact_head import ExactHead
 from edgezo.weights.saved import Saved, saved_sha256
 
@@ -35,7 +35,7 @@ HEADS: tuple[Case, ...] = (
 def test_the_exact_heads_gradient_is_autograds(
     tried: Tried, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "LOGITS_BYTES", 40_000)
+    monkeypatch.setattr(limits, "LOGITS_BYTES", 40_000)
     model, head = tried.model, tried.model.exact
     assert head is not None
     head.delta.copy_(torch.randn(head.delta.shape, generator=torch.Generator().manual_seed(1)) / 20)
@@ -90,7 +90,7 @@ def test_scores_of_a_vocabulary_take_three_chunks(
     tried: Tried, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, chunk_bytes = tried.model, 16_000
-    monkeypatch.setattr(losses, "LOGITS_BYTES", chunk_bytes)
+    monkeypatch.setattr(limits, "LOGITS_BYTES", chunk_bytes)
     hidden = torch.randn(64, model.scorer.head.matrix.layout.shape[1])
     ids = torch.arange(64)
     nll, gradient = model.scorer._vocabulary(hidden, ids, None)

@@ -42,7 +42,6 @@ from workshop import (
 from edgezo.data.batches import Example, Row, collate, micro_batches
 from edgezo.errors import UsageError
 from edgezo.machine import limits
-from edgezo.network import losses as objective
 from edgezo.network.assemble import ModelSpec, assemble
 from edgezo.network.loader import open_model
 from edgezo.network.model import Model
@@ -320,7 +319,7 @@ def test_many_recipes_at_once_give_the_bits_of_one_by_one_for_any_tile(
 def test_losses_do_not_depend_on_the_tile(tried: Tried, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tried.losses()
     monkeypatch.setattr(limits, "TILE_BYTES", 2000)
-    monkeypatch.setattr(objective, "LOGITS_BYTES", 2000)
+    monkeypatch.setattr(limits, "LOGITS_BYTES", 2000)
     close(tried.losses(), whole, atol=2e-5)
 
 
