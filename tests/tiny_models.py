@@ -214,10 +214,12 @@ def make_gguf(
     matrix_type: str = "F32",
     tokenizer: bool = False,
     metadata: dict[str, Any] | None = None,
+    more: dict[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """Write a module as GGUF the way llama.cpp's converter does.
 
-    ``metadata`` has values by key that replace the converter's; None takes a key away.
+    ``metadata`` has values by key that replace the converter's; None takes a key away. ``more`` are tensors that no
+    parameter of the module has.
 
     Matrices are stored as ``matrix_type``, vectors as F32. K-quants, which the gguf package
     cannot write, get random blocks with small scales. Returns the stored bytes by GGUF name.
@@ -263,6 +265,8 @@ def make_gguf(
         kind = gguf.GGMLQuantizationType[matrix_type if values.ndim == 2 else "F32"]
         stored[name] = _encoded(values, kind, generator)
         writer.add_tensor(name, stored[name], raw_dtype=kind)
+    for name, values in (more or {}).items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

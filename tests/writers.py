@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+import torch
 from conftest import Bench
+from torch import nn
 
 from edgezo.cli.main import cli
 
@@ -64,6 +66,15 @@ class Tools(NamedTuple):
     run: Path  # a finished run, for replay and export
     study: Path  # of bench accuracy
     published: Path  # a published finetuner
+
+    @staticmethod
+    def around(bench: Bench, run: Path) -> Tools:
+        """A finished run, and the rest beside it."""
+        study, published = run.parent / "study.toml", run.parent / "published.pth"
+        study.write_text(STUDY.format(model=bench.model))
+        network = nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 1))
+        torch.save({"model.norm.weight": network}, published)
+        return Tools(bench, run, study, published)
 
 
 Arguments = Callable[[Tools, object], Sequence[object]]  # (tools, the place) -> arguments

@@ -79,11 +79,7 @@ def draw(run: Path) -> str:
         for name in ("profile.json", "plan.json", "summary.json")
     )
     samples = thinned(profile["samples"])
-    plt.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10})
-    plt.rcParams["svg.hashsalt"] = "edgezo"  # the same file from the same run
-    figure, axes = plt.subplots(figsize=(8.2, 4.1))
-    figure.patch.set_facecolor(NAMED["paper"])
-    axes.set_facecolor(NAMED["paper"])
+    figure, axes = begun(4.1)
     end, cap = samples["t_s"][-1], summary["max_mem_bytes"] / MB
     _areas(axes, samples, summary["steps"], cap)
     _levels(axes, plan, summary, end, cap)
@@ -93,6 +89,21 @@ def draw(run: Path) -> str:
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel("seconds since the start of the process", color=NAMED["ink"])
     axes.set_ylabel("resident memory, MB", color=NAMED["ink"])
+    return finished(figure, axes)
+
+
+def begun(height: float) -> tuple[Any, Any]:
+    """(figure, axes) of a figure of the docs, ``height`` inches high, in placeholders for colours."""
+    plt.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10})
+    plt.rcParams["svg.hashsalt"] = "edgezo"  # the same file from the same figures
+    figure, axes = plt.subplots(figsize=(8.2, height))
+    figure.patch.set_facecolor(NAMED["paper"])
+    axes.set_facecolor(NAMED["paper"])
+    return figure, axes
+
+
+def finished(figure: Any, axes: Any) -> str:
+    """A figure as SVG text, in the reader's colours."""
     axes.tick_params(colors=NAMED["ink"])
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))

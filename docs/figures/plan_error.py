@@ -9,15 +9,13 @@ Needs matplotlib (`pip install 'edgezo[bench]'`). Text and colours are as in mem
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import statistics
 from pathlib import Path
 from typing import Any
 
-from matplotlib import pyplot as plt
-from memory_of_a_run import NAMED, themed
+from memory_of_a_run import NAMED, begun, finished
 
 KINDS = {"resident": ("anon", "all weights in memory"), "disk": ("file", "blocks on disk")}
 
@@ -36,11 +34,7 @@ def draw(lines: list[dict[str, Any]]) -> str:
     """The figure as SVG text."""
     errors = errors_of(lines)
     every = sorted(value for values in errors.values() for value in values)
-    plt.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10})
-    plt.rcParams["svg.hashsalt"] = "edgezo"  # the same file from the same runs
-    figure, axes = plt.subplots(figsize=(8.2, 3.4))
-    figure.patch.set_facecolor(NAMED["paper"])
-    axes.set_facecolor(NAMED["paper"])
+    figure, axes = begun(3.4)
     first, last = min(0, math.floor(every[0])), math.ceil(every[-1])
     edges = [first + half / 2 for half in range(2 * (last - first) + 1)]
     axes.hist(
@@ -55,16 +49,8 @@ def draw(lines: list[dict[str, Any]]) -> str:
     _levels(axes, every)
     axes.set_xlabel("(planned peak - measured peak) / measured peak, %", color=NAMED["ink"])
     axes.set_ylabel("runs", color=NAMED["ink"])
-    axes.tick_params(colors=NAMED["ink"])
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(NAMED["soft"])
     axes.legend(frameon=False, loc="center right", labelcolor=NAMED["ink"])
-    figure.tight_layout()
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return themed(text.getvalue())
+    return finished(figure, axes)
 
 
 def _levels(axes: Any, every: list[float]) -> None:

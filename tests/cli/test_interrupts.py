@@ -211,7 +211,7 @@ def test_a_bare_error_of_the_system_says_where_and_what_to_do(
     for error, words in (
         (OSError(28, "No space left on device"), "A temporary file: No space left"),
         (OSError(28, "No space left on device", "/tmp/x"), "/tmp/x: No space"),
-        (PermissionError(13, "Permission denied", "/root/x"), "Check that it exists"),
+        (PermissionError(13, "Permission denied", "/there/x"), "Check that it exists"),
         (OSError("odd"), "odd. Check the files"),
     ):
 

@@ -12,16 +12,13 @@ from typing import Any
 
 import click
 import pytest
-import torch
 import writers
-from torch import nn
 from writers import (
     FLAGS,
     JOURNALS,
     LOOKS,
     NO_FILES,
     READS,
-    STUDY,
     WRITERS,
     WRITES,
     Tools,
@@ -46,11 +43,7 @@ def tools(bench, tmp_path_factory) -> Tools:
     folder = tmp_path_factory.mktemp("tools")
     request = bench.settings(out=str(folder / "run"), steps=2, train="lowrank+head")
     finetune(make_config(request))
-    study = folder / "study.toml"
-    study.write_text(STUDY.format(model=bench.model))
-    network = nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 1))
-    torch.save({"model.norm.weight": network}, folder / "published.pth")
-    return Tools(bench, folder / "run", study, folder / "published.pth")
+    return Tools.around(bench, folder / "run")
 
 
 @pytest.fixture(scope="module")

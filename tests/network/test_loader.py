@@ -277,15 +277,7 @@ def test_llama_3_frequency_factors_become_its_rope_rule(tmp_path: Path) -> None:
     plain = 500000.0 ** -(torch.arange(0, 64, 2).double() / 64)
     factors = (plain / rotary.inv_freq.double()).float().numpy()
     assert factors.max() > 31
-    add = gguf.GGUFWriter.write_header_to_file
-
-    def with_factors(writer: Any) -> None:
-        writer.add_tensor("rope_freqs.weight", factors)
-        add(writer)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf.GGUFWriter, "write_header_to_file", with_factors)
-        tiny_models.make_gguf(model, tmp_path / "m.gguf")
+    tiny_models.make_gguf(model, tmp_path / "m.gguf", more={"rope_freqs.weight": factors})
     built = build_meta(open_model(tmp_path / "m.gguf"))
     assert torch.allclose(built.model.rotary_emb.inv_freq, rotary.inv_freq, rtol=1e-5)
 

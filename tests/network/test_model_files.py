@@ -283,16 +283,8 @@ def test_buffers_and_copies_are_no_unread_tensors(tensor: str, noted: bool, tmp_
 
 def test_a_gguf_with_biases_that_the_family_has_not_says_so(tmp_path: Path) -> None:
     model = tiny_models.random_model("qwen2")
-    extra = np.ones(80, np.float32)
-    add = gguf.GGUFWriter.write_header_to_file
-
-    def with_bias(writer: Any) -> None:
-        writer.add_tensor("blk.0.ffn_up.bias", extra)
-        add(writer)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf.GGUFWriter, "write_header_to_file", with_bias)
-        tiny_models.make_gguf(model, tmp_path / "m.gguf")
+    bias = {"blk.0.ffn_up.bias": np.ones(80, np.float32)}
+    tiny_models.make_gguf(model, tmp_path / "m.gguf", more=bias)
     [note] = open_model(tmp_path / "m.gguf").notes
     assert "1 tensors" in note and "mlp.up_proj.bias" in note
 

@@ -20,12 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import Bench
 from safetensors import safe_open
-from torch import nn
 from write_points import FULL, KILL_WITHIN, KILLS, Ended, Point, Points, answers, compile_points
-from writers import STUDY, WRITERS, Tools
+from writers import WRITERS, Tools
 
 # bench memory, speed and accuracy measure for long, in children; what they write is what bench alignment writes.
 # One resume is enough: the options of the others are those of a run.
@@ -55,11 +53,7 @@ def tools(points, bench: Bench, tmp_path_factory) -> Tools:
     folder = tmp_path_factory.mktemp("tools")
     request = bench.arguments(steps=2, train="lowrank+head", out=folder / "run")
     assert points.command(["finetune", *request]).code == 0
-    study = folder / "study.toml"
-    study.write_text(STUDY.format(model=bench.model))
-    network = nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 1))
-    torch.save({"model.norm.weight": network}, folder / "published.pth")
-    return Tools(bench, folder / "run", study, folder / "published.pth")
+    return Tools.around(bench, folder / "run")
 
 
 @pytest.fixture(scope="module")
