@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine import kernels
 from edgezo.network import loader, packing
+from edgezo.network.cut import Cut, Half, leave_out
 from edgezo.network.exact_head import ExactHead
 from edgezo.network.first_order import (
     Adapter,
@@ -94,6 +95,8 @@ class ModelSpec:
     anchored: bool = False  # SVRG: a second copy of what is trained
     decay: float = 0.0  # of AdamW, where there is a backward pass
     mixed: bool = False  # addax: low-rank factors are trained along their gradient as well
+    first_trained: int = 0  # blocks below this one, and the embeddings with them, are frozen
+    half: Half = "whole"  # what is put together: only what is below or above the first trained block
 
     @property
     def parts(self) -> Trained:
@@ -149,15 +152,21 @@ class _Builder:
         self.input = module.get_input_embeddings()  # type: ignore[operator]
         self.tied = self.output.weight is self.input.weight
         self.head: PerturbedHead | None = None
+        self.label_ids = spec.label_ids  # rows of the head that stand for them
         self.blocks_name, self.blocks = loader.decoder_layers(module, files.shape.layers)
         self.away: BlocksElsewhere | None = None
         if spec.away is not None:
             self.away = BlocksElsewhere(self.store, spec.away, self.blocks_name)
 
     def run(self) -> None:
-        """Place every weight."""
+        """Place every weight of the half that is put together."""
         away = self.away
         for name, sub in self._owners():
+            below = self._is_below(name, sub)
+            if self._does_not_run(name, sub, below):
+                leave_out(sub, self.spec.dtype, self.device)
+                continue
+            self.parts = trained(()) if below or self.spec.half == "below" else self.spec.parts
             if away is not None:
                 away.enter(away.block_of(name))
             if sub is self.output:
@@ -168,11 +177,13 @@ class _Builder:
                 self._embedding(name, sub)
             else:
                 self._linear(name, sub)
+        self.parts = self.spec.parts
         if self.adapters is not None or self.factors is not None:
             self._recompute_blocks()
         if away is not None:
             away.enter(-1)
-            away.residency.attach(list(self.blocks)[away.first :])
+            end = self.spec.first_trained if self.spec.half == "below" else len(self.blocks)
+            away.residency.attach(list(self.blocks)[away.first : end])
         self.store.prepare()
         if self.fusing:
             fuse_gates(self.module)
@@ -202,10 +213,38 @@ class _Builder:
         )
         return owners
 
+    def _does_not_run(self, name: str, sub: nn.Module, below: bool) -> bool:
+        """Whether a module belongs to the half that is not put together: a block, a table or the head.
+
+        What is small beside these is there in both.
+        """
+        if self.spec.half == "whole" or (below == (self.spec.half == "below")):
+            return False
+        large = isinstance(sub, nn.Embedding) or name.startswith(self.blocks_name + ".")
+        return large and sub is not self.output
+
+    def _is_below(self, name: str, sub: nn.Module) -> bool:
+        """Whether a module runs before the first trained block, and so is frozen where there are blocks below that."""
+        if not self.spec.first_trained:
+            return False
+        if name.startswith(self.blocks_name + "."):
+            index = int(name.removeprefix(self.blocks_name + ".").partition(".")[0])
+            return index < self.spec.first_trained
+        # Beside the tables: what stands with them, apart from the blocks (RoBERTa's norm), and what widens their rows
+        # (OPT's projection).
+        parent = self.module.get_submodule(name.rpartition(".")[0])
+        with_tables = any(isinstance(child, nn.Embedding) for child in parent.children())
+        with_blocks = any(child is self.blocks for child in parent.modules())
+        width, hidden = self.files.shape.embed_width, self.files.shape.hidden
+        widens = width != hidden and tuple(sub.weight.shape) == (hidden, width)  # type: ignore[union-attr,arg-type]
+        return isinstance(sub, nn.Embedding) or (with_tables and not with_blocks) or widens
+
     def _recompute_blocks(self) -> None:
-        """Let blocks run again for the backward pass, bound to memory if they are elsewhere."""
+        """Let trained blocks run again for the backward pass, bound to memory if they are elsewhere."""
         away = self.away
         for index, block in enumerate(self.blocks):
+            if index < self.spec.first_trained:
+                continue
             if away is None or index < away.first:
                 recompute(block)
             else:
@@ -230,7 +269,7 @@ class _Builder:
         spec, config = self.spec, self.files.config
         assert self.head is not None
         softcap = getattr(config.get_text_config(), "final_logit_softcapping", None)
-        labels = torch.tensor(spec.label_ids, dtype=torch.int64, device=self.device)
+        labels = torch.tensor(self.label_ids, dtype=torch.int64, device=self.device)
         exact = self._exact_head() if self.parts.head else None
         return Model(
             module=self.module,
@@ -245,7 +284,13 @@ class _Builder:
             frozen=self.frozen,
             adapters=self.adapters,
             factors=self.factors,
+            cut=self._cut() if spec.first_trained else None,
         )
+
+    def _cut(self) -> Cut:
+        tables = [sub for sub in self.module.modules() if isinstance(sub, nn.Embedding)]
+        tables.sort(key=lambda table: table is not self.input)
+        return Cut(self.blocks, tables, self.spec.first_trained)
 
     def _exact_head(self) -> ExactHead:
         spec, hidden = self.spec, int(self.output.in_features)
@@ -258,7 +303,15 @@ class _Builder:
 
     def _layout(self, name: str, *, table: bool, transpose: bool = False) -> Layout:
         """Read a matrix into its layout, here or elsewhere."""
-        stored = StoredMatrix(
+        stored = self.matrices[name] = self._stored(name, table=table, transpose=transpose)
+        layout = None if self.away is None else self.away.layout(name, stored)
+        if layout is None:
+            layout = moved(stored.make(), self.device)
+        self.store.layouts[name] = layout
+        return layout
+
+    def _stored(self, name: str, *, table: bool, transpose: bool = False) -> StoredMatrix:
+        return StoredMatrix(
             self.files.source,
             self.names[name],
             self.spec.precision,
@@ -267,12 +320,6 @@ class _Builder:
             table=table,
             transpose=transpose,
         )
-        self.matrices[name] = stored
-        layout = None if self.away is None else self.away.layout(name, stored)
-        if layout is None:
-            layout = moved(stored.make(), self.device)
-        self.store.layouts[name] = layout
-        return layout
 
     def _vector(self, name: str) -> Tensor | Trainable:
         """A 1-D parameter: its values, frozen in the compute dtype, or its trainable in fp32."""
@@ -319,9 +366,9 @@ class _Builder:
                 fields |= build(self, weight, layout.shape)
         self._guide(matrix.trained, self.store.trainables.get(f"{weight}#lowrank"))
         kind: type[nn.Module] = PerturbedLinear
-        if self.adapters is not None:
+        if self.parts.adapters:
             kind = LoraLinear
-        elif self.factors is not None:
+        elif self.parts.factors and self.factors is not None:
             kind = MixedLinear
         _become(sub, kind, fields)
 
@@ -378,8 +425,13 @@ class _Builder:
 
     def _head(self, name: str, sub: nn.Module) -> None:
         weight = f"{name}.weight"
-        if self.tied:
-            matrix: Matrix = self.input.matrix
+        if self.spec.half == "above" and self._scores_label_words(sub):
+            matrix = Matrix(self._label_rows(), self.context)
+            self.label_ids = tuple(range(len(self.label_ids)))
+        elif self.tied and self.spec.half == "above":
+            matrix = Matrix(self._layout(self._weight_name(self.input), table=True), self.context)
+        elif self.tied or self.spec.half == "below":  # where no head runs
+            matrix = self.input.matrix
         else:
             layout = self._layout(weight, table=True)
             labels = self.spec.kind == "label"
@@ -396,6 +448,22 @@ class _Builder:
                 parent._parameters["bias"] = None
         _become(sub, PerturbedHead, fields)
         self.head = sub  # type: ignore[assignment]
+
+    def _weight_name(self, module: nn.Module) -> str:
+        """The parameter that the weight of a module is."""
+        name = next(name for name, sub in self.module.named_modules() if sub is module)
+        return f"{name}.weight"
+
+    def _scores_label_words(self, head: nn.Module) -> bool:
+        """Whether no row of a frozen head is read but those of the label words."""
+        frozen = self.tied or not self.parts.weights
+        return self.spec.kind == "label" and frozen and getattr(head, "bias", None) is None
+
+    def _label_rows(self) -> Layout:
+        """The rows of the head for the label words, in the order of the labels."""
+        name = self._weight_name(self.input if self.tied else self.output)
+        stored = self._stored(name, table=True)
+        return moved(stored.make_rows(self.spec.label_ids), self.device)
 
     def _norm(self, name: str, sub: nn.Module) -> None:
         names = [n for n, _ in sub.named_parameters(recurse=False)]

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,6 +18,7 @@ from edgezo.data.batches import Batch
 from edgezo.errors import EdgezoError
 from edgezo.machine.process_memory import Heap
 from edgezo.network import packing
+from edgezo.network.cut import Cut
 from edgezo.network.exact_head import ExactHead
 from edgezo.network.first_order import Adapters, LearnedFactors
 from edgezo.network.losses import Scorer
@@ -78,6 +79,9 @@ class Model:
     readout: Readout | None = None  # a linear probe in the head's place
     adapters: Adapters | None = None
     factors: LearnedFactors | None = None
+    cut: Cut | None = None  # where blocks below the first trained one are frozen
+    # Gives the states of a batch at the cut, (N, hidden), where they are kept; None: the blocks below run.
+    kept_states: Callable[[Batch], Tensor] | None = None
 
     @property
     def exact(self) -> ExactHead | None:
@@ -185,8 +189,9 @@ class Model:
         tracked = learn > 0 and probe is None and self.has_backward_pass
         try:
             ids = batch.ids.repeat(sides)
+            cut = None if self.cut is None else self.states_at_cut(batch).repeat(sides, 1)
             with torch.set_grad_enabled(tracked):
-                hidden, probe = self._states(ids, batch.lengths * sides, index, probe)
+                hidden, probe = self._states(ids, batch.lengths * sides, index, probe, None, cut)
             if self.readout is not None:
                 losses, predicted = self.readout(batch.labels, sides)
                 return losses.cpu(), predicted.cpu()
@@ -198,6 +203,17 @@ class Model:
             return losses.cpu(), predicted.cpu()
         finally:
             self.context.probe = None
+
+    @torch.no_grad()
+    def states_at_cut(self, batch: Batch) -> Tensor:
+        """What the frozen blocks put out for a batch: (N, hidden) in the compute dtype, once and not for each side."""
+        if self.kept_states is not None:
+            return self.kept_states(batch).to(self.context.device)
+        assert self.cut is not None
+        self.heap.expect(len(batch.ids))
+        with self.cut.below():
+            self._run(batch.ids, packing.Packing.of(batch.lengths, self.context.device), None)
+        return self.cut.take()
 
     @torch.no_grad()
     def next_tokens(
@@ -232,28 +248,22 @@ class Model:
         index: Tensor,
         probe: Probe | None,
         kept: KeyValues | None = None,
+        at_cut: Tensor | None = None,
     ) -> tuple[Tensor, Probe | None]:
         """What the head reads at the packed positions ``index`` (P,): (P, d), and the probe of those positions.
 
-        ``ids`` (n,) are the tokens of rows of ``lengths``, all sides.
+        ``ids`` (n,) are the tokens of rows of ``lengths``, all sides; ``at_cut`` (n, hidden) their states at the cut.
         """
         device = self.context.device
         plan = packing.Packing.of(lengths, device)
-        positions = plan.positions() + self.position_offset
-        if kept is not None:
-            positions += kept.first_positions().repeat_interleave(torch.tensor(lengths))
         self.context.probe = probe
         self.heap.expect(len(ids))
         index = index.to(device)
         for taps in (self.taps, None if self.readout is None else self.readout.taps):
             if taps is not None:
                 taps.index = index
-        with packing.packed(plan, kept):
-            hidden = self.module.base_model(  # type: ignore[operator]
-                input_ids=ids[None].to(device),
-                position_ids=positions[None].to(device),
-                **self._options(),
-            )[0][0]
+        with nullcontext() if at_cut is None or self.cut is None else self.cut.above(at_cut):
+            hidden = self._run(ids, plan, kept)
         if probe is not None:
             # From here on an operation's tokens are the scored positions (RoBERTa's head has linears too).
             self.context.probe = probe = probe.at(index)
@@ -261,8 +271,18 @@ class Model:
             self.heap.give_back()
         return self.module.lm_head(hidden[index]), probe  # type: ignore[operator]
 
-    def _options(self) -> dict[str, object]:
-        return {} if self.masked else {"use_cache": False}
+    def _run(self, ids: Tensor, plan: packing.Packing, kept: KeyValues | None) -> Tensor:
+        """The module without its head on packed tokens (n,): (n, d)."""
+        device = self.context.device
+        positions = plan.positions() + self.position_offset
+        if kept is not None:
+            positions += kept.first_positions().repeat_interleave(torch.tensor(plan.lengths))
+        options = {} if self.masked else {"use_cache": False}
+        with packing.packed(plan, kept):
+            hidden: Tensor = self.module.base_model(  # type: ignore[operator]
+                input_ids=ids[None].to(device), position_ids=positions[None].to(device), **options
+            )[0][0]
+        return hidden
 
     def take_touched(self, group: int) -> tuple[np.ndarray, ...]:
         """Rows of embedding tables that each of the ``group`` examples used since the last call, sorted.

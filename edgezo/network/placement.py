@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from edgezo.weights.layouts import DENSE_DTYPES, Int8, Layout, Rows, place, vacant
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from edgezo.weights.home import Medium
@@ -46,6 +47,11 @@ class StoredMatrix:
             plane = self.trained and self.rounding == "plane"
             return Int8.quantise(self.rows(), plane=plane)
         return place(self._read(dtype, rows), self.precision, **self.options)
+
+    def make_rows(self, rows: Sequence[int]) -> Layout:
+        """The layout of some rows of a table, in this order, with their bytes."""
+        values = torch.cat([self._read(None, slice(row, row + 1)) for row in rows])
+        return place(values, self.precision, **self.options)
 
     def vacant(self) -> Layout:
         """The layout without its bytes."""
