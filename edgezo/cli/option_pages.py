@@ -122,6 +122,7 @@ def _values(field: Field) -> str:
         "duration": "a time such as 90, 120s, 10m or 1.5h",
         "bytes": "a size such as 700MB, 12GB or 12GiB",
         "choice": ", ".join(field.choices),
+        "blocks": "a whole number, all or auto",
         "train": f"one or more of {', '.join(field.choices)}, joined by +",
     }
     auto = "; or auto" if field.auto is not None else ""

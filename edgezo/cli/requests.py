@@ -9,7 +9,8 @@ from typing import Any
 
 from edgezo.errors import UsageError
 from edgezo.plan.config import RunConfig
-from edgezo.plan.fields import FREE_ON_RESUME, LOSS, OF_PRESET, flag
+from edgezo.plan.data_fields import LOSS
+from edgezo.plan.fields import FREE_ON_RESUME, OF_PRESET, flag
 from edgezo.plan.request import make_config, read_run_config, read_toml
 
 # Settings of a run that belong to its data: an evaluation on other data does not take them over.

@@ -96,7 +96,9 @@ class ModelSpec:
     decay: float = 0.0  # of AdamW, where there is a backward pass
     mixed: bool = False  # addax: low-rank factors are trained along their gradient as well
     first_trained: int = 0  # blocks below this one, and the embeddings with them, are frozen
-    half: Half = "whole"  # what is put together: only what is below or above the first trained block
+    half: Half = (
+        "whole"  # what is put together: only what is below or above the first trained block
+    )
 
     @property
     def parts(self) -> Trained:
@@ -236,7 +238,7 @@ class _Builder:
         with_tables = any(isinstance(child, nn.Embedding) for child in parent.children())
         with_blocks = any(child is self.blocks for child in parent.modules())
         width, hidden = self.files.shape.embed_width, self.files.shape.hidden
-        widens = width != hidden and tuple(sub.weight.shape) == (hidden, width)  # type: ignore[union-attr,arg-type]
+        widens = width != hidden and tuple(sub.weight.shape) == (hidden, width)  # type: ignore[arg-type]
         return isinstance(sub, nn.Embedding) or (with_tables and not with_blocks) or widens
 
     def _recompute_blocks(self) -> None:
@@ -290,7 +292,7 @@ class _Builder:
     def _cut(self) -> Cut:
         tables = [sub for sub in self.module.modules() if isinstance(sub, nn.Embedding)]
         tables.sort(key=lambda table: table is not self.input)
-        return Cut(self.blocks, tables, self.spec.first_trained)
+        return Cut(list(self.blocks), tables, self.spec.first_trained)
 
     def _exact_head(self) -> ExactHead:
         spec, hidden = self.spec, int(self.output.in_features)

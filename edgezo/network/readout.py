@@ -48,9 +48,9 @@ _STATES_HEAD = struct.Struct("<8sIII32s")
 _CRC = struct.Struct("<I")
 
 
-def candidates(layers: int) -> tuple[int, ...]:
-    """The blocks whose states are tried, of a model with ``layers`` blocks."""
-    return tuple(range(int(layers * LOWEST_SHARE), layers))
+def candidates(layers: int, first: int = 0) -> tuple[int, ...]:
+    """The blocks whose states are tried, of a model with ``layers`` blocks of which those from ``first`` on run."""
+    return tuple(range(max(int(layers * LOWEST_SHARE), first), layers))
 
 
 @dataclass(frozen=True)

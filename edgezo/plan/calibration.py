@@ -2,7 +2,7 @@
 
 An ``Item`` is a name, bytes and the reason. Items of one phase do not add up with those of another:
 
-    peak = sum(always) + max(sum(read), sum(load), sum(compute) + max(sum(forward), sum(update), sum(fit)))
+    peak = sum(always) + max(sum(read), sum(load), sum(compute) + max(sum(pass), sum(forward), sum(update), sum(fit)))
 
 A "calibrated" coefficient is set against a measured peak: VmHWM on a CPU, the allocator's reserved bytes on a GPU.
 Standard library only.
@@ -17,7 +17,7 @@ from typing import Any
 from edgezo.machine.limits import MB
 
 ACTIVATIONS = "activations"  # the item's name
-PHASES = ("read", "load", "forward", "update", "fit")
+PHASES = ("read", "load", "pass", "forward", "update", "fit")
 BEFORE_COMPUTING = (
     "read",
     "load",

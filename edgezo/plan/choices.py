@@ -15,6 +15,7 @@ from edgezo.plan.footprint import Footprint
 
 if TYPE_CHECKING:
     from edgezo.machine.hardware import Machine
+    from edgezo.plan.blocks import Blocks
 
 PRECISIONS_TRIED = ("bf16", "int8", "int4")  # in this order; fp32 and fp16 only when asked for
 
@@ -39,6 +40,7 @@ class Choice:
     option: Option
     smallest: Option  # of the smallest budget that works
     smallest_bytes: int
+    blocks: Blocks
 
     @property
     def peak_bytes(self) -> int:

@@ -18,7 +18,13 @@ from edgezo.zo.presets import BACKWARD_PASSES, CREDITS, FIRST_ORDER, forwards, m
 
 # What a run did that began before there was a choice. Files of such a run do not have these settings, and are not
 # given them.
-BEFORE = {"text_end": "no", "written_at": None}
+BEFORE = {
+    "text_end": "no",
+    "written_at": None,
+    "blocks": "all",
+    "states": None,
+    "state_rows": None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +47,9 @@ class RunConfig:
     credit: str
     rule: str
     train: tuple[str, ...]
+    blocks: str  # a number, "all" or "auto"
+    states: str | None
+    state_rows: int | None
     precision: str | None
     rounding: str | None
     residency: str | None
@@ -94,6 +103,10 @@ class RunConfig:
     def parts(self) -> Trained:
         """What is trained, by what it is: ``cfg.parts.weights``, ``cfg.parts.head``, ..."""
         return trained(self.train)
+
+    def first_trained(self, layers: int) -> int:
+        """The number of the first block that is trained, of so many; 0: all are."""
+        return max(0, layers - int(self.blocks)) if self.blocks.isdigit() else 0
 
     @property
     def probing(self) -> bool:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from edgezo.plan.config import RunConfig
-from edgezo.plan.fields import LOSS, OBJECTIVES, UNROUNDED
+from edgezo.plan.data_fields import LOSS, OBJECTIVES
+from edgezo.plan.fields import UNROUNDED
 from edgezo.zo.parts import PARTS
 from edgezo.zo.presets import (
     AUTO,

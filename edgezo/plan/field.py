@@ -15,7 +15,7 @@ from edgezo.zo.presets import PRESETS
 
 DEFAULT_PRESET = "grzo"
 
-Kind = Literal["str", "int", "float", "bool", "duration", "bytes", "choice", "train"]
+Kind = Literal["str", "int", "float", "bool", "duration", "bytes", "choice", "train", "blocks"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,8 @@ class Field:
                 return value
             case "train":
                 return self._read_parts(value)
+            case "blocks":
+                return value if value in ("all", "auto") else str(self._read_number(value))
         return self._read_number(value)
 
     def _read_parts(self, value: Any) -> tuple[str, ...]:
@@ -91,7 +93,7 @@ class Field:
             value = self._number_of(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"needs a number, not {value!r}")
-        whole = self.kind in ("int", "bytes")
+        whole = self.kind in ("int", "bytes", "blocks")
         if not is_finite(value) or (whole and int(value) != value):
             shown = clip(repr(value), 60)
             raise ValueError(f"needs a {'whole' if whole else 'finite'} number, not {shown}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from edgezo.plan.data_fields import DATA, PREDICTION
 from edgezo.plan.field import DEFAULT_PRESET, Field
 from edgezo.zo.parts import PARTS
 from edgezo.zo.presets import AUTO, CREDITS, DIRECTIONS, ESTIMATORS, MASKS, RULES
@@ -16,8 +17,6 @@ from edgezo.zo.presets import AUTO, CREDITS, DIRECTIONS, ESTIMATORS, MASKS, RULE
 QUANTIZED = ("int8", "int4")
 # Precisions in which --rounding has nothing to do, each with the reason.
 UNROUNDED = {"fp32": "updates are exact there", "int4": "nothing is rounded there"}
-LOSS = "loss"  # the objective that is the model's loss
-OBJECTIVES = (LOSS, "accuracy", "exact-match", "token-f1", "numeric-match")
 
 DEFAULT_STEPS = 400
 DEFAULT_BATCH = 16  # examples a step: more take too long on a small machine, fewer are noisy
@@ -28,128 +27,6 @@ ALTERNATIVES = (("steps", "for_s"), ("data", "task"))
 # ---------------------------------------------------------------------------------------------
 # The table. A setting is free on resume where another value changes losses in their rounding at most. Files may have
 # moved: the journal identifies the weights, the training rows and the finetuner.
-
-_DATA = (
-    Field(
-        name="model",
-        kind="str",
-        metavar="MODEL",
-        help="A card (see edgezo models), a directory, a .gguf file or a hub id.",
-        example="smollm2-135m-instruct",
-        required=True,
-        free_on_resume=True,
-    ),
-    Field(
-        name="data",
-        kind="str",
-        metavar="PATH",
-        help="Rows: a .jsonl, .json, .csv or .parquet file, a directory with train and validation files, or a hub id.",
-        example="rows.jsonl",
-        free_on_resume=True,
-    ),
-    Field(
-        name="task",
-        kind="str",
-        metavar="NAME",
-        help="A built-in task instead of --data: sst2, trec, boolq, ..., or example.",
-        example="example",
-    ),
-    Field(
-        name="data_root",
-        kind="str",
-        metavar="DIR",
-        help="Folder that holds the data sets of --task.",
-        example="datasets",
-        free_on_resume=True,
-    ),
-    Field(
-        name="template",
-        kind="str",
-        metavar="TEXT",
-        help="Prompt of a labelled row; braces name fields of the row: '{text} It was'.",
-        example="{text} It was",
-    ),
-    Field(
-        name="labels",
-        kind="str",
-        metavar="TEXT",
-        help="Label values, each with its word: '0=bad,1=good'.",
-        example="0=bad,1=good",
-    ),
-    Field(
-        name="label_field",
-        kind="str",
-        metavar="NAME",
-        help="Column of a labelled row that holds the label.",
-        default="label",
-    ),
-    Field(
-        name="text_end",
-        kind="choice",
-        help="Whether rows with text end with the end token, which is learned too.",
-        default="yes",
-        choices=("yes", "no"),
-    ),
-    Field(
-        name="max_length",
-        kind="int",
-        metavar="N",
-        help="Tokens of the longest row; longer rows are cut.",
-        default=512,
-        low=8,
-        high=1_048_576,
-    ),
-    Field(
-        name="held_out",
-        kind="float",
-        metavar="SHARE",
-        help="Hold out this share of the training rows for evaluation, instead of the validation rows.",
-        default_text="none where there are validation rows, else 0.1",
-        example=0.1,
-        low=0,
-        high=0.9,
-        open_low=True,
-    ),
-    Field(
-        name="eval_limit",
-        kind="int",
-        metavar="N",
-        help="Evaluate on no more than this many rows.",
-        default_text="all",
-        example=500,
-        low=1,
-    ),
-    Field(
-        name="seed",
-        kind="int",
-        metavar="N",
-        help="Seed of the order of rows, of directions and of low-rank bases.",
-        default=0,
-        low=0,
-        high=2**63 - 1,
-    ),
-)
-
-_PREDICTION = (
-    Field(
-        name="objective",
-        kind="str",
-        metavar="NAME",
-        help=f"What training improves: {LOSS}, or a score of predictions: {', '.join(OBJECTIVES[1:])}, or "
-        "module:function, a Python function (prediction, row) -> float.",
-        default=LOSS,
-    ),
-    Field(
-        name="max_new_tokens",
-        kind="int",
-        metavar="N",
-        help="Tokens of the longest answer that the model writes.",
-        default_text="the task's",
-        example=32,
-        low=1,
-        high=65_536,
-    ),
-)
 
 _MEMORY = (
     Field(
@@ -257,6 +134,35 @@ _METHOD = (
         help=f"What is trained, joined by +: {', '.join(PARTS)}.",
         choices=tuple(PARTS),
         of_preset=True,
+    ),
+    Field(
+        name="blocks",
+        kind="blocks",
+        metavar="N",
+        help="Train only the last N blocks, and what is above them; all, or auto.",
+        default="all",
+        example="10",
+        low=1,
+        high=10_000,
+    ),
+    Field(
+        name="states",
+        kind="choice",
+        help="How the output of frozen blocks is kept on disk, so that a row passes them once; none: they run in "
+        "every step. exact: in the compute dtype.",
+        default_text="bf16 with --blocks, where answers are not written",
+        example="bf16",
+        choices=("exact", "bf16", "int8", "none"),
+    ),
+    Field(
+        name="state_rows",
+        kind="int",
+        metavar="N",
+        help="Training rows whose states are kept; the run trains on these.",
+        default_text="as many as the steps see, a third of --for computes, and half of the free disk holds",
+        example=4000,
+        low=1,
+        high=100_000_000,
     ),
     Field(
         name="rounding",
@@ -460,8 +366,8 @@ class SettingGroup(NamedTuple):
 
 
 GROUPS = {
-    "data": SettingGroup("Model and data", _DATA),
-    "prediction": SettingGroup("Predictions", _PREDICTION),
+    "data": SettingGroup("Model and data", DATA),
+    "prediction": SettingGroup("Predictions", PREDICTION),
     "memory": SettingGroup("Memory and device", _MEMORY),
     "method": SettingGroup("Method", _METHOD),
     "run": SettingGroup("Steps, evaluation and files", _RUN),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -42,8 +43,10 @@ from edgezo.plan.calibration import (
     UPDATE_TILES,
     Item,
     peak_bytes,
+    phase_bytes,
 )
-from edgezo.plan.fields import LOSS, QUANTIZED
+from edgezo.plan.data_fields import LOSS
+from edgezo.plan.fields import QUANTIZED
 from edgezo.plan.footprint_stored import StoredFootprint, rounding_of
 from edgezo.plan.shapes import BYTES_PER_WEIGHT, MatrixShape
 from edgezo.zo.presets import DIRECTIONS, MASKS, RULES
@@ -60,6 +63,9 @@ class Footprint(StoredFootprint):
 
     correction_bytes: int = 0  # added to a forward, as measured
     kept_tokens: int = EVAL_KEPT_TOKENS  # tokens whose keys and values an evaluation keeps
+    below: Footprint | None = (
+        None  # the frozen blocks, where these pass alone before all others are loaded
+    )
 
     product_kinds = 1  # products with a weight: 2 where a backward pass takes its transpose too
 
@@ -118,7 +124,33 @@ class Footprint(StoredFootprint):
             *self._head_step(),
             *(i for i in self._of_parts(compute_bytes) if i.phase != "always"),
         )
-        return (*items, *self._reading(items))
+        return (*items, *self._reading(items), *self._passing(items, precision))
+
+    def pass_from_disk(self, precision: str) -> bool:
+        """Whether frozen blocks pass one by one from disk: where all of them in memory would raise the peak."""
+        if self.below is None:
+            return False
+        known = self._from_disk
+        if precision not in known:
+            least_bytes = replace(self, below=None).peak_bytes(precision, 1)
+            known[precision] = self.below.peak_bytes(precision, 1) > least_bytes
+        return known[precision]
+
+    @cached_property
+    def _from_disk(self) -> dict[str, bool]:
+        """``pass_from_disk`` by precision, computed once for all options that a plan compares."""
+        return {}
+
+    def _passing(self, items: Sequence[Item], precision: str) -> list[Item]:
+        """What the frozen blocks take while rows pass them, beyond the permanent ``items``."""
+        if self.below is None:
+            return []
+        layers = self.below.shape.layers
+        on_disk = layers if self.pass_from_disk(precision) else 0
+        more = self.below.peak_bytes(precision, 1, on_disk) - phase_bytes(items, "pass")
+        where = "one by one from disk" if on_disk else "in memory"
+        reason = f"{layers} frozen blocks, {where}, before the others are loaded"
+        return [Item("frozen blocks", more, reason, "pass")] if more > 0 else []
 
     def _code(self, precision: str) -> list[Item]:
         """What the libraries take while weights are loaded, and from the first forward on."""
@@ -440,7 +472,7 @@ class Footprint(StoredFootprint):
             sizes += [m.d_out * cfg.rank for m in shape.kinds]
         if cfg.parts.weights:
             sizes += [m.numel for m in shape.kinds]
-            sizes += [self._moved_rows(t) * t.d_in for t in shape.tables]
+            sizes += [self._moved_rows(t) * t.d_in for t in self.trained_tables]
         return 4 * max(sizes)
 
     def _moved_rows(self, table: MatrixShape) -> int:

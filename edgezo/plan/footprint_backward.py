@@ -51,7 +51,7 @@ class BackwardFootprint(Footprint):
 
     def most_tokens(self, precision: str) -> int | None:
         """Tokens of a piece of a micro-batch."""
-        a_token = backward_bytes(self.shape, 1, self.compute_bytes(precision))
+        a_token = backward_bytes(self.trained_shape, 1, self.compute_bytes(precision))
         return max(LEAST_BACKWARD_TOKENS, BACKWARD_BYTES // a_token)
 
     def reused_tokens(self, precision: str) -> int:
@@ -63,7 +63,7 @@ class BackwardFootprint(Footprint):
         return []
 
     def _forward(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
-        shape, tokens = self.shape, self.tokens
+        shape, tokens = self.trained_shape, self.tokens
         trained = tokens.at_once(micro_batch, self.most_tokens(precision))
         whole = tokens.longest(micro_batch)
         what = (
@@ -115,7 +115,7 @@ class MixedFootprint(Footprint):
         return replace(self, cfg=replace(self.cfg, short_tokens=0))
 
     def _backward(self, n_tokens: int, precision: str) -> int:
-        return backward_bytes(self.shape, n_tokens, self.compute_bytes(precision))
+        return backward_bytes(self.trained_shape, n_tokens, self.compute_bytes(precision))
 
     def reused_tokens(self, precision: str) -> int:
         """None are reused: what a backward pass keeps would leave holes in the heap."""
@@ -126,7 +126,7 @@ class MixedFootprint(Footprint):
         return reused // self.sides if reused >= LEAST_PIECE_TOKENS else None
 
     def _trained(self, compute_bytes: int) -> list[Item]:
-        values = self.shape.rows * self.cfg.rank
+        values = self.trained_shape.rows * self.cfg.rank
         reason = f"gradient and AdamW's two moments of {values:,} factors, fp32"
         moments = Item("gradients", 4 * (ADAPTER_COPIES - 1) * values, reason)
         return [*super()._trained(compute_bytes), moments]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 from edgezo.data.token_stats import TokenStats
@@ -78,8 +79,30 @@ class StoredFootprint:
     c_kernels: bool
     base_bytes: int | None  # the process as measured; None: BASE_BYTES
     read_peak_bytes: int = 0  # its peak until then, as measured; 0: not known
+    frozen_blocks: int = 0  # blocks in memory, the first ones, that are not trained
+    above_cut: bool = False  # only the trained blocks are in memory, and what is above them
 
     elsewhere: ClassVar[str] = "disk"  # where blocks are that do not stay in memory
+
+    @cached_property
+    def trained_shape(self) -> ModelShape:
+        """The model without its frozen blocks."""
+        return replace(self.shape, layers=self.shape.layers - self.frozen_blocks)
+
+    @property
+    def trained_tables(self) -> tuple[MatrixShape, ...]:
+        """The tables that full weights train: embeddings are frozen together with blocks."""
+        if not (self.frozen_blocks or self.above_cut):
+            return self.shape.tables
+        return () if self.shape.tied else self.shape.tables[1:2]
+
+    @property
+    def label_rows_only(self) -> bool:
+        """Whether of the head only the rows of the label words are in memory (network/assemble.py)."""
+        frozen = self.shape.tied or not self.cfg.parts.weights
+        return (
+            self.above_cut and self.tokens.kind == "label" and frozen and not self.shape.masked_head
+        )
 
     def compute_dtype(self, precision: str) -> tuple[str, str]:
         """(dtype of activations and products, reason)."""
@@ -107,7 +130,8 @@ class StoredFootprint:
         if not on_disk:
             return 0
         pages = PAGE_BYTES * (1 + 3 * len(self.shape.block))
-        tables = self.stored_bytes(self.shape.tables, _table_precision(precision))
+        kept = () if self.label_rows_only else self.shape.tables
+        tables = self.stored_bytes(kept, _table_precision(precision))
         return on_disk * (self.block_bytes(precision) + pages) + tables
 
     def host_bytes(self, precision: str, on_disk: int) -> int:
@@ -161,6 +185,10 @@ class StoredFootprint:
 
     def _tables(self, precision: str) -> Item:
         tables, stored = self.shape.tables, _table_precision(precision)
+        if self.label_rows_only:
+            rows = MatrixShape("label words", self.tokens.label_words, self.shape.embed_width)
+            reason = f"{rows.d_out} rows of the head, those of the label words"
+            return Item("head", self.stored_bytes((rows,), stored), reason)
         weights = sum(t.numel for t in tables)
         tied = "tied with the head" if self.shape.tied else "with the untied head"
         reason = f"{weights:,} weights, {tied}: {self._storage(stored)}"
@@ -225,7 +253,7 @@ class StoredFootprint:
 
     def _guides(self, compute_bytes: int) -> list[Item]:
         """Directions that are made from what a layer reads; they are kept until the update."""
-        shape, cfg = self.shape, self.cfg
+        shape, cfg = self.trained_shape, self.cfg
         if not DIRECTIONS[cfg.directions].guided:
             return []
         widths = shape.cols if cfg.parts.weights else 0
@@ -235,11 +263,11 @@ class StoredFootprint:
 
     def _perturbed_sizes(self) -> tuple[int, int, int]:
         """What is trained along directions: (values in matrices, rows of matrices, values in vectors)."""
-        shape, rank, parts = self.shape, self.cfg.rank, self.cfg.parts
+        shape, rank, parts = self.trained_shape, self.cfg.rank, self.cfg.parts
         values = rows = vectors = 0
         if parts.weights:
-            rows += shape.rows + sum(t.d_out for t in shape.tables)
-            values += shape.elements + sum(t.numel for t in shape.tables)
+            rows += shape.rows + sum(t.d_out for t in self.trained_tables)
+            values += shape.elements + sum(t.numel for t in self.trained_tables)
         if parts.factors:
             rows += shape.rows
             values += shape.rows * rank
@@ -250,7 +278,7 @@ class StoredFootprint:
         return values, rows, vectors
 
     def _mask_state(self) -> list[Item]:
-        shape, cfg, items = self.shape, self.cfg, []
+        shape, cfg, items = self.trained_shape, self.cfg, []
         in_matrices, rows, vectors = self._perturbed_sizes()
         values = in_matrices + vectors
         if cfg.mask == "block":
@@ -331,18 +359,18 @@ def _nothing(f: StoredFootprint, compute_bytes: int) -> list[Item]:
 
 def _factors(f: StoredFootprint, compute_bytes: int) -> list[Item]:
     rank = f.cfg.rank
-    values, basis = f.shape.rows * rank, f.shape.cols * rank
+    values, basis = f.trained_shape.rows * rank, f.trained_shape.cols * rank
     reason = f"rank {rank}: {values:,} trained values in fp32 and their fixed basis"
     return [Item("low-rank factors", 4 * values + compute_bytes * basis, reason)]
 
 
 def _norms(f: StoredFootprint, compute_bytes: int) -> list[Item]:
-    n = f.shape.vector_elements
+    n = f.trained_shape.vector_elements
     return [Item("trained norms and biases", 4 * n, f"{n:,} values, fp32 copies")]
 
 
 def _gains(f: StoredFootprint, compute_bytes: int) -> list[Item]:
-    n = f.shape.rows
+    n = f.trained_shape.rows
     return [Item("trained scales", 4 * n, f"a gain per output row: {n:,} in fp32")]
 
 
@@ -367,7 +395,7 @@ def _readout(f: StoredFootprint, compute_bytes: int) -> list[Item]:
     # Scores of the held-out rows by each block's fit, and the weights of the fits.
     fit += 4 * (READOUT_BLOCKS + 1) * f.tokens.label_words * (2 * n + d)
     reason = f"ridge regression on up to {n:,} rows x {d}, one block at a time"
-    states = 4 * cfg.batch_size * shape.layers * d
+    states = 4 * cfg.batch_size * f.trained_shape.layers * d
     return [
         Item("linear probe", fit, reason, "fit"),
         Item("block states", states, "of all blocks, at the scored positions", "forward"),
@@ -376,7 +404,7 @@ def _readout(f: StoredFootprint, compute_bytes: int) -> list[Item]:
 
 def _adapters(f: StoredFootprint, compute_bytes: int) -> list[Item]:
     rank = f.cfg.rank
-    values = (f.shape.rows + f.shape.cols) * rank
+    values = (f.trained_shape.rows + f.trained_shape.cols) * rank
     reason = f"rank {rank}: {values:,} trained values, their gradient and AdamW's two moments, fp32"
     return [Item("adapters", 4 * ADAPTER_COPIES * values, reason)]
 

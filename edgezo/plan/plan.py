@@ -53,6 +53,16 @@ class Plan:
     blocks_in_host: int = 0  # the last blocks, where a GPU has no room for them
     host_bytes: int = 0  # what those blocks take of the RAM
     kept_tokens: int = 0  # tokens whose keys and values an evaluation keeps at once
+    blocks: str = "all"  # how many of the last blocks are trained
+    states: str | None = None  # how the output of the frozen ones is kept; None: none are frozen
+    state_rows: int | None = None  # training rows whose states are kept
+    first_trained: int = 0  # the number of the first block that is trained
+    pass_from_disk: bool = False  # frozen blocks are read one by one while rows pass them
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether frozen blocks pass once, and what they put out is kept on disk."""
+        return self.states not in (None, "none")
 
     @property
     def residency(self) -> str:
@@ -91,7 +101,7 @@ class Plan:
 # Settings that a plan decides.
 DECIDED = (
     *("device", "max_mem_bytes", "precision", "rounding", "batch_size", "micro_batch"),
-    "short_tokens",
+    *("short_tokens", "blocks", "states", "state_rows"),
 )
 # Plain values in plan.json, in its order.
 IN_JSON = (
@@ -99,6 +109,7 @@ IN_JSON = (
     *("smallest_bytes", "smallest_flags", "step_s", "residency", "blocks_on_disk", "disk_bytes"),
     *("blocks_in_host", "host_bytes", "estimator", "short_tokens", "precision", "rounding"),
     *("compute_dtype", "batch_size", "micro_batch", "most_tokens"),
+    *("blocks", "states", "state_rows", "pass_from_disk"),
 )
 
 

@@ -12,6 +12,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from edgezo.data.token_stats import TokenStats
+from edgezo.plan import blocks
+from edgezo.plan.blocks import Blocks
 from edgezo.plan.budget import budget, choose_device, mb
 from edgezo.plan.choices import (
     Choice,
@@ -21,8 +23,8 @@ from edgezo.plan.choices import (
     with_blocks_in_memory,
 )
 from edgezo.plan.config import Batched, RunConfig
+from edgezo.plan.data_fields import LOSS
 from edgezo.plan.field import DEFAULT_PRESET
-from edgezo.plan.fields import LOSS
 from edgezo.plan.footprint import Footprint
 from edgezo.plan.footprint_backward import BackwardFootprint, MixedFootprint
 from edgezo.plan.footprint_gpu import CudaFootprint
@@ -56,12 +58,14 @@ def make_plan(
     base_bytes: int | None = None,
     read_peak_bytes: int = 0,
     correction_bytes: int = 0,
+    states_room_bytes: int | None = None,
 ) -> Plan:
     """Fit the request into its budget; more memory never gives a lower precision.
 
     ``shape`` is a card or that of opened files. Without ``tokens`` every row is taken to be as long as --max-length.
     ``base_bytes`` is the resident process where it was measured, and ``read_peak_bytes`` its peak until then, while
-    rows were read; ``correction_bytes`` what a forward took more than planned (less, where negative).
+    rows were read; ``correction_bytes`` what a forward took more than planned (less, where negative), and
+    ``states_room_bytes`` what kept states may take of the disk.
     Raises PlanDoesNotFit with the smallest budget that would work and the flags that would help, UsageError where the
     device that is asked for is not there.
     """
@@ -69,6 +73,7 @@ def make_plan(
         "base_bytes": base_bytes,
         "read_peak_bytes": read_peak_bytes,
         "correction_bytes": correction_bytes,
+        "states_room_bytes": states_room_bytes,
     }
     tokens = tokens or assumed_tokens(cfg)
     if cfg.estimator == AUTO:
@@ -93,39 +98,63 @@ def largest_card(cards: Iterable[NamedShape], cfg: RunConfig, machine: Machine) 
 
 
 def _choose(
-    shape: Shape, cfg: RunConfig, machine: Machine, tokens: TokenStats, **known: Any
+    shape: Shape,
+    cfg: RunConfig,
+    machine: Machine,
+    tokens: TokenStats,
+    states_room_bytes: int | None,
+    **known: Any,
 ) -> Choice:
     """Choose device, cap and the best option that fits. Raises PlanDoesNotFit and UsageError."""
     device, _ = choose_device(cfg, machine)
     cap, _ = budget(cfg, machine)
+    model = ModelShape.of(shape, cfg.model.rstrip("/").rsplit("/", 1)[-1])
+    batched = Batched.of(cfg, batch_size=batch_size_of(cfg))
+    decided = blocks.decide(model, batched, tokens, machine, device, states_room_bytes)
+    known |= {"bf16_fast": machine.bf16_fast, "c_kernels": machine.c_kernels}
     counted = CudaFootprint if device == "cuda" else BACKWARD.get(cfg.estimator, Footprint)
-    footprint = counted(
-        shape=ModelShape.of(shape, cfg.model.rstrip("/").rsplit("/", 1)[-1]),
-        cfg=Batched.of(cfg, batch_size=batch_size_of(cfg)),
-        tokens=tokens,
-        bf16_fast=machine.bf16_fast,
-        c_kernels=machine.c_kernels,
-        **known,
-    )
+    footprint = _with_blocks(counted, model, decided, tokens, known)
     peaks = {o: footprint.peak_bytes(*o) for o in options(footprint.cfg, footprint.shape.layers)}
     smallest_bytes = min(peaks.values())
     fits = next((option for option, peak in peaks.items() if peak <= cap), None)
     if fits is None:
         raise refusal(footprint, cap, smallest_bytes)
     option = with_blocks_in_memory(footprint, fits, cap)
-    decided = footprint.with_short_tokens(*option, cap)
-    if decided.host_bytes(option.precision, option.on_disk) > machine.available_bytes:
-        raise ram_refusal(decided, option, machine.available_bytes, smallest_bytes)
+    short = footprint.with_short_tokens(*option, cap)
+    if short.host_bytes(option.precision, option.on_disk) > machine.available_bytes:
+        raise ram_refusal(short, option, machine.available_bytes, smallest_bytes)
     return Choice(
         request=cfg,
         machine=machine,
         device=device,
         cap_bytes=cap,
-        footprint=decided,
+        footprint=short,
         option=option,
         smallest=best_within(footprint, smallest_bytes),
         smallest_bytes=smallest_bytes,
+        blocks=decided,
     )
+
+
+def _with_blocks(
+    counted: type[Footprint],
+    model: ModelShape,
+    decided: Blocks,
+    tokens: TokenStats,
+    known: dict[str, Any],
+) -> Footprint:
+    """The footprint of a request with its blocks decided."""
+    cfg = decided.cfg
+    if not decided.keeps_states:
+        return counted(shape=model, cfg=cfg, tokens=tokens, frozen_blocks=decided.first, **known)
+    below = Footprint(
+        shape=blocks.below(model, decided),
+        cfg=blocks.passing_request(cfg),
+        tokens=blocks.passing_tokens(tokens),
+        **known,
+    )
+    above = blocks.above(model, decided)
+    return counted(shape=above, cfg=cfg, tokens=tokens, above_cut=True, below=below, **known)
 
 
 def _described(choice: Choice) -> Plan:
@@ -161,6 +190,11 @@ def _described(choice: Choice) -> Plan:
         blocks_in_host=away - on_disk,
         host_bytes=footprint.host_bytes(precision, away),
         kept_tokens=roomy.kept_tokens,
+        blocks=cfg.blocks,
+        states=cfg.states,
+        state_rows=cfg.state_rows,
+        first_trained=choice.blocks.first,
+        pass_from_disk=footprint.pass_from_disk(precision),
     )
 
 

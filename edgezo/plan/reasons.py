@@ -56,6 +56,7 @@ def decisions(choice: Choice) -> tuple[Decision, ...]:
             _residency_reason(footprint, option),
         ),
     ]
+    made += choice.blocks.decisions
     if cfg.short_tokens is not None:
         reason = _short_tokens_reason(footprint, cfg.short_tokens)
         made.append(Decision("short_tokens", cfg.short_tokens, reason))
@@ -190,7 +191,10 @@ def _as_lora(footprint: Footprint) -> BackwardFootprint | None:
         cfg = Batched.of(as_estimator(asked, "lora"))
     except UsageError:
         return None
-    known = ("shape", "tokens", "bf16_fast", "c_kernels", "base_bytes")
+    known = (
+        *("shape", "tokens", "bf16_fast", "c_kernels", "base_bytes"),
+        *("frozen_blocks", "above_cut", "below"),
+    )
     return BackwardFootprint(cfg=cfg, **{name: getattr(footprint, name) for name in known})
 
 

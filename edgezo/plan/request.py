@@ -16,12 +16,12 @@ from edgezo.errors import UsageError
 from edgezo.machine import foreign
 from edgezo.plan.config import BEFORE, RunConfig
 from edgezo.plan.conflicts import conflicts
+from edgezo.plan.data_fields import LOSS
 from edgezo.plan.field import DEFAULT_PRESET
 from edgezo.plan.fields import (
     ALTERNATIVES,
     DEFAULT_STEPS,
     FIELDS,
-    LOSS,
     OF_PRESET,
     UNROUNDED,
     flag,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from edgezo.plan.choices import Choice, moved_bytes
-from edgezo.plan.fields import LOSS
+from edgezo.plan.data_fields import LOSS
 from edgezo.plan.footprint_gpu import CudaFootprint
 
 SHARE_OF_PEAK = 0.4  # of the machine's estimated speed that a whole step reaches
@@ -18,7 +18,7 @@ def step_s(choice: Choice) -> float:
     """Seconds of a step: two floating-point operations for each weight and token, on every side of every example."""
     footprint, option = choice.footprint, choice.option
     cfg = footprint.cfg
-    operations = 2 * cfg.mean_passes * cfg.batch_size * _operations_per_example(choice)
+    operations = 2 * cfg.batch_size * _operations_per_example(choice)
     if isinstance(footprint, CudaFootprint):
         passes = math.ceil(cfg.batch_size / option.micro_batch)
         launching_s = passes * footprint.shape.layers * GPU_BLOCK_S
@@ -33,8 +33,9 @@ def step_s(choice: Choice) -> float:
 
 
 def _operations_per_example(choice: Choice) -> float:
-    """Weights that one side of an example of mean length is multiplied by, summed over its tokens."""
-    shape, cfg, tokens = choice.footprint.shape, choice.footprint.cfg, choice.footprint.tokens
+    """Weights that an example of mean length is multiplied by in a step, summed over its tokens on all sides."""
+    footprint = choice.footprint
+    shape, cfg, tokens = footprint.trained_shape, footprint.cfg, footprint.tokens
     length = tokens.mean or tokens.tokens[0]
     operations = shape.elements * length
     if not tokens.label_words:
@@ -43,4 +44,5 @@ def _operations_per_example(choice: Choice) -> float:
         operations += passes * shape.tables[0].numel * min(tokens.scored, length)
     if cfg.objective != LOSS:
         operations += (shape.elements + shape.tables[0].numel) * tokens.written
-    return operations
+    frozen = (footprint.shape.elements - shape.elements) * length  # once, not on each side
+    return cfg.mean_passes * operations + frozen

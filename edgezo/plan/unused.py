@@ -67,6 +67,10 @@ USES = {
         "--train head or probe alone perturbs nothing; the head's learning rate is --head-lr",
     ),
 }
+USES |= dict.fromkeys(
+    ("states", "state_rows"),
+    Use(lambda cfg: cfg.blocks != "all", "only --blocks freezes blocks, whose output is kept"),
+)
 OF_FORWARD_ONLY = Use(
     lambda cfg: False, "only forward-only estimators have directions, a mask, a credit and a rule"
 )

@@ -34,7 +34,7 @@ from edgezo.data.batches import Example, collate, micro_batches
 from edgezo.machine.clock import now_s
 from edgezo.machine.profiler import phase
 from edgezo.plan.config import RunConfig
-from edgezo.plan.fields import LOSS
+from edgezo.plan.data_fields import LOSS
 from edgezo.run.short_memory import MicroBatchFitter
 from edgezo.run.state import RunState
 from edgezo.run.step import Stepper, Stride

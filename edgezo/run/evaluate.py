@@ -65,6 +65,7 @@ def evaluate(
     else:
         check_base_is_there(cfg, run.path)
         check_data_is_there(cfg, run.path)
+        cfg = without_states(cfg)
     opened = open_request(cfg, to_train=False)
     for text in opened.dataset.notes:
         note(text)
@@ -221,7 +222,7 @@ def brought_back(run: RunFiles, cfg: RunConfig) -> Iterator[Rebuilt]:
     ``cfg`` is the configuration of the run.
     """
     check_base_is_there(cfg, run.path)
-    cfg, peak_before_bytes = portable(cfg, confirmed(machine())), peak_rss_bytes()
+    cfg, peak_before_bytes = portable(without_states(cfg), confirmed(machine())), peak_rss_bytes()
     files = loader.open_model(cards.resolve(cfg.model))
     with ExitStack() as at_end:
         journal = at_end.enter_context(open_journal(run.journal, resume=False))
@@ -232,6 +233,11 @@ def brought_back(run: RunFiles, cfg: RunConfig) -> Iterator[Rebuilt]:
         model, _ = at_end.enter_context(loaded(planned))
         steps = restore(run, cfg, opened, model, journal)
         yield Rebuilt(planned, model, steps, run_id(journal.header))
+
+
+def without_states(cfg: RunConfig) -> RunConfig:
+    """The request of a run with the whole model in memory: no states are kept where nothing is trained."""
+    return replace(cfg, states=None if cfg.blocks == "all" else "none", state_rows=None)
 
 
 def _shape_of_data(header: dict[str, Any]) -> Dataset:

@@ -31,7 +31,7 @@ from edgezo.data.metrics import Fields, Metric, chosen, exact_match, means, nume
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.limits import EVAL_TOKENS
 from edgezo.network.generate import generate
-from edgezo.plan.fields import LOSS, OBJECTIVES
+from edgezo.plan.data_fields import LOSS, OBJECTIVES
 from edgezo.zo.presets import DIRECTIONS
 
 if TYPE_CHECKING:

@@ -31,12 +31,15 @@ class RunProgress(Protocol):
         step: int,
         *,
         fraction: float,
-        loss: float,
+        loss: float | None,
         step_s: float,
         rss_bytes: int,
         metric: str = "",
     ) -> None:
-        """Step number ``step`` (from 1) is done, and ``fraction`` (0 to 1) of the run with it."""
+        """Step number ``step`` (from 1) is done, and ``fraction`` (0 to 1) of the run with it.
+
+        ``loss`` is None for a batch that passes the frozen blocks.
+        """
         ...
 
     def close(self) -> None:
@@ -68,7 +71,7 @@ class Silent:
         step: int,
         *,
         fraction: float,
-        loss: float,
+        loss: float | None,
         step_s: float,
         rss_bytes: int,
         metric: str = "",

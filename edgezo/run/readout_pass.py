@@ -99,7 +99,7 @@ class ReadoutPass:
     def __init__(self, state: RunState, stepper: Stepper, fitter: MicroBatchFitter):
         shape, cfg = state.opened.files.shape, state.cfg
         self.state, self.stepper, self.fitter = state, stepper, fitter
-        self.layers, self.blocks = shape.layers, candidates(shape.layers)
+        self.layers, self.blocks = shape.layers, candidates(shape.layers, state.plan.first_trained)
         self.of_run = run_id(state.journal.header)
         self.states = StateFile(state.files.states, len(self.blocks), shape.hidden, self.of_run)
         self.begun_s = now_s()  # later by what evaluations took

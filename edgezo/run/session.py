@@ -32,18 +32,20 @@ from edgezo.machine.process_memory import (
 from edgezo.machine.profiler import phase
 from edgezo.network import cards, loader
 from edgezo.network.assemble import ModelSpec, assemble
+from edgezo.network.cut import Half
 from edgezo.network.loader import ModelFiles
 from edgezo.network.model import Model
 from edgezo.network.rotary import longrope_switch
 from edgezo.plan.budget import budget, choose_device, default_budget, mb
 from edgezo.plan.calibration import LATER_BYTES
 from edgezo.plan.config import RunConfig, Settled
-from edgezo.plan.fields import LOSS
+from edgezo.plan.data_fields import LOSS
 from edgezo.plan.plan import Plan, PlanDoesNotFit
 from edgezo.plan.planner import make_plan
 from edgezo.run.directory import Overlay, data_hash, dataset_facts
 from edgezo.run.finetuner import Finetuner
 from edgezo.run.objective import Judge
+from edgezo.run.states_cache import states_room_bytes
 from edgezo.weights.home import Medium
 from edgezo.weights.layouts import DENSE_DTYPES
 from edgezo.weights.ram import HostMedium
@@ -268,6 +270,7 @@ def settle(opened: Opened, machine: Machine, base_bytes: int, correction_bytes: 
         base_bytes=base_bytes,
         read_peak_bytes=opened.read_peak_bytes,
         correction_bytes=correction_bytes,
+        states_room_bytes=states_room_bytes(),
     )
     return Planned(opened, plan.settle(opened.cfg), plan)
 
@@ -326,8 +329,12 @@ def settle_again(opened: Opened, machine: Machine, base_bytes: int) -> Planned:
 
 
 @phase("load")
-def load_model(planned: Planned, machine: Machine, overlay: Overlay | None = None) -> Loaded:
+def load_model(
+    planned: Planned, machine: Machine, overlay: Overlay | None = None, half: Half = "whole"
+) -> Loaded:
     """Read the weights into memory one tensor at a time; blocks that the plan has no room for go to ``overlay``.
+
+    ``half``: only the frozen blocks, or only those above them, where the plan keeps states.
 
     Raises DoesNotFit where the disk has no room for the overlay; then nothing was written. Raises BudgetExceeded where
     reading has gone over the cap.
@@ -336,7 +343,7 @@ def load_model(planned: Planned, machine: Machine, overlay: Overlay | None = Non
     memory = open_memory(plan.device, plan.max_mem_bytes, machine)
     keep_cap(planned, memory, "Nothing was started")
     device = torch.device(plan.device)
-    spec = _spec_of(planned, device, _medium_of(planned, device, overlay))
+    spec = replace(_spec_of(planned, device, _medium_of(planned, device, overlay, half)), half=half)
     with memory.short("loading"):
         model = assemble(planned.opened.files, spec)
     malloc_trim()
@@ -348,9 +355,13 @@ def load_model(planned: Planned, machine: Machine, overlay: Overlay | None = Non
     return Loaded(model, memory)
 
 
-def _medium_of(planned: Planned, device: torch.device, overlay: Overlay | None) -> Medium | None:
+def _medium_of(
+    planned: Planned, device: torch.device, overlay: Overlay | None, half: Half
+) -> Medium | None:
     """Where blocks lie that do not stay in the memory with the cap; None where all of them stay."""
     plan, layers = planned.plan, planned.opened.files.shape.layers
+    if half == "below":
+        return None if overlay is None else overlay.medium(0)
     if plan.blocks_on_disk:
         if overlay is None:
             raise TypeError("a plan with blocks on disk needs a place for them")
@@ -384,4 +395,5 @@ def _spec_of(planned: Planned, device: torch.device, away: Medium | None) -> Mod
         anchored=cfg.anchored,
         decay=cfg.weight_decay,
         mixed=cfg.mixed,
+        first_trained=planned.plan.first_trained,
     )

@@ -22,6 +22,7 @@ from edgezo.machine.gpu_memory import confirmed
 from edgezo.machine.hardware import machine
 from edgezo.machine.process_memory import Meter, rss_bytes
 from edgezo.machine.profiler import phase, profiling, running
+from edgezo.network.cut import Half
 from edgezo.network.model import Model
 from edgezo.plan.config import RunConfig
 from edgezo.run.auto_step import AutoStep
@@ -47,7 +48,6 @@ from edgezo.run.recipes import follow, journal_is_shaped
 from edgezo.run.restore import Restored, begin_writing, restore_readout, restore_weights
 from edgezo.run.session import (
     Loaded,
-    Opened,
     Planned,
     header_of,
     keep_cap,
@@ -58,6 +58,7 @@ from edgezo.run.session import (
 )
 from edgezo.run.short_memory import MicroBatchFitter, guard_of
 from edgezo.run.state import RunState, StopRequest
+from edgezo.run.states_pass import states_of_run, with_kept_rows
 from edgezo.run.step import Stepper
 from edgezo.run.summary import check_same_end, losses_of_step, peaks, saved_summary, summarise
 from edgezo.weights.saved import saved_sha256
@@ -98,8 +99,12 @@ def _opened(cfg: RunConfig, files: RunFiles, resume: bool, progress: RunProgress
     """A run with its plan made, its journal open and its weights where the journal ends; closed after the block."""
     refuse_links(files)
     meter, split_is_free = Meter(), cfg.micro_batch is None
-    opened, planned = _plan(cfg, resume, meter, progress)
-    cfg, header = planned.cfg, header_of(opened, planned.cfg)
+    planned = _plan(cfg, resume, meter, progress)
+    cfg, header = planned.cfg, header_of(planned.opened, planned.cfg)
+    keeps_states = planned.plan.keeps_states
+    if keeps_states:
+        planned = with_kept_rows(planned)
+    opened = planned.opened
     with ExitStack() as at_end:
         journal = at_end.enter_context(reopen(files, header)) if resume else None
         if journal is not None:
@@ -109,15 +114,21 @@ def _opened(cfg: RunConfig, files: RunFiles, resume: bool, progress: RunProgress
             atomic_write(files.config, cfg.to_toml().encode())
             atomic_write(files.plan, to_json(planned.plan.to_dict()).encode())
         at_end.callback(_save_profile, files, progress)
+        begins, stop = journal is None, StopRequest(files)
+        kind = {"shaped": journal_is_shaped(cfg), "scaled": cfg.finetuner is not None}
+        if journal is None and keeps_states:  # so that a resume goes on with the pass
+            journal = at_end.enter_context(create_journal(files.journal, header, **kind))
+        states = None
+        if keeps_states:
+            with stop.listening():
+                states = at_end.enter_context(states_of_run(planned, progress, stop))
         model, memory = _load(planned, Overlay.of(files, header), resume)
+        model.kept_states = states
         at_end.callback(model.close)
-        begins = journal is None
         if journal is None:  # last, so that a model that cannot be loaded leaves no run behind
-            kind = {"shaped": journal_is_shaped(cfg), "scaled": cfg.finetuner is not None}
             journal = at_end.enter_context(create_journal(files.journal, header, **kind))
         meter.mark("load")
         memory.loaded()
-        stop = StopRequest(files)
         at_end.enter_context(stop.listening())
         follow(model, cfg, journal, progress.note)
         readout = restore_readout(files, cfg, model, journal, opened.files.shape.hidden)
@@ -139,9 +150,7 @@ def _opened(cfg: RunConfig, files: RunFiles, resume: bool, progress: RunProgress
         yield Run(state, restored, readout, before, split_is_free, ended)
 
 
-def _plan(
-    cfg: RunConfig, resume: bool, meter: Meter, progress: RunProgress
-) -> tuple[Opened, Planned]:
+def _plan(cfg: RunConfig, resume: bool, meter: Meter, progress: RunProgress) -> Planned:
     """Open the files and rows of a request, and plan it for this machine."""
     with phase("import"):
         opened = open_request(cfg)
@@ -155,7 +164,7 @@ def _plan(
     if cfg.estimator == AUTO:
         progress.note(next(d.reason for d in planned.plan.decisions if d.name == "estimator"))
     progress.plan(planned.plan)
-    return opened, planned
+    return planned
 
 
 def _load(planned: Planned, overlay: Overlay, resume: bool) -> Loaded:
@@ -163,7 +172,8 @@ def _load(planned: Planned, overlay: Overlay, resume: bool) -> Loaded:
     if not resume or not planned.plan.blocks_on_disk:
         overlay.remove()
     try:
-        return load_model(planned, confirmed(machine()), overlay)
+        half: Half = "above" if planned.plan.keeps_states else "whole"
+        return load_model(planned, confirmed(machine()), overlay, half)
     except BaseException:
         if not resume:
             overlay.remove()

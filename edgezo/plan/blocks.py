@@ -1,0 +1,181 @@
+"""Which blocks a request trains, and what of the frozen ones' output is kept on disk. Pure, as planner.py.
+
+Where blocks are frozen, a row passes them once and its states at the cut are read from disk ever after
+(weights/kept_states.py). So a request has two parts: the pass, with the frozen blocks alone in memory, and the
+training, with the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from edgezo.data.token_stats import TokenStats
+from edgezo.errors import UsageError
+from edgezo.machine.limits import PASS_TOKENS
+from edgezo.plan.budget import mb
+from edgezo.plan.config import Batched
+from edgezo.plan.data_fields import LOSS
+from edgezo.plan.plan import Decision
+from edgezo.plan.shapes import ModelShape
+
+if TYPE_CHECKING:
+    from edgezo.machine.hardware import Machine
+
+AUTO_SHARE = 1 / 3  # of the blocks that --blocks auto trains, the last ones
+PASS_SHARE = 1 / 3  # of --for that the pass may take
+LEAST_STATE_ROWS = 256  # fewer are no data set
+VALUE_BYTES = {"exact": 4, "bf16": 2, "int8": 1}  # of a state on disk, at most
+ROW_HEAD_BYTES = 28  # beside its states (weights/kept_states.py)
+SHARE_OF_PEAK = 0.4  # of the machine's estimated speed that a forward reaches
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What became of --blocks, --states and --state-rows."""
+
+    cfg: Batched  # the request with all three decided
+    decisions: tuple[Decision, ...]
+    first: int  # the first block that is trained
+
+    @property
+    def keeps_states(self) -> bool:
+        return self.cfg.states not in (None, "none")
+
+
+def decide(
+    shape: ModelShape,
+    cfg: Batched,
+    tokens: TokenStats,
+    machine: Machine,
+    device: str,
+    room_bytes: int | None,
+) -> Blocks:
+    """Decide which blocks are trained and which states are kept; ``room_bytes`` may be taken of the disk.
+
+    Raises UsageError for more blocks than there are, and for states that cannot be kept.
+    """
+    blocks, why = _number(shape, cfg, tokens, device)
+    settled = Batched.of(cfg, blocks=blocks)
+    first = settled.first_trained(shape.layers)
+    if not first:
+        return Blocks(Batched.of(cfg, blocks="all", states=None, state_rows=None), (), 0)
+    made = [Decision("blocks", blocks, why)]
+    obstacle = _obstacle(cfg, tokens, device)
+    if obstacle and cfg.states not in (None, "none"):
+        raise UsageError(f"--states {cfg.states}: {obstacle}. Give --states none.")
+    states, reason = cfg.states or "bf16", "as given" if cfg.states else "half of what fp32 takes"
+    if obstacle:
+        states, reason = "none", obstacle
+    rows = None
+    if states != "none":
+        rows, of_rows = _rows(shape, settled, tokens, machine, states, room_bytes)
+        if rows is None:
+            states, reason = "none", of_rows
+        else:
+            made.append(Decision("state_rows", rows, of_rows))
+    made.append(Decision("states", states, reason))
+    return Blocks(Batched.of(settled, states=states, state_rows=rows), tuple(made), first)
+
+
+def _number(shape: ModelShape, cfg: Batched, tokens: TokenStats, device: str) -> tuple[str, str]:
+    """How many blocks are trained, and why."""
+    if cfg.blocks.isdigit():
+        if int(cfg.blocks) > shape.layers:
+            raise UsageError(
+                f"--blocks {cfg.blocks}: {shape.name} has {shape.layers} blocks. Give 1 to {shape.layers}, or all."
+            )
+        return cfg.blocks, f"as given: the last of {shape.layers}, the others are frozen"
+    if cfg.blocks == "all" or _obstacle(cfg, tokens, device):
+        return "all", "as given"
+    number = max(1, round(AUTO_SHARE * shape.layers))
+    return str(
+        number
+    ), f"auto: the last third of {shape.layers}, where most of what is learned sits"
+
+
+def _obstacle(cfg: Batched, tokens: TokenStats, device: str) -> str:
+    """Why states cannot be kept, or ''."""
+    if tokens.written:
+        return "answers are written, and each new token passes every block"
+    if cfg.objective != LOSS and tokens.kind not in ("label", "choice"):
+        return "the score of a text that is written needs every block"
+    if device != "cpu":
+        return "states are kept for the CPU only"
+    return ""
+
+
+def _rows(
+    shape: ModelShape,
+    cfg: Batched,
+    tokens: TokenStats,
+    machine: Machine,
+    states: str,
+    room_bytes: int | None,
+) -> tuple[int | None, str]:
+    """Training rows whose states are kept, and why so many; None where too few would have room or time."""
+    seen = cfg.steps * cfg.batch_size if cfg.steps else None
+    wanted = (
+        min(n for n in (seen, tokens.examples, cfg.state_rows) if n is not None)
+        if (seen or tokens.examples or cfg.state_rows)
+        else LEAST_STATE_ROWS
+    )
+    length = tokens.mean or tokens.tokens[0]
+    row_bytes = int(length * shape.hidden * VALUE_BYTES[states]) + ROW_HEAD_BYTES
+    evaluated = tokens.evaluations * tokens.evaluated  # no row is longer than the longest
+    least = min(wanted, LEAST_STATE_ROWS)
+    reason = "as many as the steps see"
+    if cfg.state_rows is not None:
+        reason = "as given"
+    elif cfg.for_s:
+        row_s = _row_s(shape, cfg, length, machine)
+        in_time = int((PASS_SHARE * cfg.for_s - tokens.evaluations * row_s) / row_s)
+        if in_time < wanted:
+            wanted, reason = max(in_time, least), f"as many as pass in a third of {cfg.for_s:g} s"
+        else:
+            reason = "all"
+    if room_bytes is not None and cfg.state_rows is None:
+        room = room_bytes - evaluated * shape.hidden * VALUE_BYTES[states]
+        if room < least * row_bytes:
+            need = mb(least * row_bytes - room + room_bytes)
+            return None, f"the disk has room for {mb(room_bytes)} of states, and {need} are needed"
+        if room < wanted * row_bytes:
+            wanted = room // row_bytes
+            reason = f"as many as have room in {mb(room_bytes)} of the disk"
+    total = mb(wanted * row_bytes)
+    return wanted, f"{reason}; about {total} on disk"
+
+
+def _row_s(shape: ModelShape, cfg: Batched, length: float, machine: Machine) -> float:
+    """Seconds that a row takes to pass the frozen blocks."""
+    weights = sum(m.numel for m in shape.block) * cfg.first_trained(shape.layers)
+    fast = machine.bf16_fast and cfg.precision != "fp32"
+    speed = (machine.bf16_flops_s if fast else machine.flops_s) * SHARE_OF_PEAK
+    return 2 * weights * length / speed
+
+
+# ---------------------------------------------------------------------------------------------
+# What the two parts hold
+
+
+def above(shape: ModelShape, blocks: Blocks) -> ModelShape:
+    """What is in memory while the request trains."""
+    return replace(shape, layers=shape.layers - blocks.first)
+
+
+def below(shape: ModelShape, blocks: Blocks) -> ModelShape:
+    """What is in memory while rows pass the frozen blocks; no head is."""
+    return replace(shape, layers=blocks.first, tied=True)
+
+
+def passing_request(cfg: Batched) -> Batched:
+    """The pass as a request: nothing is trained."""
+    return Batched.of(
+        cfg, train=("head",), estimator="grzo", credit="group", mask="none", rule="sgd"
+    )
+
+
+def passing_tokens(tokens: TokenStats) -> TokenStats:
+    """The batch of a pass: half of it, since a footprint counts two sides where nothing is perturbed."""
+    longest = max(PASS_TOKENS, tokens.tokens[0], tokens.evaluated)
+    return TokenStats("label", (-(-longest // 2),), 1, 1)

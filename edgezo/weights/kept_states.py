@@ -1,0 +1,274 @@
+"""States of rows at a model's cut, kept on disk: what the frozen blocks put out for each token, computed once.
+
+======  ==========  =========================================================================================
+offset  type        field
+======  ==========  =========================================================================================
+0       8 bytes     magic ``89 45 5A 4B 0D 0A 1A 0A``
+8       2 u32       format version, 1; hidden
+16      32 bytes    digest of what the states follow from beside a row's tokens: base, cut, precision (``identity``)
+48      u32         CRC of the bytes before
+52      rows        digest of the tokens, 16 bytes; their number n, u32; CRC of the data; CRC of these 24 bytes; data
+======  ==========  =========================================================================================
+
+The data of a row are n x hidden values in the compute dtype or in bf16, or, as int8, n x hidden codes and then n fp32
+scales, one a token. A row is known by its tokens, so rows that are alike are kept once, and a file serves every request
+for the same base and cut. The file only grows: after a kill it has every row that was written whole, and a row that is
+damaged is written again at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import zlib
+from array import array
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgezo.errors import EdgezoError
+from edgezo.machine import kernels
+from edgezo.machine.files import write_error
+from edgezo.machine.open_files import locked, make_folder, open_inside, unlink_inside
+
+MAGIC = b"\x89EZK\r\n\x1a\n"
+VERSION = 1
+_HEAD = struct.Struct("<8sII32s")
+_CRC = struct.Struct("<I")
+_ROW = struct.Struct("<16sII")  # digest, tokens, CRC of the data
+_ROW_BYTES = _ROW.size + _CRC.size
+HEAD_BYTES = _HEAD.size + _CRC.size
+CODES, SCALE_BYTES = 127, 4  # of int8 states
+
+
+class Form(NamedTuple):
+    """How a state is kept."""
+
+    name: str
+    dtype: torch.dtype  # of a value on disk
+    scaled: bool = False  # codes, with a scale for each token
+
+    def row_bytes(self, tokens: int, hidden: int) -> int:
+        """Bytes of the states of so many tokens."""
+        return tokens * (hidden * self.dtype.itemsize + (SCALE_BYTES if self.scaled else 0))
+
+    def pack(self, states: Tensor) -> np.ndarray:
+        """States (n, hidden) as bytes, flat uint8."""
+        if not self.scaled:
+            return _raw(states.to(self.dtype).contiguous())
+        wide = states.float()
+        scale = wide.abs().amax(1, keepdim=True) / CODES
+        codes = torch.round(wide / scale.clamp(min=torch.finfo(torch.float32).tiny))
+        return np.concatenate([_raw(codes.to(torch.int8)), _raw(scale)])
+
+    def unpack(self, raw: Tensor, out: Tensor) -> None:
+        """Fill ``out`` (n, hidden) with the states that ``raw`` (flat uint8) holds."""
+        tokens, hidden = out.shape
+        size = tokens * hidden * self.dtype.itemsize
+        values = raw[:size].view(self.dtype).view(tokens, hidden)
+        if not self.scaled:
+            out.copy_(values)
+            return
+        scale = torch.from_numpy(raw[size:].numpy().copy()).view(torch.float32)
+        out.copy_(values.float() * scale[:, None])
+
+
+def _raw(values: Tensor) -> np.ndarray:
+    return values.reshape(-1).view(torch.uint8).numpy()
+
+
+FORMS = {
+    form.name: form
+    for form in (
+        Form("fp32", torch.float32),
+        Form("bf16", torch.bfloat16),
+        Form("int8", torch.int8, scaled=True),
+    )
+}
+
+
+def digest_of(ids: Iterable[int] | np.ndarray) -> bytes:
+    """What a row is known by: a digest of its tokens, 16 bytes."""
+    tokens = np.fromiter(ids, np.int32) if not isinstance(ids, np.ndarray) else ids
+    return hashlib.blake2b(tokens.astype("<i4").tobytes(), digest_size=16).digest()
+
+
+@dataclass
+class StatesFile:
+    """One file of states. Raises EdgezoError, never OSError, where the disk refuses."""
+
+    path: Path
+    hidden: int
+    form: Form
+    identity: str
+    damaged: int = field(default=0, init=False)  # rows that ``open`` has found changed
+    _fd: int = field(default=-1, init=False)
+    _begin: int = field(default=0, init=False)  # where the rows of this process begin,
+    _end: int = field(default=0, init=False)  # and where the next one does
+    # Of all rows: the first 8 bytes of the digest, and where the row begins.
+    _keys: array[int] = field(default_factory=lambda: array("Q"), init=False)
+    _places: array[int] = field(default_factory=lambda: array("Q"), init=False)
+    _sorted: tuple[np.ndarray, np.ndarray] = field(init=False)
+
+    # -- opening ------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Open the file, or make it, and read every row that it holds: what is damaged is as if it were not there.
+
+        Raises EdgezoError where another process writes it, where it is a link, or the disk refuses.
+        """
+        try:
+            make_folder(self.path.parent)
+            self._fd = open_inside(self.path, os.O_RDWR | os.O_CREAT, levels=2, mode=0o600)
+            if not locked(self._fd):
+                raise EdgezoError(
+                    f"another run is computing the states in {self.path}.\n"
+                    "Begin again when it has done that, or give --states none."
+                )
+            if os.pread(self._fd, HEAD_BYTES, 0) != self._head:
+                os.ftruncate(self._fd, 0)
+                os.pwrite(self._fd, self._head, 0)
+            self._scan()
+            self._sort()
+        except OSError as problem:
+            raise write_error(self.path, "states of rows", problem) from problem
+
+    @property
+    def _head(self) -> bytes:
+        digest = hashlib.sha256(f"{self.identity} {self.form.name}".encode()).digest()
+        fixed = _HEAD.pack(MAGIC, VERSION, self.hidden, digest)
+        return fixed + _CRC.pack(zlib.crc32(fixed))
+
+    def _scan(self) -> None:
+        """Take in all rows from the first one on, and cut the file after the last that can be told."""
+        size, self._end = os.fstat(self._fd).st_size, HEAD_BYTES
+        while (row := self._row_at(self._end)) is not None:
+            digest, tokens, crc = row
+            length = self.form.row_bytes(tokens, self.hidden)
+            if self._end + _ROW_BYTES + length > size:
+                break
+            data = os.pread(self._fd, length, self._end + _ROW_BYTES)
+            if kernels.crc32(memoryview(data)) == crc:
+                self._add(digest, self._end)
+            else:
+                self.damaged += 1
+            self._end += _ROW_BYTES + length
+        self.damaged += self._end < size
+        os.ftruncate(self._fd, self._end)
+        self._begin = self._end
+
+    def _row_at(self, place: int) -> tuple[bytes, int, int] | None:
+        """Digest, tokens and CRC of the row that begins there; None where there is none."""
+        raw = os.pread(self._fd, _ROW_BYTES, place)
+        if len(raw) < _ROW_BYTES or _CRC.pack(zlib.crc32(raw[: _ROW.size])) != raw[_ROW.size :]:
+            return None
+        return _ROW.unpack(raw[: _ROW.size])
+
+    def _add(self, digest: bytes, place: int) -> None:
+        self._keys.append(int.from_bytes(digest[:8], "little"))
+        self._places.append(place)
+
+    # -- writing ------------------------------------------------------------------------------------------
+
+    def append(self, digests: Sequence[bytes], states: Sequence[Tensor]) -> None:
+        """Add rows, each with its states (n, hidden). They are found after ``finish``.
+
+        Raises EdgezoError where the disk is full; then nothing is left of what this process has added.
+        """
+        begin, rows, places = self._end, bytearray(), []
+        for digest, of_row in zip(digests, states, strict=True):
+            data = self.form.pack(of_row)
+            fixed = _ROW.pack(digest, len(of_row), kernels.crc32(data))
+            places.append(begin + len(rows))
+            rows += fixed + _CRC.pack(zlib.crc32(fixed)) + data.tobytes()
+        written = 0
+        try:
+            while written < len(rows):
+                written += os.pwrite(self._fd, memoryview(rows)[written:], begin + written)
+        except OSError as problem:
+            os.ftruncate(self._fd, self._begin)
+            self._end = self._begin
+            raise write_error(self.path, f"{len(rows):,} bytes of states", problem) from problem
+        self._end = begin + len(rows)
+        for digest, place in zip(digests, places, strict=True):
+            self._add(digest, place)
+
+    def finish(self) -> None:
+        """Make what was added durable, and let other processes open the file."""
+        self._sort()
+        try:
+            os.fsync(self._fd)
+            os.utime(self._fd)  # files that were used long ago are removed first
+            reading = open_inside(self.path, os.O_RDONLY, levels=2)
+        except OSError as problem:
+            raise write_error(self.path, "states of rows", problem) from problem
+        os.close(self._fd)
+        self._fd = reading
+
+    def close(self) -> None:
+        """Close the file, and remove it if it has no rows."""
+        if self._fd >= 0:
+            if self._end <= HEAD_BYTES:
+                with suppress(OSError):
+                    unlink_inside(self.path.parent, self.path.name)
+            os.close(self._fd)
+            self._fd = -1
+
+    # -- reading ------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @property
+    def size_bytes(self) -> int:
+        return self._end
+
+    def holds(self, digest: bytes) -> bool:
+        """Whether the states of a row were here when the file was opened, or at ``finish``."""
+        return self._place(digest) is not None
+
+    def _sort(self) -> None:
+        keys, places = (np.array(values, np.uint64) for values in (self._keys, self._places))
+        order = np.argsort(keys, kind="stable")  # of rows that are alike the first one counts
+        self._sorted = keys[order], places[order]
+
+    def _place(self, digest: bytes) -> int | None:
+        keys, places = self._sorted
+        key = np.uint64(int.from_bytes(digest[:8], "little"))
+        at = int(np.searchsorted(keys, key))
+        return int(places[at]) if at < len(keys) and keys[at] == key else None
+
+    def read(self, digest: bytes, out: Tensor) -> bool:
+        """Fill ``out`` (n, hidden) with the states of a row of n tokens; False where they are not here.
+
+        Raises EdgezoError where they are not as they were written.
+        """
+        place = self._place(digest)
+        if place is None:
+            return False
+        length = self.form.row_bytes(len(out), self.hidden)
+        raw = bytearray(_ROW_BYTES + length)
+        try:
+            read = os.preadv(self._fd, [raw], place)
+        except OSError as problem:
+            raise self._changed(str(problem)) from problem
+        written, tokens, crc = _ROW.unpack(bytes(raw[: _ROW.size]))
+        data = memoryview(raw)[_ROW_BYTES:]
+        whole = read == len(raw) and (written, tokens) == (digest, len(out))
+        if not whole or kernels.crc32(data) != crc:
+            raise self._changed("their checksum does not fit")
+        self.form.unpack(torch.frombuffer(raw, dtype=torch.uint8)[_ROW_BYTES:], out)
+        return True
+
+    def _changed(self, why: str) -> EdgezoError:
+        return EdgezoError(
+            f"states of a row in {self.path} have changed since the run began ({why}).\n"
+            "Go on with --resume, which computes them again."
+        )
