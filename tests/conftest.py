@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,13 @@ def bench(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     for kind in ("label", "completion", "text", "messages"):
         write_rows(folder / f"{kind}.jsonl", _rows(kind))
     return Bench(make_model(folder / "model"), folder)
+
+
+@pytest.fixture(scope="session")
+def deep_bench(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """The same rows with a model of four blocks."""
+    model = make_model(tmp_path_factory.mktemp("deep") / "model", num_hidden_layers=4)
+    return replace(bench, model=model)
 
 
 Command = Callable[..., tuple[int, str, str]]

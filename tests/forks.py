@@ -92,6 +92,7 @@ def _arm(blow: Blow) -> None:
     from edgezo.network.readout import StateFile
     from edgezo.run import directory, metrics_log
     from edgezo.weights import store
+    from edgezo.weights.kept_states import StatesFile
 
     if blow.point == "record":  # the journal's one write a step
         _strike(
@@ -120,6 +121,8 @@ def _arm(blow: Blow) -> None:
         _strike(directory, "write_saved", blow, torn=_half_file)
     elif blow.point == "states":
         _strike(StateFile, "append", blow, torn=_half_states)
+    elif blow.point == "kept states":
+        _strike(StatesFile, "append", blow, torn=_half_states)
     elif blow.point == "metrics":
         _strike(metrics_log.MetricsLog, "write", blow, torn=_half_line)
     else:  # the rename that gives a file its name
@@ -128,8 +131,14 @@ def _arm(blow: Blow) -> None:
 
 
 def _command(
-    args: list[str], output: Path, blow: Blow | None, largest_file: int | None, threads: int
+    args: list[str],
+    output: Path,
+    blow: Blow | None,
+    largest_file: int | None,
+    threads: int,
+    cache: str,
 ) -> None:
+    os.environ["EDGEZO_CACHE"] = cache
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
     import torch
@@ -177,8 +186,9 @@ def start(
     output.mkdir(exist_ok=True)
     import torch
 
-    # The server took its threads from the environment of the test that began it: other threads give other bits.
-    more = (blow, largest_file, torch.get_num_threads())
+    # The server took its threads and its cache from the environment of the test that began it: other threads give
+    # other bits.
+    more = (blow, largest_file, torch.get_num_threads(), os.environ["EDGEZO_CACHE"])
     process = _CONTEXT.Process(target=_command, args=(args, output, *more))
     process.start()
     return Running(process, output)

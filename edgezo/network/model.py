@@ -211,6 +211,8 @@ class Model:
             return self.kept_states(batch).to(self.context.device)
         assert self.cut is not None
         self.heap.expect(len(batch.ids))
+        for taps in self._taps():
+            taps.index = None  # what they are on does not run
         with self.cut.below():
             self._run(batch.ids, packing.Packing.of(batch.lengths, self.context.device), None)
         return self.cut.take()
@@ -259,9 +261,8 @@ class Model:
         self.context.probe = probe
         self.heap.expect(len(ids))
         index = index.to(device)
-        for taps in (self.taps, None if self.readout is None else self.readout.taps):
-            if taps is not None:
-                taps.index = index
+        for taps in self._taps():
+            taps.index = index
         with nullcontext() if at_cut is None or self.cut is None else self.cut.above(at_cut):
             hidden = self._run(ids, plan, kept)
         if probe is not None:
@@ -270,6 +271,11 @@ class Model:
         if self.scorer.kind != "label" and len(ids) > len(lengths):
             self.heap.give_back()
         return self.module.lm_head(hidden[index]), probe  # type: ignore[operator]
+
+    def _taps(self) -> list[Taps]:
+        """What keeps hidden states of blocks now."""
+        of_readout = None if self.readout is None else self.readout.taps
+        return [taps for taps in (self.taps, of_readout) if taps is not None]
 
     def _run(self, ids: Tensor, plan: packing.Packing, kept: KeyValues | None) -> Tensor:
         """The module without its head on packed tokens (n,): (n, d)."""

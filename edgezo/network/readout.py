@@ -108,7 +108,8 @@ def unit(state: Tensor) -> Tensor:
 class Taps:
     """Forward hooks that keep the states of some blocks at the scored positions of each forward."""
 
-    index: Tensor | None = None  # (n,) int64 into the packed tokens of the forward that runs
+    # (n,) int64 into the packed tokens of the forward that runs; None: its states are not kept.
+    index: Tensor | None = None
     states: dict[int, Tensor] = field(default_factory=dict)  # (n, hidden) fp32 by block
     handles: list[Any] = field(default_factory=list)
 
@@ -119,6 +120,8 @@ class Taps:
         for block in blocks:
 
             def keep(module: nn.Module, args: Any, output: Any, block: int = block) -> None:
+                if taps.index is None:
+                    return
                 hidden = output[0] if isinstance(output, tuple) else output
                 taps.states[block] = unit(hidden.reshape(-1, hidden.shape[-1])[taps.index])
 

@@ -115,11 +115,8 @@ def _rows(
 ) -> tuple[int | None, str]:
     """Training rows whose states are kept, and why so many; None where too few would have room or time."""
     seen = cfg.steps * cfg.batch_size if cfg.steps else None
-    wanted = (
-        min(n for n in (seen, tokens.examples, cfg.state_rows) if n is not None)
-        if (seen or tokens.examples or cfg.state_rows)
-        else LEAST_STATE_ROWS
-    )
+    limits = (cfg.state_rows or seen, tokens.examples)
+    wanted = min((n for n in limits if n is not None), default=LEAST_STATE_ROWS)
     length = tokens.mean or tokens.tokens[0]
     row_bytes = int(length * shape.hidden * VALUE_BYTES[states]) + ROW_HEAD_BYTES
     evaluated = tokens.evaluations * tokens.evaluated  # no row is longer than the longest

@@ -222,13 +222,13 @@ def brought_back(run: RunFiles, cfg: RunConfig) -> Iterator[Rebuilt]:
     ``cfg`` is the configuration of the run.
     """
     check_base_is_there(cfg, run.path)
-    cfg, peak_before_bytes = portable(without_states(cfg), confirmed(machine())), peak_rss_bytes()
+    cfg, peak_before_bytes = portable(cfg, confirmed(machine())), peak_rss_bytes()
     files = loader.open_model(cards.resolve(cfg.model))
     with ExitStack() as at_end:
         journal = at_end.enter_context(open_journal(run.journal, resume=False))
         check_base(journal.header, files.content_hash, files.shape.vocab)
         data = _shape_of_data(journal.header)
-        opened = Opened(cfg, files, None, data, peak_before_bytes=peak_before_bytes)
+        opened = Opened(without_states(cfg), files, None, data, peak_before_bytes=peak_before_bytes)
         planned = settle(opened, confirmed(machine()), rss_bytes())
         model, _ = at_end.enter_context(loaded(planned))
         steps = restore(run, cfg, opened, model, journal)

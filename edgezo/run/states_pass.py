@@ -10,16 +10,16 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from edgezo.data.batches import Batch, Example, Row, permutation, tokens_of
 from edgezo.data.batches import collate as packed
-from edgezo.data.dataset import Dataset
 from edgezo.data.packed import PackedExamples
 from edgezo.errors import EdgezoError
 from edgezo.machine.clock import now_s
@@ -43,9 +43,15 @@ _ORDER = 2**63 + 2
 
 
 def kept_rows(examples: Sequence[Example], count: int) -> Sequence[Example]:
-    """The training rows that are kept: the first ``count`` in an order that no seed changes."""
-    order = permutation(len(examples), 0, _ORDER)[:count]
-    return PackedExamples(examples[int(i)] for i in order)
+    """The training rows that are kept: the first ``count`` of ``_order``, as they stand in the data."""
+    if count >= len(examples):
+        return examples
+    return PackedExamples(examples[int(i)] for i in np.sort(_order(examples)[:count]))
+
+
+def _order(examples: Sequence[Example]) -> np.ndarray:
+    """The order in which training rows pass, which no seed changes."""
+    return permutation(len(examples), 0, _ORDER)
 
 
 def with_kept_rows(planned: Planned) -> Planned:
@@ -96,7 +102,7 @@ def states_of_run(
         file.open()
         if file.damaged:
             progress.note(f"{file.path.name}: {file.damaged} rows were damaged; they pass again")
-        missing = _missing(file, planned.opened.dataset)
+        missing = _missing(file, planned)
         if missing:
             _pass(file, planned, missing, progress, stop)
         file.finish()
@@ -118,27 +124,39 @@ def _identity(planned: Planned) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _batches(dataset: Dataset) -> Iterator[list[Row]]:
-    """All rows of a run in the batches in which they pass."""
-    for split in (dataset.train, dataset.validation):
-        batch: list[Row] = []
-        tokens = 0
-        for example in split:
-            size = tokens_of(example)
-            if batch and tokens + size > PASS_TOKENS:
-                yield batch
-                batch, tokens = [], 0
-            batch += example.rows
-            tokens += size
-        if batch:
+def _batches(planned: Planned) -> Iterator[list[Row]]:
+    """All rows of a run in the batches in which they pass, those to train on first.
+
+    A batch is what it is however many rows are kept, so the last one may have a few more.
+    """
+    dataset = planned.opened.dataset
+    train, kept = dataset.train, planned.plan.state_rows or 0
+    yield from _filled((train[int(i)] for i in _order(train)), min(kept, len(train)))
+    yield from _filled(dataset.validation, len(dataset.validation))
+
+
+def _filled(examples: Iterable[Example], count: int) -> Iterator[list[Row]]:
+    """Batches of ``PASS_TOKENS`` tokens, or one example, that hold the first ``count`` examples."""
+    batch: list[Row] = []
+    tokens = 0
+    for number, example in enumerate(examples):
+        size = tokens_of(example)
+        if batch and tokens + size > PASS_TOKENS:
             yield batch
+            batch, tokens = [], 0
+            if number >= count:
+                return
+        batch += example.rows
+        tokens += size
+    if batch:
+        yield batch
 
 
-def _missing(file: StatesFile, dataset: Dataset) -> list[int]:
+def _missing(file: StatesFile, planned: Planned) -> list[int]:
     """Numbers of the batches of which rows are not in the file."""
     return [
         number
-        for number, rows in enumerate(_batches(dataset))
+        for number, rows in enumerate(_batches(planned))
         if not all(file.holds(digest_of(row.ids)) for row in rows)
     ]
 
@@ -158,7 +176,7 @@ def _pass(
     with _frozen_half(planned) as (model, memory):
         guard = guard_of(planned.plan, memory)
         try:
-            for number, rows in enumerate(_batches(planned.opened.dataset)):
+            for number, rows in enumerate(_batches(planned)):
                 if number not in wanted:
                     continue
                 stop.check(0)

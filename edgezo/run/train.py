@@ -102,9 +102,6 @@ def _opened(cfg: RunConfig, files: RunFiles, resume: bool, progress: RunProgress
     planned = _plan(cfg, resume, meter, progress)
     cfg, header = planned.cfg, header_of(planned.opened, planned.cfg)
     keeps_states = planned.plan.keeps_states
-    if keeps_states:
-        planned = with_kept_rows(planned)
-    opened = planned.opened
     with ExitStack() as at_end:
         journal = at_end.enter_context(reopen(files, header)) if resume else None
         if journal is not None:
@@ -122,6 +119,7 @@ def _opened(cfg: RunConfig, files: RunFiles, resume: bool, progress: RunProgress
         if keeps_states:
             with stop.listening():
                 states = at_end.enter_context(states_of_run(planned, progress, stop))
+            planned = with_kept_rows(planned)
         model, memory = _load(planned, Overlay.of(files, header), resume)
         model.kept_states = states
         at_end.callback(model.close)
@@ -131,7 +129,7 @@ def _opened(cfg: RunConfig, files: RunFiles, resume: bool, progress: RunProgress
         memory.loaded()
         at_end.enter_context(stop.listening())
         follow(model, cfg, journal, progress.note)
-        readout = restore_readout(files, cfg, model, journal, opened.files.shape.hidden)
+        readout = restore_readout(files, cfg, model, journal, planned.opened.files.shape.hidden)
         # What a run whose journal is gone has left is no state of the one that begins here.
         restored = Restored(0, {}) if begins else restore_weights(files, cfg, model, journal)
         before = files.read_config() if files.config.exists() else None
