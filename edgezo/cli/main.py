@@ -39,6 +39,7 @@ from edgezo.cli.options import (
 from edgezo.cli.requests import evaluation_request, finetune_request, request
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine import interrupts, streams
+from edgezo.machine.clock import now_s
 from edgezo.machine.interrupts import INTERRUPTED
 from edgezo.machine.process_memory import allocator_policy
 from edgezo.plan.request import read_toml
@@ -74,7 +75,7 @@ def finetune(
     from edgezo.cli.terminal import TerminalProgress
     from edgezo.machine import profiler
 
-    progress = TerminalProgress()
+    began_s, progress = now_s(), TerminalProgress()
     cfg, resuming = finetune_request(given, config_file, resume, progress.note)
     use_threads(cfg.threads)
     if show_batch:
@@ -90,7 +91,7 @@ def finetune(
             from edgezo.run.train import finetune as run_finetune
 
         try:
-            summary = run_finetune(cfg, resume=resuming, progress=progress)
+            summary = run_finetune(cfg, resume=resuming, progress=progress, began_s=began_s)
         finally:
             progress.close()
     emit(as_json, summary, tables.verdict(summary))

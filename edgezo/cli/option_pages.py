@@ -126,7 +126,8 @@ def _values(field: Field) -> str:
         "train": f"one or more of {', '.join(field.choices)}, joined by +",
     }
     auto = "; or auto" if field.auto is not None else ""
-    return kinds[field.kind] + _bounds(field) + auto
+    everything = "; or all" if field.everything is not None else ""
+    return kinds[field.kind] + _bounds(field) + auto + everything
 
 
 def _bounds(field: Field) -> str:

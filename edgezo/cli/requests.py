@@ -9,7 +9,7 @@ from typing import Any
 
 from edgezo.errors import UsageError
 from edgezo.plan.config import RunConfig
-from edgezo.plan.data_fields import LOSS
+from edgezo.plan.data_fields import EVAL_ROWS, LOSS
 from edgezo.plan.fields import FREE_ON_RESUME, OF_PRESET, flag
 from edgezo.plan.request import make_config, read_run_config, read_toml
 
@@ -50,7 +50,7 @@ def finetune_request(
                 f"{out} already holds a run. Go on with it (--resume --out {out}), "
                 "or give another --out."
             )
-        return request(given, config_file), False
+        return _with_sample(request(given, config_file)), False
     from edgezo.run.places import check_base_is_there, check_data_is_there, given_now
 
     if out is None:
@@ -60,7 +60,7 @@ def finetune_request(
         if given["model"] is None and config_file is None:
             raise UsageError(f"there is nothing to resume in {out}: it has no config.toml")
         note(f"there is nothing to resume in {out}; starting from the first step")
-        return request(given, config_file), False
+        return _with_sample(request(given, config_file)), False
     layer = _settings_of_run(saved, given)
     cfg = make_config({**given, "model": given["model"] or saved.model}, layer)
     cfg = given_now(replace(cfg, out=out), given)
@@ -77,6 +77,11 @@ def finetune_request(
     return cfg, has_steps
 
 
+def _with_sample(cfg: RunConfig) -> RunConfig:
+    """The request of a new run, which is evaluated on a sample of the rows unless it says otherwise."""
+    return cfg if cfg.eval_limit is not None else replace(cfg, eval_limit=EVAL_ROWS)
+
+
 def evaluation_request(given: Mapping[str, Any], config_file: str | None) -> tuple[str, RunConfig]:
     """(model or run to evaluate, request): a run is evaluated with its own settings, but for what ``given`` changes."""
     from edgezo.machine.hardware import machine
@@ -88,6 +93,7 @@ def evaluation_request(given: Mapping[str, Any], config_file: str | None) -> tup
         cfg = request(given, config_file)
         return cfg.model, cfg
     layer = _settings_of_run(portable(saved, machine()), given)
+    del layer["eval_limit"]  # all rows, where training was content with a sample
     if given["data"] is not None or given["task"] is not None:
         for name in OF_DATA:
             del layer[name]

@@ -216,7 +216,8 @@ def verdict(summary: Mapping[str, Any]) -> RenderableType:
     before, after = summary.get("eval_before"), summary.get("eval_after")
     if after:
         start = f"{before['value']:.4f} -> " if before else ""
-        table.add_row(str(after["metric"]), f"{start}{after['value']:.4f}  ({after['n']} rows)")
+        end = f"{after['value']:.4f}{_give_or_take(after)}"
+        table.add_row(str(after["metric"]), f"{start}{end}  ({after['n']} rows)")
         for name, value in _further(after).items():
             start = f"{before[name]:.4f} -> " if before and name in before else ""
             table.add_row(name, f"{start}{value:.4f}")
@@ -251,7 +252,14 @@ MEASURED = ("accuracy", "f1", "exact_match", "numeric_match", "objective")
 def evaluation_line(result: Mapping[str, Any]) -> str:
     """The figures of an evaluation as one line."""
     further = "".join(f", {name} {value:.4f}" for name, value in _further(result).items())
-    return f"{result['metric']} {result['value']:.4f} on {result['n']} validation rows{further}"
+    value = f"{result['value']:.4f}{_give_or_take(result)}"
+    return f"{result['metric']} {value} on {result['n']} validation rows{further}"
+
+
+def _give_or_take(result: Mapping[str, Any]) -> str:
+    """The standard error of a metric; "" where it is not known."""
+    error = result.get("standard_error")
+    return "" if error is None else f" ± {error:.4f}"
 
 
 def _further(result: Mapping[str, Any]) -> dict[str, float]:

@@ -37,6 +37,9 @@ MOST_CODE = 127  # codes go from -127 to 127: the two sides of a direction have 
 
 # Packed tokens that pass the frozen blocks at once, unless one row is longer. The bits of kept states depend on it.
 PASS_TOKENS = 1024
+PASS_SHARE = (
+    1 / 3
+)  # of the time that --for gives a run: rows may take so much of it to pass the frozen blocks
 EVAL_TOKENS = 512  # packed tokens of an evaluation batch, unless one example is longer
 # Blocks that a linear probe averages. One alone is up to 3 points worse, and its choice is noisy
 # (benchmarks/log/2026-11-23-which-blocks-should-a-linear-probe-read.md).

@@ -8,7 +8,6 @@ training, with the others.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from edgezo.data.token_stats import TokenStats
 from edgezo.errors import UsageError
@@ -19,15 +18,10 @@ from edgezo.plan.data_fields import LOSS
 from edgezo.plan.plan import Decision
 from edgezo.plan.shapes import ModelShape
 
-if TYPE_CHECKING:
-    from edgezo.machine.hardware import Machine
-
 AUTO_SHARE = 1 / 3  # of the blocks that --blocks auto trains, the last ones
-PASS_SHARE = 1 / 3  # of --for that the pass may take
 LEAST_STATE_ROWS = 256  # fewer are no data set
 VALUE_BYTES = {"exact": 4, "bf16": 2, "int8": 1}  # of a state on disk, at most
 ROW_HEAD_BYTES = 28  # beside its states (weights/kept_states.py)
-SHARE_OF_PEAK = 0.4  # of the machine's estimated speed that a forward reaches
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,6 @@ def decide(
     shape: ModelShape,
     cfg: Batched,
     tokens: TokenStats,
-    machine: Machine,
     device: str,
     room_bytes: int | None,
 ) -> Blocks:
@@ -69,7 +62,7 @@ def decide(
         states, reason = "none", obstacle
     rows = None
     if states != "none":
-        rows, of_rows = _rows(shape, settled, tokens, machine, states, room_bytes)
+        rows, of_rows = _rows(shape, settled, tokens, states, room_bytes)
         if rows is None:
             states, reason = "none", of_rows
         else:
@@ -109,7 +102,6 @@ def _rows(
     shape: ModelShape,
     cfg: Batched,
     tokens: TokenStats,
-    machine: Machine,
     states: str,
     room_bytes: int | None,
 ) -> tuple[int | None, str]:
@@ -125,12 +117,7 @@ def _rows(
     if cfg.state_rows is not None:
         reason = "as given"
     elif cfg.for_s:
-        row_s = _row_s(shape, cfg, length, machine)
-        in_time = int((PASS_SHARE * cfg.for_s - tokens.evaluations * row_s) / row_s)
-        if in_time < wanted:
-            wanted, reason = max(in_time, least), f"as many as pass in a third of {cfg.for_s:g} s"
-        else:
-            reason = "all"
+        reason = "as many as pass in a third of --for, these at most"
     if room_bytes is not None and cfg.state_rows is None:
         room = room_bytes - evaluated * shape.hidden * VALUE_BYTES[states]
         if room < least * row_bytes:
@@ -141,14 +128,6 @@ def _rows(
             reason = f"as many as have room in {mb(room_bytes)} of the disk"
     total = mb(wanted * row_bytes)
     return wanted, f"{reason}; about {total} on disk"
-
-
-def _row_s(shape: ModelShape, cfg: Batched, length: float, machine: Machine) -> float:
-    """Seconds that a row takes to pass the frozen blocks."""
-    weights = sum(m.numel for m in shape.block) * cfg.first_trained(shape.layers)
-    fast = machine.bf16_fast and cfg.precision != "fp32"
-    speed = (machine.bf16_flops_s if fast else machine.flops_s) * SHARE_OF_PEAK
-    return 2 * weights * length / speed
 
 
 # ---------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ class Field:
     open_low: bool = False  # the lowest value itself is not allowed
     choices: tuple[str, ...] = ()
     alias: str = ""  # a shorter name, on the command line and in files
+    everything: int | None = None  # the number that "all" in place of a value stands for
     auto: str | None = None  # the setting that "auto" in place of a value switches on
     required: bool = False
     of_preset: bool = False  # the estimator's preset decides it where the request does not
@@ -114,6 +115,8 @@ class Field:
             from edgezo.machine.hardware import parse_bytes
 
             return parse_bytes(text)
+        if self.everything is not None and text == "all":
+            return self.everything
         for number in (int, float):
             try:
                 return number(text)

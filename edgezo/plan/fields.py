@@ -244,7 +244,8 @@ _RUN = (
         alias="for",
         kind="duration",
         metavar="TIME",
-        help="Train for this long, instead of --steps: 120s, 10m, 1.5h.",
+        help="How long the whole command takes, reading, loading and evaluations included, instead of --steps: 120s, "
+        "10m, 1.5h.",
         example="10m",
         low=0,
         open_low=True,

@@ -110,7 +110,7 @@ def _choose(
     cap, _ = budget(cfg, machine)
     model = ModelShape.of(shape, cfg.model.rstrip("/").rsplit("/", 1)[-1])
     batched = Batched.of(cfg, batch_size=batch_size_of(cfg))
-    decided = blocks.decide(model, batched, tokens, machine, device, states_room_bytes)
+    decided = blocks.decide(model, batched, tokens, device, states_room_bytes)
     known |= {"bf16_fast": machine.bf16_fast, "c_kernels": machine.c_kernels}
     counted = CudaFootprint if device == "cuda" else BACKWARD.get(cfg.estimator, Footprint)
     footprint = _with_blocks(counted, model, decided, tokens, known)

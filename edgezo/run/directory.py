@@ -86,6 +86,11 @@ class RunFiles:
         return self.path / "probe.states"
 
     @property
+    def kept(self) -> Path:
+        """Of a run of a given time with frozen blocks: how many training rows have passed these."""
+        return self.path / "states.safetensors"
+
+    @property
     def overlay(self) -> Path:
         """Weights on disk of a model that does not fit. Can be deleted whenever no run is going."""
         return self.path / "overlay"
@@ -183,6 +188,7 @@ def refuse_links(run: RunFiles) -> None:
         run.profile,
         run.snapshot,
         run.probe,
+        run.kept,
         run.trained,
     ):
         check_replaced(path)

@@ -97,6 +97,7 @@ class RunLog(MetricsLog):
         self.paces: dict[
             int, dict[str, Any]
         ] = {}  # of --step auto, by the step from which they hold
+        self.evaluation_s = 0.0  # of the longest evaluation
         self.last_step = self.skipped_steps = 0
         for line in self.lines():
             self._take_in(line)
@@ -107,7 +108,8 @@ class RunLog(MetricsLog):
 
     def _take_in(self, line: Mapping[str, Any]) -> None:
         if "eval" in line:
-            figures = {k: v for k, v in line.items() if k not in ("step", "eval")}
+            figures = {k: v for k, v in line.items() if k not in ("step", "eval", "took_s")}
+            self.evaluation_s = max(self.evaluation_s, line.get("took_s") or 0.0)
             self.evaluations[line["eval"], line["step"]] = figures
             return
         if "pace" in line:

@@ -8,7 +8,6 @@ probe.safetensors    the linear probe, written once before the first step; resum
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -180,7 +179,7 @@ class ReadoutPass:
                 f"{self.states.path.name} was damaged: rows from {done + 1:,} on pass again"
             )
         self.states.keep(done)
-        limit_s = cfg.for_s * (READOUT_SHARE if cfg.probing else 1.0) if cfg.for_s else math.inf
+        limit_s = self._spent_s() + state.box.left_s() * (READOUT_SHARE if cfg.probing else 1.0)
         state.progress.note(f"a linear probe: one forward over up to {most:,} rows")
         state.progress.begin(done=0, steps=-(-most // size), cap_bytes=state.plan.max_mem_bytes)
         try:

@@ -17,6 +17,7 @@ from edgezo.machine.process_memory import Guard, Meter
 from edgezo.network.model import Model
 from edgezo.plan.config import Settled
 from edgezo.plan.plan import Plan
+from edgezo.run.clock import TimeBox
 from edgezo.run.directory import RunFiles
 from edgezo.run.journal import Journal
 from edgezo.run.metrics_log import RunLog
@@ -74,6 +75,7 @@ class RunState:
     progress: RunProgress
     guard: Guard
     stop: StopRequest
+    box: TimeBox
     # The peak of plain forward passes, once the longest micro-batch has run: what inference takes.
     inference_peak_bytes: int | None = field(default=None, init=False)
 

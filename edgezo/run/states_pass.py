@@ -10,9 +10,11 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,12 +25,15 @@ from edgezo.data.batches import collate as packed
 from edgezo.data.packed import PackedExamples
 from edgezo.errors import EdgezoError
 from edgezo.machine.clock import now_s
+from edgezo.machine.files import atomic_path
 from edgezo.machine.gpu_memory import confirmed
 from edgezo.machine.hardware import machine
-from edgezo.machine.limits import PASS_TOKENS
+from edgezo.machine.limits import PASS_SHARE, PASS_TOKENS
 from edgezo.machine.process_memory import malloc_trim
 from edgezo.machine.profiler import phase
-from edgezo.run.directory import temporary_overlay
+from edgezo.plan.blocks import LEAST_STATE_ROWS
+from edgezo.run.directory import RunFiles, run_id, temporary_overlay
+from edgezo.run.journal import Journal
 from edgezo.run.progress import RunProgress
 from edgezo.run.session import Loaded, Planned, load_model
 from edgezo.run.short_memory import guard_of
@@ -36,7 +41,10 @@ from edgezo.run.state import StopRequest
 from edgezo.run.states_cache import make_room, states_folder
 from edgezo.weights.kept_states import FORMS, Form, StatesFile, digest_of
 from edgezo.weights.layouts import DENSE_DTYPES
+from edgezo.weights.saved import write_saved
+from edgezo.weights.verified import open_saved
 
+LOST_ROWS = "It says how many rows the run trains on: restore it from a copy, or start again with another --out."
 # Stream of the Philox generator for the order in which rows are kept. Its seed is always 0: runs with other seeds train
 # on the same rows, and so find their states.
 _ORDER = 2**63 + 2
@@ -54,9 +62,9 @@ def _order(examples: Sequence[Example]) -> np.ndarray:
     return permutation(len(examples), 0, _ORDER)
 
 
-def with_kept_rows(planned: Planned) -> Planned:
+def with_kept_rows(planned: Planned, rows: int) -> Planned:
     """The planned run with only the training rows whose states it keeps."""
-    dataset, rows = planned.opened.dataset, planned.plan.state_rows or 0
+    dataset = planned.opened.dataset
     dataset = replace(dataset, train=kept_rows(dataset.train, rows))
     return replace(planned, opened=replace(planned.opened, dataset=dataset))
 
@@ -83,11 +91,20 @@ class KeptStates:
         return out
 
 
+class Report(NamedTuple):
+    """Where a pass shows what it does, and what may stop it."""
+
+    progress: RunProgress
+    stop: StopRequest
+
+
 @contextmanager
 def states_of_run(
-    planned: Planned, progress: RunProgress, stop: StopRequest
-) -> Iterator[KeptStates]:
-    """The states of all rows of a run; those that are missing are computed first. Files are open until the block ends.
+    planned: Planned, files: RunFiles, journal: Journal, report: Report
+) -> Iterator[tuple[KeptStates, Planned]]:
+    """The states of a run's rows, those that are missing computed first; and the run with only the training rows kept.
+
+    Files are open until the block ends.
 
     Raises Interrupted, BudgetExceeded, or EdgezoError where the disk is full, with nothing left of this pass.
     """
@@ -101,14 +118,38 @@ def states_of_run(
     try:
         file.open()
         if file.damaged:
-            progress.note(f"{file.path.name}: {file.damaged} rows were damaged; they pass again")
-        missing = _missing(file, planned)
-        if missing:
-            _pass(file, planned, missing, progress, stop)
+            report.progress.note(
+                f"{file.path.name}: {file.damaged} rows were damaged; they pass again"
+            )
+        with report.stop.listening():
+            rows = _passed_rows(file, planned, files, journal, report)
         file.finish()
-        yield KeptStates(file, DENSE_DTYPES[planned.plan.compute_dtype])
+        states = KeptStates(file, DENSE_DTYPES[planned.plan.compute_dtype])
+        yield states, with_kept_rows(planned, rows)
     finally:
         file.close()
+
+
+def _passed_rows(
+    file: StatesFile, planned: Planned, files: RunFiles, journal: Journal, report: Report
+) -> int:
+    """Let the rows pass that are missing; returns how many training rows have states.
+
+    A run of a given time keeps that number, since no resume can tell it again.
+    """
+    wanted, of_run = planned.plan.state_rows or 0, run_id(journal.header)
+    if planned.cfg.for_s is None:
+        return _pass(file, planned, wanted, math.inf, report)
+    if files.kept.exists():
+        with open_saved(files.kept, {"rows"}, of_run, LOST_ROWS) as saved:
+            saved.read({})
+            return _pass(file, planned, int(saved.metadata["rows"]), math.inf, report)
+    if len(journal):
+        raise EdgezoError(f"{files.path} has no {files.kept.name}.\n{LOST_ROWS}")
+    rows = _pass(file, planned, wanted, PASS_SHARE * planned.cfg.for_s, report)
+    with atomic_path(files.kept) as temporary:
+        write_saved(temporary, [], {"rows": str(rows)}, run=of_run)
+    return rows
 
 
 def _form(planned: Planned) -> Form:
@@ -124,80 +165,87 @@ def _identity(planned: Planned) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _batches(planned: Planned) -> Iterator[list[Row]]:
-    """All rows of a run in the batches in which they pass, those to train on first.
+class Passing(NamedTuple):
+    """Rows that pass the frozen blocks together."""
+
+    rows: list[Row]
+    examples: int  # that have passed after this batch
+    trained: int  # and how many of them are training rows
+
+
+def _batches(planned: Planned, kept: int) -> Iterator[Passing]:
+    """The batches of a run: the rows to evaluate on, and then ``kept`` rows to train on.
 
     A batch is what it is however many rows are kept, so the last one may have a few more.
     """
     dataset = planned.opened.dataset
-    train, kept = dataset.train, planned.plan.state_rows or 0
-    yield from _filled((train[int(i)] for i in _order(train)), min(kept, len(train)))
-    yield from _filled(dataset.validation, len(dataset.validation))
+    evaluated, train = dataset.validation, dataset.train
+    for rows, done in _filled(evaluated, len(evaluated)):
+        yield Passing(rows, done, 0)
+    for rows, done in _filled((train[int(i)] for i in _order(train)), kept):
+        yield Passing(rows, len(evaluated) + min(done, kept), min(done, kept))
 
 
-def _filled(examples: Iterable[Example], count: int) -> Iterator[list[Row]]:
-    """Batches of ``PASS_TOKENS`` tokens, or one example, that hold the first ``count`` examples."""
+def _filled(examples: Iterable[Example], count: int) -> Iterator[tuple[list[Row], int]]:
+    """Batches of ``PASS_TOKENS`` tokens, or one example, for the first ``count`` examples; with the examples so far."""
     batch: list[Row] = []
-    tokens = 0
-    for number, example in enumerate(examples):
+    tokens = done = 0
+    for example in examples:
         size = tokens_of(example)
         if batch and tokens + size > PASS_TOKENS:
-            yield batch
+            yield batch, done
             batch, tokens = [], 0
-            if number >= count:
+            if done >= count:
                 return
         batch += example.rows
         tokens += size
+        done += 1
     if batch:
-        yield batch
+        yield batch, done
 
 
-def _missing(file: StatesFile, planned: Planned) -> list[int]:
-    """Numbers of the batches of which rows are not in the file."""
-    return [
-        number
-        for number, rows in enumerate(_batches(planned))
-        if not all(file.holds(digest_of(row.ids)) for row in rows)
-    ]
+def _pass(file: StatesFile, planned: Planned, wanted: int, limit_s: float, report: Report) -> int:
+    """Let the rows pass that are not in the file, until ``wanted`` training rows are, or ``limit_s`` seconds are over.
+
+    Returns the training rows whose states are kept: ``LEAST_STATE_ROWS`` at least, if there are so many.
+    """
+    least, rows = min(LEAST_STATE_ROWS, wanted), 0
+    total = len(planned.opened.dataset.validation) + wanted
+    begun_s = now_s()
+    with ExitStack() as at_end:
+        loaded: Loaded | None = None
+        for number, batch in enumerate(_batches(planned, wanted)):
+            if now_s() - begun_s > limit_s and rows >= least:
+                break
+            if not all(file.holds(digest_of(row.ids)) for row in batch.rows):
+                if loaded is None:
+                    loaded = at_end.enter_context(_frozen_half(planned, report))
+                share = max(batch.examples / total, (now_s() - begun_s) / limit_s)
+                report.stop.check(0)
+                _pass_batch(file, loaded, batch.rows, report, (number + 1, min(1.0, share)))
+            rows = batch.trained
+        at_end.callback(malloc_trim)
+        at_end.callback(gc.collect)
+        del loaded  # its memory is free before the other half is loaded
+    return rows
 
 
-def _pass(
-    file: StatesFile,
-    planned: Planned,
-    missing: list[int],
-    progress: RunProgress,
-    stop: StopRequest,
+def _pass_batch(
+    file: StatesFile, loaded: Loaded, rows: Sequence[Row], report: Report, shown: tuple[int, float]
 ) -> None:
-    """Let the missing batches pass the frozen blocks, and keep what these put out."""
-    cap_bytes, wanted, done = planned.plan.max_mem_bytes, set(missing), 0
-    count = planned.plan.first_trained
-    progress.note(f"rows pass the first {count} blocks once: {len(missing):,} batches")
-    progress.begin(done=0, steps=len(missing), cap_bytes=cap_bytes)
-    with _frozen_half(planned) as (model, memory):
-        guard = guard_of(planned.plan, memory)
-        try:
-            for number, rows in enumerate(_batches(planned)):
-                if number not in wanted:
-                    continue
-                stop.check(0)
-                guard.check(item="frozen blocks")
-                begun_s = now_s()
-                with phase("forward"), memory.short("a batch of the pass"):
-                    states = model.states_at_cut(_batch_of(rows)).cpu()
-                _keep(file, rows, states)
-                done += 1
-                progress.step(
-                    done,
-                    fraction=done / len(missing),
-                    loss=None,
-                    step_s=now_s() - begun_s,
-                    rss_bytes=memory.held_bytes(),
-                )
-        finally:
-            progress.close()
-    del model  # its memory is free before the other half is loaded
-    gc.collect()
-    malloc_trim()
+    """Let one batch pass and keep its states; ``shown`` are its number and the share of the pass that is then over."""
+    begun_s = now_s()
+    with phase("forward"), loaded.memory.short("a batch of the pass"):
+        states = loaded.model.states_at_cut(_batch_of(rows)).cpu()
+    _keep(file, rows, states)
+    number, fraction = shown
+    report.progress.step(
+        number,
+        fraction=fraction,
+        loss=None,
+        step_s=now_s() - begun_s,
+        rss_bytes=loaded.memory.held_bytes(),
+    )
 
 
 def _keep(file: StatesFile, rows: Sequence[Row], states: Tensor) -> None:
@@ -212,14 +260,20 @@ def _keep(file: StatesFile, rows: Sequence[Row], states: Tensor) -> None:
 
 
 @contextmanager
-def _frozen_half(planned: Planned) -> Iterator[Loaded]:
-    """The frozen blocks in memory, or on disk where the plan has no room for them."""
+def _frozen_half(planned: Planned, report: Report) -> Iterator[Loaded]:
+    """The frozen blocks in memory, or on disk where the plan has no room for them, while rows pass them."""
+    plan = planned.plan
+    report.progress.note(f"rows pass the first {plan.first_trained} blocks, once")
     with ExitStack() as at_end:
         overlay = None
-        if planned.plan.pass_from_disk:
+        if plan.pass_from_disk:
             overlay = at_end.enter_context(temporary_overlay())
         model, memory = load_model(planned, confirmed(machine()), overlay, half="below")
-        yield Loaded(at_end.enter_context(closing(model)), memory)
+        at_end.enter_context(closing(model))
+        guard_of(plan, memory).check(item="frozen blocks")
+        report.progress.begin(done=0, steps=None, cap_bytes=plan.max_mem_bytes)
+        at_end.callback(report.progress.close)
+        yield Loaded(model, memory)
 
 
 def _batch_of(rows: Sequence[Row]) -> Batch:

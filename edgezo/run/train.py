@@ -6,6 +6,7 @@ linear probe in readout_pass.py, and what a resume brings back in restore.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -27,7 +28,7 @@ from edgezo.network.model import Model
 from edgezo.plan.config import RunConfig
 from edgezo.run.auto_step import AutoStep
 from edgezo.run.claims import prepare
-from edgezo.run.clock import TrainingClock
+from edgezo.run.clock import Pause, TimeBox, TrainingClock
 from edgezo.run.directory import (
     Overlay,
     RunFiles,
@@ -58,7 +59,7 @@ from edgezo.run.session import (
 )
 from edgezo.run.short_memory import MicroBatchFitter, guard_of
 from edgezo.run.state import RunState, StopRequest
-from edgezo.run.states_pass import states_of_run, with_kept_rows
+from edgezo.run.states_pass import Report, states_of_run
 from edgezo.run.step import Stepper
 from edgezo.run.summary import check_same_end, losses_of_step, peaks, saved_summary, summarise
 from edgezo.weights.saved import saved_sha256
@@ -69,12 +70,17 @@ PLAIN_FORWARDS = 8  # plain forward passes that a run times, for summary.json's 
 
 
 def finetune(
-    cfg: RunConfig, *, resume: bool = False, progress: RunProgress | None = None
+    cfg: RunConfig,
+    *,
+    resume: bool = False,
+    progress: RunProgress | None = None,
+    began_s: float | None = None,
 ) -> dict[str, Any]:
     """Run, or go on with, a fine-tune in ``cfg.out``; returns what summary.json holds.
 
     Without ``out`` a new run goes to runs/MODEL-DATA. A resume without a micro-batch takes the run's, which may have
-    become smaller since the run began.
+    become smaller since the run began. ``began_s`` is when the command began (``clock.now_s``): --for then bounds all
+    of it, reading, loading and evaluations included; None: --for bounds training alone.
     Raises UsageError, DoesNotFit (before anything is written), BudgetExceeded and Interrupted (state saved),
     BaseMismatch, EdgezoError.
     """
@@ -88,20 +94,22 @@ def finetune(
     if resume and cfg.micro_batch is None:
         cfg = replace(cfg, micro_batch=files.read_config().micro_batch)
     with profiling(cfg.profile), beside_others():
-        with _opened(cfg, files, resume, progress or Silent()) as run:
+        box = TimeBox(cfg.for_s, began_s)
+        with _opened(cfg, files, resume, progress or Silent(), box) as run:
             summary = run.to_the_end()
             keep_cap(run.state.planned, run.state.memory, f"The run is complete in {files.path}")
             return summary
 
 
 @contextmanager
-def _opened(cfg: RunConfig, files: RunFiles, resume: bool, progress: RunProgress) -> Iterator[Run]:
+def _opened(
+    cfg: RunConfig, files: RunFiles, resume: bool, progress: RunProgress, box: TimeBox
+) -> Iterator[Run]:
     """A run with its plan made, its journal open and its weights where the journal ends; closed after the block."""
     refuse_links(files)
     meter, split_is_free = Meter(), cfg.micro_batch is None
     planned = _plan(cfg, resume, meter, progress)
     cfg, header = planned.cfg, header_of(planned.opened, planned.cfg)
-    keeps_states = planned.plan.keeps_states
     with ExitStack() as at_end:
         journal = at_end.enter_context(reopen(files, header)) if resume else None
         if journal is not None:
@@ -113,13 +121,12 @@ def _opened(cfg: RunConfig, files: RunFiles, resume: bool, progress: RunProgress
         at_end.callback(_save_profile, files, progress)
         begins, stop = journal is None, StopRequest(files)
         kind = {"shaped": journal_is_shaped(cfg), "scaled": cfg.finetuner is not None}
-        if journal is None and keeps_states:  # so that a resume goes on with the pass
-            journal = at_end.enter_context(create_journal(files.journal, header, **kind))
         states = None
-        if keeps_states:
-            with stop.listening():
-                states = at_end.enter_context(states_of_run(planned, progress, stop))
-            planned = with_kept_rows(planned)
+        if planned.plan.keeps_states:
+            if journal is None:  # before the pass, so that a resume goes on with it
+                journal = at_end.enter_context(create_journal(files.journal, header, **kind))
+            passed = states_of_run(planned, files, journal, Report(progress, stop))
+            states, planned = at_end.enter_context(passed)
         model, memory = _load(planned, Overlay.of(files, header), resume)
         model.kept_states = states
         at_end.callback(model.close)
@@ -144,7 +151,8 @@ def _opened(cfg: RunConfig, files: RunFiles, resume: bool, progress: RunProgress
         log = RunLog(files.metrics, keep_through=kept, of_run=run_id(journal.header))
         at_end.enter_context(closing(log))
         guard = guard_of(planned.plan, memory)
-        state = RunState(files, planned, model, memory, journal, log, meter, progress, guard, stop)
+        shown = (log, meter, progress)
+        state = RunState(files, planned, model, memory, journal, *shown, guard, stop, box)
         yield Run(state, restored, readout, before, split_is_free, ended)
 
 
@@ -229,6 +237,7 @@ class Run:
         self.stepper = Stepper(state)
         self.fitter = MicroBatchFitter(state, self.stepper)
         self.auto_step = AutoStep(state, self.stepper, self.fitter)
+        self.budget_s = math.inf  # seconds of training that --for leaves
 
     def to_the_end(self) -> dict[str, Any]:
         """Everything that is still to be done; returns what summary.json holds."""
@@ -236,6 +245,7 @@ class Run:
         self._write_lost_lines()
         if self.ended is not None:
             return self.ended
+        state.box.earlier_s = self._seconds_before()
         self._note_changes()
         self.fitter.settle(done, may_grow=self.split_is_free)
         before = state.log.evaluations.get(("before", 0))
@@ -263,12 +273,13 @@ class Run:
         """Steps until the run is over; (steps, seconds of training, those before a resume included)."""
         state, cfg, step = self.state, self.state.cfg, self.restored.steps
         state.progress.begin(done=step, steps=cfg.steps, cap_bytes=state.plan.max_mem_bytes)
-        clock = TrainingClock(self._seconds_before())
+        spent_s = self._seconds_before()
+        clock, self.budget_s = TrainingClock(spent_s), spent_s + state.box.left_s(spent_s)
         try:
             while not self._is_over(step, clock):
                 state.stop.check(step)
                 if cfg.eval_every and step and step % cfg.eval_every == 0:
-                    with clock.paused():
+                    with self._pause(clock):
                         self._evaluate("during", step)
                 self._one_step(step, clock)
                 step += 1
@@ -299,7 +310,7 @@ class Run:
         line = {**self._line(record), "step_s": step_s, "rss_bytes": rss_bytes()}
         line |= {name: now - moved[name] for name, now in self._moved_bytes().items()}
         if self._times_plain_forward(step):
-            with clock.paused() as pause:
+            with self._pause(clock) as pause:
                 self._plain_forward(step)
             line["forward_s"] = pause.seconds
         state.log.write(line)
@@ -317,8 +328,16 @@ class Run:
 
     def _fraction(self, step: int, train_s: float) -> float:
         """How much of the run is over, by steps or by time."""
-        cfg = self.state.cfg
-        return step / cfg.steps if cfg.steps else train_s / (cfg.for_s or 1.0)
+        steps = self.state.cfg.steps
+        return step / steps if steps else train_s / self.budget_s
+
+    @contextmanager
+    def _pause(self, clock: TrainingClock) -> Iterator[Pause]:
+        """A block that does not count as training, but is inside the box of the whole command."""
+        with clock.paused() as pause:
+            yield pause
+        if self.state.box.began_s is not None:
+            self.budget_s -= pause.seconds
 
     def _seconds_before(self) -> float:
         """Seconds of training so far: steps of earlier processes, the linear probe, and what --step auto measured."""
@@ -387,9 +406,12 @@ class Run:
         if (when, step) not in state.log.evaluations:
             state.memory.trim()  # its batches have other sizes, and would not fit in the holes of a step's
             with state.memory.short("an evaluation"):
+                begun_s = now_s()
                 figures = evaluate_model(state.model, state.dataset, state.judge)
+                took_s = now_s() - begun_s
             state.memory.trim()
-            state.log.write({"step": step, "eval": when, **figures})
+            state.log.write({"step": step, "eval": when, "took_s": took_s, **figures})
+        state.box.evaluation_s = state.log.evaluation_s
         return state.log.evaluations[when, step]
 
     def _close_weights(self, steps: int) -> None:

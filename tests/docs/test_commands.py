@@ -39,6 +39,7 @@ REPLACED: dict[str, str | None] = {
     "--threads": "1",
     "--parallel": "1",
     "--eval-limit": "8",
+    "--blocks": "1",
     "--batch-sizes": "2",
     "--tokens": "16",
     "--limit": "120",

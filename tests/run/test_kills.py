@@ -123,7 +123,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
         {
             name: value
             for name, value in line.items()
-            if name not in ("rss_bytes", "step_s", "forward_s", "crc")
+            if name not in ("rss_bytes", "step_s", "forward_s", "took_s", "crc")
         }
         for line in lines
     ]
