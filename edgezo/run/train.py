@@ -329,7 +329,9 @@ class Run:
     def _fraction(self, step: int, train_s: float) -> float:
         """How much of the run is over, by steps or by time."""
         steps = self.state.cfg.steps
-        return step / steps if steps else train_s / self.budget_s
+        if steps:
+            return step / steps
+        return train_s / self.budget_s if self.budget_s > 0 else 1.0
 
     @contextmanager
     def _pause(self, clock: TrainingClock) -> Iterator[Pause]:
