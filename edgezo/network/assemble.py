@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine import kernels
 from edgezo.network import loader, packing
-from edgezo.network.cut import Cut, Half, leave_out
+from edgezo.network.cut import Cut, Half, Halves, leave_out
 from edgezo.network.exact_head import ExactHead
 from edgezo.network.first_order import (
     Adapter,
@@ -156,6 +156,8 @@ class _Builder:
         self.head: PerturbedHead | None = None
         self.label_ids = spec.label_ids  # rows of the head that stand for them
         self.blocks_name, self.blocks = loader.decoder_layers(module, files.shape.layers)
+        widths = (files.shape.hidden, files.shape.embed_width)
+        self.halves = Halves(module, self.blocks_name, spec.first_trained, spec.half, widths)
         self.away: BlocksElsewhere | None = None
         if spec.away is not None:
             self.away = BlocksElsewhere(self.store, spec.away, self.blocks_name)
@@ -164,8 +166,8 @@ class _Builder:
         """Place every weight of the half that is put together."""
         away = self.away
         for name, sub in self._owners():
-            below = self._is_below(name, sub)
-            if self._does_not_run(name, sub, below):
+            below = self.halves.is_below(name, sub)
+            if sub is not self.output and self.halves.lacks(name, sub):
                 leave_out(sub, self.spec.dtype, self.device)
                 continue
             self.parts = trained(()) if below or self.spec.half == "below" else self.spec.parts
@@ -214,32 +216,6 @@ class _Builder:
             )
         )
         return owners
-
-    def _does_not_run(self, name: str, sub: nn.Module, below: bool) -> bool:
-        """Whether a module belongs to the half that is not put together: a block, a table or the head.
-
-        What is small beside these is there in both.
-        """
-        if self.spec.half == "whole" or (below == (self.spec.half == "below")):
-            return False
-        large = isinstance(sub, nn.Embedding) or name.startswith(self.blocks_name + ".")
-        return large and sub is not self.output
-
-    def _is_below(self, name: str, sub: nn.Module) -> bool:
-        """Whether a module runs before the first trained block, and so is frozen where there are blocks below that."""
-        if not self.spec.first_trained:
-            return False
-        if name.startswith(self.blocks_name + "."):
-            index = int(name.removeprefix(self.blocks_name + ".").partition(".")[0])
-            return index < self.spec.first_trained
-        # Beside the tables: what stands with them, apart from the blocks (RoBERTa's norm), and what widens their rows
-        # (OPT's projection).
-        parent = self.module.get_submodule(name.rpartition(".")[0])
-        with_tables = any(isinstance(child, nn.Embedding) for child in parent.children())
-        with_blocks = any(child is self.blocks for child in parent.modules())
-        width, hidden = self.files.shape.embed_width, self.files.shape.hidden
-        widens = width != hidden and tuple(sub.weight.shape) == (hidden, width)  # type: ignore[arg-type]
-        return isinstance(sub, nn.Embedding) or (with_tables and not with_blocks) or widens
 
     def _recompute_blocks(self) -> None:
         """Let trained blocks run again for the backward pass, bound to memory if they are elsewhere."""

@@ -93,6 +93,41 @@ class Cut:
         return int(inner.__self__.embedding_dim)  # type: ignore[attr-defined]
 
 
+@dataclass(frozen=True)
+class Halves:
+    """Which modules are below the cut of a model, and which of them are not in memory."""
+
+    module: nn.Module
+    blocks_name: str  # where the module keeps its blocks
+    first: int
+    half: Half  # what is put together
+    widths: tuple[int, int]  # of a state, and of a row of the embedding
+
+    def is_below(self, name: str, sub: nn.Module) -> bool:
+        """Whether a module runs before the first trained block, and so is frozen where there are blocks below that."""
+        if not self.first:
+            return False
+        if name.startswith(self.blocks_name + "."):
+            return int(name.removeprefix(self.blocks_name + ".").partition(".")[0]) < self.first
+        # Beside the tables: what stands with them, apart from the blocks (RoBERTa's norm), and what widens their rows
+        # (OPT's projection).
+        parent = self.module.get_submodule(name.rpartition(".")[0])
+        blocks = self.module.get_submodule(self.blocks_name)
+        with_tables = any(isinstance(child, nn.Embedding) for child in parent.children())
+        with_blocks = any(child is blocks for child in parent.modules())
+        weight = sub.weight
+        assert isinstance(weight, Tensor)
+        hidden, width = self.widths
+        widens = width != hidden and tuple(weight.shape) == (hidden, width)
+        return isinstance(sub, nn.Embedding) or (with_tables and not with_blocks) or widens
+
+    def lacks(self, name: str, sub: nn.Module) -> bool:
+        """Whether a block or a table belongs to the half that is not put together; what is small is in both."""
+        if self.half == "whole" or self.is_below(name, sub) == (self.half == "below"):
+            return False
+        return isinstance(sub, nn.Embedding) or name.startswith(self.blocks_name + ".")
+
+
 def leave_out(sub: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Let a module that will not run have no weights: empty ones for code that asks for their dtype."""
     for name in list(sub._parameters):

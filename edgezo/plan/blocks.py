@@ -20,7 +20,7 @@ from edgezo.plan.shapes import ModelShape
 
 AUTO_SHARE = 1 / 3  # of the blocks that --blocks auto trains, the last ones
 LEAST_STATE_ROWS = 256  # fewer are no data set
-VALUE_BYTES = {"exact": 4, "bf16": 2, "int8": 1}  # of a state on disk, at most
+STATE_BYTES = {"exact": 4, "bf16": 2, "int8": 1}  # of a state on disk, at most
 ROW_HEAD_BYTES = 28  # beside its states (weights/kept_states.py)
 
 
@@ -110,7 +110,7 @@ def _rows(
     limits = (cfg.state_rows or seen, tokens.examples)
     wanted = min((n for n in limits if n is not None), default=LEAST_STATE_ROWS)
     length = tokens.mean or tokens.tokens[0]
-    row_bytes = int(length * shape.hidden * VALUE_BYTES[states]) + ROW_HEAD_BYTES
+    row_bytes = int(length * shape.hidden * STATE_BYTES[states]) + ROW_HEAD_BYTES
     evaluated = tokens.evaluations * tokens.evaluated  # no row is longer than the longest
     least = min(wanted, LEAST_STATE_ROWS)
     reason = "as many as the steps see"
@@ -119,7 +119,7 @@ def _rows(
     elif cfg.for_s:
         reason = "as many as pass in a third of --for, these at most"
     if room_bytes is not None and cfg.state_rows is None:
-        room = room_bytes - evaluated * shape.hidden * VALUE_BYTES[states]
+        room = room_bytes - evaluated * shape.hidden * STATE_BYTES[states]
         if room < least * row_bytes:
             need = mb(least * row_bytes - room + room_bytes)
             return None, f"the disk has room for {mb(room_bytes)} of states, and {need} are needed"

@@ -39,7 +39,7 @@ from edgezo.run.session import Loaded, Planned, load_model
 from edgezo.run.short_memory import guard_of
 from edgezo.run.state import StopRequest
 from edgezo.run.states_cache import make_room, states_folder
-from edgezo.weights.kept_states import FORMS, Form, StatesFile, digest_of
+from edgezo.weights.kept_states import STATE_FORMS, StateForm, StatesFile, digest_of
 from edgezo.weights.layouts import DENSE_DTYPES
 from edgezo.weights.saved import write_saved
 from edgezo.weights.verified import open_saved
@@ -152,9 +152,9 @@ def _passed_rows(
     return rows
 
 
-def _form(planned: Planned) -> Form:
+def _form(planned: Planned) -> StateForm:
     exact = planned.cfg.states == "exact"
-    return FORMS[planned.plan.compute_dtype if exact else str(planned.cfg.states)]
+    return STATE_FORMS[planned.plan.compute_dtype if exact else str(planned.cfg.states)]
 
 
 def _identity(planned: Planned) -> str:

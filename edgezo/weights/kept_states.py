@@ -38,17 +38,17 @@ from edgezo.machine import kernels
 from edgezo.machine.files import write_error
 from edgezo.machine.open_files import locked, make_folder, open_inside, unlink_inside
 
-MAGIC = b"\x89EZK\r\n\x1a\n"
-VERSION = 1
-_HEAD = struct.Struct("<8sII32s")
-_CRC = struct.Struct("<I")
-_ROW = struct.Struct("<16sII")  # digest, tokens, CRC of the data
-_ROW_BYTES = _ROW.size + _CRC.size
-HEAD_BYTES = _HEAD.size + _CRC.size
+KEPT_MAGIC = b"\x89EZK\r\n\x1a\n"
+KEPT_VERSION = 1
+_KEPT_HEAD = struct.Struct("<8sII32s")
+_SUM = struct.Struct("<I")
+_KEPT_ROW = struct.Struct("<16sII")  # digest, tokens, CRC of the data
+_KEPT_ROW_BYTES = _KEPT_ROW.size + _SUM.size
+KEPT_HEAD_BYTES = _KEPT_HEAD.size + _SUM.size
 CODES, SCALE_BYTES = 127, 4  # of int8 states
 
 
-class Form(NamedTuple):
+class StateForm(NamedTuple):
     """How a state is kept."""
 
     name: str
@@ -84,12 +84,12 @@ def _raw(values: Tensor) -> np.ndarray:
     return values.reshape(-1).view(torch.uint8).numpy()
 
 
-FORMS = {
+STATE_FORMS = {
     form.name: form
     for form in (
-        Form("fp32", torch.float32),
-        Form("bf16", torch.bfloat16),
-        Form("int8", torch.int8, scaled=True),
+        StateForm("fp32", torch.float32),
+        StateForm("bf16", torch.bfloat16),
+        StateForm("int8", torch.int8, scaled=True),
     )
 }
 
@@ -106,7 +106,7 @@ class StatesFile:
 
     path: Path
     hidden: int
-    form: Form
+    form: StateForm
     identity: str
     damaged: int = field(default=0, init=False)  # rows that ``open`` has found changed
     _fd: int = field(default=-1, init=False)
@@ -132,7 +132,7 @@ class StatesFile:
                     f"another run is computing the states in {self.path}.\n"
                     "Begin again when it has done that, or give --states none."
                 )
-            if os.pread(self._fd, HEAD_BYTES, 0) != self._head:
+            if os.pread(self._fd, KEPT_HEAD_BYTES, 0) != self._head:
                 os.ftruncate(self._fd, 0)
                 os.pwrite(self._fd, self._head, 0)
             self._scan()
@@ -143,33 +143,36 @@ class StatesFile:
     @property
     def _head(self) -> bytes:
         digest = hashlib.sha256(f"{self.identity} {self.form.name}".encode()).digest()
-        fixed = _HEAD.pack(MAGIC, VERSION, self.hidden, digest)
-        return fixed + _CRC.pack(zlib.crc32(fixed))
+        fixed = _KEPT_HEAD.pack(KEPT_MAGIC, KEPT_VERSION, self.hidden, digest)
+        return fixed + _SUM.pack(zlib.crc32(fixed))
 
     def _scan(self) -> None:
         """Take in all rows from the first one on, and cut the file after the last that can be told."""
-        size, self._end = os.fstat(self._fd).st_size, HEAD_BYTES
+        size, self._end = os.fstat(self._fd).st_size, KEPT_HEAD_BYTES
         while (row := self._row_at(self._end)) is not None:
             digest, tokens, crc = row
             length = self.form.row_bytes(tokens, self.hidden)
-            if self._end + _ROW_BYTES + length > size:
+            if self._end + _KEPT_ROW_BYTES + length > size:
                 break
-            data = os.pread(self._fd, length, self._end + _ROW_BYTES)
+            data = os.pread(self._fd, length, self._end + _KEPT_ROW_BYTES)
             if kernels.crc32(memoryview(data)) == crc:
                 self._add(digest, self._end)
             else:
                 self.damaged += 1
-            self._end += _ROW_BYTES + length
+            self._end += _KEPT_ROW_BYTES + length
         self.damaged += self._end < size
         os.ftruncate(self._fd, self._end)
         self._begin = self._end
 
     def _row_at(self, place: int) -> tuple[bytes, int, int] | None:
         """Digest, tokens and CRC of the row that begins there; None where there is none."""
-        raw = os.pread(self._fd, _ROW_BYTES, place)
-        if len(raw) < _ROW_BYTES or _CRC.pack(zlib.crc32(raw[: _ROW.size])) != raw[_ROW.size :]:
+        raw = os.pread(self._fd, _KEPT_ROW_BYTES, place)
+        if (
+            len(raw) < _KEPT_ROW_BYTES
+            or _SUM.pack(zlib.crc32(raw[: _KEPT_ROW.size])) != raw[_KEPT_ROW.size :]
+        ):
             return None
-        return _ROW.unpack(raw[: _ROW.size])
+        return _KEPT_ROW.unpack(raw[: _KEPT_ROW.size])
 
     def _add(self, digest: bytes, place: int) -> None:
         self._keys.append(int.from_bytes(digest[:8], "little"))
@@ -185,9 +188,9 @@ class StatesFile:
         begin, rows, places = self._end, bytearray(), []
         for digest, of_row in zip(digests, states, strict=True):
             data = self.form.pack(of_row)
-            fixed = _ROW.pack(digest, len(of_row), kernels.crc32(data))
+            fixed = _KEPT_ROW.pack(digest, len(of_row), kernels.crc32(data))
             places.append(begin + len(rows))
-            rows += fixed + _CRC.pack(zlib.crc32(fixed)) + data.tobytes()
+            rows += fixed + _SUM.pack(zlib.crc32(fixed)) + data.tobytes()
         written = 0
         try:
             while written < len(rows):
@@ -215,7 +218,7 @@ class StatesFile:
     def close(self) -> None:
         """Close the file, and remove it if it has no rows."""
         if self._fd >= 0:
-            if self._end <= HEAD_BYTES:
+            if self._end <= KEPT_HEAD_BYTES:
                 with suppress(OSError):
                     unlink_inside(self.path.parent, self.path.name)
             os.close(self._fd)
@@ -254,17 +257,17 @@ class StatesFile:
         if place is None:
             return False
         length = self.form.row_bytes(len(out), self.hidden)
-        raw = bytearray(_ROW_BYTES + length)
+        raw = bytearray(_KEPT_ROW_BYTES + length)
         try:
             read = os.preadv(self._fd, [raw], place)
         except OSError as problem:
             raise self._changed(str(problem)) from problem
-        written, tokens, crc = _ROW.unpack(bytes(raw[: _ROW.size]))
-        data = memoryview(raw)[_ROW_BYTES:]
+        written, tokens, crc = _KEPT_ROW.unpack(bytes(raw[: _KEPT_ROW.size]))
+        data = memoryview(raw)[_KEPT_ROW_BYTES:]
         whole = read == len(raw) and (written, tokens) == (digest, len(out))
         if not whole or kernels.crc32(data) != crc:
             raise self._changed("their checksum does not fit")
-        self.form.unpack(torch.frombuffer(raw, dtype=torch.uint8)[_ROW_BYTES:], out)
+        self.form.unpack(torch.frombuffer(raw, dtype=torch.uint8)[_KEPT_ROW_BYTES:], out)
         return True
 
     def _changed(self, why: str) -> EdgezoError:

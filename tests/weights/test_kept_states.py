@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from edgezo.errors import EdgezoError
-from edgezo.weights.kept_states import FORMS, HEAD_BYTES, StatesFile, digest_of
+from edgezo.weights.kept_states import KEPT_HEAD_BYTES, STATE_FORMS, StatesFile, digest_of
 
 HIDDEN = 24
 ROWS = [tuple(range(k, k + 3 + k % 5)) for k in range(20)]  # tokens of each row
@@ -26,7 +26,7 @@ def states_of(row: tuple[int, ...]) -> Tensor:
 
 
 def opened(path: Path, form: str = "fp32", identity: str = "base") -> StatesFile:
-    file = StatesFile(path, HIDDEN, FORMS[form], identity)
+    file = StatesFile(path, HIDDEN, STATE_FORMS[form], identity)
     file.open()
     return file
 
@@ -47,7 +47,7 @@ def found(file: StatesFile, row: tuple[int, ...]) -> Tensor | None:
     return out if file.read(digest_of(row), out) else None
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", STATE_FORMS)
 def test_what_is_read_is_what_was_written(form: str, tmp_path: Path) -> None:
     file = opened(tmp_path / "states" / "some.states", form)
     file.append([digest_of(row) for row in ROWS], [states_of(row) for row in ROWS])
@@ -79,7 +79,7 @@ def test_a_flipped_bit_anywhere_is_noticed(written: Path) -> None:
         file = opened(written)
         lost = [row for row in ROWS if not file.holds(digest_of(row))]
         assert lost, f"byte {place}"
-        assert file.damaged or place < HEAD_BYTES
+        assert file.damaged or place < KEPT_HEAD_BYTES
         for row in ROWS:
             states = found(file, row)
             assert states is None or torch.equal(states, states_of(row))
