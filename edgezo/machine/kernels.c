@@ -241,6 +241,58 @@ void edgezo_thin_product(const void *x, const float *basis, float *out, int64_t 
         (bf16 ? few_bf16 : few_fp32)(from(x, at * d, bf16), basis, out + at * r, n - at < ROWS ? n - at : ROWS, d, r);
 }
 
+#define CACHED 64 /* rows of x that stay in the cache while their columns are summed */
+
+/* out (r, m) += left (n, r)^T @ x (n, m), in the columns from first to last; r is a multiple of FEW. */
+INLINE void sum_rows(const void *x, const float *left, float *out, int64_t n, int64_t m, int64_t r, int64_t first,
+                     int64_t last, int bf16) {
+    for (int64_t begin = 0; begin < n; begin += CACHED)
+        for (int64_t c = 0; c < r; c += FEW) {
+            int64_t end = begin + CACHED < n ? begin + CACHED : n, i = first;
+            for (; i + STRIP <= last; i += STRIP) {
+                vec sum[FEW][2];
+                for (int j = 0; j < FEW; j++) {
+                    sum[j][0] = load(out + (c + j) * m + i);
+                    sum[j][1] = load(out + (c + j) * m + i + LANES);
+                }
+                for (int64_t t = begin; t < end; t++) {
+                    vec one = get_vec(x, t * m + i, bf16), two = get_vec(x, t * m + i + LANES, bf16);
+                    for (int j = 0; j < FEW; j++) {
+                        sum[j][0] += left[t * r + c + j] * one;
+                        sum[j][1] += left[t * r + c + j] * two;
+                    }
+                }
+                for (int j = 0; j < FEW; j++) {
+                    put_vec(out, (c + j) * m + i, sum[j][0], 0);
+                    put_vec(out, (c + j) * m + i + LANES, sum[j][1], 0);
+                }
+            }
+            for (; i < last; i++)
+                for (int j = 0; j < FEW; j++)
+                    for (int64_t t = begin; t < end; t++)
+                        out[(c + j) * m + i] += left[t * r + c + j] * get(x, t * m + i, bf16);
+        }
+}
+
+CLONES void sum_bf16(const void *x, const float *left, float *out, int64_t n, int64_t m, int64_t r, int64_t first,
+                     int64_t last) {
+    sum_rows(x, left, out, n, m, r, first, last, 1);
+}
+
+CLONES void sum_fp32(const void *x, const float *left, float *out, int64_t n, int64_t m, int64_t r, int64_t first,
+                     int64_t last) {
+    sum_rows(x, left, out, n, m, r, first, last, 0);
+}
+
+/* out (r, m) += left (n, r)^T @ x (n, m); r is a multiple of FEW. Rows are added in their order, whatever the threads. */
+void edgezo_thin_sum(const void *x, const float *left, float *out, int64_t n, int64_t m, int64_t r, int bf16,
+                     int threads) {
+    int64_t width = ((m + threads - 1) / threads + STRIP - 1) / STRIP * STRIP;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t first = 0; first < m; first += width)
+        (bf16 ? sum_bf16 : sum_fp32)(x, left, out, n, m, r, first, first + width < m ? first + width : m);
+}
+
 INLINE float dot(const void *x, const void *y, int64_t d, int bf16) {
     vec sum = {0};
     float rest = 0;

@@ -24,7 +24,7 @@ from torch import Tensor
 from edgezo.machine.hardware import kernels_library
 
 _GRAIN = 1 << 15  # a second thread costs more than it saves for fewer elements than twice this
-_STRIP, _QUERIES = 32, 4  # STRIP and QUERIES of kernels.c
+_STRIP, _QUERIES, _FEW = 32, 4, 8  # STRIP, QUERIES and FEW of kernels.c
 LONGEST = 1024  # tokens of the longest row whose attention is computed here; torch works on longer ones in blocks
 
 
@@ -58,6 +58,7 @@ _SIGNATURES = {
     "attention": (_P, _P, _N, _P, _N, _I),
     "rotate": (_P, _P, _P, _N, _N, _N, _N, _I, _I),
     "thin_product": (_P, _P, _P, _N, _N, _N, _I, _I),
+    "thin_sum": (_P, _P, _P, _N, _N, _N, _I, _I),
     "dots_by_example": (_P, _P, _P, _P, _N, _N, _I, _I),
     "add_thin": (_P, _I, _I),
     "expand_int8": (_P, _P, _P, _N, _N, _I, _I),
@@ -247,14 +248,28 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 
 def thin_product(x: Tensor, basis: Tensor) -> Tensor | None:
-    """x (n, d) @ basis (r, d)^T as fp32, r small, both of one dtype; None where no kernel takes them."""
-    if not takes(x, basis):
+    """x (n, d) @ basis (r, d)^T as fp32, r small, basis in the dtype of x or fp32; None where no kernel takes them."""
+    if not takes(x) or not usable(basis) or basis.dtype not in (x.dtype, torch.float32):
         return None
     (n, d), r = x.shape, len(basis)
     basis, out = basis.float(), x.new_empty(n, r, dtype=torch.float32)
     pointers = (x.data_ptr(), basis.data_ptr(), out.data_ptr())
     _library().edgezo_thin_product(*pointers, n, d, r, _bf16(x), _threads(n * d))
     return out
+
+
+def thin_sum(left: Tensor, x: Tensor) -> Tensor | None:
+    """left (n, r)^T @ x (n, m) as fp32 (r, m), r small, left fp32; None where no kernel takes them."""
+    if not takes(x) or not usable(left) or left.dtype is not torch.float32:
+        return None
+    (n, m), r = x.shape, left.shape[1]
+    wide = -(-r // _FEW) * _FEW
+    if wide != r:
+        left = F.pad(left, (0, wide - r))
+    out = x.new_zeros(wide, m, dtype=torch.float32)
+    pointers = (x.data_ptr(), left.data_ptr(), out.data_ptr())
+    _library().edgezo_thin_sum(*pointers, n, m, wide, _bf16(x), _threads(n * m))
+    return out[:r]
 
 
 def dots_by_example(x: Tensor, cols: Tensor, example: Tensor) -> Tensor | None:

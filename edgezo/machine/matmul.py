@@ -87,6 +87,12 @@ def thin_product(x: Tensor, basis: Tensor) -> Tensor:
     return mm(x, basis.T) if product is None else product
 
 
+def thin_sum(left: Tensor, x: Tensor) -> Tensor:
+    """left (n, r)^T @ x (n, m), a sum over n tokens, as fp32 (r, m); left fp32, r small."""
+    total = kernels.thin_sum(left, x) if left.shape[1] <= THIN else None
+    return left.T @ x.float() if total is None else total
+
+
 def dots_by_example(
     x: Tensor, cols: Tensor, example: Tensor, mask: Tensor, side: Tensor
 ) -> Tensor | ByExample:

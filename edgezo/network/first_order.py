@@ -37,8 +37,9 @@ import torch
 from torch import Tensor, nn
 
 from edgezo.data.batches import Example, tokens_of
+from edgezo.machine import kernels
 from edgezo.machine.limits import tiles
-from edgezo.machine.matmul import addmm_, mm
+from edgezo.machine.matmul import addmm_, mm, thin_sum
 from edgezo.network.perturb import Context, Matrix, PerturbedLinear
 from edgezo.zo import noise
 from edgezo.zo.noise import Key
@@ -83,8 +84,8 @@ class _AdaptedProduct(torch.autograd.Function):
             mm(x, matrix.tile(tile).T, y[:, tile])
         if bias is not None:
             y.add_(bias)
-        u = mm(x.to(down.dtype), down.T)
-        _add_product(y, u.float(), up.T, scale)
+        u = _thin_product(x, down)
+        _add_product(y, u, up.T, scale)
         ctx.save_for_backward(x, u, down, up)
         ctx.scale, ctx.matrix = scale, matrix
         return y
@@ -93,23 +94,38 @@ class _AdaptedProduct(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, u, down, up = ctx.saved_tensors
         needs_dx, needs_d_down, needs_d_up = ctx.needs_input_grad[:3]
-        wide = dy.float()
-        du = (wide @ up).mul_(ctx.scale)
-        d_up = (wide.T @ u.float()).mul_(ctx.scale) if needs_d_up else None
-        del wide
-        d_down = du.T @ x.float() if needs_d_down else None
+        dy = dy.contiguous()
+        du = _thin_product(dy, up.T).mul_(ctx.scale)
+        d_up = thin_sum(u, dy).mul_(ctx.scale).T if needs_d_up else None
+        d_down = thin_sum(du, x) if needs_d_down else None
         dx = None
         if needs_dx:
-            rows, cols = ctx.matrix.layout.shape
-            dx = torch.zeros_like(x)
-            for tile in tiles(rows, cols, x.element_size()):
-                addmm_(dx, dy[:, tile], ctx.matrix.tile(tile))
-            _add_product(dx, du, down.float())
+            dx = _through(dy, ctx.matrix)
+            _add_product(dx, du, down)
         return dx, d_down, d_up, None, None, None
 
 
+def _through(dy: Tensor, matrix: Matrix) -> Tensor:
+    """dy (n, d_out) @ W, (n, d_in)."""
+    rows, cols = matrix.layout.shape
+    first, *others = tiles(rows, cols, dy.element_size())
+    dx = mm(dy if not others else dy[:, first], matrix.tile(first))
+    for tile in others:
+        addmm_(dx, dy[:, tile], matrix.tile(tile))
+    return dx
+
+
+def _thin_product(x: Tensor, basis: Tensor) -> Tensor:
+    """x (n, d) @ basis (r, d)^T in fp32, whatever the dtype of x."""
+    product = kernels.thin_product(x, basis.contiguous())
+    return x.float() @ basis.float().T if product is None else product
+
+
 def _add_product(y: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
-    """y += scale * a @ b, in fp32 and rounded once."""
+    """y (n, m) += scale * a (n, r) @ b (r, m), in fp32 and rounded once."""
+    b = b.float()
+    if kernels.add_thin(y, a, (b * scale).contiguous()):
+        return
     if y.dtype == a.dtype:
         y.addmm_(a, b, alpha=scale)
     else:

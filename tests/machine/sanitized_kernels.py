@@ -159,6 +159,13 @@ def thin_product(memory: Memory) -> Iterator[Arguments]:
 
 
 @kernel
+def thin_sum(memory: Memory) -> Iterator[Arguments]:
+    for (n, m, threads), r, bf16 in product(_shapes(), (8, 16), (0, 1)):
+        x, left, out = memory.array(n * m, _of(bf16)), memory.numbers(n * r), memory.numbers(r * m)
+        yield x, left, out, n, m, r, bf16, threads
+
+
+@kernel
 def dots_by_example(memory: Memory) -> Iterator[Arguments]:
     for (n, d, threads), bf16 in product(_shapes(), (0, 1)):
         example = memory.places([memory.random.randrange(3) for _ in range(n)])

@@ -266,6 +266,23 @@ def test_positions_turn_queries_in_place_by_one_rounding(dtype, threads):
 
 @with_library
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "n, m, r", [(700, 75, 8), (5, 7, 3), (133, 576, 21), (64, 32, 8), (1, 1, 1)]
+)
+def test_sums_over_tokens_are_exact_to_fp32(dtype, n, m, r, threads):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, m, generator=generator).to(dtype)
+    left = torch.randn(n, r, generator=generator)
+    total = kernels.thin_sum(left, x)
+    assert total is not None and total.shape == (r, m) and total.dtype is torch.float32
+    exact = left.double().T @ x.double()
+    torch.testing.assert_close(total.double(), exact, rtol=1e-5, atol=1e-4)
+    assert torch.equal(matmul.thin_sum(left, x), total)
+    assert kernels.thin_sum(left.double(), x) is None
+
+
+@with_library
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("n, d, m, k", [(700, 75, 96, 8), (5, 7, 5, 3), (33, 576, 100, 21)])
 def test_thin_products_are_rounded_once(dtype, n, d, m, k, threads):
     generator = torch.Generator().manual_seed(0)
