@@ -221,9 +221,12 @@ class Context:
 
     def buffer(self, name: str, rows: int, cols: int) -> Tensor:
         """A reused (rows, cols) tile of the compute dtype."""
-        memory = self.scratch.get(name)
-        if memory is None or memory.numel() < rows * cols:
-            memory = torch.empty(rows * cols, dtype=self.dtype, device=self.device)
+        size, memory = rows * cols, self.scratch.get(name)
+        if memory is None or memory.numel() < size:
+            if self.device.type == "cpu":
+                # Room for any tile, so that none leaves a hole: pages that nothing is written to take no memory.
+                size = max(size, TILE_BYTES // self.dtype.itemsize)
+            memory = torch.empty(size, dtype=self.dtype, device=self.device)
             self.scratch[name] = memory
         return memory[: rows * cols].view(rows, cols)
 

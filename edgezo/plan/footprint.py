@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from edgezo.machine.limits import (
     EVAL_TOKENS,
     GUARD_MARGIN_BYTES,
+    PANEL,
     PRODUCT_ROWS,
     REUSED_BYTES,
     THIN,
@@ -123,13 +124,25 @@ class Footprint(StoredFootprint):
     def _code(self, precision: str) -> list[Item]:
         """What the libraries take while weights are loaded, and from the first forward on."""
         loaded = LIBRARY_BYTES + (QUANTO_BYTES if precision in QUANTIZED else 0)
-        first = FIRST_STEP_BYTES + PANEL_BYTES * max(m.d_out for m in self.shape.kinds)
-        if self.compute_dtype(precision)[0] == "fp32":
-            first += FP32_STEP_BYTES
+        first = FIRST_STEP_BYTES
+        if columns := self.panel_columns(precision):
+            first += FP32_STEP_BYTES + PANEL_BYTES * min(columns, PANEL[1])
         return [
             Item("model code", loaded, "the model's modules, and what loading them touches"),
             Item("step code", first, "kernels that a step uses, and their packed panels", COMPUTE),
         ]
+
+    def panel_columns(self, precision: str) -> int:
+        """Columns of the widest product in fp32, whose packed block the matrix library keeps; 0: products are in bf16.
+
+        A backward pass takes the product with the transpose too.
+        """
+        if self.compute_dtype(precision)[0] != "fp32":
+            return 0
+        columns = [m.d_out for m in self.shape.kinds]
+        columns += [m.d_in for m in self.shape.kinds] if self.product_kinds > 1 else []
+        columns += [self.head_rows] if self.tokens.kind != "label" else []
+        return max(columns)
 
     def _compiled(self, precision: str, micro_batch: int) -> list[Item]:
         """What the matrix library compiles for the shapes of bf16 products, and keeps (machine/matmul.py)."""

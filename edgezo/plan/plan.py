@@ -50,6 +50,7 @@ class Plan:
     reused_tokens: int  # packed tokens of all sides whose temporaries stay in the heap
     most_tokens: int | None  # tokens of one side in a piece of a micro-batch; None: no pieces
     maps: bool  # there are batches whose temporaries are mapped one by one (`process_memory.Heap`)
+    panel_columns: int = 0  # of the widest fp32 product on a CPU; 0: products are in bf16
     blocks_in_host: int = 0  # the last blocks, where a GPU has no room for them
     host_bytes: int = 0  # what those blocks take of the RAM
     kept_tokens: int = 0  # tokens whose keys and values an evaluation keeps at once

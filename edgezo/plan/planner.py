@@ -158,6 +158,7 @@ def _described(choice: Choice) -> Plan:
         reused_tokens=footprint.reused_tokens(precision),
         most_tokens=footprint.most_tokens(precision),
         maps=footprint.maps(precision, option.micro_batch),
+        panel_columns=footprint.panel_columns(precision),
         blocks_in_host=away - on_disk,
         host_bytes=footprint.host_bytes(precision, away),
         kept_tokens=roomy.kept_tokens,

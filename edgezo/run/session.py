@@ -20,6 +20,7 @@ from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.foreign import clip
 from edgezo.machine.gpu_memory import Memory, open_memory
 from edgezo.machine.hardware import Machine, machine
+from edgezo.machine.matmul import keep_panel
 from edgezo.machine.process_memory import (
     Guard,
     Heap,
@@ -337,6 +338,8 @@ def load_model(planned: Planned, machine: Machine, overlay: Overlay | None = Non
     keep_cap(planned, memory, "Nothing was started")
     device = torch.device(plan.device)
     spec = _spec_of(planned, device, _medium_of(planned, device, overlay))
+    if plan.panel_columns:
+        keep_panel(plan.panel_columns)
     with memory.short("loading"):
         model = assemble(planned.opened.files, spec)
     malloc_trim()
