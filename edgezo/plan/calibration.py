@@ -4,6 +4,8 @@ An ``Item`` is a name, bytes and the reason. Items of one phase do not add up wi
 
     peak = sum(always) + max(sum(read), sum(load), sum(compute) + max(sum(forward), sum(update), sum(fit)))
 
+A reserve is memory that a cap must have above the peak, although a run is not expected to take it.
+
 A "calibrated" coefficient is set against a measured peak: VmHWM on a CPU, the allocator's reserved bytes on a GPU.
 Standard library only.
 """
@@ -23,6 +25,7 @@ BEFORE_COMPUTING = (
     "load",
 )  # phases without what the first computation brings, and what then stays
 COMPUTE = "compute"
+RESERVE = "reserve"
 
 # ---------------------------------------------------------------------------------------------
 # The process
@@ -36,7 +39,9 @@ BASE_VOCAB = 50_000
 SLACK_BYTES = 4 * MB
 # The model's modules and what loading touches, and quanto where it quantises. They come after the base process has been
 # measured (calibrated).
-LIBRARY_BYTES = 15 * MB
+LIBRARY_BYTES = 9 * MB
+ROTARY_BYTES = 4 * MB  # where positions are rotary
+BLOCK_CODE_BYTES = 90_000
 QUANTO_BYTES = 4 * MB
 # Code and buffers of the libraries that the first computation touches (calibrated).
 FIRST_STEP_BYTES = 9 * MB
@@ -93,6 +98,11 @@ QUERY_COPIES = 5
 # Keys and values, rotated, in rows, and the temporaries of the rotation.
 KEY_COPIES = 6
 # Share of what attention takes that stays in the heap beside the temporaries of the MLP (calibrated).
+ATTENTION_SHARE = 0.6
+# With C kernels: gate and up, and their product in the place of up. Elsewhere (a fused gate and up, a GELU) one more of
+# each of two.
+GATE_COPIES, UNGATED_COPIES = 2, 4
+# Share of the smaller temporaries, of attention or the MLP, that stays in the heap beside the larger (calibrated).
 HEAP_SHARE = 0.6
 # In pieces of fewer tokens too much of a forward would go into making fp32 of weights.
 LEAST_PIECE_TOKENS = 1024
@@ -144,7 +154,7 @@ class Item:
     name: str
     bytes: int
     reason: str
-    phase: str = "always"  # or COMPUTE, or one of PHASES
+    phase: str = "always"  # or COMPUTE, RESERVE, or one of PHASES
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "bytes": self.bytes, "reason": self.reason, "phase": self.phase}
@@ -157,4 +167,10 @@ def phase_bytes(items: Sequence[Item], phase: str) -> int:
 
 
 def peak_bytes(items: Sequence[Item]) -> int:
+    """The peak that is expected."""
     return max(phase_bytes(items, phase) for phase in PHASES)
+
+
+def needed_bytes(items: Sequence[Item]) -> int:
+    """The smallest cap that these items fit under."""
+    return peak_bytes(items) + sum(item.bytes for item in items if item.phase == RESERVE)

@@ -19,11 +19,14 @@ from edgezo.machine.limits import (
 from edgezo.plan.calibration import (
     ACTIVATIONS,
     ATTENDING_TOKENS,
+    ATTENTION_SHARE,
+    BLOCK_CODE_BYTES,
     CODES_UPDATE_TILES,
     COMPUTE,
     EVAL_KEPT_TOKENS,
     FIRST_STEP_BYTES,
     FP32_STEP_BYTES,
+    GATE_COPIES,
     HEAD_TEMPORARIES,
     HEAP_SHARE,
     HIDDEN_COPIES,
@@ -37,12 +40,17 @@ from edgezo.plan.calibration import (
     QUANTO_BYTES,
     QUERY_COPIES,
     REQUANTISE_TILES,
+    RESERVE,
+    ROTARY_BYTES,
     ROUNDED_UPDATE_TILES,
     SLACK_BYTES,
+    UNGATED_COPIES,
     UPDATE_HOLES,
     UPDATE_TILES,
     Item,
+    needed_bytes,
     peak_bytes,
+    phase_bytes,
 )
 from edgezo.plan.fields import LOSS, QUANTIZED
 from edgezo.plan.footprint_stored import StoredFootprint, rounding_of
@@ -64,8 +72,9 @@ class Footprint(StoredFootprint):
 
     product_kinds = 1  # products with a weight: 2 where a backward pass takes its transpose too
 
-    def peak_bytes(self, precision: str, micro_batch: int, on_disk: int = 0) -> int:
-        return peak_bytes(self.items(precision, micro_batch, on_disk))
+    def needed_bytes(self, precision: str, micro_batch: int, on_disk: int = 0) -> int:
+        """The smallest cap that this fits under."""
+        return needed_bytes(self.items(precision, micro_batch, on_disk))
 
     def first_order_bytes(self) -> int:
         """About the peak of first-order LoRA with stock peft and PyTorch: bf16 base, AdamW, the whole batch at once.
@@ -109,24 +118,42 @@ class Footprint(StoredFootprint):
             self._run(),
             *self._code(precision),
             *self._compiled(precision, micro_batch),
-            Item("guard margin", GUARD_MARGIN_BYTES, "kept free: nearer to the cap, a run stops"),
             Item("allocator slack", SLACK_BYTES, "freed small blocks that stay in the heap"),
             self._load(precision, on_disk),
             *self._forward(precision, micro_batch, compute_bytes),
             *self._holes(precision, micro_batch, compute_bytes),
-            self._update(precision, micro_batch, compute_bytes, on_disk),
+            self._update(precision, micro_batch, on_disk),
             *self._update_holes(precision),
             *self._head_step(),
             *(i for i in self._of_parts(compute_bytes) if i.phase != "always"),
         )
-        return (*items, *self._reading(items))
+        items = (*items, *self._reading(items))
+        return (*items, *self._reserves(items, precision, micro_batch, on_disk))
+
+    def _reserves(
+        self, items: tuple[Item, ...], precision: str, micro_batch: int, on_disk: int
+    ) -> list[Item]:
+        """What a cap must have above the peak of these items."""
+        reason = "kept free: nearer to the cap, a run stops"
+        reserves = [Item("guard margin", GUARD_MARGIN_BYTES, reason, RESERVE)]
+        if on_disk:
+            # Made again between the forwards of two blocks.
+            repaired = self._hidden_bytes(precision, micro_batch) + self._staged_bytes(precision)
+            more = phase_bytes(items, "always") + repaired - peak_bytes(items)
+            reason = "a block that is damaged on disk is made again from the base during a step"
+            reserves += [Item("repair", more, reason, RESERVE)] if more > 0 else []
+        return reserves
 
     def _code(self, precision: str) -> list[Item]:
         """What the libraries take while weights are loaded, and from the first forward on."""
-        loaded = LIBRARY_BYTES + (QUANTO_BYTES if precision in QUANTIZED else 0)
-        first = FIRST_STEP_BYTES
-        if columns := self.panel_columns(precision):
-            first += FP32_STEP_BYTES + PANEL_BYTES * min(columns, PANEL[1])
+        loaded = LIBRARY_BYTES + BLOCK_CODE_BYTES * self.shape.layers
+        loaded += 0 if self.shape.positions else ROTARY_BYTES
+        loaded += QUANTO_BYTES if precision in QUANTIZED else 0
+        # Where activations are bf16, what is trained is multiplied in fp32.
+        columns = self.panel_columns(precision) or max(m.d_out for m in self.shape.kinds)
+        first = FIRST_STEP_BYTES + PANEL_BYTES * min(columns, PANEL[1])
+        if self.compute_dtype(precision)[0] == "fp32":
+            first += FP32_STEP_BYTES
         return [
             Item("model code", loaded, "the model's modules, and what loading them touches"),
             Item("step code", first, "kernels that a step uses, and their packed panels", COMPUTE),
@@ -251,7 +278,8 @@ class Footprint(StoredFootprint):
         scored = min(sides * micro_batch * tokens.scored, n_tokens)
         logits, what = self._logits(scored, precision)
         # The blocks' temporaries are freed before scores are computed, which use their memory again.
-        scores = logits + 4 * (scored + 2 * n_tokens) * shape.hidden - items[0].bytes
+        states = (4 * scored + 2 * compute_bytes * n_tokens) * shape.hidden  # those scored in fp32
+        scores = logits + states - items[0].bytes
         reason = f"hidden states and logits of {scored:,} scored positions, {what}: more than a block takes"
         if scores > 0:
             items.append(Item("scores", scores, reason, "forward"))
@@ -354,17 +382,29 @@ class Footprint(StoredFootprint):
         return (shape.layers + 1) * (shape.qkv_width - shape.attention_width) * compute_bytes
 
     def _activations(self, n_tokens: int, compute_bytes: int) -> int:
-        """Bytes of one block's temporaries over ``n_tokens`` tokens, in the heap or, where they are large, mapped."""
-        size = self._temporaries(n_tokens, compute_bytes, in_heap=True)
-        if size <= REUSED_BYTES:
-            return size
-        return self._temporaries(n_tokens, compute_bytes, in_heap=False)
+        """Bytes of one block's temporaries over ``n_tokens`` tokens: while it attends, or while its MLP runs.
+
+        In the heap a share of the smaller of the two is still there beside the larger. Mapped temporaries leave nothing.
+        """
+        in_heap = self._temporaries(n_tokens, compute_bytes, in_heap=True) <= REUSED_BYTES
+        if not self.c_kernels:
+            return self._temporaries(n_tokens, compute_bytes, in_heap)
+        shape = self.shape
+        keys = (shape.qkv_width - shape.attention_width) // 2
+        # C kernels rotate queries and keys in place and attend to packed rows.
+        attending = (HIDDEN_COPIES - 1) * shape.hidden + 2 * shape.attention_width + 2 * keys
+        in_c = shape.gated and not shape.fused
+        copies = GATE_COPIES if in_c else UNGATED_COPIES
+        mlp = HIDDEN_COPIES * shape.hidden + copies * shape.intermediate
+        kept = HEAP_SHARE * min(attending, mlp) if in_heap else 0
+        width = max(attending, mlp) + int(kept) + 2 * shape.head_dim
+        return n_tokens * width * compute_bytes
 
     def _temporaries(self, n_tokens: int, compute_bytes: int, in_heap: bool) -> int:
         """Bytes of one block's temporaries: while it attends, or while its MLP runs.
 
-        In the heap, a share of what attention took is still there beside the MLP's temporaries. Those of C kernels are
-        counted as torch's: the heap's holes take what they save.
+        As torch computes them, without C kernels. This decides about the pieces of a micro-batch, and so about the bits of
+        losses: it stays as it is. In the heap, a share of what attention took is there beside the MLP's temporaries.
         """
         shape = self.shape
         keys = (shape.qkv_width - shape.attention_width) // 2
@@ -379,7 +419,7 @@ class Footprint(StoredFootprint):
             HIDDEN_COPIES * shape.hidden + MLP_COPIES[shape.gated] * shape.intermediate
         )
         rotary = 2 * shape.head_dim  # cosine and sine
-        kept = int(HEAP_SHARE * n_tokens * at_once) if in_heap else 0
+        kept = int(ATTENTION_SHARE * n_tokens * at_once) if in_heap else 0
         return (max(attending, mlp + kept) + n_tokens * rotary) * compute_bytes
 
     # -----------------------------------------------------------------------------------------
@@ -405,7 +445,7 @@ class Footprint(StoredFootprint):
         reason = "in the heap, between what updates and forwards take"
         return [Item("holes", size, reason, "forward")]
 
-    def _update(self, precision: str, micro_batch: int, compute_bytes: int, on_disk: int) -> Item:
+    def _update(self, precision: str, micro_batch: int, on_disk: int) -> Item:
         size = self._update_tiles(precision)
         reason = "weights, direction and change of one tile, in fp32"
         if rounding_of(self.cfg, precision)[0] == "anchored":
@@ -413,14 +453,16 @@ class Footprint(StoredFootprint):
             size = max(size, self._largest_base() + REQUANTISE_TILES * TILE_BYTES)
             reason += "; or a matrix of the base, and a tile that is replayed and quantised"
         if on_disk:
-            # A block is updated, or made again, between the forwards of two blocks.
-            n_tokens = self._tokens_at_once(precision, micro_batch)
-            hidden = HIDDEN_COPIES * n_tokens * self.shape.hidden * compute_bytes
-            size = hidden + max(size, self._staged_bytes(precision))
+            size += self._hidden_bytes(precision, micro_batch)
             reason += (
                 "; and the hidden states, since a block is updated when the forward comes to it"
             )
         return Item("update tiles", size, reason, "update")
+
+    def _hidden_bytes(self, precision: str, micro_batch: int) -> int:
+        """Hidden states between the forwards of two blocks."""
+        n_tokens = self._tokens_at_once(precision, micro_batch)
+        return HIDDEN_COPIES * n_tokens * self.shape.hidden * self.compute_bytes(precision)
 
     def _update_holes(self, precision: str) -> list[Item]:
         if not self.cfg.parts.weights:

@@ -110,7 +110,7 @@ class MixedFootprint(Footprint):
         tried = (max(most, longest), most, *(most * part // 16 for part in range(15, 0, -1)))
         for tokens in tried:
             footprint = replace(self, cfg=replace(self.cfg, short_tokens=tokens))
-            if footprint.peak_bytes(precision, micro_batch, on_disk) <= cap:
+            if footprint.needed_bytes(precision, micro_batch, on_disk) <= cap:
                 return footprint
         return replace(self, cfg=replace(self.cfg, short_tokens=0))
 

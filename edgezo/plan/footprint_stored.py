@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from edgezo.data.token_stats import TokenStats
 from edgezo.machine.limits import (
-    GUARD_MARGIN_BYTES,
     PAGE_BYTES,
     QUANTISE_BYTES,
     READOUT_BLOCKS,
@@ -77,6 +76,7 @@ class StoredFootprint:
     bf16_fast: bool
     c_kernels: bool
     base_bytes: int | None  # the process as measured; None: BASE_BYTES
+    source_bytes: int = 4  # of a weight as the checkpoint has it
     read_peak_bytes: int = 0  # its peak until then, as measured; 0: not known
 
     elsewhere: ClassVar[str] = "disk"  # where blocks are that do not stay in memory
@@ -139,7 +139,7 @@ class StoredFootprint:
 
     def _reading(self, items: Sequence[Item]) -> list[Item]:
         """What reading has taken more than the permanent ``items`` do, most of which came later."""
-        more = self.read_peak_bytes + GUARD_MARGIN_BYTES - phase_bytes(items, "read")
+        more = self.read_peak_bytes - phase_bytes(items, "read")
         if not self.read_peak_bytes or more <= 0:
             return []
         reason = "rows were read and tokenised before anything else: more than all that stays takes"
@@ -296,23 +296,25 @@ class StoredFootprint:
         return self._quantising(precision)
 
     def _quantising(self, precision: str) -> Item:
-        """A matrix in fp32 and a tile being quantised, less the weights that are read after it: largest come first."""
+        """A matrix of the base and a tile being quantised, less the weights that are read after it: largest come first."""
         largest_first = sorted(self.shape.modules, key=lambda m: -m.numel)
         size = later = 0
         for matrix in reversed(largest_first):
             tile = min(TILE_BYTES, QUANTISE_BYTES * matrix.numel)
-            size = max(size, 4 * matrix.numel + tile - later)
+            size = max(size, self.source_bytes * matrix.numel + tile - later)
             later += self.shape.layers * matrix.stored_bytes(precision)
         if not self.shape.tied:  # the head is read last, a tile at a time
             size = max(size - self.shape.tables[1].stored_bytes("int8"), TILE_BYTES)
-        reason = "one matrix in fp32 beside its codes, and a tile being quantised"
+        reason = "one matrix of the base beside its codes, and a tile being quantised"
         return Item("load staging", size, reason, "load")
 
     def _staged_bytes(self, precision: str) -> int:
         """One matrix as it is in the base, beside the form in which a block on disk has it."""
         largest = max(m.numel for m in self.shape.kinds)
-        if precision in QUANTIZED:  # in fp32 beside its codes, and a tile being quantised
-            return 5 * largest + min(TILE_BYTES, QUANTISE_BYTES * largest)
+        if precision in QUANTIZED:  # beside its codes, and a tile being quantised
+            codes_bytes = largest
+            tile_bytes = min(TILE_BYTES, QUANTISE_BYTES * largest)
+            return self.source_bytes * largest + codes_bytes + tile_bytes
         return largest * (BYTES_PER_WEIGHT[precision] + 1)
 
     def _largest_base(self) -> int:

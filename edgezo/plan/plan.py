@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgezo.errors import DoesNotFit
-from edgezo.plan.calibration import Item, peak_bytes, phase_bytes
+from edgezo.plan.calibration import Item, needed_bytes, peak_bytes, phase_bytes
 from edgezo.plan.config import RunConfig, Settled
 from edgezo.plan.request import as_estimator
 from edgezo.zo.presets import AUTO
@@ -70,7 +70,13 @@ class Plan:
 
     @property
     def planned_peak_bytes(self) -> int:
+        """The peak that is expected."""
         return peak_bytes(self.items)
+
+    @property
+    def needed_bytes(self) -> int:
+        """The smallest cap under which the run can be as planned: the peak and the reserves above it."""
+        return needed_bytes(self.items)
 
     def settle(self, cfg: RunConfig) -> Settled:
         """The request with everything decided that it leaves to the planner."""
@@ -97,8 +103,8 @@ DECIDED = (
 # Plain values in plan.json, in its order.
 IN_JSON = (
     *("model", "device", "max_mem_bytes", "planned_peak_bytes", "load_peak_bytes"),
-    *("smallest_bytes", "smallest_flags", "step_s", "residency", "blocks_on_disk", "disk_bytes"),
-    *("blocks_in_host", "host_bytes", "estimator", "short_tokens", "precision", "rounding"),
+    *("needed_bytes", "smallest_bytes", "smallest_flags", "step_s", "residency"),
+    *("blocks_on_disk", "disk_bytes", "blocks_in_host", "host_bytes", "estimator", "short_tokens", "precision", "rounding"),
     *("compute_dtype", "batch_size", "micro_batch", "most_tokens"),
 )
 

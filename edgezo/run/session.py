@@ -268,6 +268,7 @@ def settle(opened: Opened, machine: Machine, base_bytes: int, correction_bytes: 
         opened.dataset.token_stats(),
         base_bytes=base_bytes,
         read_peak_bytes=opened.read_peak_bytes,
+        source_bytes=opened.files.weight_bytes,
         correction_bytes=correction_bytes,
     )
     return Planned(opened, plan.settle(opened.cfg), plan)
@@ -278,7 +279,7 @@ def split_less(
 ) -> Planned | None:
     """The plan with a larger micro-batch, if the longest one took so little that there is room; else None.
 
-    ``peak_bytes`` is the measured peak over the longest micro-batch, with the guard's margin. A plan is corrected once,
+    ``peak_bytes`` is the measured peak over the longest micro-batch. A plan is corrected once,
     and only downwards: where memory allows less than planned, the guard halves the micro-batch.
     """
     before, opened = planned.plan, planned.opened
