@@ -39,14 +39,15 @@ BASE_VOCAB = 50_000
 SLACK_BYTES = 4 * MB
 # The model's modules and what loading touches, and quanto where it quantises. They come after the base process has been
 # measured (calibrated).
-LIBRARY_BYTES = 9 * MB
-ROTARY_BYTES = 4 * MB  # where positions are rotary
+LIBRARY_BYTES = 13 * MB
 BLOCK_CODE_BYTES = 90_000
-QUANTO_BYTES = 4 * MB
+QUANTO_BYTES = 5 * MB
 # Code and buffers of the libraries that the first computation touches (calibrated).
-FIRST_STEP_BYTES = 9 * MB
-# More of it where products are computed in fp32; the kernels of bf16 products are counted one by one (calibrated).
-FP32_STEP_BYTES = 5 * MB
+FIRST_STEP_BYTES = 8 * MB
+# More of it where products are computed in bf16, beside the kernels, which are counted one by one (calibrated).
+BF16_STEP_BYTES = 4 * MB
+# What each block's first step leaves (calibrated).
+BLOCK_STEP_BYTES = 190_000
 # The block that MKL packs for an fp32 product: 384 values for each column of the widest one (matmul.keep_panel).
 PANEL_BYTES = 1536
 # Code that the matrix library compiles for one shape of a bf16 product: 0.63 MB measured with AVX-512 BF16.
@@ -55,9 +56,10 @@ KERNEL_BYTES = 630_000
 ROW_ORDER_BYTES = 40  # of a training row: random orders of two epochs, and one that is being made
 RUN_BYTES = 2 * MB
 
-# What steps add after a first forward: kernels of other numbers of rows, holes in the heap. Three blocks of
-# SmolLM2-135M took 4 to 15 MB more after 25 steps than after 2.
+# What later steps add: holes in the heap, buffers for batches of other sizes. Three blocks of SmolLM2-135M took 4 to
+# 15 MB more after 25 steps than after 2.
 LATER_BYTES = 16 * MB
+LATER_STEPS = 25
 
 # ---------------------------------------------------------------------------------------------
 # Loading, updates and what is trained
@@ -104,6 +106,8 @@ ATTENTION_SHARE = 0.6
 GATE_COPIES, UNGATED_COPIES = 2, 4
 # Share of the smaller temporaries, of attention or the MLP, that stays in the heap beside the larger (calibrated).
 HEAP_SHARE = 0.6
+# Share of what scores take beyond a block's temporaries: the rest lies in what earlier work has freed (calibrated).
+SCORES_SHARE = 0.5
 # In pieces of fewer tokens too much of a forward would go into making fp32 of weights.
 LEAST_PIECE_TOKENS = 1024
 # Tokens of the padded groups that attend one after the other (network/packing.py).

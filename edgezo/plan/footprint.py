@@ -20,18 +20,21 @@ from edgezo.plan.calibration import (
     ACTIVATIONS,
     ATTENDING_TOKENS,
     ATTENTION_SHARE,
+    BF16_STEP_BYTES,
     BLOCK_CODE_BYTES,
+    BLOCK_STEP_BYTES,
     CODES_UPDATE_TILES,
     COMPUTE,
     EVAL_KEPT_TOKENS,
     FIRST_STEP_BYTES,
-    FP32_STEP_BYTES,
     GATE_COPIES,
     HEAD_TEMPORARIES,
     HEAP_SHARE,
     HIDDEN_COPIES,
     KERNEL_BYTES,
     KEY_COPIES,
+    LATER_BYTES,
+    LATER_STEPS,
     LEAST_PIECE_TOKENS,
     LIBRARY_BYTES,
     MLP_COPIES,
@@ -41,8 +44,8 @@ from edgezo.plan.calibration import (
     QUERY_COPIES,
     REQUANTISE_TILES,
     RESERVE,
-    ROTARY_BYTES,
     ROUNDED_UPDATE_TILES,
+    SCORES_SHARE,
     SLACK_BYTES,
     UNGATED_COPIES,
     UPDATE_HOLES,
@@ -118,6 +121,7 @@ class Footprint(StoredFootprint):
             self._run(),
             *self._code(precision),
             *self._compiled(precision, micro_batch),
+            self._later(),
             Item("allocator slack", SLACK_BYTES, "freed small blocks that stay in the heap"),
             self._load(precision, on_disk),
             *self._forward(precision, micro_batch, compute_bytes),
@@ -147,13 +151,10 @@ class Footprint(StoredFootprint):
     def _code(self, precision: str) -> list[Item]:
         """What the libraries take while weights are loaded, and from the first forward on."""
         loaded = LIBRARY_BYTES + BLOCK_CODE_BYTES * self.shape.layers
-        loaded += 0 if self.shape.positions else ROTARY_BYTES
         loaded += QUANTO_BYTES if precision in QUANTIZED else 0
-        # Where activations are bf16, what is trained is multiplied in fp32.
-        columns = self.panel_columns(precision) or max(m.d_out for m in self.shape.kinds)
-        first = FIRST_STEP_BYTES + PANEL_BYTES * min(columns, PANEL[1])
-        if self.compute_dtype(precision)[0] == "fp32":
-            first += FP32_STEP_BYTES
+        first = FIRST_STEP_BYTES + BLOCK_STEP_BYTES * self.shape.layers
+        columns = self.panel_columns(precision)
+        first += PANEL_BYTES * min(columns, PANEL[1]) if columns else BF16_STEP_BYTES
         return [
             Item("model code", loaded, "the model's modules, and what loading them touches"),
             Item("step code", first, "kernels that a step uses, and their packed panels", COMPUTE),
@@ -170,6 +171,13 @@ class Footprint(StoredFootprint):
         columns += [m.d_in for m in self.shape.kinds] if self.product_kinds > 1 else []
         columns += [self.head_rows] if self.tokens.kind != "label" else []
         return max(columns)
+
+    def _later(self) -> Item:
+        """What later steps take more than the first one."""
+        steps = self.cfg.steps or LATER_STEPS
+        size = int(LATER_BYTES * min(1.0, (steps - 1) / LATER_STEPS))
+        reason = f"holes in the heap, and buffers for batches of other sizes, after {steps:,} steps"
+        return Item("later steps", size, reason, COMPUTE)
 
     def _compiled(self, precision: str, micro_batch: int) -> list[Item]:
         """What the matrix library compiles for the shapes of bf16 products, and keeps (machine/matmul.py)."""
@@ -279,7 +287,7 @@ class Footprint(StoredFootprint):
         logits, what = self._logits(scored, precision)
         # The blocks' temporaries are freed before scores are computed, which use their memory again.
         states = (4 * scored + 2 * compute_bytes * n_tokens) * shape.hidden  # those scored in fp32
-        scores = logits + states - items[0].bytes
+        scores = int(SCORES_SHARE * (logits + states - items[0].bytes))
         reason = f"hidden states and logits of {scored:,} scored positions, {what}: more than a block takes"
         if scores > 0:
             items.append(Item("scores", scores, reason, "forward"))
@@ -312,7 +320,8 @@ class Footprint(StoredFootprint):
             return 0
         largest = max(m.d_out for m in shape.kinds) * cfg.rank
         if cfg.parts.weights:
-            largest = max(m.numel for m in (*shape.kinds, *shape.tables))
+            sizes = [m.numel for m in shape.kinds]
+            largest = max(*sizes, *(self._rows_in_use(t) * t.d_in for t in shape.tables))
         copies = 3 + (2 if MASKS[cfg.mask].dense else 0) + (3 if cfg.directions == "centred" else 0)
         # Tiles of the forward are cut in the compute dtype: in fp32 they are up to twice as large.
         return copies * min(2 * TILE_BYTES, 4 * largest)
@@ -499,9 +508,15 @@ class Footprint(StoredFootprint):
         return 4 * max(sizes)
 
     def _moved_rows(self, table: MatrixShape) -> int:
-        """Rows of a table that one update may move: with label words those that its examples use, and the words'."""
-        tokens, cfg = self.tokens, self.cfg
-        if tokens.kind != "label" or RULES[cfg.rule].state or MASKS[cfg.mask].state:
+        """Rows of a table that one update may move."""
+        if RULES[self.cfg.rule].state or MASKS[self.cfg.mask].state:
             return table.d_out
-        used = tokens.longest(cfg.batch_size) + tokens.label_words
+        return self._rows_in_use(table)
+
+    def _rows_in_use(self, table: MatrixShape) -> int:
+        """Rows of a table that a step uses: with label words those of its examples, and the words'."""
+        tokens = self.tokens
+        if tokens.kind != "label":
+            return table.d_out
+        used = tokens.longest(self.cfg.batch_size) + tokens.label_words
         return min(table.d_out, used)
