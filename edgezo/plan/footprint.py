@@ -9,7 +9,6 @@ from functools import cached_property, partial
 from edgezo.machine.limits import (
     EVAL_TOKENS,
     GUARD_MARGIN_BYTES,
-    PANEL,
     PRODUCT_ROWS,
     REUSED_BYTES,
     THIN,
@@ -20,27 +19,18 @@ from edgezo.plan.calibration import (
     ACTIVATIONS,
     ATTENDING_TOKENS,
     ATTENTION_SHARE,
-    BF16_STEP_BYTES,
-    BLOCK_CODE_BYTES,
-    BLOCK_STEP_BYTES,
     CODES_UPDATE_TILES,
     COMPUTE,
     EVAL_KEPT_TOKENS,
-    FIRST_STEP_BYTES,
     GATE_COPIES,
     HEAD_TEMPORARIES,
     HEAP_SHARE,
     HIDDEN_COPIES,
     KERNEL_BYTES,
     KEY_COPIES,
-    LATER_BYTES,
-    LATER_STEPS,
     LEAST_PIECE_TOKENS,
-    LIBRARY_BYTES,
     MLP_COPIES,
     MOST_KEPT_TOKENS,
-    PANEL_BYTES,
-    QUANTO_BYTES,
     QUERY_COPIES,
     REQUANTISE_TILES,
     RESERVE,
@@ -55,7 +45,7 @@ from edgezo.plan.calibration import (
     peak_bytes,
     phase_bytes,
 )
-from edgezo.plan.fields import LOSS, QUANTIZED
+from edgezo.plan.fields import LOSS
 from edgezo.plan.footprint_stored import StoredFootprint, rounding_of
 from edgezo.plan.shapes import BYTES_PER_WEIGHT, MatrixShape
 from edgezo.zo.presets import DIRECTIONS, MASKS, RULES
@@ -72,8 +62,6 @@ class Footprint(StoredFootprint):
 
     correction_bytes: int = 0  # added to a forward, as measured
     kept_tokens: int = EVAL_KEPT_TOKENS  # tokens whose keys and values an evaluation keeps
-
-    product_kinds = 1  # products with a weight: 2 where a backward pass takes its transpose too
 
     def needed_bytes(self, precision: str, micro_batch: int, on_disk: int = 0) -> int:
         """The smallest cap that this fits under."""
@@ -147,37 +135,6 @@ class Footprint(StoredFootprint):
             reason = "a block that is damaged on disk is made again from the base during a step"
             reserves += [Item("repair", more, reason, RESERVE)] if more > 0 else []
         return reserves
-
-    def _code(self, precision: str) -> list[Item]:
-        """What the libraries take while weights are loaded, and from the first forward on."""
-        loaded = LIBRARY_BYTES + BLOCK_CODE_BYTES * self.shape.layers
-        loaded += QUANTO_BYTES if precision in QUANTIZED else 0
-        first = FIRST_STEP_BYTES + BLOCK_STEP_BYTES * self.shape.layers
-        columns = self.panel_columns(precision)
-        first += PANEL_BYTES * min(columns, PANEL[1]) if columns else BF16_STEP_BYTES
-        return [
-            Item("model code", loaded, "the model's modules, and what loading them touches"),
-            Item("step code", first, "kernels that a step uses, and their packed panels", COMPUTE),
-        ]
-
-    def panel_columns(self, precision: str) -> int:
-        """Columns of the widest product in fp32, whose packed block the matrix library keeps; 0: products are in bf16.
-
-        A backward pass takes the product with the transpose too.
-        """
-        if self.compute_dtype(precision)[0] != "fp32":
-            return 0
-        columns = [m.d_out for m in self.shape.kinds]
-        columns += [m.d_in for m in self.shape.kinds] if self.product_kinds > 1 else []
-        columns += [self.head_rows] if self.tokens.kind != "label" else []
-        return max(columns)
-
-    def _later(self) -> Item:
-        """What later steps take more than the first one."""
-        steps = self.cfg.steps or LATER_STEPS
-        size = int(LATER_BYTES * min(1.0, (steps - 1) / LATER_STEPS))
-        reason = f"holes in the heap, and buffers for batches of other sizes, after {steps:,} steps"
-        return Item("later steps", size, reason, COMPUTE)
 
     def _compiled(self, precision: str, micro_batch: int) -> list[Item]:
         """What the matrix library compiles for the shapes of bf16 products, and keeps (machine/matmul.py)."""
@@ -393,7 +350,7 @@ class Footprint(StoredFootprint):
     def _activations(self, n_tokens: int, compute_bytes: int) -> int:
         """Bytes of one block's temporaries over ``n_tokens`` tokens: while it attends, or while its MLP runs.
 
-        In the heap a share of the smaller of the two is still there beside the larger. Mapped temporaries leave nothing.
+        In the heap a share of the smaller of the two is still there beside the larger. Mapped ones leave nothing.
         """
         in_heap = self._temporaries(n_tokens, compute_bytes, in_heap=True) <= REUSED_BYTES
         if not self.c_kernels:
@@ -412,8 +369,8 @@ class Footprint(StoredFootprint):
     def _temporaries(self, n_tokens: int, compute_bytes: int, in_heap: bool) -> int:
         """Bytes of one block's temporaries: while it attends, or while its MLP runs.
 
-        As torch computes them, without C kernels. This decides about the pieces of a micro-batch, and so about the bits of
-        losses: it stays as it is. In the heap, a share of what attention took is there beside the MLP's temporaries.
+        As torch computes them, without C kernels. This decides about the pieces of a micro-batch, and so about the bits
+        of losses: it stays as it is. In the heap, a share of what attention took is there beside the MLP's temporaries.
         """
         shape = self.shape
         keys = (shape.qkv_width - shape.attention_width) // 2

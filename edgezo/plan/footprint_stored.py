@@ -9,6 +9,7 @@ from typing import ClassVar
 from edgezo.data.token_stats import TokenStats
 from edgezo.machine.limits import (
     PAGE_BYTES,
+    PANEL,
     QUANTISE_BYTES,
     READOUT_BLOCKS,
     SLOTS,
@@ -20,10 +21,20 @@ from edgezo.plan.calibration import (
     ADAPTER_COPIES,
     BASE_BYTES,
     BASE_VOCAB,
+    BF16_STEP_BYTES,
+    BLOCK_CODE_BYTES,
+    BLOCK_STEP_BYTES,
+    COMPUTE,
+    FIRST_STEP_BYTES,
     FIT_COPIES,
     GRAM_COPIES,
     HEAD_COPIES,
+    LATER_BYTES,
+    LATER_STEPS,
+    LIBRARY_BYTES,
     NETWORK,
+    PANEL_BYTES,
+    QUANTO_BYTES,
     READ_PIECE_BYTES,
     ROW_ORDER_BYTES,
     RUN_BYTES,
@@ -79,6 +90,7 @@ class StoredFootprint:
     source_bytes: int = 4  # of a weight as the checkpoint has it
     read_peak_bytes: int = 0  # its peak until then, as measured; 0: not known
 
+    product_kinds = 1  # products with a weight: 2 where a backward pass takes its transpose too
     elsewhere: ClassVar[str] = "disk"  # where blocks are that do not stay in memory
 
     def compute_dtype(self, precision: str) -> tuple[str, str]:
@@ -144,6 +156,37 @@ class StoredFootprint:
             return []
         reason = "rows were read and tokenised before anything else: more than all that stays takes"
         return [Item("reading", more, reason, "read")]
+
+    def _code(self, precision: str) -> list[Item]:
+        """What the libraries take while weights are loaded, and from the first forward on."""
+        loaded = LIBRARY_BYTES + BLOCK_CODE_BYTES * self.shape.layers
+        loaded += QUANTO_BYTES if precision in QUANTIZED else 0
+        first = FIRST_STEP_BYTES + BLOCK_STEP_BYTES * self.shape.layers
+        columns = self.panel_columns(precision)
+        first += PANEL_BYTES * min(columns, PANEL[1]) if columns else BF16_STEP_BYTES
+        return [
+            Item("model code", loaded, "the model's modules, and what loading them touches"),
+            Item("step code", first, "kernels that a step uses, and their packed panels", COMPUTE),
+        ]
+
+    def panel_columns(self, precision: str) -> int:
+        """Columns of the widest product in fp32, whose packed block the matrix library keeps; 0: products are in bf16.
+
+        A backward pass takes the product with the transpose too.
+        """
+        if self.compute_dtype(precision)[0] != "fp32":
+            return 0
+        columns = [m.d_out for m in self.shape.kinds]
+        columns += [m.d_in for m in self.shape.kinds] if self.product_kinds > 1 else []
+        columns += [self.head_rows] if self.tokens.kind != "label" else []
+        return max(columns)
+
+    def _later(self) -> Item:
+        """What later steps take more than the first one."""
+        steps = self.cfg.steps or LATER_STEPS
+        size = int(LATER_BYTES * min(1.0, (steps - 1) / LATER_STEPS))
+        reason = f"holes in the heap, and buffers for batches of other sizes, after {steps:,} steps"
+        return Item("later steps", size, reason, COMPUTE)
 
     def _weights(self, precision: str, on_disk: int) -> list[Item]:
         shape = self.shape
@@ -296,7 +339,7 @@ class StoredFootprint:
         return self._quantising(precision)
 
     def _quantising(self, precision: str) -> Item:
-        """A matrix of the base and a tile being quantised, less the weights that are read after it: largest come first."""
+        """A matrix of the base and a tile being quantised, less the weights read after it: the largest come first."""
         largest_first = sorted(self.shape.modules, key=lambda m: -m.numel)
         size = later = 0
         for matrix in reversed(largest_first):

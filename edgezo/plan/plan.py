@@ -104,8 +104,9 @@ DECIDED = (
 IN_JSON = (
     *("model", "device", "max_mem_bytes", "planned_peak_bytes", "load_peak_bytes"),
     *("needed_bytes", "smallest_bytes", "smallest_flags", "step_s", "residency"),
-    *("blocks_on_disk", "disk_bytes", "blocks_in_host", "host_bytes", "estimator", "short_tokens", "precision", "rounding"),
-    *("compute_dtype", "batch_size", "micro_batch", "most_tokens"),
+    *("blocks_on_disk", "disk_bytes", "blocks_in_host", "host_bytes", "estimator"),
+    *("short_tokens", "precision", "rounding", "compute_dtype"),
+    *("batch_size", "micro_batch", "most_tokens"),
 )
 
 
