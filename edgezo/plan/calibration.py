@@ -18,7 +18,7 @@ from typing import Any
 
 from edgezo.machine.limits import MB
 
-ACTIVATIONS = "activations"  # the item's name
+ACTIVATIONS, EXPANDED = "activations", "expanded weights"  # names of items
 PHASES = ("read", "load", "forward", "update", "fit")
 BEFORE_COMPUTING = (
     "read",

@@ -22,6 +22,7 @@ from edgezo.plan.calibration import (
     CODES_UPDATE_TILES,
     COMPUTE,
     EVAL_KEPT_TOKENS,
+    EXPANDED,
     GATE_COPIES,
     HEAD_TEMPORARIES,
     HEAP_SHARE,
@@ -290,7 +291,7 @@ class Footprint(StoredFootprint):
         largest = max(m.numel for m in self.shape.kinds) * compute_bytes
         compute = self.compute_dtype(precision)[0]
         reason = f"{precision} weights become {compute} a tile at a time"
-        return [Item("expanded weights", self._expanded_bytes(largest), reason, "forward")]
+        return [Item(EXPANDED, self._expanded_bytes(largest), reason, "forward")]
 
     def _expanded_bytes(self, largest: int) -> int:
         """What is taken to expand a matrix of ``largest`` bytes."""

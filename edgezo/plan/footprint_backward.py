@@ -13,6 +13,7 @@ from edgezo.plan.calibration import (
     ACTIVATIONS,
     ADAPTER_COPIES,
     BACKWARD_BYTES,
+    EXPANDED,
     HIDDEN_KEPT,
     KEYS_KEPT,
     LEAST_BACKWARD_TOKENS,
@@ -136,7 +137,7 @@ class MixedFootprint(Footprint):
         short = self.cfg.short_tokens or 0
         lengths = [n for n in self.tokens.tokens if n <= short]
         n_tokens = min(short, sum(lengths[:micro_batch])) if self.tokens.known else short
-        shared = ("expanded weights", "correction")
+        shared = (EXPANDED, "correction")
         perturbed = sum(i.bytes for i in items if i.name not in shared)
         more = self._backward(n_tokens, precision) - perturbed
         if more > 0:

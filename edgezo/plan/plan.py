@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgezo.errors import DoesNotFit
-from edgezo.plan.calibration import Item, needed_bytes, peak_bytes, phase_bytes
+from edgezo.plan.calibration import EXPANDED, Item, needed_bytes, peak_bytes, phase_bytes
 from edgezo.plan.config import RunConfig, Settled
 from edgezo.plan.request import as_estimator
 from edgezo.zo.presets import AUTO
@@ -63,6 +63,11 @@ class Plan:
     def phase_bytes(self, phase: str) -> int:
         """What a run takes while ``phase`` (load, forward, update or fit) lasts."""
         return phase_bytes(self.items, phase)
+
+    @property
+    def tile_bytes(self) -> int:
+        """The largest tile of weights in the compute dtype; 0 where they are stored in it."""
+        return sum(item.bytes for item in self.items if item.name == EXPANDED)
 
     @property
     def load_peak_bytes(self) -> int:

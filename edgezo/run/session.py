@@ -22,6 +22,7 @@ from edgezo.machine.gpu_memory import Memory, open_memory
 from edgezo.machine.hardware import Machine, machine
 from edgezo.machine.matmul import keep_panel
 from edgezo.machine.process_memory import (
+    MAPPED_BYTES,
     Guard,
     Heap,
     ReadingGuard,
@@ -346,6 +347,8 @@ def load_model(planned: Planned, machine: Machine, overlay: Overlay | None = Non
     malloc_trim()
     model.most_tokens, model.kept_tokens = plan.most_tokens, plan.kept_tokens
     if device.type == "cpu":
+        allocator_reuse(MAPPED_BYTES)
+        model.context.keep_tile(plan.tile_bytes)
         model.heap = Heap(plan.reused_tokens, plan.maps)
     else:
         allocator_reuse()  # the RAM is not what is short

@@ -21,7 +21,7 @@ from edgezo.machine import matmul
 from edgezo.machine.limits import PRODUCT_ROWS, TILE_BYTES
 from edgezo.machine.matmul import addmm_, along, mm, pieces
 from edgezo.network.generate import generate
-from edgezo.network.perturb import Context
+from edgezo.network.perturb import EXPANDED, Context
 from edgezo.weights.saved import load_trained
 
 
@@ -208,9 +208,7 @@ def test_writing_multiplies_few_shapes_however_many_rows_there_are(
 def test_the_memory_of_a_tile_has_room_for_any_other():
     """A larger tile that comes later lies in the same memory, so that a smaller one leaves no hole."""
     context = Context(torch.bfloat16)
-    small = context.buffer("expand", 4, 8)
-    large = context.buffer("expand", 1024, TILE_BYTES // 2048)
-    assert small.data_ptr() == large.data_ptr()
-    assert large.nbytes == TILE_BYTES
-    wider = context.buffer("expand", 1, TILE_BYTES)  # a row is never split
-    assert wider.shape == (1, TILE_BYTES)
+    context.keep_tile(TILE_BYTES)
+    small = context.buffer(EXPANDED, 4, 8)
+    large = context.buffer(EXPANDED, 1024, TILE_BYTES // 2048)
+    assert small.data_ptr() == large.data_ptr() and large.nbytes == TILE_BYTES
