@@ -46,6 +46,8 @@ QUANTO_BYTES = 5 * MB
 FIRST_STEP_BYTES = 8 * MB
 # More of it where products are computed in bf16, beside the kernels, which are counted one by one (calibrated).
 BF16_STEP_BYTES = 4 * MB
+# Of each direction that a whole batch is tried along (calibrated).
+CANDIDATE_BYTES = 1_200_000
 # What each block's first step leaves (calibrated).
 BLOCK_STEP_BYTES = 190_000
 # The block that MKL packs for an fp32 product: 384 values for each column of the widest one (matmul.keep_panel).

@@ -24,6 +24,7 @@ from edgezo.plan.calibration import (
     BF16_STEP_BYTES,
     BLOCK_CODE_BYTES,
     BLOCK_STEP_BYTES,
+    CANDIDATE_BYTES,
     COMPUTE,
     FIRST_STEP_BYTES,
     FIT_COPIES,
@@ -164,6 +165,8 @@ class StoredFootprint:
         first = FIRST_STEP_BYTES + BLOCK_STEP_BYTES * self.shape.layers
         columns = self.panel_columns(precision)
         first += PANEL_BYTES * min(columns, PANEL[1]) if columns else BF16_STEP_BYTES
+        if self.cfg.credit == "candidates":
+            first += CANDIDATE_BYTES * self.cfg.candidates
         return [
             Item("model code", loaded, "the model's modules, and what loading them touches"),
             Item("step code", first, "kernels that a step uses, and their packed panels", COMPUTE),
