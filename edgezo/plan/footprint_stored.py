@@ -241,15 +241,13 @@ class StoredFootprint:
         reason = f"the tables are on disk: a checksum for each of {rows:,} rows, and rows in use"
         # With label words the rows in use are the hidden states, or counted with the tiles of an update.
         in_use = 0
-        if (
-            self.tokens.kind != "label"
-        ):  # those that scores are computed of; or a tile that an update moves
+        if self.tokens.kind != "label":
+            # Rows that scores are computed of; or a tile that an update moves.
             head = MatrixShape("rows of the head", self.head_rows, shape.embed_width)
-            in_use = (
-                TILE_BYTES
-                if self.cfg.parts.weights
-                else self.stored_bytes((head,), _table_precision(precision))
-            )
+            as_read = self.stored_bytes((head,), _table_precision(precision))
+            # As they are read, and in the compute dtype.
+            computed = self.compute_bytes(precision) * head.numel
+            in_use = TILE_BYTES if self.cfg.parts.weights else as_read + computed
         items.append(Item("embedding", 8 * rows + in_use, reason))
         return items
 

@@ -38,7 +38,7 @@ from edgezo.network.loader import ModelFiles
 from edgezo.network.model import Model
 from edgezo.network.rotary import longrope_switch
 from edgezo.plan.budget import budget, choose_device, default_budget, mb
-from edgezo.plan.calibration import LATER_BYTES
+from edgezo.plan.calibration import UNSEEN_BYTES
 from edgezo.plan.config import RunConfig, Settled
 from edgezo.plan.fields import LOSS
 from edgezo.plan.plan import Plan, PlanDoesNotFit
@@ -288,7 +288,7 @@ def split_less(
     free = replace(opened, cfg=planned.cfg.reopened(micro_batch=None))
     with suppress(PlanDoesNotFit):
         # The first forward is not the largest that there will be.
-        correction_bytes = min(0, peak_bytes + LATER_BYTES - planned_bytes)
+        correction_bytes = min(0, peak_bytes + UNSEEN_BYTES - planned_bytes)
         again = settle(free, machine, base_bytes, correction_bytes)
         larger = again.plan.micro_batch > before.micro_batch
         if larger and again.plan.blocks_on_disk == before.blocks_on_disk:

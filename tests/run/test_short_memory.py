@@ -17,7 +17,7 @@ from edgezo.errors import BudgetExceeded, EdgezoError
 from edgezo.machine import process_memory
 from edgezo.machine.hardware import machine
 from edgezo.machine.limits import GUARD_MARGIN_BYTES
-from edgezo.plan.calibration import LATER_BYTES
+from edgezo.plan.calibration import UNSEEN_BYTES
 from edgezo.plan.plan import PlanDoesNotFit
 from edgezo.plan.request import from_toml, make_config
 from edgezo.run import session, short_memory
@@ -199,8 +199,8 @@ def test_a_plan_is_corrected_by_what_the_longest_batch_took(bench, tmp_path):
     assert split_less(planned, machine(), BASE_BYTES, as_planned) is None
     assert split_less(planned, machine(), BASE_BYTES, as_planned + 10**7) is None
     # Later steps take more than the first forward did.
-    assert split_less(planned, machine(), BASE_BYTES, as_planned - LATER_BYTES) is None
-    less = split_less(planned, machine(), BASE_BYTES, as_planned - LATER_BYTES - 10**7)
+    assert split_less(planned, machine(), BASE_BYTES, as_planned - UNSEEN_BYTES) is None
+    less = split_less(planned, machine(), BASE_BYTES, as_planned - UNSEEN_BYTES - 10**7)
     assert less is not None and less.plan.micro_batch == 128 == less.cfg.micro_batch
     assert less.plan.needed_bytes <= less.plan.max_mem_bytes == planned.plan.max_mem_bytes
     items = {item.name: item.bytes for item in less.plan.items}
