@@ -22,7 +22,6 @@ from edgezo.plan.calibration import (
     BASE_BYTES,
     BASE_VOCAB,
     BF16_STEP_BYTES,
-    BLOCK_CODE_BYTES,
     BLOCK_STEP_BYTES,
     CANDIDATE_BYTES,
     COMPUTE,
@@ -160,16 +159,16 @@ class StoredFootprint:
 
     def _code(self, precision: str) -> list[Item]:
         """What the libraries take while weights are loaded, and from the first forward on."""
-        loaded = LIBRARY_BYTES + BLOCK_CODE_BYTES * self.shape.layers
+        columns = self.panel_columns(precision)
+        loaded = LIBRARY_BYTES + PANEL_BYTES * min(columns, PANEL[1])
         loaded += QUANTO_BYTES if precision in QUANTIZED else 0
         first = FIRST_STEP_BYTES + BLOCK_STEP_BYTES * self.shape.layers
-        columns = self.panel_columns(precision)
-        first += PANEL_BYTES * min(columns, PANEL[1]) if columns else BF16_STEP_BYTES
+        first += 0 if columns else BF16_STEP_BYTES
         if self.cfg.credit == "candidates":
             first += CANDIDATE_BYTES * self.cfg.candidates
         return [
-            Item("model code", loaded, "the model's modules, and what loading them touches"),
-            Item("step code", first, "kernels that a step uses, and their packed panels", COMPUTE),
+            Item("model code", loaded, "the model's modules, what loading them touches, packed panels"),
+            Item("step code", first, "kernels and buffers that the first step uses", COMPUTE),
         ]
 
     def panel_columns(self, precision: str) -> int:
