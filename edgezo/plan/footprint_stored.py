@@ -167,7 +167,11 @@ class StoredFootprint:
         if self.cfg.credit == "candidates":
             first += CANDIDATE_BYTES * self.cfg.candidates
         return [
-            Item("model code", loaded, "the model's modules, what loading them touches, packed panels"),
+            Item(
+                "model code",
+                loaded,
+                "the model's modules, what loading them touches, packed panels",
+            ),
             Item("step code", first, "kernels and buffers that the first step uses", COMPUTE),
         ]
 
