@@ -402,11 +402,11 @@ class Footprint(StoredFootprint):
     def _holes(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
         """Holes that tiles of full weights leave in the heap, which are cut otherwise than temporaries (calibrated).
 
-        About one run in five has them. Mapped temporaries leave none.
+        About one run in five has them, and one of those whose temporaries are mapped.
         """
         n_tokens = self._tokens_at_once(precision, micro_batch)
         temporaries = self._activations(n_tokens, compute_bytes)
-        if not self.cfg.parts.weights or self.maps(precision, micro_batch):
+        if not self.cfg.parts.weights:
             return []
         size = min(self._update_tiles(precision), temporaries)
         reason = "in the heap, between what updates and forwards take"
