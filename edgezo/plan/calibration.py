@@ -42,7 +42,7 @@ SLACK_BYTES = 4 * MB
 LIBRARY_BYTES = 7 * MB
 QUANTO_BYTES = 5 * MB
 # Code and buffers of the libraries that the first computation touches (calibrated).
-FIRST_STEP_BYTES = 13 * MB
+FIRST_STEP_BYTES = 15 * MB
 # More of it where products are computed in bf16, beside the kernels, which are counted one by one (calibrated).
 BF16_STEP_BYTES = 4 * MB
 # Of each direction that a whole batch is tried along (calibrated).
@@ -108,7 +108,7 @@ ATTENTION_SHARE = 0.6
 # each of two.
 GATE_COPIES, UNGATED_COPIES = 2, 4
 # Share of the smaller temporaries, of attention or the MLP, that stays in the heap beside the larger (calibrated).
-HEAP_SHARE = 0.6
+HEAP_SHARE = 1.0
 # Share of what scores take beyond a block's temporaries: the rest lies in what earlier work has freed (calibrated).
 SCORES_SHARE = 0.5
 # In pieces of fewer tokens too much of a forward would go into making fp32 of weights.
