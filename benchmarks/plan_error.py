@@ -232,6 +232,7 @@ def planned_again(options: dict[str, str], line: dict[str, Any]) -> int:
         opened.dataset.token_stats(),
         base_bytes=line["base_rss_bytes"],
         read_peak_bytes=line["base_peak_rss_bytes"],
+        source_bytes=opened.files.weight_bytes,
     )
     return plan.planned_peak_bytes
 

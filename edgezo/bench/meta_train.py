@@ -436,7 +436,7 @@ def _with_room(opened: Opened, max_mem_bytes: int | None) -> Planned:
     weights = sum(m.numel for m in (*shape.matrices, *shape.tables)) + shape.vector_elements
     # The module and its gradient; of what is trained momentum and start, which are small for factors.
     copies = 4 if planned.cfg.parts.weights else 2
-    needed_bytes = planned.plan.planned_peak_bytes + 4 * copies * weights
+    needed_bytes = planned.plan.needed_bytes + 4 * copies * weights
     cap_bytes, why = max_mem_bytes, "--max-mem"
     if cap_bytes is None:
         cap_bytes, why = default_budget(host)

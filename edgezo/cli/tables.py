@@ -13,6 +13,7 @@ from rich.text import Text
 
 from edgezo.machine.files import to_json
 from edgezo.machine.hardware import format_bytes
+from edgezo.plan.calibration import RESERVE
 from edgezo.run.progress import _has, peaks_line
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def plan_table(plan: Plan, largest: Plan | None = None) -> RenderableType:
-    """Planned memory item by item, the peak, the decisions with their reasons, and what is trained and frozen.
+    """Planned memory item by item, its peak and reserves, decisions with their reasons, what is trained and frozen.
 
     ``largest`` is the plan of the largest model with a card that fits the same budget.
     """
@@ -36,8 +37,10 @@ def plan_table(plan: Plan, largest: Plan | None = None) -> RenderableType:
     items.add_column("size", justify="right", no_wrap=True)
     items.add_column("when", no_wrap=True)
     items.add_column("why", style="dim")
+    reserves = [item for item in plan.items if item.phase == RESERVE]
     for item in plan.items:
-        items.add_row(item.name, format_bytes(item.bytes), item.phase, item.reason)
+        if item not in reserves:
+            items.add_row(item.name, format_bytes(item.bytes), item.phase, item.reason)
     items.add_section()
     items.add_row(
         "peak",
@@ -45,6 +48,10 @@ def plan_table(plan: Plan, largest: Plan | None = None) -> RenderableType:
         "",
         "always + the largest phase (compute: all but load)",
     )
+    for item in reserves:
+        items.add_row(item.name, format_bytes(item.bytes), item.phase, item.reason)
+    if reserves:
+        items.add_row("needs", format_bytes(plan.needed_bytes), "", "the peak + reserves")
     items.add_row("cap", format_bytes(plan.max_mem_bytes), "", "--max-mem")
     smallest = f"the smallest budget that works ({plan.smallest_flags})"
     items.add_row("least", format_bytes(plan.smallest_bytes), "", smallest)

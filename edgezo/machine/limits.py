@@ -30,6 +30,9 @@ CONTEXT_BYTES = 742 * MB
 # -- products and codes ---------------------------------------------------------------------------------
 
 PRODUCT_ROWS = (16, 64, 128, 256, 512, 1024, 2048)  # rows of a bf16 product's pieces (matmul.py)
+# MKL packs blocks of at most so many (rows, columns, terms of a sum) for an fp32 product: 768, 6400 and 384 were
+# measured with AVX-512.
+PANEL = (1024, 6400, 512)
 THIN = 64  # an axis of at most this length may be the examples of a group, or a rank
 MOST_CODE = 127  # codes go from -127 to 127: the two sides of a direction have the same room
 

@@ -353,13 +353,13 @@ class Guard:
         """``check`` for ``item`` when it has run before, so that most of what it needs is still in the heap.
 
         If the margin is already in use, the heap is trimmed and the whole need is checked. If the process has come
-        within the margin of its planned peak, the heap is trimmed only.
+        above its planned peak, the heap is trimmed only.
         """
         room_bytes = self.room_bytes()
         if room_bytes < 0:
             self._trim()
             self.check(need_bytes, item)
-        elif self.cap_bytes - room_bytes > self._planned_bytes:
+        elif self.cap_bytes - self.margin_bytes - room_bytes > self._planned_bytes:
             self._trim()
 
     def check(self, need_bytes: int = 0, item: str = "the next step") -> None:

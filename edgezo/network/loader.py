@@ -175,6 +175,12 @@ class ModelFiles:
         return shape_of(self.config)
 
     @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of a weight of a matrix as it is read: the most that there is."""
+        source = self.source
+        return max(source.dtype(n).itemsize for n in source.names if len(source.shape(n)) > 1)
+
+    @cached_property
     def notes(self) -> list[str]:
         """What a user should know of the files.
 

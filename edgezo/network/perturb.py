@@ -209,6 +209,9 @@ class Probe:
         return noise.to(self.by_example.device).to(self.by_example.dtype)
 
 
+EXPANDED = "expand"  # the buffer of a tile in the compute dtype
+
+
 @dataclass
 class Context:
     """What every perturbed module of one model shares."""
@@ -226,6 +229,10 @@ class Context:
             memory = torch.empty(rows * cols, dtype=self.dtype, device=self.device)
             self.scratch[name] = memory
         return memory[: rows * cols].view(rows, cols)
+
+    def keep_tile(self, n_bytes: int) -> None:
+        """Make memory for tiles of up to ``n_bytes`` before the first forward, so that smaller ones leave no holes."""
+        self.buffer(EXPANDED, 1, n_bytes // self.dtype.itemsize)
 
     def note_touched(self, ids: Tensor, offset: int) -> None:
         """Remember which rows of an embedding table each example used."""
@@ -251,7 +258,7 @@ class Matrix:
         if whole is not None:
             return whole[rows]
         n = len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start
-        return self.layout.expand(rows, self.context.buffer("expand", n, self.layout.shape[1]))
+        return self.layout.expand(rows, self.context.buffer(EXPANDED, n, self.layout.shape[1]))
 
     def product(self, x: Tensor, rows: slice, out: Tensor) -> None:
         """out (n, k) = x (n, cols) @ W[rows]^T, perturbed by the probe's dense factor U where it has one."""

@@ -4,6 +4,8 @@ An ``Item`` is a name, bytes and the reason. Items of one phase do not add up wi
 
     peak = sum(always) + max(sum(read), sum(load), sum(compute) + max(sum(pass), sum(forward), sum(update), sum(fit)))
 
+A reserve is memory that a cap must have above the peak, although a run is not expected to take it.
+
 A "calibrated" coefficient is set against a measured peak: VmHWM on a CPU, the allocator's reserved bytes on a GPU.
 Standard library only.
 """
@@ -16,13 +18,14 @@ from typing import Any
 
 from edgezo.machine.limits import MB
 
-ACTIVATIONS = "activations"  # the item's name
+ACTIVATIONS, EXPANDED = "activations", "expanded weights"  # names of items
 PHASES = ("read", "load", "pass", "forward", "update", "fit")
 BEFORE_COMPUTING = (
     "read",
     "load",
 )  # phases without what the first computation brings, and what then stays
 COMPUTE = "compute"
+RESERVE = "reserve"
 
 # ---------------------------------------------------------------------------------------------
 # The process
@@ -36,23 +39,30 @@ BASE_VOCAB = 50_000
 SLACK_BYTES = 4 * MB
 # The model's modules and what loading touches, and quanto where it quantises. They come after the base process has been
 # measured (calibrated).
-LIBRARY_BYTES = 15 * MB
-QUANTO_BYTES = 4 * MB
+LIBRARY_BYTES = 7 * MB
+QUANTO_BYTES = 5 * MB
 # Code and buffers of the libraries that the first computation touches (calibrated).
-FIRST_STEP_BYTES = 9 * MB
-# More of it where products are computed in fp32; the kernels of bf16 products are counted one by one (calibrated).
-FP32_STEP_BYTES = 5 * MB
-# Panels that the matrix library packs, for each column of the widest product (calibrated).
-PANEL_BYTES = 2800
+FIRST_STEP_BYTES = 15 * MB
+# More of it where products are computed in bf16, beside the kernels, which are counted one by one (calibrated).
+BF16_STEP_BYTES = 4 * MB
+# Of each direction that a whole batch is tried along (calibrated).
+CANDIDATE_BYTES = 1_200_000
+# What each block's first step leaves (calibrated).
+BLOCK_STEP_BYTES = 190_000
+# The block that MKL packs for an fp32 product: 384 values for each column of the widest one (matmul.keep_panel).
+PANEL_BYTES = 1536
 # Code that the matrix library compiles for one shape of a bf16 product: 0.63 MB measured with AVX-512 BF16.
 KERNEL_BYTES = 630_000
 # Buffers of the journal and of the metrics, and the records of a step.
 ROW_ORDER_BYTES = 40  # of a training row: random orders of two epochs, and one that is being made
 RUN_BYTES = 2 * MB
 
-# What steps add after a first forward: kernels of other numbers of rows, holes in the heap. Three blocks of
-# SmolLM2-135M took 4 to 15 MB more after 25 steps than after 2.
-LATER_BYTES = 16 * MB
+# What later steps add: holes in the heap, buffers for batches of other sizes. Three blocks of SmolLM2-135M took 1 to
+# 2 MB more after 25 steps than after 2, and 7 MB after 100.
+LATER_BYTES = 8 * MB
+LATER_STEPS = 25
+# How much more a run may take than its first forward did.
+UNSEEN_BYTES = 16 * MB
 
 # ---------------------------------------------------------------------------------------------
 # Loading, updates and what is trained
@@ -93,7 +103,14 @@ QUERY_COPIES = 5
 # Keys and values, rotated, in rows, and the temporaries of the rotation.
 KEY_COPIES = 6
 # Share of what attention takes that stays in the heap beside the temporaries of the MLP (calibrated).
-HEAP_SHARE = 0.6
+ATTENTION_SHARE = 0.6
+# With C kernels: gate and up, and their product in the place of up. Elsewhere (a fused gate and up, a GELU) one more of
+# each of two.
+GATE_COPIES, UNGATED_COPIES = 2, 4
+# Share of the smaller temporaries, of attention or the MLP, that stays in the heap beside the larger (calibrated).
+HEAP_SHARE = 1.0
+# Share of what scores take beyond a block's temporaries: the rest lies in what earlier work has freed (calibrated).
+SCORES_SHARE = 0.5
 # In pieces of fewer tokens too much of a forward would go into making fp32 of weights.
 LEAST_PIECE_TOKENS = 1024
 # Tokens of the padded groups that attend one after the other (network/packing.py).
@@ -144,7 +161,7 @@ class Item:
     name: str
     bytes: int
     reason: str
-    phase: str = "always"  # or COMPUTE, or one of PHASES
+    phase: str = "always"  # or COMPUTE, RESERVE, or one of PHASES
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "bytes": self.bytes, "reason": self.reason, "phase": self.phase}
@@ -157,4 +174,10 @@ def phase_bytes(items: Sequence[Item], phase: str) -> int:
 
 
 def peak_bytes(items: Sequence[Item]) -> int:
+    """The peak that is expected."""
     return max(phase_bytes(items, phase) for phase in PHASES)
+
+
+def needed_bytes(items: Sequence[Item]) -> int:
+    """The smallest cap that these items fit under."""
+    return peak_bytes(items) + sum(item.bytes for item in items if item.phase == RESERVE)

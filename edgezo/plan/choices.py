@@ -43,8 +43,8 @@ class Choice:
     blocks: Blocks
 
     @property
-    def peak_bytes(self) -> int:
-        return self.footprint.peak_bytes(*self.option)
+    def needed_bytes(self) -> int:
+        return self.footprint.needed_bytes(*self.option)
 
 
 def options(cfg: Batched, layers: int) -> Iterator[Option]:
@@ -83,19 +83,19 @@ def best_within(footprint: Footprint, n_bytes: int) -> Option:
     """The first option that fits into ``n_bytes``, rounded up to whole MB as ``budget.mb`` prints them."""
     cap = math.ceil(n_bytes / MB) * MB
     tried = options(footprint.cfg, footprint.shape.layers)
-    return next(option for option in tried if footprint.peak_bytes(*option) <= cap)
+    return next(option for option in tried if footprint.needed_bytes(*option) <= cap)
 
 
 def least_bytes(footprint: Footprint) -> int | None:
     """The smallest peak among all options; None where there is no option."""
     tried = options(footprint.cfg, footprint.shape.layers)
-    return min((footprint.peak_bytes(*option) for option in tried), default=None)
+    return min((footprint.needed_bytes(*option) for option in tried), default=None)
 
 
 def least_in_memory(footprint: Footprint, tried: tuple[str, ...]) -> int:
     """The smallest peak in these precisions with all weights in memory."""
     cfg = footprint.cfg
-    return min(footprint.peak_bytes(p, m) for p in tried for m in micro_batches(cfg))
+    return min(footprint.needed_bytes(p, m) for p in tried for m in micro_batches(cfg))
 
 
 def with_blocks_in_memory(footprint: Footprint, option: Option, cap: int) -> Option:
@@ -103,7 +103,7 @@ def with_blocks_in_memory(footprint: Footprint, option: Option, cap: int) -> Opt
     if not option.on_disk or footprint.cfg.residency == footprint.elsewhere:
         return option
     fewer = (option._replace(on_disk=n) for n in range(1, footprint.shape.layers))
-    return next((o for o in fewer if footprint.peak_bytes(*o) <= cap), option)
+    return next((o for o in fewer if footprint.needed_bytes(*o) <= cap), option)
 
 
 def moved_bytes(footprint: Footprint, option: Option) -> int:

@@ -19,34 +19,35 @@ from edgezo.machine.limits import (
 from edgezo.plan.calibration import (
     ACTIVATIONS,
     ATTENDING_TOKENS,
+    ATTENTION_SHARE,
     CODES_UPDATE_TILES,
     COMPUTE,
     EVAL_KEPT_TOKENS,
-    FIRST_STEP_BYTES,
-    FP32_STEP_BYTES,
+    EXPANDED,
+    GATE_COPIES,
     HEAD_TEMPORARIES,
     HEAP_SHARE,
     HIDDEN_COPIES,
     KERNEL_BYTES,
     KEY_COPIES,
     LEAST_PIECE_TOKENS,
-    LIBRARY_BYTES,
     MLP_COPIES,
     MOST_KEPT_TOKENS,
-    PANEL_BYTES,
-    QUANTO_BYTES,
     QUERY_COPIES,
     REQUANTISE_TILES,
+    RESERVE,
     ROUNDED_UPDATE_TILES,
+    SCORES_SHARE,
     SLACK_BYTES,
+    UNGATED_COPIES,
     UPDATE_HOLES,
     UPDATE_TILES,
     Item,
+    needed_bytes,
     peak_bytes,
     phase_bytes,
 )
 from edgezo.plan.data_fields import LOSS
-from edgezo.plan.fields import QUANTIZED
 from edgezo.plan.footprint_stored import StoredFootprint, rounding_of
 from edgezo.plan.shapes import BYTES_PER_WEIGHT, MatrixShape
 from edgezo.zo.presets import DIRECTIONS, MASKS, RULES
@@ -63,14 +64,11 @@ class Footprint(StoredFootprint):
 
     correction_bytes: int = 0  # added to a forward, as measured
     kept_tokens: int = EVAL_KEPT_TOKENS  # tokens whose keys and values an evaluation keeps
-    below: Footprint | None = (
-        None  # the frozen blocks, where these pass alone before all others are loaded
-    )
+    below: Footprint | None = None  # the frozen blocks, where they pass before others are loaded
 
-    product_kinds = 1  # products with a weight: 2 where a backward pass takes its transpose too
-
-    def peak_bytes(self, precision: str, micro_batch: int, on_disk: int = 0) -> int:
-        return peak_bytes(self.items(precision, micro_batch, on_disk))
+    def needed_bytes(self, precision: str, micro_batch: int, on_disk: int = 0) -> int:
+        """The smallest cap that this fits under."""
+        return needed_bytes(self.items(precision, micro_batch, on_disk))
 
     def first_order_bytes(self) -> int:
         """About the peak of first-order LoRA with stock peft and PyTorch: bf16 base, AdamW, the whole batch at once.
@@ -114,32 +112,25 @@ class Footprint(StoredFootprint):
             self._run(),
             *self._code(precision),
             *self._compiled(precision, micro_batch),
-            Item("guard margin", GUARD_MARGIN_BYTES, "kept free: nearer to the cap, a run stops"),
+            self._later(),
             Item("allocator slack", SLACK_BYTES, "freed small blocks that stay in the heap"),
             self._load(precision, on_disk),
             *self._forward(precision, micro_batch, compute_bytes),
             *self._holes(precision, micro_batch, compute_bytes),
-            self._update(precision, micro_batch, compute_bytes, on_disk),
+            self._update(precision, micro_batch, on_disk),
             *self._update_holes(precision),
             *self._head_step(),
             *(i for i in self._of_parts(compute_bytes) if i.phase != "always"),
         )
-        return (*items, *self._reading(items), *self._passing(items, precision))
+        items = (*items, *self._reading(items), *self._passing(items, precision))
+        return (*items, *self._reserves(items, precision, micro_batch, on_disk))
 
     def pass_from_disk(self, precision: str) -> bool:
-        """Whether frozen blocks pass one by one from disk: where all of them in memory would raise the peak."""
+        """Whether frozen blocks pass one by one from disk: where all of them in memory would raise the smallest cap."""
         if self.below is None:
             return False
-        known = self._from_disk
-        if precision not in known:
-            least_bytes = replace(self, below=None).peak_bytes(precision, 1)
-            known[precision] = self.below.peak_bytes(precision, 1) > least_bytes
-        return known[precision]
-
-    @cached_property
-    def _from_disk(self) -> dict[str, bool]:
-        """``pass_from_disk`` by precision, computed once for all options that a plan compares."""
-        return {}
+        least_bytes = replace(self, below=None).needed_bytes(precision, 1)
+        return self.below.needed_bytes(precision, 1) > least_bytes
 
     def _passing(self, items: Sequence[Item], precision: str) -> list[Item]:
         """What the frozen blocks take while rows pass them, beyond the permanent ``items``."""
@@ -147,21 +138,24 @@ class Footprint(StoredFootprint):
             return []
         layers = self.below.shape.layers
         on_disk = layers if self.pass_from_disk(precision) else 0
-        more = self.below.peak_bytes(precision, 1, on_disk) - phase_bytes(items, "pass")
+        more = peak_bytes(self.below.items(precision, 1, on_disk)) - phase_bytes(items, "pass")
         where = "one by one from disk" if on_disk else "in memory"
         reason = f"{layers} frozen blocks, {where}, before the others are loaded"
         return [Item("frozen blocks", more, reason, "pass")] if more > 0 else []
 
-    def _code(self, precision: str) -> list[Item]:
-        """What the libraries take while weights are loaded, and from the first forward on."""
-        loaded = LIBRARY_BYTES + (QUANTO_BYTES if precision in QUANTIZED else 0)
-        first = FIRST_STEP_BYTES + PANEL_BYTES * max(m.d_out for m in self.shape.kinds)
-        if self.compute_dtype(precision)[0] == "fp32":
-            first += FP32_STEP_BYTES
-        return [
-            Item("model code", loaded, "the model's modules, and what loading them touches"),
-            Item("step code", first, "kernels that a step uses, and their packed panels", COMPUTE),
-        ]
+    def _reserves(
+        self, items: tuple[Item, ...], precision: str, micro_batch: int, on_disk: int
+    ) -> list[Item]:
+        """What a cap must have above the peak of these items."""
+        reason = "kept free: nearer to the cap, a run stops"
+        reserves = [Item("guard margin", GUARD_MARGIN_BYTES, reason, RESERVE)]
+        if on_disk:
+            # Made again between the forwards of two blocks.
+            repaired = self._hidden_bytes(precision, micro_batch) + self._staged_bytes(precision)
+            more = phase_bytes(items, "always") + repaired - peak_bytes(items)
+            reason = "a block that is damaged on disk is made again from the base during a step"
+            reserves += [Item("repair", more, reason, RESERVE)] if more > 0 else []
+        return reserves
 
     def _compiled(self, precision: str, micro_batch: int) -> list[Item]:
         """What the matrix library compiles for the shapes of bf16 products, and keeps (machine/matmul.py)."""
@@ -270,7 +264,8 @@ class Footprint(StoredFootprint):
         scored = min(sides * micro_batch * tokens.scored, n_tokens)
         logits, what = self._logits(scored, precision)
         # The blocks' temporaries are freed before scores are computed, which use their memory again.
-        scores = logits + 4 * (scored + 2 * n_tokens) * shape.hidden - items[0].bytes
+        states = (4 * scored + 2 * compute_bytes * n_tokens) * shape.hidden  # those scored in fp32
+        scores = int(SCORES_SHARE * (logits + states - items[0].bytes))
         reason = f"hidden states and logits of {scored:,} scored positions, {what}: more than a block takes"
         if scores > 0:
             items.append(Item("scores", scores, reason, "forward"))
@@ -303,7 +298,8 @@ class Footprint(StoredFootprint):
             return 0
         largest = max(m.d_out for m in shape.kinds) * cfg.rank
         if cfg.parts.weights:
-            largest = max(m.numel for m in (*shape.kinds, *shape.tables))
+            sizes = [m.numel for m in shape.kinds]
+            largest = max(*sizes, *(self._rows_in_use(t) * t.d_in for t in shape.tables))
         copies = 3 + (2 if MASKS[cfg.mask].dense else 0) + (3 if cfg.directions == "centred" else 0)
         # Tiles of the forward are cut in the compute dtype: in fp32 they are up to twice as large.
         return copies * min(2 * TILE_BYTES, 4 * largest)
@@ -315,7 +311,7 @@ class Footprint(StoredFootprint):
         largest = max(m.numel for m in self.shape.kinds) * compute_bytes
         compute = self.compute_dtype(precision)[0]
         reason = f"{precision} weights become {compute} a tile at a time"
-        return [Item("expanded weights", self._expanded_bytes(largest), reason, "forward")]
+        return [Item(EXPANDED, self._expanded_bytes(largest), reason, "forward")]
 
     def _expanded_bytes(self, largest: int) -> int:
         """What is taken to expand a matrix of ``largest`` bytes."""
@@ -373,17 +369,29 @@ class Footprint(StoredFootprint):
         return (shape.layers + 1) * (shape.qkv_width - shape.attention_width) * compute_bytes
 
     def _activations(self, n_tokens: int, compute_bytes: int) -> int:
-        """Bytes of one block's temporaries over ``n_tokens`` tokens, in the heap or, where they are large, mapped."""
-        size = self._temporaries(n_tokens, compute_bytes, in_heap=True)
-        if size <= REUSED_BYTES:
-            return size
-        return self._temporaries(n_tokens, compute_bytes, in_heap=False)
+        """Bytes of one block's temporaries over ``n_tokens`` tokens: while it attends, or while its MLP runs.
+
+        In the heap a share of the smaller of the two is still there beside the larger. Mapped ones leave nothing.
+        """
+        in_heap = self._temporaries(n_tokens, compute_bytes, in_heap=True) <= REUSED_BYTES
+        if not self.c_kernels:
+            return self._temporaries(n_tokens, compute_bytes, in_heap)
+        shape = self.shape
+        keys = (shape.qkv_width - shape.attention_width) // 2
+        # C kernels rotate queries and keys in place and attend to packed rows.
+        attending = (HIDDEN_COPIES - 1) * shape.hidden + 2 * shape.attention_width + 2 * keys
+        in_c = shape.gated and not shape.fused
+        copies = GATE_COPIES if in_c else UNGATED_COPIES
+        mlp = HIDDEN_COPIES * shape.hidden + copies * shape.intermediate
+        kept = HEAP_SHARE * min(attending, mlp) if in_heap else 0
+        width = max(attending, mlp) + int(kept) + 2 * shape.head_dim
+        return n_tokens * width * compute_bytes
 
     def _temporaries(self, n_tokens: int, compute_bytes: int, in_heap: bool) -> int:
         """Bytes of one block's temporaries: while it attends, or while its MLP runs.
 
-        In the heap, a share of what attention took is still there beside the MLP's temporaries. Those of C kernels are
-        counted as torch's: the heap's holes take what they save.
+        As torch computes them, without C kernels. This decides about the pieces of a micro-batch, and so about the bits
+        of losses: it stays as it is. In the heap, a share of what attention took is there beside the MLP's temporaries.
         """
         shape = self.shape
         keys = (shape.qkv_width - shape.attention_width) // 2
@@ -398,7 +406,7 @@ class Footprint(StoredFootprint):
             HIDDEN_COPIES * shape.hidden + MLP_COPIES[shape.gated] * shape.intermediate
         )
         rotary = 2 * shape.head_dim  # cosine and sine
-        kept = int(HEAP_SHARE * n_tokens * at_once) if in_heap else 0
+        kept = int(ATTENTION_SHARE * n_tokens * at_once) if in_heap else 0
         return (max(attending, mlp + kept) + n_tokens * rotary) * compute_bytes
 
     # -----------------------------------------------------------------------------------------
@@ -414,17 +422,17 @@ class Footprint(StoredFootprint):
     def _holes(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
         """Holes that tiles of full weights leave in the heap, which are cut otherwise than temporaries (calibrated).
 
-        About one run in five has them. Mapped temporaries leave none.
+        About one run in five has them, and one of those whose temporaries are mapped.
         """
         n_tokens = self._tokens_at_once(precision, micro_batch)
         temporaries = self._activations(n_tokens, compute_bytes)
-        if not self.cfg.parts.weights or self.maps(precision, micro_batch):
+        if not self.cfg.parts.weights:
             return []
         size = min(self._update_tiles(precision), temporaries)
         reason = "in the heap, between what updates and forwards take"
         return [Item("holes", size, reason, "forward")]
 
-    def _update(self, precision: str, micro_batch: int, compute_bytes: int, on_disk: int) -> Item:
+    def _update(self, precision: str, micro_batch: int, on_disk: int) -> Item:
         size = self._update_tiles(precision)
         reason = "weights, direction and change of one tile, in fp32"
         if rounding_of(self.cfg, precision)[0] == "anchored":
@@ -432,14 +440,16 @@ class Footprint(StoredFootprint):
             size = max(size, self._largest_base() + REQUANTISE_TILES * TILE_BYTES)
             reason += "; or a matrix of the base, and a tile that is replayed and quantised"
         if on_disk:
-            # A block is updated, or made again, between the forwards of two blocks.
-            n_tokens = self._tokens_at_once(precision, micro_batch)
-            hidden = HIDDEN_COPIES * n_tokens * self.shape.hidden * compute_bytes
-            size = hidden + max(size, self._staged_bytes(precision))
+            size += self._hidden_bytes(precision, micro_batch)
             reason += (
                 "; and the hidden states, since a block is updated when the forward comes to it"
             )
         return Item("update tiles", size, reason, "update")
+
+    def _hidden_bytes(self, precision: str, micro_batch: int) -> int:
+        """Hidden states between the forwards of two blocks."""
+        n_tokens = self._tokens_at_once(precision, micro_batch)
+        return HIDDEN_COPIES * n_tokens * self.shape.hidden * self.compute_bytes(precision)
 
     def _update_holes(self, precision: str) -> list[Item]:
         if not self.cfg.parts.weights:
@@ -476,9 +486,15 @@ class Footprint(StoredFootprint):
         return 4 * max(sizes)
 
     def _moved_rows(self, table: MatrixShape) -> int:
-        """Rows of a table that one update may move: with label words those that its examples use, and the words'."""
-        tokens, cfg = self.tokens, self.cfg
-        if tokens.kind != "label" or RULES[cfg.rule].state or MASKS[cfg.mask].state:
+        """Rows of a table that one update may move."""
+        if RULES[self.cfg.rule].state or MASKS[self.cfg.mask].state:
             return table.d_out
-        used = tokens.longest(cfg.batch_size) + tokens.label_words
+        return self._rows_in_use(table)
+
+    def _rows_in_use(self, table: MatrixShape) -> int:
+        """Rows of a table that a step uses: with label words those of its examples, and the words'."""
+        tokens = self.tokens
+        if tokens.kind != "label":
+            return table.d_out
+        used = tokens.longest(self.cfg.batch_size) + tokens.label_words
         return min(table.d_out, used)

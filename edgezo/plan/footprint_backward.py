@@ -13,6 +13,7 @@ from edgezo.plan.calibration import (
     ACTIVATIONS,
     ADAPTER_COPIES,
     BACKWARD_BYTES,
+    EXPANDED,
     HIDDEN_KEPT,
     KEYS_KEPT,
     LEAST_BACKWARD_TOKENS,
@@ -110,7 +111,7 @@ class MixedFootprint(Footprint):
         tried = (max(most, longest), most, *(most * part // 16 for part in range(15, 0, -1)))
         for tokens in tried:
             footprint = replace(self, cfg=replace(self.cfg, short_tokens=tokens))
-            if footprint.peak_bytes(precision, micro_batch, on_disk) <= cap:
+            if footprint.needed_bytes(precision, micro_batch, on_disk) <= cap:
                 return footprint
         return replace(self, cfg=replace(self.cfg, short_tokens=0))
 
@@ -136,7 +137,7 @@ class MixedFootprint(Footprint):
         short = self.cfg.short_tokens or 0
         lengths = [n for n in self.tokens.tokens if n <= short]
         n_tokens = min(short, sum(lengths[:micro_batch])) if self.tokens.known else short
-        shared = ("expanded weights", "correction")
+        shared = (EXPANDED, "correction")
         perturbed = sum(i.bytes for i in items if i.name not in shared)
         more = self._backward(n_tokens, precision) - perturbed
         if more > 0:

@@ -46,6 +46,9 @@ class CudaFootprint(Footprint):
         rounding = 3 * ROUNDING_BYTES * len(matrices)
         return super().stored_bytes(matrices, precision) + rounding
 
+    def panel_columns(self, precision: str) -> int:
+        return 0
+
     def disk_bytes(self, precision: str, on_disk: int) -> int:
         return 0
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 
 from edgezo.data.token_stats import TokenStats
 from edgezo.machine.limits import (
-    GUARD_MARGIN_BYTES,
     PAGE_BYTES,
+    PANEL,
     QUANTISE_BYTES,
     READOUT_BLOCKS,
     SLOTS,
@@ -22,10 +22,20 @@ from edgezo.plan.calibration import (
     ADAPTER_COPIES,
     BASE_BYTES,
     BASE_VOCAB,
+    BF16_STEP_BYTES,
+    BLOCK_STEP_BYTES,
+    CANDIDATE_BYTES,
+    COMPUTE,
+    FIRST_STEP_BYTES,
     FIT_COPIES,
     GRAM_COPIES,
     HEAD_COPIES,
+    LATER_BYTES,
+    LATER_STEPS,
+    LIBRARY_BYTES,
     NETWORK,
+    PANEL_BYTES,
+    QUANTO_BYTES,
     READ_PIECE_BYTES,
     ROW_ORDER_BYTES,
     RUN_BYTES,
@@ -78,10 +88,12 @@ class StoredFootprint:
     bf16_fast: bool
     c_kernels: bool
     base_bytes: int | None  # the process as measured; None: BASE_BYTES
+    source_bytes: int = 4  # of a weight as the checkpoint has it
     read_peak_bytes: int = 0  # its peak until then, as measured; 0: not known
     frozen_blocks: int = 0  # blocks in memory, the first ones, that are not trained
     above_cut: bool = False  # only the trained blocks are in memory, and what is above them
 
+    product_kinds = 1  # products with a weight: 2 where a backward pass takes its transpose too
     elsewhere: ClassVar[str] = "disk"  # where blocks are that do not stay in memory
 
     @cached_property
@@ -163,11 +175,48 @@ class StoredFootprint:
 
     def _reading(self, items: Sequence[Item]) -> list[Item]:
         """What reading has taken more than the permanent ``items`` do, most of which came later."""
-        more = self.read_peak_bytes + GUARD_MARGIN_BYTES - phase_bytes(items, "read")
+        more = self.read_peak_bytes - phase_bytes(items, "read")
         if not self.read_peak_bytes or more <= 0:
             return []
         reason = "rows were read and tokenised before anything else: more than all that stays takes"
         return [Item("reading", more, reason, "read")]
+
+    def _code(self, precision: str) -> list[Item]:
+        """What the libraries take while weights are loaded, and from the first forward on."""
+        columns = self.panel_columns(precision)
+        loaded = LIBRARY_BYTES + PANEL_BYTES * min(columns, PANEL[1])
+        loaded += QUANTO_BYTES if precision in QUANTIZED else 0
+        first = FIRST_STEP_BYTES + BLOCK_STEP_BYTES * self.shape.layers
+        first += 0 if columns else BF16_STEP_BYTES
+        if self.cfg.credit == "candidates":
+            first += CANDIDATE_BYTES * self.cfg.candidates
+        return [
+            Item(
+                "model code",
+                loaded,
+                "the model's modules, what loading them touches, packed panels",
+            ),
+            Item("step code", first, "kernels and buffers that the first step uses", COMPUTE),
+        ]
+
+    def panel_columns(self, precision: str) -> int:
+        """Columns of the widest product in fp32, whose packed block the matrix library keeps; 0: products are in bf16.
+
+        A backward pass takes the product with the transpose too.
+        """
+        if self.compute_dtype(precision)[0] != "fp32":
+            return 0
+        columns = [m.d_out for m in self.shape.kinds]
+        columns += [m.d_in for m in self.shape.kinds] if self.product_kinds > 1 else []
+        columns += [self.head_rows] if self.tokens.kind != "label" else []
+        return max(columns)
+
+    def _later(self) -> Item:
+        """What later steps take more than the first one."""
+        steps = self.cfg.steps or LATER_STEPS
+        size = int(LATER_BYTES * min(1.0, (steps - 1) / LATER_STEPS))
+        reason = f"holes in the heap, and buffers for batches of other sizes, after {steps:,} steps"
+        return Item("later steps", size, reason, COMPUTE)
 
     def _weights(self, precision: str, on_disk: int) -> list[Item]:
         shape = self.shape
@@ -223,15 +272,13 @@ class StoredFootprint:
         reason = f"the tables are on disk: a checksum for each of {rows:,} rows, and rows in use"
         # With label words the rows in use are the hidden states, or counted with the tiles of an update.
         in_use = 0
-        if (
-            self.tokens.kind != "label"
-        ):  # those that scores are computed of; or a tile that an update moves
+        if self.tokens.kind != "label":
+            # Rows that scores are computed of; or a tile that an update moves.
             head = MatrixShape("rows of the head", self.head_rows, shape.embed_width)
-            in_use = (
-                TILE_BYTES
-                if self.cfg.parts.weights
-                else self.stored_bytes((head,), _table_precision(precision))
-            )
+            as_read = self.stored_bytes((head,), _table_precision(precision))
+            # As they are read, and in the compute dtype.
+            computed = self.compute_bytes(precision) * head.numel
+            in_use = TILE_BYTES if self.cfg.parts.weights else as_read + computed
         items.append(Item("embedding", 8 * rows + in_use, reason))
         return items
 
@@ -324,23 +371,25 @@ class StoredFootprint:
         return self._quantising(precision)
 
     def _quantising(self, precision: str) -> Item:
-        """A matrix in fp32 and a tile being quantised, less the weights that are read after it: largest come first."""
+        """A matrix of the base and a tile being quantised, less the weights read after it: the largest come first."""
         largest_first = sorted(self.shape.modules, key=lambda m: -m.numel)
         size = later = 0
         for matrix in reversed(largest_first):
             tile = min(TILE_BYTES, QUANTISE_BYTES * matrix.numel)
-            size = max(size, 4 * matrix.numel + tile - later)
+            size = max(size, self.source_bytes * matrix.numel + tile - later)
             later += self.shape.layers * matrix.stored_bytes(precision)
         if not self.shape.tied:  # the head is read last, a tile at a time
             size = max(size - self.shape.tables[1].stored_bytes("int8"), TILE_BYTES)
-        reason = "one matrix in fp32 beside its codes, and a tile being quantised"
+        reason = "one matrix of the base beside its codes, and a tile being quantised"
         return Item("load staging", size, reason, "load")
 
     def _staged_bytes(self, precision: str) -> int:
         """One matrix as it is in the base, beside the form in which a block on disk has it."""
         largest = max(m.numel for m in self.shape.kinds)
-        if precision in QUANTIZED:  # in fp32 beside its codes, and a tile being quantised
-            return 5 * largest + min(TILE_BYTES, QUANTISE_BYTES * largest)
+        if precision in QUANTIZED:  # beside its codes, and a tile being quantised
+            codes_bytes = largest
+            tile_bytes = min(TILE_BYTES, QUANTISE_BYTES * largest)
+            return self.source_bytes * largest + codes_bytes + tile_bytes
         return largest * (BYTES_PER_WEIGHT[precision] + 1)
 
     def _largest_base(self) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgezo.errors import DoesNotFit
-from edgezo.plan.calibration import Item, peak_bytes, phase_bytes
+from edgezo.plan.calibration import EXPANDED, Item, needed_bytes, peak_bytes, phase_bytes
 from edgezo.plan.config import RunConfig, Settled
 from edgezo.plan.request import as_estimator
 from edgezo.zo.presets import AUTO
@@ -50,6 +50,7 @@ class Plan:
     reused_tokens: int  # packed tokens of all sides whose temporaries stay in the heap
     most_tokens: int | None  # tokens of one side in a piece of a micro-batch; None: no pieces
     maps: bool  # there are batches whose temporaries are mapped one by one (`process_memory.Heap`)
+    panel_columns: int = 0  # of the widest fp32 product on a CPU; 0: products are in bf16
     blocks_in_host: int = 0  # the last blocks, where a GPU has no room for them
     host_bytes: int = 0  # what those blocks take of the RAM
     kept_tokens: int = 0  # tokens whose keys and values an evaluation keeps at once
@@ -74,12 +75,23 @@ class Plan:
         return phase_bytes(self.items, phase)
 
     @property
+    def tile_bytes(self) -> int:
+        """The largest tile of weights in the compute dtype; 0 where they are stored in it."""
+        return sum(item.bytes for item in self.items if item.name == EXPANDED)
+
+    @property
     def load_peak_bytes(self) -> int:
         return self.phase_bytes("load")
 
     @property
     def planned_peak_bytes(self) -> int:
+        """The peak that is expected."""
         return peak_bytes(self.items)
+
+    @property
+    def needed_bytes(self) -> int:
+        """The smallest cap under which the run can be as planned: the peak and the reserves above it."""
+        return needed_bytes(self.items)
 
     def settle(self, cfg: RunConfig) -> Settled:
         """The request with everything decided that it leaves to the planner."""
@@ -106,9 +118,10 @@ DECIDED = (
 # Plain values in plan.json, in its order.
 IN_JSON = (
     *("model", "device", "max_mem_bytes", "planned_peak_bytes", "load_peak_bytes"),
-    *("smallest_bytes", "smallest_flags", "step_s", "residency", "blocks_on_disk", "disk_bytes"),
-    *("blocks_in_host", "host_bytes", "estimator", "short_tokens", "precision", "rounding"),
-    *("compute_dtype", "batch_size", "micro_batch", "most_tokens"),
+    *("needed_bytes", "smallest_bytes", "smallest_flags", "step_s", "residency"),
+    *("blocks_on_disk", "disk_bytes", "blocks_in_host", "host_bytes", "estimator"),
+    *("short_tokens", "precision", "rounding", "compute_dtype"),
+    *("batch_size", "micro_batch", "most_tokens"),
     *("blocks", "states", "state_rows", "pass_from_disk"),
 )
 

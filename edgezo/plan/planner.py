@@ -57,6 +57,7 @@ def make_plan(
     *,
     base_bytes: int | None = None,
     read_peak_bytes: int = 0,
+    source_bytes: int = 4,
     correction_bytes: int = 0,
     states_room_bytes: int | None = None,
 ) -> Plan:
@@ -64,14 +65,15 @@ def make_plan(
 
     ``shape`` is a card or that of opened files. Without ``tokens`` every row is taken to be as long as --max-length.
     ``base_bytes`` is the resident process where it was measured, and ``read_peak_bytes`` its peak until then, while
-    rows were read; ``correction_bytes`` what a forward took more than planned (less, where negative), and
-    ``states_room_bytes`` what kept states may take of the disk.
+    rows were read; ``source_bytes`` are those of a weight in the checkpoint; ``correction_bytes`` what a forward took
+    more than planned (less, where negative); ``states_room_bytes`` what kept states may take of the disk.
     Raises PlanDoesNotFit with the smallest budget that would work and the flags that would help, UsageError where the
     device that is asked for is not there.
     """
     known = {
         "base_bytes": base_bytes,
         "read_peak_bytes": read_peak_bytes,
+        "source_bytes": source_bytes,
         "correction_bytes": correction_bytes,
         "states_room_bytes": states_room_bytes,
     }
@@ -114,9 +116,9 @@ def _choose(
     known |= {"bf16_fast": machine.bf16_fast, "c_kernels": machine.c_kernels}
     counted = CudaFootprint if device == "cuda" else BACKWARD.get(cfg.estimator, Footprint)
     footprint = _with_blocks(counted, model, decided, tokens, known)
-    peaks = {o: footprint.peak_bytes(*o) for o in options(footprint.cfg, footprint.shape.layers)}
-    smallest_bytes = min(peaks.values())
-    fits = next((option for option, peak in peaks.items() if peak <= cap), None)
+    needs = {o: footprint.needed_bytes(*o) for o in options(footprint.cfg, footprint.shape.layers)}
+    smallest_bytes = min(needs.values())
+    fits = next((option for option, size in needs.items() if size <= cap), None)
     if fits is None:
         raise refusal(footprint, cap, smallest_bytes)
     option = with_blocks_in_memory(footprint, fits, cap)
@@ -161,7 +163,7 @@ def _described(choice: Choice) -> Plan:
     """The plan that describes a choice."""
     footprint, option = choice.footprint, choice.option
     cfg, precision, away = footprint.cfg, option.precision, option.on_disk
-    roomy = footprint.with_kept_tokens(precision, choice.cap_bytes - choice.peak_bytes)
+    roomy = footprint.with_kept_tokens(precision, choice.cap_bytes - choice.needed_bytes)
     on_disk = away if footprint.elsewhere == "disk" else 0
     trained, frozen = groups(footprint.shape, cfg)
     return Plan(
@@ -187,6 +189,7 @@ def _described(choice: Choice) -> Plan:
         reused_tokens=footprint.reused_tokens(precision),
         most_tokens=footprint.most_tokens(precision),
         maps=footprint.maps(precision, option.micro_batch),
+        panel_columns=footprint.panel_columns(precision),
         blocks_in_host=away - on_disk,
         host_bytes=footprint.host_bytes(precision, away),
         kept_tokens=roomy.kept_tokens,
@@ -216,7 +219,7 @@ def _best_that_fits(
             steps = cfg.steps or int((cfg.for_s or 0.0) / plan.step_s)
             readout = tokens.kind == "label" and forward_only.parts.readout
             if not readout or steps >= FIRST_ORDER_STEPS:
-                room = f"{mb(plan.planned_peak_bytes)} of {mb(plan.max_mem_bytes)}"
+                room = f"{mb(plan.needed_bytes)} of {mb(plan.max_mem_bytes)}"
                 reason = f"first-order, and fits: {room}; and reaches a higher accuracy in the same steps"
                 return _because(plan, reason)
             why = f"{FIRST_CHOICE} fits, but in only {steps} steps a linear probe does better"

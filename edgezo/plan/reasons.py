@@ -107,7 +107,7 @@ def _micro_batch_reason(footprint: Footprint, option: Option) -> str:
         most, sides = footprint.most_tokens(option.precision), footprint.sides
         pieces = f", in pieces of up to {most * sides:,} tokens" if most is not None else ""
         return f"the whole batch fits{pieces or ' at once'}"
-    needs = footprint.peak_bytes(*option._replace(micro_batch=larger[-1]))
+    needs = footprint.needed_bytes(*option._replace(micro_batch=larger[-1]))
     return f"{larger[-1]} at once would need {mb(needs)}"
 
 
@@ -168,7 +168,7 @@ def _first_order(footprint: Footprint, cap: int) -> Decision:
         return Decision(
             "first-order LoRA", f"about {usual}", f"with stock peft and PyTorch ({what})"
         )
-    sizes = [(o, other.peak_bytes(*o)) for o in options(other.cfg, other.shape.layers)]
+    sizes = [(o, other.needed_bytes(*o)) for o in options(other.cfg, other.shape.layers)]
     fits = next(((option, size) for option, size in sizes if size <= cap), None)
     if fits is None:
         least = min(size for _, size in sizes)
@@ -192,7 +192,7 @@ def _as_lora(footprint: Footprint) -> BackwardFootprint | None:
     except UsageError:
         return None
     known = (
-        *("shape", "tokens", "bf16_fast", "c_kernels", "base_bytes"),
+        *("shape", "tokens", "bf16_fast", "c_kernels", "base_bytes", "source_bytes"),
         *("frozen_blocks", "above_cut", "below"),
     )
     return BackwardFootprint(cfg=cfg, **{name: getattr(footprint, name) for name in known})

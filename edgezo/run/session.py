@@ -20,7 +20,9 @@ from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.foreign import clip
 from edgezo.machine.gpu_memory import Memory, open_memory
 from edgezo.machine.hardware import Machine, machine
+from edgezo.machine.matmul import keep_panel
 from edgezo.machine.process_memory import (
+    MAPPED_BYTES,
     Guard,
     Heap,
     ReadingGuard,
@@ -37,7 +39,7 @@ from edgezo.network.loader import ModelFiles
 from edgezo.network.model import Model
 from edgezo.network.rotary import longrope_switch
 from edgezo.plan.budget import budget, choose_device, default_budget, mb
-from edgezo.plan.calibration import LATER_BYTES
+from edgezo.plan.calibration import UNSEEN_BYTES
 from edgezo.plan.config import RunConfig, Settled
 from edgezo.plan.data_fields import LOSS
 from edgezo.plan.plan import Plan, PlanDoesNotFit
@@ -269,6 +271,7 @@ def settle(opened: Opened, machine: Machine, base_bytes: int, correction_bytes: 
         opened.dataset.token_stats(),
         base_bytes=base_bytes,
         read_peak_bytes=opened.read_peak_bytes,
+        source_bytes=opened.files.weight_bytes,
         correction_bytes=correction_bytes,
         states_room_bytes=states_room_bytes(),
     )
@@ -280,7 +283,7 @@ def split_less(
 ) -> Planned | None:
     """The plan with a larger micro-batch, if the longest one took so little that there is room; else None.
 
-    ``peak_bytes`` is the measured peak over the longest micro-batch, with the guard's margin. A plan is corrected once,
+    ``peak_bytes`` is the measured peak over the longest micro-batch. A plan is corrected once,
     and only downwards: where memory allows less than planned, the guard halves the micro-batch.
     """
     before, opened = planned.plan, planned.opened
@@ -288,7 +291,7 @@ def split_less(
     free = replace(opened, cfg=planned.cfg.reopened(micro_batch=None))
     with suppress(PlanDoesNotFit):
         # The first forward is not the largest that there will be.
-        correction_bytes = min(0, peak_bytes + LATER_BYTES - planned_bytes)
+        correction_bytes = min(0, peak_bytes + UNSEEN_BYTES - planned_bytes)
         again = settle(free, machine, base_bytes, correction_bytes)
         larger = again.plan.micro_batch > before.micro_batch
         if larger and again.plan.blocks_on_disk == before.blocks_on_disk:
@@ -344,11 +347,15 @@ def load_model(
     keep_cap(planned, memory, "Nothing was started")
     device = torch.device(plan.device)
     spec = replace(_spec_of(planned, device, _medium_of(planned, device, overlay, half)), half=half)
+    if plan.panel_columns:
+        keep_panel(plan.panel_columns)
     with memory.short("loading"):
         model = assemble(planned.opened.files, spec)
     malloc_trim()
     model.most_tokens, model.kept_tokens = plan.most_tokens, plan.kept_tokens
     if device.type == "cpu":
+        allocator_reuse(MAPPED_BYTES)
+        model.context.keep_tile(plan.tile_bytes)
         model.heap = Heap(plan.reused_tokens, plan.maps)
     else:
         allocator_reuse()  # the RAM is not what is short

@@ -149,7 +149,7 @@ class MicroBatchFitter:
         """Correct the plan once by what the longest micro-batch took; True if a larger one fits now."""
         state, before = self.state, self.state.plan.micro_batch
         base_bytes = state.meter.summary()["base_rss_bytes"]
-        peak_bytes = state.memory.peak_bytes() + state.memory.margin_bytes
+        peak_bytes = state.memory.peak_bytes()
         again = split_less(state.planned, confirmed(machine()), base_bytes, peak_bytes)
         if again is None:
             return False

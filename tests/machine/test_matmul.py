@@ -18,9 +18,10 @@ from workshop import KEY, LOW, SIGMA, Tried, Workshop, cases, make_examples, of
 from edgezo.data.batches import Example, collate, micro_batches
 from edgezo.data.tasks import Generation
 from edgezo.machine import matmul
-from edgezo.machine.limits import PRODUCT_ROWS
+from edgezo.machine.limits import PRODUCT_ROWS, TILE_BYTES
 from edgezo.machine.matmul import addmm_, along, mm, pieces
 from edgezo.network.generate import generate
+from edgezo.network.perturb import EXPANDED, Context
 from edgezo.weights.saved import load_trained
 
 
@@ -202,3 +203,12 @@ def test_writing_multiplies_few_shapes_however_many_rows_there_are(
 
     known = lengths(16, 16)
     assert lengths(3, 5, 7, 11, 13) <= known | set(PRODUCT_ROWS) | {32, 48}
+
+
+def test_the_memory_of_a_tile_has_room_for_any_other():
+    """A larger tile that comes later lies in the same memory, so that a smaller one leaves no hole."""
+    context = Context(torch.bfloat16)
+    context.keep_tile(TILE_BYTES)
+    small = context.buffer(EXPANDED, 4, 8)
+    large = context.buffer(EXPANDED, 1024, TILE_BYTES // 2048)
+    assert small.data_ptr() == large.data_ptr() and large.nbytes == TILE_BYTES

@@ -89,9 +89,9 @@ def test_blocks_that_do_not_fit_lie_in_the_ram_and_as_many_as_fit_do_not():
     assert 24 * block < least.host_bytes < 24 * 1.01 * block
     assert 2 * block < item(least, "slots") < 2.02 * block
     previous = 25
-    for cap in range(least.planned_peak_bytes, resident.planned_peak_bytes, 100 * MB):
+    for cap in range(least.needed_bytes, resident.needed_bytes, 100 * MB):
         planned = plan(LARGE, **asked, max_mem_bytes=cap)
-        assert planned.residency == "host" and planned.planned_peak_bytes <= cap
+        assert planned.residency == "host" and planned.needed_bytes <= cap
         assert planned.blocks_in_host <= previous, "more memory never sends more away"
         previous = planned.blocks_in_host
     assert previous < 4
@@ -120,7 +120,7 @@ def test_more_memory_never_gives_less(low, more):
         except PlanDoesNotFit as error:
             assert error.smallest_bytes > cap * MB
             return (-1, False, 0)
-        assert planned.planned_peak_bytes <= cap * MB
+        assert planned.needed_bytes <= cap * MB
         order = ("int4", "int8", "bf16")
         return (
             order.index(planned.precision),

@@ -17,7 +17,7 @@ from edgezo.errors import BudgetExceeded, EdgezoError
 from edgezo.machine import process_memory
 from edgezo.machine.hardware import machine
 from edgezo.machine.limits import GUARD_MARGIN_BYTES
-from edgezo.plan.calibration import LATER_BYTES
+from edgezo.plan.calibration import UNSEEN_BYTES
 from edgezo.plan.plan import PlanDoesNotFit
 from edgezo.plan.request import from_toml, make_config
 from edgezo.run import session, short_memory
@@ -187,7 +187,7 @@ BASE_BYTES = 400_000_000
 def split_plan(bench, out: Path) -> Planned:
     """A request that is one byte short of running its group at once, and its plan."""
     whole = open_request(request(bench, out, batch_size=128, micro_batch=128))
-    cap_bytes = settle(whole, machine(), BASE_BYTES).plan.planned_peak_bytes - 1
+    cap_bytes = settle(whole, machine(), BASE_BYTES).plan.needed_bytes - 1
     changes = {"batch_size": 128, "micro_batch": None, "max_mem_bytes": cap_bytes}
     return settle(open_request(request(bench, out, **changes)), machine(), BASE_BYTES)
 
@@ -199,10 +199,10 @@ def test_a_plan_is_corrected_by_what_the_longest_batch_took(bench, tmp_path):
     assert split_less(planned, machine(), BASE_BYTES, as_planned) is None
     assert split_less(planned, machine(), BASE_BYTES, as_planned + 10**7) is None
     # Later steps take more than the first forward did.
-    assert split_less(planned, machine(), BASE_BYTES, as_planned - LATER_BYTES) is None
-    less = split_less(planned, machine(), BASE_BYTES, as_planned - LATER_BYTES - 10**7)
+    assert split_less(planned, machine(), BASE_BYTES, as_planned - UNSEEN_BYTES) is None
+    less = split_less(planned, machine(), BASE_BYTES, as_planned - UNSEEN_BYTES - 10**7)
     assert less is not None and less.plan.micro_batch == 128 == less.cfg.micro_batch
-    assert less.plan.planned_peak_bytes <= less.plan.max_mem_bytes == planned.plan.max_mem_bytes
+    assert less.plan.needed_bytes <= less.plan.max_mem_bytes == planned.plan.max_mem_bytes
     items = {item.name: item.bytes for item in less.plan.items}
     assert items["correction"] == -(10**7)
 
