@@ -23,7 +23,7 @@ from edgezo.cli.main import cli
 WRITES = {"out"}
 READS = {
     *("model", "data", "data_root", "finetuner", "config_file", "run", "source", "study_file"),
-    "files",
+    *("files", "target", "rows", "compare"),
 }
 FLAGS = {"as_json", "resume", "dry_run", "show_batch", "profile", "baselines"}
 NO_FILES = {
@@ -44,7 +44,7 @@ NO_FILES = {
     *("refresh", "candidates", "short_tokens", "steps", "for_s", "step", "sigma", "schedule"),
     *("weight_decay", "head_lr", "short_lr", "eval_every", "snapshot_every", "threads", "form"),
     *("dtype", "sharing", "restart", "rate", "lr", "methods", "tokens", "limit", "tries"),
-    *("repeats", "parallel"),
+    *("repeats", "parallel", "temperature", "top_p", "chance", "system"),
 }
 
 
@@ -99,6 +99,11 @@ def data_of(tools: Tools) -> list[str]:
     return tools.bench.arguments(**dict.fromkeys(left_out))
 
 
+def _asked(tools: Tools) -> list[object]:
+    """The rows that predictions are made for."""
+    return ["--data", tools.bench.data / "label.jsonl"]
+
+
 WRITERS = {
     "finetune": Writer("finetune", lambda t, out: _run(t, "--out", out)),
     "finetune on disk": Writer(
@@ -125,6 +130,10 @@ WRITERS = {
     "export hf": Writer("export", lambda t, out: [t.run, "--out", out]),
     "export hf in bf16": Writer("export", lambda t, out: [t.run, "--dtype", "bf16", "--out", out]),
     "export peft": Writer("export", lambda t, out: [t.run, "--format", "peft", "--out", out]),
+    "predict": Writer("predict", lambda t, out: [t.run, *_asked(t), "--out", out], file=True),
+    "predict as csv": Writer(
+        "predict", lambda t, out: [t.run, *_asked(t), "--to", "csv", "--out", out], file=True
+    ),
     "bench memory": Writer(
         "bench memory", lambda t, out: ["--model", t.bench.model, "--out", out], ("bench",)
     ),

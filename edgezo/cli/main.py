@@ -37,6 +37,7 @@ from edgezo.cli.options import (
     use_threads,
 )
 from edgezo.cli.requests import evaluation_request, finetune_request, request
+from edgezo.cli.use import chat, predict
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine import interrupts, streams
 from edgezo.machine.interrupts import INTERRUPTED
@@ -51,6 +52,8 @@ def cli() -> None:
 
 
 cli.add_command(bench)
+cli.add_command(predict)
+cli.add_command(chat)
 
 
 @cli.command()

@@ -110,7 +110,7 @@ class Encoder:
         self.cut = 0
         for some in _groups(drafts):
             n_rows += sum(len(draft.pieces) for draft in some)
-            for example in self._some_examples(some):
+            for example in self.some_examples(some):
                 if all(row.score_at for row in example.rows):
                     packed.append(example)
                 else:
@@ -125,7 +125,7 @@ class Encoder:
             notes.append(f"{left_out} {split} rows left out: no token to predict")
         return packed
 
-    def _some_examples(self, drafts: Sequence[Draft]) -> Iterator[Example]:
+    def some_examples(self, drafts: Sequence[Draft]) -> Iterator[Example]:
         """One example for each draft, whether it predicts something or not."""
         pieces = [piece for draft in drafts for piece in draft.pieces]
         wheres = [draft.where for draft in drafts for _ in draft.pieces]

@@ -13,7 +13,7 @@ from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.busy_cores import beside_others
 from edgezo.machine.files import atomic_path, atomic_write, to_json
 from edgezo.machine.foreign import MOST_CONFIG_BYTES, parse_json, read_small, reading
-from edgezo.machine.gpu_memory import confirmed
+from edgezo.machine.gpu_memory import Memory, confirmed
 from edgezo.machine.hardware import machine
 from edgezo.machine.process_memory import Meter, peak_rss_bytes, rss_bytes
 from edgezo.network import cards, loader
@@ -70,19 +70,39 @@ def evaluate(
         note(text)
     base = meter.mark("base")
     planned = settle(opened, confirmed(machine()), base.rss_bytes)
+    with in_memory(run, trained, planned, note) as (model, memory, steps):
+        meter.mark("load")
+        with memory.short("an evaluation"):
+            figures = evaluate_model(model, opened.dataset, opened.judge)
+    return {"model": target, "steps": steps, **figures, **meter.summary(), **memory.figures()}
+
+
+class Ready(NamedTuple):
+    """A model in memory that answers as its run does."""
+
+    model: Model
+    memory: Memory
+    steps: int  # of the run; 0 for a plain model
+
+
+@contextmanager
+def in_memory(
+    run: RunFiles, trained: RunConfig | None, planned: Planned, note: Callable[[str], None]
+) -> Iterator[Ready]:
+    """A run at its end, or a model with the linear probe that was exported with it, until the end of the block.
+
+    ``trained`` is the configuration of the run; None for a model.
+    """
     with ExitStack() as at_end:
         at_end.enter_context(beside_others())
         model, memory = at_end.enter_context(loaded(planned))
         steps = 0
         if trained is not None:
             journal = at_end.enter_context(open_journal(run.journal, resume=False))
-            steps = restore(run, trained, opened, model, journal)
+            steps = restore(run, trained, planned.opened, model, journal)
         elif run.probe.is_file():
-            note(_with_exported_probe(run, opened, model))
-        meter.mark("load")
-        with memory.short("an evaluation"):
-            figures = evaluate_model(model, opened.dataset, opened.judge)
-    return {"model": target, "steps": steps, **figures, **meter.summary(), **memory.figures()}
+            note(_with_exported_probe(run, planned.opened, model))
+        yield Ready(model, memory, steps)
 
 
 @contextmanager

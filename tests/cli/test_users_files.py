@@ -107,7 +107,7 @@ def is_tried(parameter: click.Parameter, command: str) -> bool:
 
 
 class _NoBench:
-    model = Path("model")
+    model = data = Path("model")
 
     def arguments(self, **changes: Any) -> list[str]:
         return []
