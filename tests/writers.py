@@ -18,12 +18,14 @@ from conftest import Bench
 from torch import nn
 
 from edgezo.cli.main import cli
+from edgezo.plan.request import make_config
+from edgezo.run.train import finetune
 
 # What an option or argument of any command does with files.
 WRITES = {"out"}
 READS = {
     *("model", "data", "data_root", "finetuner", "config_file", "run", "source", "study_file"),
-    *("files", "target", "rows", "compare"),
+    *("files", "target", "compare"),
 }
 FLAGS = {"as_json", "resume", "dry_run", "show_batch", "profile", "baselines"}
 NO_FILES = {
@@ -66,15 +68,18 @@ class Tools(NamedTuple):
     run: Path  # a finished run, for replay and export
     study: Path  # of bench accuracy
     published: Path  # a published finetuner
+    adapted: Path = Path("adapted")  # a finished run that an adapter can hold
 
     @staticmethod
     def around(bench: Bench, run: Path) -> Tools:
         """A finished run, and the rest beside it."""
+        adapted = run.parent / "adapted"
+        finetune(make_config(bench.settings(out=str(adapted), steps=1, train="lowrank")))
         study, published = run.parent / "study.toml", run.parent / "published.pth"
         study.write_text(STUDY.format(model=bench.model))
         network = nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 1))
         torch.save({"model.norm.weight": network}, published)
-        return Tools(bench, run, study, published)
+        return Tools(bench, run, study, published, adapted)
 
 
 Arguments = Callable[[Tools, object], Sequence[object]]  # (tools, the place) -> arguments
@@ -130,6 +135,13 @@ WRITERS = {
     "export hf": Writer("export", lambda t, out: [t.run, "--out", out]),
     "export hf in bf16": Writer("export", lambda t, out: [t.run, "--dtype", "bf16", "--out", out]),
     "export peft": Writer("export", lambda t, out: [t.run, "--format", "peft", "--out", out]),
+    "export gguf": Writer("export", lambda t, out: [t.run, "--format", "gguf", "--out", out]),
+    "export gguf in 8 bits": Writer(
+        "export", lambda t, out: [t.run, "--format", "gguf", "--dtype", "q8_0", "--out", out]
+    ),
+    "export an adapter": Writer(
+        "export", lambda t, out: [t.adapted, "--format", "gguf-adapter", "--out", out]
+    ),
     "predict": Writer("predict", lambda t, out: [t.run, *_asked(t), "--out", out], file=True),
     "predict as csv": Writer(
         "predict", lambda t, out: [t.run, *_asked(t), "--to", "csv", "--out", out], file=True
@@ -200,6 +212,10 @@ USERS_FILES = {
     "adapter_config.json": "{}\n",
     "config.json": "{}\n",
     "edgezo.json": "{}\n",
+    "README.md": "# Mine\n",
+    "Modelfile": "FROM mine\n",
+    "model.gguf": "not a tensor",
+    "adapter.gguf": "not a tensor",
     "runs/mine.txt": "of a race",
     "README": "mine\n",
     ".hidden": "mine\n",

@@ -160,17 +160,22 @@ def replay(run: str, out: str, as_json: bool) -> None:
 @cli.command()
 @click.argument("run", metavar="RUN")
 @click.option(
-    "--format", "form", type=click.Choice(["hf", "peft"]), default="hf", show_default=True
+    "--format",
+    "form",
+    type=click.Choice(["hf", "peft", "gguf", "gguf-adapter"]),
+    default="hf",
+    show_default=True,
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["fp32", "bf16", "fp16"]),
-    help="Type of the weights of hf.  [default: fp32 if adapters were trained, else the run's]",
+    type=click.Choice(["fp32", "bf16", "fp16", "q8_0"]),
+    help="Type of the weights.  [default: of hf fp32 if adapters were trained, else the run's; "
+    "of gguf the base file's, else fp16]",
 )
 @click.option("--out", metavar="DIR", required=True, help="A new directory.")
 @json_option
 def export(run: str, form: str, dtype: str | None, out: str, as_json: bool) -> None:
-    """Write the result of a run for other programs: hf, a whole model; peft, the adapter alone."""
+    """Write the result of a run for other programs: hf or gguf, a whole model; peft or gguf-adapter, an adapter."""
     from edgezo.plan.budget import mb
     from edgezo.run.export import export as run_export
 

@@ -41,7 +41,6 @@ def _threads(given: Mapping[str, str | None]) -> int | None:
 @click.argument("target", metavar="RUN|MODEL")
 @click.option(
     "--data",
-    "rows",
     metavar="FILE|-",
     required=True,
     help="Rows to predict; -: lines on standard input, JSON objects or texts.",
@@ -60,7 +59,7 @@ def _threads(given: Mapping[str, str | None]) -> int | None:
 @options(*ASKING, *TAKES)
 @json_option
 def predict(
-    target: str, rows: str, form: str, out: str | None, as_json: bool, **given: str | None
+    target: str, data: str, form: str, out: str | None, as_json: bool, **given: str | None
 ) -> None:
     """Predict rows: a label with its probabilities, a completion, an answer, or a score, line by line."""
     use_threads(_threads(given))
@@ -80,8 +79,8 @@ def predict(
         problems = Problems()
         groups = (
             asked_rows.of_lines(sys.stdin.buffer, problems, used.guard)
-            if rows == "-"
-            else asked_rows.of_file(user_path(rows), problems, used.guard)
+            if data == "-"
+            else asked_rows.of_file(user_path(data), problems, used.guard)
         )
         predictions = used.stream(groups, problems)
         if as_json and out is None:

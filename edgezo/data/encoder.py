@@ -42,7 +42,7 @@ class Encoder:
         self.tokenizer, self.max_length, self.masked = tokenizer, max_length, masked
         self.guard = guard or ReadingGuard()
         with reading("The model's tokenizer", any_kind=True):
-            self.prefix, self.suffix = _special_ids(tokenizer)
+            self.prefix, self.suffix = special_ids(tokenizer)
             special = (tokenizer.eos_token_id, tokenizer.mask_token_id)
             _check_ids([(*self.prefix, *self.suffix, *(i for i in special if i is not None))])
             self.begin = "".join(tokenizer.convert_ids_to_tokens(list(self.prefix)))
@@ -342,7 +342,7 @@ def _compact(positions: list[int]) -> Sequence[int]:
     return array("i", positions)
 
 
-def _special_ids(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def special_ids(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The special tokens that the tokenizer puts before and after a text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]

@@ -12,7 +12,6 @@ from edgezo.data.dataset import Dataset
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.busy_cores import beside_others
 from edgezo.machine.files import atomic_path, atomic_write, to_json
-from edgezo.machine.foreign import MOST_CONFIG_BYTES, parse_json, read_small, reading
 from edgezo.machine.gpu_memory import Memory, confirmed
 from edgezo.machine.hardware import machine
 from edgezo.machine.process_memory import Meter, peak_rss_bytes, rss_bytes
@@ -27,6 +26,7 @@ from edgezo.run.directory import (
     run_id,
     temporary_overlay,
 )
+from edgezo.run.exported import Exported
 from edgezo.run.figures import evaluate_model
 from edgezo.run.journal import Journal, open_journal
 from edgezo.run.journal_header import check_base
@@ -100,8 +100,8 @@ def in_memory(
         if trained is not None:
             journal = at_end.enter_context(open_journal(run.journal, resume=False))
             steps = restore(run, trained, planned.opened, model, journal)
-        elif run.probe.is_file():
-            note(_with_exported_probe(run, planned.opened, model))
+        elif (exported := Exported.at(planned.opened.files.path)) is not None and exported.probed:
+            note(_with_exported_probe(exported, planned.opened, model))
         yield Ready(model, memory, steps)
 
 
@@ -148,21 +148,15 @@ def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model, journal
     return stop
 
 
-def _with_exported_probe(folder: RunFiles, opened: Opened, model: Model) -> str:
-    """Let an exported model classify by the linear probe beside it, where the data is of the same task.
+def _with_exported_probe(exported: Exported, opened: Opened, model: Model) -> str:
+    """Let an exported model classify by the linear probe that goes with it, where the data is of the same task.
 
     Returns a sentence that says whether it does.
     """
-    what = f"{folder.path} has a linear probe, but what it is for ({folder.exported.name})"
-    way_out = f"Export the run again, or remove {folder.probe.name} to evaluate without it."
-    with reading(what, way_out):
-        about = parse_json(read_small(folder.exported, MOST_CONFIG_BYTES).decode("utf-8"))
-        same = _same_task(about["dataset"], opened.dataset)
-        words = ", ".join(about["dataset"]["label_names"])
-        of_run = about.get("run_id")  # exports of earlier versions have none
-    if not same:
+    if not exported.same_task(opened.dataset):
+        words = ", ".join(exported.names)
         return f"the linear probe beside this model tells {words} apart, which is another task: not used"
-    recall(folder, model, opened.files.shape.hidden, of_run)
+    exported.classify(model, opened.files.shape.hidden)
     return "classified by the linear probe that was exported with this model"
 
 

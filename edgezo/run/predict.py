@@ -22,6 +22,7 @@ from edgezo.data.dataset import DataRequest, Dataset
 from edgezo.data.row_files import Problems, Record
 from edgezo.data.token_stats import TokenStats
 from edgezo.errors import UsageError
+from edgezo.machine.files import user_path
 from edgezo.machine.gpu_memory import Memory, confirmed
 from edgezo.machine.hardware import machine
 from edgezo.machine.limits import EVAL_TOKENS
@@ -37,6 +38,7 @@ from edgezo.plan.fields import LOSS, flag
 from edgezo.plan.request import make_config
 from edgezo.run.directory import RunFiles
 from edgezo.run.evaluate import in_memory
+from edgezo.run.exported import Exported
 from edgezo.run.journal import open_journal
 from edgezo.run.objective import Judge, evaluation_parts
 from edgezo.run.places import check_base_is_there
@@ -255,7 +257,9 @@ def use_request(target: str, given: Mapping[str, Any]) -> RunConfig:
     """The request to use a run as it was trained, but for what ``given`` changes; or a plain model."""
     run = RunFiles(Path(target))
     if not run.config.is_file():
-        return make_config({**given, "model": target}, need_data=False)
+        exported = _exported_at(target)
+        layer = exported.settings if exported is not None else {}
+        return make_config({**given, "model": target}, layer, need_data=False)
     if refused := [flag(name) for name in _OF_ASKING if given.get(name) is not None]:
         raise UsageError(
             f"{target} is a run, which is asked as it was trained: leave out {', '.join(refused)}"
@@ -265,6 +269,12 @@ def use_request(target: str, given: Mapping[str, Any]) -> RunConfig:
     if given.get("device") not in (None, saved.device):  # the cap was that of the other device
         layer |= {"max_mem_bytes": None, "residency": None}
     return make_config({**given, "objective": None}, layer, need_data=False)
+
+
+def _exported_at(target: str) -> Exported | None:
+    """What edgezo has exported to a path; None for anything else, such as the name of a card."""
+    path = user_path(target)
+    return Exported.at(path) if path.exists() else None
 
 
 @contextmanager
@@ -279,10 +289,14 @@ def predictor(
     run = RunFiles(Path(target))
     trained = run.read_config() if run.config.is_file() else None
     guard = ReadingGuard(ram_cap_bytes(cfg, machine()))
-    kind, names = None, ()
+    kind: str | None = None
+    names: tuple[str, ...] = ()
     with ExitStack() as at_end:
         if trained is None:
             cfg = replace(cfg, train=("head",))  # the smallest: nothing is trained
+            exported = _exported_at(target)
+            if exported is not None and exported.asks_as(cfg):
+                kind, names = exported.kind, exported.names
         else:
             check_base_is_there(cfg, run.path)
             with open_journal(run.journal, resume=False) as journal:
