@@ -19,13 +19,14 @@ from torch import nn
 
 from edgezo.cli.main import cli
 from edgezo.plan.request import make_config
+from edgezo.run.export import export
 from edgezo.run.train import finetune
 
 # What an option or argument of any command does with files.
 WRITES = {"out"}
 READS = {
     *("model", "data", "data_root", "finetuner", "config_file", "run", "source", "study_file"),
-    *("files", "target", "compare"),
+    *("files", "target", "compare", "shipped", "base"),
 }
 FLAGS = {"as_json", "resume", "dry_run", "show_batch", "profile", "baselines"}
 NO_FILES = {
@@ -69,6 +70,7 @@ class Tools(NamedTuple):
     study: Path  # of bench accuracy
     published: Path  # a published finetuner
     adapted: Path = Path("adapted")  # a finished run that an adapter can hold
+    shipped: Path = Path("shipped")  # a run as one small file
 
     @staticmethod
     def around(bench: Bench, run: Path) -> Tools:
@@ -79,7 +81,9 @@ class Tools(NamedTuple):
         study.write_text(STUDY.format(model=bench.model))
         network = nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 1))
         torch.save({"model.norm.weight": network}, published)
-        return Tools(bench, run, study, published, adapted)
+        shipped = run.parent / "shipped.edgezo"
+        export(run, "journal", shipped)
+        return Tools(bench, run, study, published, adapted, shipped)
 
 
 Arguments = Callable[[Tools, object], Sequence[object]]  # (tools, the place) -> arguments
@@ -141,6 +145,12 @@ WRITERS = {
     ),
     "export an adapter": Writer(
         "export", lambda t, out: [t.adapted, "--format", "gguf-adapter", "--out", out]
+    ),
+    "export a journal": Writer(
+        "export", lambda t, out: [t.run, "--format", "journal", "--out", out], file=True
+    ),
+    "apply": Writer(
+        "apply", lambda t, out: [t.shipped, "--base", t.bench.model, "--out", out], ("replay",)
     ),
     "predict": Writer("predict", lambda t, out: [t.run, *_asked(t), "--out", out], file=True),
     "predict as csv": Writer(

@@ -37,7 +37,7 @@ from edgezo.cli.options import (
     use_threads,
 )
 from edgezo.cli.requests import evaluation_request, finetune_request, request
-from edgezo.cli.use import chat, predict
+from edgezo.cli.use import apply, chat, predict
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine import interrupts, streams
 from edgezo.machine.interrupts import INTERRUPTED
@@ -54,6 +54,7 @@ def cli() -> None:
 cli.add_command(bench)
 cli.add_command(predict)
 cli.add_command(chat)
+cli.add_command(apply)
 
 
 @cli.command()
@@ -162,7 +163,7 @@ def replay(run: str, out: str, as_json: bool) -> None:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["hf", "peft", "gguf", "gguf-adapter"]),
+    type=click.Choice(["hf", "peft", "gguf", "gguf-adapter", "journal"]),
     default="hf",
     show_default=True,
 )
@@ -172,15 +173,19 @@ def replay(run: str, out: str, as_json: bool) -> None:
     help="Type of the weights.  [default: of hf fp32 if adapters were trained, else the run's; "
     "of gguf the base file's, else fp16]",
 )
-@click.option("--out", metavar="DIR", required=True, help="A new directory.")
+@click.option(
+    "--out", metavar="DIR", required=True, help="A new directory; a new file for the form journal."
+)
 @json_option
 def export(run: str, form: str, dtype: str | None, out: str, as_json: bool) -> None:
-    """Write the result of a run for other programs: hf or gguf, a whole model; peft or gguf-adapter, an adapter."""
+    """Write the result of a run: a whole model (hf, gguf), an adapter (peft, gguf-adapter), or its steps (journal)."""
     from edgezo.plan.budget import mb
     from edgezo.run.export import export as run_export
 
     result = run_export(Path(run), form, Path(out), dtype=dtype)
-    text = f"{result['tensors']} tensors, {mb(result['weight_bytes'])}, in {out}"
+    text = f"{result['steps']} steps, {result.get('size_bytes')} bytes, in {out}"
+    if "tensors" in result:
+        text = f"{result['tensors']} tensors, {mb(result['weight_bytes'])}, in {out}"
     emit(as_json, result, "\n".join([text, *(f"note: {line}" for line in result["notes"])]))
 
 

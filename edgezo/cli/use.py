@@ -1,4 +1,4 @@
-"""Commands that use a result: predict answers rows, chat talks."""
+"""Commands that use a result: predict answers rows, chat talks, apply makes a model of a base and a small file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from edgezo.cli.options import echo_json, encodable, json_option, options, printable, use_threads
+from edgezo.cli.options import (
+    echo_json,
+    emit,
+    encodable,
+    json_option,
+    options,
+    printable,
+    use_threads,
+)
 
 if TYPE_CHECKING:
     from edgezo.run.predict import Predictor
@@ -153,6 +161,23 @@ def _flat(prediction: Mapping[str, Any]) -> dict[str, Any]:
     elif shares is not None:
         flat["probabilities"] = " ".join(map(str, shares))
     return flat
+
+
+# ---------------------------------------------------------------------------------------------
+# apply
+
+
+@click.command()
+@click.argument("shipped", metavar="FILE")
+@click.option("--base", metavar="MODEL", required=True, help="The model that it was trained over.")
+@click.option("--out", metavar="DIR", required=True, help="Directory for the rebuilt run.")
+@json_option
+def apply(shipped: str, base: str, out: str, as_json: bool) -> None:
+    """Make a fine-tuned model of its base and the file that export --format journal wrote."""
+    from edgezo.run.shipped import apply as apply_shipped
+
+    result = apply_shipped(Path(shipped), base, Path(out))
+    emit(as_json, result, f"applied {result['steps']} steps of {shipped} to {base}, in {out}")
 
 
 # ---------------------------------------------------------------------------------------------

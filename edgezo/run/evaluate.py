@@ -190,11 +190,14 @@ def _load_trained(run: RunFiles, model: Model, of_run: str) -> int:
     return steps
 
 
-def replay(source: Path, out: Path) -> dict[str, Any]:
+def replay(
+    source: Path, out: Path, check: Callable[[str], None] = lambda digest: None
+) -> dict[str, Any]:
     """Rebuild the fine-tuned weights of run ``source`` from base and journal, without data or forwards.
 
     ``out`` gets every trained tensor (trained.safetensors) beside the run's configuration and journal; it can be
-    evaluated like the run. The same bits as the run's: compare ``trained_sha256``.
+    evaluated like the run. The same bits as the run's: compare ``trained_sha256``. ``check`` gets it before anything is
+    written.
     """
     run, made = RunFiles(source), RunFiles(out)
     cfg = run.read_config()
@@ -205,6 +208,7 @@ def replay(source: Path, out: Path) -> dict[str, Any]:
         digest = saved_sha256(model.saved())
         if saved_summary(run).get("steps") == steps and not takes_roots(cfg):
             check_same_end(run, cfg, model, digest)
+        check(digest)
         prepare_replay(made)
         with atomic_path(made.trained) as temporary:
             write_saved(temporary, model.saved(), {"steps": str(steps)}, run=rebuilt.of_run)

@@ -12,6 +12,7 @@
 int8 and int4 codes are expanded, as the run's forward reads them. What was trained beside frozen weights is fp32 in a
 run, and small: bf16 weights with it added would keep two thirds of it or less, so hf writes fp32 then unless asked.
     gguf, gguf-adapter    for llama.cpp and what is built on it (export_gguf.py)
+    journal               one small file, from which anybody with the base makes the model (shipped.py)
 
 A linear probe has a place in neither of hf and peft: it reads blocks in the middle of the model, and blocks above it
 were not run. Its file is copied beside them, where edgezo eval and a dozen lines of transformers use it
@@ -45,6 +46,7 @@ from edgezo.run.exported import asked_by
 from edgezo.run.merged import Merged
 from edgezo.run.model_card import write_card
 from edgezo.run.places import check_base_is_there
+from edgezo.run.shipped import ship
 from edgezo.run.summary import saved_summary
 from edgezo.weights.layouts import DENSE_DTYPES
 from edgezo.weights.saved import write_saved
@@ -55,15 +57,17 @@ _HF_DTYPES = ("fp32", "bf16", "fp16")
 
 
 def export(source: Path, form: str, out: Path, *, dtype: str | None = None) -> dict[str, Any]:
-    """Write run ``source``, as it stands now, to the new directory ``out``: all of it or nothing.
+    """Write run ``source``, as it stands now, to the new directory ``out`` (``journal``: file): all of it or nothing.
 
     ``dtype``: of the weights of ``hf`` and ``gguf``. Blocks that have no room in memory are read one by one.
     Raises UsageError where ``out`` is there already, or the form has no place for the model or what was trained.
     """
     run = RunFiles(source)
     cfg = run.read_config()
-    check_new(out)
     _check_form(run, cfg, form, dtype)
+    if form == "journal":
+        return ship(run, cfg, out)
+    check_new(out)
     out = out.resolve()  # where a link to an empty directory leads
     with atomic_folder(out) as folder, brought_back(run, cfg) as rebuilt:
         files = rebuilt.planned.opened.files
@@ -97,6 +101,8 @@ def _check_form(run: RunFiles, cfg: RunConfig, form: str, dtype: str | None) -> 
             f"--format {form} holds what lies beside frozen weights, and this run trained {'+'.join(inside)}.\n"
             f"Use --format {'hf' if form == 'peft' else 'gguf'}, which writes the whole model."
         )
+    if form == "journal" and dtype is not None:
+        raise UsageError("--format journal holds steps, not weights: leave out --dtype")
     if form in _ADAPTERS and dtype is not None:
         raise UsageError(
             "--dtype is the type of the weights that --format hf or gguf writes; an adapter is fp32"

@@ -284,6 +284,7 @@ READERS: dict[str, Any] = {
     "export": lambda t, out: ["--out", out],
     "predict": lambda t, out: ["--data", t.bench.data / "label.jsonl"],
     "chat": lambda t, out: ["--max-new-tokens", 1],
+    "apply": lambda t, out: ["--base", t.bench.model, "--out", out],
     "bench memory": lambda t, out: ["--methods", "none", "--out", out],
     "bench alignment": lambda t, out: ["--estimators", "none", *data_of(t), "--out", out],
     "bench speed": lambda t, out: ["--estimators", "none", *data_of(t), "--out", out],
@@ -320,8 +321,8 @@ def test_what_is_read_is_as_it_was(name, parameter, tools, edgezo, tmp_path):
             if name == "convert-finetuner":
                 arguments.append(tmp_path / "out.safetensors")
         else:
-            if name in ("predict", "chat"):
-                arguments = [tools.run, *arguments]
+            if name in ("predict", "chat", "apply"):
+                arguments = [tools.shipped if name == "apply" else tools.run, *arguments]
             option = next(o for o in parameter.opts if o.startswith("--"))
             data = parameter.name == "data_root" and "--data" in arguments
             if data:  # it is read for a task

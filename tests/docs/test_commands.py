@@ -146,6 +146,8 @@ def made(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         steps = ("--steps", 2, "--eval-limit", 8, "--profile", "--out", "runs/mine")
         assert run("finetune", *label, *small, *steps) == 0
         assert run("export", "runs/mine", "--out", "model") == 0
+        shipped = ("--format", "journal", "--out", "mine.edgezo")
+        assert run("export", "runs/mine", *shipped) == 0
         writer = ("--model", MODEL, "--data", DATA, "--train", "lowrank", "--out", "runs/writer")
         assert run("finetune", *writer, *small, "--steps", 2, "--eval-limit", 8) == 0
         meta = ("--steps", 1, "--restart", 1, "--batch-size", 2, "--out", "my.safetensors")
@@ -218,7 +220,7 @@ def substituted(name: str, given: Sequence[tuple[str, str | None]]) -> list[str]
             files.append(DATA if value == "example" or not files else "DIR")
         elif option == "--data":
             words += [option, str(value)]
-        elif option in ("--model", "--compare"):
+        elif option in ("--model", "--compare", "--base"):
             words += [option, model_of(str(value))]
         elif option in KEPT:
             words += [option] if value is None else [option, value]
