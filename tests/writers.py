@@ -146,6 +146,7 @@ WRITERS = {
     "export an adapter": Writer(
         "export", lambda t, out: [t.adapted, "--format", "gguf-adapter", "--out", out]
     ),
+    "export onnx": Writer("export", lambda t, out: [t.run, "--format", "onnx", "--out", out]),
     "export a journal": Writer(
         "export", lambda t, out: [t.run, "--format", "journal", "--out", out], file=True
     ),
@@ -225,6 +226,8 @@ USERS_FILES = {
     "README.md": "# Mine\n",
     "Modelfile": "FROM mine\n",
     "model.gguf": "not a tensor",
+    "model.onnx": "not a graph",
+    "model.onnx.data": "not a tensor",
     "adapter.gguf": "not a tensor",
     "runs/mine.txt": "of a race",
     "README": "mine\n",

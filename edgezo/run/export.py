@@ -12,6 +12,7 @@
 int8 and int4 codes are expanded, as the run's forward reads them. What was trained beside frozen weights is fp32 in a
 run, and small: bf16 weights with it added would keep two thirds of it or less, so hf writes fp32 then unless asked.
     gguf, gguf-adapter    for llama.cpp and what is built on it (export_gguf.py)
+    onnx                  a graph with its weights beside it (export_onnx.py)
     journal               one small file, from which anybody with the base makes the model (shipped.py)
 
 A linear probe has a place in neither of hf and peft: it reads blocks in the middle of the model, and blocks above it
@@ -21,10 +22,12 @@ were not run. Its file is copied beside them, where edgezo eval and a dozen line
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +88,15 @@ def export(source: Path, form: str, out: Path, *, dtype: str | None = None) -> d
             "asked_by": asked_by(cfg),
             "predicts_as_run": rebuilt.model.readout is None,
         }
-        if form.startswith("gguf"):
+        if form == "onnx":
+            from edgezo.run.export_onnx import OnnxExporter  # it imports onnx
+
+            # With a config of its own: building a module resets how the run's attention is computed.
+            apart = replace(files, config=copy.deepcopy(files.config))
+            written = OnnxExporter(rebuilt, build_meta(apart)).write(folder, dtype)
+            notes = [*beside_weights(files, folder), *written.pop("notes")]
+            result = {**about, "predicts_as_run": True, "notes": notes, **written}
+        elif form.startswith("gguf"):
             result = _gguf(run, rebuilt, form, folder, dtype, about)
         else:
             result = _huggingface(run, rebuilt, form, folder, dtype, about)
@@ -111,9 +122,15 @@ def _check_form(run: RunFiles, cfg: RunConfig, form: str, dtype: str | None) -> 
         raise UsageError(
             f"--format hf writes {', '.join(_HF_DTYPES)}; {dtype} is for --format gguf"
         )
-    if form.startswith("gguf"):
+    if form == "onnx" or form.startswith("gguf"):
         check_base_is_there(cfg, run.path)
-        check_base(open_model(resolve(cfg.model)))
+        files = open_model(resolve(cfg.model))
+        if form == "onnx":
+            from edgezo.run import export_onnx  # it imports onnx
+
+            export_onnx.check_base(files, dtype)
+        else:
+            check_base(files)
 
 
 def _huggingface(

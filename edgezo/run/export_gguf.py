@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from edgezo.data.encoder import special_ids
 from edgezo.errors import EdgezoError, UsageError
@@ -51,7 +50,7 @@ from edgezo.weights.gguf_write import (
 )
 from edgezo.weights.safetensors_file import read_into
 
-FILE, ADAPTER = "model.gguf", "adapter.gguf"
+MODEL_FILE, ADAPTER_FILE = "model.gguf", "adapter.gguf"
 _F32 = GGMLQuantizationType.F32
 _NOT_COPIED = ("split.", "general.file_type", "general.quantization_version", "edgezo.")
 _COPY_BYTES = 1 << 22  # of a tensor that is copied, at a time
@@ -71,7 +70,7 @@ _COMPUTED_WITH = (
     *("attn_logit_softcapping", "final_logit_softcapping"),
 )
 _COARSE = 1 / 7  # of codes of four or five bits
-_LEAST = 1e-6  # of a block so small that its scale is rounded too
+_LEAST_FAR = 1e-6  # of a block so small that its scale is rounded too
 _BLOCK = 32
 
 
@@ -93,10 +92,6 @@ class GgufExporter(Merged):
     """Writes a run as a GGUF file."""
 
     @cached_property
-    def files(self) -> ModelFiles:
-        return self.rebuilt.planned.opened.files
-
-    @cached_property
     def base(self) -> GgufSource | None:
         """The base, where it is a GGUF file."""
         return self.files.source if isinstance(self.files.source, GgufSource) else None
@@ -109,11 +104,6 @@ class GgufExporter(Merged):
         known = architecture_for(self.files.config.model_type)
         assert known is not None  # check_base
         return known
-
-    @cached_property
-    def output(self) -> str:
-        """The name of the head's weight."""
-        return f"{self.name_of(self.meta.get_output_embeddings())}.weight"
 
     def write(self, folder: Path, asked: str | None, about: Mapping[str, Any]) -> dict[str, Any]:
         """Write model.gguf; ``asked`` is the type of --dtype. Raises EdgezoError for what cannot be read back."""
@@ -129,7 +119,7 @@ class GgufExporter(Merged):
             **self._entries(asked, tensors.values()),
             **exported.entries(about, None if probe is None else probe.weights),
         }
-        path = folder / FILE
+        path = folder / MODEL_FILE
         write_gguf(path, self.named[0], entries, tensors.values())
         self._check(path)
         size = sum(out.size_bytes for out in tensors.values())
@@ -161,22 +151,6 @@ class GgufExporter(Merged):
 
     # -- tensors ------------------------------------------------------------------------------------------
 
-    def parameters(self) -> Iterator[str]:
-        """The parameters that a file has; a head that has become another one than its table is one of them."""
-        names = [name for name, _ in self.meta.named_parameters()]
-        yield from names
-        if self.output not in names and self.rebuilt.model.exact is not None:
-            yield self.output
-
-    def changed(self, name: str) -> bool:
-        """Whether training has moved a parameter."""
-        model, place = self.rebuilt.model, self.places[name]
-        trained = model.store.trainables
-        if any(key in trained for key in (place, f"{place}#lowrank", f"{place}#gain")):
-            return True
-        adapted = model.adapters is not None and f"{place}#lora_A" in model.adapters.values
-        return adapted or (name == self.output and model.exact is not None)
-
     def _tensors(self, asked: str | None, notes: list[str]) -> Iterator[GgufOut]:
         architecture, arch = self.named
         others: dict[str, GgufTensor] = dict(self.base.header.tensors) if self.base else {}
@@ -192,7 +166,7 @@ class GgufExporter(Merged):
                 yield _copied(stored)
                 continue
             shape = tuple(self.meta.get_parameter(name).shape)
-            if self._is_turned(name):
+            if self.is_turned(name):
                 shape = shape[::-1]
             kind, is_meant = self._type(asked, stored, stem, shape)
             if not is_meant:
@@ -218,21 +192,6 @@ class GgufExporter(Merged):
             "output.weight", self.base.header.tensors["token_embd.weight"]
         )
         return type_for((stored or table).type, shape)
-
-    def _is_turned(self, name: str) -> bool:
-        """Whether a module has its weight as (in, out), which a file has as (out, in)."""
-        module = self.meta.get_submodule(name.rpartition(".")[0])
-        return isinstance(module, Conv1D) and name.endswith("weight")
-
-    def rows(self, name: str) -> Iterator[Tensor]:
-        """Rows (n, cols) or values (n,) of a parameter with what was trained in it, fp32; matrices as (out, in)."""
-        place = self.places[name]
-        if place in self.rebuilt.model.store.layouts:
-            yield from self.tiles_of(place, torch.float32, name == self.output)
-            return
-        saved = self.saved(name, torch.float32, False)
-        for piece in saved.pieces():
-            yield piece.T if self._is_turned(name) else piece
 
     def stored_rows(self, name: str) -> Iterator[Tensor]:
         """``rows`` as llama.cpp's converter changes them."""
@@ -297,7 +256,7 @@ class GgufExporter(Merged):
                 return
         kind = source.stored(name).type.name
         whole = None if source.by_rows(name) else source.read(name, torch.float32)
-        if whole is not None and self._is_turned(name):
+        if whole is not None and self.is_turned(name):
             whole = whole.T
         at = 0
         for piece in self.rows(name):
@@ -314,13 +273,9 @@ class GgufExporter(Merged):
 
     def _differs(self, source: GgufSource, name: str) -> bool:
         """Whether a tensor of the file is stored otherwise than the base's would be, in the same type."""
-        base, arch = self.files.source, self.named[1]
-        origin = self.sources.get(name) or self.sources[self.places[name]]
-        values = base.read(origin, torch.float32)
-        rows = iter([values.T if self._is_turned(name) else values])
         stored = source.stored(name)
         at = stored.offset
-        for piece in _arranged(rows, name, arch, self._head_rows(name)):
+        for piece in _arranged(self.base_rows(name), name, self.named[1], self._head_rows(name)):
             raw = encoded(piece, stored.type)
             there = bytearray(len(raw))
             read_into(stored.file, at, memoryview(there), name)
@@ -360,8 +315,8 @@ class GgufExporter(Merged):
             "adapter.lora.alpha": Entry(alpha, GGUFValueType.FLOAT32),
             **exported.entries(about, None),
         }
-        write_gguf(folder / ADAPTER, architecture, entries, tensors)
-        self._check_adapter(folder / ADAPTER, tensors)
+        write_gguf(folder / ADAPTER_FILE, architecture, entries, tensors)
+        self._check_adapter(folder / ADAPTER_FILE, tensors)
         size = sum(out.size_bytes for out in tensors)
         return {"tensors": len(tensors), "weight_bytes": size, "notes": []}
 
@@ -425,7 +380,7 @@ def _within(read: Tensor, wanted: Tensor, share: float) -> bool:
     width = _BLOCK if cols % _BLOCK == 0 else 1
     far = (read - wanted).abs().reshape(-1, width).amax(-1)
     most = wanted.abs().reshape(-1, width).amax(-1)
-    return bool((far <= share * most + _LEAST).all())
+    return bool((far <= share * most + _LEAST_FAR).all())
 
 
 def _alike(a: Any, b: Any) -> bool:

@@ -14,8 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from edgezo.errors import EdgezoError
 from edgezo.machine.limits import tiles
 from edgezo.network.first_order import ALPHA
-from edgezo.network.loader import source_names
+from edgezo.network.loader import ModelFiles, source_names
 from edgezo.run.evaluate import Rebuilt
+from edgezo.weights.gguf_file import GgufSource
 from edgezo.weights.saved import Saved
 
 
@@ -59,6 +60,73 @@ class Merged:
     def tied(self) -> bool:
         head = self.meta.get_output_embeddings().weight
         return head is self.meta.get_input_embeddings().weight
+
+    @cached_property
+    def files(self) -> ModelFiles:
+        return self.rebuilt.planned.opened.files
+
+    @cached_property
+    def output(self) -> str:
+        """The name of the head's weight."""
+        return f"{self.name_of(self.meta.get_output_embeddings())}.weight"
+
+    def parameters(self) -> Iterator[str]:
+        """The parameters that a file has; a head that has become another one than its table is one of them."""
+        names = [name for name, _ in self.meta.named_parameters()]
+        yield from names
+        if self.output not in names and self.rebuilt.model.exact is not None:
+            yield self.output
+
+    def changed(self, name: str) -> bool:
+        """Whether training has moved a parameter."""
+        model, place = self.rebuilt.model, self.places[name]
+        trained = model.store.trainables
+        if any(key in trained for key in (place, f"{place}#lowrank", f"{place}#gain")):
+            return True
+        adapted = model.adapters is not None and f"{place}#lora_A" in model.adapters.values
+        return adapted or (name == self.output and model.exact is not None)
+
+    def is_turned(self, name: str) -> bool:
+        """Whether a module has its weight as (in, out), which a file has as (out, in)."""
+        module = self.meta.get_submodule(name.rpartition(".")[0])
+        return isinstance(module, Conv1D) and name.endswith("weight")
+
+    def rows(self, name: str) -> Iterator[Tensor]:
+        """Rows (n, cols) or values (n,) of a parameter with what was trained in it, fp32; matrices as (out, in)."""
+        place = self.places[name]
+        if place in self.rebuilt.model.store.layouts:
+            yield from self.tiles_of(place, torch.float32, name == self.output)
+            return
+        saved = self.saved(name, torch.float32, False)
+        for piece in saved.pieces():
+            yield piece.T if self.is_turned(name) else piece
+
+    def base_rows(self, name: str) -> Iterator[Tensor]:
+        """``rows`` of a parameter as the base has it, fp32: a tile at a time where its file holds it row by row."""
+        source, origin = (
+            self.files.source,
+            self.sources.get(name) or self.sources[self.places[name]],
+        )
+        shape = source.shape(origin)
+        in_rows = not isinstance(source, GgufSource) or source.by_rows(origin)
+        if len(shape) == 2 and in_rows and not self.is_turned(name):
+            for part in tiles(*shape):
+                yield source.read(origin, torch.float32, part)
+            return
+        values = source.read(origin, torch.float32)
+        yield values.T if self.is_turned(name) else values
+
+    def moved(self, name: str, dtype: torch.dtype) -> bool:
+        """Whether a parameter differs from the base's, both in ``dtype``."""
+        rest = torch.empty(0)
+        base = self.base_rows(name)
+        for piece in self.rows(name):
+            while len(rest) < len(piece):
+                rest = torch.cat([rest, next(base)]) if len(rest) else next(base)
+            there, rest = rest[: len(piece)], rest[len(piece) :]
+            if not torch.equal(piece.to(dtype), there.to(dtype)):
+                return True
+        return False
 
     def products(self) -> Iterator[tuple[str, Product]]:
         """All that was trained beside matrices, by module."""

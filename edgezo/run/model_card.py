@@ -24,6 +24,7 @@ _USE = {
     "peft": 'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained("DIR")',
     "gguf": "edgezo predict model.gguf --data rows.jsonl   # or: edgezo chat model.gguf\n"
     "llama-cli -m model.gguf\nollama create mine -f Modelfile && ollama run mine",
+    "onnx": 'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")',
     "gguf-adapter": "llama-cli -m BASE.gguf --lora adapter.gguf",
 }
 
@@ -55,7 +56,7 @@ def write_card(
         "## How to use it",
         "",
         *_prompt(cfg, about),
-        "```python" if form in ("hf", "peft") else "```sh",
+        "```python" if form in ("hf", "peft", "onnx") else "```sh",
         _USE[form],
         "```",
         "",

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LARGE = {"step": 0.5, "sigma": 0.05}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2")
 PROMPTS = ("a warm film", "film 3 is cold. Verdict:", "The year 2024", "  two spaces")
+LLAMA_CPP = "pip install 'edgezo[llama]' builds llama.cpp's Python binding"
 MOST = 6  # tokens that are compared after each prompt
 
 
@@ -92,32 +93,31 @@ def test_an_exported_file_writes_the_tokens_of_the_run(
     scores = scores_of(tmp_path / "run")
     assert scores_of(tmp_path / "out/model.gguf") == pytest.approx(scores, abs=1e-4)
     assert tokens_of(bench.model) != wanted, "training has changed what is written"
-    llama_cpp_writes(tmp_path / "out/model.gguf", wanted)
 
 
-def llama_cpp_writes(file: Path, wanted: list[list[int]]) -> None:
-    """Whether llama.cpp writes these tokens, where its binding is installed."""
-    try:
-        import llama_cpp
-    except ImportError:
-        return
-    model = llama_cpp.Llama(str(file), n_ctx=64, n_threads=1, verbose=False, logits_all=True)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_writes_the_tokens_of_the_run(families: Any, family: str, tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason=LLAMA_CPP)
+    run_of(families(family), tmp_path / "run", kind="completion", train="full", **LARGE)
+    export(tmp_path / "run", "gguf", tmp_path / "out", dtype="fp32")
+    file = str(tmp_path / "out/model.gguf")
+    model = llama_cpp.Llama(file, n_ctx=64, n_threads=1, verbose=False, logits_all=True)
+    wanted = tokens_of(tmp_path / "run")
     for prompt, ids in zip(PROMPTS, wanted, strict=True):
-        known = ids[:-MOST]
-        assert model.tokenize(prompt.encode(), add_bos=True, special=True) == known
+        assert model.tokenize(prompt.encode(), add_bos=True, special=True) == ids[:-MOST]
+    check_written(model, wanted)
+
+
+def check_written(model: Any, wanted: list[list[int]]) -> None:
+    """llama.cpp's model writes these tokens, to the rounding of its arithmetic."""
+    for ids in wanted:
         model.reset()
-        model.eval(known)
+        model.eval(ids[:-MOST])
         for token in ids[-MOST:]:
             logits = np.array(model.scores[model.n_tokens - 1])
-            assert logits[token] >= logits.max() - 1e-3 * logits.std(), (prompt, token)
+            assert logits[token] >= logits.max() - 1e-3 * logits.std()
             model.eval([token])
     model.close()
-
-
-def test_llama_cpp_is_installed() -> None:
-    pytest.importorskip(
-        "llama_cpp", reason="pip install llama-cpp-python builds llama.cpp's binding"
-    )
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "q8_0"])
@@ -245,6 +245,28 @@ def test_an_adapter_holds_what_was_trained(
             assert np.abs(change).max() > 1e-3
             merged += 1
     assert merged == len(adapter.tensors) // 2 > 0
+
+
+def test_llama_cpp_adds_an_adapter_to_its_base(bench: Bench, tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason=LLAMA_CPP)
+    model = tiny_models.random_model("llama", num_hidden_layers=2)
+    file = tmp_path / "base.gguf"
+    tiny_models.make_gguf(model, file, tokenizer=True)
+    run_of(
+        replace(bench, model=file), tmp_path / "run", kind="completion", train="lowrank", **LARGE
+    )
+    export(tmp_path / "run", "gguf-adapter", tmp_path / "adapter")
+    loaded = llama_cpp.Llama(
+        *(str(file),),
+        n_ctx=64,
+        n_threads=1,
+        verbose=False,
+        logits_all=True,
+        lora_path=str(tmp_path / "adapter/adapter.gguf"),
+    )
+    wanted = tokens_of(tmp_path / "run")
+    assert tokens_of(file) != wanted
+    check_written(loaded, wanted)
 
 
 def raw(tensor: Any) -> np.ndarray:
