@@ -50,7 +50,7 @@ from edgezo.run.merged import Merged
 from edgezo.run.model_card import write_card
 from edgezo.run.places import check_base_is_there
 from edgezo.run.shipped import ship
-from edgezo.run.summary import saved_summary
+from edgezo.run.summary import saved_summary, unfinished
 from edgezo.weights.layouts import DENSE_DTYPES
 from edgezo.weights.saved import write_saved
 from edgezo.zo.parts import PARTS
@@ -100,6 +100,7 @@ def export(source: Path, form: str, out: Path, *, dtype: str | None = None) -> d
             result = _gguf(run, rebuilt, form, folder, dtype, about)
         else:
             result = _huggingface(run, rebuilt, form, folder, dtype, about)
+        result["notes"] = [*unfinished(run, cfg, rebuilt.steps), *result["notes"]]
         RunFiles(folder).exported.write_text(to_json(result) + "\n", encoding="utf-8")
         write_card(folder, result, cfg, saved_summary(run), files)
     return result

@@ -125,8 +125,9 @@ class Exported:
 def _checked(about: Any) -> dict[str, Any]:
     """``about`` with the entries that are read. Raises KeyError, TypeError and ValueError for something else."""
     facts = about["dataset"]
-    lists = [facts["label_ids"], facts["label_names"]]
-    if not isinstance(facts["kind"], str) or not all(isinstance(each, list) for each in lists):
+    ids, names = list(facts["label_ids"]), list(facts["label_names"])
+    kinds = {type(i) for i in ids} <= {int} and {type(name) for name in names} <= {str}
+    if not isinstance(facts["kind"], str) or not kinds:
         raise ValueError("it does not say what the run was trained on")
     return dict(about)
 

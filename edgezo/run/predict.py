@@ -43,6 +43,7 @@ from edgezo.run.journal import open_journal
 from edgezo.run.objective import Judge, evaluation_parts
 from edgezo.run.places import check_base_is_there
 from edgezo.run.session import Opened, ram_cap_bytes, settle
+from edgezo.run.summary import unfinished
 
 WRITTEN_ROWS = 32  # rows whose answers are written before the first of them is given out
 _DIGITS = 6  # of a probability that is given out
@@ -301,7 +302,8 @@ def predictor(
             check_base_is_there(cfg, run.path)
             with open_journal(run.journal, resume=False) as journal:
                 facts = journal.header["dataset"]
-                _say_unfinished(run, trained, journal.next_step, note)
+                for text in unfinished(run, trained, journal.next_step):
+                    note(text)
             kind, names = facts["kind"], tuple(facts["label_names"])
         files = loader.open_model(cards.resolve(cfg.model))
         loader.model_class(files)  # its code is part of the process that a plan starts from
@@ -324,16 +326,6 @@ def predictor(
         model, memory, steps = at_end.enter_context(in_memory(run, trained, planned, note))
         at_end.callback(asker.close)
         yield Predictor(target, model, memory, asker, judge, guard, steps)
-
-
-def _say_unfinished(run: RunFiles, cfg: RunConfig, steps: int, note: Callable[[str], None]) -> None:
-    """Say that a run goes on from where it stands, since nobody has ended it."""
-    if not run.summary.exists() and not run.trained.exists():
-        asked = f"of {cfg.steps} " if cfg.steps is not None else ""
-        note(
-            f"{run.path} has not ended: it is used as it stands after {steps} {asked}steps "
-            f"(edgezo finetune --resume --out {run.path} goes on)"
-        )
 
 
 def _asker(cfg: RunConfig, files: ModelFiles, kind: str | None, names: Sequence[str]) -> Asker:

@@ -30,7 +30,7 @@ from edgezo.machine.ownership import check_new_file
 from edgezo.plan.config import RunConfig
 from edgezo.run.directory import RunFiles
 from edgezo.run.evaluate import brought_back, replay
-from edgezo.run.summary import check_same_end, saved_summary, takes_roots
+from edgezo.run.summary import check_same_end, saved_summary, takes_roots, unfinished
 from edgezo.weights.saved import saved_sha256
 
 FORMAT, KIND = 1, "edgezo fine-tune"
@@ -47,7 +47,7 @@ def ship(run: RunFiles, cfg: RunConfig, out: Path) -> dict[str, Any]:
         digest = saved_sha256(rebuilt.model.saved())
         if saved_summary(run).get("steps") == rebuilt.steps and not takes_roots(cfg):
             check_same_end(run, cfg, rebuilt.model, digest)
-        about = {
+        about: dict[str, Any] = {
             "kind": KIND,
             "format": FORMAT,
             "base": cfg.model if not user_path(cfg.model).exists() else Path(cfg.model).name,
@@ -71,7 +71,7 @@ def ship(run: RunFiles, cfg: RunConfig, out: Path) -> dict[str, Any]:
         "out": str(out),
         "run": str(run.path),
         "size_bytes": out.stat().st_size,
-        "notes": [],
+        "notes": unfinished(run, cfg, about["steps"]),
     }
 
 

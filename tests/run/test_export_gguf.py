@@ -400,3 +400,33 @@ def test_a_card_and_a_modelfile_lie_beside(bench: Bench, tmp_path: Path) -> None
     header = read_header(tmp_path / "out/model.gguf")
     assert header.metadata["tokenizer.chat_template"] == CHAT_TEMPLATE
     assert header.metadata["tokenizer.ggml.pre"] == "gpt-2"
+
+
+def test_a_run_that_has_not_ended_is_said(bench: Bench, tmp_path: Path) -> None:
+    run_of(bench, tmp_path / "run", train="lowrank", **LARGE)
+    (tmp_path / "run/summary.json").unlink()
+    made = export(tmp_path / "run", "gguf", tmp_path / "out")
+    assert "has not ended" in made["notes"][0]
+    assert "none: the run has not ended" in (tmp_path / "out/README.md").read_text()
+
+
+def test_metadata_of_a_stranger_chooses_nothing(bench: Bench, edgezo: Any, tmp_path: Path) -> None:
+    run_of(bench, tmp_path / "run", train="lowrank+probe", **LARGE)
+    export(tmp_path / "run", "gguf", tmp_path / "out", dtype="fp32")
+    file = tmp_path / "out/model.gguf"
+    whole = file.read_bytes()
+    rows = ("--data", bench.data / "label.jsonl")
+    about = json.loads((tmp_path / "out/edgezo.json").read_text())
+    for old, new in (
+        (b'"label_names"', b'"label_nameZ"'),
+        (b'"kind": "label"', b'"kind": "chose"'),
+        (b'"asked_by": {', b'"asked_by": 3,{'),
+        (b"edgezo.probe.bias", b"edgezo.probe.bIas"),
+    ):
+        assert old in whole, about
+        file.write_bytes(whole.replace(old, new))
+        code, out, err = edgezo("predict", file, *rows)
+        assert code in (1, 2) and "Traceback" not in err and out == "", (old, err)
+    # Settings that are no way to ask are passed over: no path and no code comes from a file.
+    file.write_bytes(whole.replace(b'"max_length"', b'"finetuner" '))
+    assert edgezo("predict", file, *rows)[0] == 0

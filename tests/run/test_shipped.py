@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import zipfile
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 
 import pytest
 from conftest import Bench, make_model
+from fuzz.readers import damaged
 from test_runs import run_of
 
+from edgezo.errors import EdgezoError
+from edgezo.run import shipped
 from edgezo.run.directory import RunFiles
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,3 +129,20 @@ def test_a_run_that_is_damaged_is_not_shipped(bench: Bench, edgezo: Any, tmp_pat
     files.snapshot.unlink()
     assert edgezo("export", files.path, "--format", "journal", "--out", out)[0] == 1
     assert not out.exists()
+
+
+def test_whatever_the_bytes_are_nothing_but_an_error_comes_of_them(
+    bench: Bench, edgezo: Any, tmp_path: Path
+) -> None:
+    run_of(bench, tmp_path / "run", train="lowrank+head")
+    whole = tmp_path / "mine.edgezo"
+    assert edgezo("export", tmp_path / "run", "--format", "journal", "--out", whole)[0] == 0
+    data, broken, refused = whole.read_bytes(), tmp_path / "broken.edgezo", 0
+    for seed in range(400):
+        broken.write_bytes(damaged(random.Random(seed), data))
+        try:
+            shipped._about(broken, shipped._entries(broken))
+        except EdgezoError as problem:
+            assert str(broken) in str(problem)
+            refused += 1
+    assert refused > 300
