@@ -169,9 +169,9 @@ def replay(run: str, out: str, as_json: bool) -> None:
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["fp32", "bf16", "fp16", "q8_0"]),
+    type=click.Choice(["fp32", "bf16", "fp16", "q8_0", "int8", "int4"]),
     help="Type of the weights.  [default: of hf fp32 if adapters were trained, else the run's; "
-    "of gguf the base file's, else fp16]",
+    "of gguf the base file's, else fp16; of onnx fp32]",
 )
 @click.option(
     "--out", metavar="DIR", required=True, help="A new directory; a new file for the form journal."

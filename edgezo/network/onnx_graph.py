@@ -20,7 +20,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgezo.errors import UsageError
 
-OPSET, IR_VERSION = 20, 9
+OPSET, IR_VERSION = 21, 10
+SHARED_SCALE = 32  # codes of four bits that share a scale
+SCALE_END = "_scale"  # the end of the name of a matrix's scales
 _MASKED_SCORE = -3e38  # a score that softmax turns into 0
 _COMPUTED_ACTIVATIONS = {
     "silu": "silu",
@@ -38,9 +40,11 @@ class Graph:
     """Nodes and constants; weights are named only."""
 
     float_type: int  # TensorProto.FLOAT or FLOAT16: of weights and hidden states
+    code_type: int | None = None  # TensorProto.INT8 or INT4: of matrices; None: as float_type
     nodes: list[Any] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, tuple[int, ...]] = field(default_factory=dict)  # shapes, by name
+    codes: dict[str, int] = field(default_factory=dict)  # types of the weights that are codes
     inputs: list[Any] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
 
@@ -62,6 +66,39 @@ class Graph:
     def weight(self, name: str, shape: Sequence[int]) -> str:
         self.weights[name] = tuple(shape)
         return name
+
+    def matrix(self, name: str, shape: Sequence[int], *, gathered: bool = False) -> str:
+        """A matrix (out, in) as it is multiplied; codes are expanded by their scales, one a row or a block of it.
+
+        Rows of a matrix that is ``gathered`` from are codes of 8 bits at the most.
+        """
+        if self.code_type is None:
+            return self.weight(name, shape)
+        kind = self._coded(name, shape, gathered)
+        if kind == TensorProto.INT8:
+            return str(self.op("DequantizeLinear", name, name + SCALE_END, axis=0))
+        return str(
+            self.op("DequantizeLinear", name, name + SCALE_END, axis=1, block_size=SHARED_SCALE)
+        )
+
+    def _coded(self, name: str, shape: Sequence[int], gathered: bool) -> int:
+        """The type of a matrix's codes, which is the same wherever it is used."""
+        assert self.code_type is not None
+        blocks = not gathered and shape[1] % SHARED_SCALE == 0
+        kind = self.codes.setdefault(name, self.code_type if blocks else TensorProto.INT8)
+        self.weight(name, shape)
+        of_scale = (shape[0],) if kind == TensorProto.INT8 else (shape[0], shape[1] // SHARED_SCALE)
+        self.weight(name + SCALE_END, of_scale)
+        return kind
+
+    def gather(self, name: str, shape: Sequence[int], ids: str) -> str:
+        """Rows of a matrix."""
+        if self.code_type is None:
+            return str(self.op("Gather", self.weight(name, shape), ids))
+        self._coded(name, shape, gathered=True)
+        codes = self.op("Cast", self.op("Gather", name, ids), to=self.float_type)
+        scales = self.op("Unsqueeze", self.op("Gather", name + SCALE_END, ids), self.const([-1]))
+        return str(self.op("Mul", codes, scales))
 
     def wide(self, x: str) -> str:
         """``x`` in fp32."""
@@ -122,7 +159,7 @@ class Decoder:
         shape = self.shapes[f"{name}.weight"]
         if self.is_turned(f"{name}.weight"):
             shape = shape[::-1]
-        inputs = [x, self.g.weight(f"{name}.weight", shape)]
+        inputs = [x, self.g.matrix(f"{name}.weight", shape)]
         if self.has(f"{name}.bias"):
             inputs.append(self.g.weight(f"{name}.bias", self.shapes[f"{name}.bias"]))
         return str(self.g.op("Gemm", *inputs, transB=1))
@@ -168,7 +205,7 @@ class Decoder:
         g, c = self.g, self.c
         names = {"gpt2": "transformer.wte.weight"}
         table = names.get(c.model_type, f"{self.base}.embed_tokens.weight")
-        x = g.op("Gather", g.weight(table, self.shapes[table]), "input_ids")
+        x = g.gather(table, self.shapes[table], "input_ids")
         x = g.op("Reshape", x, g.const([-1, self.shapes[table][1]]))
         if "gemma" in c.model_type:
             # transformers rounds the scale to the type of the weights.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -116,15 +116,15 @@ class Merged:
         values = source.read(origin, torch.float32)
         yield values.T if self.is_turned(name) else values
 
-    def moved(self, name: str, dtype: torch.dtype) -> bool:
-        """Whether a parameter differs from the base's, both in ``dtype``."""
+    def moved(self, name: str, stored: Callable[[Tensor], Tensor]) -> bool:
+        """Whether a parameter differs from the base's, both as ``stored`` makes rows for a file."""
         rest = torch.empty(0)
         base = self.base_rows(name)
         for piece in self.rows(name):
             while len(rest) < len(piece):
                 rest = torch.cat([rest, next(base)]) if len(rest) else next(base)
             there, rest = rest[: len(piece)], rest[len(piece) :]
-            if not torch.equal(piece.to(dtype), there.to(dtype)):
+            if not torch.equal(stored(piece), stored(there)):
                 return True
         return False
 

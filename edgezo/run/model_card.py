@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgezo.data.tasks import TASKS
 from edgezo.machine.files import user_path
 from edgezo.machine.foreign import MOST_CONFIG_BYTES, clip
 from edgezo.network.cards import HubSource, find_card
@@ -22,7 +23,7 @@ _USE = {
     "hf": "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
     'model = AutoModelForCausalLM.from_pretrained("DIR")',
     "peft": 'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained("DIR")',
-    "gguf": "edgezo predict model.gguf --data rows.jsonl   # or: edgezo chat model.gguf\n"
+    "gguf": "edgezo predict model.gguf --data rows.jsonl\n"
     "llama-cli -m model.gguf\nollama create mine -f Modelfile && ollama run mine",
     "onnx": 'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")',
     "gguf-adapter": "llama-cli -m BASE.gguf --lora adapter.gguf",
@@ -118,6 +119,8 @@ def _before_after(summary: Mapping[str, Any]) -> str:
 
 def _prompt(cfg: RunConfig, about: Mapping[str, Any]) -> list[str]:
     asked = {k: v for k, v in about["asked_by"].items() if k in ("task", "template", "labels")}
+    if (task := TASKS.get(cfg.task or "")) is not None:
+        asked = {"template": task.template, "labels": task.labels, **asked}
     if not asked:
         return []
     return [

@@ -164,6 +164,44 @@ def test_half_the_bytes(families: Any, onnxruntime: Any, tmp_path: Path) -> None
     assert np.abs(whole - half).max() < 0.05 * whole.std()
 
 
+@pytest.mark.parametrize(("dtype", "bits", "far"), [("int8", 8, 0.06), ("int4", 4, 0.8)])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_codes_are_the_weights_to_their_rounding(
+    families: Any, family: str, dtype: str, bits: int, far: float, onnxruntime: Any, tmp_path: Path
+) -> None:
+    wide = (
+        {"hidden_size": 64, "intermediate_size": 96}
+        if family == "llama"
+        else {"n_embd": 96, "n_inner": 64}
+    )
+    heads = {"num_attention_heads": 8} if family == "llama" else {}
+    bench = families(family, **wide, **heads)
+    run_of(bench, tmp_path / "run", kind="completion", train="lowrank", **LARGE)
+    export(tmp_path / "run", "onnx", tmp_path / "whole")
+    export(tmp_path / "run", "onnx", tmp_path / dtype, dtype=dtype)
+    model = onnx.load(tmp_path / dtype / "model.onnx")
+    onnx.checker.check_model(str(tmp_path / dtype / "model.onnx"), full_check=True)
+    tensors = {t.name: t for t in model.graph.initializer}
+    whole = {t.name: t for t in onnx.load(tmp_path / "whole/model.onnx").graph.initializer}
+    coded = [n for n in tensors if f"{n}_scale" in tensors]
+    assert len(coded) > 4
+    for name in coded:
+        codes = onnx.numpy_helper.to_array(tensors[name]).astype(np.float32)
+        scales = onnx.numpy_helper.to_array(tensors[f"{name}_scale"])
+        each = scales[:, None] if scales.ndim == 1 else scales.repeat(32, axis=1)
+        wanted = onnx.numpy_helper.to_array(whole[name])
+        assert (np.abs(codes * each - wanted) <= 0.5001 * each).all(), name
+        is_table = "embed" in name or "wte" in name
+        kind = "INT4" if bits == 4 and not is_table else "INT8"
+        assert tensors[name].data_type == getattr(onnx.TensorProto, kind)
+    ids = [5, 9, 31, 7]
+    first, second = (
+        export_onnx.decoded(session_of(onnxruntime, tmp_path / d), ids, 1)[0]
+        for d in ("whole", dtype)
+    )
+    assert np.abs(first - second).mean() < far * first.std()
+
+
 def test_a_file_runs_without_torch(families: Any, onnxruntime: Any, tmp_path: Path) -> None:
     run_of(families("llama"), tmp_path / "run", train="lowrank+probe", **LARGE)
     export(tmp_path / "run", "onnx", tmp_path / "out")
@@ -219,7 +257,7 @@ def test_what_the_graph_cannot_hold_is_refused(families: Any, edgezo: Any, tmp_p
     run_of(families("llama"), tmp_path / "run", train="lowrank")
     for run, more, why in (
         ("masked", (), "the type roberta"),
-        ("run", ("--dtype", "q8_0"), "fp32 and fp16"),
+        ("run", ("--dtype", "q8_0"), "fp32, fp16, int8, int4"),
     ):
         out = tmp_path / "out"
         code, _, err = edgezo("export", tmp_path / run, "--format", "onnx", *more, "--out", out)
