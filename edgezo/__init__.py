@@ -19,17 +19,19 @@ if (_parent := os.environ.pop("EDGEZO_PARENT", "")).isdecimal():
     end_with_parent(int(_parent))
 
 __version__ = "0.1.0"
-__all__ = ["RunConfig", "__version__", "finetune", "make_config", "make_plan"]
+__all__ = ["RunConfig", "__version__", "finetune", "load", "make_config", "make_plan"]
 
 if TYPE_CHECKING:
     from edgezo.plan.config import RunConfig
     from edgezo.plan.planner import make_plan
     from edgezo.plan.request import make_config
+    from edgezo.run.predict import load
     from edgezo.run.train import finetune
 
 _HOMES = {
     "RunConfig": "edgezo.plan.config",
     "finetune": "edgezo.run.train",
+    "load": "edgezo.run.predict",
     "make_config": "edgezo.plan.request",
     "make_plan": "edgezo.plan.planner",
 }

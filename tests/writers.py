@@ -18,12 +18,15 @@ from conftest import Bench
 from torch import nn
 
 from edgezo.cli.main import cli
+from edgezo.plan.request import make_config
+from edgezo.run.export import export
+from edgezo.run.train import finetune
 
 # What an option or argument of any command does with files.
 WRITES = {"out"}
 READS = {
     *("model", "data", "data_root", "finetuner", "config_file", "run", "source", "study_file"),
-    "files",
+    *("files", "target", "compare", "shipped", "base"),
 }
 FLAGS = {"as_json", "resume", "dry_run", "show_batch", "profile", "baselines"}
 NO_FILES = {
@@ -44,7 +47,7 @@ NO_FILES = {
     *("refresh", "candidates", "short_tokens", "steps", "for_s", "step", "sigma", "schedule"),
     *("weight_decay", "head_lr", "short_lr", "eval_every", "snapshot_every", "threads", "form"),
     *("dtype", "sharing", "restart", "rate", "lr", "methods", "tokens", "limit", "tries"),
-    *("repeats", "parallel"),
+    *("repeats", "parallel", "temperature", "top_p", "chance", "system"),
 }
 
 
@@ -66,15 +69,21 @@ class Tools(NamedTuple):
     run: Path  # a finished run, for replay and export
     study: Path  # of bench accuracy
     published: Path  # a published finetuner
+    adapted: Path = Path("adapted")  # a finished run that an adapter can hold
+    shipped: Path = Path("shipped")  # a run as one small file
 
     @staticmethod
     def around(bench: Bench, run: Path) -> Tools:
         """A finished run, and the rest beside it."""
+        adapted = run.parent / "adapted"
+        finetune(make_config(bench.settings(out=str(adapted), steps=1, train="lowrank")))
         study, published = run.parent / "study.toml", run.parent / "published.pth"
         study.write_text(STUDY.format(model=bench.model))
         network = nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 1))
         torch.save({"model.norm.weight": network}, published)
-        return Tools(bench, run, study, published)
+        shipped = run.parent / "shipped.edgezo"
+        export(run, "journal", shipped)
+        return Tools(bench, run, study, published, adapted, shipped)
 
 
 Arguments = Callable[[Tools, object], Sequence[object]]  # (tools, the place) -> arguments
@@ -97,6 +106,11 @@ def data_of(tools: Tools) -> list[str]:
     """A model and its rows, without settings of a run."""
     left_out = ("steps", "micro_batch", "batch_size", "precision", "max_mem_bytes")
     return tools.bench.arguments(**dict.fromkeys(left_out))
+
+
+def _asked(tools: Tools) -> list[object]:
+    """The rows that predictions are made for."""
+    return ["--data", tools.bench.data / "label.jsonl"]
 
 
 WRITERS = {
@@ -125,6 +139,24 @@ WRITERS = {
     "export hf": Writer("export", lambda t, out: [t.run, "--out", out]),
     "export hf in bf16": Writer("export", lambda t, out: [t.run, "--dtype", "bf16", "--out", out]),
     "export peft": Writer("export", lambda t, out: [t.run, "--format", "peft", "--out", out]),
+    "export gguf": Writer("export", lambda t, out: [t.run, "--format", "gguf", "--out", out]),
+    "export gguf in 8 bits": Writer(
+        "export", lambda t, out: [t.run, "--format", "gguf", "--dtype", "q8_0", "--out", out]
+    ),
+    "export an adapter": Writer(
+        "export", lambda t, out: [t.adapted, "--format", "gguf-adapter", "--out", out]
+    ),
+    "export onnx": Writer("export", lambda t, out: [t.run, "--format", "onnx", "--out", out]),
+    "export a journal": Writer(
+        "export", lambda t, out: [t.run, "--format", "journal", "--out", out], file=True
+    ),
+    "apply": Writer(
+        "apply", lambda t, out: [t.shipped, "--base", t.bench.model, "--out", out], ("replay",)
+    ),
+    "predict": Writer("predict", lambda t, out: [t.run, *_asked(t), "--out", out], file=True),
+    "predict as csv": Writer(
+        "predict", lambda t, out: [t.run, *_asked(t), "--to", "csv", "--out", out], file=True
+    ),
     "bench memory": Writer(
         "bench memory", lambda t, out: ["--model", t.bench.model, "--out", out], ("bench",)
     ),
@@ -191,6 +223,12 @@ USERS_FILES = {
     "adapter_config.json": "{}\n",
     "config.json": "{}\n",
     "edgezo.json": "{}\n",
+    "README.md": "# Mine\n",
+    "Modelfile": "FROM mine\n",
+    "model.gguf": "not a tensor",
+    "model.onnx": "not a graph",
+    "model.onnx.data": "not a tensor",
+    "adapter.gguf": "not a tensor",
     "runs/mine.txt": "of a race",
     "README": "mine\n",
     ".hidden": "mine\n",

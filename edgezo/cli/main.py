@@ -37,6 +37,7 @@ from edgezo.cli.options import (
     use_threads,
 )
 from edgezo.cli.requests import evaluation_request, finetune_request, request
+from edgezo.cli.use import apply, chat, predict
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine import interrupts, streams
 from edgezo.machine.clock import now_s
@@ -52,6 +53,9 @@ def cli() -> None:
 
 
 cli.add_command(bench)
+cli.add_command(predict)
+cli.add_command(chat)
+cli.add_command(apply)
 
 
 @cli.command()
@@ -158,22 +162,31 @@ def replay(run: str, out: str, as_json: bool) -> None:
 @cli.command()
 @click.argument("run", metavar="RUN")
 @click.option(
-    "--format", "form", type=click.Choice(["hf", "peft"]), default="hf", show_default=True
+    "--format",
+    "form",
+    type=click.Choice(["hf", "peft", "gguf", "gguf-adapter", "onnx", "journal"]),
+    default="hf",
+    show_default=True,
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["fp32", "bf16", "fp16"]),
-    help="Type of the weights of hf.  [default: fp32 if adapters were trained, else the run's]",
+    type=click.Choice(["fp32", "bf16", "fp16", "q8_0", "int8", "int4"]),
+    help="Type of the weights.  [default: of hf fp32 if adapters were trained, else the run's; "
+    "of gguf the base file's, else fp16; of onnx fp32]",
 )
-@click.option("--out", metavar="DIR", required=True, help="A new directory.")
+@click.option(
+    "--out", metavar="DIR", required=True, help="A new directory; a new file for the form journal."
+)
 @json_option
 def export(run: str, form: str, dtype: str | None, out: str, as_json: bool) -> None:
-    """Write the result of a run for other programs: hf, a whole model; peft, the adapter alone."""
+    """Write the result of a run: a model (hf, gguf, onnx), an adapter (peft, gguf-adapter), or its steps (journal)."""
     from edgezo.plan.budget import mb
     from edgezo.run.export import export as run_export
 
     result = run_export(Path(run), form, Path(out), dtype=dtype)
-    text = f"{result['tensors']} tensors, {mb(result['weight_bytes'])}, in {out}"
+    text = f"{result['steps']} steps, {result.get('size_bytes')} bytes, in {out}"
+    if "tensors" in result:
+        text = f"{result['tensors']} tensors, {mb(result['weight_bytes'])}, in {out}"
     emit(as_json, result, "\n".join([text, *(f"note: {line}" for line in result["notes"])]))
 
 

@@ -63,9 +63,12 @@ class Dataset:
     generation: Generation | None = None  # how answers are written, if they are
     report: Report | None = None  # figures of an evaluation, beside or in place of accuracy
     written_at: str | None = None  # the time that the chat template has written, if it writes one
+    expected: TokenStats | None = None  # bounds on rows that are yet to come
 
     def token_stats(self) -> TokenStats:
         """Token counts of the examples, which the planner needs."""
+        if self.expected is not None:
+            return self.expected
         splits = [PackedExamples.of(split) for split in (self.train, self.validation)]
         train, validation = splits
         counts = train.token_counts()
@@ -151,7 +154,7 @@ def load_dataset(
     with form if isinstance(form, MessagesForm) else nullcontext():
         looked_at = task is None and not judged
         for name, (records, judges) in splits.items():
-            drafts = _drafts(records, form, label_names, judges, encoder, problems, looked_at)
+            drafts = drafts_of(records, form, label_names, judges, encoder, problems, looked_at)
             packed[name] = encoder.examples(_sound(drafts, problems), name, cuts)
     problems.raise_any()
     notes += [*problems.remarks.lines(), *cuts]
@@ -172,7 +175,7 @@ def _sound(drafts: Iterable[Draft], problems: Problems) -> Iterator[Draft]:
     return (draft for draft in drafts if not len(problems))
 
 
-def _drafts(
+def drafts_of(
     records: Iterable[Record],
     form: Form,
     names: Sequence[str],

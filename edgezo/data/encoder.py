@@ -42,7 +42,7 @@ class Encoder:
         self.tokenizer, self.max_length, self.masked = tokenizer, max_length, masked
         self.guard = guard or ReadingGuard()
         with reading("The model's tokenizer", any_kind=True):
-            self.prefix, self.suffix = _special_ids(tokenizer)
+            self.prefix, self.suffix = special_ids(tokenizer)
             special = (tokenizer.eos_token_id, tokenizer.mask_token_id)
             _check_ids([(*self.prefix, *self.suffix, *(i for i in special if i is not None))])
             self.begin = "".join(tokenizer.convert_ids_to_tokens(list(self.prefix)))
@@ -110,7 +110,7 @@ class Encoder:
         self.cut = 0
         for some in _groups(drafts):
             n_rows += sum(len(draft.pieces) for draft in some)
-            for example in self._some_examples(some):
+            for example in self.some_examples(some):
                 if all(row.score_at for row in example.rows):
                     packed.append(example)
                 else:
@@ -125,7 +125,7 @@ class Encoder:
             notes.append(f"{left_out} {split} rows left out: no token to predict")
         return packed
 
-    def _some_examples(self, drafts: Sequence[Draft]) -> Iterator[Example]:
+    def some_examples(self, drafts: Sequence[Draft]) -> Iterator[Example]:
         """One example for each draft, whether it predicts something or not."""
         pieces = [piece for draft in drafts for piece in draft.pieces]
         wheres = [draft.where for draft in drafts for _ in draft.pieces]
@@ -342,7 +342,7 @@ def _compact(positions: list[int]) -> Sequence[int]:
     return array("i", positions)
 
 
-def _special_ids(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def special_ids(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The special tokens that the tokenizer puts before and after a text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]

@@ -104,7 +104,7 @@ def recognise(
     notes: list[str],
 ) -> Recognised:
     """The form of a dataset's rows. Raises UsageError with all problems if there are any."""
-    form = _task_form(task, labelling, masked, problems)
+    form = task_form(task, labelling, masked, problems)
     form = form or _plain_form(train[0], labelling, how)
     if form is None:
         return _labelled_form(labelling, train, known, how.tokenizer, masked, problems, notes)
@@ -117,7 +117,7 @@ def recognise(
     return Recognised(form, (), PAIR[1:] if isinstance(form, PairForm) else ())
 
 
-def _task_form(
+def task_form(
     task: Task | None, labelling: Labelling, masked: bool, problems: Problems
 ) -> Form | None:
     """The form of a task whose answers are written or listed in the row; None for other tasks."""
@@ -214,10 +214,10 @@ def _labelled_form(
     if absent := [key for key in words if key not in labels]:
         notes.append(f"no training row has label {', '.join(absent)}")
     names = tuple(words.values())
-    before, after = _around_mask(template, tokenizer, masked, problems)
+    before, after = around_mask(template, tokenizer, masked, problems)
     form = LabelForm(before, after, label_field, {key: i for i, key in enumerate(words)})
     if not labelling.options:
-        return _word_form(form, names, tokenizer, masked, problems, notes)
+        return word_form(form, names, tokenizer, masked, problems, notes)
     if masked:
         problems.add("candidates of several words need a causal language model")
     problems.raise_any()
@@ -244,7 +244,7 @@ def _template(
     return template
 
 
-def _word_form(
+def word_form(
     form: LabelForm,
     names: tuple[str, ...],
     tokenizer: Any,
@@ -285,7 +285,7 @@ def _word_form(
     return Recognised(form, firsts, names)
 
 
-def _around_mask(
+def around_mask(
     template: Template, tokenizer: Any, masked: bool, problems: Problems
 ) -> tuple[Template, Template | None]:
     """The template before the label word and after it; None after it for causal models."""

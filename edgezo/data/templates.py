@@ -136,12 +136,12 @@ def derive_labels(records: Sequence[Record], name: str, problems: Problems) -> d
             "give the field that has the labels with --label-field"
         )
         return {}
-    words = {key: _as_words(key) for key in keys}
+    words = {key: as_words(key) for key in keys}
     _check_words(words, problems)
     return words
 
 
-def _as_words(key: str) -> str:
+def as_words(key: str) -> str:
     """A label's text with spaces in place of underscores and before capitals."""
     spaced = re.sub(r"[_\s]+", " ", key).strip()
     split = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", spaced)

@@ -9,7 +9,7 @@ moved together. The sides of an example stay together as long as one of them wri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,6 +71,27 @@ def generate(
                 now = probe(batch)
             kept.expect(torch.arange(len(live) * sides))
             last = model.next_tokens(batch, kept, now, sides=sides, ids=last.reshape(-1))
+
+
+def write_one(
+    model: Model,
+    prompt: Sequence[int],
+    most: int,
+    choose: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[int]:
+    """The tokens that follow ``prompt``, each as soon as it is there: ``most`` of them, unless the caller stops.
+
+    ``choose`` makes tokens (1,) of logits (1, vocabulary); without it the most likely one follows.
+    """
+    model.heap.expect(1)
+    kept = KeyValues(1, len(prompt) + most - 1, model.heap.apart)
+    batch = collate([Example((Row(prompt, (len(prompt) - 1,), ()),), -1)], [0])
+    kept.expect(torch.zeros(1, dtype=torch.int64), batch.lengths)
+    for _ in range(most):
+        last = model.next_tokens(batch, kept, choose=choose)
+        yield int(last)
+        batch = _single(last, [0])
+        kept.expect(torch.zeros(1, dtype=torch.int64))
 
 
 def _read_prompts(

@@ -138,7 +138,7 @@ def gguf_tokenizer(path: Path) -> tuple[Any, list[str]]:
         file.write_bytes(_metadata_alone(header, types, len(tokens), rule))
         tokenizer = FastTokenizer.from_pretrained(folder, gguf_file=file.name)
     if rule is not None:
-        _split_by(tokenizer, rule)
+        split_by(tokenizer, rule)
         _spell_marks(tokenizer, tokens, types)
     return tokenizer, notes
 
@@ -204,7 +204,7 @@ def _key(key: str) -> bytes:
     return struct.pack("<Q", len(key)) + key.encode()
 
 
-def _split_by(tokenizer: Any, rule: Splitting) -> None:
+def split_by(tokenizer: Any, rule: Splitting) -> None:
     steps: list[Any] = [
         pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in rule.patterns
     ]

@@ -56,8 +56,7 @@ class Scorer:
         nll = nll_of().cpu()
         row = torch.cat([batch.score_row + side * len(batch.lengths) for side in range(sides)])
         rows = sides * len(batch.lengths)
-        count = torch.zeros(rows).index_add_(0, row, torch.ones(len(row)))
-        mean = torch.zeros(rows).index_add_(0, row, nll) / count.clamp(min=1)
+        mean, count = self._row_means(nll, row, rows)
         if self.kind == "choice":
             losses, predicted, weight = self._choice(-mean, batch, sides)
         else:
@@ -76,11 +75,8 @@ class Scorer:
         learn: float,
         d_hidden: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        logits = self.head.logits(hidden, self.label_ids, probe).float()
         features = self._features(hidden)
-        if self.exact is not None and features is not None:
-            logits = logits + features @ self.exact.delta.T
-        capped = self._cap(logits)
+        capped = self.label_logits(hidden, probe, features)
         labels = batch.labels.repeat(sides).to(hidden.device)
         losses = F.cross_entropy(capped, labels, reduction="none")
         if learn and (features is not None or d_hidden is not None):
@@ -92,6 +88,28 @@ class Scorer:
             if d_hidden is not None:
                 self._add_state_gradient(error, slice(None), self.label_ids, d_hidden)
         return losses.view(sides, -1), capped.argmax(-1).view(sides, -1)
+
+    def label_logits(self, hidden: Tensor, probe: Probe | None, features: Tensor | None) -> Tensor:
+        """Logits (P, K) fp32 of the label words at (P, d) states; ``features`` are those of the exact head."""
+        logits = self.head.logits(hidden, self.label_ids, probe).float()
+        if self.exact is not None and features is not None:
+            logits = logits + features @ self.exact.delta.T
+        return self._cap(logits)
+
+    def answers(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """What a prediction is made of: logits (P, K) fp32 of the label words, or (R,) each row's mean token
+        log-probability, on the CPU. ``hidden`` (P, d) are the states at the scored positions.
+        """
+        if self.kind == "label":
+            return self.label_logits(hidden, None, self._features(hidden)).cpu()
+        nll_of, _ = self._vocabulary(hidden, batch.score_ids.to(hidden.device), None)
+        return -self._row_means(nll_of().cpu(), batch.score_row, len(batch.lengths))[0]
+
+    @staticmethod
+    def _row_means(nll: Tensor, row: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """The mean of scored tokens' values ``nll`` (m,) by their ``row`` (m,), (rows,); and how many each row has."""
+        count = torch.zeros(rows).index_add_(0, row, torch.ones(len(row)))
+        return torch.zeros(rows).index_add_(0, row, nll) / count.clamp(min=1), count
 
     @staticmethod
     def _choice(scores: Tensor, batch: Batch, sides: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,6 +175,13 @@ class Scorer:
             tokens[chunk] = torch.where(better, place + rows.start, tokens[chunk])
             best[chunk] = torch.where(better, value, best[chunk])
         return tokens
+
+    def vocabulary_logits(self, hidden: Tensor) -> Tensor:
+        """Logits (n, vocabulary) fp32 after each of (n, d) states, on the CPU."""
+        logits = torch.empty(len(hidden), self.head.matrix.layout.shape[0])
+        for rows, chunk, piece in self._pieces(hidden, self._features(hidden), None):
+            logits[chunk, rows] = piece.cpu()
+        return logits
 
     def _features(self, hidden: Tensor) -> Tensor | None:
         return self.exact.features(hidden) if self.exact is not None else None

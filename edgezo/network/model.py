@@ -218,6 +218,18 @@ class Model:
         return self.cut.take()
 
     @torch.no_grad()
+    def answers(self, batch: Batch) -> Tensor:
+        """What predictions of a packed batch are made of, on the CPU.
+
+        Logits (b, K) fp32 of the classes, from the linear probe or the label words; for other kinds (R,), each row's
+        mean log-probability of its scored tokens.
+        """
+        hidden, _ = self._states(batch.ids, batch.lengths, batch.score_index, None)
+        if self.readout is not None:
+            return self.readout.logits().cpu()
+        return self.scorer.answers(hidden, batch)
+
+    @torch.no_grad()
     def next_tokens(
         self,
         batch: Batch,
@@ -226,18 +238,23 @@ class Model:
         *,
         sides: int = 1,
         ids: Tensor | None = None,
+        choose: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """The token that follows each row of a batch on each side, (sides, R) int64 on the CPU.
 
         A row begins at the position where ``kept`` stands, which then takes in the row's keys and values. ``ids``
-        (sides*N,) are the tokens where the sides differ in them.
+        (sides*N,) are the tokens where the sides differ in them. ``choose`` makes tokens (n,) of logits (n,
+        vocabulary); without it they are the most likely ones.
         """
         ids = batch.ids.repeat(sides) if ids is None else ids
         lengths = batch.lengths * sides
         try:
             index = torch.tensor(lengths).cumsum(0) - 1
             hidden, probe = self._states(ids, lengths, index, probe, kept)
-            tokens = self.scorer.next_tokens(hidden, probe).cpu()
+            if choose is None:
+                tokens = self.scorer.next_tokens(hidden, probe).cpu()
+            else:
+                tokens = choose(self.scorer.vocabulary_logits(hidden))
         finally:
             self.context.probe = None
         kept.took()

@@ -147,9 +147,13 @@ class Readout:
     weights: ReadoutWeights
     taps: Taps
 
+    def logits(self) -> Tensor:
+        """Logits (n, K) fp32 of the forward that has just run."""
+        return self.weights.logits(self.taps.take())
+
     def __call__(self, labels: Tensor, sides: int) -> tuple[Tensor, Tensor]:
         """Losses (sides, b) fp32 and predictions (sides, b) int64 of the forward that has just run; labels (b,)."""
-        logits = self.weights.logits(self.taps.take())
+        logits = self.logits()
         losses = F.cross_entropy(logits, labels.repeat(sides).to(logits.device), reduction="none")
         return losses.view(sides, -1), logits.argmax(-1).view(sides, -1)
 

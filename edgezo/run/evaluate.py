@@ -12,8 +12,7 @@ from edgezo.data.dataset import Dataset
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.busy_cores import beside_others
 from edgezo.machine.files import atomic_path, atomic_write, to_json
-from edgezo.machine.foreign import MOST_CONFIG_BYTES, parse_json, read_small, reading
-from edgezo.machine.gpu_memory import confirmed
+from edgezo.machine.gpu_memory import Memory, confirmed
 from edgezo.machine.hardware import machine
 from edgezo.machine.process_memory import Meter, peak_rss_bytes, rss_bytes
 from edgezo.network import cards, loader
@@ -27,6 +26,7 @@ from edgezo.run.directory import (
     run_id,
     temporary_overlay,
 )
+from edgezo.run.exported import Exported
 from edgezo.run.figures import evaluate_model
 from edgezo.run.journal import Journal, open_journal
 from edgezo.run.journal_header import check_base
@@ -42,6 +42,7 @@ from edgezo.run.session import (
     load_model,
     open_request,
     settle,
+    without_states,
 )
 from edgezo.run.summary import check_same_end, saved_summary, takes_roots
 from edgezo.weights.saved import saved_sha256, trained_tensors, write_saved
@@ -71,19 +72,39 @@ def evaluate(
         note(text)
     base = meter.mark("base")
     planned = settle(opened, confirmed(machine()), base.rss_bytes)
+    with in_memory(run, trained, planned, note) as (model, memory, steps):
+        meter.mark("load")
+        with memory.short("an evaluation"):
+            figures = evaluate_model(model, opened.dataset, opened.judge)
+    return {"model": target, "steps": steps, **figures, **meter.summary(), **memory.figures()}
+
+
+class Ready(NamedTuple):
+    """A model in memory that answers as its run does."""
+
+    model: Model
+    memory: Memory
+    steps: int  # of the run; 0 for a plain model
+
+
+@contextmanager
+def in_memory(
+    run: RunFiles, trained: RunConfig | None, planned: Planned, note: Callable[[str], None]
+) -> Iterator[Ready]:
+    """A run at its end, or a model with the linear probe that was exported with it, until the end of the block.
+
+    ``trained`` is the configuration of the run; None for a model.
+    """
     with ExitStack() as at_end:
         at_end.enter_context(beside_others())
         model, memory = at_end.enter_context(loaded(planned))
         steps = 0
         if trained is not None:
             journal = at_end.enter_context(open_journal(run.journal, resume=False))
-            steps = restore(run, trained, opened, model, journal)
-        elif run.probe.is_file():
-            note(_with_exported_probe(run, opened, model))
-        meter.mark("load")
-        with memory.short("an evaluation"):
-            figures = evaluate_model(model, opened.dataset, opened.judge)
-    return {"model": target, "steps": steps, **figures, **meter.summary(), **memory.figures()}
+            steps = restore(run, trained, planned.opened, model, journal)
+        elif (exported := Exported.at(planned.opened.files.path)) is not None and exported.probed:
+            note(_with_exported_probe(exported, planned.opened, model))
+        yield Ready(model, memory, steps)
 
 
 @contextmanager
@@ -129,21 +150,15 @@ def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model, journal
     return stop
 
 
-def _with_exported_probe(folder: RunFiles, opened: Opened, model: Model) -> str:
-    """Let an exported model classify by the linear probe beside it, where the data is of the same task.
+def _with_exported_probe(exported: Exported, opened: Opened, model: Model) -> str:
+    """Let an exported model classify by the linear probe that goes with it, where the data is of the same task.
 
     Returns a sentence that says whether it does.
     """
-    what = f"{folder.path} has a linear probe, but what it is for ({folder.exported.name})"
-    way_out = f"Export the run again, or remove {folder.probe.name} to evaluate without it."
-    with reading(what, way_out):
-        about = parse_json(read_small(folder.exported, MOST_CONFIG_BYTES).decode("utf-8"))
-        same = _same_task(about["dataset"], opened.dataset)
-        words = ", ".join(about["dataset"]["label_names"])
-        of_run = about.get("run_id")  # exports of earlier versions have none
-    if not same:
+    if not exported.same_task(opened.dataset):
+        words = ", ".join(exported.names)
         return f"the linear probe beside this model tells {words} apart, which is another task: not used"
-    recall(folder, model, opened.files.shape.hidden, of_run)
+    exported.classify(model, opened.files.shape.hidden)
     return "classified by the linear probe that was exported with this model"
 
 
@@ -177,11 +192,14 @@ def _load_trained(run: RunFiles, model: Model, of_run: str) -> int:
     return steps
 
 
-def replay(source: Path, out: Path) -> dict[str, Any]:
+def replay(
+    source: Path, out: Path, check: Callable[[str], None] = lambda digest: None
+) -> dict[str, Any]:
     """Rebuild the fine-tuned weights of run ``source`` from base and journal, without data or forwards.
 
     ``out`` gets every trained tensor (trained.safetensors) beside the run's configuration and journal; it can be
-    evaluated like the run. The same bits as the run's: compare ``trained_sha256``.
+    evaluated like the run. The same bits as the run's: compare ``trained_sha256``. ``check`` gets it before anything is
+    written.
     """
     run, made = RunFiles(source), RunFiles(out)
     cfg = run.read_config()
@@ -192,6 +210,7 @@ def replay(source: Path, out: Path) -> dict[str, Any]:
         digest = saved_sha256(model.saved())
         if saved_summary(run).get("steps") == steps and not takes_roots(cfg):
             check_same_end(run, cfg, model, digest)
+        check(digest)
         prepare_replay(made)
         with atomic_path(made.trained) as temporary:
             write_saved(temporary, model.saved(), {"steps": str(steps)}, run=rebuilt.of_run)
@@ -233,11 +252,6 @@ def brought_back(run: RunFiles, cfg: RunConfig) -> Iterator[Rebuilt]:
         model, _ = at_end.enter_context(loaded(planned))
         steps = restore(run, cfg, opened, model, journal)
         yield Rebuilt(planned, model, steps, run_id(journal.header))
-
-
-def without_states(cfg: RunConfig) -> RunConfig:
-    """The request of a run with the whole model in memory: no states are kept where nothing is trained."""
-    return replace(cfg, states=None if cfg.blocks == "all" else "none", state_rows=None)
 
 
 def _shape_of_data(header: dict[str, Any]) -> Dataset:

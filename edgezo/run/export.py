@@ -11,70 +11,70 @@
 
 int8 and int4 codes are expanded, as the run's forward reads them. What was trained beside frozen weights is fp32 in a
 run, and small: bf16 weights with it added would keep two thirds of it or less, so hf writes fp32 then unless asked.
-A linear probe has a place in neither form: it reads blocks in the middle of the model, and blocks above it were not
-run. Its file is copied beside them, where edgezo eval and a dozen lines of transformers use it (docs/export.md). The
-result says that the model alone does not predict what the run does.
+    gguf, gguf-adapter    for llama.cpp and what is built on it (export_gguf.py)
+    onnx                  a graph with its weights beside it (export_onnx.py)
+    journal               one small file, from which anybody with the base makes the model (shipped.py)
+
+A linear probe has a place in neither of hf and peft: it reads blocks in the middle of the model, and blocks above it
+were not run. Its file is copied beside them, where edgezo eval and a dozen lines of transformers use it
+(docs/export.md). The result says that the model alone does not predict what the run does.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from edgezo.errors import EdgezoError, UsageError
+from edgezo.errors import UsageError
 from edgezo.machine.files import atomic_folder, to_json, user_path
-from edgezo.machine.limits import tiles
 from edgezo.machine.ownership import check_new
-from edgezo.network.cards import HubSource, find_card
-from edgezo.network.first_order import ALPHA
-from edgezo.network.loader import build_meta, source_names
+from edgezo.network.cards import HubSource, find_card, resolve
+from edgezo.network.loader import ModelFiles, build_meta, open_model
+from edgezo.plan.config import RunConfig
 from edgezo.plan.fields import QUANTIZED
 from edgezo.run.directory import RunFiles, dataset_facts
 from edgezo.run.evaluate import Rebuilt, brought_back
 from edgezo.run.export_files import beside_weights, write_config
+from edgezo.run.export_gguf import GgufExporter, check_base
+from edgezo.run.exported import asked_by
+from edgezo.run.merged import Merged
+from edgezo.run.model_card import write_card
+from edgezo.run.places import check_base_is_there
+from edgezo.run.shipped import ship
+from edgezo.run.summary import saved_summary, unfinished
 from edgezo.weights.layouts import DENSE_DTYPES
-from edgezo.weights.saved import Saved, write_saved
+from edgezo.weights.saved import write_saved
 from edgezo.zo.parts import PARTS
+
+_ADAPTERS = ("peft", "gguf-adapter")
+_HF_DTYPES = ("fp32", "bf16", "fp16")
 
 
 def export(source: Path, form: str, out: Path, *, dtype: str | None = None) -> dict[str, Any]:
-    """Write run ``source``, as it stands now, to the new directory ``out``: all of it or nothing.
+    """Write run ``source``, as it stands now, to the new directory ``out`` (``journal``: file): all of it or nothing.
 
-    ``dtype``: of the weights of ``hf``. Blocks that have no room in memory are read one by one.
-    Raises UsageError where ``out`` is there already, or the form has no place for what was trained.
+    ``dtype``: of the weights of ``hf`` and ``gguf``. Blocks that have no room in memory are read one by one.
+    Raises UsageError where ``out`` is there already, or the form has no place for the model or what was trained.
     """
     run = RunFiles(source)
     cfg = run.read_config()
+    _check_form(run, cfg, form, dtype)
+    if form == "journal":
+        return ship(run, cfg, out)
     check_new(out)
-    if form == "peft" and (inside := [part for part in cfg.train if PARTS[part].in_base]):
-        raise UsageError(
-            f"--format peft holds what lies beside frozen weights, and this run trained {'+'.join(inside)}.\n"
-            "Use --format hf, which writes the whole model."
-        )
-    if form == "peft" and dtype is not None:
-        raise UsageError(
-            "--dtype is the type of the weights that --format hf writes; an adapter is fp32"
-        )
     out = out.resolve()  # where a link to an empty directory leads
     with atomic_folder(out) as folder, brought_back(run, cfg) as rebuilt:
         files = rebuilt.planned.opened.files
-        exporter = _Exporter(rebuilt, build_meta(files))
-        about = exporter.peft(folder) if form == "peft" else exporter.hf(folder, dtype)
-        notes = [*beside_weights(files, folder), *exporter.notes(form)]
-        if exporter.probed:
-            shutil.copyfile(run.probe, folder / run.probe.name)
-        result = {
+        about = {
             "run": str(source),
             "out": str(out),
             "format": form,
@@ -85,48 +85,123 @@ def export(source: Path, form: str, out: Path, *, dtype: str | None = None) -> d
             "base_sha256": files.content_hash,
             "run_id": rebuilt.of_run,
             "dataset": dataset_facts(rebuilt.planned.opened.dataset),
-            "predicts_as_run": not exporter.probed,
-            "notes": notes,
-            **about,
+            "asked_by": asked_by(cfg),
+            "predicts_as_run": rebuilt.model.readout is None,
         }
+        if form == "onnx":
+            from edgezo.run.export_onnx import OnnxExporter  # it imports onnx
+
+            # With a config of its own: building a module resets how the run's attention is computed.
+            apart = replace(files, config=copy.deepcopy(files.config))
+            written = OnnxExporter(rebuilt, build_meta(apart)).write(folder, dtype)
+            notes = [*beside_weights(files, folder), *written.pop("notes")]
+            result = {**about, "predicts_as_run": True, "notes": notes, **written}
+        elif form.startswith("gguf"):
+            result = _gguf(run, rebuilt, form, folder, dtype, about)
+        else:
+            result = _huggingface(run, rebuilt, form, folder, dtype, about)
+        result["notes"] = [*unfinished(run, cfg, rebuilt.steps), *result["notes"]]
         RunFiles(folder).exported.write_text(to_json(result) + "\n", encoding="utf-8")
+        write_card(folder, result, cfg, saved_summary(run), files)
     return result
 
 
-class Product(NamedTuple):
-    """What was trained beside a matrix: alpha/rank * up @ down, as LoRA has it."""
-
-    down: Tensor  # (rank, d_in) fp32
-    up: Tensor  # (d_out, rank) fp32
-    alpha: float
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / len(self.down)
-
-
-def _rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """``values`` in ``dtype``. Raises EdgezoError for a number that it cannot hold."""
-    rounded = values.to(dtype)
-    if rounded.numel() and not torch.isfinite(rounded).all():
-        most = values.float().abs().max().item()
-        raise EdgezoError(
-            f"{name} holds {most:g}, and {str(dtype).removeprefix('torch.')} holds numbers up to "
-            f"{torch.finfo(dtype).max:g} only.\nGive --dtype bf16 or fp32."
+def _check_form(run: RunFiles, cfg: RunConfig, form: str, dtype: str | None) -> None:
+    """UsageError where the form has no place for the model or for what the run trains."""
+    if form in _ADAPTERS and (inside := [part for part in cfg.train if PARTS[part].in_base]):
+        raise UsageError(
+            f"--format {form} holds what lies beside frozen weights, and this run trained {'+'.join(inside)}.\n"
+            f"Use --format {'hf' if form == 'peft' else 'gguf'}, which writes the whole model."
         )
-    return rounded
+    if form == "journal" and dtype is not None:
+        raise UsageError("--format journal holds steps, not weights: leave out --dtype")
+    if form in _ADAPTERS and dtype is not None:
+        raise UsageError(
+            "--dtype is the type of the weights that --format hf or gguf writes; an adapter is fp32"
+        )
+    if form == "hf" and dtype is not None and dtype not in _HF_DTYPES:
+        raise UsageError(
+            f"--format hf writes {', '.join(_HF_DTYPES)}; {dtype} is for --format gguf"
+        )
+    if form == "onnx" or form.startswith("gguf"):
+        check_base_is_there(cfg, run.path)
+        files = open_model(resolve(cfg.model))
+        if form == "onnx":
+            from edgezo.run import export_onnx  # it imports onnx
+
+            export_onnx.check_base(files, dtype)
+        else:
+            check_base(files)
 
 
-@dataclass
-class _Exporter:
-    """A run in memory, and the module on the meta device that names its parameters as files do."""
+def _huggingface(
+    run: RunFiles,
+    rebuilt: Rebuilt,
+    form: str,
+    folder: Path,
+    dtype: str | None,
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    files = rebuilt.planned.opened.files
+    exporter = _Exporter(rebuilt, build_meta(files))
+    written = exporter.peft(folder) if form == "peft" else exporter.hf(folder, dtype)
+    notes = [*beside_weights(files, folder), *exporter.notes(form)]
+    if exporter.probed:
+        shutil.copyfile(run.probe, folder / run.probe.name)
+    return {**about, "notes": notes, **written}
 
-    rebuilt: Rebuilt
-    meta: Any
 
-    @property
-    def probed(self) -> bool:
-        return self.rebuilt.model.readout is not None
+def _gguf(
+    run: RunFiles,
+    rebuilt: Rebuilt,
+    form: str,
+    folder: Path,
+    dtype: str | None,
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    files = rebuilt.planned.opened.files
+    exporter = GgufExporter(rebuilt, build_meta(files))
+    if form == "gguf":
+        written = exporter.write(folder, dtype, about)
+    else:
+        _check_products(exporter, files)
+        written = exporter.write_adapter(folder, about)
+    notes = [*written.pop("notes"), *_gguf_notes(exporter, form)]
+    return {**about, "notes": notes, **written}
+
+
+def _check_products(exporter: GgufExporter, files: ModelFiles) -> None:
+    """UsageError where an adapter has nothing to hold, or llama.cpp no matrix to add it to."""
+    if exporter.probed:
+        raise UsageError(
+            "this run predicts by a linear probe, which llama.cpp's adapter has no place for.\n"
+            "Use --format gguf, whose file has it in its metadata (edgezo predict reads it), or train with "
+            "--train lowrank+head."
+        )
+    if exporter.rebuilt.model.exact is not None and exporter.tied:
+        raise UsageError(
+            "this run trained the head of a model whose head is its embedding table, and llama.cpp's adapter would "
+            "change both.\nUse --format gguf, which gives the model a head of its own, or train with --train lowrank."
+        )
+
+
+def _gguf_notes(exporter: GgufExporter, form: str) -> list[str]:
+    """What whoever uses the file should know."""
+    notes = []
+    if exporter.probed:
+        notes.append(
+            "the run predicts by its linear probe, which llama.cpp does not know: it is in the metadata of the file, "
+            "where edgezo predict and edgezo eval read it. In other programs the model alone predicts something else; "
+            "for a model that needs no probe, train with --train lowrank+head"
+        )
+    if form == "gguf-adapter" and exporter.rebuilt.planned.cfg.precision in QUANTIZED:
+        precision = exporter.rebuilt.planned.cfg.precision
+        notes.append(f"trained beside {precision} codes: over other weights losses differ a little")
+    return notes
+
+
+class _Exporter(Merged):
+    """Writes ``hf`` and ``peft``."""
 
     def notes(self, form: str) -> list[str]:
         """What whoever reads the files should know."""
@@ -141,17 +216,12 @@ class _Exporter:
             notes.append(
                 f"trained beside {self.rebuilt.planned.cfg.precision} codes: over other weights losses differ a little"
             )
-        if form == "peft" and model.exact is not None and self._tied:
+        if form == "peft" and model.exact is not None and self.tied:
             notes.append(
                 "the head of this model is its embedding table too: merging the adapter would change both; "
                 "use --format hf for one model"
             )
         return notes
-
-    @property
-    def _tied(self) -> bool:
-        head = self.meta.get_output_embeddings().weight
-        return head is self.meta.get_input_embeddings().weight
 
     def hf(self, folder: Path, asked: str | None) -> dict[str, Any]:
         """Every parameter, a tile at a time."""
@@ -160,15 +230,15 @@ class _Exporter:
         dtype = DENSE_DTYPES[asked or (stored if cfg.train == ("full",) else "fp32")]
         config = self.rebuilt.planned.opened.files.config
         config.dtype = dtype
-        output = f"{self._name_of(self.meta.get_output_embeddings())}.weight"
+        output = f"{self.name_of(self.meta.get_output_embeddings())}.weight"
         names = [name for name, _ in self.meta.named_parameters()]
-        if model.exact is not None and self._tied:  # only the head's use of the table has changed
+        if model.exact is not None and self.tied:  # only the head's use of the table has changed
             config.tie_word_embeddings = False
             every = [name for name, _ in self.meta.named_parameters(remove_duplicate=False)]
             names += [name for name in every if name not in names]  # RoBERTa's head ties its bias
         config.architectures = [type(self.meta).__name__]
         write_config(config, folder)
-        saved = [self._saved(name, dtype, name == output) for name in names]
+        saved = [self.saved(name, dtype, name == output) for name in names]
         write_saved(folder / "model.safetensors", saved, {"format": "pt"})
         size = sum(math.prod(tensor.shape) for tensor in saved) * dtype.itemsize
         return {"tensors": len(saved), "weight_bytes": size, "dtype": str(dtype).split(".")[1]}
@@ -176,7 +246,7 @@ class _Exporter:
     def peft(self, folder: Path) -> dict[str, Any]:
         """LoRA matrices and the configuration that peft reads."""
         model, cfg = self.rebuilt.model, self.rebuilt.planned.cfg
-        products = dict(self._products())
+        products = dict(self.products())
         if not products:
             raise UsageError(
                 "this run trained a linear probe and nothing else, which is no adapter.\n"
@@ -228,87 +298,3 @@ class _Exporter:
             return False
         model_type: str = json.loads(path.read_text(encoding="utf-8"))["model_type"]
         return model_type != self.meta.config.model_type
-
-    def _products(self) -> Iterator[tuple[str, Product]]:
-        """All that was trained beside matrices, by module."""
-        store = self.rebuilt.model.store
-        for name, layout in store.layouts.items():
-            if (product := self._beside(name, layout.shape[1])) is not None:
-                yield name.removesuffix(".weight"), product
-        if self.rebuilt.model.exact is not None:
-            yield self._name_of(self.meta.get_output_embeddings()), self._head()
-
-    def _beside(self, name: str, cols: int) -> Product | None:
-        """Of a matrix, without the exact head's change."""
-        store, adapters = self.rebuilt.model.store, self.rebuilt.model.adapters
-        factor = store.trainables.get(f"{name}#lowrank")
-        if factor is not None:
-            return Product(store.basis(name, cols), factor.values.cpu(), float(store.rank))
-        if adapters is not None and f"{name}#lora_A" in adapters.values:
-            trained = adapters.trained()
-            return Product(trained[f"{name}#lora_A"], trained[f"{name}#lora_B"], ALPHA)
-        return None
-
-    def _head(self) -> Product:
-        """The exact head's change."""
-        model = self.rebuilt.model
-        assert model.exact is not None
-        delta = model.exact.delta.cpu()
-        if model.exact.basis is not None:
-            return Product(model.exact.basis.cpu(), delta, float(delta.shape[1]))
-        vocab = self.meta.get_output_embeddings().weight.shape[0]
-        up = torch.zeros(vocab, len(delta))
-        up[model.scorer.label_ids.cpu(), torch.arange(len(delta))] = 1.0
-        return Product(delta, up, float(len(delta)))
-
-    def _name_of(self, module: Any) -> str:
-        return next(name for name, other in self.meta.named_modules() if other is module)
-
-    def _saved(self, name: str, dtype: torch.dtype, output: bool) -> Saved:
-        """A parameter of the module as it was trained, in the shape that files have."""
-        store, place = self.rebuilt.model.store, self._places[name]
-        shape = tuple(self.meta.get_parameter(name).shape)
-        if place not in store.layouts:
-            if (trainable := store.trainables.get(place)) is not None:
-                values = trainable.values
-            elif place in store.vectors:
-                values = store.vectors[place]
-            else:  # above what a linear probe reads, and so not kept
-                values = self.rebuilt.planned.opened.files.source.read(self._sources[place])
-            return Saved.of(name, _rounded(values.reshape(shape), dtype, name))
-        saved = Saved(name, shape, dtype, partial(self._tiles, place, dtype, output))
-        if isinstance(self.meta.get_submodule(name.rpartition(".")[0]), Conv1D):
-            return saved._replace(pieces=lambda: [torch.cat(list(saved.pieces())).T])
-        return saved
-
-    def _tiles(self, place: str, dtype: torch.dtype, output: bool) -> Iterator[Tensor]:
-        """(n, cols) rows of a matrix, with what was trained beside it."""
-        store = self.rebuilt.model.store
-        if store.residency is not None:
-            store.residency.bind_owner(place)
-        layout = store.layouts[place]
-        rows, cols = layout.shape
-        gain = store.trainables.get(f"{place}#gain")
-        head = self._head() if output and self.rebuilt.model.exact is not None else None
-        products = [product for product in (self._beside(place, cols), head) if product is not None]
-        for part in tiles(rows, cols):
-            size = part.stop - part.start
-            values = layout.expand(part, torch.empty(size, cols, device=store.device)).cpu()
-            if gain is not None:
-                values *= 1 + gain.values[part].cpu()
-            for product in products:
-                values.addmm_(product.up[part], product.down, alpha=product.scale)
-            yield _rounded(values, dtype, place)
-
-    @cached_property
-    def _places(self) -> dict[str, str]:
-        """The store's name of each parameter, where it has one: a tied head has its embedding's."""
-        store = self.rebuilt.model.store
-        kept = {*store.layouts, *store.vectors, *store.trainables}
-        every = list(self.meta.named_parameters(remove_duplicate=False))
-        places = {id(parameter): name for name, parameter in every if name in kept}
-        return {name: places.get(id(parameter), name) for name, parameter in every}
-
-    @cached_property
-    def _sources(self) -> dict[str, str]:
-        return source_names(self.rebuilt.planned.opened.files, self.meta)

@@ -175,7 +175,7 @@ class Judge:
             model,
             [example.prompt for example in examples],
             self.dataset.generation,
-            self._over,
+            self.over,
             sides=sides,
             probe=probe,
             slots=slots,
@@ -209,13 +209,15 @@ class Judge:
             )
         return number
 
-    def _over(self, ids: list[int]) -> bool:
+    def over(self, ids: list[int]) -> bool:
+        """Whether the tokens written so far are a whole answer."""
         return ids[-1] in self.ends or self._stop(self._text(ids)) is not None
 
-    def answer(self, ids: Sequence[int]) -> str:
+    def answer(self, ids: Sequence[int], *, strip: bool = True) -> str:
         """The text of these tokens, up to the first stop."""
         text = self._text([i for i in ids if i not in self.ends])
-        return text[: self._stop(text)].strip()
+        text = text[: self._stop(text)]
+        return text.strip() if strip else text
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))

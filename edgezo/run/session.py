@@ -242,6 +242,11 @@ def _check_lengths(
             )
 
 
+def without_states(cfg: RunConfig) -> RunConfig:
+    """The request of a run with the whole model in memory: no states are kept where nothing is trained."""
+    return replace(cfg, states=None if cfg.blocks == "all" else "none", state_rows=None)
+
+
 def header_of(opened: Opened, cfg: RunConfig) -> dict[str, Any]:
     """What the journal remembers of a run: enough to replay it, and to refuse another base, other rows or settings."""
     finetuner = opened.finetuner

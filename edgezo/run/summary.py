@@ -35,6 +35,17 @@ def saved_summary(run: RunFiles) -> dict[str, Any]:
     return summary if isinstance(summary, dict) else {}
 
 
+def unfinished(run: RunFiles, cfg: RunConfig, steps: int) -> list[str]:
+    """A sentence where a run has not ended, and is used as it stands after ``steps`` steps; else none."""
+    if run.summary.exists() or run.trained.exists():
+        return []
+    asked = f"of {cfg.steps} " if cfg.steps is not None else ""
+    return [
+        f"{run.path} has not ended: it is used as it stands after {steps} {asked}steps "
+        f"(edgezo finetune --resume --out {run.path} goes on)"
+    ]
+
+
 def check_same_end(run: RunFiles, cfg: RunConfig, model: Model, trained_sha256: str) -> None:
     """Raise EdgezoError unless a finished run's files give the weights that it ended with, by its summary.
 

@@ -30,6 +30,10 @@ class Architecture:
     norm_plus_one: bool = False  # norm weights are stored as w + 1
     transposed: tuple[str, ...] = ()  # stems of Conv1D weights, which are stored (out, in)
 
+    def shifts(self, name: str) -> bool:
+        """Whether a Hugging Face parameter is stored as w + 1."""
+        return self.norm_plus_one and name.endswith("norm.weight")
+
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -93,6 +97,7 @@ _GPT2_CONFIG = {
     "attention.head_count": "n_head",
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
 }
+LARGEST_GEMMA = (("gemma2", 46), ("gemma3", 62))  # architecture and blocks of the 27B models
 _ARCHITECTURES = {
     "llama": Architecture("llama", _NAMES, _CONFIG, permuted=True),
     "qwen2": Architecture("qwen2", _NAMES, _CONFIG),
@@ -118,6 +123,11 @@ END_MARKS = frozenset(
 )
 # These say how positions are rotated: part of the config, not weights.
 IGNORED_TENSORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
+
+
+def architectures() -> dict[str, Architecture]:
+    """The architectures that edgezo reads and writes, by llama.cpp's names."""
+    return _ARCHITECTURES
 
 
 def architecture_of(header: GgufHeader) -> Architecture:
@@ -151,9 +161,13 @@ def gguf_config(header: GgufHeader) -> dict[str, Any]:
     _check_heads(header, config)
     if "blk.0.attn_q.bias" in header.tensors and arch.model_type == "llama":
         config["attention_bias"] = True
-    if (header.architecture, config.get("num_hidden_layers")) in (("gemma2", 46), ("gemma3", 62)):
-        # The 27B models scale attention by the mean width of a head; no key of the file says so.
-        config["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"]
+    if "blk.0.ffn_gate.bias" in header.tensors and arch.model_type == "llama":
+        config["mlp_bias"] = True
+    if "gemma" in header.architecture:
+        # No key of the file says what attention is scaled by: the width of a head, and in the 27B models their mean.
+        largest = (header.architecture, config.get("num_hidden_layers")) in LARGEST_GEMMA
+        mean_width = config["hidden_size"] // config["num_attention_heads"]
+        config["query_pre_attn_scalar"] = mean_width if largest else config["head_dim"]
     _window_layers(header, config)
     for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         value = token_id(header, f"tokenizer.ggml.{key}_token_id", config["vocab_size"])

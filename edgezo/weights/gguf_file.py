@@ -89,6 +89,15 @@ class GgufSource:
     def files(self) -> list[Path]:
         return list(self.header.parts)
 
+    def stored(self, name: str) -> GgufTensor:
+        """Where and how the file holds a tensor."""
+        return self._tensors[name]
+
+    def by_rows(self, name: str) -> bool:
+        """Whether some rows of a tensor can be read without the others."""
+        arrangement = self._arrangements[name]
+        return not (arrangement.transposed or arrangement.heads)
+
     def shape(self, name: str) -> tuple[int, ...]:
         shape = self._tensors[name].shape
         return shape[::-1] if self._arrangements[name].transposed else shape

@@ -107,7 +107,7 @@ def is_tried(parameter: click.Parameter, command: str) -> bool:
 
 
 class _NoBench:
-    model = Path("model")
+    model = data = Path("model")
 
     def arguments(self, **changes: Any) -> list[str]:
         return []
@@ -282,6 +282,9 @@ READERS: dict[str, Any] = {
     "eval": lambda t, out: t.bench.arguments(steps=None, batch_size=None, micro_batch=None),
     "replay": lambda t, out: ["--out", out],
     "export": lambda t, out: ["--out", out],
+    "predict": lambda t, out: ["--data", t.bench.data / "label.jsonl"],
+    "chat": lambda t, out: ["--max-new-tokens", 1],
+    "apply": lambda t, out: ["--base", t.bench.model, "--out", out],
     "bench memory": lambda t, out: ["--methods", "none", "--out", out],
     "bench alignment": lambda t, out: ["--estimators", "none", *data_of(t), "--out", out],
     "bench speed": lambda t, out: ["--estimators", "none", *data_of(t), "--out", out],
@@ -318,6 +321,8 @@ def test_what_is_read_is_as_it_was(name, parameter, tools, edgezo, tmp_path):
             if name == "convert-finetuner":
                 arguments.append(tmp_path / "out.safetensors")
         else:
+            if name in ("predict", "chat", "apply"):
+                arguments = [tools.shipped if name == "apply" else tools.run, *arguments]
             option = next(o for o in parameter.opts if o.startswith("--"))
             data = parameter.name == "data_root" and "--data" in arguments
             if data:  # it is read for a task

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import os
 import runpy
@@ -29,7 +30,8 @@ MODEL, DATA = "my-model", "rows.jsonl"  # of the workspace, under names that the
 # Options of which the page's value is run as it stands.
 KEPT = frozenset(
     "--template --labels --label-field --objective --max-new-tokens --train --estimator --precision --rounding "
-    "--step --sigma --format --dtype --out --resume --show-batch --profile --finetuner --methods --seed".split()
+    "--step --sigma --format --dtype --out --resume --show-batch --profile --finetuner --methods --seed --to "
+    "--temperature --top-p --system".split()
 )
 # Others, and what is run in place of their value; None leaves the option out.
 REPLACED: dict[str, str | None] = {
@@ -51,6 +53,7 @@ ADDED: dict[str, dict[str, str]] = {
     "plan": {"--batch-size": "4"},
     "finetune": {"--batch-size": "4", "--eval-limit": "8", "--precision": "fp32", "--steps": "2"},
     "eval": {"--eval-limit": "8"},
+    "chat": {"--max-new-tokens": "4"},
     "meta-train": {"--batch-size": "2", "--steps": "2", "--restart": "1"},
     "bench memory": {"--methods": "inference"},
     "bench speed": {
@@ -59,6 +62,8 @@ ADDED: dict[str, dict[str, str]] = {
     },
     "bench alignment": {"--estimators": "grzo", "--tries": "1", "--batch-sizes": "2"},
 }
+# Commands whose argument may be a card, and which read standard input: a line is written there.
+ANSWERING = ("predict", "chat")
 PARTS = ("bench",)  # commands that have commands
 # Of a Python snippet.
 IN_PYTHON = {
@@ -142,6 +147,10 @@ def made(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         steps = ("--steps", 2, "--eval-limit", 8, "--profile", "--out", "runs/mine")
         assert run("finetune", *label, *small, *steps) == 0
         assert run("export", "runs/mine", "--out", "model") == 0
+        shipped = ("--format", "journal", "--out", "mine.edgezo")
+        assert run("export", "runs/mine", *shipped) == 0
+        writer = ("--model", MODEL, "--data", DATA, "--train", "lowrank", "--out", "runs/writer")
+        assert run("finetune", *writer, *small, "--steps", 2, "--eval-limit", 8) == 0
         meta = ("--steps", 1, "--restart", 1, "--batch-size", 2, "--out", "my.safetensors")
         assert run("meta-train", *label, *meta, "--max-mem", "8GB") == 0
         run_script(["benchmarks/preferences.py", "--out", "prefs.jsonl"])
@@ -212,7 +221,7 @@ def substituted(name: str, given: Sequence[tuple[str, str | None]]) -> list[str]
             files.append(DATA if value == "example" or not files else "DIR")
         elif option == "--data":
             words += [option, str(value)]
-        elif option == "--model":
+        elif option in ("--model", "--compare", "--base"):
             words += [option, model_of(str(value))]
         elif option in KEPT:
             words += [option] if value is None else [option, value]
@@ -247,6 +256,8 @@ def check_edgezo(words: Sequence[str], edgezo: Any) -> None:
     if name == "bench accuracy":
         check_study(ROOT / arguments[0], dict(given).get("--methods"))
         arguments, given = ["study.toml"], [("--methods", "default")]
+    if name in ANSWERING:
+        arguments = [model_of(argument) for argument in arguments]
     final = [*name.split(), *arguments, *substituted(name, given)]
     if tuple(final) in ran:
         return
@@ -317,8 +328,11 @@ def check_script(words: Sequence[str]) -> None:
 
 
 @pytest.mark.parametrize("snippet", commands(), ids=lambda snippet: snippet.place)
-def test_every_command_runs(snippet: Snippet, workspace: Path, edgezo: Any) -> None:
+def test_every_command_runs(
+    snippet: Snippet, workspace: Path, edgezo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program, *words = shlex.split(snippet.text, comments=True)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a warm film\n")))
     if program == "edgezo":
         check_edgezo(words, edgezo)
     elif program == "python":

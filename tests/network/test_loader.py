@@ -236,9 +236,7 @@ def test_a_gguf_gives_the_logits_of_the_model_it_was_made_of(
         return  # llama.cpp has no separate head for it
     # A GGUF has no keys for these settings, for which llama.cpp has conventions.
     changes: dict[str, Any] = {
-        "llama": {"mlp_bias": False},
-        "gemma2": {"query_pre_attn_scalar": 256},
-        "gemma3_text": {"query_pre_attn_scalar": 256, "sliding_window_pattern": 6},
+        "gemma3_text": {"sliding_window_pattern": 6},
     }.get(family, {})
     model = tiny_models.random_model(family, tied=tied, **changes)
     tiny_models.make_gguf(model, tmp_path / "m.gguf")

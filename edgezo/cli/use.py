@@ -1,0 +1,280 @@
+"""Commands that use a result: predict answers rows, chat talks, apply makes a model of a base and a small file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from edgezo.cli.options import (
+    echo_json,
+    emit,
+    encodable,
+    json_option,
+    options,
+    printable,
+    use_threads,
+)
+
+if TYPE_CHECKING:
+    from edgezo.run.predict import Predictor
+
+# Settings of a use: how a plain model is asked, and what it takes.
+ASKING = ("task", "template", "labels", "label_field", "max_length", "max_new_tokens")
+TAKES = ("max_mem_bytes", "device", "precision", "threads")
+
+
+def _note(text: str) -> None:
+    click.echo(printable(text), err=True)
+
+
+def _threads(given: Mapping[str, str | None]) -> int | None:
+    """The threads that are asked for. It comes before torch is imported, so a run's own setting is not looked up."""
+    threads = given["threads"]
+    return int(threads) if threads is not None and threads.isdecimal() else None
+
+
+# ---------------------------------------------------------------------------------------------
+# predict
+
+
+@click.command()
+@click.argument("target", metavar="RUN|MODEL")
+@click.option(
+    "--data",
+    metavar="FILE|-",
+    required=True,
+    help="Rows to predict; -: lines on standard input, JSON objects or texts.",
+)
+@click.option(
+    "--to",
+    "form",
+    type=click.Choice(["jsonl", "csv"]),
+    default="jsonl",
+    show_default=True,
+    help="Form of the predictions.",
+)
+@click.option(
+    "--out", metavar="FILE", help="A new file for the predictions.  [default: standard output]"
+)
+@options(*ASKING, *TAKES)
+@json_option
+def predict(
+    target: str, data: str, form: str, out: str | None, as_json: bool, **given: str | None
+) -> None:
+    """Predict rows: a label with its probabilities, a completion, an answer, or a score, line by line."""
+    use_threads(_threads(given))
+    from edgezo.data import asked_rows
+    from edgezo.data.row_files import Problems
+    from edgezo.machine.files import atomic_path, user_path
+    from edgezo.machine.ownership import check_new_file
+    from edgezo.machine.process_memory import Meter
+    from edgezo.run.predict import predictor, use_request
+
+    cfg = use_request(target, given)
+    if out is not None:
+        check_new_file(Path(out))
+    meter, kept = Meter(), list[dict[str, Any]]()
+    with ExitStack() as at_end:
+        used = at_end.enter_context(predictor(target, cfg, _note))
+        problems = Problems()
+        groups = (
+            asked_rows.of_lines(sys.stdin.buffer, problems, used.guard)
+            if data == "-"
+            else asked_rows.of_file(user_path(data), problems, used.guard)
+        )
+        predictions = used.stream(groups, problems)
+        if as_json and out is None:
+            kept += predictions
+        elif out is None:
+            _write(predictions, form, sys.stdout)
+        else:
+            temporary = at_end.enter_context(atomic_path(Path(out), lock=True))
+            with temporary.open("x", encoding="utf-8", newline="") as file:
+                _write(predictions, form, file)
+    result = {**_figures(used), **meter.summary(), **used.memory.figures()}
+    if as_json:
+        echo_json({**result, **({"out": out} if out else {"predictions": kept})})
+    else:
+        _note(_summary_line(result))
+
+
+def _figures(used: Predictor) -> dict[str, Any]:
+    """How many rows there were, and where rows had labels, how many were right."""
+    accuracy = {"known": used.known, "accuracy": used.right / used.known} if used.known else {}
+    return {"model": used.target, "steps": used.steps, "rows": used.rows, **accuracy}
+
+
+def _summary_line(result: Mapping[str, Any]) -> str:
+    line = f"{result['rows']} rows predicted"
+    if "accuracy" in result:
+        line += f", accuracy {result['accuracy']:.4f} on {result['known']} that have a label"
+    return line
+
+
+def _write(predictions: Iterator[dict[str, Any]], form: str, file: TextIO) -> None:
+    """Write predictions as they come. Columns of CSV are those of the first one."""
+    columns: list[str] | None = None
+    for prediction in predictions:
+        if form == "jsonl":
+            text = json.dumps(prediction, ensure_ascii=False) + "\n"
+        else:
+            flat = _flat(prediction)
+            head = columns is None
+            columns = columns or list(flat)
+            text = _csv_lines(flat, columns, head)
+        file.write(_fitting(text, file))
+        file.flush()
+
+
+def _fitting(text: str, file: TextIO) -> str:
+    """``text`` with escapes for what the file's encoding has no bytes for."""
+    return (
+        encodable(text)
+        .encode(file.encoding or "utf-8", errors="backslashreplace")
+        .decode(file.encoding or "utf-8")
+    )
+
+
+def _csv_lines(flat: Mapping[str, Any], columns: list[str], head: bool) -> str:
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, columns, extrasaction="ignore", lineterminator="\n")
+    if head:
+        writer.writeheader()
+    writer.writerow(flat)
+    return lines.getvalue()
+
+
+def _flat(prediction: Mapping[str, Any]) -> dict[str, Any]:
+    """A prediction as cells: one for each probability of a class, and all of a row's own options in one."""
+    flat = dict(prediction)
+    shares = flat.pop("probabilities", None)
+    if isinstance(shares, dict):
+        flat |= {f"p({name})": share for name, share in shares.items()}
+    elif shares is not None:
+        flat["probabilities"] = " ".join(map(str, shares))
+    return flat
+
+
+# ---------------------------------------------------------------------------------------------
+# apply
+
+
+@click.command()
+@click.argument("shipped", metavar="FILE")
+@click.option("--base", metavar="MODEL", required=True, help="The model that it was trained over.")
+@click.option("--out", metavar="DIR", required=True, help="Directory for the rebuilt run.")
+@json_option
+def apply(shipped: str, base: str, out: str, as_json: bool) -> None:
+    """Make a fine-tuned model of its base and the file that export --format journal wrote."""
+    from edgezo.run.shipped import apply as apply_shipped
+
+    result = apply_shipped(Path(shipped), base, Path(out))
+    emit(as_json, result, f"applied {result['steps']} steps of {shipped} to {base}, in {out}")
+
+
+# ---------------------------------------------------------------------------------------------
+# chat
+
+
+@click.command()
+@click.argument("target", metavar="RUN|MODEL")
+@click.option(
+    "--compare", metavar="MODEL", help="Answer by this model too: the run's base, for example."
+)
+@click.option(
+    "--temperature", type=float, default=0.0, show_default=True, help="0: the likeliest token."
+)
+@click.option(
+    "--top-p", type=float, default=1.0, show_default=True, help="Of the likeliest tokens only."
+)
+@click.option("--seed", "chance", type=int, default=0, show_default=True, help="Of the sampling.")
+@click.option("--system", metavar="TEXT", help="What the system says first.")
+@options("max_length", "max_new_tokens", *TAKES)
+@json_option
+def chat(
+    target: str,
+    compare: str | None,
+    temperature: float,
+    top_p: float,
+    chance: int,
+    system: str | None,
+    as_json: bool,
+    **given: str | None,
+) -> None:
+    """Talk to a run or a model: one line, one answer. Ctrl-C stops an answer, Ctrl-D ends."""
+    given = {**given, "max_length": given["max_length"] or "2048"}
+    given["max_new_tokens"] = given["max_new_tokens"] or "256"
+    use_threads(_threads(given))
+    targets = [target] if compare is None else [compare, target]
+    from edgezo.network.sampling import Sampler
+    from edgezo.run.chat import Talk
+    from edgezo.run.predict import predictor, use_request
+
+    requests = [use_request(name, given) for name in targets]
+    Sampler.of(
+        temperature, top_p, chance
+    )  # refuses numbers without a meaning before a model is read
+    with ExitStack() as at_end:
+        talks = []
+        for name, cfg in zip(targets, requests, strict=True):
+            used = at_end.enter_context(predictor(name, cfg, _note))
+            talks.append(Talk(used, Sampler.of(temperature, top_p, chance), system))
+        turns = list(_turns(talks, shown=not as_json))
+        if as_json:
+            echo_json({"model": target, "turns": turns})
+
+
+def _turns(talks: list[Any], shown: bool) -> Iterator[dict[str, Any]]:
+    """Answer line after line, shown piece by piece; each turn with its answers by model."""
+    for line in _lines(shown):
+        if not line.strip():
+            continue
+        answers = {}
+        for talk in talks:
+            name = talk.used.target
+            with _shown_as(name if len(talks) > 1 else None, shown):
+                answers[name] = _answer(talk, line, shown)
+        yield {"prompt": line, "answers": answers}
+
+
+def _lines(shown: bool) -> Iterator[str]:
+    """What the user writes, until the end of standard input (Ctrl-D)."""
+    if not (shown and sys.stdin.isatty()):
+        for line in sys.stdin:
+            yield line.rstrip("\n")
+        return
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            click.echo()
+            return
+
+
+@contextmanager
+def _shown_as(name: str | None, shown: bool) -> Iterator[None]:
+    if shown and name is not None:
+        click.echo(f"[{printable(name)}] ", nl=False)
+    yield
+    if shown:
+        click.echo()
+
+
+def _answer(talk: Any, line: str, shown: bool) -> str:
+    """The answer to a line. Ctrl-C ends it where it stands."""
+    from edgezo.machine.interrupts import stopping
+
+    with stopping() as stopped:
+        for piece in talk.answer(line, stopped):
+            if shown:
+                click.echo(_fitting(printable(piece), sys.stdout), nl=False)
+                sys.stdout.flush()
+    return str(talk.last)

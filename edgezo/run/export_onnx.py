@@ -1,0 +1,374 @@
+"""``--format onnx``: a run's result as an ONNX graph with its weights beside it, for onnxruntime and the like.
+
+    model.onnx         the graph (onnx_graph.py): a decoder with a key-value cache; of a run that tells labels apart a
+                       classifier, from tokens to probabilities, its linear probe or label words inside
+    model.onnx.data    the weights, written a tile at a time: fp32, fp16, or matrices as codes of 8 or 4 bits
+
+``onnx.checker`` looks at what was written, and where onnxruntime is installed it answers a text as the run does, or
+nothing is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor
+
+from edgezo import __version__
+from edgezo.data.batches import Example, Row, collate
+from edgezo.errors import EdgezoError, UsageError
+from edgezo.machine.process_memory import rss_bytes
+from edgezo.network.generate import write_one
+from edgezo.network.loader import ModelFiles, build_meta
+from edgezo.network.onnx_graph import IR_VERSION, OPSET, SCALE_END, SHARED_SCALE, Decoder, Graph
+from edgezo.network.readout import LEAST_SPREAD
+from edgezo.plan.budget import mb
+from edgezo.run.merged import Merged, rounded_to
+
+GRAPH_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
+_TORCH_TYPES: dict[int, torch.dtype] = {
+    TensorProto.FLOAT: torch.float32,
+    TensorProto.FLOAT16: torch.float16,
+}
+# Types of weights and hidden states, and of the codes of matrices, by the names of --dtype.
+WEIGHT_TYPES: dict[str, tuple[int, int | None]] = {
+    "fp32": (TensorProto.FLOAT, None),
+    "fp16": (TensorProto.FLOAT16, None),
+    "int8": (TensorProto.FLOAT, TensorProto.INT8),
+    "int4": (TensorProto.FLOAT, TensorProto.INT4),
+}
+_MOST_CODES: dict[int, int] = {TensorProto.INT8: 127, TensorProto.INT4: 7}
+_ALIGNMENT = 4096  # of each tensor in the file, so that it can be mapped
+_STEPS = 3  # tokens that the run and the file are compared over
+# How far answers may be from the run's in the mean, as a share of their spread: in the same arithmetic, in another one,
+# and for codes of four bits. Answers of another model are farther by their whole spread.
+_CLOSE, _ROUGH, _COARSE_CODES = 1e-3, 0.2, 0.9
+_WORD_ROWS = "label_words"  # the rows of the head that label words have
+
+
+def check_base(files: ModelFiles, dtype: str | None) -> None:
+    """UsageError where the graph has no place for the model, or weights of that type."""
+    if dtype is not None and dtype not in WEIGHT_TYPES:
+        raise UsageError(f"--format onnx writes {', '.join(WEIGHT_TYPES)}, not {dtype}")
+    if files.kind == "masked":
+        raise UsageError(
+            f"--format onnx has no place for a model of the type {files.config.model_type}.\nUse --format hf."
+        )
+    Decoder(Graph(TensorProto.FLOAT), build_meta(files), cached=False)
+
+
+@dataclass
+class OnnxExporter(Merged):
+    """Writes a run as an ONNX graph."""
+
+    made: dict[str, Tensor] = field(default_factory=dict)  # weights that no parameter is
+    # Shape of each weight, and where it begins and how long it is in the file.
+    offsets: dict[str, tuple[tuple[int, ...], int, int]] = field(default_factory=dict)
+
+    def write(self, folder: Path, asked: str | None) -> dict[str, Any]:
+        """Write model.onnx and its weights. Raises EdgezoError where they do not answer as the run."""
+        graph = Graph(*WEIGHT_TYPES[asked or "fp32"])
+        classifies = self.rebuilt.planned.opened.dataset.kind == "label"
+        if classifies:
+            self._classifier(graph)
+        else:
+            self._decoder(graph)
+        self._check_moved(graph)
+        size = self._write_weights(graph, folder / WEIGHTS_FILE)
+        _save(graph, folder / GRAPH_FILE, self.offsets)
+        onnx.checker.check_model(str(folder / GRAPH_FILE))
+        notes = self._check_answers(folder / GRAPH_FILE, asked, classifies, size)
+        return {
+            "tensors": len(graph.weights),
+            "weight_bytes": size,
+            "dtype": asked or "fp32",
+            "graph": "classifier" if classifies else "decoder",
+            "notes": notes,
+        }
+
+    # -- graphs -------------------------------------------------------------------------------------------
+
+    def _decoder(self, graph: Graph) -> None:
+        decoder = Decoder(graph, self.meta, cached=True)
+        past = ["batch", decoder.kv_heads, "past", decoder.width]
+        present = ["batch", decoder.kv_heads, "total", decoder.width]
+        graph.inputs = [_ids("input_ids", "length"), _ids("attention_mask", "total")]
+        graph.outputs = [helper.make_tensor_value_info("logits", 1, ["batch", "length", "vocab"])]
+        for layer in range(decoder.layers):
+            for part in ("key", "value"):
+                name = f"{layer}.{part}"
+                kind = graph.float_type
+                graph.inputs.append(
+                    helper.make_tensor_value_info(f"past_key_values.{name}", kind, past)
+                )
+                graph.outputs.append(
+                    helper.make_tensor_value_info(f"present.{name}", kind, present)
+                )
+        decoder.begin()
+        x = decoder.embed()
+        for layer in range(decoder.layers):
+            x = decoder.block(x, layer)
+        vocab, width = self.meta.get_output_embeddings().weight.shape
+        head = self.output if self._has_head else self.table
+        logits = graph.op(
+            "Gemm",
+            decoder.end(x),
+            graph.matrix(head, (int(vocab), int(width)), gathered=head == self.table),
+            transB=1,
+        )
+        shape = graph.op("Concat", decoder.batch, decoder.length, graph.const([int(vocab)]), axis=0)
+        shaped = graph.op("Reshape", decoder.capped(str(logits)), shape)
+        graph.nodes.append(helper.make_node("Identity", [shaped], ["logits"]))
+
+    @property
+    def table(self) -> str:
+        """The name of the embedding's weight."""
+        return f"{self.name_of(self.meta.get_input_embeddings())}.weight"
+
+    @property
+    def _has_head(self) -> bool:
+        """Whether the head is another matrix than the embedding."""
+        return not self.tied or self.rebuilt.model.exact is not None
+
+    def _classifier(self, graph: Graph) -> None:
+        decoder, readout = Decoder(graph, self.meta, cached=False), self.rebuilt.model.readout
+        graph.inputs = [_ids("input_ids", "length"), _ids("attention_mask", "length")]
+        graph.outputs = [helper.make_tensor_value_info("probabilities", 1, ["batch", "classes"])]
+        decoder.begin()
+        at = _last_places(graph, decoder)
+        x, logits = decoder.embed(), ""
+        weights = None if readout is None else readout.weights
+        blocks = range(decoder.layers) if weights is None else range(max(weights.blocks) + 1)
+        for layer in blocks:
+            x = decoder.block(x, layer)
+            if weights is not None and layer in weights.blocks:
+                number = weights.blocks.index(layer)
+                state = _unit(graph, graph.wide(str(graph.op("Gather", x, at))))
+                matrix = graph.const(weights.weight[number].numpy(), np.float32)
+                scores = str(graph.op("Gemm", state, matrix, transB=1))
+                logits = scores if not logits else str(graph.op("Add", logits, scores))
+        if weights is not None:
+            logits = str(graph.op("Add", logits, graph.const(weights.bias.numpy(), np.float32)))
+        else:
+            state = graph.op("Gather", decoder.end(x), at)
+            self.made[_WORD_ROWS] = self._word_rows()
+            words = graph.weight(_WORD_ROWS, tuple(self.made[_WORD_ROWS].shape))
+            logits = decoder.capped(str(graph.op("Gemm", state, words, transB=1)))
+        graph.nodes.append(helper.make_node("Softmax", [logits], ["probabilities"], axis=-1))
+
+    def _word_rows(self) -> Tensor:
+        """The rows of the head that the label words have, (K, width) fp32."""
+        ids, first = self.rebuilt.model.scorer.label_ids.cpu(), 0
+        rows = torch.empty(len(ids), self.meta.get_output_embeddings().weight.shape[1])
+        for piece in self.rows(self.output):
+            inside = (ids >= first) & (ids < first + len(piece))
+            rows[inside] = piece[ids[inside] - first]
+            first += len(piece)
+        return rows
+
+    # -- weights ------------------------------------------------------------------------------------------
+
+    def _write_weights(self, graph: Graph, path: Path) -> int:
+        """Write every weight that the graph names; returns their bytes."""
+        size, dtype = 0, _TORCH_TYPES[graph.float_type]
+        with path.open("xb") as file:
+            for name, shape in graph.weights.items():
+                file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+                start, scales = file.tell(), list[Tensor]()
+                for piece in iter([self.made[name]]) if name in self.made else self.rows(name):
+                    if name in graph.codes:
+                        raw, scale = coded(piece, graph.codes[name])
+                        scales.append(scale)
+                        file.write(raw)
+                    else:
+                        file.write(rounded_to(piece, dtype, name).contiguous().numpy().tobytes())
+                if scales:  # they are the next weight
+                    self.made[name + SCALE_END] = torch.cat(scales)
+                self.offsets[name] = (shape, start, file.tell() - start)
+                size += file.tell() - start
+        return size
+
+    def _check_moved(self, graph: Graph) -> None:
+        """EdgezoError where no weight differs from the base's, though steps have trained some."""
+        changed = [name for name in self.parameters() if self.changed(name)]
+        if not changed or not self.rebuilt.steps:
+            return
+        if any(self.moved(name, partial(_stored, graph, name)) for name in changed):
+            return
+        raise EdgezoError(
+            f"the weights would be those of the base, though {self.rebuilt.steps} steps have trained "
+            f"{'+'.join(self.rebuilt.planned.cfg.train)}: what they moved is smaller than the type of the weights can "
+            "hold. Nothing is kept. Give --dtype fp32."
+        )
+
+    # -- answers ------------------------------------------------------------------------------------------
+
+    def _check_answers(
+        self, path: Path, asked: str | None, classifies: bool, size_bytes: int
+    ) -> list[str]:
+        """Notes; EdgezoError unless onnxruntime answers a text as the run does, where there is memory to run it."""
+        # onnxruntime computes in fp32 on a CPU, and packs weights anew.
+        need_bytes = {None: 2, "fp32": 2, "fp16": 4, "int8": 5, "int4": 9}[asked] * size_bytes
+        if rss_bytes() + need_bytes > self.rebuilt.planned.plan.max_mem_bytes:
+            return [
+                f"the graph was checked, and not run: onnxruntime takes about {mb(need_bytes)} beside the run, and the "
+                "cap has no room for it"
+            ]
+        try:
+            import onnxruntime
+        except ImportError:
+            return ["onnxruntime is not installed here, so that the graph was checked, and not run"]
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+        ids = self._sample_ids()
+        if classifies:
+            ours, theirs, spread = self._shares(ids), _shares_of(session, ids), 1.0
+        else:
+            ours, tokens = self._logits(ids)
+            theirs, spread = decoded(session, ids, _STEPS, tokens), float(ours.std())
+        same_arithmetic = (
+            asked in (None, "fp32") and self.rebuilt.planned.plan.compute_dtype == "fp32"
+        )
+        most = _COARSE_CODES if asked == "int4" else _CLOSE if same_arithmetic else _ROUGH
+        far = float(np.abs(ours - theirs).mean())
+        if not far <= most * spread:
+            raise EdgezoError(
+                f"the ONNX graph answers otherwise than the run (by {far:.3g}). Nothing is kept. Use --format hf."
+            )
+        return []
+
+    def _sample_ids(self) -> list[int]:
+        vocab = self.rebuilt.planned.opened.files.shape.vocab
+        return [(7 * i * i + 11 * i + 5) % vocab for i in range(12)]
+
+    def _shares(self, ids: list[int]) -> np.ndarray:
+        batch = collate([Example((Row(ids, (len(ids) - 1,), ()),), 0)], [0])
+        return torch.softmax(self.rebuilt.model.answers(batch), -1).numpy()
+
+    def _logits(self, ids: list[int]) -> tuple[np.ndarray, list[int]]:
+        """Logits after the text and after each of the likeliest tokens that follow, (steps, vocabulary); the tokens."""
+        kept: list[Tensor] = []
+
+        def choose(logits: Tensor) -> Tensor:
+            kept.append(logits[0].clone())
+            return logits.argmax(-1)
+
+        tokens = list(write_one(self.rebuilt.model, ids, _STEPS, choose))
+        return torch.stack(kept).numpy(), tokens
+
+
+def decoded(
+    session: Any, ids: Sequence[int], steps: int, follow: Sequence[int] | None = None
+) -> np.ndarray:
+    """Logits of a decoder in onnxruntime after a text and each token that follows it, (steps, vocabulary).
+
+    ``follow`` are these tokens; without it the likeliest ones.
+    """
+    past: dict[str, np.ndarray] = {}
+    for given in session.get_inputs():
+        if given.name.startswith("past_key_values"):
+            kind = np.float16 if "float16" in given.type else np.float32
+            past[given.name] = np.zeros((1, given.shape[1], 0, given.shape[3]), kind)
+    names = [made.name for made in session.get_outputs()]
+    fed, seen, kept = np.array([ids], np.int64), len(ids), []
+    for step in range(steps):
+        mask = np.ones((1, seen), np.int64)
+        outputs = session.run(names, {"input_ids": fed, "attention_mask": mask, **past})
+        logits = outputs[0][0, -1]
+        kept.append(logits)
+        past = {
+            name.replace("present", "past_key_values"): value
+            for name, value in zip(names[1:], outputs[1:], strict=True)
+        }
+        token = int(logits.argmax()) if follow is None else follow[step]
+        fed, seen = np.array([[token]], np.int64), seen + 1
+    return np.stack(kept)
+
+
+def _shares_of(session: Any, ids: list[int]) -> np.ndarray:
+    fed = {
+        "input_ids": np.array([ids], np.int64),
+        "attention_mask": np.ones((1, len(ids)), np.int64),
+    }
+    shares: np.ndarray = session.run(["probabilities"], fed)[0]
+    return shares
+
+
+def _ids(name: str, length: str) -> Any:
+    return helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", length])
+
+
+def _last_places(graph: Graph, decoder: Decoder) -> str:
+    """Where each row's last token is among the flat hidden states, (b,): rows may be padded on either side."""
+    size = graph.op("Squeeze", decoder.length)
+    places = graph.op("Range", graph.const(0), size, graph.const(1))
+    last = graph.op(
+        "ReduceMax", graph.op("Mul", "attention_mask", places), graph.const([1]), keepdims=0
+    )
+    rows = graph.op("Range", graph.const(0), graph.op("Squeeze", decoder.batch), graph.const(1))
+    return str(graph.op("Add", graph.op("Mul", rows, size), last))
+
+
+def _unit(graph: Graph, state: str) -> str:
+    """States at unit root mean square (readout.unit)."""
+    mean = graph.op("ReduceMean", graph.op("Mul", state, state), graph.const([-1]), keepdims=1)
+    root = graph.op("Max", graph.op("Sqrt", mean), graph.const(LEAST_SPREAD, np.float32))
+    return str(graph.op("Div", state, root))
+
+
+def coded(rows: Tensor, kind: int) -> tuple[bytes, Tensor]:
+    """Rows (n, cols) fp32 as codes: their bytes, and the scales, (n,) of 8 bits, (n, cols/32) of 4, two codes a byte.
+
+    A code is round(w / scale), and a scale the largest magnitude that shares it over the largest code.
+    """
+    most = _MOST_CODES[kind]
+    groups = rows[:, None] if kind == TensorProto.INT8 else rows.view(len(rows), -1, SHARED_SCALE)
+    scales = groups.abs().amax(-1, keepdim=True) / most
+    codes = (groups / scales.clamp(min=1e-30)).round().clamp(-most, most).to(torch.int8).flatten()
+    if kind == TensorProto.INT8:
+        return codes.numpy().tobytes(), scales.view(-1)
+    nibbles = codes.view(-1, 2) & 15  # the first one is the low half of a byte
+    packed = (nibbles[:, 0] | (nibbles[:, 1] << 4)).to(torch.uint8)
+    return packed.numpy().tobytes(), scales.squeeze(-1)
+
+
+def _stored(graph: Graph, name: str, rows: Tensor) -> Tensor:
+    """Rows as the file has them, to be compared."""
+    kind = graph.codes.get(name)
+    if kind is None:
+        return rows.to(_TORCH_TYPES[graph.float_type])
+    return torch.frombuffer(bytearray(coded(rows.contiguous(), kind)[0]), dtype=torch.uint8)
+
+
+def _save(
+    graph: Graph,
+    path: Path,
+    offsets: Mapping[str, tuple[tuple[int, ...], int, int]],
+) -> None:
+    """Write the graph; its weights are named by where they are in the other file."""
+    tensors = list(graph.constants.values())
+    for name, (shape, start, size) in offsets.items():
+        kind = graph.codes.get(name, graph.float_type)
+        tensor = TensorProto(name=name, data_type=kind, dims=shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", WEIGHTS_FILE), ("offset", start), ("length", size)):
+            tensor.external_data.add(key=key, value=str(value))
+        tensors.append(tensor)
+    body = helper.make_graph(graph.nodes, "edgezo", graph.inputs, graph.outputs, tensors)
+    model = helper.make_model(
+        body,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="edgezo",
+        producer_version=__version__,
+    )
+    path.write_bytes(model.SerializeToString(deterministic=True))

@@ -1,0 +1,270 @@
+"""Predictions of runs and models: rows without answers get what an evaluation of the same rows gets."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import LABELLED, Bench, write_rows
+from test_runs import run_of
+
+import edgezo as package
+from edgezo.data.row_files import Problems, read_records
+from edgezo.errors import EdgezoError, UsageError
+from edgezo.plan.request import make_config
+from edgezo.run.evaluate import evaluate
+from edgezo.run.predict import predictor, use_request
+from edgezo.run.session import open_request
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LARGE = {"step": 0.5, "sigma": 0.05}  # so that a few steps move probabilities by more than rounding
+KINDS = {
+    "label words": {"kind": "label", "train": "lowrank"},
+    "exact head": {"kind": "label", "train": "lowrank+head"},
+    "linear probe": {"kind": "label", "train": "lowrank+probe"},
+    "full": {"kind": "label", "train": "full"},
+    "options": {"kind": "choice", "train": "lowrank"},
+}
+
+
+def fields_of(file: Path) -> list[dict[str, Any]]:
+    return [dict(record.fields) for record in read_records(file, Problems())]
+
+
+def validation(bench: Bench, kind: str) -> tuple[Any, list[dict[str, Any]]]:
+    """The examples that a run is evaluated on, and the rows that they are of."""
+    request = bench.settings(kind)
+    dataset = open_request(make_config(request)).dataset
+    rows = fields_of(Path(request["data"]))
+    texts = {}
+    opened = open_request(make_config({**request, "objective": "accuracy"})).dataset
+    for example in opened.validation:
+        texts[example.fields["text"]] = example
+    return dataset, [row for row in rows if row["text"] in texts]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_run_predicts_what_its_evaluation_counts(
+    bench: Bench, edgezo_json: Any, name: str, tmp_path: Path
+) -> None:
+    request = {**KINDS[name], **LARGE}
+    summary = run_of(bench, tmp_path / "run", **request)
+    dataset, rows = validation(bench, str(request["kind"]))
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    code, made = edgezo_json("predict", tmp_path / "run", "--data", file)
+    assert code == 0 and made["rows"] == len(rows) == len(dataset.validation) == made["known"]
+    assert made["accuracy"] == summary["eval_after"]["value"]
+    names = tuple(made["predictions"][0]["probabilities"])
+    assert names == dataset.label_names
+    for prediction in made["predictions"]:
+        shares = prediction["probabilities"]
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+        assert prediction["label"] == max(shares, key=shares.__getitem__)
+    # Without their labels the rows have the same predictions.
+    bare = write_rows(tmp_path / "bare.jsonl", [{"text": row["text"]} for row in rows])
+    code, again = edgezo_json("predict", tmp_path / "run", "--data", bare)
+    assert code == 0 and "accuracy" not in again
+    assert again["predictions"] == made["predictions"]
+
+
+@pytest.mark.parametrize("name", ["label words", "exact head", "linear probe"])
+def test_probabilities_are_those_of_the_losses(bench: Bench, name: str, tmp_path: Path) -> None:
+    summary = run_of(bench, tmp_path / "run", **KINDS[name], **LARGE)
+    _, rows = validation(bench, "label")
+    with package.load(tmp_path / "run") as used:
+        shares = [list(p["probabilities"].values()) for p in used.predict(rows)]
+    losses = [-torch.tensor(s[row["label"]]).log() for s, row in zip(shares, rows, strict=True)]
+    mean = float(torch.stack(losses).mean())
+    assert mean == pytest.approx(summary["eval_after"]["loss"], rel=1e-3, abs=1e-5)
+
+
+def test_a_completion_is_what_an_evaluation_writes(bench: Bench, tmp_path: Path) -> None:
+    request = {"kind": "completion", "train": "lowrank", "max_new_tokens": 6, **LARGE}
+    run_of(bench, tmp_path / "run", **request)
+    cfg = make_config(bench.settings("completion", max_new_tokens=6))
+    opened = open_request(cfg)
+    rows = [{"prompt": e.fields["prompt"]} for e in opened.dataset.validation]
+    evaluated: dict[str, Any] = {}
+
+    def kept(model: Any, dataset: Any, judge: Any) -> dict[str, Any]:
+        evaluated["texts"] = judge.texts(model, [0] * len(dataset.validation))
+        return {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edgezo.run.evaluate.evaluate_model", kept)
+        saved = make_config(bench.settings("completion", max_new_tokens=6, train="lowrank"))
+        evaluate(str(tmp_path / "run"), saved)
+    with package.load(tmp_path / "run") as used:
+        texts = [p["completion"].split("\n")[0].strip() for p in used.predict(rows)]
+        assert texts == [text.strip() for text in evaluated["texts"]]
+        # One by one, with keys and values that are kept for one row, the texts are the same.
+        alone = [used.generate(row["prompt"]).split("\n")[0].strip() for row in rows[:3]]
+        assert alone == texts[:3]
+
+
+def test_a_conversation_is_answered_after_the_prompt_of_training(
+    bench: Bench, tmp_path: Path
+) -> None:
+    run_of(bench, tmp_path / "run", kind="messages", train="lowrank", **LARGE)
+    opened = open_request(make_config(bench.settings("messages", max_new_tokens=4)))
+    row = fields_of(bench.data / "messages.jsonl")[0]
+    prompts = {
+        tuple(e.prompt) for e in open_request(make_config(bench.settings("messages"))).dataset.train
+    }
+    prompts |= {tuple(e.prompt) for e in opened.dataset.validation}
+    with package.load(tmp_path / "run", max_new_tokens=4) as used:
+        (asked,) = used.asker.ask([records_of([row])[0]], Problems())
+        assert tuple(asked.example.prompt) in prompts
+        question = {"messages": row["messages"][:1]}
+        first, second = used.predict([row, question])
+        assert first["answer"] == second["answer"] == used.generate(row["messages"][:1])
+
+
+def records_of(rows: list[dict[str, Any]]) -> list[Any]:
+    from edgezo.data.row_files import Record
+
+    return [Record(f"row {i}", row) for i, row in enumerate(rows)]
+
+
+def test_a_text_has_the_score_of_its_loss(bench: Bench, edgezo_json: Any, tmp_path: Path) -> None:
+    summary = run_of(bench, tmp_path / "run", kind="text", train="lowrank", **LARGE)
+    opened = open_request(make_config(bench.settings("text")))
+    texts = [opened.tokenizer.decode(list(e.rows[0].ids)) for e in opened.dataset.validation]
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
+    code, made = edgezo_json("predict", tmp_path / "run", "--data", file)
+    assert code == 0
+    scores = [p["score"] for p in made["predictions"]]
+    assert -sum(scores) / len(scores) == pytest.approx(summary["eval_after"]["loss"], rel=1e-4)
+
+
+class Typed:
+    """Standard input whose pieces come one by one, and are counted as they are taken."""
+
+    def __init__(self, *pieces: bytes):
+        self.pieces, self.taken = list(pieces), 0
+        self.buffer = self
+
+    def read1(self, n: int) -> bytes:
+        self.taken += 1
+        return self.pieces.pop(0) if self.pieces else b""
+
+
+def test_lines_are_predicted_as_they_come(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgezo.data.asked_rows import of_lines
+
+    run_of(bench, tmp_path / "run", train="lowrank", **LARGE)
+    typed = Typed(b"a warm film\n", b'{"text": "a co', b'ld film"}\n\nthe last', b" one")
+    with package.load(tmp_path / "run") as used:
+        problems = Problems()
+        stream = used.stream(of_lines(typed, problems, used.guard), problems)
+        first = next(stream)
+        assert typed.taken == 1, "the first line has its prediction before the second is read"
+        rest = list(stream)
+        assert [first, *rest] == used_again(used, ["a warm film", "a cold film", "the last one"])
+
+
+def used_again(used: Any, texts: list[str]) -> list[dict[str, Any]]:
+    used.rows = 0
+    return list(used.predict(texts))
+
+
+def test_standard_input_and_csv(
+    bench: Bench, edgezo: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    run_of(bench, tmp_path / "run", train="lowrank")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a film\r\nanother\n")))
+    code, out, err = edgezo("predict", tmp_path / "run", "--data", "-", "--to", "csv")
+    assert code == 0 and "2 rows predicted" in err
+    head, *lines = out.splitlines()
+    assert head == "row,label,value,p(bad),p(good)" and [line[0] for line in lines] == ["1", "2"]
+    code, out, _ = edgezo(
+        "predict",
+        tmp_path / "run",
+        "--data",
+        bench.data / "label.jsonl",
+        "--out",
+        tmp_path / "p.jsonl",
+    )
+    assert code == 0 and out == ""
+    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in rows] == list(range(1, 41))
+
+
+def test_rows_before_a_wrong_one_have_their_predictions(
+    bench: Bench, edgezo: Any, tmp_path: Path
+) -> None:
+    run_of(bench, tmp_path / "run", train="lowrank")
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}\n{"text": "b"}\n{"words": "c"}\n{"text": "d"}\n')
+    code, out, err = edgezo("predict", tmp_path / "run", "--data", file)
+    assert code == 2 and len(out.splitlines()) == 2
+    assert "rows.jsonl:3" in err and "'text' is missing" in err
+    written = tmp_path / "p.jsonl"
+    code, _, _ = edgezo("predict", tmp_path / "run", "--data", file, "--out", written)
+    assert code == 2 and not written.exists()
+
+
+def test_a_plain_model_is_asked_by_template_and_label_words(
+    bench: Bench, edgezo_json: Any, tmp_path: Path
+) -> None:
+    asked = [part for k, v in LABELLED.items() for part in (f"--{k}", v)]
+    code, made = edgezo_json("predict", bench.model, "--data", bench.data / "label.jsonl", *asked)
+    assert code == 0 and made["rows"] == 40
+    code, found = edgezo_json(
+        "eval", "--model", bench.model, "--data", bench.data / "label.jsonl", *asked
+    )
+    assert code == 0
+    _, rows = validation(bench, "label")
+    held_out = {row["text"] for row in rows}
+    numbers = [
+        i for i, row in enumerate(fields_of(bench.data / "label.jsonl")) if row["text"] in held_out
+    ]
+    values = [int(made["predictions"][i]["value"]) for i in numbers]
+    right = sum(a == row["label"] for a, row in zip(values, rows, strict=True))
+    assert right / len(rows) == found["value"]
+
+
+def test_what_cannot_be_asked_is_refused(bench: Bench, edgezo: Any, tmp_path: Path) -> None:
+    run_of(bench, tmp_path / "run", train="lowrank")
+    rows = bench.data / "label.jsonl"
+    for arguments, why, exit_code in (
+        ((tmp_path / "run", "--data", rows, "--labels", "0=a,1=b"), "asked as it was trained", 2),
+        ((tmp_path / "run", "--data", tmp_path), "is a directory", 2),
+        ((tmp_path / "run", "--data", tmp_path / "none.jsonl"), "no such file", 2),
+        ((tmp_path / "none", "--data", rows), "none", 1),
+        ((bench.model, "--data", rows, "--template", "{text} It"), "label words", 2),
+        ((tmp_path / "run", "--data", rows, "--out", rows), "exists already", 2),
+    ):
+        code, out, err = edgezo("predict", *arguments)
+        assert code in (exit_code, 2) and why in err and out == "", (arguments, err)
+    (tmp_path / "run/journal.bin").write_bytes(b"nothing of a journal")
+    code, _, err = edgezo("predict", tmp_path / "run", "--data", rows)
+    assert code == 1 and "journal.bin" in err
+
+
+def test_a_run_of_labels_writes_nothing(bench: Bench, tmp_path: Path) -> None:
+    run_of(bench, tmp_path / "run", train="lowrank+probe")
+    with package.load(tmp_path / "run") as used, pytest.raises(UsageError, match="edgezo predict"):
+        used.generate("a film")
+
+
+def test_the_cap_holds_before_anything_is_loaded(bench: Bench, tmp_path: Path) -> None:
+    run_of(bench, tmp_path / "run", train="lowrank")
+    with pytest.raises(EdgezoError, match="needs at least"):
+        package.load(tmp_path / "run", max_mem_bytes=10**6)
+
+
+def test_a_run_that_has_not_ended_is_said(bench: Bench, tmp_path: Path) -> None:
+    run_of(bench, tmp_path / "run", train="lowrank")
+    (tmp_path / "run/summary.json").unlink()
+    notes: list[str] = []
+    with predictor(str(tmp_path / "run"), use_request(str(tmp_path / "run"), {}), notes.append):
+        assert any("has not ended" in note and "after 3 of 3 steps" in note for note in notes)
