@@ -26,7 +26,8 @@ BASE = {"model": "m", "task": "sst2"}
 ORDER = (
     "model data task data_root template labels label_field max_mem_bytes steps for_s estimator directions mask credit "
     "rule train blocks states state_rows precision rounding residency device rank keep refresh candidates finetuner "
-    "short_tokens short_lr batch_size micro_batch max_length objective max_new_tokens step step_auto sigma schedule weight_decay head_lr "
+    "short_tokens short_lr batch_size micro_batch max_length objective max_new_tokens step step_auto sigma schedule "
+    "weight_decay head_lr "
     "held_out seed eval_every eval_limit snapshot_every threads profile out text_end "
     "written_at began_in"
 ).split()
