@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from edgezo.data.batches import Example, Row
+from edgezo.data.batches import Example
+from edgezo.data.trees import Row
 from edgezo.network.model import Model
 from edgezo.weights.store import WeightStore
 from edgezo.weights.trainable import Trainable

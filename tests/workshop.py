@@ -17,7 +17,8 @@ import tiny_models
 import torch
 from torch import Tensor, nn
 
-from edgezo.data.batches import Batch, Example, Row, collate
+from edgezo.data.batches import Batch, Example, collate
+from edgezo.data.trees import Row
 from edgezo.network.assemble import ModelSpec, assemble
 from edgezo.network.loader import open_model
 from edgezo.network.model import Model

@@ -8,6 +8,7 @@ Both are sequences that make an object when one is asked for, so whoever reads t
 
 from __future__ import annotations
 
+import copy
 import json
 import zlib
 from array import array
@@ -17,8 +18,9 @@ from typing import Any, TypeVar, overload
 
 import numpy as np
 
-from edgezo.data.batches import Example, Row
+from edgezo.data.batches import Example
 from edgezo.data.row_files import Record
+from edgezo.data.trees import Row, tokens_behind
 
 T = TypeVar("T")
 
@@ -119,9 +121,19 @@ class PackedExamples(_Objects[Example]):
 
     A row of n tokens takes 2 n + 41 bytes (4 n + 41 where the vocabulary has more than 65,536 words). What it predicts
     follows from its tokens and from where it predicts, which is a few stretches of positions.
+
+    Of options that are the same for all examples (``endings``, tokens of the label words) only the prompts are stored.
+    Options pass one by one, and not as a tree, where one has more than ``most_in_tree`` tokens (None: never).
     """
 
-    def __init__(self, examples: Iterable[Example] = ()) -> None:
+    def __init__(
+        self,
+        examples: Iterable[Example] = (),
+        endings: tuple[tuple[int, ...], ...] = (),
+        most_in_tree: int | None = None,
+    ) -> None:
+        self.endings, self.most_in_tree = endings, most_in_tree
+        self._trees: dict[int, tuple[int, int]] = {}  # tokens and states of options that are stored
         # Of each row its tokens, and the last predicted one if that is not read: 2 bytes each, or 4 once one needs it.
         self._ids = array("H")
         self._row_ends = array("Q")  # where each row ends in ``_ids``
@@ -148,8 +160,25 @@ class PackedExamples(_Objects[Example]):
         if example.fields is not None or example.options:
             judged = json.dumps([example.fields, example.options], default=str)
             self._judged[len(self)] = judged.encode("utf-8", "surrogatepass")
+        if len(example.rows) > 1 and not self._apart(example.rows):
+            if (tree := example.tree) is not None:
+                self._trees[len(self)] = len(tree.ids), len(tree.read_at)
         self._example_ends.append(len(self._row_ends))
         self._labels.append(example.label)
+
+    def prompts(self) -> PackedExamples:
+        """The examples without their options, where these are the same for all: what a linear probe reads."""
+        if not self.endings:
+            return self
+        alone = copy.copy(self)
+        alone.endings = ()
+        return alone
+
+    def _apart(self, rows: Sequence[Row]) -> bool:
+        """Whether the options that these rows are, or are followed by, pass one by one."""
+        longest = max(len(row.ids) for row in rows)
+        longest += max((len(ending) for ending in self.endings), default=1) - 1
+        return self.most_in_tree is not None and longest > self.most_in_tree
 
     def _append_row(self, row: Row) -> None:
         first, kind = len(self._ids), LABEL_WORD
@@ -183,7 +212,8 @@ class PackedExamples(_Objects[Example]):
         fields, options = None, ()
         if index in self._judged:
             fields, options = json.loads(self._judged[index])
-        return Example(rows, self._labels[index], fields, tuple(options))
+        apart = self._apart(rows) if len(rows) > 1 or self.endings else False
+        return Example(rows, self._labels[index], fields, tuple(options), self.endings, apart)
 
     def _row(self, number: int) -> Row:
         start, stop = _bounds(self._row_ends, number)
@@ -206,15 +236,41 @@ class PackedExamples(_Objects[Example]):
     # -- facts of all examples, without an object for each ------------------------------------------------
 
     def token_counts(self) -> np.ndarray:
-        """Tokens of each example, all its rows together, (n,) int32."""
-        return self._summed(self._row_lengths)
+        """Tokens of each example that go through the model, (n,) int32."""
+        counts = self._summed(self._row_lengths)
+        if self.endings:
+            whole = len(self.endings) * (counts - 1) + sum(map(len, self.endings))
+            return np.where(self._all_apart(counts), whole, counts + tokens_behind(self.endings)[0])
+        for number, (tokens, _) in self._trees.items():
+            counts[number] = tokens
+        return counts
 
     def scored_counts(self) -> np.ndarray:
         """Positions of each example at which something is predicted, (n,) int32."""
-        return self._summed(self._row_scores)
+        counts = self._summed(self._row_scores)
+        if self.endings:
+            apart = self._all_apart(self._summed(self._row_lengths))
+            whole, tree = sum(map(len, self.endings)), tokens_behind(self.endings)[1]
+            return np.where(apart, whole, tree).astype(np.int32)
+        for number, (_, states) in self._trees.items():
+            counts[number] = states
+        return counts
+
+    def _all_apart(self, prompts: np.ndarray) -> np.ndarray:
+        """``_apart`` of prompts with so many tokens, (n,) bool."""
+        longest = prompts + max(map(len, self.endings)) - 1
+        return (
+            np.full(len(prompts), False)
+            if self.most_in_tree is None
+            else longest > self.most_in_tree
+        )
 
     def longest_row(self) -> int:
         """Tokens of the longest row."""
+        longest = self._longest_stored()
+        return longest + max((len(ending) - 1 for ending in self.endings), default=0)
+
+    def _longest_stored(self) -> int:
         n, step = len(self._row_ends), FACTS_ROWS
         parts = (self._row_lengths(at, min(n, at + step)) for at in range(0, n, step))
         return max((int(part.max()) for part in parts), default=0)
@@ -227,7 +283,8 @@ class PackedExamples(_Objects[Example]):
 
     def largest_id(self) -> int:
         """The largest token number, read or predicted."""
-        return int(np.asarray(self._ids).max(initial=0))
+        words = (token for ending in self.endings for token in ending)
+        return int(np.asarray(self._ids).max(initial=max(words, default=0)))
 
     def _row_lengths(self, first: int, stop: int) -> np.ndarray:
         """Tokens of some rows, (stop - first,) int64."""

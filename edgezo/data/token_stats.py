@@ -27,6 +27,8 @@ class TokenStats:
     examples: int | None = None  # to train on; None: not known
     stored_bytes: int = 0  # of all tokens, which stay in memory
     evaluations: int = 0  # examples to evaluate on; 0: not known
+    evaluated_mean: float = 0.0  # tokens of one of them
+    classes: int = 0  # that a linear probe tells apart; 0: rows without label words
 
     def longest(self, examples: int) -> int:
         """Tokens of the ``examples`` longest examples together. The longest counts again where there are fewer."""

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgezo.data.batches import Batch
+from edgezo.data.batches import Batch, Example
+from edgezo.data.packed import PackedExamples
+from edgezo.data.trees import Tree
 from edgezo.errors import EdgezoError
 from edgezo.machine.process_memory import Heap
 from edgezo.network import packing
@@ -99,6 +101,10 @@ class Model:
             part.forget()
 
     # -- a linear probe -----------------------------------------------------------------------------------
+
+    def reads(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """The examples as they have to pass: a linear probe reads prompts, and no label word behind them."""
+        return examples if self.readout is None else PackedExamples.of(examples).prompts()
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -186,7 +192,8 @@ class Model:
         try:
             ids = batch.ids.repeat(sides)
             with torch.set_grad_enabled(tracked):
-                hidden, probe = self._states(ids, batch.lengths * sides, index, probe)
+                trees = batch.trees * sides
+                hidden, probe = self._states(ids, batch.lengths * sides, index, probe, trees=trees)
             if self.readout is not None:
                 losses, predicted = self.readout(batch.labels, sides)
                 return losses.cpu(), predicted.cpu()
@@ -232,13 +239,14 @@ class Model:
         index: Tensor,
         probe: Probe | None,
         kept: KeyValues | None = None,
+        trees: Sequence[Tree | None] = (),
     ) -> tuple[Tensor, Probe | None]:
         """What the head reads at the packed positions ``index`` (P,): (P, d), and the probe of those positions.
 
-        ``ids`` (n,) are the tokens of rows of ``lengths``, all sides.
+        ``ids`` (n,) are the tokens of rows of ``lengths``, all sides; ``trees`` says which rows are trees.
         """
         device = self.context.device
-        plan = packing.Packing.of(lengths, device)
+        plan = packing.Packing.of(lengths, device, trees)
         positions = plan.positions() + self.position_offset
         if kept is not None:
             positions += kept.first_positions().repeat_interleave(torch.tensor(lengths))

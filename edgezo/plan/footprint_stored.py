@@ -365,7 +365,7 @@ def _readout(f: StoredFootprint, compute_bytes: int) -> list[Item]:
     # States, and their transpose; the Gram matrix of the smaller side, its eigenvectors and their work space.
     fit = 4 * (FIT_COPIES * n * d + GRAM_COPIES * min(n, d) ** 2)
     # Scores of the held-out rows by each block's fit, and the weights of the fits.
-    fit += 4 * (READOUT_BLOCKS + 1) * f.tokens.label_words * (2 * n + d)
+    fit += 4 * (READOUT_BLOCKS + 1) * f.tokens.classes * (2 * n + d)
     reason = f"ridge regression on up to {n:,} rows x {d}, one block at a time"
     states = 4 * cfg.batch_size * shape.layers * d
     return [

@@ -180,7 +180,7 @@ def _best_that_fits(
         try:
             plan = make_plan(shape, wanted, machine, tokens, **known)
             steps = cfg.steps or int((cfg.for_s or 0.0) / plan.step_s)
-            readout = tokens.kind == "label" and forward_only.parts.readout
+            readout = tokens.classes > 0 and forward_only.parts.readout
             if not readout or steps >= FIRST_ORDER_STEPS:
                 room = f"{mb(plan.planned_peak_bytes)} of {mb(plan.max_mem_bytes)}"
                 reason = f"first-order, and fits: {room}; and reaches a higher accuracy in the same steps"

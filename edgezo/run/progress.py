@@ -31,7 +31,7 @@ class RunProgress(Protocol):
         step: int,
         *,
         fraction: float,
-        loss: float,
+        loss: float | None,  # None: not computed
         step_s: float,
         rss_bytes: int,
         metric: str = "",
@@ -68,7 +68,7 @@ class Silent:
         step: int,
         *,
         fraction: float,
-        loss: float,
+        loss: float | None,  # None: not computed
         step_s: float,
         rss_bytes: int,
         metric: str = "",

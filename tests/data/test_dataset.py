@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers_fixture import byte_tokenizer, masked_tokenizer, piece_tokenizer
 
-from edgezo.data.batches import Example, Row, batch_indices, collate, micro_batches, tokens_of
+from edgezo.data.batches import Example, batch_indices, collate, micro_batches
 from edgezo.data.dataset import DataRequest, Dataset, load_dataset, show_batch
 from edgezo.data.tasks import EXAMPLE_FOLDER, TASKS
+from edgezo.data.trees import Row
 from edgezo.errors import UsageError
 
 GOOD_BAD = [{"text": f"film number {i}", "label": i % 2} for i in range(20)]
@@ -140,11 +141,11 @@ def test_micro_batches_partition_the_group_by_length(
 ) -> None:
     parts = micro_batches(examples, size, most)
     if most is not None:
-        sums = [sum(tokens_of(examples[slot]) for slot in part) for part in parts]
+        sums = [sum(examples[slot].tokens for slot in part) for part in parts]
         assert all(n <= most or len(part) == 1 for n, part in zip(sums, parts, strict=True))
     assert sorted(slot for part in parts for slot in part) == list(range(len(examples)))
     assert all(len(part) <= size for part in parts)
-    lengths = [tokens_of(examples[slot]) for part in parts for slot in part]
+    lengths = [examples[slot].tokens for part in parts for slot in part]
     assert lengths == sorted(lengths, reverse=True)
 
 

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from tokenizers_fixture import byte_tokenizer
 
 from edgezo.data import packed as packed_rows
-from edgezo.data.batches import Example, Row
+from edgezo.data.batches import Example
 from edgezo.data.dataset import DataRequest, load_dataset
 from edgezo.data.json_array import JsonArray
 from edgezo.data.packed import CHUNK_ROWS, PackedExamples, PackedRecords, SelectedRecords
 from edgezo.data.row_files import Record
+from edgezo.data.trees import Row
 from edgezo.machine.process_memory import ReadingGuard
 
 VALUES = st.recursive(

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgezo.data.batches import Example, Row
+from edgezo.data.batches import Example
 from edgezo.data.dataset import Dataset
 from edgezo.data.token_stats import TokenStats
+from edgezo.data.trees import Row
 from edgezo.errors import DoesNotFit
 from edgezo.machine import limits
 from edgezo.network.cards import cards
