@@ -86,7 +86,7 @@ class Dataset:
             tokens=tuple(counts[:KEPT_LENGTHS].tolist()) or (1,),
             scored=max(int(split.scored_counts().max(initial=0)) for split in splits) or 1,
             label_words=len(self.label_ids),
-            classes=self.classes,
+            long_words=len(self.endings),
             mean=float(counts.mean()) if len(counts) else 0.0,
             evaluated=int(evaluated.max(initial=0)),
             evaluated_mean=float(evaluated.mean()) if len(evaluated) else 0.0,

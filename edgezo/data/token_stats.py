@@ -28,7 +28,14 @@ class TokenStats:
     stored_bytes: int = 0  # of all tokens, which stay in memory
     evaluations: int = 0  # examples to evaluate on; 0: not known
     evaluated_mean: float = 0.0  # tokens of one of them
-    classes: int = 0  # that a linear probe tells apart; 0: rows without label words
+    long_words: int = (
+        0  # label words that are scored by all of their tokens; 0 where there are none
+    )
+
+    @property
+    def classes(self) -> int:
+        """Classes that a linear probe tells apart; 0 of rows without label words."""
+        return self.label_words or self.long_words
 
     def longest(self, examples: int) -> int:
         """Tokens of the ``examples`` longest examples together. The longest counts again where there are fewer."""

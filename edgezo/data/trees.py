@@ -84,6 +84,8 @@ def followed(prompt: Row, ending: Sequence[int]) -> Row:
 
 def tree_of(rows: Sequence[Row]) -> Tree | None:
     """The tree of an example's rows, which share their first token at least; None where it would save too little."""
+    if not all(len(row.score_ids) for row in rows):
+        return None
     maker = _Maker()
     for option, row in enumerate(rows):
         maker.add(option, row)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,9 @@ examples_of = st.builds(
 @quick
 @given(st.lists(examples_of, min_size=1, max_size=6))
 def test_a_batch_holds_every_row_and_every_target_of_its_examples(examples: list[Example]) -> None:
+    examples = [
+        replace(example, apart=True) for example in examples
+    ]  # of trees: network/test_trees.py
     slots = [3 * k + 1 for k in range(len(examples))]
     batch = collate(examples, slots)
     assert batch.slots == tuple(slots)
@@ -116,17 +120,20 @@ def test_a_batch_holds_every_row_and_every_target_of_its_examples(examples: list
     starts = [sum(batch.lengths[:r]) for r in range(len(batch.lengths) + 1)]
     assert starts[-1] == len(batch.ids)
     rebuilt: list[list[Row]] = [[] for _ in examples]
+    options = iter(range(len(batch.option_example)))
     for r, (start, end) in enumerate(pairwise(starts)):
-        scored = batch.score_row == r
+        at = batch.score_index[(batch.score_index >= start) & (batch.score_index < end)]
+        tokens = batch.part_token[batch.part_option == next(options)]
+        assert not len(tokens) or torch.equal(batch.score_index[batch.score_state[tokens]], at)
         rebuilt[int(batch.row_example[r])].append(
             Row(
                 tuple(batch.ids[start:end].tolist()),
-                tuple((batch.score_index[scored] - start).tolist()),
-                tuple(batch.score_ids[scored].tolist()),
+                tuple((at - start).tolist()),
+                tuple(batch.score_ids[tokens].tolist()),
             )
         )
     assert [tuple(rows) for rows in rebuilt] == [e.rows for e in examples]
-    for tensor in (batch.ids, batch.row_example, batch.score_index, batch.score_row, batch.labels):
+    for tensor in (batch.ids, batch.row_example, batch.score_index, batch.score_state):
         assert tensor.dtype == torch.int64
 
 
@@ -169,7 +176,7 @@ def test_words_of_a_script_without_spaces_get_no_space(tmp_path: Path) -> None:
     data = load(GOOD_BAD, tmp_path, template="{text}:", labels="0=坏,1=好")
     without = byte_tokenizer()("好", add_special_tokens=False)["input_ids"]
     assert data.kind == "choice"  # the first bytes of the two are the same
-    assert list(everything(data)[0].rows[1].score_ids) == without
+    assert list(everything(data)[0].whole_rows[1].score_ids) == without
 
 
 def test_a_label_word_on_a_new_line_gets_no_space(tmp_path: Path) -> None:
@@ -206,7 +213,11 @@ def test_colliding_first_tokens_become_a_choice_of_whole_words(tmp_path: Path) -
     assert data.kind == "choice"
     assert any("same token" in note for note in data.notes)
     for example in everything(data):
-        assert [targets(row, tokenizer) for row in example.rows] == [" good", " good fun"]
+        assert [targets(row, tokenizer) for row in example.whole_rows] == [" good", " good fun"]
+        prompt = tokenizer.decode(list(example.rows[0].ids))
+        for row, word in zip(example.whole_rows, data.label_names, strict=True):
+            joined = tokenizer(f"{prompt} {word}")["input_ids"]
+            assert [*row.ids, row.score_ids[-1]] == joined
 
 
 def test_text_predicts_every_token_after_the_first(tmp_path: Path) -> None:
@@ -533,7 +544,7 @@ def test_the_shown_batch_marks_what_is_predicted_and_lines_up(tmp_path: Path) ->
         texts = [
             i for i, line in enumerate(lines) if "⟦" in line and "^" in lines[i + 1 : i + 2][0]
         ]
-        assert len(texts) == sum(len(e.rows) for e in data.train[:2])
+        assert len(texts) == sum(len(e.whole_rows) for e in data.train[:2])
         for i in texts:
             assert len(lines[i]) == len(lines[i + 1])
             for text, mark in zip(lines[i], lines[i + 1], strict=True):

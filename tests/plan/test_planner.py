@@ -259,7 +259,7 @@ def test_lengths_of_the_data_bound_the_longest_micro_batch():
     data = Dataset("choice", (Example((row, row), 0),), (), (), (), ())
     kept_bytes = data.token_stats().stored_bytes
     assert 16 < kept_bytes < 200
-    expected = TokenStats("choice", (6,), 2, 0, 6.0, examples=1, stored_bytes=kept_bytes)
+    expected = TokenStats("choice", (3,), 1, 0, 3.0, examples=1, stored_bytes=kept_bytes)
     assert data.token_stats() == expected
 
 
