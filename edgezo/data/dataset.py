@@ -87,9 +87,10 @@ class Dataset:
             scored=max(int(split.scored_counts().max(initial=0)) for split in splits) or 1,
             label_words=len(self.label_ids),
             long_words=len(self.endings),
-            mean=float(counts.mean()) if len(counts) else 0.0,
+            prompt_mean=_mean(train.prompts().token_counts()) if self.endings else 0.0,
+            mean=_mean(counts),
             evaluated=int(evaluated.max(initial=0)),
-            evaluated_mean=float(evaluated.mean()) if len(evaluated) else 0.0,
+            evaluated_mean=_mean(evaluated),
             written=writes.most if writes else 0,
             prompt=prompts[0],
             evaluated_prompt=prompts[1],
@@ -97,6 +98,10 @@ class Dataset:
             evaluations=len(validation),
             stored_bytes=sum(split.stored_bytes for split in splits),
         )
+
+
+def _mean(counts: np.ndarray) -> float:
+    return float(counts.mean()) if len(counts) else 0.0
 
 
 @dataclass(frozen=True)

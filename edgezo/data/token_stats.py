@@ -28,9 +28,9 @@ class TokenStats:
     stored_bytes: int = 0  # of all tokens, which stay in memory
     evaluations: int = 0  # examples to evaluate on; 0: not known
     evaluated_mean: float = 0.0  # tokens of one of them
-    long_words: int = (
-        0  # label words that are scored by all of their tokens; 0 where there are none
-    )
+    # Label words that are scored by all of their tokens (0: none are), and tokens of an example without them.
+    long_words: int = 0
+    prompt_mean: float = 0.0
 
     @property
     def classes(self) -> int:

@@ -232,6 +232,7 @@ class Footprint(StoredFootprint):
         reason = f"{n_tokens:,} tokens of {what}, one block at a time"
         items = [Item(ACTIVATIONS, self._activations(n_tokens, compute_bytes), reason, "forward")]
         items += self._expanded(precision, compute_bytes)
+        items += self._option_masks(n_tokens)
         # A mask, its making from 64-bit integers, and the thin products that go with it.
         size = self._drawn(micro_batch) * (4 * n_tokens + self._widest()) * compute_bytes
         items += self._perturbing(micro_batch, size)
@@ -243,6 +244,15 @@ class Footprint(StoredFootprint):
         if scores > 0:
             items.append(Item("scores", scores, reason, "forward"))
         return [*items, *self._beside(micro_batch, compute_bytes)]
+
+    def _option_masks(self, n_tokens: int) -> list[Item]:
+        """Which tokens of a tree of options each of them looks at (data/trees.py), and attention's copy in fp32."""
+        if self.tokens.kind != "choice":
+            return []
+        longest = max(self.tokens.tokens[0], self.tokens.evaluated)
+        size = n_tokens * longest + 4 * longest * longest
+        reason = f"whom each token looks at, of options as a tree of up to {longest:,} tokens"
+        return [Item("option masks", size, reason, "forward")]
 
     def _drawn(self, micro_batch: int) -> int:
         """Directions in a forward."""

@@ -52,6 +52,8 @@ class Plan:
     maps: bool  # there are batches whose temporaries are mapped one by one (`process_memory.Heap`)
     blocks_in_host: int = 0  # the last blocks, where a GPU has no room for them
     host_bytes: int = 0  # what those blocks take of the RAM
+    evaluation_s: float | None = None  # seconds of an evaluation; None where no data was given
+    evaluations: int = 0  # its rows; 0: not known
     kept_tokens: int = 0  # tokens whose keys and values an evaluation keeps at once
 
     @property
@@ -96,7 +98,15 @@ DECIDED = (
 # Plain values in plan.json, in its order.
 IN_JSON = (
     *("model", "device", "max_mem_bytes", "planned_peak_bytes", "load_peak_bytes"),
-    *("smallest_bytes", "smallest_flags", "step_s", "residency", "blocks_on_disk", "disk_bytes"),
+    *(
+        "smallest_bytes",
+        "smallest_flags",
+        "step_s",
+        "evaluation_s",
+        "residency",
+        "blocks_on_disk",
+        "disk_bytes",
+    ),
     *("blocks_in_host", "host_bytes", "estimator", "short_tokens", "precision", "rounding"),
     *("compute_dtype", "batch_size", "micro_batch", "most_tokens"),
 )

@@ -47,6 +47,8 @@ from edgezo.run.summary import check_same_end, saved_summary, takes_roots
 from edgezo.weights.saved import saved_sha256, trained_tensors, write_saved
 from edgezo.weights.verified import open_saved
 
+NOTED_S = 10.0  # an evaluation that is estimated to take longer says so
+
 
 def evaluate(
     target: str, cfg: RunConfig, note: Callable[[str], None] = lambda text: None
@@ -80,6 +82,9 @@ def evaluate(
         elif run.probe.is_file():
             note(_with_exported_probe(run, opened, model))
         meter.mark("load")
+        seconds = planned.plan.evaluation_s
+        if seconds is not None and seconds > NOTED_S and model.readout is None:
+            note(f"{planned.plan.evaluations:,} rows to evaluate: about {seconds:.0f} s, estimated")
         with memory.short("an evaluation"):
             figures = evaluate_model(model, opened.dataset, opened.judge)
     return {"model": target, "steps": steps, **figures, **meter.summary(), **memory.figures()}
