@@ -18,11 +18,11 @@ GPU_BLOCK_S, GPU_FLOPS_S, GPU_COPY_BYTES_S = 1.2e-2, 2e14, 2e10
 def step_s(choice: Choice) -> float:
     """Seconds of a step: two floating-point operations for each weight and token, on every side of every example."""
     cfg, tokens = choice.footprint.cfg, choice.footprint.tokens
-    # The whole vocabulary is scored once more for the exact head's gradient.
-    scorings = 2 if cfg.parts.head else 1
-    written = tokens.written if cfg.objective != LOSS else 0
-    # A linear probe reads prompts, and no label word behind them.
+    # A linear probe reads prompts, and no label word behind them. Elsewhere the whole vocabulary may be scored, once
+    # more for the exact head's gradient.
     probed = tokens.prompt_mean if cfg.parts.readout else 0.0
+    scorings = 0 if probed else 2 if cfg.parts.head else 1
+    written = tokens.written if cfg.objective != LOSS else 0
     each = _products(choice, probed or tokens.mean or tokens.tokens[0], scorings, written)
     passes = math.ceil(cfg.batch_size / choice.option.micro_batch)
     return _seconds(choice, 2 * cfg.mean_passes * cfg.batch_size * each, passes)
