@@ -267,7 +267,7 @@ def _word_form(
             )
     firsts = tuple(ids[0] for ids in tokens.values() if ids)
     shared = [name for name, ids in tokens.items() if ids and firsts.count(ids[0]) > 1]
-    listed = ", ".join(shared)
+    listed = ", ".join(shared[:6]) + (", ..." if len(shared) > 6 else "")
     if shared and masked:
         problems.add(
             f"label words {listed} begin with the same token, and a masked model predicts one: "

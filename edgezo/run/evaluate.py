@@ -152,7 +152,11 @@ def _with_exported_probe(folder: RunFiles, opened: Opened, model: Model) -> str:
 
 
 def _same_task(of_run: dict[str, Any], dataset: Dataset) -> bool:
-    return of_run["kind"] == dataset.kind and tuple(of_run["label_ids"]) == dataset.label_ids
+    same = of_run["kind"] == dataset.kind and tuple(of_run["label_ids"]) == dataset.label_ids
+    # Label words of several tokens have no ids.
+    return same and (
+        dataset.kind != "choice" or tuple(of_run["label_names"]) == dataset.label_names
+    )
 
 
 def _check_task(header: dict[str, Any], cfg: RunConfig, dataset: Dataset) -> None:
