@@ -570,3 +570,50 @@ def test_labels_of_held_out_rows_count_where_one_file_has_all_rows(tmp_path):
         DataRequest(data=write(tmp_path / "two.jsonl", two), template="{text} is"), byte_tokenizer()
     )
     assert data.label_names == ("bad", "good") and len(data.train) == len(data.validation) == 1
+
+
+# --------------------------------------------------------------------------------------- label words of several tokens
+
+
+def test_prompts_before_label_words_are_cut_so_that_the_longest_word_has_room(
+    tmp_path: Path,
+) -> None:
+    tokenizer = byte_tokenizer()
+    asked = {"template": "{text} It was", "labels": "0=good,1=good fun"}
+    longest = max(len(tokenizer(f" {word}")["input_ids"]) for word in ("good", "good fun"))
+    data = load(GOOD_BAD, tmp_path, tokenizer, max_length=longest + 3, **asked)
+    for example in everything(data):
+        assert max(len(row.ids) for row in example.whole_rows) == longest + 3
+        assert len({tuple(row.ids[: len(example.rows[0].ids)]) for row in example.whole_rows}) == 1
+    assert any("cut to" in note for note in data.notes)
+    short = problems(lambda: load(GOOD_BAD, tmp_path, tokenizer, max_length=longest - 1, **asked))
+    assert f"a label word of {longest} tokens" in short
+
+
+def test_options_of_a_row_begin_with_one_prompt_that_is_stored_once(tmp_path: Path) -> None:
+    passage = "a passage that goes on for a while about this and that " * 6
+    rows = [
+        {
+            "passage": passage,
+            "query": f"who is @placeholder {i}",
+            "entities": [f"e {i}", f"e b {i}", "x"],
+            "answers": ["x"],
+        }
+        for i in range(12)
+    ]
+    folder = tmp_path / "record"
+    folder.mkdir()
+    write(folder / "train.jsonl", rows)
+    write(folder / "validation.jsonl", rows)
+    request = DataRequest(task="record", data_root=str(tmp_path), max_length=2000)
+    data = load_dataset(request, byte_tokenizer())
+    for example in data.train:
+        assert len(example.rows) == 3 and example.tree is not None
+        assert example.tokens < 1.2 * max(len(row.ids) for row in example.rows)
+    stats = data.token_stats()
+    assert stats.tokens[0] == max(example.tokens for example in data.train)
+    whole = sum(
+        2 * len(row.ids) for split in (data.train, data.validation) for e in split for row in e.rows
+    )
+    judged = 2 * 12 * (len(json.dumps(rows[0])) + 400)
+    assert stats.stored_bytes < whole / 2 + judged
