@@ -245,8 +245,10 @@ class ReadoutPass:
     def _losses(self, group: Sequence[Example]) -> Iterator[tuple[list[int], Tensor]]:
         """(slots, losses of these slots) of a group's micro-batches; nan of prompts that no label word follows."""
         state, model = self.state, self.state.model
-        most_tokens = model.most_tokens and model.most_tokens * self.sides
-        for batch in pieces(group, state.cfg.micro_batch * self.sides, most_tokens):
+        size, most_tokens = state.cfg.micro_batch, model.most_tokens
+        if state.dataset.endings:  # the plan counts label words, so that more prompts have room
+            size, most_tokens = len(group), self.stepper.tokens_at_once(size)
+        for batch in pieces(group, size * self.sides, most_tokens and most_tokens * self.sides):
             self.stepper.check_room("the next micro-batch")
             with phase("forward"), state.memory.short("a micro-batch"):
                 losses = model.losses(batch)[0][0]
