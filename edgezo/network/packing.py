@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,17 +45,64 @@ class Branches:
     """What stands behind the trunk of one row that is a tree."""
 
     whole: slice  # the packed tokens of the row
-    behind: slice  # those behind the trunk, m of T
-    seen: Tensor  # (m, T) bool: whom they look at
-    depths: Tensor  # (T,) int64: positions
+    behind: slice  # those behind the trunk
+    # Padded to multiples of LENGTH_STEP, M and T, so that there are few different shapes (machine/matmul.py):
+    seen: Tensor  # (M, T) bool: whom the tokens behind the trunk look at; the padding looks at the first token
+    at: Tensor  # (M,) int64: their positions
+    depths: Tensor  # (T,) int64: positions of all
+
+    @staticmethod
+    def of(tree: Tree, start: int, device: torch.device) -> Branches:
+        """The branches of a tree whose first token is the packed one at ``start``."""
+        n, m = len(tree.ids), len(tree.ids) - tree.trunk
+        seen = np.zeros((m + -m % LENGTH_STEP, n + -n % LENGTH_STEP), dtype=bool)
+        seen[:m, :n] = tree.seen
+        seen[m:, 0] = True
+        at, depths = (np.zeros(size, dtype=np.int64) for size in seen.shape)
+        at[:m], depths[:n] = tree.depths[tree.trunk :], tree.depths
+        tensors = (torch.from_numpy(part).to(device) for part in (seen, at, depths))
+        return Branches(slice(start, start + n), slice(start + tree.trunk, start + n), *tensors)
 
     def mask(self, window: int | None) -> Tensor:
-        """Which tokens each token behind the trunk looks at, (1, 1, m, T) bool."""
+        """Which tokens each token behind the trunk looks at, (1, 1, M, T) bool."""
         seen = self.seen
-        if window is not None and window <= int(self.depths.max()):
-            distance = self.depths[-len(seen) :, None] - self.depths[None]
-            seen = seen & (distance < window)
+        if window is not None:
+            seen = seen & (self.at[:, None] - self.depths[None] < window)
         return seen[None, None]
+
+    def attend(
+        self,
+        parts: Sequence[Tensor],  # q, k, v of all packed tokens, (n, heads or kv_heads, head_dim)
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attention of the tokens behind the trunk, (m, heads, head_dim)."""
+        sizes = (*self.seen.shape, self.seen.shape[1])
+        places = (self.behind, self.whole, self.whole)
+        padded = []
+        for part, place, size in zip(parts, places, sizes, strict=True):
+            tokens = part[place].transpose(0, 1)
+            padded.append(F.pad(tokens, (0, 0, 0, size - tokens.shape[1]))[None])
+        y = _attend(padded, self.mask(window), scale, softcap)
+        return y[0, :, : self.behind.stop - self.behind.start].transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class Trunks:
+    """The trunks of trees and whole rows, as rows of a kernel."""
+
+    index: Tensor  # (t,) int64 into the packed axis
+    starts: Tensor  # (rows + 1,) int64 on the CPU: where each begins in ``index``
+    longest: int
+
+    @staticmethod
+    def of(lengths: Sequence[int], starts: Sequence[int], device: torch.device) -> Trunks:
+        """The first ``lengths`` tokens of rows that begin at ``starts``."""
+        pairs = zip(starts[:-1], lengths, strict=True)
+        index = torch.cat([torch.arange(start, start + n) for start, n in pairs])
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        return Trunks(index.to(device), ends, max(lengths))
 
 
 @dataclass(frozen=True)
@@ -66,6 +114,7 @@ class Packing:
     starts: (
         Tensor  # (rows + 1,) int64 on the CPU: where each row begins, and where the last one ends
     )
+    trunks: Trunks | None = None  # where some rows are trees
     branches: tuple[Branches, ...] = ()  # of the rows that are trees
 
     @staticmethod
@@ -83,7 +132,7 @@ class Packing:
         for row, tree in enumerate(trees):
             if tree is not None and tree.trunk < len(tree.ids):
                 trunks[row] = tree.trunk
-                branches.append(_branches(tree, starts[row], device))
+                branches.append(Branches.of(tree, starts[row], device))
         order = sorted(range(len(trunks)), key=lambda r: (-trunks[r], r))
         groups: list[Group] = []
         members: list[int] = []
@@ -97,20 +146,21 @@ class Packing:
                     members = []
             members.append(row)
         groups.append(_group(members, trunks, starts, device))
-        return Packing(tuple(lengths), tuple(groups), torch.tensor(starts), tuple(branches))
+        return Packing(
+            tuple(lengths),
+            tuple(groups),
+            torch.tensor(starts),
+            Trunks.of(trunks, starts, device) if branches else None,
+            tuple(branches),
+        )
 
     def positions(self) -> Tensor:
         """Position of each token in its row, (n,) int64."""
         positions = torch.cat([torch.arange(length) for length in self.lengths])
         for branches in self.branches:
-            positions[branches.whole] = branches.depths.cpu()
+            length = branches.whole.stop - branches.whole.start
+            positions[branches.whole] = branches.depths[:length].cpu()
         return positions
-
-
-def _branches(tree: Tree, start: int, device: torch.device) -> Branches:
-    whole = slice(start, start + len(tree.ids))
-    seen, depths = (torch.from_numpy(part).to(device) for part in (tree.seen, tree.depths))
-    return Branches(whole, slice(start + tree.trunk, whole.stop), seen, depths)
 
 
 def _group(
@@ -184,30 +234,48 @@ def packed_attention(
         if continued is not None:
             return continued[None], None
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
-    if softcap is None and not packing.branches:
-        rows = (packing.starts, max(packing.lengths))
-        fused = kernels.attention(q, k, v, *rows, scale, bool(causal), sliding_window)
-        if fused is not None:
-            return fused[None], None
+    parts, trunks = (q, k, v), packing.trunks
+    fused = None
+    if softcap is None:
+        rows = parts if trunks is None else tuple(part[trunks.index] for part in parts)
+        starts = packing.starts if trunks is None else trunks.starts
+        longest = max(packing.lengths) if trunks is None else trunks.longest
+        fused = kernels.attention(
+            rows[0], rows[1], rows[2], starts, longest, scale, bool(causal), sliding_window
+        )
+    if fused is not None and trunks is None:
+        return fused[None], None
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    for group in packing.groups:
-        # (R, heads, T, head_dim) each
-        in_rows = [_rows_of(part, group).transpose(1, 2) for part in (q, k, v)]
-        window = sliding_window if sliding_window and sliding_window < in_rows[0].shape[2] else None
-        # Padding stands at the end of a row, where a causal row never looks; other rows need it masked.
-        plain = bool(causal) and window is None and softcap is None
-        mask = None if plain else _mask(group, bool(causal), window)
-        y = _attend(in_rows, mask, scale, softcap).transpose(1, 2)  # (R, T, heads, head_dim)
-        if group.full:
-            out[group.index.reshape(-1)] = y.reshape(-1, *out.shape[1:])
-        else:
-            out[group.index[group.at]] = y[group.at]
+    if fused is not None and trunks is not None:
+        out[trunks.index] = fused
+    else:
+        for group in packing.groups:
+            _attend_group(parts, group, bool(causal), sliding_window, scale, softcap, out)
     for branches in packing.branches:
-        places = (branches.behind, branches.whole, branches.whole)
-        parts = [part[at][None].transpose(1, 2) for part, at in zip((q, k, v), places, strict=True)]
-        y = _attend(parts, branches.mask(sliding_window), scale, softcap)
-        out[branches.behind] = y[0].transpose(0, 1)
+        out[branches.behind] = branches.attend(parts, sliding_window, scale, softcap)
     return out[None], None
+
+
+def _attend_group(
+    parts: Sequence[Tensor],  # q, k, v of all packed tokens
+    group: Group,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    out: Tensor,
+) -> None:
+    """Write the attention of a group's rows into ``out`` (n, heads, head_dim)."""
+    in_rows = [_rows_of(part, group).transpose(1, 2) for part in parts]  # (R, heads, T, head_dim)
+    window = window if window is not None and window < in_rows[0].shape[2] else None
+    # Padding stands at the end of a row, where a causal row never looks; other rows need it masked.
+    plain = causal and window is None and softcap is None
+    mask = None if plain else _mask(group, causal, window)
+    y = _attend(in_rows, mask, scale, softcap).transpose(1, 2)  # (R, T, heads, head_dim)
+    if group.full:
+        out[group.index.reshape(-1)] = y.reshape(-1, *out.shape[1:])
+    else:
+        out[group.index[group.at]] = y[group.at]
 
 
 def _rows_of(tokens: Tensor, group: Group) -> Tensor:

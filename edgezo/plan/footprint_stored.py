@@ -358,7 +358,7 @@ def _head(f: StoredFootprint, compute_bytes: int) -> list[Item]:
 
 def _readout(f: StoredFootprint, compute_bytes: int) -> list[Item]:
     """A linear probe: its fit to the states of one block, and the states that a pass collects of all blocks."""
-    if f.tokens.kind != "label":
+    if not f.tokens.classes:
         return []
     shape, cfg = f.shape, f.cfg
     n, d = cfg.readout_rows(f.tokens.examples), shape.hidden
