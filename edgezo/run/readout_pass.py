@@ -236,9 +236,9 @@ class ReadoutPass:
             for kept, state in zip(states, taps.take(), strict=True):
                 kept[slots] = state.cpu()
         if self.state.dataset.endings and first < WORDS_ROWS:
-            for slots, of_batch in self._losses([self.state.examples[i] for i in rows]):
-                losses[slots] = of_batch
-                taps.take()
+            with taps.pause():
+                for slots, of_batch in self._losses([self.state.examples[i] for i in rows]):
+                    losses[slots] = of_batch
         self.states.append(states, losses, first)
         return None if losses.isnan().all() else float(losses.nanmean())
 

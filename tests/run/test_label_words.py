@@ -47,6 +47,8 @@ def forwards() -> Iterator[list[Batch]]:
 
     def watched(self: Model, batch: Batch, *given: Any, **more: Any) -> Any:
         seen.append(batch)
+        # Taps would keep the states of every token that a word is scored at, of all blocks.
+        assert self.taps is None or self.taps.paused or not any(batch.trees)
         return real(self, batch, *given, **more)
 
     with pytest.MonkeyPatch.context() as patch:
