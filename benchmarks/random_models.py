@@ -118,6 +118,13 @@ def make_model(name: str, layers: int | None, folder: Path) -> Path:
 # Rows
 
 Words = Callable[[int], str]  # text of so many tokens
+# Label words of several tokens, many of which begin alike.
+TOPICS = [
+    f"{a} {b} {c}"
+    for a in ("card", "top up", "cash")
+    for b in ("not", "was", "by")
+    for c in ("late", "lost")
+]
 LABELS = ["--template", "{text} It was", "--labels", "0=bad,1=good"]
 
 
@@ -146,6 +153,11 @@ KINDS: dict[str, tuple[Callable[[int, Words, random.Random], dict[str, Any]], li
         ["--max-new-tokens", "8"],
     ),
     "messages": (_conversation, []),
+    # The prompt adds a new line and "Label:".
+    "topics": (
+        lambda n, words, draw: {"text": words(max(1, n - 12)), "label": draw.choice(TOPICS)},
+        [],
+    ),
     "pairs": (_pair, []),
 }
 

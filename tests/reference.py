@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from edgezo.data.batches import Example, Row
+from edgezo.data.batches import Example
+from edgezo.data.trees import Row
 from edgezo.network.model import Model
 from edgezo.weights.store import WeightStore
 from edgezo.weights.trainable import Trainable
@@ -282,7 +283,7 @@ class Twin:
     ) -> Tensor:
         """Loss of one example. ``change`` is added to the head H as edgezo's exact head does: H + change @ basis."""
         rows = []
-        for row in example.rows:
+        for row in example.whole_rows:
             if change is None:
                 rows.append(self.logits(row))
                 if self.kind == "label":
@@ -297,7 +298,7 @@ class Twin:
             return F.cross_entropy(rows[0], torch.tensor([example.label]))
         nll = [
             F.cross_entropy(logits, torch.tensor(row.score_ids))
-            for logits, row in zip(rows, example.rows, strict=True)
+            for logits, row in zip(rows, example.whole_rows, strict=True)
         ]
         if self.kind == "choice":
             return F.cross_entropy(-torch.stack(nll), torch.tensor(example.label))
@@ -319,7 +320,7 @@ class Twin:
         names = {id(p): n for n, p in self.module.named_parameters()}
         used: dict[str, set[int]] = {}
         with _lookups() as seen, torch.no_grad():
-            for row in example.rows:
+            for row in example.whole_rows:
                 self.logits(row)
         for weight, ids in seen:
             used.setdefault(names[id(weight)], set()).update(ids.reshape(-1).tolist())

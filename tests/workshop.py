@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ import tiny_models
 import torch
 from torch import Tensor, nn
 
-from edgezo.data.batches import Batch, Example, Row, collate
+from edgezo.data.batches import Batch, Example, collate
+from edgezo.data.trees import Row
 from edgezo.network.assemble import ModelSpec, assemble
 from edgezo.network.loader import open_model
 from edgezo.network.model import Model
@@ -156,6 +157,12 @@ def make_examples(kind: str, masked: bool, count: int = 4, seed: int = 0) -> tup
         length = int(generator.integers(7, 20))
         if kind == "choice":
             rows = tuple(make_row(generator, length + k, 2 + k, masked) for k in range(2 + i % 2))
+            if i < 2 and not masked:  # two examples whose options begin alike, which pass as trees
+                first = rows[0].ids[: length - 3]
+                rows = tuple(
+                    replace(row, ids=(*first, *row.ids[len(first) :]), score_at=row.score_at)
+                    for row in rows
+                )
         else:
             rows = (make_row(generator, length, 0 if kind == "label" else 1 + i, masked),)
         label = int(generator.integers(0, len(rows) if kind == "choice" else len(LABEL_IDS)))

@@ -246,7 +246,7 @@ class Trainer:
         from edgezo.run.figures import figures_of
 
         rows, judge = self.dataset.validation, self.judge
-        order = sorted(range(len(rows)), key=lambda i: max(len(r.ids) for r in rows[i].rows))
+        order = sorted(range(len(rows)), key=lambda i: max(len(r.ids) for r in rows[i].whole_rows))
         total_loss, chosen, texts = 0.0, [-1] * len(rows), list[str]()
         self.module.eval()
         with torch.no_grad():
@@ -287,7 +287,7 @@ class Trainer:
         """(loss, prediction) of each example of a group, from one forward over its rows, padded to the longest."""
         import torch
 
-        rows = [row for example in group for row in example.rows]
+        rows = [row for example in group for row in example.whole_rows]
         longest = max(len(row.ids) for row in rows)
         ids = torch.zeros(len(rows), longest, dtype=torch.int64)
         seen = torch.zeros(len(rows), longest, dtype=torch.int64)
@@ -297,7 +297,7 @@ class Trainer:
         logits = self.module(input_ids=ids, attention_mask=seen).logits
         scored = iter(logits[line, list(row.score_at)].float() for line, row in enumerate(rows))
         return [
-            loss_of([next(scored) for _ in example.rows], example, self.dataset)
+            loss_of([next(scored) for _ in example.whole_rows], example, self.dataset)
             for example in group
         ]
 
@@ -330,7 +330,7 @@ def loss_of(logits: Sequence[Tensor], example: Example, dataset: Dataset) -> tup
     nll = torch.stack(
         [
             F.cross_entropy(of_row, torch.tensor(row.score_ids))
-            for of_row, row in zip(logits, example.rows, strict=True)
+            for of_row, row in zip(logits, example.whole_rows, strict=True)
         ]
     )
     if dataset.kind == "choice":

@@ -383,7 +383,7 @@ def example_loss(module: Any, example: Example, dataset: Dataset) -> Tensor:
     """The loss of an example as losses.Scorer gives it, but through the plain module, for autograd."""
     logits = [
         module(input_ids=torch.tensor(row.ids)[None]).logits[0][list(row.score_at)].float()
-        for row in example.rows
+        for row in example.whole_rows
     ]
     return loss_of(logits, example, dataset)[0]
 

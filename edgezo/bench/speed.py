@@ -34,7 +34,8 @@ from torch import Tensor
 from edgezo.bench.alignment import point_config
 from edgezo.bench.memory import claim_results, write_results
 from edgezo.bench.speed_baselines import PUBLISHED_STEPS, Plain
-from edgezo.data.batches import Example, Row, batch_indices, pieces
+from edgezo.data.batches import Example, batch_indices, pieces
+from edgezo.data.trees import Row
 from edgezo.errors import UsageError
 from edgezo.machine import kernels
 from edgezo.machine.hardware import machine

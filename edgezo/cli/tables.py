@@ -61,6 +61,9 @@ def plan_table(plan: Plan, largest: Plan | None = None) -> RenderableType:
     time = f"{plan.step_s:.2g} s"
     basis = {"cpu": "this machine's clock and vector width", "cuda": "a few steps on an H100"}
     items.add_row("step", time, "", f"an estimate from {basis[plan.device]}")
+    if plan.evaluation_s is not None:
+        what = f"{plan.evaluations:,} rows, scored by the head: an estimate as that of a step"
+        items.add_row("evaluation", f"{plan.evaluation_s:.2g} s", "", what)
 
     decisions = Table(title="decisions", title_justify="left", box=None, pad_edge=False)
     decisions.add_column("what")

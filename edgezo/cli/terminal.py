@@ -117,7 +117,8 @@ class TerminalProgress:
         metric: str = "",
     ) -> None:
         self._metric = metric or self._metric
-        parts = [f"step {step}{self._total}"] + ([f"loss {loss:.4f}"] if loss is not None else [])
+        parts = [f"step {step}{self._total}"]
+        parts += [] if loss is None else [f"loss {loss:.4f}"]
         parts += [self._metric] if self._metric else []
         parts += [f"{step_s:.2f} s/step", f"mem {format_bytes(rss_bytes)}/{self._cap}"]
         line = "  ".join(parts)

@@ -101,6 +101,7 @@ class Asker:
             asker.recognised = Recognised(form)
         elif labelling.labelled or kind == "label" or (kind == "choice" and names != PAIR[1:]):
             asker.recognised = _labelled(labelling, names, asker, masked, problems)
+            asker.encoder.follow_with(asker.recognised.endings)
         elif masked:
             problems.add(
                 "a masked language model answers with a label word: give --template and --labels"
@@ -133,6 +134,11 @@ class Asker:
     def label_ids(self) -> tuple[int, ...]:
         """Token ids of the label words, of kind "label"."""
         return self.recognised.label_ids if self.recognised is not None else ()
+
+    @property
+    def endings(self) -> tuple[tuple[int, ...], ...]:
+        """Tokens of the label words, where they are scored by all of their tokens."""
+        return self.recognised.endings if self.recognised is not None else ()
 
     @property
     def values(self) -> tuple[str, ...]:

@@ -7,13 +7,14 @@ uninterrupted one would have trained on.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from edgezo.data.trees import Row, Tree, followed, tree_behind, tree_of
 from edgezo.machine.limits import EVAL_TOKENS
 
 if TYPE_CHECKING:  # torch is imported where tensors are made; reading data does not need it
@@ -21,28 +22,43 @@ if TYPE_CHECKING:  # torch is imported where tensors are made; reading data does
 
 
 @dataclass(frozen=True)
-class Row:
-    """One token sequence that goes through the model. A last token that is only predicted is not in ``ids``.
-
-    ``score_at`` are the positions in ``ids`` whose hidden states are read: a causal model predicts the token after
-    them, a masked model the mask there. ``score_ids`` are the tokens to be predicted; () for kind "label", where the
-    label words are the candidates.
-    """
-
-    ids: Sequence[int]
-    score_at: Sequence[int]
-    score_ids: Sequence[int]
-
-
-@dataclass(frozen=True)
 class Example:
-    """One example, which has one direction: one row, or one row for each option of a choice."""
+    """One example, which has one direction: one row, or one row for each option of a choice.
+
+    Where every example has the same options (label words of several tokens), ``rows`` is the prompt alone.
+    """
 
     rows: tuple[Row, ...]
     label: int  # index of the right candidate or option; -1 where there is none
     # What predictions are judged by, if they are: the fields of the row, with "answers", the list of right ones.
     fields: Mapping[str, Any] | None = None
     options: tuple[str, ...] = ()  # the options' texts, of a choice that is judged
+    endings: tuple[
+        tuple[int, ...], ...
+    ] = ()  # tokens of the label words, one of which follows the prompt
+    apart: bool = False  # the options pass as whole rows, even if they begin alike
+
+    @property
+    def whole_rows(self) -> tuple[Row, ...]:
+        """The rows with every option written out, as each would pass alone."""
+        if not self.endings:
+            return self.rows
+        return tuple(followed(self.rows[0], ending) for ending in self.endings)
+
+    @cached_property
+    def tree(self) -> Tree | None:
+        """The options with what they share only once; None for one row, or where that would save nothing."""
+        if self.apart or max(len(self.rows), len(self.endings)) < 2:
+            return None
+        if self.endings:
+            return tree_behind(self.rows[0], self.endings)
+        return tree_of(self.rows)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the model."""
+        tree = self.tree
+        return sum(len(row.ids) for row in self.whole_rows) if tree is None else len(tree.ids)
 
     @property
     def prompt(self) -> Sequence[int]:
@@ -61,16 +77,17 @@ class Batch:
     ids: Tensor  # (N,) int64
     lengths: tuple[int, ...]  # (R,) tokens of each row; the sum is N
     row_example: Tensor  # (R,) int64, place 0..b-1 of the row's example in this batch
-    score_index: Tensor  # (P,) int64, index into N
-    score_ids: Tensor  # (P,) int64, empty for kind "label"
-    score_row: Tensor  # (P,) int64, row of each scored position
+    trees: tuple[Tree | None, ...]  # (R,) of a row that is a tree; None of a sequence
+    score_index: Tensor  # (S,) int64, index into N of the states that are read
+    # What is predicted at those states, each token of each state once, ascending; empty for kind "label".
+    score_state: Tensor  # (P,) int64, index into S
+    score_ids: Tensor  # (P,) int64, the token
+    # Which of those tokens each option has. Where nothing is chosen, a row is its only option.
+    part_token: Tensor  # (Q,) int64, index into P
+    part_option: Tensor  # (Q,) int64, index into O
+    option_example: Tensor  # (O,) int64, place of the option's example in this batch
     labels: Tensor  # (b,) int64, -1 where there is none
     slots: tuple[int, ...]  # (b,) slot of each example in the group; directions are keyed by it
-
-
-def tokens_of(example: Example) -> int:
-    """Tokens of all rows of an example."""
-    return sum(len(row.ids) for row in example.rows)
 
 
 @lru_cache(
@@ -112,8 +129,8 @@ def micro_batches(
         raise ValueError(f"micro_batch is {micro_batch}, not 1 or more")
     parts: list[list[int]] = []
     tokens = 0  # of the last part
-    for slot in sorted(range(len(examples)), key=lambda slot: (-tokens_of(examples[slot]), slot)):
-        n = tokens_of(examples[slot])
+    for slot in sorted(range(len(examples)), key=lambda slot: (-examples[slot].tokens, slot)):
+        n = examples[slot].tokens
         over = most_tokens is not None and tokens + n > most_tokens
         if not parts or over or len(parts[-1]) == micro_batch:
             parts.append([])
@@ -140,24 +157,54 @@ def collate(examples: Sequence[Example], slots: Sequence[int]) -> Batch:
 
     if len(examples) != len(slots):
         raise ValueError(f"{len(examples)} examples, but {len(slots)} slots")
-    rows = [(place, row) for place, example in enumerate(examples) for row in example.rows]
-    ids, score_index, score_ids, score_row = (array("q") for _ in range(4))
-    for number, (_, row) in enumerate(rows):
-        score_index.extend(len(ids) + at for at in row.score_at)
-        score_row.extend(number for _ in row.score_at)
-        score_ids.extend(iter(row.score_ids))
-        ids.extend(iter(row.ids))
-
-    def tensor(values: Sequence[int]) -> Tensor:
-        return torch.from_numpy(np.array(values, dtype=np.int64))
-
+    names = ("ids", "row_example", "score_index", "score_state", "score_ids")
+    parts = ("part_token", "part_option", "option_example")
+    numbers = {name: array("q") for name in (*names, *parts)}
+    trees, lengths = list[Tree | None](), list[int]()
+    for place, example in enumerate(examples):
+        for row in [example.tree] if example.tree is not None else example.whole_rows:
+            trees.append(row if isinstance(row, Tree) else None)
+            lengths.append(len(row.ids))
+            _append(numbers, row if isinstance(row, Tree) else _Single.of(row), place)
+    packed = {
+        name: torch.from_numpy(np.array(values, dtype=np.int64)) for name, values in numbers.items()
+    }
+    labels = torch.tensor([example.label for example in examples], dtype=torch.int64)
     return Batch(
-        ids=tensor(ids),
-        lengths=tuple(len(row.ids) for _, row in rows),
-        row_example=tensor([place for place, _ in rows]),
-        score_index=tensor(score_index),
-        score_ids=tensor(score_ids),
-        score_row=tensor(score_row),
-        labels=tensor([example.label for example in examples]),
-        slots=tuple(slots),
+        **packed, lengths=tuple(lengths), trees=tuple(trees), labels=labels, slots=tuple(slots)
     )
+
+
+class _Single(NamedTuple):
+    """A row in the terms of a tree: each token that is predicted has a state of its own."""
+
+    ids: Sequence[int]
+    read_at: Sequence[int]
+    states: Sequence[int]
+    targets: Sequence[int]
+    part_tokens: Sequence[int]
+    part_options: Sequence[int]
+    options: int = 1
+
+    @staticmethod
+    def of(row: Row) -> _Single:
+        each = range(len(row.score_ids))
+        return _Single(row.ids, row.score_at, each, row.score_ids, each, [0] * len(each))
+
+
+def _append(numbers: Mapping[str, array[int]], row: Tree | _Single, place: int) -> None:
+    """Add the row, or tree, of the example at ``place`` to what ``collate`` has packed so far."""
+    begins = {name: len(values) for name, values in numbers.items()}
+
+    def add(name: str, values: Iterable[int], into: str | None = None) -> None:
+        first = begins[into] if into else 0
+        numbers[name].extend(first + value for value in values)
+
+    add("ids", row.ids)
+    add("row_example", [place])
+    add("score_index", row.read_at, into="ids")
+    add("score_state", row.states, into="score_index")
+    add("score_ids", row.targets)
+    add("part_token", row.part_tokens, into="score_ids")
+    add("part_option", row.part_options, into="option_example")
+    add("option_example", [place] * row.options)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edgezo.data.batches import Example, Row, permutation
+from edgezo.data.batches import Example, permutation
 from edgezo.data.encoder import Encoder
 from edgezo.data.metrics import Report
 from edgezo.data.packed import PackedExamples, PackedRecords, SelectedRecords
@@ -36,6 +36,7 @@ from edgezo.data.row_kinds import Draft, Form, MessagesForm
 from edgezo.data.tasks import TASKS, Generation, Task, task_folder
 from edgezo.data.templates import unescaped
 from edgezo.data.token_stats import KEPT_LENGTHS, TokenStats
+from edgezo.data.trees import Row
 from edgezo.errors import SourceError, UsageError
 from edgezo.machine.downloads import DATA_ID, dataset
 from edgezo.machine.files import user_path
@@ -64,6 +65,13 @@ class Dataset:
     report: Report | None = None  # figures of an evaluation, beside or in place of accuracy
     written_at: str | None = None  # the time that the chat template has written, if it writes one
     expected: TokenStats | None = None  # bounds on rows that are yet to come
+    # Kind "choice": the tokens of the label words, where they are the same in every row.
+    endings: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def classes(self) -> int:
+        """The classes of rows with label words, which a linear probe tells apart; 0 of other rows."""
+        return len(self.label_ids) or len(self.endings)
 
     def token_stats(self) -> TokenStats:
         """Token counts of the examples, which the planner needs."""
@@ -73,6 +81,7 @@ class Dataset:
         train, validation = splits
         counts = train.token_counts()
         counts[::-1].sort()  # the longest first
+        evaluated = validation.token_counts()
         writes = self.generation
         prompts = [int(s.prompt_lengths().max(initial=0)) if writes else 0 for s in splits]
         return TokenStats(
@@ -80,8 +89,11 @@ class Dataset:
             tokens=tuple(counts[:KEPT_LENGTHS].tolist()) or (1,),
             scored=max(int(split.scored_counts().max(initial=0)) for split in splits) or 1,
             label_words=len(self.label_ids),
-            mean=float(counts.mean()) if len(counts) else 0.0,
-            evaluated=int(validation.token_counts().max(initial=0)),
+            long_words=len(self.endings),
+            prompt_mean=_mean(train.prompts().token_counts()) if self.endings else 0.0,
+            mean=_mean(counts),
+            evaluated=int(evaluated.max(initial=0)),
+            evaluated_mean=_mean(evaluated),
             written=writes.most if writes else 0,
             prompt=prompts[0],
             evaluated_prompt=prompts[1],
@@ -89,6 +101,10 @@ class Dataset:
             evaluations=len(validation),
             stored_bytes=sum(split.stored_bytes for split in splits),
         )
+
+
+def _mean(counts: np.ndarray) -> float:
+    return float(counts.mean()) if len(counts) else 0.0
 
 
 @dataclass(frozen=True)
@@ -117,16 +133,22 @@ class DataRequest:
 
 
 def load_dataset(
-    request: DataRequest, tokenizer: Any, *, masked: bool = False, guard: Guard | None = None
+    request: DataRequest,
+    tokenizer: Any,
+    *,
+    masked: bool = False,
+    guard: Guard | None = None,
+    most_in_tree: int | None = None,
 ) -> Dataset:
     """Read, recognise and tokenise the data that a request names.
 
     ``tokenizer`` is a transformers tokenizer with character offsets (a "fast" one); ``masked``: for a masked language
-    model. ``guard`` is asked for memory all the while. Raises UsageError with every problem of the request and its
+    model. ``guard`` is asked for memory all the while. Options with more than ``most_in_tree`` tokens pass one by one
+    (None: none does). Raises UsageError with every problem of the request and its
     rows, and DoesNotFit, with the row, where they take more than the cap.
     """
     problems, notes = Problems(), list[str]()
-    encoder = Encoder(tokenizer, request.max_length, masked, guard)
+    encoder = Encoder(tokenizer, request.max_length, masked, guard, most_in_tree)
     _check_numbers(request, encoder, problems)
     task = _find_task(request, problems)
     path = _find_path(request, task, problems, notes)
@@ -139,9 +161,10 @@ def load_dataset(
 
     now = request.written_at or datetime.now().isoformat(timespec="seconds")
     how = Reading(tokenizer, request.text_end == "yes", now)
-    form, label_ids, label_names = recognise(
+    form, label_ids, label_names, endings = recognise(
         task, labelling, rows.train, rows.known, how, masked, problems, notes
     )
+    encoder.follow_with(endings)
     validation = _eval_sample(rows.validation, request.eval_limit, notes)
     # A report knows the task's label words, not the user's.
     report = task.report if task and not request.labels else None
@@ -167,6 +190,7 @@ def load_dataset(
         generation,
         report,
         now if isinstance(form, MessagesForm) and form.templates.dated else None,
+        endings=endings,
     )
 
 
@@ -398,7 +422,7 @@ def show_batch(examples: Sequence[Example], dataset: Dataset, tokenizer: Any) ->
         if example.label >= 0 and dataset.label_names:
             right = dataset.label_names[example.label]
         lines.append(f"\nexample {slot}" + (f", right answer: {right}" if right else ""))
-        for number, row in enumerate(example.rows):
+        for number, row in enumerate(example.whole_rows):
             texts, marks = _marked(row, example.label, dataset, tokenizer)
             head = f"option {number}" if dataset.kind == "choice" else "row"
             sign = " (right)" if dataset.kind == "choice" and number == example.label else ""

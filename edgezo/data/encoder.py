@@ -15,10 +15,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from edgezo.data.batches import Example, Row
+from edgezo.data.batches import Example
 from edgezo.data.packed import PackedExamples
 from edgezo.data.row_kinds import Draft, Piece
-from edgezo.errors import EdgezoError
+from edgezo.data.trees import Row
+from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.foreign import reading
 from edgezo.machine.process_memory import Guard, ReadingGuard
 
@@ -37,9 +38,16 @@ class Encoder:
     """Makes examples of drafts with one tokenizer, and counts the rows that had to be cut."""
 
     def __init__(
-        self, tokenizer: Any, max_length: int, masked: bool, guard: Guard | None = None
+        self,
+        tokenizer: Any,
+        max_length: int,
+        masked: bool,
+        guard: Guard | None = None,
+        most_in_tree: int | None = None,
     ) -> None:
         self.tokenizer, self.max_length, self.masked = tokenizer, max_length, masked
+        self.most_in_tree = most_in_tree  # PackedExamples has it
+        self.endings: tuple[tuple[int, ...], ...] = ()  # label words of several tokens
         self.guard = guard or ReadingGuard()
         with reading("The model's tokenizer", any_kind=True):
             self.prefix, self.suffix = special_ids(tokenizer)
@@ -47,6 +55,16 @@ class Encoder:
             _check_ids([(*self.prefix, *self.suffix, *(i for i in special if i is not None))])
             self.begin = "".join(tokenizer.convert_ids_to_tokens(list(self.prefix)))
         self.cut = 0
+
+    def follow_with(self, endings: tuple[tuple[int, ...], ...]) -> None:
+        """Let the rows to come be prompts that one of these label words follows. Raises UsageError for long words."""
+        longest = max(map(len, endings), default=0)
+        if longest + len(self.prefix) > self.max_length:
+            raise UsageError(
+                f"--max-length {self.max_length} leaves no room for a label word of {longest} tokens: give "
+                f"{longest + len(self.prefix) + 1} or more"
+            )
+        self.endings = endings
 
     def ids(
         self, texts: Sequence[str], offsets: bool = False, wheres: Sequence[str] = ()
@@ -106,7 +124,8 @@ class Encoder:
 
     def examples(self, drafts: Iterable[Draft], split: str, notes: list[str]) -> PackedExamples:
         """The examples of all drafts that have a token to predict. Notes how many rows were cut or left out."""
-        packed, n_rows, left_out = PackedExamples(), 0, 0
+        packed = PackedExamples((), self.endings, self.most_in_tree)
+        n_rows, left_out = 0, 0
         self.cut = 0
         for some in _groups(drafts):
             n_rows += sum(len(draft.pieces) for draft in some)
@@ -256,9 +275,11 @@ class Encoder:
             after = after[: -len(self.suffix)]
         around = [*self.prefix, self.tokenizer.mask_token_id, *self.suffix]
         room = self.max_length - (len(around) if self.masked else len(self.prefix))
+        # The last token of a label word is predicted, not read.
+        room -= max((len(ending) - 1 for ending in self.endings), default=0)
         cut = len(before) + len(after) > room
         after = after[: max(room - len(before), room // 2)]
-        before = before[max(0, len(before) - (room - len(after))) :]
+        before = before[max(0, len(before) - max(0, room - len(after))) :]
         ids = [*self.prefix, *before]
         if self.masked:
             ids += [self.tokenizer.mask_token_id]

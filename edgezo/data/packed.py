@@ -8,6 +8,7 @@ Both are sequences that make an object when one is asked for, so whoever reads t
 
 from __future__ import annotations
 
+import copy
 import json
 import zlib
 from array import array
@@ -17,8 +18,9 @@ from typing import Any, TypeVar, overload
 
 import numpy as np
 
-from edgezo.data.batches import Example, Row
+from edgezo.data.batches import Example
 from edgezo.data.row_files import Record
+from edgezo.data.trees import Row, tokens_behind
 
 T = TypeVar("T")
 
@@ -119,9 +121,23 @@ class PackedExamples(_Objects[Example]):
 
     A row of n tokens takes 2 n + 41 bytes (4 n + 41 where the vocabulary has more than 65,536 words). What it predicts
     follows from its tokens and from where it predicts, which is a few stretches of positions.
+
+    What all rows of an example begin with is stored once. Of options that are the same for all examples (``endings``,
+    tokens of the label words) only the prompts are stored.
+    Options pass one by one, and not as a tree, where one has more than ``most_in_tree`` tokens (None: never).
     """
 
-    def __init__(self, examples: Iterable[Example] = ()) -> None:
+    def __init__(
+        self,
+        examples: Iterable[Example] = (),
+        endings: tuple[tuple[int, ...], ...] = (),
+        most_in_tree: int | None = None,
+    ) -> None:
+        self.endings, self.most_in_tree = endings, most_in_tree
+        # Of examples with several rows: tokens that all begin with, and of their tree its tokens and states.
+        self._shared: dict[int, int] = {}
+        self._trees: dict[int, tuple[int, int]] = {}
+        self._longest = 0  # tokens of the longest row
         # Of each row its tokens, and the last predicted one if that is not read: 2 bytes each, or 4 once one needs it.
         self._ids = array("H")
         self._row_ends = array("Q")  # where each row ends in ``_ids``
@@ -139,30 +155,58 @@ class PackedExamples(_Objects[Example]):
     @staticmethod
     def of(examples: Sequence[Example]) -> PackedExamples:
         """``examples``, packed unless they are."""
-        return examples if isinstance(examples, PackedExamples) else PackedExamples(examples)
+        if isinstance(examples, PackedExamples):
+            return examples
+        return PackedExamples(examples, examples[0].endings if examples else ())
 
     def append(self, example: Example) -> None:
         """Add an example. Raises ValueError for a row whose targets are not the tokens after its positions."""
-        for row in example.rows:
-            self._append_row(row)
+        shared = _alike(example.rows)
+        if shared:
+            self._shared[len(self)] = shared
+            if not self._apart(example.rows) and (tree := example.tree) is not None:
+                self._trees[len(self)] = len(tree.ids), len(tree.read_at)
+        for number, row in enumerate(example.rows):
+            self._append_row(row, shared if number else 0)
         if example.fields is not None or example.options:
             judged = json.dumps([example.fields, example.options], default=str)
             self._judged[len(self)] = judged.encode("utf-8", "surrogatepass")
         self._example_ends.append(len(self._row_ends))
         self._labels.append(example.label)
 
-    def _append_row(self, row: Row) -> None:
-        first, kind = len(self._ids), LABEL_WORD
-        if self._ids.itemsize == 2 and max((*row.ids, *row.score_ids), default=0) >= 1 << 16:
-            self._ids = array("i", self._ids)
-        self._ids.extend(iter(row.ids))
+    def prompts(self) -> PackedExamples:
+        """The examples without their options, where these are the same for all: what a linear probe reads."""
+        if not self.endings:
+            return self
+        alone = copy.copy(self)
+        alone.endings = ()
+        return alone
+
+    def some(self, indices: Iterable[int]) -> PackedExamples:
+        """Some of the examples, in this order."""
+        chosen = (self[int(i)] for i in indices)
+        return PackedExamples(chosen, self.endings, self.most_in_tree)
+
+    def _apart(self, rows: Sequence[Row]) -> bool:
+        """Whether the options that these rows are, or are followed by, pass one by one."""
+        longest = max(len(row.ids) for row in rows)
+        longest += max((len(ending) for ending in self.endings), default=1) - 1
+        return self.most_in_tree is not None and longest > self.most_in_tree
+
+    def _append_row(self, row: Row, shared: int) -> None:
+        """Add a row but for its first ``shared`` tokens, which are those of the example's first row."""
+        kind, whole = LABEL_WORD, array("i", row.ids)
         if row.score_ids:
             kind = NOT_READ if row.score_at[-1] == len(row.ids) - 1 else READ
             if kind == NOT_READ:
-                self._ids.append(row.score_ids[-1])
+                whole.append(row.score_ids[-1])
             pairs = zip(row.score_at, row.score_ids, strict=True)
-            if any(self._ids[first + at + 1] != target for at, target in pairs):
+            if any(whole[at + 1] != target for at, target in pairs):
                 raise ValueError("a row's targets are not the tokens that follow its positions")
+        if self._ids.itemsize == 2 and max(whole, default=0) >= 1 << 16:
+            self._ids = array("i", self._ids)
+        self._ids.extend(iter(whole[shared:]))
+        self._longest = max(self._longest, len(row.ids))
         self._row_ends.append(len(self._ids))
         for stretch in _stretches(row.score_at):
             self._stretches.extend(stretch)
@@ -179,16 +223,21 @@ class PackedExamples(_Objects[Example]):
 
     def _item(self, index: int) -> Example:
         first = self._example_ends[index - 1] if index else 0
-        rows = tuple(self._row(i) for i in range(first, self._example_ends[index]))
+        begin = _bounds(self._row_ends, first)[0]
+        shared = self._ids[begin : begin + self._shared.get(index, 0)]
+        numbers = range(first, self._example_ends[index])
+        rows = tuple(self._row(i, shared if i > first else shared[:0]) for i in numbers)
         fields, options = None, ()
         if index in self._judged:
             fields, options = json.loads(self._judged[index])
-        return Example(rows, self._labels[index], fields, tuple(options))
+        apart = self._apart(rows) if len(rows) > 1 or self.endings else False
+        return Example(rows, self._labels[index], fields, tuple(options), self.endings, apart)
 
-    def _row(self, number: int) -> Row:
+    def _row(self, number: int, shared: array[int]) -> Row:
+        """The row of this number, which begins with ``shared`` tokens of the example's first row."""
         start, stop = _bounds(self._row_ends, number)
         places = self._stretches[slice(*_bounds(self._stretch_ends, number))]
-        ids = array("i", self._ids[start:stop])
+        ids = array("i", shared + self._ids[start:stop])
         score_at = _positions(places)
         if self._targets[number] == LABEL_WORD:
             return Row(ids, score_at, ())
@@ -201,23 +250,47 @@ class PackedExamples(_Objects[Example]):
         arrays = (self._ids, self._row_ends, self._stretches, self._stretch_ends, self._targets)
         places = (self._example_ends, self._labels)
         texts = sum(len(text) + 100 for text in self._judged.values())
+        texts += 100 * len(self._shared) + 200 * len(self._trees)
         return texts + sum(len(a) * a.itemsize for a in (*arrays, *places))
 
     # -- facts of all examples, without an object for each ------------------------------------------------
 
     def token_counts(self) -> np.ndarray:
-        """Tokens of each example, all its rows together, (n,) int32."""
-        return self._summed(self._row_lengths)
+        """Tokens of each example that go through the model, (n,) int32."""
+        counts = self._summed(self._row_lengths)
+        if self.endings:
+            whole = len(self.endings) * (counts - 1) + sum(map(len, self.endings))
+            return np.where(self._all_apart(counts), whole, counts + tokens_behind(self.endings)[0])
+        for number, shared in self._shared.items():
+            ends = self._example_ends[number - 1] if number else 0
+            counts[number] += shared * (self._example_ends[number] - ends - 1)
+        for number, (tokens, _) in self._trees.items():
+            counts[number] = tokens
+        return counts
 
     def scored_counts(self) -> np.ndarray:
         """Positions of each example at which something is predicted, (n,) int32."""
-        return self._summed(self._row_scores)
+        counts = self._summed(self._row_scores)
+        if self.endings:
+            apart = self._all_apart(self._summed(self._row_lengths))
+            whole, tree = sum(map(len, self.endings)), tokens_behind(self.endings)[1]
+            return np.where(apart, whole, tree).astype(np.int32)
+        for number, (_, states) in self._trees.items():
+            counts[number] = states
+        return counts
+
+    def _all_apart(self, prompts: np.ndarray) -> np.ndarray:
+        """``_apart`` of prompts with so many tokens, (n,) bool."""
+        longest = prompts + max(map(len, self.endings)) - 1
+        return (
+            np.full(len(prompts), False)
+            if self.most_in_tree is None
+            else longest > self.most_in_tree
+        )
 
     def longest_row(self) -> int:
         """Tokens of the longest row."""
-        n, step = len(self._row_ends), FACTS_ROWS
-        parts = (self._row_lengths(at, min(n, at + step)) for at in range(0, n, step))
-        return max((int(part.max()) for part in parts), default=0)
+        return self._longest + max((len(ending) - 1 for ending in self.endings), default=0)
 
     def prompt_lengths(self) -> np.ndarray:
         """Tokens of each example's ``prompt``, (n,) int64."""
@@ -227,7 +300,8 @@ class PackedExamples(_Objects[Example]):
 
     def largest_id(self) -> int:
         """The largest token number, read or predicted."""
-        return int(np.asarray(self._ids).max(initial=0))
+        words = (token for ending in self.endings for token in ending)
+        return int(np.asarray(self._ids).max(initial=max(words, default=0)))
 
     def _row_lengths(self, first: int, stop: int) -> np.ndarray:
         """Tokens of some rows, (stop - first,) int64."""
@@ -252,6 +326,18 @@ class PackedExamples(_Objects[Example]):
             ends = np.asarray(self._example_ends[at:to], dtype=np.int64)
             out[at:to] = _sums(of_rows(first, int(ends[-1])), ends - first)
         return out
+
+
+def _alike(rows: Sequence[Row]) -> int:
+    """How many tokens all of several rows begin with."""
+    if len(rows) < 2:
+        return 0
+    first = rows[0].ids
+    most = min(len(row.ids) for row in rows)
+    differ = (
+        next((at for at in range(most) if row.ids[at] != first[at]), most) for row in rows[1:]
+    )
+    return min(differ)
 
 
 def _lengths(ends: array[int], first: int, stop: int) -> np.ndarray:

@@ -7,7 +7,7 @@ A row is recognised by its fields: ``text``; ``prompt`` + ``completion``; ``prom
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from edgezo.data.chat import ChatTemplates
@@ -35,6 +35,7 @@ from edgezo.data.templates import (
     wants_space,
     word_ids,
 )
+from edgezo.data.trees import tokens_behind
 from edgezo.data.turns import has_turns
 from edgezo.errors import UsageError
 
@@ -91,6 +92,8 @@ class Recognised(NamedTuple):
     form: Form
     label_ids: tuple[int, ...] = ()  # token ids of the label words, of kind "label"
     label_names: tuple[str, ...] = ()  # names of the candidates
+    # Tokens of the label words, of kind "choice" where every row has the same words.
+    endings: tuple[tuple[int, ...], ...] = ()
 
 
 def recognise(
@@ -264,7 +267,7 @@ def word_form(
             )
     firsts = tuple(ids[0] for ids in tokens.values() if ids)
     shared = [name for name, ids in tokens.items() if ids and firsts.count(ids[0]) > 1]
-    listed = ", ".join(shared)
+    listed = ", ".join(shared[:6]) + (", ..." if len(shared) > 6 else "")
     if shared and masked:
         problems.add(
             f"label words {listed} begin with the same token, and a masked model predicts one: "
@@ -272,12 +275,13 @@ def word_form(
         )
     problems.raise_any()
     if shared:
+        endings = tuple(tuple(tokens[name]) for name in names)
+        behind, _ = tokens_behind(endings)
         notes.append(
-            f"label words {listed} begin with the same token: each candidate is scored in another row "
-            f"({len(names)} rows an example); other words in --labels would be faster"
+            f"label words {listed} begin with the same token: all words are scored by all of their tokens, {behind:,} "
+            "behind each prompt; words in --labels with other first tokens would be faster"
         )
-        words = tuple(Template(((name, None),)) for name in names)
-        return Recognised(ChoiceForm(form, words), (), names)
+        return Recognised(replace(form, kind="choice"), (), names, endings)
     if long := [name for name, ids in tokens.items() if len(ids) > 1]:
         notes.append(
             f"label words of several tokens are scored by their first token: {', '.join(long)}"

@@ -27,6 +27,15 @@ class TokenStats:
     examples: int | None = None  # to train on; None: not known
     stored_bytes: int = 0  # of all tokens, which stay in memory
     evaluations: int = 0  # examples to evaluate on; 0: not known
+    evaluated_mean: float = 0.0  # tokens of one of them
+    # Label words that are scored by all of their tokens (0: none are), and tokens of an example without them.
+    long_words: int = 0
+    prompt_mean: float = 0.0
+
+    @property
+    def classes(self) -> int:
+        """Classes that a linear probe tells apart; 0 of rows without label words."""
+        return self.label_words or self.long_words
 
     def longest(self, examples: int) -> int:
         """Tokens of the ``examples`` longest examples together. The longest counts again where there are fewer."""

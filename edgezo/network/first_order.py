@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgezo.data.batches import Example, tokens_of
+from edgezo.data.batches import Example
 from edgezo.machine import kernels
 from edgezo.machine.limits import tiles
 from edgezo.machine.matmul import addmm_, mm, thin_sum
@@ -287,7 +287,7 @@ class LearnedFactors(AdamW):
 
 def split_by_length(group: Sequence[Example], short_tokens: int) -> tuple[list[int], list[int]]:
     """Slots of the examples of at most ``short_tokens`` tokens, and slots of the longer ones."""
-    short = [slot for slot, example in enumerate(group) if tokens_of(example) <= short_tokens]
+    short = [slot for slot, example in enumerate(group) if example.tokens <= short_tokens]
     taken = set(short)
     return short, [slot for slot in range(len(group)) if slot not in taken]
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from edgezo.data.batches import Batch, Example, Row, collate, micro_batches
+from edgezo.data.batches import Batch, Example, collate, micro_batches
 from edgezo.data.tasks import Generation
+from edgezo.data.trees import Row
 from edgezo.network.key_values import KeyValues
 
 if TYPE_CHECKING:

@@ -50,20 +50,25 @@ class Scorer:
         """
         if self.kind == "label":
             return self._labels(hidden, batch, probe, sides, learn, d_hidden)
+        b = len(batch.labels)
+        if self.kind == "choice" and not len(
+            batch.score_ids
+        ):  # prompts alone: only their states are read
+            return torch.full((sides, b), torch.nan), torch.full((sides, b), -1)
         ids = batch.score_ids.repeat(sides).to(hidden.device)
-        nll_of, gradient_of = self._vocabulary(hidden, ids, probe)
+        state = _of_sides(batch.score_state, len(batch.score_index), sides).to(hidden.device)
+        nll_of, gradient_of = self._vocabulary(hidden, state, ids, probe)
         # Added up on the CPU: these are a few numbers, and a GPU adds to one place in any order.
         nll = nll_of().cpu()
-        row = torch.cat([batch.score_row + side * len(batch.lengths) for side in range(sides)])
-        rows = sides * len(batch.lengths)
-        mean, count = self._row_means(nll, row, rows)
+        mean, count, token, option = self._option_means(nll, batch, sides)
         if self.kind == "choice":
             losses, predicted, weight = self._choice(-mean, batch, sides)
         else:
-            losses, weight = mean.view(sides, -1), torch.ones(rows)
+            losses, weight = mean.view(sides, -1), torch.ones(len(mean))
             predicted = torch.full(losses.shape, -1)
         if learn and (self.exact is not None or d_hidden is not None):
-            gradient_of(((weight / count)[row] * learn).to(hidden.device), d_hidden)
+            of_token = torch.zeros(len(nll)).index_add_(0, token, (weight / count)[option] * learn)
+            gradient_of(of_token.to(hidden.device), d_hidden)
         return losses, predicted
 
     def _labels(
@@ -97,29 +102,39 @@ class Scorer:
         return self._cap(logits)
 
     def answers(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """What a prediction is made of: logits (P, K) fp32 of the label words, or (R,) each row's mean token
-        log-probability, on the CPU. ``hidden`` (P, d) are the states at the scored positions.
+        """What a prediction is made of: logits (S, K) fp32 of the label words, or (O,) each option's mean token
+        log-probability, on the CPU. ``hidden`` (S, d) are the states that are read.
         """
         if self.kind == "label":
             return self.label_logits(hidden, None, self._features(hidden)).cpu()
-        nll_of, _ = self._vocabulary(hidden, batch.score_ids.to(hidden.device), None)
-        return -self._row_means(nll_of().cpu(), batch.score_row, len(batch.lengths))[0]
+        ids, state = (t.to(hidden.device) for t in (batch.score_ids, batch.score_state))
+        nll_of, _ = self._vocabulary(hidden, state, ids, None)
+        return -self._option_means(nll_of().cpu(), batch)[0]
 
     @staticmethod
-    def _row_means(nll: Tensor, row: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """The mean of scored tokens' values ``nll`` (m,) by their ``row`` (m,), (rows,); and how many each row has."""
-        count = torch.zeros(rows).index_add_(0, row, torch.ones(len(row)))
-        return torch.zeros(rows).index_add_(0, row, nll) / count.clamp(min=1), count
+    def _option_means(
+        nll: Tensor, batch: Batch, sides: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The mean of each option's tokens, (sides*O,), of ``nll`` (sides*P,); and how many tokens it has.
+
+        Then the tokens of all options, as index into ``nll``, and the option that each belongs to. On the CPU.
+        """
+        token = _of_sides(batch.part_token, len(batch.score_ids), sides)
+        option = _of_sides(batch.part_option, len(batch.option_example), sides)
+        n = sides * len(batch.option_example)
+        count = torch.zeros(n).index_add_(0, option, torch.ones(len(option)))
+        mean = torch.zeros(n).index_add_(0, option, nll[token]) / count.clamp(min=1)
+        return mean, count, token, option
 
     @staticmethod
     def _choice(scores: Tensor, batch: Batch, sides: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses (sides, b), predictions (sides, b), and -dL/d(score) of each row (sides*R,)."""
-        b, r = len(batch.labels), len(batch.lengths)
+        """Losses (sides, b), predictions (sides, b), and -dL/d(score) of each option (sides*O,)."""
+        b, r = len(batch.labels), len(batch.option_example)
         losses, predicted = torch.empty(sides, b), torch.empty(sides, b, dtype=torch.int64)
         weight = torch.empty(sides * r)
         for side in range(sides):
             for example in range(b):
-                options = (batch.row_example == example).nonzero()[:, 0] + side * r
+                options = (batch.option_example == example).nonzero()[:, 0] + side * r
                 label = batch.labels[example]
                 losses[side, example] = F.cross_entropy(scores[options], label)
                 predicted[side, example] = scores[options].argmax()
@@ -128,35 +143,45 @@ class Scorer:
         return losses, predicted, weight
 
     def _vocabulary(
-        self, hidden: Tensor, ids: Tensor, probe: Probe | None
+        self, hidden: Tensor, state: Tensor, ids: Tensor, probe: Probe | None
     ) -> tuple[Callable[[], Tensor], Callable[[Tensor, Tensor | None], None]]:
         """Two passes over tiles of the vocabulary: the negative log-likelihoods (m,) of the tokens ``ids`` (m,), then
         the gradient of their weighted sum.
+
+        ``state`` (m,) says which of the states each token follows; ascending, and no token twice behind one state.
         """
         features = self._features(hidden)
         lse = torch.full((len(hidden),), float("-inf"), device=hidden.device)
-        target = torch.zeros(len(hidden), device=hidden.device)
+        target = torch.zeros(len(ids), device=hidden.device)
+        ends = torch.searchsorted(state.cpu(), torch.arange(len(hidden) + 1)).tolist()
+
+        def inside(rows: slice, chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
+            """Tokens behind a chunk of the states in a tile of the vocabulary: which, and where in the tile."""
+            first = ends[chunk.start]
+            of_chunk = ids[first : ends[chunk.stop]] - rows.start
+            which = ((of_chunk >= 0) & (of_chunk < rows.stop - rows.start)).nonzero()[:, 0]
+            return which + first, state[which + first] - chunk.start, of_chunk[which]
 
         def nll() -> Tensor:
             for rows, chunk, logits in self._pieces(hidden, features, probe):
-                at = ids[chunk] - rows.start  # where in this tile the target is, if it is in it
-                inside = (at >= 0) & (at < logits.shape[1])
-                picked = logits.gather(1, at.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
-                target[chunk] = torch.where(inside, picked, target[chunk])
+                which, line, column = inside(rows, chunk)
+                target[which] = logits[line, column]
                 most = logits.amax(-1, keepdim=True)
                 summed = logits.sub_(most).exp_().sum(-1).log_().add_(most[:, 0])
                 lse[chunk] = torch.logaddexp(lse[chunk], summed)
-            return lse - target
+            return lse[state] - target
 
         def gradient(weight: Tensor, d_hidden: Tensor | None) -> None:
-            weight = torch.where(torch.isfinite(lse - target), weight, 0.0)
+            weight = torch.where(torch.isfinite(lse[state] - target), weight, 0.0)
+            # On the CPU, which adds in one order.
+            of_state = torch.zeros(len(hidden)).index_add_(0, state.cpu(), weight.cpu())
+            of_state = of_state.to(hidden.device)
             for rows, chunk, logits in self._pieces(hidden, features, probe):
                 slope = self._slope(logits)
-                error = logits.sub_(lse[chunk][:, None]).exp_()
-                at = ids[chunk] - rows.start
-                inside = ((at >= 0) & (at < logits.shape[1])).nonzero()[:, 0]
-                error[inside, at[inside]] -= 1
-                error.mul_(slope).mul_(weight[chunk][:, None])
+                error = logits.sub_(lse[chunk][:, None]).exp_().mul_(of_state[chunk][:, None])
+                which, line, column = inside(rows, chunk)
+                error[line, column] -= weight[which]
+                error.mul_(slope)
                 if self.exact is not None and features is not None:
                     self.exact.learn(rows, error, features[chunk])
                 if d_hidden is not None:
@@ -227,3 +252,8 @@ class Scorer:
     def _slope(self, capped: Tensor) -> Tensor | float:
         """d(capped)/d(logits)."""
         return 1.0 if self.softcap is None else (capped / self.softcap).square_().neg_().add_(1)
+
+
+def _of_sides(places: Tensor, n: int, sides: int) -> Tensor:
+    """``places`` (m,) among the ``n`` of one side, on each side: (sides*m,) among all."""
+    return (places + n * torch.arange(sides)[:, None]).reshape(-1)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgezo.data.batches import Batch
+from edgezo.data.batches import Batch, Example
+from edgezo.data.packed import PackedExamples
+from edgezo.data.trees import Tree
 from edgezo.errors import EdgezoError
 from edgezo.machine.process_memory import Heap
 from edgezo.network import packing
@@ -104,6 +106,10 @@ class Model:
 
     # -- a linear probe -----------------------------------------------------------------------------------
 
+    def reads(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """The examples as they have to pass: a linear probe reads prompts, and no label word behind them."""
+        return examples if self.readout is None else PackedExamples.of(examples).prompts()
+
     @property
     def blocks(self) -> nn.ModuleList:
         """The decoder layers that run."""
@@ -191,7 +197,10 @@ class Model:
             ids = batch.ids.repeat(sides)
             cut = None if self.cut is None else self.states_at_cut(batch).repeat(sides, 1)
             with torch.set_grad_enabled(tracked):
-                hidden, probe = self._states(ids, batch.lengths * sides, index, probe, None, cut)
+                trees = batch.trees * sides
+                hidden, probe = self._states(
+                    ids, batch.lengths * sides, index, probe, at_cut=cut, trees=trees
+                )
             if self.readout is not None:
                 losses, predicted = self.readout(batch.labels, sides)
                 return losses.cpu(), predicted.cpu()
@@ -214,17 +223,20 @@ class Model:
         for taps in self._taps():
             taps.index = None  # what they are on does not run
         with self.cut.below():
-            self._run(batch.ids, packing.Packing.of(batch.lengths, self.context.device), None)
+            plan = packing.Packing.of(batch.lengths, self.context.device, batch.trees)
+            self._run(batch.ids, plan, None)
         return self.cut.take()
 
     @torch.no_grad()
     def answers(self, batch: Batch) -> Tensor:
         """What predictions of a packed batch are made of, on the CPU.
 
-        Logits (b, K) fp32 of the classes, from the linear probe or the label words; for other kinds (R,), each row's
-        mean log-probability of its scored tokens.
+        Logits (b, K) fp32 of the classes, from the linear probe or the label words; for other kinds (O,), each option's
+        mean log-probability of its tokens.
         """
-        hidden, _ = self._states(batch.ids, batch.lengths, batch.score_index, None)
+        hidden, _ = self._states(
+            batch.ids, batch.lengths, batch.score_index, None, trees=batch.trees
+        )
         if self.readout is not None:
             return self.readout.logits().cpu()
         return self.scorer.answers(hidden, batch)
@@ -268,13 +280,15 @@ class Model:
         probe: Probe | None,
         kept: KeyValues | None = None,
         at_cut: Tensor | None = None,
+        trees: Sequence[Tree | None] = (),
     ) -> tuple[Tensor, Probe | None]:
         """What the head reads at the packed positions ``index`` (P,): (P, d), and the probe of those positions.
 
-        ``ids`` (n,) are the tokens of rows of ``lengths``, all sides; ``at_cut`` (n, hidden) their states at the cut.
+        ``ids`` (n,) are the tokens of rows of ``lengths``, all sides; ``trees`` says which rows are trees; ``at_cut``
+        (n, hidden) are their states at the cut.
         """
         device = self.context.device
-        plan = packing.Packing.of(lengths, device)
+        plan = packing.Packing.of(lengths, device, trees)
         self.context.probe = probe
         self.heap.expect(len(ids))
         index = index.to(device)

@@ -1,7 +1,8 @@
 """Padding-free forwards: rows lie end to end in one token axis, and only attention sees them as rows.
 
 transformers' modules run on a batch of one long row. Their attention is routed here (``ATTENTION`` is registered
-in transformers' attention interface), which gathers rows of like length into small padded groups.
+in transformers' attention interface), which gathers rows of like length into small padded groups. Of rows that are
+trees (data/trees.py) the trunks pass as rows, and each token behind them looks at its way to the root.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgezo.data.trees import Tree
 from edgezo.machine import kernels
 from edgezo.machine.matmul import compiled
 from edgezo.weights.layouts import CPU
@@ -38,43 +41,130 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Branches:
+    """What stands behind the trunk of one row that is a tree."""
+
+    whole: slice  # the packed tokens of the row
+    behind: slice  # those behind the trunk
+    # Padded to multiples of LENGTH_STEP, M and T, so that there are few different shapes (machine/matmul.py):
+    seen: Tensor  # (M, T) bool: whom the tokens behind the trunk look at; the padding looks at the first token
+    at: Tensor  # (M,) int64: their positions
+    depths: Tensor  # (T,) int64: positions of all
+
+    @staticmethod
+    def of(tree: Tree, start: int, device: torch.device) -> Branches:
+        """The branches of a tree whose first token is the packed one at ``start``."""
+        n, m = len(tree.ids), len(tree.ids) - tree.trunk
+        seen = np.zeros((m + -m % LENGTH_STEP, n + -n % LENGTH_STEP), dtype=bool)
+        seen[:m, :n] = tree.seen
+        seen[m:, 0] = True
+        at, depths = (np.zeros(size, dtype=np.int64) for size in seen.shape)
+        at[:m], depths[:n] = tree.depths[tree.trunk :], tree.depths
+        tensors = (torch.from_numpy(part).to(device) for part in (seen, at, depths))
+        return Branches(slice(start, start + n), slice(start + tree.trunk, start + n), *tensors)
+
+    def mask(self, window: int | None) -> Tensor:
+        """Which tokens each token behind the trunk looks at, (1, 1, M, T) bool."""
+        seen = self.seen
+        if window is not None:
+            seen = seen & (self.at[:, None] - self.depths[None] < window)
+        return seen[None, None]
+
+    def attend(
+        self,
+        parts: Sequence[Tensor],  # q, k, v of all packed tokens, (n, heads or kv_heads, head_dim)
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attention of the tokens behind the trunk, (m, heads, head_dim)."""
+        sizes = (*self.seen.shape, self.seen.shape[1])
+        places = (self.behind, self.whole, self.whole)
+        padded = []
+        for part, place, size in zip(parts, places, sizes, strict=True):
+            tokens = part[place].transpose(0, 1)
+            padded.append(F.pad(tokens, (0, 0, 0, size - tokens.shape[1]))[None])
+        y = _attend(padded, self.mask(window), scale, softcap)
+        return y[0, :, : self.behind.stop - self.behind.start].transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class Trunks:
+    """The trunks of trees and whole rows, as rows of a kernel."""
+
+    index: Tensor  # (t,) int64 into the packed axis
+    starts: Tensor  # (rows + 1,) int64 on the CPU: where each begins in ``index``
+    longest: int
+
+    @staticmethod
+    def of(lengths: Sequence[int], starts: Sequence[int], device: torch.device) -> Trunks:
+        """The first ``lengths`` tokens of rows that begin at ``starts``."""
+        pairs = zip(starts[:-1], lengths, strict=True)
+        index = torch.cat([torch.arange(start, start + n) for start, n in pairs])
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        return Trunks(index.to(device), ends, max(lengths))
+
+
+@dataclass(frozen=True)
 class Packing:
     """How the packed token axis falls into rows."""
 
     lengths: tuple[int, ...]
-    groups: tuple[Group, ...]
+    groups: tuple[Group, ...]  # of the rows; of a tree, of its trunk
     starts: (
         Tensor  # (rows + 1,) int64 on the CPU: where each row begins, and where the last one ends
     )
+    trunks: Trunks | None = None  # where some rows are trees
+    branches: tuple[Branches, ...] = ()  # of the rows that are trees
 
     @staticmethod
-    def of(lengths: tuple[int, ...], device: torch.device = CPU) -> Packing:
-        """The packing of rows of ``lengths`` tokens; longest rows are grouped first."""
+    def of(
+        lengths: tuple[int, ...],
+        device: torch.device = CPU,
+        trees: Sequence[Tree | None] = (),
+    ) -> Packing:
+        """The packing of rows of ``lengths`` tokens, some of which are trees; longest rows are grouped first."""
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
-        order = sorted(range(len(lengths)), key=lambda r: (-lengths[r], r))
+        trunks = list(lengths)
+        branches = []
+        for row, tree in enumerate(trees):
+            if tree is not None and tree.trunk < len(tree.ids):
+                trunks[row] = tree.trunk
+                branches.append(Branches.of(tree, starts[row], device))
+        order = sorted(range(len(trunks)), key=lambda r: (-trunks[r], r))
         groups: list[Group] = []
         members: list[int] = []
         for row in order:
             if members:
-                longest = lengths[members[0]]
-                tokens = sum(lengths[m] for m in members) + lengths[row]
+                longest = trunks[members[0]]
+                tokens = sum(trunks[m] for m in members) + trunks[row]
                 padded = longest * (len(members) + 1)
                 if padded > _WASTE * tokens or padded > _GROUP_TOKENS:
-                    groups.append(_group(members, lengths, starts, device))
+                    groups.append(_group(members, trunks, starts, device))
                     members = []
             members.append(row)
-        groups.append(_group(members, lengths, starts, device))
-        return Packing(tuple(lengths), tuple(groups), torch.tensor(starts))
+        groups.append(_group(members, trunks, starts, device))
+        return Packing(
+            tuple(lengths),
+            tuple(groups),
+            torch.tensor(starts),
+            Trunks.of(trunks, starts, device) if branches else None,
+            tuple(branches),
+        )
 
     def positions(self) -> Tensor:
         """Position of each token in its row, (n,) int64."""
-        return torch.cat([torch.arange(length) for length in self.lengths])
+        positions = torch.cat([torch.arange(length) for length in self.lengths])
+        for branches in self.branches:
+            length = branches.whole.stop - branches.whole.start
+            positions[branches.whole] = branches.depths[:length].cpu()
+        return positions
 
 
 def _group(
-    members: list[int], lengths: tuple[int, ...], starts: list[int], device: torch.device
+    members: list[int], lengths: Sequence[int], starts: list[int], device: torch.device
 ) -> Group:
     length = torch.tensor([lengths[m] for m in members])[:, None]
     begin = torch.tensor([starts[m] for m in members])[:, None]
@@ -144,22 +234,48 @@ def packed_attention(
         if continued is not None:
             return continued[None], None
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
+    parts, trunks = (q, k, v), packing.trunks
+    fused = None
     if softcap is None:
-        rows = (packing.starts, max(packing.lengths))
-        fused = kernels.attention(q, k, v, *rows, scale, bool(causal), sliding_window)
-        if fused is not None:
-            return fused[None], None
+        rows = parts if trunks is None else tuple(part[trunks.index] for part in parts)
+        starts = packing.starts if trunks is None else trunks.starts
+        longest = max(packing.lengths) if trunks is None else trunks.longest
+        fused = kernels.attention(
+            rows[0], rows[1], rows[2], starts, longest, scale, bool(causal), sliding_window
+        )
+    if fused is not None and trunks is None:
+        return fused[None], None
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    for group in packing.groups:
-        # (R, heads, T, head_dim) each
-        in_rows = [_rows_of(part, group).transpose(1, 2) for part in (q, k, v)]
-        y = _attend(in_rows, group, bool(causal), scale, sliding_window, softcap)
-        y = y.transpose(1, 2)  # (R, T, heads, head_dim)
-        if group.full:
-            out[group.index.reshape(-1)] = y.reshape(-1, *out.shape[1:])
-        else:
-            out[group.index[group.at]] = y[group.at]
+    if fused is not None and trunks is not None:
+        out[trunks.index] = fused
+    else:
+        for group in packing.groups:
+            _attend_group(parts, group, bool(causal), sliding_window, scale, softcap, out)
+    for branches in packing.branches:
+        out[branches.behind] = branches.attend(parts, sliding_window, scale, softcap)
     return out[None], None
+
+
+def _attend_group(
+    parts: Sequence[Tensor],  # q, k, v of all packed tokens
+    group: Group,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    out: Tensor,
+) -> None:
+    """Write the attention of a group's rows into ``out`` (n, heads, head_dim)."""
+    in_rows = [_rows_of(part, group).transpose(1, 2) for part in parts]  # (R, heads, T, head_dim)
+    window = window if window is not None and window < in_rows[0].shape[2] else None
+    # Padding stands at the end of a row, where a causal row never looks; other rows need it masked.
+    plain = causal and window is None and softcap is None
+    mask = None if plain else _mask(group, causal, window)
+    y = _attend(in_rows, mask, scale, softcap).transpose(1, 2)  # (R, T, heads, head_dim)
+    if group.full:
+        out[group.index.reshape(-1)] = y.reshape(-1, *out.shape[1:])
+    else:
+        out[group.index[group.at]] = y[group.at]
 
 
 def _rows_of(tokens: Tensor, group: Group) -> Tensor:
@@ -169,25 +285,18 @@ def _rows_of(tokens: Tensor, group: Group) -> Tensor:
 
 
 def _attend(
-    rows: list[Tensor],  # q, k, v of one group, (R, heads, T, head_dim) each
-    group: Group,
-    causal: bool,
+    parts: list[Tensor],  # q (R, heads, T, head_dim), k and v (R, kv_heads, S, head_dim)
+    mask: Tensor
+    | None,  # (R or 1, 1, T, S) bool, whom each token looks at; None: itself and those before it
     scale: float,
-    window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention within the rows of one group, (R, heads, T, head_dim)."""
-    q, k, v = rows
+    """Attention within rows, (R, heads, T, head_dim)."""
+    q, k, v = parts
     if torch.is_grad_enabled() and compiled(q):
         # The products of the backward pass are as long as the rows, and in bf16 each length would be compiled
         # (machine/matmul.py), at 2 MB.
-        wide = [part.float() for part in rows]
-        return _attend(wide, group, causal, scale, window, softcap).to(q.dtype)
-    length = q.shape[2]
-    window = window if window is not None and window < length else None
-    # Padding stands at the end of a row, where a causal row never looks; other rows need it masked.
-    plain = causal and window is None
-    mask = None if plain and softcap is None else _mask(group, causal, window)
+        return _attend([part.float() for part in parts], mask, scale, softcap).to(q.dtype)
     repeat = q.shape[1] // k.shape[1]
     if softcap is not None:
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
@@ -196,7 +305,7 @@ def _attend(
     if mask is not None and q.is_cuda:  # the fused kernels take a mask or grouped keys, not both
         k, v, repeat = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), 1
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=repeat > 1
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=repeat > 1
     )
 
 
@@ -217,15 +326,16 @@ def _mask(group: Group, causal: bool, window: int | None) -> Tensor:
 
 
 def _softcapped_rows(parts: Sequence[Tensor], scale: float, softcap: float) -> Tensor:
-    """Attention with softcapped scores, of q, k, v (R, heads, T, head_dim) and a mask (R, 1, T, T)."""
+    """Attention with softcapped scores, of q (R, heads, T, head_dim), k and v of S tokens and a mask (R, 1, T, S)."""
     q, k, v, mask = parts
     if not compiled(q):
         return _softcapped(parts, scale, softcap)
     # Row by row and padded, so that there are few different shapes (machine/matmul.py). No token looks at the padding.
     length = q.shape[2]
-    more = -length % LENGTH_STEP
-    q, k, v = (F.pad(part, (0, 0, 0, more)) for part in (q, k, v))
-    mask = F.pad(mask, (0, more, 0, more))
+    more, more_keys = -length % LENGTH_STEP, -k.shape[2] % LENGTH_STEP
+    q = F.pad(q, (0, 0, 0, more))
+    k, v = (F.pad(part, (0, 0, 0, more_keys)) for part in (k, v))
+    mask = F.pad(mask, (0, more_keys, 0, more))
     rows = [
         _softcapped([part[row : row + 1] for part in (q, k, v, mask)], scale, softcap)
         for row in range(len(q))

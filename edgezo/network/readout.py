@@ -21,6 +21,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -112,6 +113,7 @@ class Taps:
     index: Tensor | None = None
     states: dict[int, Tensor] = field(default_factory=dict)  # (n, hidden) fp32 by block
     handles: list[Any] = field(default_factory=list)
+    paused: bool = False
 
     @staticmethod
     def on(layers: nn.ModuleList, blocks: Sequence[int]) -> Taps:
@@ -120,7 +122,7 @@ class Taps:
         for block in blocks:
 
             def keep(module: nn.Module, args: Any, output: Any, block: int = block) -> None:
-                if taps.index is None:
+                if taps.paused or taps.index is None:
                     return
                 hidden = output[0] if isinstance(output, tuple) else output
                 taps.states[block] = unit(hidden.reshape(-1, hidden.shape[-1])[taps.index])
@@ -133,6 +135,15 @@ class Taps:
         states = [self.states[block] for block in sorted(self.states)]
         self.states = {}
         return states
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Keep nothing of the forwards inside: many states may be read in them."""
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
 
     def remove(self) -> None:
         """Take the hooks off the model."""

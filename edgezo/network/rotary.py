@@ -32,6 +32,15 @@ def longrope_switch(config: Any) -> int | None:
     return min((int(t["original_max_position_embeddings"]) for t in tables), default=None)
 
 
+def one_frequency_tokens(config: Any) -> int | None:
+    """The most tokens of rows that are all rotated by the same frequencies; None where every row is."""
+    tables = [t for t in rope_tables(config).values() if t.get("rope_type") in BY_LENGTH]
+    if not tables:
+        return None
+    original = [t.get("original_max_position_embeddings") for t in tables]
+    return min(int(n) for n in (config.max_position_embeddings, *original) if n is not None)
+
+
 class RotaryByRow(nn.Module):
     """Mixed into transformers' rotary module: rows of one length class pass through it together, others apart."""
 

@@ -91,6 +91,8 @@ def _obstacle(cfg: Batched, tokens: TokenStats, device: str) -> str:
     """Why states cannot be kept, or ''."""
     if tokens.written:
         return "answers are written, and each new token passes every block"
+    if tokens.long_words:
+        return "label words of several tokens are scored in a tree behind each prompt"
     if cfg.objective != LOSS and tokens.kind not in ("label", "choice"):
         return "the score of a text that is written needs every block"
     if device != "cpu":

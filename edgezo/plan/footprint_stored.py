@@ -355,6 +355,15 @@ class StoredFootprint:
                 items.append(Item("rule state", 4 * n * values, reason))
         return items
 
+    def _option_masks(self, n_tokens: int) -> list[Item]:
+        """Which tokens of a tree of options each of them looks at (data/trees.py), and attention's copy in fp32."""
+        if self.tokens.kind != "choice":
+            return []
+        longest = max(self.tokens.tokens[0], self.tokens.evaluated)
+        size = n_tokens * longest + 4 * longest * longest
+        reason = f"whom each token looks at, of options as a tree of up to {longest:,} tokens"
+        return [Item("option masks", size, reason, "forward")]
+
     # -----------------------------------------------------------------------------------------
     # Loading
 
@@ -435,14 +444,14 @@ def _head(f: StoredFootprint, compute_bytes: int) -> list[Item]:
 
 def _readout(f: StoredFootprint, compute_bytes: int) -> list[Item]:
     """A linear probe: its fit to the states of one block, and the states that a pass collects of all blocks."""
-    if f.tokens.kind != "label":
+    if not f.tokens.classes:
         return []
     shape, cfg = f.shape, f.cfg
     n, d = cfg.readout_rows(f.tokens.examples), shape.hidden
     # States, and their transpose; the Gram matrix of the smaller side, its eigenvectors and their work space.
     fit = 4 * (FIT_COPIES * n * d + GRAM_COPIES * min(n, d) ** 2)
     # Scores of the held-out rows by each block's fit, and the weights of the fits.
-    fit += 4 * (READOUT_BLOCKS + 1) * f.tokens.label_words * (2 * n + d)
+    fit += 4 * (READOUT_BLOCKS + 1) * f.tokens.classes * (2 * n + d)
     reason = f"ridge regression on up to {n:,} rows x {d}, one block at a time"
     states = 4 * cfg.batch_size * f.trained_shape.layers * d
     return [

@@ -53,6 +53,8 @@ class Plan:
     panel_columns: int = 0  # of the widest fp32 product on a CPU; 0: products are in bf16
     blocks_in_host: int = 0  # the last blocks, where a GPU has no room for them
     host_bytes: int = 0  # what those blocks take of the RAM
+    evaluation_s: float | None = None  # seconds of an evaluation; None where no data was given
+    evaluations: int = 0  # its rows; 0: not known
     kept_tokens: int = 0  # tokens whose keys and values an evaluation keeps at once
     blocks: str = "all"  # how many of the last blocks are trained
     states: str | None = None  # how the output of the frozen ones is kept; None: none are frozen
@@ -118,8 +120,8 @@ DECIDED = (
 # Plain values in plan.json, in its order.
 IN_JSON = (
     *("model", "device", "max_mem_bytes", "planned_peak_bytes", "load_peak_bytes"),
-    *("needed_bytes", "smallest_bytes", "smallest_flags", "step_s", "residency"),
-    *("blocks_on_disk", "disk_bytes", "blocks_in_host", "host_bytes", "estimator"),
+    *("needed_bytes", "smallest_bytes", "smallest_flags", "step_s", "evaluation_s"),
+    *("residency", "blocks_on_disk", "disk_bytes", "blocks_in_host", "host_bytes", "estimator"),
     *("short_tokens", "precision", "rounding", "compute_dtype"),
     *("batch_size", "micro_batch", "most_tokens"),
     *("blocks", "states", "state_rows", "pass_from_disk"),

@@ -33,7 +33,7 @@ from edgezo.plan.plan import Plan, PlanDoesNotFit
 from edgezo.plan.reasons import decisions, flags_of, groups, ram_refusal, refusal
 from edgezo.plan.request import as_estimator
 from edgezo.plan.shapes import ModelShape, assumed_tokens
-from edgezo.plan.step_time import step_s
+from edgezo.plan.step_time import evaluation_s, step_s
 from edgezo.zo.presets import AUTO
 
 if TYPE_CHECKING:
@@ -184,6 +184,8 @@ def _described(choice: Choice) -> Plan:
         smallest_bytes=choice.smallest_bytes,
         smallest_flags=flags_of(choice.smallest, footprint.elsewhere),
         step_s=step_s(choice),
+        evaluation_s=evaluation_s(choice),
+        evaluations=footprint.tokens.evaluations,
         blocks_on_disk=on_disk,
         disk_bytes=footprint.disk_bytes(precision, on_disk),
         reused_tokens=footprint.reused_tokens(precision),
@@ -217,7 +219,7 @@ def _best_that_fits(
         try:
             plan = make_plan(shape, wanted, machine, tokens, **known)
             steps = cfg.steps or int((cfg.for_s or 0.0) / plan.step_s)
-            readout = tokens.kind == "label" and forward_only.parts.readout
+            readout = tokens.classes > 0 and forward_only.parts.readout
             if not readout or steps >= FIRST_ORDER_STEPS:
                 room = f"{mb(plan.needed_bytes)} of {mb(plan.max_mem_bytes)}"
                 reason = f"first-order, and fits: {room}; and reaches a higher accuracy in the same steps"

@@ -1,9 +1,10 @@
-"""About how long a step takes, from the machine's estimated speed. Pure, as planner.py."""
+"""About how long a step and an evaluation take, from the machine's estimated speed. Pure, as planner.py."""
 
 from __future__ import annotations
 
 import math
 
+from edgezo.machine.limits import EVAL_TOKENS
 from edgezo.plan.choices import Choice, moved_bytes
 from edgezo.plan.data_fields import LOSS
 from edgezo.plan.footprint_gpu import CudaFootprint
@@ -16,11 +17,34 @@ GPU_BLOCK_S, GPU_FLOPS_S, GPU_COPY_BYTES_S = 1.2e-2, 2e14, 2e10
 
 def step_s(choice: Choice) -> float:
     """Seconds of a step: two floating-point operations for each weight and token, on every side of every example."""
+    cfg, tokens = choice.footprint.cfg, choice.footprint.tokens
+    # A linear probe reads prompts, and no label word behind them. Elsewhere the whole vocabulary may be scored, once
+    # more for the exact head's gradient.
+    probed = tokens.prompt_mean if cfg.parts.readout else 0.0
+    scorings = 0 if probed else 2 if cfg.parts.head else 1
+    written = tokens.written if cfg.objective != LOSS else 0
+    length = probed or tokens.mean or tokens.tokens[0]
+    each = _products(choice, length, scorings, written, cfg.mean_passes)
+    passes = math.ceil(cfg.batch_size / choice.option.micro_batch)
+    return _seconds(choice, 2 * cfg.batch_size * each, passes)
+
+
+def evaluation_s(choice: Choice) -> float | None:
+    """Seconds of an evaluation by label words, options or written answers; None where no data was given."""
+    tokens = choice.footprint.tokens
+    if not tokens.evaluations:
+        return None
+    length = tokens.evaluated_mean or tokens.evaluated
+    each = _products(choice, length, 1, tokens.written)
+    passes = math.ceil(tokens.evaluations * length / EVAL_TOKENS)
+    return _seconds(choice, 2 * tokens.evaluations * each, passes)
+
+
+def _seconds(choice: Choice, operations: float, passes: int) -> float:
+    """Seconds of so many floating-point operations, in so many forward passes."""
     footprint, option = choice.footprint, choice.option
     cfg = footprint.cfg
-    operations = 2 * cfg.batch_size * _operations_per_example(choice)
     if isinstance(footprint, CudaFootprint):
-        passes = math.ceil(cfg.batch_size / option.micro_batch)
         launching_s = passes * footprint.shape.layers * GPU_BLOCK_S
         copied_bytes = passes * moved_bytes(footprint, option)
         return launching_s + operations / GPU_FLOPS_S + copied_bytes / GPU_COPY_BYTES_S
@@ -32,17 +56,19 @@ def step_s(choice: Choice) -> float:
     return operations / speed
 
 
-def _operations_per_example(choice: Choice) -> float:
-    """Weights that an example of mean length is multiplied by in a step, summed over its tokens on all sides."""
-    footprint = choice.footprint
-    shape, cfg, tokens = footprint.trained_shape, footprint.cfg, footprint.tokens
-    length = tokens.mean or tokens.tokens[0]
-    operations = shape.elements * length
+def _products(
+    choice: Choice, length: float, scorings: int, written: int, passes: float = 1.0
+) -> float:
+    """Weights that an example of ``length`` tokens is multiplied by in so many forward passes, summed over its tokens.
+
+    The whole vocabulary is scored so many times, unless label words are scored; and so many tokens are ``written``.
+    Frozen blocks in memory run once, and not for each pass.
+    """
+    footprint, tokens = choice.footprint, choice.footprint.tokens
+    shape = footprint.trained_shape
+    products = shape.elements * (length + written)
+    vocabulary = shape.tables[0].numel
     if not tokens.label_words:
-        # The whole vocabulary is scored, once more for the exact head's gradient.
-        passes = 2 if cfg.parts.head else 1
-        operations += passes * shape.tables[0].numel * min(tokens.scored, length)
-    if cfg.objective != LOSS:
-        operations += (shape.elements + shape.tables[0].numel) * tokens.written
-    frozen = (footprint.shape.elements - shape.elements) * length  # once, not on each side
-    return cfg.mean_passes * operations + frozen
+        products += scorings * vocabulary * min(tokens.scored, length)
+    frozen = (footprint.shape.elements - shape.elements) * length
+    return passes * (products + vocabulary * written) + frozen

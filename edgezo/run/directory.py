@@ -271,7 +271,7 @@ def data_hash(examples: Sequence[Example]) -> str:
     """SHA-256 (hex) of the tokens, targets and labels that training sees."""
     digest = hashlib.sha256()
     for example in examples:
-        rows = [[list(r.ids), list(r.score_at), list(r.score_ids)] for r in example.rows]
+        rows = [[list(r.ids), list(r.score_at), list(r.score_ids)] for r in example.whole_rows]
         digest.update(json.dumps([rows, example.label]).encode())
         if example.fields is not None:  # what its predictions are scored by
             digest.update(json.dumps(example.fields, sort_keys=True, default=str).encode())

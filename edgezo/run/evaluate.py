@@ -48,6 +48,8 @@ from edgezo.run.summary import check_same_end, saved_summary, takes_roots
 from edgezo.weights.saved import saved_sha256, trained_tensors, write_saved
 from edgezo.weights.verified import open_saved
 
+NOTED_S = 10.0  # an evaluation that is estimated to take longer says so
+
 
 def evaluate(
     target: str, cfg: RunConfig, note: Callable[[str], None] = lambda text: None
@@ -74,6 +76,9 @@ def evaluate(
     planned = settle(opened, confirmed(machine()), base.rss_bytes)
     with in_memory(run, trained, planned, note) as (model, memory, steps):
         meter.mark("load")
+        seconds = planned.plan.evaluation_s
+        if seconds is not None and seconds > NOTED_S and model.readout is None:
+            note(f"{planned.plan.evaluations:,} rows to evaluate: about {seconds:.0f} s, estimated")
         with memory.short("an evaluation"):
             figures = evaluate_model(model, opened.dataset, opened.judge)
     return {"model": target, "steps": steps, **figures, **meter.summary(), **memory.figures()}
@@ -163,7 +168,11 @@ def _with_exported_probe(exported: Exported, opened: Opened, model: Model) -> st
 
 
 def _same_task(of_run: dict[str, Any], dataset: Dataset) -> bool:
-    return of_run["kind"] == dataset.kind and tuple(of_run["label_ids"]) == dataset.label_ids
+    same = of_run["kind"] == dataset.kind and tuple(of_run["label_ids"]) == dataset.label_ids
+    # Label words of several tokens have no ids.
+    return same and (
+        dataset.kind != "choice" or tuple(of_run["label_names"]) == dataset.label_names
+    )
 
 
 def _check_task(header: dict[str, Any], cfg: RunConfig, dataset: Dataset) -> None:

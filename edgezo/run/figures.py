@@ -19,7 +19,7 @@ def evaluate_model(model: Model, dataset: Dataset, judge: Judge | None = None) -
 
     With a judge the first of its figures is the metric, and the others stand beside it under their names.
     """
-    examples = dataset.validation
+    examples = model.reads(dataset.validation)
     total_loss, right, squares = 0.0, 0, 0.0
     chosen = [0] * len(examples)
     for batch in evaluation_batches(examples):

@@ -219,7 +219,7 @@ class Tuner:
     @staticmethod
     def of(finetuner: Finetuner, store: WeightStore, dataset: Dataset) -> Tuner:
         """A tuner for training on ``dataset``; the lengths of its examples say how many rows of a table one moves."""
-        tokens = [sum(len(row.ids) for row in example.rows) for example in dataset.train]
+        tokens = [example.tokens for example in dataset.train]
         mean = sum(tokens) / max(1, len(tokens))
         trainables = [store.trainables[name] for name in sorted(store.trainables)]
         return Tuner(finetuner, store, np.array([_size(t, mean) for t in trainables]))

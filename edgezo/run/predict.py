@@ -17,7 +17,7 @@ from torch import Tensor
 
 from edgezo.data.asked_rows import GROUP_ROWS, LINE
 from edgezo.data.asking import AskedRow, Asker
-from edgezo.data.batches import Example, collate, evaluation_batches, tokens_of
+from edgezo.data.batches import Example, collate, evaluation_batches
 from edgezo.data.dataset import DataRequest, Dataset
 from edgezo.data.row_files import Problems, Record
 from edgezo.data.token_stats import TokenStats
@@ -160,17 +160,19 @@ class Predictor:
     def _answers(self, examples: Sequence[Example]) -> list[Tensor]:
         """Of each example the logits (K,) of its classes, or scores of its options. Batches are an evaluation's."""
         answers: list[Tensor] = [torch.empty(0)] * len(examples)
-        for part in evaluation_batches(examples):
-            chosen = [examples[i] for i in part]
-            if len(chosen) == 1 and len(chosen[0].rows) > 1 and tokens_of(chosen[0]) > EVAL_TOKENS:
-                options = [Example((row,), -1) for row in chosen[0].rows]
+        read = self.model.reads(examples)
+        for part in evaluation_batches(read):
+            chosen = [read[i] for i in part]
+            rows = chosen[0].whole_rows
+            if len(chosen) == 1 and len(rows) > 1 and chosen[0].tokens > EVAL_TOKENS:
+                options = [Example((row,), -1) for row in rows]
                 answers[part[0]] = torch.cat(self._answers(options))
                 continue
             scores = self.model.answers(collate(chosen, range(len(part))))
             if scores.dim() == 2:
                 pieces: Sequence[Tensor] = list(scores)
             else:
-                pieces = scores.split([len(example.rows) for example in chosen])
+                pieces = scores.split([len(example.whole_rows) for example in chosen])
             for i, piece in zip(part, pieces, strict=True):
                 answers[i] = piece
         return answers
@@ -315,6 +317,7 @@ def predictor(
             *(asker.kind, (), (), asker.label_ids, asker.names, ()),
             generation=asker.generation,
             expected=_expected(asker),
+            endings=asker.endings,
         )
         tokenizer = asker.how.tokenizer
         judge = Judge.of(replace(cfg, objective=LOSS), dataset, tokenizer, files.end_ids)

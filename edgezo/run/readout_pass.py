@@ -8,14 +8,16 @@ probe.safetensors    the linear probe, written once before the first step; resum
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from edgezo.data.batches import Example, batch_indices, pieces
+from edgezo.data.packed import PackedExamples
 from edgezo.errors import EdgezoError
 from edgezo.machine.clock import now_s
 from edgezo.machine.files import atomic_path
@@ -55,6 +57,8 @@ class ReadoutResult:
         return {"used": self.used, "rows": self.rows, "fit_s": self.fit_s, **self.figures}
 
 
+# Rows whose label words are scored where these have several tokens, which takes many times as long as the prompts.
+WORDS_ROWS = 32
 MOST_PASSES = 3  # of the rows, where their states change on disk
 PROBE_KEYS = {"used", "rows", "fit_s", "loss", "accuracy", "label_words_loss"}  # metadata
 
@@ -99,6 +103,7 @@ class ReadoutPass:
         shape, cfg = state.opened.files.shape, state.cfg
         self.state, self.stepper, self.fitter = state, stepper, fitter
         self.layers, self.blocks = shape.layers, candidates(shape.layers, state.plan.first_trained)
+        self.prompts = PackedExamples.of(state.examples).prompts()
         self.of_run = run_id(state.journal.header)
         self.states = StateFile(state.files.states, len(self.blocks), shape.hidden, self.of_run)
         self.begun_s = now_s()  # later by what evaluations took
@@ -138,7 +143,7 @@ class ReadoutPass:
             model.taps = Taps.on(decoder_layers(model.module, self.layers)[1], self.blocks)
             try:
                 rows = self._pass()
-                words_loss = float(self.states.losses(len(rows)).mean())
+                words_loss = float(self.states.losses(len(rows)).nanmean())
                 return rows, self._fit(rows), words_loss
             except DamagedRow:
                 continue  # the next pass begins before that row
@@ -158,7 +163,7 @@ class ReadoutPass:
         """The linear probe of the rows that have passed."""
         state = self.state
         labels = torch.tensor([state.examples[i].label for i in rows])
-        classes = len(state.dataset.label_ids)
+        classes = state.dataset.classes
         state.memory.trim()
         with phase("fit"), state.memory.short("the linear probe"):
             fitted = fit(
@@ -186,7 +191,7 @@ class ReadoutPass:
             while done < most and (done < LEAST_ROWS or self._spent_s() < limit_s):
                 state.stop.check(0)
                 before_s = self._spent_s()
-                group = [state.examples[i] for i in order[done : done + size]]
+                group = order[done : done + size]
                 loss = self.fitter.fitting(0, partial(self._pass_group, group, done))
                 done += len(group)
                 state.progress.step(
@@ -214,26 +219,39 @@ class ReadoutPass:
         state.log.write({"step": 0, "eval": "probe", **line})
         self.begun_s += self._spent_s() - before_s
 
-    def _pass_group(self, group: list[Example], first: int) -> float:
-        """Run a group of rows, from the one numbered ``first`` on, through the model and keep its states.
+    def _pass_group(self, rows: Sequence[int], first: int) -> float | None:
+        """Run rows, the first of which is number ``first`` of the pass, through the model and keep their states.
 
-        Returns the mean loss of its label words.
+        Returns the mean loss of their label words; None where these are not scored.
         """
-        state, model, taps = self.state, self.state.model, self.state.model.taps
+        taps = self.state.model.taps
         if taps is None:
             raise TypeError("states are kept only while taps are on the blocks")
-        most_tokens = model.most_tokens and model.most_tokens * self.sides
+        group = [self.prompts[i] for i in rows]
         losses = torch.zeros(len(group))
         states = [torch.empty(len(group), self.states.hidden) for _ in self.blocks]
-        for batch in pieces(group, state.cfg.micro_batch * self.sides, most_tokens):
-            self.stepper.check_room("the next micro-batch")
-            slots = list(batch.slots)
-            with phase("forward"), state.memory.short("a micro-batch"):
-                losses[slots] = model.losses(batch)[0][0]
-                for kept, of_batch in zip(states, taps.take(), strict=True):
-                    kept[slots] = of_batch.cpu()
+        for slots, of_batch in self._losses(group):
+            losses[slots] = of_batch
+            for kept, state in zip(states, taps.take(), strict=True):
+                kept[slots] = state.cpu()
+        if self.state.dataset.endings and first < WORDS_ROWS:
+            with taps.pause():
+                for slots, of_batch in self._losses([self.state.examples[i] for i in rows]):
+                    losses[slots] = of_batch
         self.states.append(states, losses, first)
-        return float(losses.mean())
+        return None if losses.isnan().all() else float(losses.nanmean())
+
+    def _losses(self, group: Sequence[Example]) -> Iterator[tuple[list[int], Tensor]]:
+        """(slots, losses of these slots) of a group's micro-batches; nan of prompts that no label word follows."""
+        state, model = self.state, self.state.model
+        size, most_tokens = state.cfg.micro_batch, model.most_tokens
+        if state.dataset.endings:  # the plan counts label words, so that more prompts have room
+            size, most_tokens = len(group), self.stepper.tokens_at_once(size)
+        for batch in pieces(group, size * self.sides, most_tokens and most_tokens * self.sides):
+            self.stepper.check_room("the next micro-batch")
+            with phase("forward"), state.memory.short("a micro-batch"):
+                losses = model.losses(batch)[0][0]
+            yield list(batch.slots), losses
 
 
 def _verdict(result: ReadoutResult) -> str:

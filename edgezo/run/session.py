@@ -37,7 +37,7 @@ from edgezo.network.assemble import ModelSpec, assemble
 from edgezo.network.cut import Half
 from edgezo.network.loader import ModelFiles
 from edgezo.network.model import Model
-from edgezo.network.rotary import longrope_switch
+from edgezo.network.rotary import longrope_switch, one_frequency_tokens
 from edgezo.plan.budget import budget, choose_device, default_budget, mb
 from edgezo.plan.calibration import UNSEEN_BYTES
 from edgezo.plan.config import RunConfig, Settled
@@ -98,7 +98,7 @@ def open_request(cfg: RunConfig, *, to_train: bool = True) -> Opened:
     loader.model_class(files)  # its code is part of the process that a plan starts from
     tokenizer = loader.load_tokenizer(files.path)
     dataset = read_data(cfg, files, tokenizer, guard, to_train)
-    cfg = replace(_for_kind(cfg, dataset.kind), written_at=dataset.written_at)
+    cfg = replace(_for_kind(cfg, dataset), written_at=dataset.written_at)
     judge = _judge_of(cfg, files, tokenizer, dataset)
     malloc_trim()  # memory that parsing has freed is no part of the process that a plan starts from
     before_bytes, peak_bytes = guard.peak_before_bytes, peak_rss_bytes()
@@ -131,14 +131,14 @@ def _judge_of(cfg: RunConfig, files: ModelFiles, tokenizer: Any, dataset: Datase
     return Judge.of(cfg, dataset, tokenizer, files.end_ids)
 
 
-def _for_kind(cfg: RunConfig, kind: str) -> RunConfig:
-    """The request for rows of this kind: only rows with label words have classes that a linear probe tells apart."""
-    if kind == "label" or not cfg.parts.readout:
+def _for_kind(cfg: RunConfig, dataset: Dataset) -> RunConfig:
+    """The request for such rows: only rows with label words have classes that a linear probe tells apart."""
+    if dataset.classes or not cfg.parts.readout:
         return cfg
     train = tuple(part for part in cfg.train if part != "probe")
     if not train:
         raise UsageError(
-            f"--train probe tells classes apart, but these rows are of the kind {kind}.\n"
+            f"--train probe tells classes apart, but these rows are of the kind {dataset.kind}.\n"
             "Use --train head, or lowrank+head."
         )
     return replace(cfg, train=train)
@@ -158,7 +158,8 @@ def read_data(
         to_train=to_train,
         **{name: getattr(cfg, name) for name in shared},
     )
-    dataset = load_dataset(request, tokenizer, masked=files.kind == "masked", guard=guard)
+    masked, most = files.kind == "masked", one_frequency_tokens(files.config)
+    dataset = load_dataset(request, tokenizer, masked=masked, guard=guard, most_in_tree=most)
     notes = (*files.notes, *getattr(tokenizer, "edgezo_notes", ()), *dataset.notes)
     splits = [PackedExamples.of(split) for split in (dataset.train, dataset.validation)]
     _check_tokens(dataset, splits, files, tokenizer)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-from edgezo.data.batches import Batch, Example, collate, micro_batches, tokens_of
+from edgezo.data.batches import Batch, Example, collate, micro_batches
 from edgezo.errors import BudgetExceeded
 from edgezo.machine.files import atomic_write, to_json
 from edgezo.machine.gpu_memory import Memory, confirmed
@@ -142,7 +142,7 @@ class MicroBatchFitter:
     def _longest(self, examples: Sequence[Example], most_tokens: int | None) -> Batch:
         """The micro-batch of these examples with the most tokens, packed."""
         parts = micro_batches(examples, self.state.cfg.micro_batch, most_tokens)
-        slots = max(parts, key=lambda part: sum(tokens_of(examples[s]) for s in part))
+        slots = max(parts, key=lambda part: sum(examples[s].tokens for s in part))
         return collate([examples[slot] for slot in slots], range(len(slots)))
 
     def _replan(self) -> bool:

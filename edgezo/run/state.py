@@ -98,7 +98,7 @@ class RunState:
     @property
     def examples(self) -> Sequence[Example]:
         """The training examples."""
-        return self.dataset.train
+        return self.model.reads(self.dataset.train)
 
     @property
     def judge(self) -> Judge | None:

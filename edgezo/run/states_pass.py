@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgezo.data.batches import Batch, Example, Row, permutation, tokens_of
-from edgezo.data.batches import collate as packed
+from edgezo.data.batches import Batch, Example, collate, permutation
 from edgezo.data.packed import PackedExamples
 from edgezo.errors import EdgezoError
 from edgezo.machine.clock import now_s
@@ -39,7 +38,7 @@ from edgezo.run.session import Loaded, Planned, load_model
 from edgezo.run.short_memory import guard_of
 from edgezo.run.state import StopRequest
 from edgezo.run.states_cache import make_room, states_folder
-from edgezo.weights.kept_states import STATE_FORMS, StateForm, StatesFile, digest_of
+from edgezo.weights.kept_states import STATE_FORMS, StateForm, StatesFile, digests_of
 from edgezo.weights.layouts import DENSE_DTYPES
 from edgezo.weights.saved import write_saved
 from edgezo.weights.verified import open_saved
@@ -54,7 +53,7 @@ def kept_rows(examples: Sequence[Example], count: int) -> Sequence[Example]:
     """The training rows that are kept: the first ``count`` of ``_order``, as they stand in the data."""
     if count >= len(examples):
         return examples
-    return PackedExamples(examples[int(i)] for i in np.sort(_order(examples)[:count]))
+    return PackedExamples.of(examples).some(np.sort(_order(examples)[:count]))
 
 
 def _order(examples: Sequence[Example]) -> np.ndarray:
@@ -79,10 +78,9 @@ class KeptStates:
     def __call__(self, batch: Batch) -> Tensor:
         """States of a batch's tokens, (N, hidden) in the compute dtype."""
         out = torch.empty(len(batch.ids), self.file.hidden, dtype=self.dtype)
-        ids, start = batch.ids.numpy(), 0
-        for length in batch.lengths:
-            row = slice(start, start + length)
-            if not self.file.read(digest_of(ids[row]), out[row]):
+        start = 0
+        for digest, length in zip(digests_of(batch), batch.lengths, strict=True):
+            if not self.file.read(digest, out[start : start + length]):
                 raise EdgezoError(
                     f"{self.file.path} lacks the states of a row of {length} tokens.\n"
                     "Go on with --resume, which computes them."
@@ -166,9 +164,9 @@ def _identity(planned: Planned) -> str:
 
 
 class Passing(NamedTuple):
-    """Rows that pass the frozen blocks together."""
+    """Examples that pass the frozen blocks together."""
 
-    rows: list[Row]
+    batch: Batch
     examples: int  # that have passed after this batch
     trained: int  # and how many of them are training rows
 
@@ -180,28 +178,27 @@ def _batches(planned: Planned, kept: int) -> Iterator[Passing]:
     """
     dataset = planned.opened.dataset
     evaluated, train = dataset.validation, dataset.train
-    for rows, done in _filled(evaluated, len(evaluated)):
-        yield Passing(rows, done, 0)
-    for rows, done in _filled((train[int(i)] for i in _order(train)), kept):
-        yield Passing(rows, len(evaluated) + min(done, kept), min(done, kept))
+    for batch, done in _filled(evaluated, len(evaluated)):
+        yield Passing(batch, done, 0)
+    for batch, done in _filled((train[int(i)] for i in _order(train)), kept):
+        yield Passing(batch, len(evaluated) + min(done, kept), min(done, kept))
 
 
-def _filled(examples: Iterable[Example], count: int) -> Iterator[tuple[list[Row], int]]:
+def _filled(examples: Iterable[Example], count: int) -> Iterator[tuple[Batch, int]]:
     """Batches of ``PASS_TOKENS`` tokens, or one example, for the first ``count`` examples; with the examples so far."""
-    batch: list[Row] = []
+    group: list[Example] = []
     tokens = done = 0
     for example in examples:
-        size = tokens_of(example)
-        if batch and tokens + size > PASS_TOKENS:
-            yield batch, done
-            batch, tokens = [], 0
+        if group and tokens + example.tokens > PASS_TOKENS:
+            yield collate(group, range(len(group))), done
+            group, tokens = [], 0
             if done >= count:
                 return
-        batch += example.rows
-        tokens += size
+        group.append(example)
+        tokens += example.tokens
         done += 1
-    if batch:
-        yield batch, done
+    if group:
+        yield collate(group, range(len(group))), done
 
 
 def _pass(file: StatesFile, planned: Planned, wanted: int, limit_s: float, report: Report) -> int:
@@ -214,30 +211,32 @@ def _pass(file: StatesFile, planned: Planned, wanted: int, limit_s: float, repor
     begun_s = now_s()
     with ExitStack() as at_end:
         loaded: Loaded | None = None
-        for number, batch in enumerate(_batches(planned, wanted)):
+        for number, passing in enumerate(_batches(planned, wanted)):
             if now_s() - begun_s > limit_s and rows >= least:
                 break
-            if not all(file.holds(digest_of(row.ids)) for row in batch.rows):
+            if not all(map(file.holds, digests_of(passing.batch))):
                 if loaded is None:
                     loaded = at_end.enter_context(_frozen_half(planned, report))
-                share = max(batch.examples / total, (now_s() - begun_s) / limit_s)
+                share = max(passing.examples / total, (now_s() - begun_s) / limit_s)
                 report.stop.check(0)
-                _pass_batch(file, loaded, batch.rows, report, (number + 1, min(1.0, share)))
-            rows = batch.trained
-        at_end.callback(malloc_trim)
-        at_end.callback(gc.collect)
-        del loaded  # its memory is free before the other half is loaded
+                _pass_batch(file, loaded, passing.batch, report, (number + 1, min(1.0, share)))
+            rows = passing.trained
+        del loaded
+    gc.collect()  # the memory is free before the other half is loaded
+    malloc_trim()
     return rows
 
 
 def _pass_batch(
-    file: StatesFile, loaded: Loaded, rows: Sequence[Row], report: Report, shown: tuple[int, float]
+    file: StatesFile, loaded: Loaded, batch: Batch, report: Report, shown: tuple[int, float]
 ) -> None:
     """Let one batch pass and keep its states; ``shown`` are its number and the share of the pass that is then over."""
     begun_s = now_s()
     with phase("forward"), loaded.memory.short("a batch of the pass"):
-        states = loaded.model.states_at_cut(_batch_of(rows)).cpu()
-    _keep(file, rows, states)
+        states = loaded.model.states_at_cut(batch).cpu()
+    rows = zip(digests_of(batch), states.split(batch.lengths), strict=True)
+    new = [(digest, of_row) for digest, of_row in rows if not file.holds(digest)]
+    file.append([digest for digest, _ in new], [of_row for _, of_row in new])
     number, fraction = shown
     report.progress.step(
         number,
@@ -246,17 +245,6 @@ def _pass_batch(
         step_s=now_s() - begun_s,
         rss_bytes=loaded.memory.held_bytes(),
     )
-
-
-def _keep(file: StatesFile, rows: Sequence[Row], states: Tensor) -> None:
-    """Add the rows of a batch that the file did not have when the pass began; ``states`` (N, hidden) are of all."""
-    parts = states.split([len(row.ids) for row in rows])
-    new = [
-        (digest, part)
-        for digest, part in zip((digest_of(row.ids) for row in rows), parts, strict=True)
-        if not file.holds(digest)
-    ]
-    file.append([digest for digest, _ in new], [part for _, part in new])
 
 
 @contextmanager
@@ -274,8 +262,3 @@ def _frozen_half(planned: Planned, report: Report) -> Iterator[Loaded]:
         report.progress.begin(done=0, steps=None, cap_bytes=plan.max_mem_bytes)
         at_end.callback(report.progress.close)
         yield Loaded(model, memory)
-
-
-def _batch_of(rows: Sequence[Row]) -> Batch:
-    examples = [Example((row,), -1) for row in rows]
-    return packed(examples, range(len(examples)))

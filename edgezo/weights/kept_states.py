@@ -23,7 +23,7 @@ import os
 import struct
 import zlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgezo.data.batches import Batch
 from edgezo.errors import EdgezoError
 from edgezo.machine import kernels
 from edgezo.machine.files import write_error
@@ -94,10 +95,21 @@ STATE_FORMS = {
 }
 
 
-def digest_of(ids: Iterable[int] | np.ndarray) -> bytes:
-    """What a row is known by: a digest of its tokens, 16 bytes."""
-    tokens = np.fromiter(ids, np.int32) if not isinstance(ids, np.ndarray) else ids
-    return hashlib.blake2b(tokens.astype("<i4").tobytes(), digest_size=16).digest()
+def digest_of(ids: np.ndarray, parents: Sequence[int] = ()) -> bytes:
+    """What a row is known by: a digest of its tokens, and of their ``parents`` where it is a tree, 16 bytes."""
+    digest = hashlib.blake2b(ids.astype("<i4").tobytes(), digest_size=16)
+    if len(parents):
+        digest.update(np.array(parents, "<i4").tobytes())
+    return digest.digest()
+
+
+def digests_of(batch: Batch) -> list[bytes]:
+    """The digests of a batch's rows."""
+    ids, digests, start = batch.ids.numpy(), [], 0
+    for length, tree in zip(batch.lengths, batch.trees, strict=True):
+        digests.append(digest_of(ids[start : start + length], () if tree is None else tree.parents))
+        start += length
+    return digests
 
 
 @dataclass

@@ -11,7 +11,8 @@ from conftest import make_model
 from edgezo.bench import speed
 from edgezo.bench.alignment import point_config
 from edgezo.bench.speed_baselines import PUBLISHED_STEPS, Plain
-from edgezo.data.batches import Example, Row
+from edgezo.data.batches import Example
+from edgezo.data.trees import Row
 
 
 @pytest.fixture

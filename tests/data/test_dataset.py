@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers_fixture import byte_tokenizer, masked_tokenizer, piece_tokenizer
 
-from edgezo.data.batches import Example, Row, batch_indices, collate, micro_batches, tokens_of
+from edgezo.data.batches import Example, batch_indices, collate, micro_batches
 from edgezo.data.dataset import DataRequest, Dataset, load_dataset, show_batch
 from edgezo.data.tasks import EXAMPLE_FOLDER, TASKS
+from edgezo.data.trees import Row
 from edgezo.errors import UsageError
 
 GOOD_BAD = [{"text": f"film number {i}", "label": i % 2} for i in range(20)]
@@ -108,6 +110,9 @@ examples_of = st.builds(
 @quick
 @given(st.lists(examples_of, min_size=1, max_size=6))
 def test_a_batch_holds_every_row_and_every_target_of_its_examples(examples: list[Example]) -> None:
+    examples = [
+        replace(example, apart=True) for example in examples
+    ]  # of trees: network/test_trees.py
     slots = [3 * k + 1 for k in range(len(examples))]
     batch = collate(examples, slots)
     assert batch.slots == tuple(slots)
@@ -115,17 +120,20 @@ def test_a_batch_holds_every_row_and_every_target_of_its_examples(examples: list
     starts = [sum(batch.lengths[:r]) for r in range(len(batch.lengths) + 1)]
     assert starts[-1] == len(batch.ids)
     rebuilt: list[list[Row]] = [[] for _ in examples]
+    options = iter(range(len(batch.option_example)))
     for r, (start, end) in enumerate(pairwise(starts)):
-        scored = batch.score_row == r
+        at = batch.score_index[(batch.score_index >= start) & (batch.score_index < end)]
+        tokens = batch.part_token[batch.part_option == next(options)]
+        assert not len(tokens) or torch.equal(batch.score_index[batch.score_state[tokens]], at)
         rebuilt[int(batch.row_example[r])].append(
             Row(
                 tuple(batch.ids[start:end].tolist()),
-                tuple((batch.score_index[scored] - start).tolist()),
-                tuple(batch.score_ids[scored].tolist()),
+                tuple((at - start).tolist()),
+                tuple(batch.score_ids[tokens].tolist()),
             )
         )
     assert [tuple(rows) for rows in rebuilt] == [e.rows for e in examples]
-    for tensor in (batch.ids, batch.row_example, batch.score_index, batch.score_row, batch.labels):
+    for tensor in (batch.ids, batch.row_example, batch.score_index, batch.score_state):
         assert tensor.dtype == torch.int64
 
 
@@ -140,11 +148,11 @@ def test_micro_batches_partition_the_group_by_length(
 ) -> None:
     parts = micro_batches(examples, size, most)
     if most is not None:
-        sums = [sum(tokens_of(examples[slot]) for slot in part) for part in parts]
+        sums = [sum(examples[slot].tokens for slot in part) for part in parts]
         assert all(n <= most or len(part) == 1 for n, part in zip(sums, parts, strict=True))
     assert sorted(slot for part in parts for slot in part) == list(range(len(examples)))
     assert all(len(part) <= size for part in parts)
-    lengths = [tokens_of(examples[slot]) for part in parts for slot in part]
+    lengths = [examples[slot].tokens for part in parts for slot in part]
     assert lengths == sorted(lengths, reverse=True)
 
 
@@ -168,7 +176,7 @@ def test_words_of_a_script_without_spaces_get_no_space(tmp_path: Path) -> None:
     data = load(GOOD_BAD, tmp_path, template="{text}:", labels="0=坏,1=好")
     without = byte_tokenizer()("好", add_special_tokens=False)["input_ids"]
     assert data.kind == "choice"  # the first bytes of the two are the same
-    assert list(everything(data)[0].rows[1].score_ids) == without
+    assert list(everything(data)[0].whole_rows[1].score_ids) == without
 
 
 def test_a_label_word_on_a_new_line_gets_no_space(tmp_path: Path) -> None:
@@ -205,7 +213,11 @@ def test_colliding_first_tokens_become_a_choice_of_whole_words(tmp_path: Path) -
     assert data.kind == "choice"
     assert any("same token" in note for note in data.notes)
     for example in everything(data):
-        assert [targets(row, tokenizer) for row in example.rows] == [" good", " good fun"]
+        assert [targets(row, tokenizer) for row in example.whole_rows] == [" good", " good fun"]
+        prompt = tokenizer.decode(list(example.rows[0].ids))
+        for row, word in zip(example.whole_rows, data.label_names, strict=True):
+            joined = tokenizer(f"{prompt} {word}")["input_ids"]
+            assert [*row.ids, row.score_ids[-1]] == joined
 
 
 def test_text_predicts_every_token_after_the_first(tmp_path: Path) -> None:
@@ -532,7 +544,7 @@ def test_the_shown_batch_marks_what_is_predicted_and_lines_up(tmp_path: Path) ->
         texts = [
             i for i, line in enumerate(lines) if "⟦" in line and "^" in lines[i + 1 : i + 2][0]
         ]
-        assert len(texts) == sum(len(e.rows) for e in data.train[:2])
+        assert len(texts) == sum(len(e.whole_rows) for e in data.train[:2])
         for i in texts:
             assert len(lines[i]) == len(lines[i + 1])
             for text, mark in zip(lines[i], lines[i + 1], strict=True):
@@ -558,3 +570,50 @@ def test_labels_of_held_out_rows_count_where_one_file_has_all_rows(tmp_path):
         DataRequest(data=write(tmp_path / "two.jsonl", two), template="{text} is"), byte_tokenizer()
     )
     assert data.label_names == ("bad", "good") and len(data.train) == len(data.validation) == 1
+
+
+# --------------------------------------------------------------------------------------- label words of several tokens
+
+
+def test_prompts_before_label_words_are_cut_so_that_the_longest_word_has_room(
+    tmp_path: Path,
+) -> None:
+    tokenizer = byte_tokenizer()
+    asked = {"template": "{text} It was", "labels": "0=good,1=good fun"}
+    longest = max(len(tokenizer(f" {word}")["input_ids"]) for word in ("good", "good fun"))
+    data = load(GOOD_BAD, tmp_path, tokenizer, max_length=longest + 3, **asked)
+    for example in everything(data):
+        assert max(len(row.ids) for row in example.whole_rows) == longest + 3
+        assert len({tuple(row.ids[: len(example.rows[0].ids)]) for row in example.whole_rows}) == 1
+    assert any("cut to" in note for note in data.notes)
+    short = problems(lambda: load(GOOD_BAD, tmp_path, tokenizer, max_length=longest - 1, **asked))
+    assert f"a label word of {longest} tokens" in short
+
+
+def test_options_of_a_row_begin_with_one_prompt_that_is_stored_once(tmp_path: Path) -> None:
+    passage = "a passage that goes on for a while about this and that " * 6
+    rows = [
+        {
+            "passage": passage,
+            "query": f"who is @placeholder {i}",
+            "entities": [f"e {i}", f"e b {i}", "x"],
+            "answers": ["x"],
+        }
+        for i in range(12)
+    ]
+    folder = tmp_path / "record"
+    folder.mkdir()
+    write(folder / "train.jsonl", rows)
+    write(folder / "validation.jsonl", rows)
+    request = DataRequest(task="record", data_root=str(tmp_path), max_length=2000)
+    data = load_dataset(request, byte_tokenizer())
+    for example in data.train:
+        assert len(example.rows) == 3 and example.tree is not None
+        assert example.tokens < 1.2 * max(len(row.ids) for row in example.rows)
+    stats = data.token_stats()
+    assert stats.tokens[0] == max(example.tokens for example in data.train)
+    whole = sum(
+        2 * len(row.ids) for split in (data.train, data.validation) for e in split for row in e.rows
+    )
+    judged = 2 * 12 * (len(json.dumps(rows[0])) + 400)
+    assert stats.stored_bytes < whole / 2 + judged

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from tokenizers_fixture import byte_tokenizer
 
 from edgezo.data import packed as packed_rows
-from edgezo.data.batches import Example, Row
+from edgezo.data.batches import Example, collate
 from edgezo.data.dataset import DataRequest, load_dataset
 from edgezo.data.json_array import JsonArray
 from edgezo.data.packed import CHUNK_ROWS, PackedExamples, PackedRecords, SelectedRecords
 from edgezo.data.row_files import Record
+from edgezo.data.trees import Row
 from edgezo.machine.process_memory import ReadingGuard
 
 VALUES = st.recursive(
@@ -68,8 +69,9 @@ def test_examples_come_out_as_they_went_in_and_are_counted(examples: list[Exampl
     with mock.patch.object(packed_rows, "FACTS_ROWS", 3):  # in pieces
         assert packed.longest_row() == longest
         assert np.array_equal(sizes, (packed.token_counts(), packed.scored_counts()))
-    tokens = [sum(len(row.ids) for row in example.rows) for example in examples]
-    scored = [sum(len(row.score_at) for row in example.rows) for example in examples]
+    batches = [collate([example], [0]) for example in packed]
+    tokens = [len(batch.ids) for batch in batches]
+    scored = [len(batch.score_index) for batch in batches]
     assert packed.token_counts().tolist() == tokens and packed.scored_counts().tolist() == scored
 
 

@@ -19,7 +19,6 @@ from test_planner import MB, SST2, item, plan
 from test_runs import contents, of_evaluation, run_of
 
 from edgezo.bench.alignment import example_loss, in_trained, plain_module
-from edgezo.data.batches import tokens_of
 from edgezo.data.token_stats import TokenStats
 from edgezo.network.first_order import split_by_length
 from edgezo.run.journal import open_journal
@@ -87,8 +86,8 @@ def test_a_group_is_divided_by_the_tokens_of_its_examples(bench):
     group = list(request.dataset.train[:12])
     short, others = split_by_length(group, BETWEEN)
     assert sorted(short + others) == list(range(12)) and short and others
-    assert max(tokens_of(group[s]) for s in short) <= BETWEEN
-    assert min(tokens_of(group[s]) for s in others) > BETWEEN
+    assert max(group[s].tokens for s in short) <= BETWEEN
+    assert min(group[s].tokens for s in others) > BETWEEN
 
 
 def test_a_killed_run_goes_on_to_the_same_bits_and_is_replayed_from_its_snapshot(

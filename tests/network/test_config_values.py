@@ -10,8 +10,9 @@ import pytest
 import tiny_models
 import torch
 
-from edgezo.data.batches import Example, Row, collate
+from edgezo.data.batches import Example, collate
 from edgezo.data.tasks import Generation
+from edgezo.data.trees import Row
 from edgezo.errors import EdgezoError
 from edgezo.network.assemble import ModelSpec, assemble
 from edgezo.network.foreign_config import read_config

@@ -93,7 +93,7 @@ def test_scores_of_a_vocabulary_take_three_chunks(
     monkeypatch.setattr(limits, "LOGITS_BYTES", chunk_bytes)
     hidden = torch.randn(64, model.scorer.head.matrix.layout.shape[1])
     ids = torch.arange(64)
-    nll, gradient = model.scorer._vocabulary(hidden, ids, None)
+    nll, gradient = model.scorer._vocabulary(hidden, ids, ids, None)
     with Alive() as alive:
         nll()
         gradient(torch.ones(64), None)

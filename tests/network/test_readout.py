@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from conftest import make_model
 from safetensors.torch import load_file
 
-from edgezo.data.batches import Example, Row, collate
+from edgezo.data.batches import Example, collate
+from edgezo.data.trees import Row
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.limits import READOUT_BLOCKS
 from edgezo.network import loader

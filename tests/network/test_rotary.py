@@ -11,8 +11,9 @@ import tiny_models
 import torch
 from transformers import AutoModelForCausalLM
 
-from edgezo.data.batches import Example, Row, collate
+from edgezo.data.batches import Example, collate
 from edgezo.data.tasks import Generation
+from edgezo.data.trees import Row
 from edgezo.network.assemble import ModelSpec, assemble
 from edgezo.network.generate import generate
 from edgezo.network.loader import open_model

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgezo.data.batches import Example, Row
+from edgezo.data.batches import Example
 from edgezo.data.dataset import Dataset
 from edgezo.data.token_stats import TokenStats
+from edgezo.data.trees import Row
 from edgezo.errors import DoesNotFit
 from edgezo.machine import limits
 from edgezo.network.cards import cards
@@ -310,7 +311,7 @@ def test_lengths_of_the_data_bound_the_longest_micro_batch():
     data = Dataset("choice", (Example((row, row), 0),), (), (), (), ())
     kept_bytes = data.token_stats().stored_bytes
     assert 16 < kept_bytes < 200
-    expected = TokenStats("choice", (6,), 2, 0, 6.0, examples=1, stored_bytes=kept_bytes)
+    expected = TokenStats("choice", (3,), 1, 0, 3.0, examples=1, stored_bytes=kept_bytes)
     assert data.token_stats() == expected
 
 

@@ -16,8 +16,9 @@ from preset_trials import MACHINE, make_finetuner
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from edgezo.data.batches import Example, Row
+from edgezo.data.batches import Example
 from edgezo.data.dataset import Dataset
+from edgezo.data.trees import Row
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.network.assemble import ModelSpec, assemble
 from edgezo.network.loader import build_meta, open_model

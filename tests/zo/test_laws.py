@@ -39,7 +39,8 @@ from workshop import (
     pick,
 )
 
-from edgezo.data.batches import Example, Row, collate, micro_batches
+from edgezo.data.batches import Example, collate, micro_batches
+from edgezo.data.trees import Row
 from edgezo.errors import UsageError
 from edgezo.machine import limits
 from edgezo.network.assemble import ModelSpec, assemble
