@@ -410,9 +410,7 @@ class Footprint(StoredFootprint):
         kept = int(ATTENTION_SHARE * n_tokens * at_once) if in_heap else 0
         return (max(attending, mlp + kept) + n_tokens * rotary) * compute_bytes
 
-    # -----------------------------------------------------------------------------------------
-    # An update
-
+    # ------------------------------------------------------------------------------------- an update
     def _update_tiles(self, precision: str) -> int:
         rounds = self.cfg.parts.weights and precision != "fp32"
         copies = ROUNDED_UPDATE_TILES if rounds else UPDATE_TILES
