@@ -120,6 +120,34 @@ def check_written(model: Any, wanted: list[list[int]]) -> None:
     model.close()
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+        ("gemma2", {"attn_logit_softcapping": 7.0, "final_logit_softcapping": 3.0}),
+        ("gemma3_text", {"final_logit_softcapping": 3.0}),
+        ("phi3", {"sliding_window": 6}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4}}),
+        ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+        ("llama", {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False}),
+        ("llama", {"head_dim": 16, "rms_norm_eps": 1e-5}),
+    ],
+    ids=str,
+)
+def test_settings_of_a_model_go_along(
+    families: Any, family: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    bench = (
+        families(family, **changes)
+        if "rope_parameters" not in changes
+        else replace(families(family), model=make_model(tmp_path / "model", family, **changes))
+    )
+    run_of(bench, tmp_path / "run", kind="completion", train="lowrank", **LARGE)
+    export(tmp_path / "run", "gguf", tmp_path / "out", dtype="fp32")
+    scores = scores_of(tmp_path / "run")
+    assert scores_of(tmp_path / "out/model.gguf") == pytest.approx(scores, abs=1e-4)
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "q8_0"])
 def test_types_of_weights(families: Any, dtype: str, tmp_path: Path) -> None:
     bench = families("llama", hidden_size=64, intermediate_size=96, num_attention_heads=8)
