@@ -57,6 +57,7 @@ _COPY_BYTES = 1 << 22  # of a tensor that is copied, at a time
 # How far a stored number may be from what was to be stored, as a share of the largest in its block of 32.
 _ROUNDING = {"F32": 0.0, "F16": 2**-10, "BF16": 2**-7, "Q8_0": 1 / 127}
 _SHIFTED = 2**-22
+_WINDOWED = ("gemma2", "gemma3_text", "phi3")  # types of models whose window a file states
 _WITHOUT_HEAD = ("gemma2",)  # architectures that llama.cpp gives no head beside the table
 # Settings of a config that are no sizes.
 _COMPUTED_WITH = (
@@ -233,6 +234,8 @@ class GgufExporter(Merged):
             for name in _COMPUTED_WITH
             if not _alike(getattr(wanted, name, None), getattr(made, name, None))
         ]
+        if self.named[1].model_type in _WINDOWED and wanted.sliding_window != made.sliding_window:
+            differ.append("windows")
         shape = self.files.shape
         if replace(shape_of(made), sliding_window=shape.sliding_window) != replace(
             shape, tied=tied
@@ -390,7 +393,7 @@ def _alike(a: Any, b: Any) -> bool:
         return all(_alike(a[k], b[k]) for k in keys)
     if isinstance(a, float) and isinstance(b, float | int):
         return abs(a - b) <= 1e-6 * max(abs(a), abs(b))
-    return a is None or b is None or a == b
+    return a == b or (not a and not b)  # 0 is none
 
 
 def _ids(tokenizer: Any, sample: str) -> list[int]:

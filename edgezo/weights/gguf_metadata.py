@@ -55,6 +55,10 @@ def model_entries(config: Any) -> dict[str, Entry]:
         value = c.get(name)
         if name == "n_inner":
             value = value or 4 * config.n_embd
+        if name.endswith("softcapping"):
+            value = float(
+                value or 0.0
+            )  # 0 is none: without the key llama.cpp takes Gemma's usual caps
         if isinstance(value, int | float) and (value or name.endswith("softcapping")):
             if name == "sliding_window" and not _windowed(c):
                 continue
@@ -66,6 +70,7 @@ def model_entries(config: Any) -> dict[str, Entry]:
         _add_rope(c, entries)
         _add_window(c, entries)
         _check_scale(c)
+        _check_caps(c)
     if c.refused:
         raise UsageError(
             f"a GGUF file of the architecture {c.name} has no place for {', nor for '.join(c.refused)}.\n{_INSTEAD}"
@@ -151,6 +156,11 @@ def _add_window(c: _Config, entries: dict[str, Entry]) -> None:
         usual = ["full_attention" if i % 2 else "sliding_attention" for i in range(len(kinds))]
         if list(kinds) != usual:
             c.refuse("windows in other layers than every second one")
+
+
+def _check_caps(c: _Config) -> None:
+    if c.name == "gemma3" and c.get("attn_logit_softcapping"):
+        c.refuse("a soft cap of attention")
 
 
 def _check_scale(c: _Config) -> None:

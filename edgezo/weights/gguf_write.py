@@ -36,6 +36,7 @@ FILE_TYPES = {
     "bf16": gguf.LlamaFileType.MOSTLY_BF16,
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
 }
+_ENCODED_ELEMENTS = 1 << 19  # numbers that are encoded at a time
 _WRITABLE = frozenset(
     GGMLQuantizationType[name]
     for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
@@ -175,13 +176,20 @@ def write_gguf(
         for tensor in tensors:
             start = file.tell()
             for piece in tensor.pieces():
-                file.write(piece if isinstance(piece, bytes) else encoded(piece, tensor.type))
+                file.writelines([piece] if isinstance(piece, bytes) else _parts(piece, tensor.type))
             size = file.tell() - start
             if size != tensor.size_bytes:
                 raise ValueError(f"{tensor.name} has {size} bytes, not {tensor.size_bytes}")
             writer.write_padding(file, size)
     finally:
         writer.close()
+
+
+def _parts(rows: Tensor, kind: GGMLQuantizationType) -> Iterator[bytes]:
+    """``encoded``, a few rows at a time: the package makes several copies of what it encodes."""
+    cols = rows.shape[-1] if rows.dim() > 1 else 1
+    for part in rows.split(max(1, _ENCODED_ELEMENTS // cols)):
+        yield encoded(part, kind)
 
 
 def encoded(rows: Tensor, kind: GGMLQuantizationType) -> bytes:

@@ -184,7 +184,7 @@ GGUF_SPELLINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "no window": ("phi3", {"sliding_window": None}, {"phi3.attention.sliding_window": None}),
     "window 0 of gemma2": (
         "gemma2",
-        {"sliding_window": None, "query_pre_attn_scalar": 256},
+        {"sliding_window": None},
         {"gemma2.attention.sliding_window": 0},
     ),
     "caps 0": (
@@ -192,7 +192,6 @@ GGUF_SPELLINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {
             "attn_logit_softcapping": None,
             "final_logit_softcapping": None,
-            "query_pre_attn_scalar": 256,
         },
         {"gemma2.attn_logit_softcapping": 0.0, "gemma2.final_logit_softcapping": 0.0},
     ),
@@ -238,7 +237,7 @@ GGUF_SPELLINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "ids of no tokens": ("llama", {}, {"tokenizer.ggml.padding_token_id": 4294967295}),
     "windows by a pattern": (
         "gemma3_text",
-        {"query_pre_attn_scalar": 256, "sliding_window_pattern": 2},
+        {"sliding_window_pattern": 2},
         {"gemma3.attention.sliding_window_pattern": [True, False, True]},
     ),
 }

@@ -234,9 +234,9 @@ def test_the_lines_of_the_docs_classify_by_an_exported_probe(
 ) -> None:
     folder, summary = exported_probe
     page = (Path(__file__).parents[2] / "docs/export.md").read_text(encoding="utf-8")
-    lines = next(p for p in page.split("```python\n")[1:] if "probe.safetensors" in p)
+    fences = [part.split("```")[0] for part in page.split("```python\n")[1:]]
     names: dict[str, Any] = {}
-    exec(lines.split("```")[0], names)
+    exec(next(lines for lines in fences if "probe.safetensors" in lines), names)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     data = open_request(make_config(bench.settings("label"))).dataset
     losses = [

@@ -31,6 +31,14 @@ LARGE = {"step": 0.5, "sigma": 0.05}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2")
 PROMPTS = ("a warm film", "film 3 is cold. Verdict:", "The year 2024", "  two spaces")
 LLAMA_CPP = "pip install 'edgezo[llama]' builds llama.cpp's Python binding"
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 MOST = 6  # tokens that are compared after each prompt
 
 
@@ -118,6 +126,35 @@ def check_written(model: Any, wanted: list[list[int]]) -> None:
             assert logits[token] >= logits.max() - 1e-3 * logits.std()
             model.eval([token])
     model.close()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+        ("gemma2", {"attn_logit_softcapping": 7.0, "final_logit_softcapping": 3.0}),
+        ("gemma3_text", {"final_logit_softcapping": 3.0}),
+        ("phi3", {"sliding_window": 6}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4}}),
+        ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+        ("llama", {"rope_parameters": LLAMA3_ROPE}),
+        ("llama", {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False}),
+        ("llama", {"head_dim": 16, "rms_norm_eps": 1e-5}),
+    ],
+    ids=str,
+)
+def test_settings_of_a_model_go_along(
+    families: Any, family: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    bench = (
+        families(family, **changes)
+        if "rope_parameters" not in changes
+        else replace(families(family), model=make_model(tmp_path / "model", family, **changes))
+    )
+    run_of(bench, tmp_path / "run", kind="completion", train="lowrank", **LARGE)
+    export(tmp_path / "run", "gguf", tmp_path / "out", dtype="fp32")
+    scores = scores_of(tmp_path / "run")
+    assert scores_of(tmp_path / "out/model.gguf") == pytest.approx(scores, abs=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "q8_0"])

@@ -262,9 +262,9 @@ def test_a_rule_s_own_end_and_a_new_line_end_a_text(bench: Bench) -> None:
     found = opened.judge
     assert found is not None
     ids = opened.tokenizer(" warm\n and more")["input_ids"]
-    assert found._over(ids) and found.answer(ids) == "warm"
+    assert found.over(ids) and found.answer(ids) == "warm"
     end = opened.tokenizer.eos_token_id
-    assert found._over([ids[0], end]) and not found._over(ids[:1])
+    assert found.over([ids[0], end]) and not found.over(ids[:1])
     assert found.answer([*opened.tokenizer(" warm dull")["input_ids"], end]) == "warm dull"
 
 

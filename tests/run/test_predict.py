@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import LABELLED, Bench, write_rows
+from conftest import LABELLED, Bench, make_model, write_rows
 from test_runs import run_of
 
 import edgezo as package
@@ -268,3 +269,82 @@ def test_a_run_that_has_not_ended_is_said(bench: Bench, tmp_path: Path) -> None:
     notes: list[str] = []
     with predictor(str(tmp_path / "run"), use_request(str(tmp_path / "run"), {}), notes.append):
         assert any("has not ended" in note and "after 3 of 3 steps" in note for note in notes)
+
+
+def test_every_family_of_forms_is_asked_without_answers(
+    bench: Bench, edgezo_json: Any, tmp_path: Path
+) -> None:
+    tasks: dict[str, tuple[list[dict[str, Any]], str, str]] = {
+        "copa": (
+            [
+                {
+                    "premise": f"The sun rose {i} times.",
+                    "question": "cause",
+                    "choice1": "It was warm",
+                    "choice2": "It was cold",
+                    "label": i % 2,
+                }
+                for i in range(12)
+            ],
+            "label",
+            "label",
+        ),
+        "record": (
+            [
+                {
+                    "passage": f"Ann met Bob {i} times.",
+                    "query": "@placeholder was warm",
+                    "entities": ["Ann", "Bob", "Cleo"][: 2 + i % 2],
+                    "answers": ["Bob"],
+                }
+                for i in range(12)
+            ],
+            "answers",
+            "answer",
+        ),
+        "squad": (
+            [
+                {
+                    "context": f"Ann has {i} dogs",
+                    "question": "How many?",
+                    "answers": {"text": [str(i)], "answer_start": [8]},
+                }
+                for i in range(12)
+            ],
+            "answers",
+            "completion",
+        ),
+    }
+    for task, (rows, answer, given) in tasks.items():
+        folder = tmp_path / "data" / task
+        folder.mkdir(parents=True)
+        write_rows(folder / "train.jsonl", rows)
+        write_rows(folder / "validation.jsonl", rows)
+        settings = {"data": None, "template": None, "labels": None, "task": task}
+        settings |= {"data_root": str(tmp_path / "data"), "train": "lowrank", **LARGE}
+        summary = run_of(bench, tmp_path / task, **settings)
+        asked = [{k: v for k, v in row.items() if k != answer} for row in rows]
+        file = write_rows(tmp_path / f"{task}.jsonl", asked)
+        code, made = edgezo_json("predict", tmp_path / task, "--data", file)
+        assert code == 0 and all(given in p for p in made["predictions"]), made
+        if task == "copa":
+            labels = [int(p["value"]) for p in made["predictions"]]
+            right = sum(a == row["label"] for a, row in zip(labels, rows, strict=True))
+            assert right / len(rows) == summary["eval_after"]["value"]
+        if task == "record":
+            right = sum(p["answer"] == "Bob" for p in made["predictions"])
+            assert right / len(rows) == summary["eval_after"]["value"]
+            assert [len(p["probabilities"]) for p in made["predictions"]] == [2, 3] * 6
+
+
+@pytest.mark.parametrize("train", ["lowrank+head", "lowrank+probe"])
+def test_a_masked_model_predicts_its_mask(
+    bench: Bench, train: str, edgezo_json: Any, tmp_path: Path
+) -> None:
+    padding = {"pad_token_id": 299, "max_position_embeddings": 430}
+    masked = replace(bench, model=make_model(tmp_path / "model", "roberta", **padding))
+    summary = run_of(masked, tmp_path / "run", train=train, **LARGE)
+    _, rows = validation(masked, "label")
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    code, made = edgezo_json("predict", tmp_path / "run", "--data", file)
+    assert code == 0 and made["accuracy"] == summary["eval_after"]["value"]
