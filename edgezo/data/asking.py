@@ -202,7 +202,8 @@ class Asker:
             if not all(row.score_at for row in example.rows):
                 problems.add("a row without a text to predict after", at=record.where)
                 break
-            asked.append(AskedRow(example, self._right(record, form)))
+            followed = replace(example, endings=self.endings) if self.endings else example
+            asked.append(AskedRow(followed, self._right(record, form)))
         return asked
 
     def close(self) -> None:

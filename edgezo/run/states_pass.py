@@ -46,7 +46,7 @@ from edgezo.weights.verified import open_saved
 LOST_ROWS = "It says how many rows the run trains on: restore it from a copy, or start again with another --out."
 # Stream of the Philox generator for the order in which rows are kept. Its seed is always 0: runs with other seeds train
 # on the same rows, and so find their states.
-_ORDER = 2**63 + 2
+_OF_STATES = 2**63 + 2
 
 
 def kept_rows(examples: Sequence[Example], count: int) -> Sequence[Example]:
@@ -58,7 +58,7 @@ def kept_rows(examples: Sequence[Example], count: int) -> Sequence[Example]:
 
 def _order(examples: Sequence[Example]) -> np.ndarray:
     """The order in which training rows pass, which no seed changes."""
-    return permutation(len(examples), 0, _ORDER)
+    return permutation(len(examples), 0, _OF_STATES)
 
 
 def with_kept_rows(planned: Planned, rows: int) -> Planned:
