@@ -170,7 +170,7 @@ def replay(run: str, out: str, as_json: bool) -> None:
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["fp32", "bf16", "fp16", "q8_0", "int8", "int4"]),
+    type=click.Choice(["fp32", "bf16", "fp16", "q8_0", "int8"]),
     help="Type of the weights.  [default: of hf fp32 if adapters were trained, else the run's; "
     "of gguf the base file's, else fp16; of onnx fp32]",
 )

@@ -21,7 +21,6 @@ from onnx import TensorProto, helper, numpy_helper
 from edgezo.errors import UsageError
 
 OPSET, IR_VERSION = 21, 10
-SHARED_SCALE = 32  # codes of four bits that share a scale
 SCALE_END = "_scale"  # the end of the name of a matrix's scales
 _MASKED_SCORE = -3e38  # a score that softmax turns into 0
 _COMPUTED_ACTIVATIONS = {
@@ -40,7 +39,7 @@ class Graph:
     """Nodes and constants; weights are named only."""
 
     float_type: int  # TensorProto.FLOAT or FLOAT16: of weights and hidden states
-    code_type: int | None = None  # TensorProto.INT8 or INT4: of matrices; None: as float_type
+    code_type: int | None = None  # TensorProto.INT8: of matrices; None: as float_type
     nodes: list[Any] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, tuple[int, ...]] = field(default_factory=dict)  # shapes, by name
@@ -67,35 +66,23 @@ class Graph:
         self.weights[name] = tuple(shape)
         return name
 
-    def matrix(self, name: str, shape: Sequence[int], *, gathered: bool = False) -> str:
-        """A matrix (out, in) as it is multiplied; codes are expanded by their scales, one a row or a block of it.
-
-        Rows of a matrix that is ``gathered`` from are codes of 8 bits at the most.
-        """
+    def matrix(self, name: str, shape: Sequence[int]) -> str:
+        """A matrix (out, in) as it is multiplied; codes are expanded by their scales, one a row."""
         if self.code_type is None:
             return self.weight(name, shape)
-        kind = self._coded(name, shape, gathered)
-        if kind == TensorProto.INT8:
-            return str(self.op("DequantizeLinear", name, name + SCALE_END, axis=0))
-        return str(
-            self.op("DequantizeLinear", name, name + SCALE_END, axis=1, block_size=SHARED_SCALE)
-        )
+        self._coded(name, shape, self.code_type)
+        return str(self.op("DequantizeLinear", name, name + SCALE_END, axis=0))
 
-    def _coded(self, name: str, shape: Sequence[int], gathered: bool) -> int:
-        """The type of a matrix's codes, which is the same wherever it is used."""
-        assert self.code_type is not None
-        blocks = not gathered and shape[1] % SHARED_SCALE == 0
-        kind = self.codes.setdefault(name, self.code_type if blocks else TensorProto.INT8)
+    def _coded(self, name: str, shape: Sequence[int], kind: int) -> None:
+        self.codes[name] = kind
         self.weight(name, shape)
-        of_scale = (shape[0],) if kind == TensorProto.INT8 else (shape[0], shape[1] // SHARED_SCALE)
-        self.weight(name + SCALE_END, of_scale)
-        return kind
+        self.weight(name + SCALE_END, (shape[0],))
 
     def gather(self, name: str, shape: Sequence[int], ids: str) -> str:
         """Rows of a matrix."""
         if self.code_type is None:
             return str(self.op("Gather", self.weight(name, shape), ids))
-        self._coded(name, shape, gathered=True)
+        self._coded(name, shape, self.code_type)
         codes = self.op("Cast", self.op("Gather", name, ids), to=self.float_type)
         scales = self.op("Unsqueeze", self.op("Gather", name + SCALE_END, ids), self.const([-1]))
         return str(self.op("Mul", codes, scales))

@@ -2,7 +2,7 @@
 
     model.onnx         the graph (onnx_graph.py): a decoder with a key-value cache; of a run that tells labels apart a
                        classifier, from tokens to probabilities, its linear probe or label words inside
-    model.onnx.data    the weights, written a tile at a time: fp32, fp16, or matrices as codes of 8 or 4 bits
+    model.onnx.data    the weights, written a tile at a time: fp32, fp16, or matrices as codes of 8 bits
 
 ``onnx.checker`` looks at what was written, and where onnxruntime is installed it answers a text as the run does, or
 nothing is kept.
@@ -25,10 +25,11 @@ from torch import Tensor
 from edgezo import __version__
 from edgezo.data.batches import Example, Row, collate
 from edgezo.errors import EdgezoError, UsageError
+from edgezo.machine.limits import MOST_CODE
 from edgezo.machine.process_memory import rss_bytes
 from edgezo.network.generate import write_one
 from edgezo.network.loader import ModelFiles, build_meta
-from edgezo.network.onnx_graph import IR_VERSION, OPSET, SCALE_END, SHARED_SCALE, Decoder, Graph
+from edgezo.network.onnx_graph import IR_VERSION, OPSET, SCALE_END, Decoder, Graph
 from edgezo.network.readout import LEAST_SPREAD
 from edgezo.plan.budget import mb
 from edgezo.run.merged import Merged, rounded_to
@@ -43,14 +44,12 @@ WEIGHT_TYPES: dict[str, tuple[int, int | None]] = {
     "fp32": (TensorProto.FLOAT, None),
     "fp16": (TensorProto.FLOAT16, None),
     "int8": (TensorProto.FLOAT, TensorProto.INT8),
-    "int4": (TensorProto.FLOAT, TensorProto.INT4),
 }
-_MOST_CODES: dict[int, int] = {TensorProto.INT8: 127, TensorProto.INT4: 7}
 _ALIGNMENT = 4096  # of each tensor in the file, so that it can be mapped
 _STEPS = 3  # tokens that the run and the file are compared over
 # How far answers may be from the run's in the mean, as a share of their spread: in the same arithmetic, in another one,
-# and for codes of four bits. Answers of another model are farther by their whole spread.
-_CLOSE, _ROUGH, _COARSE_CODES = 1e-3, 0.2, 0.9
+# or over codes. Answers of another model are farther by their whole spread.
+_CLOSE, _ROUGH = 1e-3, 0.2
 _WORD_ROWS = "label_words"  # the rows of the head that label words have
 
 
@@ -121,7 +120,7 @@ class OnnxExporter(Merged):
         logits = graph.op(
             "Gemm",
             decoder.end(x),
-            graph.matrix(head, (int(vocab), int(width)), gathered=head == self.table),
+            graph.matrix(head, (int(vocab), int(width))),
             transB=1,
         )
         shape = graph.op("Concat", decoder.batch, decoder.length, graph.const([int(vocab)]), axis=0)
@@ -185,7 +184,7 @@ class OnnxExporter(Merged):
                 start, scales = file.tell(), list[Tensor]()
                 for piece in iter([self.made[name]]) if name in self.made else self.rows(name):
                     if name in graph.codes:
-                        raw, scale = coded(piece, graph.codes[name])
+                        raw, scale = coded(piece)
                         scales.append(scale)
                         file.write(raw)
                     else:
@@ -216,7 +215,7 @@ class OnnxExporter(Merged):
     ) -> list[str]:
         """Notes; EdgezoError unless onnxruntime answers a text as the run does, where there is memory to run it."""
         # onnxruntime computes in fp32 on a CPU, and packs weights anew.
-        need_bytes = {None: 2, "fp32": 2, "fp16": 4, "int8": 5, "int4": 9}[asked] * size_bytes
+        need_bytes = {None: 2, "fp32": 2, "fp16": 4, "int8": 5}[asked] * size_bytes
         if rss_bytes() + need_bytes > self.rebuilt.planned.plan.max_mem_bytes:
             return [
                 f"the graph was checked, and not run: onnxruntime takes about {mb(need_bytes)} beside the run, and the "
@@ -238,7 +237,7 @@ class OnnxExporter(Merged):
         same_arithmetic = (
             asked in (None, "fp32") and self.rebuilt.planned.plan.compute_dtype == "fp32"
         )
-        most = _COARSE_CODES if asked == "int4" else _CLOSE if same_arithmetic else _ROUGH
+        most = _CLOSE if same_arithmetic else _ROUGH
         far = float(np.abs(ours - theirs).mean())
         if not far <= most * spread:
             raise EdgezoError(
@@ -325,20 +324,14 @@ def _unit(graph: Graph, state: str) -> str:
     return str(graph.op("Div", state, root))
 
 
-def coded(rows: Tensor, kind: int) -> tuple[bytes, Tensor]:
-    """Rows (n, cols) fp32 as codes: their bytes, and the scales, (n,) of 8 bits, (n, cols/32) of 4, two codes a byte.
+def coded(rows: Tensor) -> tuple[bytes, Tensor]:
+    """Rows (n, cols) fp32 as codes of 8 bits: their bytes, and the scales (n,).
 
-    A code is round(w / scale), and a scale the largest magnitude that shares it over the largest code.
+    A code is round(w / scale), and a scale the largest magnitude of its row over MOST_CODE.
     """
-    most = _MOST_CODES[kind]
-    groups = rows[:, None] if kind == TensorProto.INT8 else rows.view(len(rows), -1, SHARED_SCALE)
-    scales = groups.abs().amax(-1, keepdim=True) / most
-    codes = (groups / scales.clamp(min=1e-30)).round().clamp(-most, most).to(torch.int8).flatten()
-    if kind == TensorProto.INT8:
-        return codes.numpy().tobytes(), scales.view(-1)
-    nibbles = codes.view(-1, 2) & 15  # the first one is the low half of a byte
-    packed = (nibbles[:, 0] | (nibbles[:, 1] << 4)).to(torch.uint8)
-    return packed.numpy().tobytes(), scales.squeeze(-1)
+    scales = rows.abs().amax(-1, keepdim=True) / MOST_CODE
+    codes = (rows / scales.clamp(min=1e-30)).round().clamp(-MOST_CODE, MOST_CODE).to(torch.int8)
+    return codes.numpy().tobytes(), scales.view(-1)
 
 
 def _stored(graph: Graph, name: str, rows: Tensor) -> Tensor:
@@ -346,7 +339,7 @@ def _stored(graph: Graph, name: str, rows: Tensor) -> Tensor:
     kind = graph.codes.get(name)
     if kind is None:
         return rows.to(_TORCH_TYPES[graph.float_type])
-    return torch.frombuffer(bytearray(coded(rows.contiguous(), kind)[0]), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(coded(rows.contiguous())[0]), dtype=torch.uint8)
 
 
 def _save(
