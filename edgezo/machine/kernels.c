@@ -287,7 +287,7 @@ CLONES void sum_fp32(const void *x, const float *left, float *out, int64_t n, in
 /* out (r, m) += left (n, r)^T @ x (n, m); r is a multiple of FEW. Rows are added in their order, whatever the threads. */
 void edgezo_thin_sum(const void *x, const float *left, float *out, int64_t n, int64_t m, int64_t r, int bf16,
                      int threads) {
-    int64_t width = ((m + threads - 1) / threads + STRIP - 1) / STRIP * STRIP;
+    int64_t each = (m + threads - 1) / threads, width = each > 0 ? (each + STRIP - 1) / STRIP * STRIP : STRIP;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t first = 0; first < m; first += width)
         (bf16 ? sum_bf16 : sum_fp32)(x, left, out, n, m, r, first, first + width < m ? first + width : m);

@@ -45,7 +45,8 @@ class Finetune:
         self.error: BaseException | None = None
         self.cfg = self.resume = None
 
-    def __call__(self, cfg, *, resume, progress):
+    def __call__(self, cfg, *, resume, progress, began_s):
+        assert began_s > 0
         self.cfg, self.resume = cfg, resume
         if self.error is not None:
             raise self.error

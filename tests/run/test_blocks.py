@@ -10,7 +10,7 @@ from typing import Any
 
 import forks
 import pytest
-from conftest import Bench
+from conftest import Bench, write_rows
 from forks import Blow
 from test_kills import assert_same_run, finish
 from test_runs import run_of
@@ -20,7 +20,7 @@ from edgezo.network.model import Model
 from edgezo.zo.presets import PRESETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-KINDS = ("label", "choice", "completion", "text", "messages")
+KINDS = ("label", "pairs", "completion", "text", "messages")
 ESTIMATORS = [name for name in PRESETS if "finetuner" not in name]  # those need a file
 EXACT = {"blocks": "2", "states": "exact"}
 
@@ -30,6 +30,16 @@ def own_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of this test's own, where no other test has left states."""
     monkeypatch.setenv("EDGEZO_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "states"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pairs(deep_bench: Bench) -> None:
+    """Rows with a better and a worse answer, which pass as a tree."""
+    rows = [
+        {"prompt": f"film {i} is {'warm ' * (i % 4)}", "chosen": "good fun", "rejected": "bad"}
+        for i in range(40)
+    ]
+    write_rows(deep_bench.data / "pairs.jsonl", rows)
 
 
 @pytest.fixture
@@ -248,6 +258,15 @@ def test_answers_that_are_written_run_every_block(
     with pytest.raises(UsageError, match=r"each new token passes every block\. Give --states none"):
         run_of(deep_bench, tmp_path / "kept", **shared, states="bf16")
     summary = run_of(deep_bench, tmp_path / "run", **shared)
+    assert summary["steps"] == 3 and not own_states.exists()
+
+
+def test_label_words_of_several_tokens_run_every_block(
+    deep_bench: Bench, own_states: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"in a tree behind each prompt\. Give --states none"):
+        run_of(deep_bench, tmp_path / "kept", "choice", **EXACT)
+    summary = run_of(deep_bench, tmp_path / "run", "choice", blocks="2")
     assert summary["steps"] == 3 and not own_states.exists()
 
 

@@ -20,6 +20,10 @@ HIDDEN = 24
 ROWS = [tuple(range(k, k + 3 + k % 5)) for k in range(20)]  # tokens of each row
 
 
+def known(row: tuple[int, ...]) -> bytes:
+    return digest_of(np.array(row))
+
+
 def states_of(row: tuple[int, ...]) -> Tensor:
     generator = torch.Generator().manual_seed(sum(row))
     return torch.randn(len(row), HIDDEN, generator=generator) * 3
@@ -36,7 +40,7 @@ def written(tmp_path: Path) -> Path:
     file = opened(tmp_path / "states" / "some.states")
     for first in range(0, len(ROWS), 4):
         rows = ROWS[first : first + 4]
-        file.append([digest_of(row) for row in rows], [states_of(row) for row in rows])
+        file.append([known(row) for row in rows], [states_of(row) for row in rows])
     file.finish()
     file.close()
     return file.path
@@ -44,13 +48,13 @@ def written(tmp_path: Path) -> Path:
 
 def found(file: StatesFile, row: tuple[int, ...]) -> Tensor | None:
     out = torch.empty(len(row), HIDDEN)
-    return out if file.read(digest_of(row), out) else None
+    return out if file.read(known(row), out) else None
 
 
 @pytest.mark.parametrize("form", STATE_FORMS)
 def test_what_is_read_is_what_was_written(form: str, tmp_path: Path) -> None:
     file = opened(tmp_path / "states" / "some.states", form)
-    file.append([digest_of(row) for row in ROWS], [states_of(row) for row in ROWS])
+    file.append([known(row) for row in ROWS], [states_of(row) for row in ROWS])
     file.finish()
     # int8: half a step of the largest value; bf16: 8 bits.
     near = {"fp32": 0.0, "bf16": 2**-8, "int8": 0.5 / 127}[form]
@@ -66,7 +70,7 @@ def test_what_is_read_is_what_was_written(form: str, tmp_path: Path) -> None:
 def test_it_is_found_by_a_later_process(written: Path) -> None:
     file = opened(written)
     assert len(file) == len(ROWS) and not file.damaged
-    assert all(file.holds(digest_of(row)) for row in ROWS)
+    assert all(file.holds(known(row)) for row in ROWS)
     file.close()
 
 
@@ -77,13 +81,13 @@ def test_a_flipped_bit_anywhere_is_noticed(written: Path) -> None:
         damaged[place] ^= 0x10
         written.write_bytes(damaged)
         file = opened(written)
-        lost = [row for row in ROWS if not file.holds(digest_of(row))]
+        lost = [row for row in ROWS if not file.holds(known(row))]
         assert lost, f"byte {place}"
         assert file.damaged or place < KEPT_HEAD_BYTES
         for row in ROWS:
             states = found(file, row)
             assert states is None or torch.equal(states, states_of(row))
-        file.append([digest_of(row) for row in lost], [states_of(row) for row in lost])
+        file.append([known(row) for row in lost], [states_of(row) for row in lost])
         file.finish()
         assert all(torch.equal(found(file, row), states_of(row)) for row in ROWS)  # type: ignore[arg-type]
         file.close()
@@ -96,7 +100,7 @@ def test_a_file_that_was_cut_keeps_its_whole_rows(written: Path, share: float) -
     for row in ROWS:
         states = found(file, row)
         assert states is None or torch.equal(states, states_of(row))
-    assert len(file) == sum(file.holds(digest_of(row)) for row in ROWS) < len(ROWS)
+    assert len(file) == sum(file.holds(known(row)) for row in ROWS) < len(ROWS)
     file.close()
 
 
@@ -115,6 +119,12 @@ def test_states_of_another_base_or_form_are_not_used(written: Path, other: dict[
     file = opened(written, **other)
     assert not len(file)
     file.close()
+
+
+def test_a_tree_is_another_row_than_its_tokens_in_a_line(tmp_path: Path) -> None:
+    row = np.array(ROWS[3])
+    line, fork = [-1, *range(len(row) - 1)], [-1, *[0] * (len(row) - 1)]
+    assert len({digest_of(row), digest_of(row, line), digest_of(row, fork)}) == 3
 
 
 def test_two_processes_do_not_write_one_file(written: Path) -> None:
@@ -153,6 +163,6 @@ def test_a_full_disk_is_named_and_leaves_nothing(small_disk: None, tmp_path: Pat
     file = opened(tmp_path / "states" / "some.states")
     with pytest.raises(EdgezoError, match=r"[0-9,]+ bytes of states could not be written"):
         for row in ROWS:
-            file.append([digest_of(row)], [states_of(row)])
+            file.append([known(row)], [states_of(row)])
     file.close()
     assert not file.path.exists()
