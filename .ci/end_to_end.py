@@ -61,7 +61,7 @@ def main() -> None:
 
         replayed = edgezo("replay", str(run), "--out", str(rebuilt))
         assert replayed["trained_sha256"] == summary["trained_sha256"], (replayed, summary)
-        found = edgezo("eval", "--model", str(rebuilt))
+        found = edgezo("eval", "--model", str(rebuilt), "--eval-limit", str(EVAL_ROWS))
         assert found["value"] == summary["eval_after"]["value"], (found, summary["eval_after"])
         print("end to end: killed, resumed, replayed and evaluated", flush=True)
 
