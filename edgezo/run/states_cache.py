@@ -13,7 +13,9 @@ from edgezo.machine.downloads import cache_dir
 from edgezo.machine.open_files import files_inside, unlink_inside
 
 STATES_NAMES = re.compile(r"[0-9a-f]{32}\.states")
-MOST_CACHE_SHARE = 0.5  # of the disk: files that were used longest ago are removed beyond it
+MOST_CACHE_SHARE = (
+    0.5  # of what is free or theirs: files that were used longest ago are removed beyond it
+)
 
 
 def states_folder() -> Path:
@@ -27,7 +29,7 @@ def states_room_bytes() -> int | None:
         folder = states_folder()
         existing = next(p for p in (folder, *folder.parents) if p.exists())
         there = sum(files_inside(folder, STATES_NAMES).values())
-        return int(MOST_CACHE_SHARE * shutil.disk_usage(existing).free) + there
+        return int(MOST_CACHE_SHARE * (shutil.disk_usage(existing).free + there))
     return None
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import forks
@@ -17,6 +18,7 @@ from test_runs import run_of
 
 from edgezo.errors import UsageError
 from edgezo.network.model import Model
+from edgezo.run import states_cache
 from edgezo.zo.presets import PRESETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -275,3 +277,25 @@ def test_all_blocks_are_no_cut(deep_bench: Bench, tmp_path: Path) -> None:
     four = run_of(deep_bench, tmp_path / "four", blocks="4")
     assert four["trained_sha256"] == all_blocks["trained_sha256"]
     assert "\nblocks =" not in (tmp_path / "all" / "config.toml").read_text()
+
+
+def test_states_that_were_used_longest_ago_make_room(
+    own_states: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No disk of a given size can be had here: what is free is said."""
+    own_states.mkdir(parents=True)
+    files = [own_states / f"{number:032x}.states" for number in range(4)]
+    for age, file in enumerate(files):
+        file.write_bytes(bytes(1000))
+        os.utime(file, (age, age))
+    beside = own_states / "notes.txt"
+    beside.write_bytes(bytes(1000))
+    free = SimpleNamespace(free=4000)
+    monkeypatch.setattr(states_cache.shutil, "disk_usage", lambda path: free)
+    states_cache.make_room(files[0])
+    assert all(file.exists() for file in files)
+    free.free = 1000  # half of 1,000 and of the 4,000 that are theirs
+    assert states_cache.states_room_bytes() == 2500
+    states_cache.make_room(files[0])
+    assert [file.exists() for file in files] == [True, False, False, True]
+    assert beside.exists()
