@@ -287,6 +287,14 @@ def dataset_facts(dataset: Dataset) -> dict[str, Any]:
     }
 
 
+def same_task(facts: Mapping[str, Any], dataset: Dataset) -> bool:
+    """Whether a data set has the labels of the one that ``facts`` were taken of."""
+    if facts["kind"] != dataset.kind or tuple(facts["label_ids"]) != dataset.label_ids:
+        return False
+    # Label words of several tokens have no ids.
+    return dataset.kind != "choice" or tuple(facts["label_names"]) == dataset.label_names
+
+
 def reopen(run: RunFiles, given: Mapping[str, Any]) -> Journal:
     """Open the journal of a run to go on with. ``given`` is the header of the request: base, rows and settings.
 

@@ -24,6 +24,7 @@ from edgezo.run.directory import (
     RunFiles,
     lost_head,
     run_id,
+    same_task,
     temporary_overlay,
 )
 from edgezo.run.exported import Exported
@@ -167,19 +168,11 @@ def _with_exported_probe(exported: Exported, opened: Opened, model: Model) -> st
     return "classified by the linear probe that was exported with this model"
 
 
-def _same_task(of_run: dict[str, Any], dataset: Dataset) -> bool:
-    same = of_run["kind"] == dataset.kind and tuple(of_run["label_ids"]) == dataset.label_ids
-    # Label words of several tokens have no ids.
-    return same and (
-        dataset.kind != "choice" or tuple(of_run["label_names"]) == dataset.label_names
-    )
-
-
 def _check_task(header: dict[str, Any], cfg: RunConfig, dataset: Dataset) -> None:
     """Raise EdgezoError where trained weights belong to other label words than the data has."""
     of_run = header["dataset"]
     parts = cfg.parts
-    if _same_task(of_run, dataset) or not (parts.head or parts.readout or parts.weights):
+    if same_task(of_run, dataset) or not (parts.head or parts.readout or parts.weights):
         return
     words = ", ".join(of_run["label_names"]) or of_run["kind"]
     raise EdgezoError(

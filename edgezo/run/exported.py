@@ -26,7 +26,7 @@ from edgezo.machine.foreign import MOST_CONFIG_BYTES, parse_json, read_small, re
 from edgezo.network.model import Model
 from edgezo.network.readout import ReadoutWeights
 from edgezo.plan.config import RunConfig
-from edgezo.run.directory import RunFiles
+from edgezo.run.directory import RunFiles, same_task
 from edgezo.run.readout_pass import recall
 from edgezo.weights.file_kinds import is_gguf
 from edgezo.weights.gguf_header import GgufHeader, read_header
@@ -106,8 +106,7 @@ class Exported:
 
     def same_task(self, dataset: Dataset) -> bool:
         """Whether a data set has the labels that the run was trained on."""
-        facts = self.about["dataset"]
-        return facts["kind"] == dataset.kind and tuple(facts["label_ids"]) == dataset.label_ids
+        return same_task(self.about["dataset"], dataset)
 
     def classify(self, model: Model, hidden: int) -> None:
         """Let ``model``, whose states have ``hidden`` numbers, classify by the linear probe.

@@ -14,11 +14,12 @@ import pytest
 from conftest import write_rows
 
 from edgezo.data.batches import Batch
+from edgezo.data.dataset import Dataset
 from edgezo.data.packed import PackedExamples
 from edgezo.network.model import Model
 from edgezo.plan.request import make_config
 from edgezo.run import readout_pass
-from edgezo.run.directory import data_hash
+from edgezo.run.directory import data_hash, same_task
 from edgezo.run.evaluate import evaluate
 from edgezo.run.session import open_request
 from edgezo.run.train import finetune
@@ -170,3 +171,13 @@ def test_the_plan_has_the_time_of_an_evaluation_by_words_and_steps_behind_a_prob
     assert unprobed["step_s"] > 1.5 * plan["step_s"] > 0  # the words, and the vocabulary twice
     masks = [item for item in plan["items"] if item["name"] == "option masks"]
     assert masks and masks[0]["bytes"] > 0
+
+
+def test_label_words_without_ids_are_told_apart_by_their_names() -> None:
+    facts = {"kind": "choice", "label_ids": [], "label_names": ["no good", "no bad"]}
+
+    def data(*names: str) -> Dataset:
+        return Dataset("choice", (), (), (), names, ())
+
+    assert same_task(facts, data("no good", "no bad"))
+    assert not same_task(facts, data("very cold", "very warm"))
