@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,24 @@ def deep_bench(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """The same rows with a model of four blocks."""
     model = make_model(tmp_path_factory.mktemp("deep") / "model", num_hidden_layers=4)
     return replace(bench, model=model)
+
+
+@dataclass
+class Families:
+    """``families("llama", **changes)``: the rows of a bench with a model of that family, made once for each request."""
+
+    bench: Bench
+    folder: Path
+    layers: int
+    made: dict[tuple[Any, ...], Bench] = field(default_factory=dict)
+
+    def __call__(self, family: str, **changes: Any) -> Bench:
+        key = (family, *sorted(changes.items()))
+        if key not in self.made:
+            changes = {"num_hidden_layers": self.layers, **changes}
+            path = make_model(self.folder / str(len(self.made)), family, **changes)
+            self.made[key] = replace(self.bench, model=path)
+        return self.made[key]
 
 
 Command = Callable[..., tuple[int, str, str]]

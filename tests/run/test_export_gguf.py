@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from conftest import Bench, make_model, write_rows
+from conftest import Bench, Families, make_model, write_rows
 from gguf.constants import GGMLQuantizationType
 from test_runs import run_of
 from tokenizers_fixture import CHAT_TEMPLATE, byte_tokenizer, piece_tokenizer
@@ -43,19 +43,8 @@ MOST = 6  # tokens that are compared after each prompt
 
 
 @pytest.fixture(scope="module")
-def families(own_cache: Path, bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("families")
-    made: dict[tuple[Any, ...], Bench] = {}
-
-    def of(family: str, **changes: Any) -> Bench:
-        key = (family, *sorted(changes.items()))
-        if key not in made:
-            changes = {"num_hidden_layers": 2, **changes}
-            path = make_model(folder / str(len(made)), family, **changes)
-            made[key] = replace(bench, model=path)
-        return made[key]
-
-    return of
+def families(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Families:
+    return Families(bench, tmp_path_factory.mktemp("families"), layers=2)
 
 
 def texts_of(target: Path) -> list[str]:

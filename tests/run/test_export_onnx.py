@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import onnx
 import pytest
 import tiny_models
 import torch
-from conftest import Bench, make_model
+from conftest import Bench, Families
 from test_runs import run_of
 
 import edgezo as package
@@ -32,20 +31,8 @@ MOST = 6
 
 
 @pytest.fixture(scope="module")
-def families(own_cache: Path, bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("families")
-    made: dict[tuple[Any, ...], Bench] = {}
-
-    def of(family: str, **changes: Any) -> Bench:
-        key = (family, *sorted(changes.items()))
-        if key not in made:
-            path = make_model(
-                folder / str(len(made)), family, **{"num_hidden_layers": 3, **changes}
-            )
-            made[key] = replace(bench, model=path)
-        return made[key]
-
-    return of
+def families(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Families:
+    return Families(bench, tmp_path_factory.mktemp("families"), layers=3)
 
 
 @pytest.fixture(scope="module")
