@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from edgezo.network.loader import block_number
+
 Half = Literal["whole", "below", "above"]  # what of a model is in memory
 
 
@@ -107,8 +109,9 @@ class Halves:
         """Whether a module runs before the first trained block, and so is frozen where there are blocks below that."""
         if not self.first:
             return False
-        if name.startswith(self.blocks_name + "."):
-            return int(name.removeprefix(self.blocks_name + ".").partition(".")[0]) < self.first
+        number = block_number(name, self.blocks_name)
+        if number is not None:
+            return number < self.first
         # Beside the tables: what stands with them, apart from the blocks (RoBERTa's norm), and what widens their rows
         # (OPT's projection).
         parent = self.module.get_submodule(name.rpartition(".")[0])
@@ -125,7 +128,8 @@ class Halves:
         """Whether a block or a table belongs to the half that is not put together; what is small is in both."""
         if self.half == "whole" or self.is_below(name, sub) == (self.half == "below"):
             return False
-        return isinstance(sub, nn.Embedding) or name.startswith(self.blocks_name + ".")
+        in_block = block_number(name, self.blocks_name) is not None
+        return isinstance(sub, nn.Embedding) or in_block
 
 
 def leave_out(sub: nn.Module, dtype: torch.dtype, device: torch.device) -> None:

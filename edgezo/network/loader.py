@@ -437,6 +437,13 @@ def _canonical(name: str, base: str) -> str:
 # ----------------------------------------------------------------------------- layers
 
 
+def block_number(name: str, blocks_name: str) -> int | None:
+    """The number of the block that a parameter or module belongs to; None where it is in no block."""
+    if not name.startswith(blocks_name + "."):
+        return None
+    return int(name.removeprefix(blocks_name + ".").partition(".")[0])
+
+
 def decoder_layers(module: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
     """Name and list of the ``count`` decoder layers of a model, wherever its family keeps them.
 

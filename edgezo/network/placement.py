@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from edgezo.network.loader import block_number
 from edgezo.weights.layouts import DENSE_DTYPES, Int8, Layout, Rows, place, vacant
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class BlocksElsewhere:
         from edgezo.weights.residency import Residency  # imports accelerate, which costs memory
 
         self.store, self.medium, self.first = store, medium, medium.resident_blocks
-        self.prefix = blocks_name + "."
+        self.blocks_name = blocks_name
         self.residency = store.residency = Residency(medium, store.catch_up)
         # The block that is being put together, and its matrices.
         self._index = -1
@@ -95,10 +96,8 @@ class BlocksElsewhere:
 
     def block_of(self, name: str) -> int:
         """The block that a parameter or module belongs to, if that block goes elsewhere; else -1."""
-        if not name.startswith(self.prefix):
-            return -1
-        index = int(name.removeprefix(self.prefix).partition(".")[0])
-        return index if index >= self.first else -1
+        number = block_number(name, self.blocks_name)
+        return -1 if number is None or number < self.first else number
 
     def layout(self, name: str, stored: StoredMatrix) -> Layout | None:
         """The layout of a matrix that goes elsewhere, vacant if it is a block's; None if it stays in memory."""

@@ -32,10 +32,6 @@ class Blocks:
     decisions: tuple[Decision, ...]
     first: int  # the first block that is trained
 
-    @property
-    def keeps_states(self) -> bool:
-        return self.cfg.states not in (None, "none")
-
 
 def decide(
     shape: ModelShape,

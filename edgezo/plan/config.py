@@ -109,6 +109,11 @@ class RunConfig:
         return max(0, layers - int(self.blocks)) if self.blocks.isdigit() else 0
 
     @property
+    def keeps_states(self) -> bool:
+        """Whether frozen blocks pass once, and what they put out is kept on disk; of a request that is decided."""
+        return self.states not in (None, "none")
+
+    @property
     def probing(self) -> bool:
         """Whether a step perturbs anything."""
         return self.parts.perturbed

@@ -63,11 +63,6 @@ class Plan:
     pass_from_disk: bool = False  # frozen blocks are read one by one while rows pass them
 
     @property
-    def keeps_states(self) -> bool:
-        """Whether frozen blocks pass once, and what they put out is kept on disk."""
-        return self.states not in (None, "none")
-
-    @property
     def residency(self) -> str:
         """Where the last blocks are: on disk, in host memory, or with all others in memory."""
         return "disk" if self.blocks_on_disk else "host" if self.blocks_in_host else "resident"

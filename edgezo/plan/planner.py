@@ -147,7 +147,7 @@ def _with_blocks(
 ) -> Footprint:
     """The footprint of a request with its blocks decided."""
     cfg = decided.cfg
-    if not decided.keeps_states:
+    if not cfg.keeps_states:
         return counted(shape=model, cfg=cfg, tokens=tokens, frozen_blocks=decided.first, **known)
     below = Footprint(
         shape=blocks.below(model, decided),

@@ -29,10 +29,9 @@ class TimeBox:
         if self.for_s is None:
             return math.inf
         if self.began_s is None:
-            left_s = self.for_s - spent_s
-        else:
-            left_s = self.for_s - (now_s() - self.began_s) - self.earlier_s - self.evaluation_s
-        return max(left_s, 0.0 if self.began_s is None else LEAST_TRAINING_SHARE * self.for_s)
+            return max(0.0, self.for_s - spent_s)
+        left_s = self.for_s - (now_s() - self.began_s) - self.earlier_s - self.evaluation_s
+        return max(LEAST_TRAINING_SHARE * self.for_s, left_s)
 
 
 @dataclass

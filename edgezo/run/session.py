@@ -279,7 +279,7 @@ def settle(opened: Opened, machine: Machine, base_bytes: int, correction_bytes: 
         read_peak_bytes=opened.read_peak_bytes,
         source_bytes=opened.files.weight_bytes,
         correction_bytes=correction_bytes,
-        states_room_bytes=states_room_bytes(),
+        states_room_bytes=None if opened.cfg.blocks == "all" else states_room_bytes(),
     )
     return Planned(opened, plan.settle(opened.cfg), plan)
 

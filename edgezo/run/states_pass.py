@@ -103,15 +103,11 @@ def states_of_run(
     """The states of a run's rows, those that are missing computed first; and the run with only the training rows kept.
 
     Files are open until the block ends.
-
     Raises Interrupted, BudgetExceeded, or EdgezoError where the disk is full, with nothing left of this pass.
     """
-    file = StatesFile(
-        states_folder() / f"{_identity(planned)[:32]}.states",
-        planned.opened.files.shape.hidden,
-        _form(planned),
-        _identity(planned),
-    )
+    identity, hidden = _identity(planned), planned.opened.files.shape.hidden
+    path = states_folder() / f"{identity[:32]}.states"
+    file = StatesFile(path, hidden, _form(planned), identity)
     make_room(file.path)
     try:
         file.open()
@@ -214,12 +210,14 @@ def _pass(file: StatesFile, planned: Planned, wanted: int, limit_s: float, repor
         for number, passing in enumerate(_batches(planned, wanted)):
             if now_s() - begun_s > limit_s and rows >= least:
                 break
-            if not all(map(file.holds, digests_of(passing.batch))):
+            digests = digests_of(passing.batch)
+            if not all(map(file.holds, digests)):
                 if loaded is None:
                     loaded = at_end.enter_context(_frozen_half(planned, report))
                 share = max(passing.examples / total, (now_s() - begun_s) / limit_s)
                 report.stop.check(0)
-                _pass_batch(file, loaded, passing.batch, report, (number + 1, min(1.0, share)))
+                shown = (number + 1, min(1.0, share))
+                _pass_batch(file, loaded, passing.batch, digests, report, shown)
             rows = passing.trained
         del loaded
     gc.collect()  # the memory is free before the other half is loaded
@@ -228,13 +226,18 @@ def _pass(file: StatesFile, planned: Planned, wanted: int, limit_s: float, repor
 
 
 def _pass_batch(
-    file: StatesFile, loaded: Loaded, batch: Batch, report: Report, shown: tuple[int, float]
+    file: StatesFile,
+    loaded: Loaded,
+    batch: Batch,
+    digests: Sequence[bytes],
+    report: Report,
+    shown: tuple[int, float],
 ) -> None:
     """Let one batch pass and keep its states; ``shown`` are its number and the share of the pass that is then over."""
     begun_s = now_s()
     with phase("forward"), loaded.memory.short("a batch of the pass"):
         states = loaded.model.states_at_cut(batch).cpu()
-    rows = zip(digests_of(batch), states.split(batch.lengths), strict=True)
+    rows = zip(digests, states.split(batch.lengths), strict=True)
     new = [(digest, of_row) for digest, of_row in rows if not file.holds(digest)]
     file.append([digest for digest, _ in new], [of_row for _, of_row in new])
     number, fraction = shown

@@ -122,7 +122,7 @@ def _opened(
         begins, stop = journal is None, StopRequest(files)
         kind = {"shaped": journal_is_shaped(cfg), "scaled": cfg.finetuner is not None}
         states = None
-        if planned.plan.keeps_states:
+        if planned.cfg.keeps_states:
             if journal is None:  # before the pass, so that a resume goes on with it
                 journal = at_end.enter_context(create_journal(files.journal, header, **kind))
             passed = states_of_run(planned, files, journal, Report(progress, stop))
@@ -178,7 +178,7 @@ def _load(planned: Planned, overlay: Overlay, resume: bool) -> Loaded:
     if not resume or not planned.plan.blocks_on_disk:
         overlay.remove()
     try:
-        half: Half = "above" if planned.plan.keeps_states else "whole"
+        half: Half = "above" if planned.cfg.keeps_states else "whole"
         return load_model(planned, confirmed(machine()), overlay, half)
     except BaseException:
         if not resume:
