@@ -8,6 +8,7 @@ training, with the others.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from edgezo.data.token_stats import TokenStats
 from edgezo.errors import UsageError
@@ -18,10 +19,20 @@ from edgezo.plan.data_fields import LOSS
 from edgezo.plan.plan import Decision
 from edgezo.plan.shapes import ModelShape
 
-AUTO_SHARE = 1 / 3  # of the blocks that --blocks auto trains, the last ones
+# Shares of the blocks that --blocks auto tries, the most wanted first. A linear probe may read best from the middle of
+# a model (log: 2026-11-23-which-blocks-should-a-linear-probe-read), and trained factors do as well in the last third as
+# everywhere (2026-11-23-which-blocks-should-low-rank-factors-train).
+READ_SHARE, TRAINED_SHARE, FEWER_SHARES = 1 / 2, 1 / 3, (1 / 4, 1 / 6, 1 / 12)
 LEAST_STATE_ROWS = 256  # fewer are no data set
 STATE_BYTES = {"exact": 4, "bf16": 2, "int8": 1}  # of a state on disk, at most
 ROW_HEAD_BYTES = 28  # beside its states (weights/kept_states.py)
+
+
+class Number(NamedTuple):
+    """How many of the last blocks may be trained, and why so many."""
+
+    blocks: str  # a number, or all
+    why: str
 
 
 @dataclass(frozen=True)
@@ -39,16 +50,18 @@ def decide(
     tokens: TokenStats,
     device: str,
     room_bytes: int | None,
+    number: Number,
 ) -> Blocks:
-    """Decide which blocks are trained and which states are kept; ``room_bytes`` may be taken of the disk.
+    """Decide which states of a request with ``number`` are kept; ``room_bytes`` may be taken of the disk.
 
-    Raises UsageError for more blocks than there are, and for states that cannot be kept.
+    Raises UsageError for states that cannot be kept.
     """
-    blocks, why = _number(shape, cfg, tokens, device)
+    blocks, why = number
     settled = Batched.of(cfg, blocks=blocks)
     first = settled.first_trained(shape.layers)
     if not first:
-        return Blocks(Batched.of(cfg, blocks="all", states=None, state_rows=None), (), 0)
+        made_known = (Decision("blocks", "all", why),) if cfg.blocks == "auto" else ()
+        return Blocks(Batched.of(cfg, blocks="all", states=None, state_rows=None), made_known, 0)
     made = [Decision("blocks", blocks, why)]
     obstacle = _obstacle(cfg, tokens, device)
     if obstacle and cfg.states not in (None, "none"):
@@ -67,20 +80,52 @@ def decide(
     return Blocks(Batched.of(settled, states=states, state_rows=rows), tuple(made), first)
 
 
-def _number(shape: ModelShape, cfg: Batched, tokens: TokenStats, device: str) -> tuple[str, str]:
-    """How many blocks are trained, and why."""
+def numbers(shape: ModelShape, cfg: Batched, tokens: TokenStats, device: str) -> list[Number]:
+    """How many blocks the request may train, the most wanted first: several for --blocks auto, else one.
+
+    Raises UsageError for more blocks than there are.
+    """
+    layers = shape.layers
     if cfg.blocks.isdigit():
-        if int(cfg.blocks) > shape.layers:
+        if int(cfg.blocks) > layers:
             raise UsageError(
-                f"--blocks {cfg.blocks}: {shape.name} has {shape.layers} blocks. Give 1 to {shape.layers}, or all."
+                f"--blocks {cfg.blocks}: {shape.name} has {layers} blocks. Give 1 to {layers}, or all."
             )
-        return cfg.blocks, f"as given: the last of {shape.layers}, the others are frozen"
-    if cfg.blocks == "all" or _obstacle(cfg, tokens, device):
-        return "all", "as given"
-    number = max(1, round(AUTO_SHARE * shape.layers))
-    return str(
-        number
-    ), f"auto: the last third of {shape.layers}, where most of what is learned sits"
+        return [Number(cfg.blocks, f"as given: the last of {layers}, the others are frozen")]
+    if cfg.blocks == "all":
+        return [Number("all", "as given")]
+    obstacle = _obstacle(cfg, tokens, device)
+    if obstacle:
+        return [Number("all", f"auto: {obstacle}")]
+    reads = cfg.parts.readout and tokens.classes > 0
+    share = READ_SHARE if reads else TRAINED_SHARE
+    first = max(1, round(share * layers))
+    where = (
+        "a linear probe may read best from the middle on"
+        if reads
+        else "most of what is learned sits there"
+    )
+    made = [
+        Number(
+            str(first),
+            f"auto: the last {first} of {layers}: {where}{_price(first / layers, cfg, tokens)}",
+        )
+    ]
+    for fewer in sorted({max(1, round(share * layers)) for share in FEWER_SHARES}, reverse=True):
+        if fewer < first:
+            why = f"auto: the last {fewer} of {layers}: no more of them fit into the cap without the disk"
+            made.append(Number(str(fewer), why + _price(fewer / layers, cfg, tokens)))
+    return made
+
+
+def _price(trained: float, cfg: Batched, tokens: TokenStats) -> str:
+    """What the pass and the steps take where a share of the blocks is ``trained``, against steps on all of them."""
+    if not cfg.steps:
+        return ""
+    seen = cfg.steps * cfg.batch_size
+    passing = min(seen, tokens.examples or seen)
+    of_all = trained + (1 - trained) * passing / (2 * seen)
+    return f"; {seen / passing:.1f} epochs in about {of_all:.0%} of the time that all blocks take, the pass included"
 
 
 def _obstacle(cfg: Batched, tokens: TokenStats, device: str) -> str:

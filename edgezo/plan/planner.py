@@ -17,6 +17,7 @@ from edgezo.plan.blocks import Blocks
 from edgezo.plan.budget import budget, choose_device, mb
 from edgezo.plan.choices import (
     Choice,
+    Option,
     batch_size_of,
     best_within,
     options,
@@ -112,11 +113,11 @@ def _choose(
     cap, _ = budget(cfg, machine)
     model = ModelShape.of(shape, cfg.model.rstrip("/").rsplit("/", 1)[-1])
     batched = Batched.of(cfg, batch_size=batch_size_of(cfg))
-    decided = blocks.decide(model, batched, tokens, device, states_room_bytes)
     known |= {"bf16_fast": machine.bf16_fast, "c_kernels": machine.c_kernels}
     counted = CudaFootprint if device == "cuda" else BACKWARD.get(cfg.estimator, Footprint)
-    footprint = _with_blocks(counted, model, decided, tokens, known)
-    needs = {o: footprint.needed_bytes(*o) for o in options(footprint.cfg, footprint.shape.layers)}
+    decided, footprint, needs = _blocks_that_fit(
+        counted, model, batched, tokens, device, cap, states_room_bytes, known
+    )
     smallest_bytes = min(needs.values())
     fits = next((option for option, size in needs.items() if size <= cap), None)
     if fits is None:
@@ -136,6 +137,31 @@ def _choose(
         smallest_bytes=smallest_bytes,
         blocks=decided,
     )
+
+
+def _blocks_that_fit(
+    counted: type[Footprint],
+    model: ModelShape,
+    cfg: Batched,
+    tokens: TokenStats,
+    device: str,
+    cap: int,
+    states_room_bytes: int | None,
+    known: dict[str, Any],
+) -> tuple[Blocks, Footprint, dict[Option, int]]:
+    """The most wanted number of blocks with which all weights fit into the cap, and the bytes of every option.
+
+    If there is none: the most wanted that fits from the disk, else the fewest.
+    """
+    tried = []
+    for number in blocks.numbers(model, cfg, tokens, device):
+        decided = blocks.decide(model, cfg, tokens, device, states_room_bytes, number)
+        footprint = _with_blocks(counted, model, decided, tokens, known)
+        ways = options(footprint.cfg, footprint.shape.layers)
+        tried.append((decided, footprint, {way: footprint.needed_bytes(*way) for way in ways}))
+        if any(size <= cap and not way.on_disk for way, size in tried[-1][2].items()):
+            return tried[-1]
+    return next((one for one in tried if min(one[2].values()) <= cap), tried[-1])
 
 
 def _with_blocks(
