@@ -1,19 +1,20 @@
-"""A decoder as an ONNX graph of standard operators, written from its config; no weight is in it.
+"""A decoder as an ONNX graph, written from its config; no weight is in it.
 
     decoder       input_ids (b, s), attention_mask (b, past + s), past_key_values.N.key/value (b, kv, past, head_dim)
                   -> logits (b, s, vocabulary), present.N.key/value (b, kv, past + s, head_dim)
     classifier    input_ids (b, s), attention_mask (b, s) -> probabilities (b, classes), of each row's last token
 
-Names of inputs and outputs are those that other exporters give. Hidden states are kept flat, (b*s, width), so that a
-linear is one Gemm that reads its weight as it is stored, (out, in). Norms, softmax and rotary positions are computed in
-fp32 whatever the weights are.
+Operators are standard ones, but for products of codes in blocks, for which onnxruntime has an operator of its own
+(MatMulNBits). Names of inputs and outputs are those that other exporters give. Hidden states are kept flat,
+(b*s, width), so that a linear reads its weight as it is stored, (out, in). Norms, softmax and rotary positions are
+computed in fp32 whatever the weights are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
@@ -21,7 +22,14 @@ from onnx import TensorProto, helper, numpy_helper
 from edgezo.errors import UsageError
 
 OPSET, IR_VERSION = 21, 10
-SCALE_END = "_scale"  # the end of the name of a matrix's scales
+OWN_DOMAIN = "com.microsoft"  # of onnxruntime's own operators
+SCALE_END, BLOCKS_END = (
+    "_scale",
+    "_blocks",
+)  # of the names of a matrix's scales, and of its codes in blocks
+_INT8_PRODUCTS = (
+    4  # MatMulNBits multiplies codes of 8 bits, blocks of inputs rounded to such codes as well
+)
 _MASKED_SCORE = -3e38  # a score that softmax turns into 0
 _COMPUTED_ACTIVATIONS = {
     "silu": "silu",
@@ -34,16 +42,30 @@ _COMPUTED_ACTIVATIONS = {
 _USE_HF = "Use --format hf, which writes the model for transformers."
 
 
+class Codes(NamedTuple):
+    """How a matrix (out, in) is coded: ``bits`` a weight, and one scale for each ``block`` weights of a row."""
+
+    source: str  # the parameter
+    bits: int
+    block: int | None  # None: one scale a row, and signed codes; else codes in MatMulNBits' order
+
+
 @dataclass
 class Graph:
     """Nodes and constants; weights are named only."""
 
     float_type: int  # TensorProto.FLOAT or FLOAT16: of weights and hidden states
-    code_type: int | None = None  # TensorProto.INT8: of matrices; None: as float_type
+    bits: int | None = None  # of the codes of matrices; None: matrices have float_type
+    block: int | None = (
+        None  # weights that share a scale, for onnxruntime's own products; None: standard operators
+    )
     nodes: list[Any] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, tuple[int, ...]] = field(default_factory=dict)  # shapes, by name
-    codes: dict[str, int] = field(default_factory=dict)  # types of the weights that are codes
+    codes: dict[str, Codes] = field(default_factory=dict)  # of the weights that are codes
+    zeros: dict[str, str] = field(
+        default_factory=dict
+    )  # a zero that is known once an input is, by input
     inputs: list[Any] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
 
@@ -66,23 +88,56 @@ class Graph:
         self.weights[name] = tuple(shape)
         return name
 
-    def matrix(self, name: str, shape: Sequence[int]) -> str:
-        """A matrix (out, in) as it is multiplied; codes are expanded by their scales, one a row."""
-        if self.code_type is None:
-            return self.weight(name, shape)
-        self._coded(name, shape, self.code_type)
-        return str(self.op("DequantizeLinear", name, name + SCALE_END, axis=0))
+    def product(self, x: str, name: str, shape: Sequence[int], bias: str | None = None) -> str:
+        """``x`` (n, in) times a matrix (out, in), (n, out)."""
+        more = [] if bias is None else [bias]
+        if self.bits is None:
+            return str(self.op("Gemm", x, self.weight(name, shape), *more, transB=1))
+        if self.block is None:
+            self._coded(name, shape)
+            expanded = self.op(
+                "DequantizeLinear", name, name + SCALE_END, self._zeros(x, shape[0]), axis=0
+            )
+            return str(self.op("Gemm", x, expanded, *more, transB=1))
+        (rows, cols), name = shape, name + BLOCKS_END
+        count = -(-cols // self.block)
+        self.codes[name] = Codes(name.removesuffix(BLOCKS_END), self.bits, self.block)
+        self.weight(name, (rows, count, self.block * self.bits // 8))
+        self.weight(name + SCALE_END, (rows * count,))
+        sizes = {"K": cols, "N": rows, "bits": self.bits, "block_size": self.block}
+        unused = [""] * 2 if more else []
+        return str(
+            self.op(
+                "MatMulNBits",
+                *[x, name, name + SCALE_END, *unused, *more],
+                domain=OWN_DOMAIN,
+                accuracy_level=_INT8_PRODUCTS,
+                **sizes,
+            )
+        )
 
-    def _coded(self, name: str, shape: Sequence[int], kind: int) -> None:
-        self.codes[name] = kind
+    def _zeros(self, x: str, count: int) -> str:
+        """Zero points (count,) that are known once ``x`` is.
+
+        Without them every matrix could be expanded before the first product, and onnxruntime does so.
+        """
+        if x not in self.zeros:
+            rows = self.op("Slice", self.op("Shape", x), self.const([0]), self.const([1]))
+            none = self.op("Mul", rows, self.const([0]))
+            self.zeros[x] = self.op("Cast", none, to=TensorProto.INT8)
+        return str(self.op("Expand", self.zeros[x], self.const([count])))
+
+    def _coded(self, name: str, shape: Sequence[int]) -> None:
+        """Name a matrix whose codes of 8 bits have one scale a row."""
+        self.codes[name] = Codes(name, 8, None)
         self.weight(name, shape)
         self.weight(name + SCALE_END, (shape[0],))
 
     def gather(self, name: str, shape: Sequence[int], ids: str) -> str:
         """Rows of a matrix."""
-        if self.code_type is None:
+        if self.bits is None:
             return str(self.op("Gather", self.weight(name, shape), ids))
-        self._coded(name, shape, self.code_type)
+        self._coded(name, shape)
         codes = self.op("Cast", self.op("Gather", name, ids), to=self.float_type)
         scales = self.op("Unsqueeze", self.op("Gather", name + SCALE_END, ids), self.const([-1]))
         return str(self.op("Mul", codes, scales))
@@ -146,10 +201,10 @@ class Decoder:
         shape = self.shapes[f"{name}.weight"]
         if self.is_turned(f"{name}.weight"):
             shape = shape[::-1]
-        inputs = [x, self.g.matrix(f"{name}.weight", shape)]
+        bias = None
         if self.has(f"{name}.bias"):
-            inputs.append(self.g.weight(f"{name}.bias", self.shapes[f"{name}.bias"]))
-        return str(self.g.op("Gemm", *inputs, transB=1))
+            bias = self.g.weight(f"{name}.bias", self.shapes[f"{name}.bias"])
+        return self.g.product(x, f"{name}.weight", shape, bias)
 
     def is_turned(self, name: str) -> bool:
         """Whether transformers stores the matrix as (in, out): GPT-2's linears."""

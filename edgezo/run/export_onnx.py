@@ -2,7 +2,7 @@
 
     model.onnx         the graph (onnx_graph.py): a decoder with a key-value cache; of a run that tells labels apart a
                        classifier, from tokens to probabilities, its linear probe or label words inside
-    model.onnx.data    the weights, written a tile at a time: fp32, fp16, or matrices as codes of 8 bits
+    model.onnx.data    the weights, written a tile at a time: fp32, fp16, or matrices as codes of 8 or 4 bits
 
 ``onnx.checker`` looks at what was written, and where onnxruntime is installed it answers a text as the run does, or
 nothing is kept.
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -29,7 +29,16 @@ from edgezo.machine.limits import MOST_CODE
 from edgezo.machine.process_memory import rss_bytes
 from edgezo.network.generate import write_one
 from edgezo.network.loader import ModelFiles, build_meta
-from edgezo.network.onnx_graph import IR_VERSION, OPSET, SCALE_END, Decoder, Graph
+from edgezo.network.onnx_graph import (
+    BLOCKS_END,
+    IR_VERSION,
+    OPSET,
+    OWN_DOMAIN,
+    SCALE_END,
+    Codes,
+    Decoder,
+    Graph,
+)
 from edgezo.network.readout import LEAST_SPREAD
 from edgezo.plan.budget import mb
 from edgezo.run.merged import Merged, rounded_to
@@ -39,13 +48,27 @@ _TORCH_TYPES: dict[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32,
     TensorProto.FLOAT16: torch.float16,
 }
-# Types of weights and hidden states, and of the codes of matrices, by the names of --dtype.
-WEIGHT_TYPES: dict[str, tuple[int, int | None]] = {
-    "fp32": (TensorProto.FLOAT, None),
-    "fp16": (TensorProto.FLOAT16, None),
-    "int8": (TensorProto.FLOAT, TensorProto.INT8),
+
+
+class Form(NamedTuple):
+    """What --dtype stands for."""
+
+    float_type: int  # of weights and hidden states
+    bits: int | None = None  # of the codes of matrices
+    block: int | None = None  # weights that share a scale, with onnxruntime's own operators
+    # Bytes that onnxruntime takes for a byte of the file: it computes in fp32 on a CPU, and packs weights anew.
+    taken: int = 2
+
+
+FORMS = {
+    "fp32": Form(TensorProto.FLOAT),
+    "fp16": Form(TensorProto.FLOAT16, taken=4),
+    "int8": Form(TensorProto.FLOAT, bits=8),
+    "int8-blocks": Form(TensorProto.FLOAT, bits=8, block=64),
+    "int4": Form(TensorProto.FLOAT, bits=4, block=32),
 }
 _ALIGNMENT = 4096  # of each tensor in the file, so that it can be mapped
+_CODED_AT_ONCE = 1 << 18  # weights
 _STEPS = 3  # tokens that the run and the file are compared over
 # How far answers may be from the run's in the mean, as a share of their spread: in the same arithmetic, in another one,
 # or over codes. Answers of another model are farther by their whole spread.
@@ -55,8 +78,8 @@ _WORD_ROWS = "label_words"  # the rows of the head that label words have
 
 def check_base(files: ModelFiles, dtype: str | None) -> None:
     """UsageError where the graph has no place for the model, or weights of that type."""
-    if dtype is not None and dtype not in WEIGHT_TYPES:
-        raise UsageError(f"--format onnx writes {', '.join(WEIGHT_TYPES)}, not {dtype}")
+    if dtype is not None and dtype not in FORMS:
+        raise UsageError(f"--format onnx writes {', '.join(FORMS)}, not {dtype}")
     if files.kind == "masked":
         raise UsageError(
             f"--format onnx has no place for a model of the type {files.config.model_type}.\nUse --format hf."
@@ -74,7 +97,8 @@ class OnnxExporter(Merged):
 
     def write(self, folder: Path, asked: str | None) -> dict[str, Any]:
         """Write model.onnx and its weights. Raises EdgezoError where they do not answer as the run."""
-        graph = Graph(*WEIGHT_TYPES[asked or "fp32"])
+        form = FORMS[asked or "fp32"]
+        graph = Graph(form.float_type, form.bits, form.block)
         classifies = self.rebuilt.planned.opened.dataset.kind == "label"
         if classifies:
             self._classifier(graph)
@@ -117,12 +141,7 @@ class OnnxExporter(Merged):
             x = decoder.block(x, layer)
         vocab, width = self.meta.get_output_embeddings().weight.shape
         head = self.output if self._has_head else self.table
-        logits = graph.op(
-            "Gemm",
-            decoder.end(x),
-            graph.matrix(head, (int(vocab), int(width))),
-            transB=1,
-        )
+        logits = graph.product(decoder.end(x), head, (int(vocab), int(width)))
         shape = graph.op("Concat", decoder.batch, decoder.length, graph.const([int(vocab)]), axis=0)
         shaped = graph.op("Reshape", decoder.capped(str(logits)), shape)
         graph.nodes.append(helper.make_node("Identity", [shaped], ["logits"]))
@@ -182,9 +201,11 @@ class OnnxExporter(Merged):
             for name, shape in graph.weights.items():
                 file.write(b"\0" * (-file.tell() % _ALIGNMENT))
                 start, scales = file.tell(), list[Tensor]()
-                for piece in iter([self.made[name]]) if name in self.made else self.rows(name):
-                    if name in graph.codes:
-                        raw, scale = coded(piece)
+                codes = graph.codes.get(name)
+                source = name if codes is None else codes.source
+                for piece in iter([self.made[name]]) if name in self.made else self.rows(source):
+                    if codes is not None:
+                        raw, scale = coded(piece, codes)
                         scales.append(scale)
                         file.write(raw)
                     else:
@@ -214,8 +235,7 @@ class OnnxExporter(Merged):
         self, path: Path, asked: str | None, classifies: bool, size_bytes: int
     ) -> list[str]:
         """Notes; EdgezoError unless onnxruntime answers a text as the run does, where there is memory to run it."""
-        # onnxruntime computes in fp32 on a CPU, and packs weights anew.
-        need_bytes = {None: 2, "fp32": 2, "fp16": 4, "int8": 5}[asked] * size_bytes
+        need_bytes = FORMS[asked or "fp32"].taken * size_bytes
         if rss_bytes() + need_bytes > self.rebuilt.planned.plan.max_mem_bytes:
             return [
                 f"the graph was checked, and not run: onnxruntime takes about {mb(need_bytes)} beside the run, and the "
@@ -324,22 +344,38 @@ def _unit(graph: Graph, state: str) -> str:
     return str(graph.op("Div", state, root))
 
 
-def coded(rows: Tensor) -> tuple[bytes, Tensor]:
-    """Rows (n, cols) fp32 as codes of 8 bits: their bytes, and the scales (n,).
+def coded(rows: Tensor, codes: Codes) -> tuple[bytes, Tensor]:
+    """Rows (n, cols) fp32 as codes: their bytes, and the scales (n * blocks of a row,).
 
-    A code is round(w / scale), and a scale the largest magnitude of its row over MOST_CODE.
+    A code of 8 bits is round(w / scale), and a scale the largest magnitude of its block over MOST_CODE. A code of 4
+    bits is a number from -8 to 7, and a scale the weight of the largest magnitude over -8, as Q4_0 has it. Codes in
+    blocks are stored plus half of their range, two codes of 4 bits a byte, the first one below.
     """
-    scales = rows.abs().amax(-1, keepdim=True) / MOST_CODE
-    codes = (rows / scales.clamp(min=1e-30)).round().clamp(-MOST_CODE, MOST_CODE).to(torch.int8)
-    return codes.numpy().tobytes(), scales.view(-1)
+    pieces = [_coded(piece, codes) for piece in rows.split(max(1, _CODED_AT_ONCE // rows.shape[1]))]
+    return b"".join(raw for raw, _ in pieces), torch.cat([scales for _, scales in pieces])
+
+
+def _coded(rows: Tensor, codes: Codes) -> tuple[bytes, Tensor]:
+    block = codes.block or rows.shape[1]
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % block)).unflatten(1, (-1, block))
+    extreme = rows.gather(-1, rows.abs().argmax(-1, keepdim=True))
+    least, most = (-MOST_CODE, MOST_CODE) if codes.bits == 8 else (-8, 7)
+    scales = extreme.abs() / most if codes.bits == 8 else extreme / least
+    numbers = (rows / scales.where(scales != 0, torch.ones(()))).round_().clamp_(least, most)
+    if codes.block is None:
+        return numbers.to(torch.int8).numpy().tobytes(), scales.reshape(-1)
+    bits = numbers.add_(1 << (codes.bits - 1)).to(torch.uint8)
+    if codes.bits == 4:
+        bits = bits[..., 0::2] | (bits[..., 1::2] << 4)
+    return bits.numpy().tobytes(), scales.reshape(-1)
 
 
 def _stored(graph: Graph, name: str, rows: Tensor) -> Tensor:
     """Rows as the file has them, to be compared."""
-    kind = graph.codes.get(name)
-    if kind is None:
+    codes = graph.codes.get(name) or graph.codes.get(name + BLOCKS_END)
+    if codes is None:
         return rows.to(_TORCH_TYPES[graph.float_type])
-    return torch.frombuffer(bytearray(coded(rows.contiguous())[0]), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(coded(rows.contiguous(), codes)[0]), dtype=torch.uint8)
 
 
 def _save(
@@ -350,7 +386,9 @@ def _save(
     """Write the graph; its weights are named by where they are in the other file."""
     tensors = list(graph.constants.values())
     for name, (shape, start, size) in offsets.items():
-        kind = graph.codes.get(name, graph.float_type)
+        kind = graph.float_type
+        if name in graph.codes:
+            kind = TensorProto.INT8 if graph.codes[name].block is None else TensorProto.UINT8
         tensor = TensorProto(name=name, data_type=kind, dims=shape)
         tensor.data_location = TensorProto.EXTERNAL
         for key, value in (("location", WEIGHTS_FILE), ("offset", start), ("length", size)):
@@ -359,7 +397,9 @@ def _save(
     body = helper.make_graph(graph.nodes, "edgezo", graph.inputs, graph.outputs, tensors)
     model = helper.make_model(
         body,
-        opset_imports=[helper.make_opsetid("", OPSET)],
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(OWN_DOMAIN, 1)][
+            : 2 if graph.block else 1
+        ],
         ir_version=IR_VERSION,
         producer_name="edgezo",
         producer_version=__version__,
