@@ -63,12 +63,18 @@ cli.add_command(apply)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--show-batch", is_flag=True, help="Print the tokens of one batch and stop.")
+@click.option(
+    "-v", "--plan", "shows_plan", is_flag=True, help="Print every item of the plan first."
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print the result only, and errors.")
 @config_option
 @json_option
 def finetune(
     resume: bool,
     dry_run: bool,
     show_batch: bool,
+    shows_plan: bool,
+    quiet: bool,
     config_file: str | None,
     as_json: bool,
     **given: Any,
@@ -78,8 +84,10 @@ def finetune(
     from edgezo.cli import tables
     from edgezo.cli.terminal import TerminalProgress
     from edgezo.machine import profiler
+    from edgezo.run.progress import Silent
 
-    began_s, progress = now_s(), TerminalProgress()
+    began_s = now_s()
+    progress = Silent() if quiet else TerminalProgress(shows_plan=shows_plan)
     cfg, resuming = finetune_request(given, config_file, resume, progress.note)
     use_threads(cfg.threads)
     if show_batch:
@@ -170,9 +178,9 @@ def replay(run: str, out: str, as_json: bool) -> None:
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["fp32", "bf16", "fp16", "q8_0", "int8"]),
+    type=click.Choice(["fp32", "bf16", "fp16", "q8_0", "int8", "int8-blocks", "int4"]),
     help="Type of the weights.  [default: of hf fp32 if adapters were trained, else the run's; "
-    "of gguf the base file's, else fp16; of onnx fp32]",
+    "of gguf the base file's, else fp16; of onnx fp32]  int8-blocks and int4 need onnxruntime's own operators.",
 )
 @click.option(
     "--out", metavar="DIR", required=True, help="A new directory; a new file for the form journal."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from edgezo.data.batches import collate, evaluation_batches
@@ -14,13 +14,19 @@ from edgezo.run.objective import Judge
 
 
 @phase("eval")
-def evaluate_model(model: Model, dataset: Dataset, judge: Judge | None = None) -> dict[str, Any]:
+def evaluate_model(
+    model: Model,
+    dataset: Dataset,
+    judge: Judge | None = None,
+    shown: Callable[[int], None] = lambda rows: None,
+) -> dict[str, Any]:
     """Evaluate the validation rows: accuracy where rows have a right answer, else the mean loss.
 
-    With a judge the first of its figures is the metric, and the others stand beside it under their names.
+    With a judge the first of its figures is the metric, and the others stand beside it under their names. ``shown``
+    is called after each batch with the rows so far.
     """
     examples = model.reads(dataset.validation)
-    total_loss, right, squares = 0.0, 0, 0.0
+    total_loss, right, squares, rows = 0.0, 0, 0.0, 0
     chosen = [0] * len(examples)
     for batch in evaluation_batches(examples):
         packed = collate([examples[i] for i in batch], range(len(batch)))
@@ -30,6 +36,8 @@ def evaluate_model(model: Model, dataset: Dataset, judge: Judge | None = None) -
         right += int((predicted[0] == packed.labels).sum())
         for i, option in zip(batch, predicted[0].tolist(), strict=True):
             chosen[i] = option
+        rows += len(batch)
+        shown(rows)
     texts = judge.texts(model, chosen) if judge is not None else []
     figures = figures_of(dataset, total_loss, right, judge, texts)
     return figures | standard_error(figures, total_loss, squares)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from edgezo.machine.hardware import format_bytes
 
 if TYPE_CHECKING:
-    from edgezo.plan.plan import Plan
+    from edgezo.run.opening import Opening
 
 
 class RunProgress(Protocol):
@@ -18,12 +18,15 @@ class RunProgress(Protocol):
         """Something worth a line: a file that is fetched, rows that were cut."""
         ...
 
-    def plan(self, plan: Plan) -> None:
-        """The plan that the run follows."""
+    def opening(self, opening: Opening) -> None:
+        """What the run is about to do: its plan, and what it was made for."""
         ...
 
-    def begin(self, *, done: int, steps: int | None, cap_bytes: int) -> None:
-        """Training starts after ``done`` steps; ``steps`` is None where time bounds the run."""
+    def begin(self, *, done: int, steps: int | None, cap_bytes: int, counted: str = "step") -> None:
+        """Training starts after ``done`` steps, or a pass over rows; ``steps`` is None where time bounds it.
+
+        ``counted`` is what ``step`` counts: a step, or a batch of a pass.
+        """
         ...
 
     def step(
@@ -38,8 +41,12 @@ class RunProgress(Protocol):
     ) -> None:
         """Step number ``step`` (from 1) is done, and ``fraction`` (0 to 1) of the run with it.
 
-        ``loss`` is None for a batch that passes the frozen blocks.
+        ``loss`` is None where none is computed.
         """
+        ...
+
+    def evaluated(self, rows: int, total: int) -> None:
+        """An evaluation has been over ``rows`` of its ``total`` rows."""
         ...
 
     def close(self) -> None:
@@ -62,9 +69,11 @@ class Silent:
 
     def note(self, text: str) -> None: ...
 
-    def plan(self, plan: Plan) -> None: ...
+    def opening(self, opening: Opening) -> None: ...
 
-    def begin(self, *, done: int, steps: int | None, cap_bytes: int) -> None: ...
+    def begin(
+        self, *, done: int, steps: int | None, cap_bytes: int, counted: str = "step"
+    ) -> None: ...
 
     def step(
         self,
@@ -76,6 +85,8 @@ class Silent:
         rss_bytes: int,
         metric: str = "",
     ) -> None: ...
+
+    def evaluated(self, rows: int, total: int) -> None: ...
 
     def close(self) -> None: ...
 

@@ -186,7 +186,9 @@ class ReadoutPass:
         self.states.keep(done)
         limit_s = self._spent_s() + state.box.left_s() * (READOUT_SHARE if cfg.probing else 1.0)
         state.progress.note(f"a linear probe: one forward over up to {most:,} rows")
-        state.progress.begin(done=0, steps=-(-most // size), cap_bytes=state.plan.max_mem_bytes)
+        state.progress.begin(
+            done=0, steps=-(-most // size), cap_bytes=state.plan.max_mem_bytes, counted="batch"
+        )
         try:
             while done < most and (done < LEAST_ROWS or self._spent_s() < limit_s):
                 state.stop.check(0)

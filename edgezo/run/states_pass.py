@@ -262,6 +262,6 @@ def _frozen_half(planned: Planned, report: Report) -> Iterator[Loaded]:
         model, memory = load_model(planned, confirmed(machine()), overlay, half="below")
         at_end.enter_context(closing(model))
         guard_of(plan, memory).check(item="frozen blocks")
-        report.progress.begin(done=0, steps=None, cap_bytes=plan.max_mem_bytes)
+        report.progress.begin(done=0, steps=None, cap_bytes=plan.max_mem_bytes, counted="batch")
         at_end.callback(report.progress.close)
         yield Loaded(model, memory)

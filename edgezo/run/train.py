@@ -42,6 +42,7 @@ from edgezo.run.finetuner import load_finetuner
 from edgezo.run.journal import create_journal
 from edgezo.run.journal_record import StepRecord
 from edgezo.run.metrics_log import RunLog, check_lines, step_line
+from edgezo.run.opening import Opening
 from edgezo.run.places import with_beginning
 from edgezo.run.progress import RunProgress, Silent, peaks_line
 from edgezo.run.readout_pass import ReadoutPass, ReadoutResult
@@ -169,7 +170,7 @@ def _plan(cfg: RunConfig, resume: bool, meter: Meter, progress: RunProgress) -> 
     planned = (settle_again if resume else settle)(opened, computer, base.rss_bytes)
     if cfg.estimator == AUTO:
         progress.note(next(d.reason for d in planned.plan.decisions if d.name == "estimator"))
-    progress.plan(planned.plan)
+    progress.opening(Opening.of(planned))
     return planned
 
 
@@ -409,7 +410,8 @@ class Run:
             state.memory.trim()  # its batches have other sizes, and would not fit in the holes of a step's
             with state.memory.short("an evaluation"):
                 begun_s = now_s()
-                figures = evaluate_model(state.model, state.dataset, state.judge)
+                shown = partial(state.progress.evaluated, total=len(state.dataset.validation))
+                figures = evaluate_model(state.model, state.dataset, state.judge, shown)
                 took_s = now_s() - begun_s
             state.memory.trim()
             state.log.write({"step": step, "eval": when, "took_s": took_s, **figures})

@@ -57,8 +57,8 @@ class Shortage(Silent):
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def plan(self, plan: Any) -> None:
-        self._plan = plan
+    def opening(self, opening: Any) -> None:
+        self._plan = opening.plan
 
     def step(self, step: int, **more: Any) -> None:
         if step == self.kill_after:
@@ -362,8 +362,8 @@ from edgezo.machine.limits import (GUARD_MARGIN_BYTES)
 from edgezo.run.progress import (Silent)
 
 class Ballast(Silent):
-    def plan(self, plan):
-        self.cap_bytes = plan.max_mem_bytes
+    def opening(self, opening):
+        self.cap_bytes = opening.plan.max_mem_bytes
     def step(self, step, **more):
         if step == 3:
             memory.malloc_trim()

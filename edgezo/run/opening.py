@@ -1,0 +1,147 @@
+"""What a run says before it starts, in five lines: model, data, method, memory and time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from edgezo.machine.hardware import format_bytes
+from edgezo.plan.config import Settled
+from edgezo.plan.plan import Plan
+from edgezo.run.session import Planned
+from edgezo.zo.parts import PARTS
+
+MOST_NAMES = 4  # labels that are named
+LONG_S = 6 * 3600  # from here on a run is told how to be shorter
+
+# What is learned from a row, by the kind of the data.
+_LEARNED = {
+    "choice": "which option of a row is right",
+    "completion": "the completion of each prompt",
+    "text": "every token of a text",
+}
+# Parts of --train as they are said to a user.
+_WORDS = {
+    "lowrank": "low-rank factors",
+    "full": "all weights",
+    "norms": "norms and biases",
+    "scales": "a gain for each row",
+    "head": "the head by its exact gradient",
+    "probe": "a linear probe in closed form",
+    "lora": "LoRA adapters by their gradient",
+}
+
+
+class Opening(NamedTuple):
+    """A run before its first step."""
+
+    plan: Plan
+    cfg: Settled
+    source: str  # where the rows are from
+    kind: str  # of the data
+    labels: tuple[str, ...]  # the candidates' names; none where rows have no common ones
+    trained: int  # rows to train on
+    evaluated: int  # rows to evaluate on
+    layers: int  # blocks of the model
+
+    @staticmethod
+    def of(planned: Planned) -> Opening:
+        cfg, dataset = planned.cfg, planned.opened.dataset
+        rows = (len(dataset.train), len(dataset.validation))
+        about = (str(cfg.task or cfg.data), dataset.kind, dataset.label_names)
+        return Opening(planned.plan, cfg, *about, *rows, planned.opened.files.shape.layers)
+
+    def lines(self) -> list[tuple[str, str]]:
+        """(what, text) of each line."""
+        return [
+            ("model", self._model()),
+            ("data", self._data()),
+            ("method", self._method()),
+            ("memory", self._memory()),
+            ("time", self._time()),
+        ]
+
+    def _model(self) -> str:
+        plan = self.plan
+        where = {"disk": ", the last blocks read from disk", "host": ", the last blocks in RAM"}
+        return f"{plan.model} in {plan.precision}, computed in {plan.compute_dtype}" + where.get(
+            plan.residency, ""
+        )
+
+    def _data(self) -> str:
+        learned = _LEARNED.get(self.kind, "a label")
+        if self.labels:
+            named = ", ".join(self.labels[:MOST_NAMES])
+            more = ", ..." if len(self.labels) > MOST_NAMES else ""
+            learned = f"one of {len(self.labels)} labels ({named}{more})"
+        rows = f"{self.trained:,} rows to train on, {self.evaluated:,} to evaluate on"
+        return f"{self.source}: {rows}; learns {learned}"
+
+    def _method(self) -> str:
+        cfg = self.cfg
+        parts = [_WORDS[part] for part in cfg.train if not PARTS[part].perturbed]
+        if cfg.parts.readout and cfg.parts.head:
+            probe, head = _WORDS["probe"], _WORDS["head"]
+            parts = [f"{probe} (or {head}, where label words predict better)"]
+        perturbed = [_WORDS[part] for part in cfg.train if PARTS[part].perturbed]
+        if perturbed:
+            then = "then " if cfg.parts.readout else ""
+            parts.append(
+                f"{then}{cfg.estimator} on {' and '.join(perturbed)} by forward passes alone"
+            )
+        where = f" of the last {cfg.blocks} blocks" if self.plan.first_trained else ""
+        return f"{', '.join(parts)}{where}; {cfg.batch_size} rows a step"
+
+    def _memory(self) -> str:
+        plan = self.plan
+        return (
+            f"{format_bytes(plan.planned_peak_bytes)} planned of {format_bytes(plan.max_mem_bytes)}"
+        )
+
+    def _time(self) -> str:
+        cfg, parts = self.cfg, self.seconds()
+        told = ", ".join(f"{name} {duration(s)}" for name, s in parts.items())
+        if cfg.for_s is not None:
+            inside = f", of that {told}" if told else ""
+            return f"{duration(cfg.for_s)} in all (--for){inside}"
+        total_s = sum(parts.values())
+        text = f"about {duration(total_s)}: {told} (an estimate; the first steps show more)"
+        if total_s > LONG_S:
+            text += (
+                ". That is long: --for 1h ends it sooner, --blocks auto makes steps cheaper, and so do shorter rows "
+                "(--max-length) and a smaller model"
+            )
+        return text
+
+    def seconds(self) -> dict[str, float]:
+        """Estimated seconds of each part of the run; with --for, of what is not training."""
+        plan, cfg, parts = self.plan, self.cfg, dict[str, float]()
+        row_s = plan.step_s / (2 * cfg.batch_size)  # of a row on one side
+        if plan.state_rows:
+            share = plan.first_trained / (self.layers - plan.first_trained)
+            rows = plan.state_rows + self.evaluated
+            parts[f"{rows:,} rows through the frozen blocks"] = rows * row_s * share
+        if not cfg.for_s and (rows := cfg.readout_rows(self.trained)):
+            parts[f"a linear probe of {rows:,} rows"] = rows * row_s
+        if plan.evaluation_s:
+            parts[f"2 evaluations of {self.evaluated:,} rows"] = 2 * plan.evaluation_s
+        if cfg.steps:
+            parts[f"{cfg.steps:,} steps of {seconds(plan.step_s)}"] = cfg.steps * plan.step_s
+        return parts
+
+
+def seconds(s: float) -> str:
+    """``0.25 s``, ``7.1 s``, ``90 s``."""
+    return f"{s:.2f} s" if s < 1 else f"{s:.1f} s" if s < 10 else f"{s:.0f} s"
+
+
+def duration(s: float) -> str:
+    """``40 s``, ``4 min``, ``2 h 10 min``, ``4.4 days``."""
+    if s < 99.5:
+        return f"{max(1, round(s))} s"
+    minutes = round(s / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, rest = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h" + (f" {rest} min" if rest else "")
+    return f"{s / 86400:.1f} days"
