@@ -66,7 +66,7 @@ cli.add_command(apply)
 @click.option(
     "-v", "--plan", "shows_plan", is_flag=True, help="Print every item of the plan first."
 )
-@click.option("-q", "--quiet", is_flag=True, help="Print the result only, and errors.")
+@click.option("--quiet", "-q", is_flag=True, help="Print the result only, and errors.")
 @config_option
 @json_option
 def finetune(
