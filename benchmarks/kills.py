@@ -3,11 +3,12 @@
     python benchmarks/kills.py --out DIR [--kills 200] [--seed 0] [--only NAME]
 
 For every setting one run goes to its end undisturbed. Others are killed with SIGKILL at random moments, resumed, killed
-again, and so on until they end by themselves. Every other kill is aimed at the time after the last step, when a run
-evaluates and saves; the rest may come at any moment from the start of the command to its end. A kill counts where the
-process is reported to have died of that signal. Each run that ends must have the SHA-256 of the trained weights, the
-journal, the evaluations and the lines of metrics of the undisturbed one, and no other file beside the records that a
-resume keeps. The model is a tiny random one of the tests, so that most of a run is loading, writing and saving.
+again, and so on until they end by themselves; each computes the states of frozen blocks anew. Every other kill is aimed
+at the time after the last step, when a run evaluates and saves; the rest may come at any moment from the start of the
+command to its end. A kill counts where the process is reported to have died of that signal. Each run that ends must
+have the SHA-256 of the trained weights, the journal, the evaluations and the lines of metrics of the undisturbed one,
+and no other file beside the records that a resume keeps. The model is a tiny random one of the tests, so that most of a
+run is loading, writing and saving.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 STEPS = 24
-# Estimators, stores, residencies, trained parts, exact head, linear probe, snapshots, automatic step.
+# Estimators, stores, residencies, trained parts, exact head, linear probe, snapshots, automatic step, kept states.
 SETTINGS = {
     "grzo, low-rank, fp32": "--train lowrank --precision fp32",
     "grzo, low-rank and head, int8": "--train lowrank+head --precision int8 --micro-batch 2 --snapshot-every 5",
@@ -46,6 +47,8 @@ SETTINGS = {
     "agzo, evaluations between": "--estimator ag-grzo --precision fp32 --snapshot-every 4 --eval-every 6",
     "lora": "--estimator lora --precision int8 --snapshot-every 5",
     "addax": "--estimator addax --precision fp32 --snapshot-every 5 --short-tokens 24",
+    "grzo, upper block from kept states": "--blocks 1 --train lowrank+head --precision bf16 --snapshot-every 5",
+    "lora, upper block from kept states": "--blocks 1 --estimator lora --precision int8 --snapshot-every 5",
 }
 
 PHASES = ("before a run was there", "before the first step", "between steps", "after the last step")
@@ -192,6 +195,7 @@ class Setting:
         while sum(self.delivered.values()) < kills:
             folder = self.folder / f"killed-{self.runs}"
             request = ["finetune", *self.options, "--out", str(folder)]
+            shutil.rmtree(Path(os.environ["EDGEZO_CACHE"], "states"), ignore_errors=True)
             code = -signal.SIGKILL
             while code == -signal.SIGKILL:
                 enough = sum(self.delivered.values()) >= kills

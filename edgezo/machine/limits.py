@@ -11,6 +11,8 @@ MB = 1_000_000
 
 # -- memory ---------------------------------------------------------------------------------------------
 
+PADDED_TOKENS = 4096  # most tokens of a padded group of rows in attention, but one row at least
+SCORE_COPIES = 3  # of softcapped attention scores that are there at once
 TILE_BYTES = 16 << 20  # no temporary of the weights is larger, whatever the largest matrix
 # Rows of the head in fp32, and their logits: scores are computed in such chunks (``head_rows``, ``states_at_once``).
 LOGITS_BYTES = TILE_BYTES // 2

@@ -143,6 +143,7 @@ def shape_of(config: Any) -> Shape:
         "max_positions": config.max_position_embeddings,
         "tied": bool(config.tie_word_embeddings),
         "sliding_window": getattr(config, "sliding_window", None) or 0,
+        "softcapped": bool(getattr(config, "attn_logit_softcapping", None)),
     }
     fields |= FAMILIES[config.model_type].differences(config)
     fields.setdefault("intermediate", getattr(config, "intermediate_size", 0))

@@ -11,21 +11,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from edgezo.data.trees import Tree
 from edgezo.machine import kernels
+from edgezo.machine.limits import PADDED_TOKENS, SCORE_COPIES, TILE_BYTES
 from edgezo.machine.matmul import compiled
 from edgezo.weights.layouts import CPU
 
 ATTENTION = "edgezo_packed"
-# Most tokens of a padded group, so that its scores and copies are no larger than a tile.
-_GROUP_TOKENS = 4096
 LENGTH_STEP = 64  # softcapped products are padded to a multiple of so many tokens
 _WASTE = 1.15  # most padded tokens of a group for each real one
 
@@ -141,7 +141,7 @@ class Packing:
                 longest = trunks[members[0]]
                 tokens = sum(trunks[m] for m in members) + trunks[row]
                 padded = longest * (len(members) + 1)
-                if padded > _WASTE * tokens or padded > _GROUP_TOKENS:
+                if padded > _WASTE * tokens or padded > PADDED_TOKENS:
                     groups.append(_group(members, trunks, starts, device))
                     members = []
             members.append(row)
@@ -344,7 +344,31 @@ def _softcapped_rows(parts: Sequence[Tensor], scale: float, softcap: float) -> T
 
 
 def _softcapped(parts: Sequence[Tensor], scale: float, softcap: float) -> Tensor:
+    """Attention with softcapped scores, a piece of the queries at a time: scores are no larger than a tile."""
     q, k, v, mask = parts
+    rows, heads, length, _ = q.shape
+    a_query = rows * heads * k.shape[2] * 4
+    at_once = max(1, TILE_BYTES // (SCORE_COPIES * a_query) // LENGTH_STEP) * LENGTH_STEP
+    if length <= at_once:
+        return _capped_piece(q, k, v, mask, scale, softcap)
+    pieces = []
+    for first in range(0, length, at_once):
+        part = slice(first, first + at_once)
+        queries, seen = q[:, :, part], mask[:, :, part]
+        if torch.is_grad_enabled():  # scores are computed once more in the backward pass, not kept
+            # Typed Any since torch's annotation leaves out the result.
+            made: Any = checkpoint(
+                _capped_piece, queries, k, v, seen, scale, softcap, use_reentrant=False
+            )
+            pieces.append(made)
+        else:
+            pieces.append(_capped_piece(queries, k, v, seen, scale, softcap))
+    return torch.cat(pieces, 2)
+
+
+def _capped_piece(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float
+) -> Tensor:
     scores = torch.tanh((q @ k.transpose(2, 3)) * scale / softcap) * softcap
     # Not -inf: a token of padding looks at nothing, and softmax would give NaN.
     return torch.softmax(scores.masked_fill(~mask, torch.finfo(q.dtype).min), -1) @ v

@@ -258,7 +258,7 @@ class Footprint(StoredFootprint):
         reason = f"{n_tokens:,} tokens of {what}, one block at a time"
         items = [Item(ACTIVATIONS, self._activations(n_tokens, compute_bytes), reason, "forward")]
         items += self._expanded(precision, compute_bytes)
-        items += self._option_masks(n_tokens)
+        items += self._attention(n_tokens)
         # A mask, its making from 64-bit integers, and the thin products that go with it.
         size = self._drawn(micro_batch) * (4 * n_tokens + self._widest()) * compute_bytes
         items += self._perturbing(micro_batch, size)

@@ -80,7 +80,7 @@ class BackwardFootprint(Footprint):
         reason = "one block, run again for its backward pass, with its gradients"
         items.append(Item(ACTIVATIONS, max(block, evaluated - kept), reason, "forward"))
         items += self._expanded(precision, compute_bytes)
-        items += self._option_masks(n_tokens)
+        items += self._attention(n_tokens)
         scored = min(micro_batch * tokens.scored, trained)
         logits, what = self._logits(scored, precision)
         # Scores are computed when all block inputs are kept, before a block is run again.

@@ -110,7 +110,7 @@ class CudaFootprint(Footprint):
         )
         items = [Item(ACTIVATIONS, self._activations(n_tokens, compute_bytes), reason, "forward")]
         items += self._expanded(precision, compute_bytes)
-        items += self._option_masks(n_tokens)
+        items += self._attention(n_tokens)
         size = self._drawn(micro_batch) * (4 * n_tokens + 3 * self._widest()) * compute_bytes
         items += self._perturbing(micro_batch, size + 16 * n_tokens)
         scored = sides * micro_batch * self.tokens.scored

@@ -9,10 +9,12 @@ from typing import ClassVar
 
 from edgezo.data.token_stats import TokenStats
 from edgezo.machine.limits import (
+    PADDED_TOKENS,
     PAGE_BYTES,
     PANEL,
     QUANTISE_BYTES,
     READOUT_BLOCKS,
+    SCORE_COPIES,
     SLOTS,
     TILE_BYTES,
     head_rows,
@@ -355,14 +357,21 @@ class StoredFootprint:
                 items.append(Item("rule state", 4 * n * values, reason))
         return items
 
-    def _option_masks(self, n_tokens: int) -> list[Item]:
-        """Which tokens of a tree of options each of them looks at (data/trees.py), and attention's copy in fp32."""
-        if self.tokens.kind != "choice":
-            return []
+    def _attention(self, n_tokens: int) -> list[Item]:
+        """What attention takes beside a block's temporaries, where no kernel of its own computes it."""
+        items = []
         longest = max(self.tokens.tokens[0], self.tokens.evaluated)
-        size = n_tokens * longest + 4 * longest * longest
-        reason = f"whom each token looks at, of options as a tree of up to {longest:,} tokens"
-        return [Item("option masks", size, reason, "forward")]
+        if self.tokens.kind == "choice":
+            # Which tokens of a tree of options each of them looks at (data/trees.py), and attention's copy in fp32.
+            size = n_tokens * longest + 4 * longest * longest
+            reason = f"whom each token looks at, of options as a tree of up to {longest:,} tokens"
+            items.append(Item("option masks", size, reason, "forward"))
+        if self.shape.softcapped:
+            padded = max(PADDED_TOKENS, longest)
+            size = min(TILE_BYTES, SCORE_COPIES * 4 * self.shape.heads * padded * longest)
+            reason = "softcapped scores of a piece of the queries"
+            items.append(Item("attention scores", size, reason, "forward"))
+        return items
 
     # -----------------------------------------------------------------------------------------
     # Loading

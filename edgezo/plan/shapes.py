@@ -46,6 +46,7 @@ class Shape:
     embed_dim: int = 0  # width of the token embedding where it is not hidden (OPT-350m)
     masked_head: bool = False  # dense + norm + output bias before the tied decoder (RoBERTa)
     sliding_window: int = 0  # tokens; 0: none
+    softcapped: bool = False  # attention scores have a soft cap
     fused: bool = False  # one matrix for q, k and v, and one for gate and up
 
     @property
