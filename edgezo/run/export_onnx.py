@@ -50,7 +50,7 @@ _TORCH_TYPES: dict[int, torch.dtype] = {
 }
 
 
-class Form(NamedTuple):
+class WeightForm(NamedTuple):
     """What --dtype stands for."""
 
     float_type: int  # of weights and hidden states
@@ -60,12 +60,12 @@ class Form(NamedTuple):
     taken: int = 2
 
 
-FORMS = {
-    "fp32": Form(TensorProto.FLOAT),
-    "fp16": Form(TensorProto.FLOAT16, taken=4),
-    "int8": Form(TensorProto.FLOAT, bits=8),
-    "int8-blocks": Form(TensorProto.FLOAT, bits=8, block=64),
-    "int4": Form(TensorProto.FLOAT, bits=4, block=32),
+WEIGHT_FORMS = {
+    "fp32": WeightForm(TensorProto.FLOAT),
+    "fp16": WeightForm(TensorProto.FLOAT16, taken=4),
+    "int8": WeightForm(TensorProto.FLOAT, bits=8),
+    "int8-blocks": WeightForm(TensorProto.FLOAT, bits=8, block=64),
+    "int4": WeightForm(TensorProto.FLOAT, bits=4, block=32),
 }
 _ALIGNMENT = 4096  # of each tensor in the file, so that it can be mapped
 _CODED_AT_ONCE = 1 << 18  # weights
@@ -78,8 +78,8 @@ _WORD_ROWS = "label_words"  # the rows of the head that label words have
 
 def check_base(files: ModelFiles, dtype: str | None) -> None:
     """UsageError where the graph has no place for the model, or weights of that type."""
-    if dtype is not None and dtype not in FORMS:
-        raise UsageError(f"--format onnx writes {', '.join(FORMS)}, not {dtype}")
+    if dtype is not None and dtype not in WEIGHT_FORMS:
+        raise UsageError(f"--format onnx writes {', '.join(WEIGHT_FORMS)}, not {dtype}")
     if files.kind == "masked":
         raise UsageError(
             f"--format onnx has no place for a model of the type {files.config.model_type}.\nUse --format hf."
@@ -97,7 +97,7 @@ class OnnxExporter(Merged):
 
     def write(self, folder: Path, asked: str | None) -> dict[str, Any]:
         """Write model.onnx and its weights. Raises EdgezoError where they do not answer as the run."""
-        form = FORMS[asked or "fp32"]
+        form = WEIGHT_FORMS[asked or "fp32"]
         graph = Graph(form.float_type, form.bits, form.block)
         classifies = self.rebuilt.planned.opened.dataset.kind == "label"
         if classifies:
@@ -235,7 +235,7 @@ class OnnxExporter(Merged):
         self, path: Path, asked: str | None, classifies: bool, size_bytes: int
     ) -> list[str]:
         """Notes; EdgezoError unless onnxruntime answers a text as the run does, where there is memory to run it."""
-        need_bytes = FORMS[asked or "fp32"].taken * size_bytes
+        need_bytes = WEIGHT_FORMS[asked or "fp32"].taken * size_bytes
         if rss_bytes() + need_bytes > self.rebuilt.planned.plan.max_mem_bytes:
             return [
                 f"the graph was checked, and not run: onnxruntime takes about {mb(need_bytes)} beside the run, and the "

@@ -11,7 +11,7 @@ from edgezo.run.session import Planned
 from edgezo.zo.parts import PARTS
 
 MOST_NAMES = 4  # labels that are named
-LONG_S = 6 * 3600  # from here on a run is told how to be shorter
+LONG_S = 6 * 3600  # from here on a run is estimates how to be shorter
 
 # What is learned from a row, by the kind of the data.
 _LEARNED = {
@@ -20,7 +20,7 @@ _LEARNED = {
     "text": "every token of a text",
 }
 # Parts of --train as they are said to a user.
-_WORDS = {
+_SAID_OF = {
     "lowrank": "low-rank factors",
     "full": "all weights",
     "norms": "norms and biases",
@@ -78,11 +78,11 @@ class Opening(NamedTuple):
 
     def _method(self) -> str:
         cfg = self.cfg
-        parts = [_WORDS[part] for part in cfg.train if not PARTS[part].perturbed]
+        parts = [_SAID_OF[part] for part in cfg.train if not PARTS[part].perturbed]
         if cfg.parts.readout and cfg.parts.head:
-            probe, head = _WORDS["probe"], _WORDS["head"]
+            probe, head = _SAID_OF["probe"], _SAID_OF["head"]
             parts = [f"{probe} (or {head}, where label words predict better)"]
-        perturbed = [_WORDS[part] for part in cfg.train if PARTS[part].perturbed]
+        perturbed = [_SAID_OF[part] for part in cfg.train if PARTS[part].perturbed]
         if perturbed:
             then = "then " if cfg.parts.readout else ""
             parts.append(
@@ -99,12 +99,12 @@ class Opening(NamedTuple):
 
     def _time(self) -> str:
         cfg, parts = self.cfg, self.seconds()
-        told = ", ".join(f"{name} {duration(s)}" for name, s in parts.items())
+        estimates = ", ".join(f"{name} {duration(s)}" for name, s in parts.items())
         if cfg.for_s is not None:
-            inside = f", of that {told}" if told else ""
+            inside = f", of that {estimates}" if estimates else ""
             return f"{duration(cfg.for_s)} in all (--for){inside}"
         total_s = sum(parts.values())
-        text = f"about {duration(total_s)}: {told} (an estimate; the first steps show more)"
+        text = f"about {duration(total_s)}: {estimates} (an estimate; the first steps show more)"
         if total_s > LONG_S:
             text += (
                 ". That is long: --for 1h ends it sooner, --blocks auto makes steps cheaper, and so do shorter rows "
