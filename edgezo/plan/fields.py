@@ -335,6 +335,38 @@ _RUN = (
         free_on_resume=True,
     ),
     Field(
+        name="when",
+        kind="choice",
+        help="When to compute; a run pauses between steps otherwise. idle: while other programs take less than a "
+        "quarter of the CPU. plugged-in: while the machine is not on its battery.",
+        default="always",
+        choices=("always", "idle", "plugged-in"),
+        free_on_resume=True,
+    ),
+    Field(
+        name="max_temp",
+        kind="float",
+        metavar="C",
+        help="Pause between steps while the processor is hotter than this, in degrees Celsius, until it is 5 cooler.",
+        default_text="no limit",
+        example=80,
+        low=30,
+        high=120,
+        free_on_resume=True,
+    ),
+    Field(
+        name="max_cpu",
+        kind="float",
+        metavar="PERCENT",
+        help="Rest between steps, so that this run and other programs together take no more of the CPU time of all "
+        "cores.",
+        default_text="no limit",
+        example=50,
+        low=1,
+        high=100,
+        free_on_resume=True,
+    ),
+    Field(
         name="profile",
         kind="bool",
         help="Record memory by phase in RUN/profile.json.",
