@@ -119,7 +119,7 @@ def _values(field: Field) -> str:
         "int": "a whole number",
         "float": "a number",
         "bool": "true or false",
-        "duration": "a time such as 90, 120s, 10m or 1.5h",
+        "duration": "a time such as 90 (seconds), 120s, 10m, 1.5h or 1h30m",
         "bytes": "a size such as 700MB, 12GB or 12GiB",
         "choice": ", ".join(field.choices),
         "blocks": "a whole number, all or auto",

@@ -34,6 +34,8 @@ _UNITS = {
     **{f"{p}i{s}": 1024**i for i, p in enumerate("kmgt", 1) for s in ("", "b")},
 }
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})\s*([a-zA-Z]*)", re.ASCII)
+# A text of digits alone is bytes. Nobody means so few of them: with up to 64 it is gigabytes, with more megabytes.
+LEAST_BARE_BYTES, MOST_BARE_GB = 1_000_000, 64
 _SIZE_FORMS = "use a size such as 12GB, 700MB, 1.5g (powers of 1000) or 12GiB (powers of 1024)"
 
 
@@ -50,6 +52,11 @@ def parse_bytes(text: str | int) -> int:
     if match is None or unit not in _UNITS or (unit == "" and "." in match.group(1)):
         raise UsageError(f"'{text}' is not a size in bytes; {_SIZE_FORMS}")
     n_bytes = int(Decimal(match.group(1)) * _UNITS[unit])
+    if unit == "" and isinstance(text, str) and 0 < n_bytes < LEAST_BARE_BYTES:
+        likely = "GB" if n_bytes <= MOST_BARE_GB else "MB"
+        raise UsageError(
+            f"'{text}' would be {n_bytes} bytes; did you mean {n_bytes}{likely}? {_SIZE_FORMS}"
+        )
     if n_bytes < 1:
         raise UsageError(f"'{text}' is less than one byte; {_SIZE_FORMS}")
     return n_bytes

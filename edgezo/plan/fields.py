@@ -245,7 +245,7 @@ _RUN = (
         kind="duration",
         metavar="TIME",
         help="How long the whole command takes, reading, loading and evaluations included, instead of --steps: 120s, "
-        "10m, 1.5h.",
+        "10m, 1.5h, 1h30m.",
         example="10m",
         low=0,
         open_low=True,
@@ -257,6 +257,7 @@ _RUN = (
         help="Step size: kappa, a fraction of the perturbation (grzo), or a learning rate (mezo, lora). auto chooses "
         "both --step and --sigma.",
         low=0,
+        high=100,
         open_low=True,
         auto="step_auto",
         of_preset=True,
@@ -295,6 +296,7 @@ _RUN = (
         "completions and text a tenth of it is used.",
         default=2.0,
         low=0,
+        high=1000,
         open_low=True,
     ),
     Field(
@@ -304,6 +306,7 @@ _RUN = (
         help="AdamW learning rate for addax's short examples.",
         default=1e-4,
         low=0,
+        high=1,
         open_low=True,
     ),
     Field(

@@ -26,6 +26,7 @@ from edgezo.machine.profiler import phase, profiling, running
 from edgezo.network.cut import Half
 from edgezo.network.model import Model
 from edgezo.plan.config import RunConfig
+from edgezo.plan.doubtful import doubts
 from edgezo.run.auto_step import AutoStep
 from edgezo.run.claims import prepare
 from edgezo.run.clock import Pause, TimeBox, TrainingClock
@@ -169,6 +170,8 @@ def _plan(cfg: RunConfig, resume: bool, meter: Meter, progress: RunProgress) -> 
     for note in opened.dataset.notes:
         progress.note(note)
     computer = confirmed(machine())
+    for text in doubts(opened.cfg, computer.cores, opened.files.shape.max_positions):
+        progress.note(text)
     base = meter.mark("base")
     planned = (settle_again if resume else settle)(opened, computer, base.rss_bytes)
     if cfg.estimator == AUTO:

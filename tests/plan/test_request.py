@@ -251,7 +251,7 @@ def test_a_duration_is_read_or_refused_but_never_crashes(text):
             "steps": st.integers(1, 10**6),
             "rank": st.integers(1, 256),
             "sigma": st.floats(1e-9, 1.0),
-            "step": st.floats(1e-12, 1e6),
+            "step": st.floats(1e-12, 100),
             "weight_decay": st.floats(0, 1),
             "batch_size": st.integers(1, 1024),
             "template": st.text(min_size=1).filter(str.strip),
@@ -278,12 +278,12 @@ def test_a_file_that_is_no_toml_is_named_with_the_place(tmp_path):
     path = tmp_path / "a.toml"
     path.write_text("model = \n")
     with pytest.raises(UsageError, match=r"a\.toml is not valid TOML.*line 1"):
-        config.read_toml(path)
+        config.read_settings(path)
     with pytest.raises(UsageError, match="no_such"):
-        config.read_toml(tmp_path / "no_such.toml")
+        config.read_settings(tmp_path / "no_such.toml")
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="UTF-8"):
-        config.read_toml(path)
+        config.read_settings(path)
 
 
 def test_config_planner_and_footprint_import_nothing_heavy():
