@@ -15,6 +15,7 @@ _WHOLE = re.compile(r"[-+]?[0-9]+", re.ASCII)
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", re.ASCII)
 _WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
 _MOST_DIGITS = 400
+_TAGS = ("str", "int", "float", "bool", "null", "timestamp", "merge", "value", "seq", "map")
 
 
 def parse_yaml(text: str) -> dict[str, Any]:
@@ -31,7 +32,10 @@ def parse_yaml(text: str) -> dict[str, Any]:
         value = {} if node is None else _Reader(yaml).value(node)
     except RecursionError as problem:
         raise ValueError(f"lists or tables are nested more than {MOST_DEPTH} deep") from problem
-    except yaml.YAMLError as problem:
+    except yaml.MarkedYAMLError as problem:
+        mark = problem.problem_mark or problem.context_mark
+        raise ValueError(f"line {mark.line + 1 if mark else '?'}: {problem.problem}") from problem
+    except yaml.YAMLError as problem:  # a character that no YAML may hold
         raise ValueError(" ".join(str(problem).split())) from problem
     if not isinstance(value, dict):
         raise ValueError("it holds no settings; write one on each line, as in model: NAME")
@@ -50,6 +54,10 @@ class _Reader:
         if id(node) in self._seen:
             raise ValueError(f"line {line}: the value has an alias (*); write it out")
         self._seen.add(id(node))
+        if node.tag.removeprefix("tag:yaml.org,2002:") not in _TAGS:
+            raise ValueError(
+                f"line {line}: {clip(node.tag, 60)!r} makes an object; settings are plain values"
+            )
         if depth > MOST_DEPTH:
             raise RecursionError
         if isinstance(node, self._yaml.ScalarNode):
