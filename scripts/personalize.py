@@ -3,7 +3,7 @@
 
     python scripts/personalize.py notes --out runs/personal
 
-Reads .txt and .md files, .eml messages and .mbox mailboxes of the folder. A tenth of the pieces is kept out of training;
+Reads .txt and .md files, .eml messages and .mbox mailboxes of the folder. A tenth of the pieces is held out;
 the perplexity is of these. The pieces then stand in RUN.jsonl, where evaluations of the run read them again.
 """
 
