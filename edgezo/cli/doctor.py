@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgezo import __version__
 from edgezo.cli.options import emit, json_option
 from edgezo.machine.hardware import BF16_FLAGS, Machine, cpu_flags, format_bytes
 
@@ -36,9 +37,10 @@ def _findings() -> Iterator[Finding]:
 
     here = machine()
     checks: dict[str, Callable[[], Finding | Iterator[Finding]]] = {
-        "versions": checkup.versions,
+        "versions": lambda: checkup.versions(__version__),
         "torch build": checkup.torch_build,
         "processor": lambda: checkup.processor(here),
+        "sensors": checkup.sensors,
         "threads": lambda: checkup.threads(here.cores),
         "other programs": checkup.neighbours,
         "torch": lambda: _of_torch(here),

@@ -25,7 +25,13 @@ OF_META = (
     *("max_mem_bytes", "batch_size", "micro_batch", "train", "rank", "step", "sigma", "threads"),
 )
 
-PLACES = ("MODEL", "PATH", "FILE", "DIR", "RUN")  # what stands for a file or a folder in an option
+NAMES_OF_PLACES = (
+    "MODEL",
+    "PATH",
+    "FILE",
+    "DIR",
+    "RUN",
+)  # what stands for a file or a folder in an option
 
 Command = Callable[..., Any]
 
@@ -53,7 +59,9 @@ def _option(field: Field) -> Callable[[Command], Command]:
     return click.option(
         flag(field.name),
         field.name,
-        type=click.Path() if field.metavar in PLACES else None,  # a shell completes files there
+        type=click.Path()
+        if field.metavar in NAMES_OF_PLACES
+        else None,  # a shell completes files there
         metavar=metavar(field),
         help=help_text(field),
         shell_complete=_complete(field) if field.choices or field.name == "model" else None,

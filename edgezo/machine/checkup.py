@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import psutil
 
-from edgezo import __version__
 from edgezo.errors import EdgezoError
 from edgezo.machine.downloads import cache_dir
 from edgezo.machine.hardware import (
@@ -37,6 +36,7 @@ from edgezo.machine.hardware import (
 )
 from edgezo.machine.process_memory import allocator_policy
 from edgezo.machine.rates import disk_rates
+from edgezo.machine.surroundings import celsius, on_battery
 
 Level = Literal["ok", "note", "problem"]
 
@@ -76,9 +76,9 @@ class Finding:
 # What is installed
 
 
-def versions() -> Iterator[Finding]:
+def versions(edgezo_version: str) -> Iterator[Finding]:
     """Python, edgezo, and the packages that it needs."""
-    known = {"python": platform.python_version(), "edgezo": __version__}
+    known = {"python": platform.python_version(), "edgezo": edgezo_version}
     try:
         wanted = metadata.requires("edgezo") or []
     except metadata.PackageNotFoundError:
@@ -189,6 +189,17 @@ def processor(machine: Machine, root: Path = ROOT) -> Finding:
     shown = f"{named}, {machine.cores} cores to use, {' '.join(features) or 'no known features'}"
     figures = {"name": named, "cores": machine.cores, "features": features}
     return Finding("processor", "ok", shown, figures=figures)
+
+
+def sensors() -> Finding:
+    """What ``--max-temp`` and ``--when plugged-in`` can go by."""
+    battery, heat = on_battery(), celsius()
+    power = {None: "no battery", True: "on its battery", False: "a battery, on mains"}[battery]
+    heat_text = "no temperature" if heat is None else f"{heat:.0f} C"
+    options = [] if heat is not None else ["--max-temp is refused"]
+    options += [] if battery is not None else ["--when plugged-in has no effect"]
+    text = f"{heat_text}, {power}{': ' if options else ''}{', '.join(options)}"
+    return Finding("sensors", "ok", text, figures={"celsius": heat, "on_battery": battery})
 
 
 def threads(cores: int) -> Iterator[Finding]:

@@ -11,11 +11,11 @@ from typing import Any
 
 from edgezo.machine.foreign import MOST_DEPTH, clip
 
-_WHOLE = re.compile(r"[-+]?[0-9]+", re.ASCII)
-_NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", re.ASCII)
-_WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
-_MOST_DIGITS = 400
-_TAGS = ("str", "int", "float", "bool", "null", "timestamp", "merge", "value", "seq", "map")
+_YAML_WHOLE = re.compile(r"[-+]?[0-9]+", re.ASCII)
+_YAML_FRACTION = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", re.ASCII)
+_YAML_WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
+_YAML_DIGITS = 400
+_YAML_TAGS = ("str", "int", "float", "bool", "null", "timestamp", "merge", "value", "seq", "map")
 
 
 def parse_yaml(text: str) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class _Reader:
         if id(node) in self._seen:
             raise ValueError(f"line {line}: the value has an alias (*); write it out")
         self._seen.add(id(node))
-        if node.tag.removeprefix("tag:yaml.org,2002:") not in _TAGS:
+        if node.tag.removeprefix("tag:yaml.org,2002:") not in _YAML_TAGS:
             raise ValueError(
                 f"line {line}: {clip(node.tag, 60)!r} makes an object; settings are plain values"
             )
@@ -76,8 +76,8 @@ class _Reader:
 
 def _scalar(text: str) -> Any:
     """What a plain word stands for."""
-    if text in _WORDS:
-        return _WORDS[text]
-    if len(text) <= _MOST_DIGITS and _WHOLE.fullmatch(text):
+    if text in _YAML_WORDS:
+        return _YAML_WORDS[text]
+    if len(text) <= _YAML_DIGITS and _YAML_WHOLE.fullmatch(text):
         return int(text)
-    return float(text) if len(text) <= _MOST_DIGITS and _NUMBER.fullmatch(text) else text
+    return float(text) if len(text) <= _YAML_DIGITS and _YAML_FRACTION.fullmatch(text) else text

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 LEAST_S = 0.05  # for so long a product or a copy is repeated, and the fastest time counts
 SHAPE = (128, 512, 1024)  # rows, terms, columns: 0.13 GFLOP
-COPIED_BYTES = 64 << 20  # more than a cache of the processor holds
+MOVED_BYTES = 64 << 20  # more than a cache of the processor holds
 FILE_BYTES = 4 << 20
 
 
@@ -57,13 +57,13 @@ def products_flops_s() -> dict[str, float]:
 
 def memory_bytes_s() -> float:
     """Bytes a second that one thread reads and writes while it copies."""
-    source = bytearray(COPIED_BYTES)
-    goal = memoryview(bytearray(COPIED_BYTES))
+    source = bytearray(MOVED_BYTES)
+    goal = memoryview(bytearray(MOVED_BYTES))
 
     def copy() -> None:
         goal[:] = source
 
-    return 2 * COPIED_BYTES / _fastest_s(copy)
+    return 2 * MOVED_BYTES / _fastest_s(copy)
 
 
 class DiskRates(NamedTuple):

@@ -42,9 +42,9 @@ class Watch:
         """The machine now."""
         at_s, computed_s = now_s(), self.computed_s()
         passed_s = self.cores * (at_s - self._at_s)
-        own = (computed_s - self._computed_s) / passed_s if passed_s > 0 else 0.0
+        mine = (computed_s - self._computed_s) / passed_s if passed_s > 0 else 0.0
         self._at_s, self._computed_s = at_s, computed_s
-        others = min(1.0, max(0.0, psutil.cpu_percent() / 100 - own))
+        others = min(1.0, max(0.0, psutil.cpu_percent() / 100 - mine))
         return Surroundings(on_battery(), celsius(), others)
 
 

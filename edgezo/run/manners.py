@@ -17,7 +17,7 @@ from edgezo.machine.clock import now_s
 from edgezo.machine.surroundings import Watch
 from edgezo.plan.config import RunConfig
 
-LOOK_S = 1.0  # between two looks at the machine
+NEXT_LOOK_S = 1.0  # between two looks at the machine
 IDLE = 0.25  # on an idle machine other programs take a smaller share of the CPU time than this,
 QUIET_LOOKS = (
     10  # and a run that has paused for them goes on after so many looks in a row that say so
@@ -95,33 +95,33 @@ class Manners:
         paused_s = now_s() - begun_s if rested else 0.0
         if shown:
             self._note(f"goes on after a pause of {paused_s:.0f} s")
-        if rested or now_s() - self._begun_s >= LOOK_S:
+        if rested or now_s() - self._begun_s >= NEXT_LOOK_S:
             self._begin_again()
         return paused_s
 
     def _rest(self, resting: bool) -> Rest | None:
         """Why to pause now, or to go on pausing; None where all is well."""
-        if now_s() - self._looked_s >= LOOK_S:
+        if now_s() - self._looked_s >= NEXT_LOOK_S:
             self._machine, self._looked_s = self._watch.look(), now_s()
             self._quiet = self._quiet + 1 if self._machine.others < IDLE else 0
         cfg, machine = self._cfg, self._machine
         others = f"other programs take {machine.others:.0%} of the CPU"
         if cfg.when == "plugged-in" and machine.on_battery:
-            return Rest("--when plugged-in", "the machine runs on its battery", LOOK_S)
+            return Rest("--when plugged-in", "the machine runs on its battery", NEXT_LOOK_S)
         if cfg.when == "idle" and self._quiet < (QUIET_LOOKS if resting else 1):
-            return Rest("--when idle", others, LOOK_S)
+            return Rest("--when idle", others, NEXT_LOOK_S)
         if cfg.max_temp is not None and machine.celsius is not None:
             if machine.celsius > cfg.max_temp - (COOLER_C if resting else 0):
                 hot = f"the processor has {machine.celsius:.0f} C"
-                return Rest(f"--max-temp {cfg.max_temp:g}", hot, LOOK_S)
+                return Rest(f"--max-temp {cfg.max_temp:g}", hot, NEXT_LOOK_S)
         if cfg.max_cpu is None:
             return None
         option, share = f"--max-cpu {cfg.max_cpu:g}", cfg.max_cpu / 100 - machine.others
         if share < LEAST_SHARE:
-            return Rest(option, others, LOOK_S)
+            return Rest(option, others, NEXT_LOOK_S)
         computed_s = (self._watch.computed_s() - self._computed_s) / self._watch.cores
         rest_s = computed_s / share - (now_s() - self._begun_s)
-        return Rest(option, "", min(rest_s, LOOK_S)) if rest_s >= LEAST_REST_S else None
+        return Rest(option, "", min(rest_s, NEXT_LOOK_S)) if rest_s >= LEAST_REST_S else None
 
     def _begin_again(self) -> None:
         """What the run computes from now on is what the next rest is for."""

@@ -26,7 +26,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small measurements."""
     monkeypatch.setattr(rates, "SHAPE", (16, 64, 64))
     monkeypatch.setattr(rates, "LEAST_S", 0.0)
-    monkeypatch.setattr(rates, "COPIED_BYTES", 1 << 20)
+    monkeypatch.setattr(rates, "MOVED_BYTES", 1 << 20)
     monkeypatch.setattr(checkup, "SAMPLE_S", 0.01)
 
 
@@ -132,7 +132,7 @@ STATES: dict[str, tuple[list[tuple[Any, str, Any]], Any, str, str, str]] = {
     ),
     "a package too old": (
         [(metadata, "version", lambda name: "0.1")],
-        checkup.versions, "problem", "0.1 is installed, and edgezo needs", "pip install '",
+        lambda: checkup.versions("1"), "problem", "0.1 is installed, and edgezo needs", "pip install '",
     ),
     "no kernels": (
         [(checkup, "kernels_library", lambda root: None), (checkup, "cpu_flags", lambda root: {"avx2"})],
@@ -141,6 +141,14 @@ STATES: dict[str, tuple[list[tuple[Any, str, Any]], Any, str, str, str]] = {
     "more threads than cores": (
         [("env", "OMP_NUM_THREADS", "64")],
         lambda: checkup.threads(2), "problem", "64 on 2 cores", "unset OMP_NUM_THREADS",
+    ),
+    "no sensors": (
+        [(checkup, "on_battery", lambda: None), (checkup, "celsius", lambda: None)],
+        checkup.sensors, "ok", "no temperature, no battery: --max-temp is refused", "",
+    ),
+    "sensors": (
+        [(checkup, "on_battery", lambda: False), (checkup, "celsius", lambda: 54.0)],
+        checkup.sensors, "ok", "54 C, a battery, on mains", "",
     ),
     "fewer threads than cores": (
         [("env", "OMP_NUM_THREADS", "1")],

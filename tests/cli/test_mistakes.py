@@ -15,8 +15,11 @@ from typing import NamedTuple
 
 import pytest
 from conftest import Bench
+from hypothesis import given
+from hypothesis import strategies as st
 from test_bad_input import assert_one_screen, flat
 
+from edgezo.machine.foreign_yaml import parse_yaml
 from edgezo.plan.request import make_config
 from edgezo.run.train import finetune
 
@@ -261,6 +264,14 @@ def test_settings_in_yaml_are_those_in_toml(tmp_path):
     )
     yaml, toml = (make_config(read_settings(tmp_path / f"a.{kind}")) for kind in ("yaml", "toml"))
     assert yaml == toml and yaml.for_s == 5400 and yaml.text_end == "no"
+
+
+@given(st.text(max_size=40) | st.text("-:[]{}&*!'\"\n #ab1?|>", max_size=40))
+def test_yaml_is_read_or_refused_but_never_crashes(text):
+    try:
+        assert isinstance(parse_yaml(text), dict)
+    except ValueError as error:
+        assert str(error)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

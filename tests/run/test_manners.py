@@ -164,7 +164,7 @@ def test_pauses_and_resumes_between_any_two_steps_change_no_bit(
     machine = FakeMachine(monkeypatch, FREE)
     states = changing()
     monkeypatch.setattr(machine, "look", lambda: next(states))
-    monkeypatch.setattr(manners, "LOOK_S", 0.0)
+    monkeypatch.setattr(manners, "NEXT_LOOK_S", 0.0)
     cfg = make_config(request_of(bench, tmp_path / "run", **POLITE))
     pauses, stops = 0, 0
 
