@@ -5,9 +5,11 @@ Standard library only.
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,7 +66,8 @@ class Field:
                 return value
             case "choice":
                 if value not in self.choices:
-                    raise ValueError(f"{value!r} is not one of {', '.join(self.choices)}")
+                    near = nearest(value, self.choices)
+                    raise ValueError(f"{value!r} is not one of {', '.join(self.choices)}{near}")
                 return value
             case "bool":
                 if not isinstance(value, bool):
@@ -87,7 +90,8 @@ class Field:
         unknown = [name for name in names if name not in self.choices]
         if unknown:
             wrong = ", ".join(map(repr, unknown))
-            raise ValueError(f"{wrong} is not one of {', '.join(self.choices)}; join by +")
+            near = nearest(unknown[0], self.choices)
+            raise ValueError(f"{wrong} is not one of {', '.join(self.choices)}; join by +{near}")
         return tuple(name for name in self.choices if name in names)
 
     def _read_number(self, value: Any) -> int | float:
@@ -133,6 +137,12 @@ _TIME_UNITS = {
     **dict.fromkeys(("d", "day", "days"), 86400),
 }
 _TIME_PART = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]*)", re.ASCII)
+
+
+def nearest(value: object, names: Iterable[str]) -> str:
+    """A question for the name that is spelled most like ``value``; "" where none is like it."""
+    near = difflib.get_close_matches(str(value), list(names), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def is_finite(number: int | float) -> bool:

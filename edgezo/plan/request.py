@@ -7,7 +7,6 @@ file, the file above the model card's settings, those above the defaults. What d
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from edgezo.machine.foreign_yaml import parse_yaml
 from edgezo.plan.config import BEFORE, RunConfig
 from edgezo.plan.conflicts import conflicts
 from edgezo.plan.data_fields import LOSS
-from edgezo.plan.field import DEFAULT_PRESET
+from edgezo.plan.field import DEFAULT_PRESET, nearest
 from edgezo.plan.fields import (
     ALTERNATIVES,
     DEFAULT_STEPS,
@@ -85,8 +84,7 @@ def read_layer(layer: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
         name = ALIASES.get(name, name)
         field = FIELDS.get(name)
         if field is None:
-            near = difflib.get_close_matches(name, _SPELLINGS, n=1)
-            guess = f"; did you mean {near[0]!r}?" if near else "; docs/options.md lists all"
+            guess = nearest(name, _SPELLINGS) or "; docs/options.md lists all"
             problems.append(f"unknown setting {name!r}{guess}")
             continue
         if field.auto is not None and value == "auto":

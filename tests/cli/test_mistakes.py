@@ -72,7 +72,7 @@ MISTAKES = {
     "an absurd rate": Mistake(2, "finetune {ok} --head-lr 1e6", "--head-lr: must be at most 1000"),
     # manners
     "an unknown time of day": Mistake(2, "finetune {ok} --when night", "always, idle, plugged-in"),
-    "half a name": Mistake(2, "finetune {ok} --when plugged", "always, idle, plugged-in"),
+    "half a name": Mistake(2, "finetune {ok} --when plugged", "did you mean 'plugged-in'"),
     "an absurd temperature": Mistake(2, "finetune {ok} --max-temp 500", "--max-temp: must be at most 120"),
     "a temperature in words": Mistake(2, "finetune {ok} --max-temp hot", "--max-temp: needs a number"),
     "no CPU": Mistake(2, "finetune {ok} --max-cpu 0", "--max-cpu: must be at least 1"),
@@ -82,7 +82,8 @@ MISTAKES = {
     "a precision by another name": Mistake(2, "finetune {ok} --precision 4bit", "int8, int4"),
     "an unknown device": Mistake(2, "finetune {ok} --device gpu", "auto, cpu, cuda"),
     "an unknown estimator": Mistake(2, "finetune {ok} --estimator sgd", "grzo.*mezo"),
-    "a part misspelt": Mistake(2, "finetune {ok} --train lowrnak", "'lowrnak' is not one of .*lowrank"),
+    "an estimator misspelt": Mistake(2, "finetune {ok} --estimator mezzo", "did you mean 'mezo'"),
+    "a part misspelt": Mistake(2, "finetune {ok} --train lowrnak", "did you mean 'lowrank'"),
     "parts joined by a comma": Mistake(2, "finetune {ok} --train lowrank,head", r"join by \+"),
     "an unknown objective": Mistake(2, "finetune {ok} --objective acuracy", "accuracy, exact-match"),
     "a rank of nothing": Mistake(2, "finetune {ok} --train full --rank 4", "--rank has no effect"),

@@ -19,6 +19,7 @@ from edgezo.machine.surroundings import Surroundings
 from edgezo.plan.request import make_config
 from edgezo.run import clock, manners, train
 from edgezo.run.manners import COOLER_C, QUIET_LOOKS, Manners
+from edgezo.run.states_cache import states_folder
 from edgezo.run.train import finetune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -185,6 +186,23 @@ def test_pauses_and_resumes_between_any_two_steps_change_no_bit(
         resume = True
     assert pauses >= 20 and stops >= 2
     same_run(Path(summary["run"]), summary, whole)
+
+
+def test_the_passes_before_the_first_step_pause_between_their_batches(
+    deep_bench, monkeypatch, tmp_path
+):
+    settings = {"train": "lowrank", "blocks": "2", "precision": "fp32"}
+    plain = finetune(make_config(deep_bench.settings(out=str(tmp_path / "plain"), **settings)))
+    for file in states_folder().glob("*.states"):
+        file.unlink()  # so that the rows pass again
+    machine = FakeMachine(monkeypatch, FREE, ON_BATTERY, ON_BATTERY, FREE)
+    machine.now_s += 10
+    settings |= {"when": "plugged-in", "out": str(tmp_path / "run")}
+    at_sleep: list[bool] = []
+    machine.at_sleep = lambda: at_sleep.append((tmp_path / "run" / "metrics.jsonl").exists())
+    monkeypatch.setattr(manners, "NEXT_LOOK_S", 0.0)
+    same_run(tmp_path / "run", finetune(make_config(deep_bench.settings(**settings))), plain)
+    assert at_sleep and not any(at_sleep)
 
 
 def same_run(run: Path, summary: dict[str, Any], whole: dict[str, Any]) -> None:
