@@ -47,8 +47,10 @@ SETTINGS = {
     "agzo, evaluations between": "--estimator ag-grzo --precision fp32 --snapshot-every 4 --eval-every 6",
     "lora": "--estimator lora --precision int8 --snapshot-every 5",
     "addax": "--estimator addax --precision fp32 --snapshot-every 5 --short-tokens 24",
-    "grzo, upper block from kept states": "--blocks 1 --train lowrank+head --precision bf16 --snapshot-every 5",
-    "lora, upper block from kept states": "--blocks 1 --estimator lora --precision int8 --snapshot-every 5",
+    "grzo, upper block from kept states": "--blocks 1 --train lowrank+head --precision bf16 "
+    "--snapshot-every 5 --steps 400",
+    "lora, upper block from kept states": "--blocks 1 --estimator lora --precision int8 "
+    "--snapshot-every 5 --steps 400",
 }
 
 PHASES = ("before a run was there", "before the first step", "between steps", "after the last step")
@@ -114,7 +116,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     kept = ("trained_sha256", "steps", "eval_before", "eval_after", "loss_first", "loss_last")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     # What a clock, the memory or the work of a resume decides; a pace says how long it was measured.
-    apart = {"rss_bytes", "step_s", "forward_s", "pace", "crc"}
+    apart = {"rss_bytes", "step_s", "forward_s", "took_s", "pace", "crc"}
     moved = ("_read_bytes", "_written_bytes")
     return {
         **{name: summary[name] for name in kept},
@@ -236,7 +238,7 @@ def main() -> None:
         share = args.kills * (number + 1) // len(chosen) - args.kills * number // len(chosen)
         folder = args.out / str(number)
         folder.mkdir()
-        options = [*shared, *SETTINGS[name].split(), "--steps", str(STEPS)]
+        options = [*shared, "--steps", str(STEPS), *SETTINGS[name].split()]
         setting = Setting(options, folder, random.Random(f"{args.seed} {name}"))
         setting.measure()
         setting.kill(share)

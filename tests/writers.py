@@ -47,7 +47,7 @@ NO_FILES = {
     *("refresh", "candidates", "short_tokens", "steps", "for_s", "step", "sigma", "schedule"),
     *("weight_decay", "head_lr", "short_lr", "eval_every", "snapshot_every", "threads", "form"),
     *("dtype", "sharing", "restart", "rate", "lr", "methods", "tokens", "limit", "tries"),
-    *("blocks", "states", "state_rows"),
+    *("blocks", "states", "state_rows", "when", "max_temp", "max_cpu", "shell"),
     *("repeats", "parallel", "temperature", "top_p", "chance", "system"),
 }
 

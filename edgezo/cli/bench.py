@@ -17,7 +17,7 @@ from edgezo.cli.options import (
     use_threads,
 )
 from edgezo.errors import UsageError
-from edgezo.plan.request import read_toml
+from edgezo.plan.request import read_settings
 
 batch_sizes_option = click.option(
     "--batch-sizes",
@@ -250,7 +250,7 @@ def accuracy(
 
     progress = TerminalProgress()
     result = bench_accuracy(
-        read_study(read_toml(study_file), _names(methods) if methods else []),
+        read_study(read_settings(study_file), _names(methods) if methods else []),
         data_root=data_root,
         threads=threads,
         parallel=parallel,

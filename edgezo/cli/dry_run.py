@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.files import user_path
-from edgezo.machine.hardware import machine
+from edgezo.machine.hardware import Machine, machine
 from edgezo.network import cards
 from edgezo.plan.config import RunConfig
+from edgezo.plan.doubtful import doubts
 from edgezo.plan.fields import DEFAULT_BATCH
 from edgezo.plan.plan import Plan
 from edgezo.plan.planner import largest_card, make_plan
@@ -29,7 +30,8 @@ def plan(cfg: RunConfig, note: Callable[[str], None] = lambda text: None) -> Pla
     Raises UsageError and EdgezoError for rows and models that cannot be used, DoesNotFit.
     """
     if cfg.data is None and cfg.task is None:
-        return make_plan(model_shape(cfg.model, note), cfg, machine())
+        shape = model_shape(cfg.model, note)
+        return make_plan(shape, cfg, _doubting(cfg, shape, note))
     try:
         cards.resolve(cfg.model, progress=note)
     except EdgezoError as error:
@@ -39,16 +41,24 @@ def plan(cfg: RunConfig, note: Callable[[str], None] = lambda text: None) -> Pla
         note(
             f"{error}\nWithout its tokenizer, every row is planned with --max-length {cfg.max_length} tokens."
         )
-        return make_plan(card, cfg, machine())
+        return make_plan(card, cfg, _doubting(cfg, card, note))
     from edgezo.machine.process_memory import rss_bytes
     from edgezo.run.session import open_request, settle
 
     opened = open_request(cfg)
     for text in opened.dataset.notes:
         note(text)
-    return settle(
-        opened, machine(), rss_bytes()
-    ).plan  # as a run would, which is now what this process is
+    here = _doubting(cfg, opened.files.shape, note)
+    # As a run would, which is now what this process is.
+    return settle(opened, here, rss_bytes()).plan
+
+
+def _doubting(cfg: RunConfig, shape: Shape, note: Callable[[str], None]) -> Machine:
+    """This machine, once ``note`` was called with what is doubtful in a request for it."""
+    here = machine()
+    for text in doubts(cfg, here.cores, shape.max_positions):
+        note(text)
+    return here
 
 
 def largest(cfg: RunConfig) -> Plan | None:

@@ -21,6 +21,8 @@ import click
 
 from edgezo import __version__
 from edgezo.cli.bench import bench
+from edgezo.cli.completion import completion
+from edgezo.cli.doctor import doctor
 from edgezo.cli.options import (
     DATA,
     MEMORY,
@@ -43,7 +45,7 @@ from edgezo.machine import interrupts, streams
 from edgezo.machine.clock import now_s
 from edgezo.machine.interrupts import INTERRUPTED
 from edgezo.machine.process_memory import allocator_policy
-from edgezo.plan.request import read_toml
+from edgezo.plan.request import read_settings
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -53,6 +55,8 @@ def cli() -> None:
 
 
 cli.add_command(bench)
+cli.add_command(doctor)
+cli.add_command(completion)
 cli.add_command(predict)
 cli.add_command(chat)
 cli.add_command(apply)
@@ -156,8 +160,10 @@ def evaluate(config_file: str | None, as_json: bool, **given: str | None) -> Non
 
 
 @cli.command()
-@click.argument("run", metavar="RUN")
-@click.option("--out", metavar="DIR", required=True, help="Directory for the rebuilt run.")
+@click.argument("run", type=click.Path(), metavar="RUN")
+@click.option(
+    "--out", type=click.Path(), metavar="DIR", required=True, help="Directory for the rebuilt run."
+)
 @json_option
 def replay(run: str, out: str, as_json: bool) -> None:
     """Rebuild a fine-tuned model from its base and its journal, without data or forward passes."""
@@ -168,7 +174,7 @@ def replay(run: str, out: str, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("run", metavar="RUN")
+@click.argument("run", type=click.Path(), metavar="RUN")
 @click.option(
     "--format",
     "form",
@@ -183,7 +189,11 @@ def replay(run: str, out: str, as_json: bool) -> None:
     "of gguf the base file's, else fp16; of onnx fp32]  int8-blocks and int4 need onnxruntime's own operators.",
 )
 @click.option(
-    "--out", metavar="DIR", required=True, help="A new directory; a new file for the form journal."
+    "--out",
+    type=click.Path(),
+    metavar="DIR",
+    required=True,
+    help="A new directory; a new file for the form journal.",
 )
 @json_option
 def export(run: str, form: str, dtype: str | None, out: str, as_json: bool) -> None:
@@ -301,7 +311,7 @@ def meta_train(
     from edgezo.bench import meta_train as meta
 
     cap = given.pop("max_mem_bytes")
-    from_file = read_toml(config_file) if config_file is not None else {}
+    from_file = read_settings(config_file) if config_file is not None else {}
     result = meta.meta_train(
         {**from_file, **{name: value for name, value in given.items() if value is not None}},
         [*({"task": task} for task in tasks), *({"data": file} for file in files)],

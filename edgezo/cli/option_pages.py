@@ -28,7 +28,7 @@ PAGE_TOP = """\
 <!-- Made by `python -m edgezo.cli.option_pages docs/`; change edgezo/plan/fields.py instead. -->
 
 Every setting of a run, in the groups of `edgezo finetune --help`. `edgezo finetune` takes all of them; the last line of
-an entry names the other commands that do. A setting may also stand in a TOML file (`--config FILE`,
+an entry names the other commands that do. A setting may also stand in a TOML or YAML file (`--config FILE`,
 [a sample](settings-sample.toml)), under the name that its entry gives; `-` and `_` are alike there. Where several
 places give a setting, the first of these counts: command line > file > model card > default.
 """
@@ -119,7 +119,7 @@ def _values(field: Field) -> str:
         "int": "a whole number",
         "float": "a number",
         "bool": "true or false",
-        "duration": "a time such as 90, 120s, 10m or 1.5h",
+        "duration": "a time such as 90 (seconds), 120s, 10m, 1.5h or 1h30m",
         "bytes": "a size such as 700MB, 12GB or 12GiB",
         "choice": ", ".join(field.choices),
         "blocks": "a whole number, all or auto",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from edgezo.plan.field import Field
 from edgezo.plan.fields import FIELDS, GROUPS, flag
@@ -23,6 +24,14 @@ OF_META = (
     *("model", "data_root", "template", "labels", "label_field", "max_length", "seed"),
     *("max_mem_bytes", "batch_size", "micro_batch", "train", "rank", "step", "sigma", "threads"),
 )
+
+NAMES_OF_PLACES = (
+    "MODEL",
+    "PATH",
+    "FILE",
+    "DIR",
+    "RUN",
+)  # what stands for a file or a folder in an option
 
 Command = Callable[..., Any]
 
@@ -50,9 +59,12 @@ def _option(field: Field) -> Callable[[Command], Command]:
     return click.option(
         flag(field.name),
         field.name,
+        type=click.Path()
+        if field.metavar in NAMES_OF_PLACES
+        else None,  # a shell completes files there
         metavar=metavar(field),
         help=help_text(field),
-        shell_complete=_complete(field.choices),
+        shell_complete=_complete(field) if field.choices or field.name == "model" else None,
     )
 
 
@@ -67,11 +79,27 @@ def metavar(field: Field) -> str:
     return field.metavar or "[" + "|".join(field.choices) + "]"
 
 
-def _complete(choices: Sequence[str]) -> Callable[..., list[str]]:
-    return lambda ctx, param, incomplete: [c for c in choices if c.startswith(incomplete)]
+def _complete(field: Field) -> Callable[..., list[CompletionItem]]:
+    """What a shell offers for a value: the choices; of a model, the cards and files."""
+
+    def complete(ctx: click.Context, param: click.Parameter, begun: str) -> list[CompletionItem]:
+        words, files = field.choices, []
+        if field.name == "model":
+            from edgezo.network.cards import cards
+
+            words, files = tuple(cards()), [CompletionItem(begun, type="file")]
+        return [*(CompletionItem(word) for word in words if word.startswith(begun)), *files]
+
+    return complete
 
 
-config_option = click.option("--config", "config_file", metavar="FILE", help="Settings in TOML.")
+config_option = click.option(
+    "--config",
+    "config_file",
+    type=click.Path(),
+    metavar="FILE",
+    help="Settings in TOML, or in YAML (.yaml).",
+)
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="One JSON object on standard output."
 )

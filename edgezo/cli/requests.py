@@ -11,7 +11,7 @@ from edgezo.errors import UsageError
 from edgezo.plan.config import RunConfig
 from edgezo.plan.data_fields import EVAL_ROWS, LOSS
 from edgezo.plan.fields import FREE_ON_RESUME, OF_PRESET, flag
-from edgezo.plan.request import make_config, read_run_config, read_toml
+from edgezo.plan.request import make_config, read_run_config, read_settings
 
 # Settings of a run that belong to its data: an evaluation on other data does not take them over.
 OF_DATA = ("data_root", "template", "labels", "label_field", "max_new_tokens")
@@ -23,7 +23,7 @@ def request(
     """The request of a command: ``given`` are its options by field name, None where one is not given."""
     from edgezo.network.cards import find_card
 
-    from_file = read_toml(config_file) if config_file is not None else {}
+    from_file = read_settings(config_file) if config_file is not None else {}
     model = given.get("model") or from_file.get("model")
     card = find_card(model) if isinstance(model, str) else None
     of_card = dict(card.settings) if card is not None else {}

@@ -46,9 +46,10 @@ def _threads(given: Mapping[str, str | None]) -> int | None:
 
 
 @click.command()
-@click.argument("target", metavar="RUN|MODEL")
+@click.argument("target", type=click.Path(), metavar="RUN|MODEL")
 @click.option(
     "--data",
+    type=click.Path(allow_dash=True),
     metavar="FILE|-",
     required=True,
     help="Rows to predict; -: lines on standard input, JSON objects or texts.",
@@ -62,7 +63,10 @@ def _threads(given: Mapping[str, str | None]) -> int | None:
     help="Form of the predictions.",
 )
 @click.option(
-    "--out", metavar="FILE", help="A new file for the predictions.  [default: standard output]"
+    "--out",
+    type=click.Path(),
+    metavar="FILE",
+    help="A new file for the predictions.  [default: standard output]",
 )
 @options(*ASKING, *TAKES)
 @json_option
@@ -168,9 +172,11 @@ def _flat(prediction: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @click.command()
-@click.argument("shipped", metavar="FILE")
+@click.argument("shipped", type=click.Path(), metavar="FILE")
 @click.option("--base", metavar="MODEL", required=True, help="The model that it was trained over.")
-@click.option("--out", metavar="DIR", required=True, help="Directory for the rebuilt run.")
+@click.option(
+    "--out", type=click.Path(), metavar="DIR", required=True, help="Directory for the rebuilt run."
+)
 @json_option
 def apply(shipped: str, base: str, out: str, as_json: bool) -> None:
     """Make a fine-tuned model of its base and the file that export --format journal wrote."""
@@ -185,7 +191,7 @@ def apply(shipped: str, base: str, out: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("target", metavar="RUN|MODEL")
+@click.argument("target", type=click.Path(), metavar="RUN|MODEL")
 @click.option(
     "--compare", metavar="MODEL", help="Answer by this model too: the run's base, for example."
 )

@@ -34,6 +34,8 @@ _UNITS = {
     **{f"{p}i{s}": 1024**i for i, p in enumerate("kmgt", 1) for s in ("", "b")},
 }
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})\s*([a-zA-Z]*)", re.ASCII)
+# A text of digits alone is bytes. Nobody means so few of them: with up to 64 it is gigabytes, with more megabytes.
+LEAST_BARE_BYTES, MOST_BARE_GB = 1_000_000, 64
 _SIZE_FORMS = "use a size such as 12GB, 700MB, 1.5g (powers of 1000) or 12GiB (powers of 1024)"
 
 
@@ -50,6 +52,11 @@ def parse_bytes(text: str | int) -> int:
     if match is None or unit not in _UNITS or (unit == "" and "." in match.group(1)):
         raise UsageError(f"'{text}' is not a size in bytes; {_SIZE_FORMS}")
     n_bytes = int(Decimal(match.group(1)) * _UNITS[unit])
+    if unit == "" and isinstance(text, str) and 0 < n_bytes < LEAST_BARE_BYTES:
+        likely = "GB" if n_bytes <= MOST_BARE_GB else "MB"
+        raise UsageError(
+            f"'{text}' would be {n_bytes} bytes; did you mean {n_bytes}{likely}? {_SIZE_FORMS}"
+        )
     if n_bytes < 1:
         raise UsageError(f"'{text}' is less than one byte; {_SIZE_FORMS}")
     return n_bytes
@@ -140,7 +147,7 @@ def machine(root: Path = ROOT) -> Machine:
         # Rounded up: of the time of 1.5 cores two threads get all, one thread would get two thirds.
         usable = max(1, -int(-quota // 1))
         notes.append(f"cores: the control group's quota is {quota:g}")
-    flags = _cpu_flags(root)
+    flags = cpu_flags(root)
     fast = not BF16_FLAGS.isdisjoint(flags)
     notes.append(
         f"bf16: {'' if fast else 'no '}matrix instructions (avx512_bf16 or amx_bf16) in this CPU"
@@ -239,7 +246,7 @@ def _affinity_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _cpu_flags(root: Path) -> frozenset[str]:
+def cpu_flags(root: Path = ROOT) -> frozenset[str]:
     """The CPU's features by ``/proc/cpuinfo``; empty where there is no such file."""
     for line in read_text(root / "proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
@@ -250,7 +257,7 @@ def _cpu_flags(root: Path) -> frozenset[str]:
 
 def bf16_fast(root: Path = ROOT) -> bool:
     """Whether ``/proc/cpuinfo`` lists avx512_bf16 or amx_bf16; False also where there is no such file."""
-    return not BF16_FLAGS.isdisjoint(_cpu_flags(root))
+    return not BF16_FLAGS.isdisjoint(cpu_flags(root))
 
 
 def _clock_hz() -> float:
@@ -279,7 +286,7 @@ def kernels_library(root: Path = ROOT) -> Path | None:
     if os.environ.get("EDGEZO_KERNELS") == "0" or not file.exists():
         return None
     # Without AVX2 its loops are narrower than torch's.
-    slow = platform.machine() == "x86_64" and "avx2" not in _cpu_flags(root)
+    slow = platform.machine() == "x86_64" and "avx2" not in cpu_flags(root)
     return None if slow else file
 
 
@@ -316,6 +323,16 @@ def cgroup_peak_bytes(root: Path = ROOT) -> int | None:
         for d in directories:
             if (peak_bytes := _number(d / name)) is not None:
                 return peak_bytes
+    return None
+
+
+def cgroup_oom_kills(root: Path = ROOT) -> int | None:
+    """Processes of this process's control group that were killed for memory; None where the kernel does not tell."""
+    for version, directories in _cgroup_directories(root, "memory"):
+        for d in directories:
+            file = d / ("memory.events" if version == 2 else "memory.oom_control")
+            if (kills := _table(file).get("oom_kill")) is not None:
+                return kills
     return None
 
 

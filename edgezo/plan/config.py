@@ -24,6 +24,9 @@ BEFORE = {
     "blocks": "all",
     "states": None,
     "state_rows": None,
+    "when": "always",
+    "max_temp": None,
+    "max_cpu": None,
 }
 
 
@@ -78,6 +81,9 @@ class RunConfig:
     eval_limit: int | None
     snapshot_every: int
     threads: int | None
+    when: str
+    max_temp: float | None
+    max_cpu: float | None
     profile: bool
     out: str | None
     text_end: str

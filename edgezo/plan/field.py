@@ -5,8 +5,11 @@ Standard library only.
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -63,7 +66,8 @@ class Field:
                 return value
             case "choice":
                 if value not in self.choices:
-                    raise ValueError(f"{value!r} is not one of {', '.join(self.choices)}")
+                    near = nearest(value, self.choices)
+                    raise ValueError(f"{value!r} is not one of {', '.join(self.choices)}{near}")
                 return value
             case "bool":
                 if not isinstance(value, bool):
@@ -86,7 +90,8 @@ class Field:
         unknown = [name for name in names if name not in self.choices]
         if unknown:
             wrong = ", ".join(map(repr, unknown))
-            raise ValueError(f"{wrong} is not one of {', '.join(self.choices)}; join by +")
+            near = nearest(unknown[0], self.choices)
+            raise ValueError(f"{wrong} is not one of {', '.join(self.choices)}; join by +{near}")
         return tuple(name for name in self.choices if name in names)
 
     def _read_number(self, value: Any) -> int | float:
@@ -125,6 +130,21 @@ class Field:
         return text
 
 
+_TIME_UNITS = {
+    **dict.fromkeys(("", "s", "sec", "secs", "second", "seconds"), 1),
+    **dict.fromkeys(("m", "min", "mins", "minute", "minutes"), 60),
+    **dict.fromkeys(("h", "hr", "hrs", "hour", "hours"), 3600),
+    **dict.fromkeys(("d", "day", "days"), 86400),
+}
+_TIME_PART = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]*)", re.ASCII)
+
+
+def nearest(value: object, names: Iterable[str]) -> str:
+    """A question for the name that is spelled most like ``value``; "" where none is like it."""
+    near = difflib.get_close_matches(str(value), list(names), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
 def is_finite(number: int | float) -> bool:
     """Whether a float can hold a number. A whole number may be too large for it."""
     try:
@@ -146,8 +166,16 @@ def as_text(value: Any) -> str:
 
 
 def parse_duration(text: str) -> float:
-    """Seconds of ``90``, ``120s``, ``10m`` or ``1.5h``. Raises ValueError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([smh]?)\s*", text)
-    if match is None:
-        raise ValueError(f"{text!r} is not a duration; write for example 120s, 10m or 1.5h")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+    """Seconds of ``90``, ``120s``, ``2min``, ``10m``, ``1.5h``, ``1h30m`` or ``1 day``. Raises ValueError."""
+    parts = _TIME_PART.findall(text)
+    units = [_TIME_UNITS.get(unit.lower()) for _, unit in parts]
+    whole = "".join(number + unit for number, unit in parts) == "".join(text.split())
+    known = [unit for unit in units if unit is not None]
+    # A number without a unit is seconds, but not behind other units: 1h30 may be minutes. Larger units come first.
+    falling = all(before > after for before, after in itertools.pairwise(known))
+    unclear = len(parts) > 1 and not parts[-1][1]
+    if not parts or not whole or len(known) < len(parts) or not falling or unclear:
+        raise ValueError(
+            f"{clip(repr(text), 60)} is not a duration; write for example 120s, 10m, 1.5h or 1h30m"
+        )
+    return math.fsum(float(number) * unit for (number, _), unit in zip(parts, known, strict=True))

@@ -245,7 +245,7 @@ _RUN = (
         kind="duration",
         metavar="TIME",
         help="How long the whole command takes, reading, loading and evaluations included, instead of --steps: 120s, "
-        "10m, 1.5h.",
+        "10m, 1.5h, 1h30m.",
         example="10m",
         low=0,
         open_low=True,
@@ -257,6 +257,7 @@ _RUN = (
         help="Step size: kappa, a fraction of the perturbation (grzo), or a learning rate (mezo, lora). auto chooses "
         "both --step and --sigma.",
         low=0,
+        high=100,
         open_low=True,
         auto="step_auto",
         of_preset=True,
@@ -295,6 +296,7 @@ _RUN = (
         "completions and text a tenth of it is used.",
         default=2.0,
         low=0,
+        high=1000,
         open_low=True,
     ),
     Field(
@@ -304,6 +306,7 @@ _RUN = (
         help="AdamW learning rate for addax's short examples.",
         default=1e-4,
         low=0,
+        high=1,
         open_low=True,
     ),
     Field(
@@ -332,6 +335,38 @@ _RUN = (
         example=2,
         low=1,
         high=4096,
+        free_on_resume=True,
+    ),
+    Field(
+        name="when",
+        kind="choice",
+        help="When to compute; a run pauses between steps otherwise. idle: while other programs take less than a "
+        "quarter of the CPU. plugged-in: while the machine is not on its battery.",
+        default="always",
+        choices=("always", "idle", "plugged-in"),
+        free_on_resume=True,
+    ),
+    Field(
+        name="max_temp",
+        kind="float",
+        metavar="C",
+        help="Pause between steps while the processor is hotter than this, in degrees Celsius, until it is 5 cooler.",
+        default_text="no limit",
+        example=80,
+        low=30,
+        high=120,
+        free_on_resume=True,
+    ),
+    Field(
+        name="max_cpu",
+        kind="float",
+        metavar="PERCENT",
+        help="Rest between steps, so that this run and other programs together take no more of the CPU time of all "
+        "cores.",
+        default_text="no limit",
+        example=50,
+        low=1,
+        high=100,
         free_on_resume=True,
     ),
     Field(

@@ -7,22 +7,23 @@ file, the file above the model card's settings, those above the defaults. What d
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from edgezo.errors import UsageError
 from edgezo.machine import foreign
+from edgezo.machine.foreign_yaml import parse_yaml
 from edgezo.plan.config import BEFORE, RunConfig
 from edgezo.plan.conflicts import conflicts
 from edgezo.plan.data_fields import LOSS
-from edgezo.plan.field import DEFAULT_PRESET
+from edgezo.plan.field import DEFAULT_PRESET, nearest
 from edgezo.plan.fields import (
     ALTERNATIVES,
     DEFAULT_STEPS,
     FIELDS,
     OF_PRESET,
+    SET_BY_RUN,
     UNROUNDED,
     flag,
     flags,
@@ -32,6 +33,8 @@ from edgezo.zo.parts import trained, without_exact
 from edgezo.zo.presets import FIRST_ORDER, PRESETS, default_step
 
 ALIASES = {field.alias: field.name for field in FIELDS.values() if field.alias}
+# Names by which a file may give a setting.
+_SPELLINGS = [name for name in (*ALIASES, *FIELDS) if name not in SET_BY_RUN]
 
 
 def make_config(*layers: Mapping[str, Any], need_data: bool = True) -> RunConfig:
@@ -81,12 +84,13 @@ def read_layer(layer: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
         name = ALIASES.get(name, name)
         field = FIELDS.get(name)
         if field is None:
-            near = difflib.get_close_matches(name, FIELDS, n=1)
-            guess = f"; did you mean {near[0]!r}?" if near else ""
+            guess = nearest(name, _SPELLINGS) or "; docs/options.md lists all"
             problems.append(f"unknown setting {name!r}{guess}")
             continue
         if field.auto is not None and value == "auto":
             name, field, value = field.auto, FIELDS[field.auto], True
+        if field.kind == "bytes" and spelling.replace("-", "_") != name and type(value) is int:
+            value = str(value)  # max-mem = 2000 in a file is as unclear as --max-mem 2000
         try:
             given[name] = field.read(value)
         except (ValueError, UsageError) as error:
@@ -157,13 +161,18 @@ def read_run_config(path: Path) -> RunConfig:
         raise UsageError([what, *problem.problems]) from problem
 
 
-def read_toml(path: Path | str) -> dict[str, Any]:
-    """The layer in a TOML file. Raises UsageError if it can't be read as one."""
+def read_settings(path: Path | str) -> dict[str, Any]:
+    """The layer in a TOML file, or in a YAML file (.yaml, .yml). Raises UsageError if it can't be read as one."""
     try:
         text = foreign.read_small(Path(path), foreign.MOST_TOML_BYTES).decode("utf-8")
     except (OSError, ValueError) as error:
         raise UsageError(f"can't read the configuration {path}: {foreign.reason(error)}") from error
-    return parse_toml(text, str(path))
+    if Path(path).suffix.lower() not in (".yaml", ".yml"):
+        return parse_toml(text, str(path))
+    try:
+        return parse_yaml(text)
+    except ValueError as error:
+        raise UsageError(f"{path} is not valid YAML: {error}") from error
 
 
 def parse_toml(text: str, name: str) -> dict[str, Any]:

@@ -33,6 +33,10 @@ class TimeBox:
         left_s = self.for_s - (now_s() - self.began_s) - self.earlier_s - self.evaluation_s
         return max(LEAST_TRAINING_SHARE * self.for_s, left_s)
 
+    def longest_pause_s(self, left_s: float) -> float:
+        """Seconds that a pause may take where ``left_s`` are left for training; a bound on training alone sets none."""
+        return math.inf if self.began_s is None else left_s
+
 
 @dataclass
 class Pause:

@@ -192,6 +192,7 @@ class ReadoutPass:
         try:
             while done < most and (done < LEAST_ROWS or self._spent_s() < limit_s):
                 state.stop.check(0)
+                self.begun_s += state.manners.wait(0, state.box.longest_pause_s(state.box.left_s()))
                 before_s = self._spent_s()
                 group = order[done : done + size]
                 loss = self.fitter.fitting(0, partial(self._pass_group, group, done))

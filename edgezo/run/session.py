@@ -54,7 +54,10 @@ from edgezo.weights.ram import HostMedium
 from edgezo.zo.credit import Estimator
 
 # Settings that a replay does not need: the journal's header leaves them out.
-NOT_IN_HEADER = ("out", "max_mem_bytes", "device", "threads", "profile", "finetuner", "began_in")
+NOT_IN_HEADER = (
+    *("out", "max_mem_bytes", "device", "threads", "profile", "finetuner", "began_in"),
+    *("when", "max_temp", "max_cpu"),
+)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from edgezo.plan.plan import Plan
 from edgezo.run.clock import TimeBox
 from edgezo.run.directory import RunFiles
 from edgezo.run.journal import Journal
+from edgezo.run.manners import Manners
 from edgezo.run.metrics_log import RunLog
 from edgezo.run.objective import Judge
 from edgezo.run.progress import RunProgress
@@ -75,6 +76,7 @@ class RunState:
     progress: RunProgress
     guard: Guard
     stop: StopRequest
+    manners: Manners
     box: TimeBox
     # The peak of plain forward passes, once the longest micro-batch has run: what inference takes.
     inference_peak_bytes: int | None = field(default=None, init=False)

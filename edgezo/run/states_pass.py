@@ -33,6 +33,7 @@ from edgezo.machine.profiler import phase
 from edgezo.plan.blocks import LEAST_STATE_ROWS
 from edgezo.run.directory import RunFiles, run_id, temporary_overlay
 from edgezo.run.journal import Journal
+from edgezo.run.manners import Manners
 from edgezo.run.progress import RunProgress
 from edgezo.run.session import Loaded, Planned, load_model
 from edgezo.run.short_memory import guard_of
@@ -90,10 +91,11 @@ class KeptStates:
 
 
 class Report(NamedTuple):
-    """Where a pass shows what it does, and what may stop it."""
+    """Where a pass shows what it does, and what may stop it or let it pause."""
 
     progress: RunProgress
     stop: StopRequest
+    manners: Manners
 
 
 @contextmanager
@@ -216,6 +218,7 @@ def _pass(file: StatesFile, planned: Planned, wanted: int, limit_s: float, repor
                     loaded = at_end.enter_context(_frozen_half(planned, report))
                 share = max(passing.examples / total, (now_s() - begun_s) / limit_s)
                 report.stop.check(0)
+                report.manners.wait(0, limit_s - (now_s() - begun_s))
                 shown = (number + 1, min(1.0, share))
                 _pass_batch(file, loaded, passing.batch, digests, report, shown)
             rows = passing.trained

@@ -26,6 +26,7 @@ from edgezo.machine.profiler import phase, profiling, running
 from edgezo.network.cut import Half
 from edgezo.network.model import Model
 from edgezo.plan.config import RunConfig
+from edgezo.plan.doubtful import doubts
 from edgezo.run.auto_step import AutoStep
 from edgezo.run.claims import prepare
 from edgezo.run.clock import Pause, TimeBox, TrainingClock
@@ -41,6 +42,7 @@ from edgezo.run.figures import evaluate_model
 from edgezo.run.finetuner import load_finetuner
 from edgezo.run.journal import create_journal
 from edgezo.run.journal_record import StepRecord
+from edgezo.run.manners import Manners
 from edgezo.run.metrics_log import RunLog, check_lines, step_line
 from edgezo.run.opening import Opening
 from edgezo.run.places import with_beginning
@@ -109,6 +111,9 @@ def _opened(
     """A run with its plan made, its journal open and its weights where the journal ends; closed after the block."""
     refuse_links(files)
     meter, split_is_free = Meter(), cfg.micro_batch is None
+    stop = StopRequest(files)
+    manners = Manners(cfg, progress.note, stop.check)
+    manners.check_machine(resume)
     planned = _plan(cfg, resume, meter, progress)
     cfg, header = planned.cfg, header_of(planned.opened, planned.cfg)
     with ExitStack() as at_end:
@@ -120,13 +125,13 @@ def _opened(
             atomic_write(files.config, cfg.to_toml().encode())
             atomic_write(files.plan, to_json(planned.plan.to_dict()).encode())
         at_end.callback(_save_profile, files, progress)
-        begins, stop = journal is None, StopRequest(files)
+        begins = journal is None
         kind = {"shaped": journal_is_shaped(cfg), "scaled": cfg.finetuner is not None}
         states = None
         if planned.cfg.keeps_states:
             if journal is None:  # before the pass, so that a resume goes on with it
                 journal = at_end.enter_context(create_journal(files.journal, header, **kind))
-            passed = states_of_run(planned, files, journal, Report(progress, stop))
+            passed = states_of_run(planned, files, journal, Report(progress, stop, manners))
             states, planned = at_end.enter_context(passed)
         model, memory = _load(planned, Overlay.of(files, header), resume)
         model.kept_states = states
@@ -153,7 +158,7 @@ def _opened(
         at_end.enter_context(closing(log))
         guard = guard_of(planned.plan, memory)
         shown = (log, meter, progress)
-        state = RunState(files, planned, model, memory, journal, *shown, guard, stop, box)
+        state = RunState(files, planned, model, memory, journal, *shown, guard, stop, manners, box)
         yield Run(state, restored, readout, before, split_is_free, ended)
 
 
@@ -166,6 +171,8 @@ def _plan(cfg: RunConfig, resume: bool, meter: Meter, progress: RunProgress) -> 
     for note in opened.dataset.notes:
         progress.note(note)
     computer = confirmed(machine())
+    for text in doubts(opened.cfg, computer.cores, opened.files.shape.max_positions):
+        progress.note(text)
     base = meter.mark("base")
     planned = (settle_again if resume else settle)(opened, computer, base.rss_bytes)
     if cfg.estimator == AUTO:
@@ -248,6 +255,7 @@ class Run:
             return self.ended
         state.box.earlier_s = self._seconds_before()
         self._note_changes()
+        state.manners.wait(done, state.box.longest_pause_s(state.box.left_s()))
         self.fitter.settle(done, may_grow=self.split_is_free)
         before = state.log.evaluations.get(("before", 0))
         if not done and not model.readout:
@@ -279,6 +287,8 @@ class Run:
         try:
             while not self._is_over(step, clock):
                 state.stop.check(step)
+                if self._rests(step, clock):
+                    continue
                 if cfg.eval_every and step and step % cfg.eval_every == 0:
                     with self._pause(clock):
                         self._evaluate("during", step)
@@ -295,6 +305,15 @@ class Run:
             raise
         finally:
             state.progress.close()
+
+    def _rests(self, step: int, clock: TrainingClock) -> bool:
+        """Pause where the request asks for it; whether there was a pause, in which the time may have run out."""
+        state = self.state
+        if not state.manners.asked:
+            return False
+        most_s = state.box.longest_pause_s(self.budget_s - clock.seconds())
+        with self._pause(clock):
+            return state.manners.wait(step, most_s) > 0
 
     def _one_step(self, step: int, clock: TrainingClock) -> None:
         """Make a step, and write and show its line."""

@@ -31,7 +31,7 @@ MODEL, DATA = "my-model", "rows.jsonl"  # of the workspace, under names that the
 KEPT = frozenset(
     "--template --labels --label-field --objective --max-new-tokens --train --estimator --precision --rounding "
     "--step --sigma --format --dtype --out --resume --show-batch --profile --finetuner --methods --seed --to "
-    "--temperature --top-p --system".split()
+    "--temperature --top-p --system --when".split()
 )
 # Others, and what is run in place of their value; None leaves the option out.
 REPLACED: dict[str, str | None] = {
@@ -47,6 +47,7 @@ REPLACED: dict[str, str | None] = {
     "--limit": "120",
     "--device": "cpu",
     "--data-root": None,
+    "--max-cpu": "100",
 }
 # What makes a command small where the page does not say it.
 ADDED: dict[str, dict[str, str]] = {

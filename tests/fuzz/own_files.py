@@ -25,7 +25,7 @@ from fuzz.readers import odd, rarely
 from edgezo.bench.study import read_study
 from edgezo.machine.ownership import claim, kind_of
 from edgezo.network.cards import HubSource, read_card
-from edgezo.plan.request import from_toml, read_toml
+from edgezo.plan.request import from_toml, read_settings
 from edgezo.run.directory import RunFiles
 from edgezo.run.finetuner import Finetuner, load_finetuner
 from edgezo.run.metrics_log import RunLog, check_lines
@@ -249,7 +249,7 @@ def study(seed: int, folder: Path) -> bool:
         names = ("sigma", "step", "rank", "clip", "lora-lr", "head-lr")
         table["methods"]["grzo"] = {name: [1] * n for name in names}
     file.write_bytes(_toml_of(rng, _spoilt(rng, table)))
-    return bool(read_study(read_toml(file)).methods)
+    return bool(read_study(read_settings(file)).methods)
 
 
 OWN: dict[str, tuple[Callable[[int, Path], bool], int]] = {

@@ -823,10 +823,10 @@ def read_vocabularies(name: str, data: bytes, folder: Path) -> bool:
 
 
 def read_toml(name: str, data: bytes, folder: Path) -> bool:
-    from edgezo.plan.request import make_config, read_toml
+    from edgezo.plan.request import make_config, read_settings
 
     (folder / "c.toml").write_bytes(data)
-    make_config({}, read_toml(folder / "c.toml"))
+    make_config({}, read_settings(folder / "c.toml"))
     return True
 
 
