@@ -22,6 +22,7 @@ from edgezo.run.directory import RunFiles
 from edgezo.run.journal import open_journal
 from edgezo.run.metrics_log import check_form
 from edgezo.run.readout_pass import PROBE_KEYS
+from edgezo.run.report import is_report_file
 from edgezo.weights.disk import OVERLAY_MAGIC, OVERLAY_NAMES
 from edgezo.weights.verified import open_saved
 
@@ -72,6 +73,8 @@ FORMS: Mapping[str, Form] = {
     "metrics.jsonl": _metrics,
     "summary.json": partial(_json, "trained_sha256"),
     "profile.json": partial(_json, "phases"),
+    "predictions.json": partial(_json, "shown"),
+    "report.html": is_report_file,
     "replay.json": partial(_json, "trained_sha256"),
     "head.safetensors": partial(_saved, {"step"}),
     "trained.safetensors": partial(_saved, {"steps"}),
