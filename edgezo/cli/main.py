@@ -37,6 +37,7 @@ from edgezo.cli.options import (
     use_threads,
 )
 from edgezo.cli.requests import evaluation_request, finetune_request, request
+from edgezo.cli.runs import compare, list_runs, remove_run, report
 from edgezo.cli.use import apply, chat, predict
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine import interrupts, streams
@@ -52,10 +53,8 @@ def cli() -> None:
     """Fine-tune a language model in about the memory it takes to run it: forward passes only."""
 
 
-cli.add_command(bench)
-cli.add_command(predict)
-cli.add_command(chat)
-cli.add_command(apply)
+for _command in (bench, predict, chat, apply, report, compare, list_runs, remove_run):
+    cli.add_command(_command)
 
 
 @cli.command()
@@ -100,7 +99,7 @@ def finetune(
             progress.close()
     emit(as_json, summary, tables.verdict(summary))
     if not as_json:
-        click.echo(f"run {summary['run']}")
+        click.echo(f"run {summary['run']}, with a page about it: {summary['run']}/report.html")
 
 
 @cli.command()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-WIDTH, HEIGHT = 440, 230
+WIDTH, HEIGHT = 360, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 34
 _MOST_POINTS = 400  # of a line; more would not be seen
 _TICKS = 5  # about so many on an axis
@@ -149,7 +149,7 @@ def ticks(low: float, high: float) -> list[float]:
     return [round(number * step, 12) for number in range(first, last + 1)]
 
 
-def smoothed(points: Sequence[Point], share: float = 0.1) -> list[Point]:
+def smoothed(points: Sequence[Point], share: float = 0.2) -> list[Point]:
     """The mean of each value and those before it, over ``share`` of all points (2 at least)."""
     size = max(2, round(share * len(points)))
     means = []

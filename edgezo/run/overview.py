@@ -21,7 +21,9 @@ from edgezo.plan.request import read_run_config
 from edgezo.run.directory import RunFiles, run_id
 from edgezo.run.journal import open_journal
 from edgezo.run.metrics_log import read_lines
+from edgezo.run.readout_pass import PROBE_KEYS
 from edgezo.run.summary import saved_summary
+from edgezo.weights.verified import open_saved
 from edgezo.zo.parts import PARTS
 
 FINISHED, UNFINISHED, RUNNING, REBUILT, DAMAGED = (
@@ -82,7 +84,17 @@ class Overview:
         """What made the result, by its name: "linear probe + GRZO"."""
         if self.cfg is None:
             return ""
-        return method_name(self.summary or {"trained": "+".join(self.cfg.train)}, self.cfg)
+        trained = self.summary.get("trained", "+".join(self._trained()))
+        return method_name(str(trained), self.steps, self.cfg)
+
+    def _trained(self) -> list[str]:
+        """What a run that has no summary has trained so far: a linear probe once it is there, in the head's place."""
+        assert self.cfg is not None
+        unused = "probe"
+        if os.path.lexists(self.files.probe):
+            with open_saved(self.files.probe, PROBE_KEYS, None, "Restore it from a copy.") as file:
+                unused = "head" if file.metadata["used"] == "True" else "probe"
+        return [part for part in self.cfg.train if part != unused]
 
     @property
     def resume_command(self) -> str:
@@ -101,11 +113,6 @@ class Overview:
         """plan.json; {} where there is none. Raises EdgezoError for one that cannot be read."""
         return read_table(self.files.plan)
 
-    def train_rows(self) -> int | None:
-        """Training rows that the steps have seen, each as often as it passed."""
-        size = self.cfg.batch_size if self.cfg is not None else None
-        return None if size is None else self.steps * size
-
 
 def read_table(file: Path) -> dict[str, Any]:
     """The object in a file of JSON; {} where there is no file. Raises EdgezoError for one that cannot be read."""
@@ -118,17 +125,19 @@ def read_table(file: Path) -> dict[str, Any]:
     return value
 
 
-def method_name(summary: Mapping[str, Any], cfg: RunConfig) -> str:
-    """What made a result: a linear probe is never booked under the name of the estimator beside it."""
-    parts = [PARTS[name] for name in str(summary.get("trained", "")).split("+") if name in PARTS]
-    stepped = summary.get("steps", 1) != 0
-    names = [
-        *(["linear probe"] if any(part.readout for part in parts) else []),
-        *(["exact head"] if any(part.head for part in parts) and stepped else []),
-        *(["LoRA"] if any(part.adapters for part in parts) and stepped else []),
-        *([cfg.estimator.upper()] if any(part.perturbed for part in parts) and stepped else []),
-    ]
-    return " + ".join(names) or "nothing trained"
+def method_name(trained: str, steps: int, cfg: RunConfig) -> str:
+    """What made a result: a linear probe is never booked under the name of the estimator beside it.
+
+    ``trained`` names parts of ``--train`` with + between them. Only a linear probe needs no step.
+    """
+    parts = [PARTS[name] for name in trained.split("+") if name in PARTS]
+    names = {
+        "linear probe": any(part.readout for part in parts),
+        "exact head": steps > 0 and any(part.head for part in parts),
+        "LoRA": steps > 0 and any(part.adapters for part in parts),
+        cfg.estimator.upper(): steps > 0 and any(part.perturbed for part in parts),
+    }
+    return " + ".join(name for name, is_there in names.items() if is_there) or "nothing trained"
 
 
 def in_progress(files: RunFiles) -> bool:

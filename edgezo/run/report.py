@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 from edgezo.data.classes import ClassFigures, by_class, confusion, largest_class
 from edgezo.errors import UsageError
 from edgezo.machine.files import atomic_write
-from edgezo.machine.foreign import read_small, reading
+from edgezo.machine.foreign import reading
 from edgezo.machine.hardware import format_bytes
+from edgezo.machine.open_files import open_to_read
 from edgezo.run.charts import Chart, Level, Series, chart, smoothed
-from edgezo.run.directory import RunFiles
 from edgezo.run.kept_answers import kept_answers, shortened
 from edgezo.run.overview import FINISHED, REBUILT, Overview, read_table
 from edgezo.run.remarks import Answers, remarks
@@ -34,13 +34,13 @@ _HEAD = "<!doctype html>\n<!-- edgezo report; SHA-256 of what follows this line:
 _HEAD_FORM = re.compile(re.escape(_HEAD).replace(r"\{\}", "([0-9a-f]{64})"))
 
 
-def write_report(files: RunFiles) -> bool:
+def write_report(run: Overview) -> bool:
     """Write the page of a run; False where it is there already with these bytes.
 
     Raises EdgezoError where a file of the run is damaged or the disk refuses the page, and UsageError where report.html
     is a file that edgezo did not write, or that was changed since.
     """
-    page = report_page(Overview.of(files.path))
+    page, files = report_page(run), run.files
     if os.path.lexists(files.report):
         if not is_report_file(files.report):
             raise UsageError(
@@ -48,7 +48,7 @@ def write_report(files: RunFiles) -> bool:
                 "Give the file another name, then give the command again: edgezo report "
                 f"{shlex.quote(str(files.path))}"
             )
-        if read_small(files.report, MOST_REPORT_BYTES) == page:
+        if _bytes_of(files.report) == page:
             return False
     atomic_write(files.report, page)
     return True
@@ -56,9 +56,15 @@ def write_report(files: RunFiles) -> bool:
 
 def is_report_file(path: Path) -> bool:
     """Whether a file is a page of edgezo's as it was written. Raises OSError or ValueError where it cannot be read."""
-    text = read_small(path, MOST_REPORT_BYTES).decode("utf-8")
+    text = _bytes_of(path).decode("utf-8")
     head = _HEAD_FORM.match(text)
     return head is not None and head[1] == _digest(text[head.end() :].encode())
+
+
+def _bytes_of(path: Path) -> bytes:
+    """A page that is there, as far as one of edgezo's can be long."""
+    with os.fdopen(open_to_read(path), "rb") as file:
+        return file.read(MOST_REPORT_BYTES)
 
 
 def _digest(body: bytes) -> str:
@@ -135,7 +141,7 @@ def _sentence(run: Overview, lines: Sequence[Mapping[str, Any]]) -> str:
     start = f"{metric} from {before['value']:.3f} to" if before else f"{metric} of"
     steps = f"{run.steps:,} steps and " if run.steps else ""
     return (
-        f"{run.method}: {start} {reached} on {after['n']:,} held-out rows, in {steps}"
+        f"{run.method[0].upper()}{run.method[1:]}: {start} {reached} on {after['n']:,} held-out rows, in {steps}"
         f"{_seconds(summary['train_s'])} of training."
     )
 
@@ -197,7 +203,7 @@ def _memory(run: Overview) -> Iterator[tuple[str, str, str]]:
         )
     for name, key, what in (
         ("loading", "load_peak_rss_bytes", "the peak until all weights were in memory"),
-        ("before", "base_rss_bytes", "Python, PyTorch and the rows, before a weight was read"),
+        ("at start", "base_rss_bytes", "Python, PyTorch and the rows, before a weight was read"),
     ):
         if summary.get(key) is not None:
             yield name, format_bytes(summary[key]), what

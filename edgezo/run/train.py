@@ -43,6 +43,7 @@ from edgezo.run.journal import create_journal
 from edgezo.run.journal_record import StepRecord
 from edgezo.run.kept_answers import WHEN, keep_answers
 from edgezo.run.metrics_log import RunLog, check_lines, step_line
+from edgezo.run.overview import Overview
 from edgezo.run.places import with_beginning
 from edgezo.run.progress import RunProgress, Silent, peaks_line
 from edgezo.run.readout_pass import ReadoutPass, ReadoutResult
@@ -110,7 +111,7 @@ def finetune(
 def _report(files: RunFiles, progress: RunProgress) -> None:
     """The page about a finished run. A page that cannot be written fails no run."""
     try:
-        write_report(files)
+        write_report(Overview.of(files.path))
     except EdgezoError as problem:
         progress.note(f"no report of this run: {problem}")
 
