@@ -149,6 +149,6 @@ def _of_classes(summary: Mapping[str, Any], answers: Answers) -> Iterator[str]:
     after = summary.get("eval_after") or {}
     if after.get("metric") == "accuracy" and after["value"] <= share:
         yield (
-            f"That is no better than always to answer {answers.names[largest]!r}, the most frequent label, which gives "
-            f"{share:.3f}."
+            f"That is no better than answering {answers.names[largest]!r}, the most frequent label, every time, which "
+            f"gives {share:.3f}."
         )

@@ -29,6 +29,7 @@ from edgezo.run.remarks import Answers, remarks
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 MOST_REPORT_BYTES = 16 << 20
 MOST_MATRIX = 24  # classes of a matrix that a page has room for
+MOST_ABOVE = 3.0  # times what was measured: a cap above that would leave no height for the curve
 MOST_CONFUSED = 15  # pairs that are listed where there is no room
 _HEAD = "<!doctype html>\n<!-- edgezo report; SHA-256 of what follows this line: {} -->\n"
 _HEAD_FORM = re.compile(re.escape(_HEAD).replace(r"\{\}", "([0-9a-f]{64})"))
@@ -73,14 +74,13 @@ def _digest(body: bytes) -> str:
 
 def report_page(run: Overview) -> bytes:
     """The page of a run. Raises EdgezoError where a file holds what edgezo does not write."""
-    from jinja2 import (
-        Environment,
-        StrictUndefined,
-    )  # takes memory that a run's plan has no room for
+    # Imported here: it takes memory that no plan of a run counts.
+    from jinja2 import Environment, StrictUndefined
 
-    template = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    ).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, finalize=_visible
+    )
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     way_out = "One of the files in it is damaged, or of another version: restore it from a copy."
     with reading(run.files.path, way_out):
         body = template.render(_content(run)).encode("utf-8", "backslashreplace")
@@ -296,6 +296,7 @@ def _memory_chart(run: Overview, lines: Sequence[Mapping[str, Any]]) -> Chart | 
     if run.cfg.device == "cuda":
         return chart("Memory of the process, MB", x_name, [Series("measured", "main", points)])
     found = {**run.plan(), **run.summary}
+    measured = max((y for _, y in points), default=0.0)
     levels = [
         Level(name, look, found[key] / 1e6, format_bytes(found[key]))
         for name, look, key in (
@@ -303,7 +304,7 @@ def _memory_chart(run: Overview, lines: Sequence[Mapping[str, Any]]) -> Chart | 
             ("planned peak", "plan", "planned_peak_bytes"),
             ("inference", "plain", "inference_peak_rss_bytes"),
         )
-        if found.get(key)
+        if found.get(key) and found[key] / 1e6 < MOST_ABOVE * measured
     ]
     return chart("Memory, MB", x_name, [Series("measured", "area", points)], levels)
 
@@ -361,18 +362,20 @@ def _shown(kept: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for place, row in enumerate(kept.get("shown", ())):
         shown = {
             "number": row["row"] + 1,
-            "text": _visible(row["text"]),
-            "right": _visible(row["right"]),
+            "text": shortened(str(row["text"])),
+            "right": shortened(str(row["right"])),
         }
         for when in ("before", "after"):
             given = kept.get(when, {})
             answers, losses = given.get("answers", ()), given.get("losses", ())
-            shown[when] = _visible(answers[place]) if answers else None
+            shown[when] = shortened(str(answers[place])) if answers else None
             shown[f"{when}_loss"] = f"{losses[place]:.3f}" if losses else None
             shown[f"{when}_right"] = shown[when] == shown["right"] if shown["right"] else None
         yield shown
 
 
-def _visible(text: str) -> str:
-    """A text of a row without control characters, which a browser could not show."""
-    return "".join(c if c >= " " or c in "\n\t" else repr(c)[1:-1] for c in shortened(str(text)))
+def _visible(value: Any) -> Any:
+    """A value of the template: a text without control characters, which no page can hold."""
+    if not isinstance(value, str):
+        return value
+    return "".join(c if c >= " " or c in "\n\t" else repr(c)[1:-1] for c in value)
