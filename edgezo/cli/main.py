@@ -99,7 +99,9 @@ def finetune(
             progress.close()
     emit(as_json, summary, tables.verdict(summary))
     if not as_json:
-        click.echo(f"run {summary['run']}, with a page about it: {summary['run']}/report.html")
+        if (page := Path(summary["run"], "report.html")).exists():
+            click.echo(f"report {page}")
+        click.echo(f"run {summary['run']}")
 
 
 @cli.command()

@@ -122,7 +122,7 @@ def test_every_kind_of_rows_has_its_answers_before_and_after(
     run = tmp_path / "run"
     settings = bench.arguments(kind, steps=2, out=str(run))
     code, out, _ = edgezo("finetune", *settings)
-    assert code == 0 and f"{run}/report.html" in out
+    assert code == 0 and f"report {run}/report.html" in out
     kept = json.loads((run / "predictions.json").read_text())
     assert len(kept["shown"]) == HELD_OUT and all(row["text"] for row in kept["shown"])
     for when in ("before", "after"):
