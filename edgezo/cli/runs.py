@@ -8,20 +8,27 @@ from pathlib import Path
 
 import click
 
-from edgezo.cli.options import emit, json_option
+from edgezo.cli.options import emit, json_option, printable
 from edgezo.errors import UsageError
 
 
 @click.command()
 @click.argument("directory", metavar="RUN")
+@click.option(
+    "--ask", is_flag=True, help="First ask base and run: loss of other text, ten written answers."
+)
 @json_option
-def report(directory: str, as_json: bool) -> None:
+def report(directory: str, ask: bool, as_json: bool) -> None:
     """Write report.html, a page about a run, in its directory; of an unfinished run too."""
     from edgezo.run.claims import check_ours
     from edgezo.run.overview import Overview
     from edgezo.run.report import write_report
 
     run = Overview.of(check_ours(Path(directory)))
+    if ask:
+        from edgezo.run.asked import ask as ask_both
+
+        ask_both(run, lambda text: click.echo(printable(text), err=True))
     written = write_report(run)
     shown = f"report {run.files.report}" + ("" if written else " (as it was)")
     result = {"run": directory, "report": str(run.files.report), "state": run.state}

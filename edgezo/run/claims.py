@@ -74,6 +74,7 @@ FORMS: Mapping[str, Form] = {
     "summary.json": partial(_json, "trained_sha256"),
     "profile.json": partial(_json, "phases"),
     "predictions.json": partial(_json, "shown"),
+    "asked.json": partial(_json, "untouched"),
     "report.html": is_report_file,
     "replay.json": partial(_json, "trained_sha256"),
     "head.safetensors": partial(_saved, {"step"}),

@@ -73,6 +73,11 @@ class RunFiles:
         return self.path / "predictions.json"
 
     @property
+    def asked(self) -> Path:
+        """What base and run answered to ``edgezo report --ask``."""
+        return self.path / "asked.json"
+
+    @property
     def report(self) -> Path:
         """The page about the run."""
         return self.path / "report.html"
@@ -196,6 +201,7 @@ def refuse_links(run: RunFiles) -> None:
         run.plan,
         run.summary,
         run.predictions,
+        run.asked,
         run.report,
         run.profile,
         run.snapshot,

@@ -66,7 +66,7 @@ def _facts(state: RunState, evaluated: EvaluatedRows) -> dict[str, Any]:
     n = len(dataset.validation)
     numbers = [i * n // min(n, SHOWN_ROWS) for i in range(min(n, SHOWN_ROWS))]
     shown = [
-        {"row": number, **_as_text(dataset.validation[number], dataset, tokenizer)}
+        {"row": number, **as_text(dataset.validation[number], dataset, tokenizer)}
         for number in numbers
     ]
     names = list(dataset.label_names) if dataset.classes else []
@@ -78,7 +78,7 @@ def _facts(state: RunState, evaluated: EvaluatedRows) -> dict[str, Any]:
     }
 
 
-def _as_text(example: Example, dataset: Dataset, tokenizer: Any) -> dict[str, str]:
+def as_text(example: Example, dataset: Dataset, tokenizer: Any) -> dict[str, str]:
     """A row as the model reads it, and its right answer; "" where nothing is predicted but the text."""
     row = example.rows[0]
     if dataset.kind in ("label", "text"):

@@ -91,7 +91,8 @@ def _content(run: Overview) -> dict[str, Any]:
     """The values that the template shows, by name."""
     lines = run.lines() if run.of_run else []
     kept = kept_answers(run.files, run.of_run)
-    answers = Answers.of(kept)
+    answers, asked = Answers.of(kept), read_table(run.files.asked)
+    asked = asked if asked.get("run") == run.of_run else {}
     return {
         "title": _title(run),
         "sentence": _sentence(run, lines),
@@ -104,6 +105,8 @@ def _content(run: Overview) -> dict[str, Any]:
         "evaluations": list(_evaluations(run, lines)),
         "memory": list(_memory(run)),
         "classes": _classes(answers),
+        "forgetting": _forgetting(asked),
+        "written": asked.get("rows", []),
         "shown": list(_shown(kept)),
         "kept": kept,
         "settings": [(name, _value(value)) for name, value in run.settings().items()],
@@ -228,6 +231,10 @@ def _commands(run: Overview, kind: str) -> Iterator[tuple[str, str]]:
     yield "predict rows", f"edgezo predict {place} --data rows.jsonl"
     if kind in ("completion", "text"):
         yield "talk to it", f"edgezo chat {place}"
+    yield (
+        "what it has forgotten, and ten written answers, for this page",
+        f"edgezo report {place} --ask",
+    )
     yield "a model for transformers", f"edgezo export {place} --format hf --out model"
     yield "a small file to ship", f"edgezo export {place} --format journal --out mine.edgezo"
 
@@ -354,6 +361,21 @@ def _classes(answers: Answers | None) -> ClassTable | None:
         names[largest],
         share,
         "after" if answers.after else "before",
+    )
+
+
+def _forgetting(asked: Mapping[str, Any]) -> str:
+    """What became of the loss of other text; "" where nobody has asked."""
+    if not asked:
+        return ""
+    if asked["untouched"] is None:
+        return "Not measured: what was trained is for label words, and what is left of the model writes no other text."
+    before, after = (asked["untouched"][when] for when in ("before", "after"))
+    error = after.get("standard_error") or 0.0
+    return (
+        f"The loss of {after['n']} texts that have nothing to do with the rows went from {before['loss']:.4f} to "
+        f"{after['loss']:.4f} ({after['loss'] - before['loss']:+.4f} a token; standard error of the mean over the "
+        f"texts {error:.2f}). A loss that rises is language that the model has forgotten."
     )
 
 

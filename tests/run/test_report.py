@@ -337,3 +337,47 @@ def test_a_removal_that_was_interrupted_is_given_again(made: Path, tmp_path: Pat
     remove(removable(run))
     assert not run.exists()
     assert not list(runs_below(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------
+# Asked again
+
+
+@pytest.mark.parametrize("kind", ["label", "completion", "text"])
+def test_base_and_run_are_asked_again(
+    kind: str, bench: Bench, edgezo_json: Any, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    on_disk = {"residency": "disk", "train": "full"}
+    changes: dict[str, Any] = on_disk if kind == "completion" else {}
+    settings = bench.arguments(kind, steps=2, out=str(run), **changes)
+    assert edgezo_json("finetune", *settings)[0] == 0
+    code, said = edgezo_json("report", run, "--ask")
+    assert code == 0, said
+    asked = json.loads((run / "asked.json").read_text())
+    page = Page(run / "report.html").text
+    if kind == "label":
+        assert asked["untouched"] is None and "Not measured" in page
+        return
+    before, after = asked["untouched"]["before"], asked["untouched"]["after"]
+    assert before["n"] == after["n"] == 8 and before["loss"] != after["loss"]
+    assert f"went from {before['loss']:.4f} to {after['loss']:.4f}" in page
+    assert len(asked.get("rows", [])) == (0 if kind == "text" else HELD_OUT)
+    # What is asked of the run is what an evaluation of it on the same texts says.
+    rows = write_rows(tmp_path / "own.jsonl", texts_of(kind))
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("train", "validation"):
+        shutil.copy(rows, folder / f"{name}.jsonl")
+    _, figures = edgezo_json("eval", "--model", run, "--data", folder)
+    assert figures["loss"] == pytest.approx(after["loss"], rel=1e-6)
+
+
+def texts_of(kind: str) -> list[dict[str, str]]:
+    from edgezo.run.asked import TEXTS
+
+    texts = TEXTS.read_text().strip().split("\n\n")
+    if kind == "text":
+        return [{"text": text} for text in texts]
+    halves = [text.split(". ", 1) for text in texts]
+    return [{"prompt": f"{first}.", "completion": f" {rest}"} for first, rest in halves]
