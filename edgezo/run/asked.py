@@ -68,7 +68,7 @@ def ask(run: Overview, note: Callable[[str], None]) -> dict[str, Any]:
             }
             for i in range(len(after.texts))
         ]
-    atomic_write(run.files.asked, (to_json(asked) + "\n").encode())
+    atomic_write(run.files.asked, (to_json(asked) + "\n").encode(), lock=True)
     return asked
 
 

@@ -50,12 +50,12 @@ def remarks(
     run: Overview, lines: Sequence[Mapping[str, Any]], answers: Answers | None
 ) -> list[str]:
     """What to know about the figures of a run. ``lines`` are those of its metrics.jsonl."""
-    said = [*_of_training(run, lines)]
+    sentences = [*_of_training(run, lines)]
     if run.state == FINISHED:
-        said += _of_metric(run.summary, answers)
+        sentences += _of_metric(run.summary, answers)
     if answers is not None:
-        said += _of_classes(run.summary, answers)
-    return said
+        sentences += _of_classes(run.summary, answers)
+    return sentences
 
 
 def _of_training(run: Overview, lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:

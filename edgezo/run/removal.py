@@ -16,6 +16,7 @@ from typing import NamedTuple
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.files import is_leftover
 from edgezo.machine.open_files import (
+    LOCK_SUFFIX,
     files_inside,
     locked,
     open_to_read,
@@ -90,7 +91,12 @@ def _is_ours(folder: Path, name: str) -> bool:
         return set(os.listdir(path)) == files_inside(path, OVERLAY_NAMES).keys()
     if path.is_dir() and not path.is_symlink():
         return False
-    return name in FORMS or name == MARKER or is_leftover(name) or _CUT.fullmatch(name) is not None
+    return (
+        name in FORMS
+        or name == MARKER
+        or is_leftover(name.removesuffix(LOCK_SUFFIX))
+        or _CUT.fullmatch(name) is not None
+    )
 
 
 def _overlay(files: RunFiles) -> list[Path]:

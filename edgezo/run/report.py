@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from edgezo.data.classes import ClassFigures, by_class, confusion, largest_class
 from edgezo.errors import UsageError
-from edgezo.machine.files import atomic_write
+from edgezo.machine.files import atomic_write, remove_abandoned
 from edgezo.machine.foreign import reading
 from edgezo.machine.hardware import format_bytes
 from edgezo.machine.open_files import open_to_read
@@ -31,8 +31,8 @@ MOST_REPORT_BYTES = 16 << 20
 MOST_MATRIX = 24  # classes of a matrix that a page has room for
 MOST_ABOVE = 3.0  # times what was measured: a cap above that would leave no height for the curve
 MOST_CONFUSED = 15  # pairs that are listed where there is no room
-_HEAD = "<!doctype html>\n<!-- edgezo report; SHA-256 of what follows this line: {} -->\n"
-_HEAD_FORM = re.compile(re.escape(_HEAD).replace(r"\{\}", "([0-9a-f]{64})"))
+_FIRST_LINES = "<!doctype html>\n<!-- edgezo report; SHA-256 of what follows this line: {} -->\n"
+_FIRST_LINES_FORM = re.compile(re.escape(_FIRST_LINES).replace(r"\{\}", "([0-9a-f]{64})"))
 
 
 def write_report(run: Overview) -> bool:
@@ -42,6 +42,7 @@ def write_report(run: Overview) -> bool:
     is a file that edgezo did not write, or that was changed since.
     """
     page, files = report_page(run), run.files
+    remove_abandoned(files.report)
     if os.path.lexists(files.report):
         if not is_report_file(files.report):
             raise UsageError(
@@ -51,14 +52,14 @@ def write_report(run: Overview) -> bool:
             )
         if _bytes_of(files.report) == page:
             return False
-    atomic_write(files.report, page)
+    atomic_write(files.report, page, lock=True)
     return True
 
 
 def is_report_file(path: Path) -> bool:
     """Whether a file is a page of edgezo's as it was written. Raises OSError or ValueError where it cannot be read."""
     text = _bytes_of(path).decode("utf-8")
-    head = _HEAD_FORM.match(text)
+    head = _FIRST_LINES_FORM.match(text)
     return head is not None and head[1] == _digest(text[head.end() :].encode())
 
 
@@ -84,7 +85,7 @@ def report_page(run: Overview) -> bytes:
     way_out = "One of the files in it is damaged, or of another version: restore it from a copy."
     with reading(run.files.path, way_out):
         body = template.render(_content(run)).encode("utf-8", "backslashreplace")
-    return _HEAD.format(_digest(body)).encode() + body
+    return _FIRST_LINES.format(_digest(body)).encode() + body
 
 
 def _content(run: Overview) -> dict[str, Any]:
@@ -302,16 +303,16 @@ def _memory_chart(run: Overview, lines: Sequence[Mapping[str, Any]]) -> Chart | 
     assert run.cfg is not None
     if run.cfg.device == "cuda":
         return chart("Memory of the process, MB", x_name, [Series("measured", "main", points)])
-    found = {**run.plan(), **run.summary}
+    figures = {**run.plan(), **run.summary}
     measured = max((y for _, y in points), default=0.0)
     levels = [
-        Level(name, look, found[key] / 1e6, format_bytes(found[key]))
+        Level(name, look, figures[key] / 1e6, format_bytes(figures[key]))
         for name, look, key in (
             ("cap", "cap", "max_mem_bytes"),
             ("planned peak", "plan", "planned_peak_bytes"),
             ("inference", "plain", "inference_peak_rss_bytes"),
         )
-        if found.get(key) and found[key] / 1e6 < MOST_ABOVE * measured
+        if figures.get(key) and figures[key] / 1e6 < MOST_ABOVE * measured
     ]
     return chart("Memory, MB", x_name, [Series("measured", "area", points)], levels)
 

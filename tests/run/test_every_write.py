@@ -89,7 +89,7 @@ class Tried:
     def fresh(self, at: int = 0, answer: int = 0) -> Ended:
         shutil.rmtree(self.points.folder)
         self.points.folder.mkdir()
-        if self.name in ("resume alone", "report"):
+        if self.name == "resume alone" or self.writer.command == "report":
             shutil.copytree(self.begun, self.out)
         return self.points.command(self.arguments(), at, answer)
 
