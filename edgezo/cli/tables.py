@@ -288,7 +288,8 @@ def _figure(name: str, run: Mapping[str, Any]) -> str:
     if name.endswith("_bytes"):
         return format_bytes(value)
     if name in ("before", "after"):
-        return f"{run['metric']} {value:.4f}" + (_give_or_take(run) if name == "after" else "")
+        error = {"standard_error": run[f"{name}_standard_error"]}
+        return f"{run['metric']} {value:.4f}{_give_or_take(error)}"
     return (
         f"{value:.3f} s" if name == "step_s" else f"{value:.4f}" if name == "loss" else f"{value}"
     )

@@ -232,10 +232,8 @@ def _commands(run: Overview, kind: str) -> Iterator[tuple[str, str]]:
     yield "predict rows", f"edgezo predict {place} --data rows.jsonl"
     if kind in ("completion", "text"):
         yield "talk to it", f"edgezo chat {place}"
-    yield (
-        "what it has forgotten, and ten written answers, for this page",
-        f"edgezo report {place} --ask",
-    )
+        purpose = "what it has forgotten, and ten written answers, for this page"
+        yield purpose, f"edgezo report {place} --ask"
     yield "a model for transformers", f"edgezo export {place} --format hf --out model"
     yield "a small file to ship", f"edgezo export {place} --format journal --out mine.edgezo"
 
