@@ -23,12 +23,12 @@ from edgezo.run.export import export
 from edgezo.run.train import finetune
 
 # What an option or argument of any command does with files.
-WRITES = {"out"}
+WRITES = {"out", "directory"}
 READS = {
     *("model", "data", "data_root", "finetuner", "config_file", "run", "source", "study_file"),
-    *("files", "target", "compare", "shipped", "base"),
+    *("files", "target", "compare", "shipped", "base", "runs", "folder"),
 }
-FLAGS = {"as_json", "resume", "dry_run", "show_batch", "profile", "baselines"}
+FLAGS = {"as_json", "resume", "dry_run", "show_batch", "profile", "baselines", "yes", "ask"}
 NO_FILES = {
     *(
         "task",
@@ -154,6 +154,9 @@ WRITERS = {
     "apply": Writer(
         "apply", lambda t, out: [t.shipped, "--base", t.bench.model, "--out", out], ("replay",)
     ),
+    "report": Writer("report", lambda t, out: [out], ("run", "replay")),
+    "report with answers": Writer("report", lambda t, out: [out, "--ask"], ("run", "replay")),
+    "rm": Writer("rm", lambda t, out: [out, "--yes"], ("run", "replay")),
     "predict": Writer("predict", lambda t, out: [t.run, *_asked(t), "--out", out], file=True),
     "predict as csv": Writer(
         "predict", lambda t, out: [t.run, *_asked(t), "--to", "csv", "--out", out], file=True
@@ -204,6 +207,9 @@ USERS_FILES = {
     "summary.json": '{"steps": 3}\n',
     "profile.json": '{"name": "me"}\n',
     "report.html": "<p>mine</p>\n",
+    "asked.json": "{}\n",
+    "predictions.json": '{"weather": "fine"}\n',
+    "states.safetensors": "not a tensor",
     "trained.safetensors": "not a tensor",
     "head.safetensors": "not a tensor",
     "probe.safetensors": "not a tensor",

@@ -39,6 +39,7 @@ from edgezo.cli.options import (
     use_threads,
 )
 from edgezo.cli.requests import evaluation_request, finetune_request, request
+from edgezo.cli.runs import compare, list_runs, remove_run, report
 from edgezo.cli.use import apply, chat, predict
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine import interrupts, streams
@@ -54,12 +55,11 @@ def cli() -> None:
     """Fine-tune a language model in about the memory it takes to run it: forward passes only."""
 
 
-cli.add_command(bench)
-cli.add_command(doctor)
-cli.add_command(completion)
-cli.add_command(predict)
-cli.add_command(chat)
-cli.add_command(apply)
+for _command in (
+    *(bench, doctor, completion, predict, chat, apply),
+    *(report, compare, list_runs, remove_run),
+):
+    cli.add_command(_command)
 
 
 @cli.command()
@@ -68,7 +68,7 @@ cli.add_command(apply)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--show-batch", is_flag=True, help="Print the tokens of one batch and stop.")
 @click.option(
-    "-v", "--plan", "shows_plan", is_flag=True, help="Print every item of the plan first."
+    "--plan", "-v", "shows_plan", is_flag=True, help="Print every item of the plan first."
 )
 @click.option("--quiet", "-q", is_flag=True, help="Print the result only, and errors.")
 @config_option
@@ -112,6 +112,8 @@ def finetune(
             progress.close()
     emit(as_json, summary, tables.verdict(summary))
     if not as_json:
+        if (page := Path(summary["run"], "report.html")).exists():
+            click.echo(f"report {page}")
         click.echo(f"run {summary['run']}")
 
 

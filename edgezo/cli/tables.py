@@ -265,6 +265,63 @@ def verdict(summary: Mapping[str, Any]) -> RenderableType:
     return table
 
 
+def comparison_table(result: Mapping[str, Any]) -> RenderableType:
+    """``edgezo compare``: a column for each run, a line for each figure, and below it the settings that differ."""
+    runs = result["runs"]
+    figures = Table(box=None, pad_edge=False)
+    differ = Table(title="settings that differ", title_justify="left", box=None, pad_edge=False)
+    for table in (figures, differ):
+        table.add_column("", no_wrap=True)
+        for run in runs:
+            table.add_column(run["run"], overflow="fold")
+    for name in _COMPARED:
+        if any(run[name] is not None for run in runs):
+            figures.add_row(_COMPARED[name], *(_figure(name, run) for run in runs))
+    for name, values in result["differ"].items():
+        differ.add_row(name, *("" if value is None else to_json(value) for value in values))
+    return Group(figures, Text(), differ if result["differ"] else Text("no setting differs"))
+
+
+# Figures of a comparison, with the words for them.
+_COMPARED = {
+    **{"state": "state", "model": "model", "method": "method", "rows": "rows evaluated"},
+    **{"before": "before", "after": "after", "loss": "training loss", "steps": "steps"},
+    **{"step_s": "a step", "peak_bytes": "peak memory", "max_mem_bytes": "cap"},
+}
+
+
+def _figure(name: str, run: Mapping[str, Any]) -> str:
+    """A figure of a run as text; "" where it is not known."""
+    value = run[name]
+    if value is None:
+        return ""
+    if name.endswith("_bytes"):
+        return format_bytes(value)
+    if name in ("before", "after"):
+        error = {"standard_error": run[f"{name}_standard_error"]}
+        return f"{run['metric']} {value:.4f}{_give_or_take(error)}"
+    return (
+        f"{value:.3f} s" if name == "step_s" else f"{value:.4f}" if name == "loss" else f"{value}"
+    )
+
+
+def runs_table(runs: Sequence[Mapping[str, Any]], folder: str) -> RenderableType:
+    """``edgezo runs``: a line for each run, and what to do about those that have not ended."""
+    if not runs:
+        return Text(f"there is no run in {folder}, or below it")
+    table = Table(box=None, pad_edge=False)
+    for name in ("run", "state", "method", "steps", "result", "peak"):
+        side: Any = "right" if name in ("steps", "peak") else "left"
+        table.add_column(name, justify=side, overflow="fold", no_wrap=name in ("state", "peak"))
+    for run in runs:
+        names = ("state", "method", "steps", "after", "peak_bytes")
+        table.add_row(run["run"], *(_figure(name, run) for name in names))
+    more = [run["resume"] for run in runs if "resume" in run]
+    problems = [f"{run['run']}: {run['problem']}" for run in runs if "problem" in run]
+    lines = (["", "go on with", *more] if more else []) + (["", *problems] if problems else [])
+    return Group(table, *(Text(line) for line in lines))
+
+
 # Figures that an evaluation may have besides its metric.
 MEASURED = ("accuracy", "f1", "exact_match", "numeric_match", "objective")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from edgezo.errors import EdgezoError, UsageError
@@ -66,6 +66,28 @@ def claim(
     atomic_write(folder / MARKER, marker.encode(), lock=True)
 
 
+def check_made(
+    folder: Path,
+    kinds: Collection[str],
+    proof: Callable[[Path], bool],
+    forms: Mapping[str, Callable[[Path], bool]],
+) -> list[str]:
+    """The names in a directory that edgezo has made, of one of these kinds; nothing is made or changed.
+
+    ``proof`` and ``forms`` are those of ``claim``. Raises UsageError for any other directory, or none.
+    """
+    names = _names(folder)
+    if names is None:
+        raise UsageError(f"{folder} is not there.")
+    made_as = kind_of(folder) if MARKER in names else None
+    if made_as not in kinds and (MARKER in names or not proof(folder)):
+        raise UsageError(
+            f"{folder} is no directory that edgezo made as a {' or a '.join(kinds)}. Nothing was changed."
+        )
+    _check_forms(folder, names, forms)
+    return names
+
+
 def _check_forms(
     folder: Path, names: list[str], forms: Mapping[str, Callable[[Path], bool]]
 ) -> None:
@@ -74,7 +96,7 @@ def _check_forms(
         if not has_form(folder / name, forms):
             raise UsageError(
                 f"{folder} is a directory of edgezo's, but {name} in it is no file that edgezo wrote, or is damaged. "
-                "Nothing was changed. Put the file elsewhere, or give another --out."
+                "Nothing was changed. Put the file elsewhere, or name another directory."
             )
 
 

@@ -15,13 +15,14 @@ from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.files import is_leftover
 from edgezo.machine.foreign import MOST_TOML_BYTES, parse_json, read_small
 from edgezo.machine.open_files import files_inside, open_to_read
-from edgezo.machine.ownership import claim
+from edgezo.machine.ownership import check_made, claim
 from edgezo.network.readout import STATES_MAGIC
 from edgezo.plan.request import from_toml, read_run_config
 from edgezo.run.directory import RunFiles
 from edgezo.run.journal import open_journal
 from edgezo.run.metrics_log import check_form
 from edgezo.run.readout_pass import PROBE_KEYS
+from edgezo.run.report import is_report_file
 from edgezo.weights.disk import OVERLAY_MAGIC, OVERLAY_NAMES
 from edgezo.weights.verified import open_saved
 
@@ -72,10 +73,14 @@ FORMS: Mapping[str, Form] = {
     "metrics.jsonl": _metrics,
     "summary.json": partial(_json, "trained_sha256"),
     "profile.json": partial(_json, "phases"),
+    "predictions.json": partial(_json, "shown"),
+    "asked.json": partial(_json, "untouched"),
+    "report.html": is_report_file,
     "replay.json": partial(_json, "trained_sha256"),
     "head.safetensors": partial(_saved, {"step"}),
     "trained.safetensors": partial(_saved, {"steps"}),
     "probe.safetensors": partial(_saved, set(PROBE_KEYS)),
+    "states.safetensors": partial(_saved, {"rows"}),
     "probe.states": partial(_begins, STATES_MAGIC),
     "journal.bin": _journal,
     "journal-again.bin": partial(_begins, b"EZ"),
@@ -105,6 +110,12 @@ def prepare_replay(run: RunFiles) -> None:
     claim(run.path, REPLAY, _replayed_here, FORMS)
 
 
+def check_ours(folder: Path) -> Path:
+    """``folder``, the directory of a run or a replay. Raises UsageError where it is none, and changes nothing."""
+    check_made(folder, (RUN, REPLAY), _has_journal, FORMS)
+    return folder
+
+
 def _began_here(folder: Path) -> bool:
     """Whether a run began in a directory without a marker: a version before there were markers was killed there."""
     run = RunFiles(folder)
@@ -119,9 +130,11 @@ def _began_here(folder: Path) -> bool:
 
 def _replayed_here(folder: Path) -> bool:
     """Whether a directory without a marker is what a replay wrote."""
-    run = RunFiles(folder)
+    return _has_journal(folder) and RunFiles(folder).trained.exists()
+
+
+def _has_journal(folder: Path) -> bool:
     try:
-        open_journal(run.journal, resume=False).close()
+        return _journal(RunFiles(folder).journal)
     except EdgezoError:
         return False
-    return run.trained.exists()

@@ -68,6 +68,21 @@ class RunFiles:
         return self.path / "summary.json"
 
     @property
+    def predictions(self) -> Path:
+        """What the run answered to its validation rows before and after training."""
+        return self.path / "predictions.json"
+
+    @property
+    def asked(self) -> Path:
+        """What base and run answered to ``edgezo report --ask``."""
+        return self.path / "asked.json"
+
+    @property
+    def report(self) -> Path:
+        """The page about the run."""
+        return self.path / "report.html"
+
+    @property
     def profile(self) -> Path:
         return self.path / "profile.json"
 
@@ -185,6 +200,9 @@ def refuse_links(run: RunFiles) -> None:
         run.config,
         run.plan,
         run.summary,
+        run.predictions,
+        run.asked,
+        run.report,
         run.profile,
         run.snapshot,
         run.probe,

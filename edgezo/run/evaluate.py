@@ -45,7 +45,7 @@ from edgezo.run.session import (
     settle,
     without_states,
 )
-from edgezo.run.summary import check_same_end, saved_summary, takes_roots
+from edgezo.run.summary import check_same_end, saved_summary, takes_roots, unfinished
 from edgezo.weights.saved import saved_sha256, trained_tensors, write_saved
 from edgezo.weights.verified import open_saved
 
@@ -77,6 +77,9 @@ def evaluate(
     planned = settle(opened, confirmed(machine()), base.rss_bytes)
     with in_memory(run, trained, planned, note) as (model, memory, steps):
         meter.mark("load")
+        if trained is not None:
+            for text in unfinished(run, trained, steps):
+                note(text)
         seconds = planned.plan.evaluation_s
         if seconds is not None and seconds > NOTED_S and model.readout is None:
             note(f"{planned.plan.evaluations:,} rows to evaluate: about {seconds:.0f} s, estimated")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgezo.data.batches import collate, evaluation_batches
 from edgezo.data.dataset import Dataset
@@ -13,13 +14,28 @@ from edgezo.network.model import Model
 from edgezo.run.objective import Judge
 
 
+class EvaluatedRows(NamedTuple):
+    """The figures of an evaluation, and what they were made of: one value for each validation row."""
+
+    figures: dict[str, Any]
+    chosen: list[int]  # the predicted class or option; 0 where rows have none
+    labels: list[int]  # the right one; -1 where there is none
+    losses: Sequence[float]
+    texts: list[str]  # predictions as text, where a judge looks at them; else []
+
+
+def evaluate_model(model: Model, dataset: Dataset, judge: Judge | None = None) -> dict[str, Any]:
+    """The figures of ``evaluate_rows``."""
+    return evaluate_rows(model, dataset, judge).figures
+
+
 @phase("eval")
-def evaluate_model(
+def evaluate_rows(
     model: Model,
     dataset: Dataset,
     judge: Judge | None = None,
     shown: Callable[[int], None] = lambda rows: None,
-) -> dict[str, Any]:
+) -> EvaluatedRows:
     """Evaluate the validation rows: accuracy where rows have a right answer, else the mean loss.
 
     With a judge the first of its figures is the metric, and the others stand beside it under their names. ``shown``
@@ -27,20 +43,23 @@ def evaluate_model(
     """
     examples = model.reads(dataset.validation)
     total_loss, right, squares, rows = 0.0, 0, 0.0, 0
-    chosen = [0] * len(examples)
+    chosen, labels = [0] * len(examples), [-1] * len(examples)
+    of_rows = array("f", bytes(4 * len(examples)))
     for batch in evaluation_batches(examples):
         packed = collate([examples[i] for i in batch], range(len(batch)))
         losses, predicted = model.losses(packed)
         total_loss += float(losses.double().sum())
         squares += float(losses.double().square().sum())
         right += int((predicted[0] == packed.labels).sum())
-        for i, option in zip(batch, predicted[0].tolist(), strict=True):
-            chosen[i] = option
+        values = (predicted[0].tolist(), packed.labels.tolist(), losses[0].tolist())
+        for i, option, label, loss in zip(batch, *values, strict=True):
+            chosen[i], labels[i], of_rows[i] = option, label, loss
         rows += len(batch)
         shown(rows)
     texts = judge.texts(model, chosen) if judge is not None else []
     figures = figures_of(dataset, total_loss, right, judge, texts)
-    return figures | standard_error(figures, total_loss, squares)
+    figures |= standard_error(figures, total_loss, squares)
+    return EvaluatedRows(figures, chosen, labels, of_rows, texts)
 
 
 def standard_error(figures: dict[str, Any], total: float, squares: float) -> dict[str, float]:

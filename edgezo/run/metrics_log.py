@@ -55,7 +55,7 @@ class MetricsLog:
 
     def lines(self) -> list[dict[str, Any]]:
         """Every line of the file. Raises EdgezoError for one that is damaged."""
-        return [line.values for line in _whole_lines(self.path, self.of_run)]
+        return read_lines(self.path, self.of_run)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a line. Its "step" is the number of steps done.
@@ -161,6 +161,16 @@ def check_lines(path: Path, of_run: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         for _ in _whole_lines(path, of_run):
             pass
+
+
+def read_lines(path: Path, of_run: str) -> list[dict[str, Any]]:
+    """The whole lines of the metrics.jsonl of a run, as far as they are written; [] without the file.
+
+    Raises EdgezoError for one that is damaged.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        return [line.values for line in _whole_lines(path, of_run)]
+    return []
 
 
 def check_form(path: Path) -> None:

@@ -21,7 +21,7 @@ from edgezo.machine.clock import now_s
 from edgezo.machine.files import atomic_write, to_json
 from edgezo.machine.gpu_memory import confirmed
 from edgezo.machine.hardware import machine
-from edgezo.machine.process_memory import Meter, rss_bytes
+from edgezo.machine.process_memory import Meter, malloc_trim, rss_bytes
 from edgezo.machine.profiler import phase, profiling, running
 from edgezo.network.cut import Half
 from edgezo.network.model import Model
@@ -38,17 +38,20 @@ from edgezo.run.directory import (
     reopen,
     run_id,
 )
-from edgezo.run.figures import evaluate_model
+from edgezo.run.figures import evaluate_rows
 from edgezo.run.finetuner import load_finetuner
 from edgezo.run.journal import create_journal
 from edgezo.run.journal_record import StepRecord
+from edgezo.run.kept_answers import WHEN, keep_answers
 from edgezo.run.manners import Manners
 from edgezo.run.metrics_log import RunLog, check_lines, step_line
 from edgezo.run.opening import Opening
+from edgezo.run.overview import Overview
 from edgezo.run.places import with_beginning
 from edgezo.run.progress import RunProgress, Silent, peaks_line
 from edgezo.run.readout_pass import ReadoutPass, ReadoutResult
 from edgezo.run.recipes import follow, journal_is_shaped
+from edgezo.run.report import write_report
 from edgezo.run.restore import Restored, begin_writing, restore_readout, restore_weights
 from edgezo.run.session import (
     Loaded,
@@ -99,9 +102,21 @@ def finetune(
     with profiling(cfg.profile), beside_others():
         box = TimeBox(cfg.for_s, began_s)
         with _opened(cfg, files, resume, progress or Silent(), box) as run:
-            summary = run.to_the_end()
+            summary, had_ended = run.to_the_end(), run.ended is not None
             keep_cap(run.state.planned, run.state.memory, f"The run is complete in {files.path}")
-            return summary
+        del run  # the page about it is made in the memory that the model had
+        malloc_trim()
+        if not (had_ended and files.report.exists()):
+            _report(files, progress or Silent())
+        return summary
+
+
+def _report(files: RunFiles, progress: RunProgress) -> None:
+    """The page about a finished run. A page that cannot be written fails no run."""
+    try:
+        write_report(Overview.of(files.path))
+    except EdgezoError as problem:
+        progress.note(f"no report of this run: {problem}")
 
 
 @contextmanager
@@ -430,10 +445,13 @@ class Run:
             with state.memory.short("an evaluation"):
                 begun_s = now_s()
                 shown = partial(state.progress.evaluated, total=len(state.dataset.validation))
-                figures = evaluate_model(state.model, state.dataset, state.judge, shown)
+                evaluated = evaluate_rows(state.model, state.dataset, state.judge, shown)
                 took_s = now_s() - begun_s
             state.memory.trim()
-            state.log.write({"step": step, "eval": when, "took_s": took_s, **figures})
+            if when in WHEN:
+                keep_answers(state, when, evaluated)
+            line = {"step": step, "eval": when, "took_s": took_s, **evaluated.figures}
+            state.log.write(line)
         state.box.evaluation_s = state.log.evaluation_s
         return state.log.evaluations[when, step]
 

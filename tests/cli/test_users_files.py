@@ -202,8 +202,8 @@ def read_only_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_place_that_may_not_be_written_to(name, tools, edgezo, read_only_disk):
     before = state(read_only_disk)
     for place in (read_only_disk / "new", read_only_disk / "new" / "deeper"):
-        if name == "resume alone":
-            refused(edgezo, tools, name, place, 2)  # there is nothing to go on with
+        if name == "resume alone" or WRITERS[name].command in ("report", "rm"):
+            refused(edgezo, tools, name, place, 2)  # there is no run
         else:
             refused(edgezo, tools, name, place, 1)
     if not WRITERS[name].file:
@@ -246,7 +246,7 @@ def test_the_run_itself_its_model_and_its_data_are_no_place_to_write_to(
     before = state(bench.model, bench.data, tools.run.parent)
     for place in (bench.model, bench.data, tools.run.parent):
         refused(edgezo, tools, name, place, None)
-    if not WRITERS[name].command == "finetune" or "resume" not in name:
+    if "run" not in WRITERS[name].goes_on:
         refused(edgezo, tools, name, tools.run, None)
     assert state(bench.model, bench.data, tools.run.parent) == before
 
@@ -284,6 +284,8 @@ READERS: dict[str, Any] = {
     "export": lambda t, out: ["--out", out],
     "predict": lambda t, out: ["--data", t.bench.data / "label.jsonl"],
     "chat": lambda t, out: ["--max-new-tokens", 1],
+    "compare": lambda t, out: [],
+    "runs": lambda t, out: [],
     "apply": lambda t, out: ["--base", t.bench.model, "--out", out],
     "bench memory": lambda t, out: ["--methods", "none", "--out", out],
     "bench alignment": lambda t, out: ["--estimators", "none", *data_of(t), "--out", out],

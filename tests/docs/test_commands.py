@@ -31,7 +31,7 @@ MODEL, DATA = "my-model", "rows.jsonl"  # of the workspace, under names that the
 KEPT = frozenset(
     "--template --labels --label-field --objective --max-new-tokens --train --estimator --precision --rounding "
     "--step --sigma --format --dtype --out --resume --show-batch --profile --finetuner --methods --seed --to "
-    "--temperature --top-p --system --when".split()
+    "--temperature --top-p --system --when --yes --ask".split()
 )
 # Others, and what is run in place of their value; None leaves the option out.
 REPLACED: dict[str, str | None] = {

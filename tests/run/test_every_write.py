@@ -27,12 +27,14 @@ from writers import WRITERS, Tools
 
 # bench memory, speed and accuracy measure for long, in children; what they write is what bench alignment writes.
 # One resume is enough: the options of the others are those of a run.
-NAMES = [n for n in WRITERS if not n.startswith(("bench", "resume")) or n == "resume alone"]
+# What rm leaves where it is killed is in tests/run/test_report.py.
+NAMES = [n for n in WRITERS if not n.startswith(("bench", "resume", "rm")) or n == "resume alone"]
 # What a clock or the memory decides; of these the keys below are compared.
 VARYING = {"plan.json", "summary.json", "profile.json", "metrics.jsonl", "probe.safetensors"}
+VARYING |= {"report.html"}
 KEPT = ("trained_sha256", "steps", "eval_before", "eval_after", "loss_first", "loss_last")
-# A measurement that cannot be written fails no run.
-MAY_BE_LOST = {"profile.json"}
+# A measurement or a page that cannot be written fails no run.
+MAY_BE_LOST = {"profile.json", "report.html"}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ class Tried:
     def fresh(self, at: int = 0, answer: int = 0) -> Ended:
         shutil.rmtree(self.points.folder)
         self.points.folder.mkdir()
-        if self.name == "resume alone":
+        if self.name == "resume alone" or self.writer.command == "report":
             shutil.copytree(self.begun, self.out)
         return self.points.command(self.arguments(), at, answer)
 
