@@ -74,10 +74,16 @@ DATA = (
         choices=("yes", "no"),
     ),
     Field(
+        name="skip_bad_rows",
+        kind="bool",
+        help="Leave out rows that cannot be used, and list them in RUN/skipped.jsonl.",
+        default=False,
+    ),
+    Field(
         name="max_length",
         kind="int",
         metavar="N",
-        help="Tokens of the longest row; longer rows are cut.",
+        help="Tokens of the longest row; longer rows are cut, and rows with text become several.",
         default=512,
         low=8,
         high=1_048_576,

@@ -1,0 +1,219 @@
+"""Notes, mails and chats as people keep them become rows of ``text``: one file, or a folder with folders in it.
+
+    .txt .md .rst .org .tex     a text, in parts; a chat that WhatsApp exported, by its first lines
+    .mbox .eml                  a row of each mail (mails.py)
+    .json                       a chat that Telegram or Discord exported (chat_exports.py)
+
+Every form is read a piece at a time. Links are not followed, and hidden files are left alone.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+from edgezo.data import chat_exports, mails
+from edgezo.data.row_files import SUFFIXES, Problems, Record, Remarks, is_named
+from edgezo.data.text_parts import text_parts
+from edgezo.machine.foreign import FAULTS, reason
+from edgezo.machine.process_memory import Guard
+
+TEXTS = (".txt", ".text", ".md", ".markdown", ".rst", ".org", ".tex")
+MAILS = (".mbox", ".eml")
+# Files that lie beside data of any form, and say something of it.
+_ABOUT_NAMES = ("readme", "license", "licence", "copying", "changelog", "dataset_card")
+_START_BYTES = 4096  # by which the form of a file is told
+_PIECE_CHARS = 1 << 16
+_CHECK_FILES = 256  # the guard is asked after so many files
+# Marks at the beginning of a text that is not UTF-8.
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def note_files(path: Path, remarks: Remarks) -> list[Path]:
+    """The files of notes at ``path``, in the order of their names; [] where there are none, or rows of another form.
+
+    A folder with a file of training rows holds no notes, nor does one with other files of rows: texts beside them
+    only say what they are.
+    """
+    if path.is_file():
+        return [path] if _is_note(path) else []
+    if not path.is_dir():
+        return []
+    rows = [file for file in _plain_files(path) if file.suffix.lower() in SUFFIXES]
+    others = [file for file in rows if not chat_exports.is_export(_start(file))]
+    others += [
+        f for f in _plain_files(path / "data") if f.suffix.lower() in SUFFIXES and is_named(f)
+    ]
+    if others:
+        return []
+    files = _walked(path, remarks)
+    notes = (file for file in files if file.stem.lower() not in _ABOUT_NAMES)
+    return files if any(map(_is_note, notes)) else []
+
+
+def _is_note(file: Path) -> bool:
+    suffix = file.suffix.lower()
+    if suffix in (*TEXTS, *MAILS):
+        return True
+    if suffix == ".json":
+        return chat_exports.is_export(_start(file))
+    return not suffix and mails.is_mailbox(_start(file))
+
+
+def _start(file: Path) -> bytes:
+    """The first bytes of a file; none where it cannot be read, which its reader says."""
+    try:
+        with file.open("rb") as stream:
+            return stream.read(_START_BYTES)
+    except OSError:
+        return b""
+
+
+def _plain_files(folder: Path) -> list[Path]:
+    return [f for f in sorted(folder.iterdir()) if f.is_file()] if folder.is_dir() else []
+
+
+def _walked(folder: Path, remarks: Remarks) -> list[Path]:
+    """The files below a folder by their names, hidden ones and links left out."""
+    files = list[Path]()
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in (*names, *folders):
+            path = Path(place, name)
+            if path.is_symlink():
+                remarks.add("links left out: what they lead to is not read", _named(path, folder))
+            elif name in names and not name.startswith(".") and path.is_file():
+                files.append(path)
+    return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
+
+
+def _named(file: Path, root: Path) -> str:
+    """How messages name a file: by its path in the folder of notes."""
+    return file.name if file == root else file.relative_to(root).as_posix()
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_notes(
+    root: Path, files: Sequence[Path], most: int, problems: Problems, guard: Guard
+) -> Iterator[Record]:
+    """The rows of the files, each of at most ``most`` characters. What is no text is left out, and named."""
+    n_read = 0
+    for number, file in enumerate(files):
+        if number % _CHECK_FILES == 0:
+            guard.check(item=str(file))
+        name = _named(file, root)
+        try:
+            reader = _reader(file, _start(file))
+            if isinstance(reader, str):
+                problems.remarks.add(f"files left out, since {reader}", name)
+                continue
+            before = n_read
+            for record in reader(file, name, most, problems.remarks, guard):
+                n_read += 1
+                yield record
+            if n_read == before:
+                problems.remarks.add("files left out, since they hold no text", name)
+        except FAULTS as error:
+            problems.add("a file of notes cannot be read", at=f"{name}: {reason(error)}")
+    if not n_read and not len(problems):
+        problems.add(
+            f"no text in {root}: {'; '.join(problems.remarks.lines()) or 'its files are empty'}"
+        )
+
+
+_Reader = Callable[[Path, str, int, Remarks, Guard], Iterator[Record]]
+
+
+def _reader(file: Path, start: bytes) -> _Reader | str:
+    """What reads a file that begins so; or why none does."""
+    suffix = file.suffix.lower()
+    if suffix in MAILS or (not suffix and mails.is_mailbox(start)):
+        return _mails
+    if suffix == ".json" and chat_exports.is_export(start):
+        return _exported_chat
+    if suffix not in (*TEXTS, ""):
+        return f"they are no notes ({suffix})"
+    encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
+    if (fault := _fault_of(file, encoding)) is not None:
+        return fault
+    if chat_exports.is_whatsapp(start.decode(encoding, "ignore")):
+        return lambda *rest: _whatsapp(encoding, *rest)
+    return lambda *rest: _text(encoding, *rest)
+
+
+def _fault_of(file: Path, encoding: str) -> str | None:
+    """Why a file is no text, looked at as a whole before a row of it is used; None where it is one."""
+    try:
+        with file.open(encoding=encoding) as stream:
+            while piece := stream.read(_PIECE_CHARS):
+                if "\0" in piece:
+                    return "they are binary"
+    except UnicodeDecodeError:
+        return "they are not UTF-8 text (save them as UTF-8)"
+    return None
+
+
+def _text(
+    encoding: str, file: Path, name: str, most: int, remarks: Remarks, guard: Guard
+) -> Iterator[Record]:
+    """The parts of a text. The end of a text is known in its last part only."""
+    waiting: str | None = None
+    rest, numbers = "", count(1)
+
+    def record(text: str, number: int, goes_on: bool) -> Record:
+        where = name if number == 1 and not goes_on else f"{name} (part {number})"
+        return Record(where, {"text": text}, goes_on)
+
+    with file.open(encoding=encoding) as stream:
+        while piece := stream.read(_PIECE_CHARS):
+            *parts, rest = text_parts(rest + piece, most)
+            for part in filter(str.strip, parts):
+                if waiting is not None:
+                    yield record(waiting, next(numbers), goes_on=True)
+                waiting = part
+    if rest.strip():
+        if waiting is not None:
+            yield record(waiting, next(numbers), goes_on=True)
+        waiting = rest
+    if waiting is not None:
+        yield record(waiting.rstrip("\n"), next(numbers), goes_on=False)
+
+
+def _parts(records: Iterator[Record], most: int) -> Iterator[Record]:
+    """Rows whose texts may be long, in parts."""
+    for record in records:
+        parts = list(text_parts(record.fields["text"], most))
+        for number, part in enumerate(parts, 1):
+            where = record.where if len(parts) == 1 else f"{record.where} (part {number})"
+            yield replace(record, where=where, fields={"text": part}, goes_on=number < len(parts))
+
+
+def _mails(file: Path, name: str, most: int, remarks: Remarks, guard: Guard) -> Iterator[Record]:
+    with file.open("rb") as stream:
+        boxed = mails.is_mailbox(_start(file))
+        yield from _parts(mails.texts(stream, name, boxed, remarks, guard), most)
+
+
+def _exported_chat(
+    file: Path, name: str, most: int, remarks: Remarks, guard: Guard
+) -> Iterator[Record]:
+    with file.open(encoding="utf-8-sig") as stream:
+        yield from chat_exports.rows(chat_exports.of_json(stream, name, guard), name, most)
+
+
+def _whatsapp(
+    encoding: str, file: Path, name: str, most: int, remarks: Remarks, guard: Guard
+) -> Iterator[Record]:
+    with file.open(encoding=encoding) as stream:
+        yield from chat_exports.rows(chat_exports.of_whatsapp(stream), name, most)
