@@ -28,7 +28,7 @@ READS = {
     *("model", "data", "data_root", "finetuner", "config_file", "run", "source", "study_file"),
     *("files", "target", "compare", "shipped", "base"),
 }
-FLAGS = {"as_json", "resume", "dry_run", "show_batch", "profile", "baselines"}
+FLAGS = {"as_json", "skip_bad_rows", "resume", "dry_run", "show_batch", "profile", "baselines"}
 NO_FILES = {
     *(
         "task",
@@ -158,6 +158,7 @@ WRITERS = {
     "predict as csv": Writer(
         "predict", lambda t, out: [t.run, *_asked(t), "--to", "csv", "--out", out], file=True
     ),
+    "data": Writer("data", lambda t, out: [t.bench.data / "label.jsonl", "--out", out], file=True),
     "bench memory": Writer(
         "bench memory", lambda t, out: ["--model", t.bench.model, "--out", out], ("bench",)
     ),
@@ -202,6 +203,7 @@ USERS_FILES = {
     "plan.json": '{"plan": "holidays"}\n',
     "metrics.jsonl": '{"visitors": 12}\n',
     "summary.json": '{"steps": 3}\n',
+    "skipped.jsonl": '{"a page": 3}\n',
     "profile.json": '{"name": "me"}\n',
     "report.html": "<p>mine</p>\n",
     "trained.safetensors": "not a tensor",

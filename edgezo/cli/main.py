@@ -21,6 +21,7 @@ import click
 
 from edgezo import __version__
 from edgezo.cli.bench import bench
+from edgezo.cli.data_overview import look_at_data
 from edgezo.cli.options import (
     DATA,
     MEMORY,
@@ -53,6 +54,7 @@ def cli() -> None:
 
 
 cli.add_command(bench)
+cli.add_command(look_at_data)
 cli.add_command(predict)
 cli.add_command(chat)
 cli.add_command(apply)

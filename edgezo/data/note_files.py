@@ -10,6 +10,7 @@ Every form is read a piece at a time. Links are not followed, and hidden files a
 from __future__ import annotations
 
 import codecs
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ TEXTS = (".txt", ".text", ".md", ".markdown", ".rst", ".org", ".tex")
 MAILS = (".mbox", ".eml")
 # Files that lie beside data of any form, and say something of it.
 _ABOUT_NAMES = ("readme", "license", "licence", "copying", "changelog", "dataset_card")
+_READ = "files read as texts to learn"
 _START_BYTES = 4096  # by which the form of a file is told
 _PIECE_CHARS = 1 << 16
 _CHECK_FILES = 256  # the guard is asked after so many files
@@ -122,8 +124,10 @@ def read_notes(
             for record in reader(file, name, most, problems.remarks, guard):
                 n_read += 1
                 yield record
-            if n_read == before:
-                problems.remarks.add("files left out, since they hold no text", name)
+            is_read = n_read > before
+            problems.remarks.add(
+                _READ if is_read else "files left out, since they hold no text", name
+            )
         except FAULTS as error:
             problems.add("a file of notes cannot be read", at=f"{name}: {reason(error)}")
     if not n_read and not len(problems):
@@ -147,9 +151,19 @@ def _reader(file: Path, start: bytes) -> _Reader | str:
     encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
     if (fault := _fault_of(file, encoding)) is not None:
         return fault
+    if _is_rows(start):
+        return "they hold rows of JSON: name such a file .jsonl, and give it alone"
     if chat_exports.is_whatsapp(start.decode(encoding, "ignore")):
         return lambda *rest: _whatsapp(encoding, *rest)
     return lambda *rest: _text(encoding, *rest)
+
+
+def _is_rows(start: bytes) -> bool:
+    """Whether a text that begins so has an object of JSON as its first line."""
+    try:
+        return start.lstrip()[:1] == b"{" and isinstance(json.loads(start.splitlines()[0]), dict)
+    except ValueError:
+        return False
 
 
 def _fault_of(file: Path, encoding: str) -> str | None:

@@ -156,6 +156,9 @@ class Remarks:
         return lines
 
 
+SKIPPED_BEGIN = b'{"where": "'  # of the file of rows that are left out
+
+
 class Skipped:
     """Rows that are left out, since they cannot be used: each reason with the rows, and all of them as lines of JSON.
 
@@ -190,7 +193,7 @@ class Skipped:
         if not self.count:
             return []
         return [
-            f"rows that cannot be used, skipped: {self.count:,}",
+            f"rows that cannot be used, skipped: {self.count:,} (a run lists them in its skipped.jsonl)",
             *(f"skipped: {line}" for line in self.reasons.lines()),
         ]
 
@@ -272,7 +275,10 @@ def _unread(path: Path) -> str:
     """Why a file with this suffix is not read."""
     with path.open("rb") as file:
         start = file.read(8)
-    return _packed(start) or f"edgezo reads {', '.join(SUFFIXES)} files with rows of named fields"
+    return (
+        _packed(start)
+        or f"edgezo reads {', '.join(SUFFIXES)} files with rows of named fields, and texts as .txt, .md or .mbox"
+    )
 
 
 def _readable(folder: Path) -> list[Path]:

@@ -141,7 +141,8 @@ def _read(
     task, copies = source.task, Copies()
     train: Sequence[Record]
     validation: Sequence[Record]
-    if task is None and (files := note_files(path, problems.remarks)):
+    files = note_files(path, problems.remarks) if task is None else []
+    if files:
         most = max(_PART_CHARS, _PART_TIMES * request.max_length)
         found = read_notes(path, files, most, problems, guard)
         train, validation, validation_files = PackedRecords(copies.removed(found)), (), list[Path]()
@@ -155,7 +156,6 @@ def _read(
             for files in (train_files, validation_files)
         )
         first = train_files[0] if train_files else path
-    notes += copies.notes()
     if validation_files and validation_files[0].name.startswith("test"):
         notes.append(f"no validation file: {validation_files[0].name} is used to evaluate")
     if not source.labelling.labelled:
@@ -163,13 +163,16 @@ def _read(
     known = train
     if train and not validation_files:
         if len(train) < 2:
-            problems.add(f"{first} has one row: two are needed, one of them to evaluate on")
+            kind = f"{first} has one row: two are needed, one of them to evaluate on"
+            named = " (it is read as a text: name a table .csv, and rows of JSON .jsonl)"
+            problems.add(kind + (named if files else ""))
         train, validation = _held_out(train, request.held_out or VALIDATION_SHARE)
         why = "no validation file" if request.held_out is None else "--held-out"
         n = len(validation)
         notes.append(
             f"{why}: {n} of {n + len(train)} rows are held out to evaluate on, drawn by chance, the same in every run"
         )
+    notes += copies.notes()
     return source._replace(train=train, validation=validation, known=known)
 
 
