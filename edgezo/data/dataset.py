@@ -148,7 +148,9 @@ def load_dataset(
     notes += [*problems.remarks.lines(), *cuts, *(skipped.notes() if skipped else ())]
     for name, examples in packed.items():
         if not examples:
-            raise UsageError(f"no {name} row has a token to predict: every text is one token long")
+            raise UsageError(
+                f"no {name} row is left: each is left out, or has no token to predict. Give more rows"
+            )
     train = packed.get("training", ())
     return Dataset(
         *(form.kind, train, packed["validation"], label_ids, label_names, tuple(notes)),

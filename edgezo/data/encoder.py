@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from array import array
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -258,10 +258,10 @@ class Encoder:
         """The rows of a text that has too many tokens for one: about equally long, cut where it does least harm."""
         written = self._begins_with_prefix(ids)
         ids, offsets = ids[written:], offsets[written:]
-        starts, end_id = [first for first, _ in offsets], self.tokenizer.eos_token_id
+        ends, end_id = [last for _, last in offsets], self.tokenizer.eos_token_id
         if piece.ends and end_id is not None and ids[-1:] != [end_id]:
             ids = [*ids, end_id]
-            starts.append(len(piece.text))
+            ends.append(len(piece.text) + 1)
         room, at = self.max_length - len(self.prefix), 0  # beside the token before the first
         while at < len(ids):
             left = len(ids) - at
@@ -269,8 +269,8 @@ class Encoder:
             stop = min(len(ids), at + room, at + size + size // 4)
             if stop < len(ids):
                 low = at + max(1, size * 3 // 4)
-                place = best_cut(piece.text, starts[min(low, stop)], starts[stop])
-                stop = max(low, min(stop, bisect_left(starts, place, low, stop)))
+                place = best_cut(piece.text, ends[low - 1], ends[stop - 1])
+                stop = bisect_right(ends, place, low, stop)  # a token may begin with the space before its word
             before = ids[at - 1 : at] if at else []
             tokens = [*self.prefix, *before, *ids[at:stop]]
             first = max(1, len(tokens) - (stop - at))

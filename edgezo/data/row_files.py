@@ -100,6 +100,11 @@ class Problems:
                 )
         self._places, self._counts, self._total = {}, {}, 0
 
+    @property
+    def noted(self) -> int:
+        """Kinds of problems and rows that were skipped."""
+        return len(self) + (self.skipped.count if self.skipped is not None else 0)
+
     def __len__(self) -> int:
         return len(self._places)
 
@@ -321,7 +326,7 @@ def read_records(path: Path, problems: Problems, guard: Guard | None = None) -> 
     ``guard`` is asked at bounded intervals, and before whatever may be large. It raises DoesNotFit.
     """
     read = _read_parquet if _suffix(path) == ".parquet" else _read_text
-    guard, before, count = guard or ReadingGuard(), len(problems), 0
+    guard, before, count = guard or ReadingGuard(), problems.noted, 0
     try:
         for record in read(path, problems, guard):
             yield record
@@ -336,7 +341,7 @@ def read_records(path: Path, problems: Problems, guard: Guard | None = None) -> 
         problems.add(f"cannot read {path}: its rows take more memory than the system gives")
     except FAULTS as error:
         problems.add(f"cannot read {path}: {reason(error)}")
-    if not count and len(problems) == before:
+    if not count and problems.noted == before:
         size = path.stat().st_size
         is_empty = size == 0 and not path.is_fifo()
         problems.add(f"{path} is empty" if is_empty else f"no rows in {path} ({size} bytes)")
