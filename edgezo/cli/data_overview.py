@@ -14,7 +14,7 @@ from edgezo.errors import UsageError
 from edgezo.plan.fields import FIELDS
 from edgezo.plan.request import read_layer, read_toml
 
-_SETTINGS = (
+_OF_ROWS = (
     *("model", "task", "data_root", "template", "labels", "label_field", "text_end"),
     *("max_length", "held_out", "skip_bad_rows", "max_mem_bytes"),
 )
@@ -22,7 +22,7 @@ _SETTINGS = (
 
 @click.command("data")
 @click.argument("data", metavar="FILE|FOLDER", required=False)
-@options(*_SETTINGS)
+@options(*_OF_ROWS)
 @click.option("--out", metavar="FILE", help="A new file for the rows that cannot be used (JSONL).")
 @config_option
 @json_option

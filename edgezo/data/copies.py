@@ -16,7 +16,7 @@ import numpy as np
 from edgezo.data.row_files import Record
 
 
-class Copies:
+class RowCopies:
     """Counts rows that have the fields of an earlier one: 8 bytes a row, and two rows in 10^19 taken for one."""
 
     def __init__(self) -> None:

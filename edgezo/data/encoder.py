@@ -270,7 +270,9 @@ class Encoder:
             if stop < len(ids):
                 low = at + max(1, size * 3 // 4)
                 place = best_cut(piece.text, ends[low - 1], ends[stop - 1])
-                stop = bisect_right(ends, place, low, stop)  # a token may begin with the space before its word
+                stop = bisect_right(
+                    ends, place, low, stop
+                )  # a token may begin with the space before its word
             before = ids[at - 1 : at] if at else []
             tokens = [*self.prefix, *before, *ids[at:stop]]
             first = max(1, len(tokens) - (stop - at))

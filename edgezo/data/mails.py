@@ -18,7 +18,7 @@ from edgezo.machine.foreign import FAULTS
 from edgezo.machine.process_memory import Guard
 
 MOST_BYTES = 1 << 20  # of one mail
-_PIECE_BYTES = 1 << 16  # of a line
+_LINE_BYTES = 1 << 16  # of a line
 _MAIL_TIMES = 6  # copies of a mail while it is taken apart
 _BEGINS = re.compile(rb"From \S+.*\d{4}")
 
@@ -49,7 +49,7 @@ def texts(
 def _mails_of(file: BinaryIO) -> Iterator[bytes]:
     """The bytes of each mail of a mailbox, which begins with a line ``From SENDER DATE`` behind an empty one."""
     kept, is_kept, after_empty, begins = bytearray(), False, True, True
-    while piece := file.readline(_PIECE_BYTES):
+    while piece := file.readline(_LINE_BYTES):
         if begins and after_empty and _BEGINS.match(piece):
             if is_kept:
                 yield bytes(kept)

@@ -28,7 +28,7 @@ from edgezo.machine.process_memory import Guard, ReadingGuard
 SHOWN_EXAMPLES = 3
 SHOWN_CHARS = 300  # of a stretch of text in an example
 CHARS_A_TOKEN = 4  # about; a longer row may not fit
-KINDS = {
+MEANINGS = {
     "text": "texts: every token is learned",
     "completion": "prompts and answers: the answers are learned",
     "label": "labelled rows: which label word follows is learned",
@@ -89,7 +89,7 @@ def overview(
     problems.raise_any()
     train = seen["training"]
     notes += [*problems.remarks.lines(), *cuts, *_oddly_long(train, request, tokenizer)]
-    kind = KINDS[form.kind]
+    kind = MEANINGS[form.kind]
     lengths = {"characters": _summary(train.chars), "words": _summary(train.words)}
     if tokens is not None:
         lengths["tokens"] = _summary(tokens)

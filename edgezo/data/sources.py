@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from edgezo.data.batches import permutation
-from edgezo.data.copies import Copies
+from edgezo.data.copies import RowCopies
 from edgezo.data.note_files import note_files, read_notes
 from edgezo.data.packed import PackedRecords, SelectedRecords
 from edgezo.data.preferences import paired
@@ -138,14 +138,14 @@ def _read(
     guard: Guard,
 ) -> Source:
     """The rows of a file or folder, prepared as the task needs them, with rows to evaluate on."""
-    task, copies = source.task, Copies()
+    task, copies = source.task, RowCopies()
     train: Sequence[Record]
     validation: Sequence[Record]
     files = note_files(path, problems.remarks) if task is None else []
     if files:
         most = max(_PART_CHARS, _PART_TIMES * request.max_length)
-        found = read_notes(path, files, most, problems, guard)
-        train, validation, validation_files = PackedRecords(copies.removed(found)), (), list[Path]()
+        texts = read_notes(path, files, most, problems, guard)
+        train, validation, validation_files = PackedRecords(copies.removed(texts)), (), list[Path]()
         first = path
     else:
         train_files, validation_files = find_splits(path, problems)
