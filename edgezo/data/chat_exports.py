@@ -88,9 +88,9 @@ def of_whatsapp(file: IO[str]) -> Iterator[Message]:
 
 
 def _said(day: str, text: str) -> Iterator[Message]:
-    said = _SAID.match(text)
-    if said is not None and not _LEFT_OUT.fullmatch(said[2]) and said[2].strip():
-        yield Message(day, said[1], said[2].replace("\u200e", ""))
+    turn = _SAID.match(text)
+    if turn is not None and not _LEFT_OUT.fullmatch(turn[2]) and turn[2].strip():
+        yield Message(day, turn[1], turn[2].replace("\u200e", ""))
 
 
 # ---------------------------------------------------------------------------------------------

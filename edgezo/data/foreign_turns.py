@@ -35,8 +35,10 @@ def foreign_turns(fields: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     Raises ValueError for an answer without text.
     """
     if is_exported(fields):
-        said = _of_tree(fields) if isinstance(fields.get("mapping"), Mapping) else _of_list(fields)
-        return _joined(said)
+        messages = (
+            _of_tree(fields) if isinstance(fields.get("mapping"), Mapping) else _of_list(fields)
+        )
+        return _joined(messages)
     return _of_alpaca(fields) if "instruction" in fields else None
 
 
@@ -68,7 +70,7 @@ def _of_alpaca(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _of_tree(fields: Mapping[str, Any]) -> list[tuple[Any, Any]]:
     """(role, text) of the messages from the root of a tree to its current end; a circle ends where it closes."""
     nodes, at = fields["mapping"], fields["current_node"]
-    said, seen = list[tuple[Any, Any]](), set[str]()
+    messages, seen = list[tuple[Any, Any]](), set[str]()
     while isinstance(at, str) and at not in seen and isinstance(nodes.get(at), Mapping):
         seen.add(at)
         node = nodes[at]
@@ -77,9 +79,9 @@ def _of_tree(fields: Mapping[str, Any]) -> list[tuple[Any, Any]]:
         if content.get("content_type") == "text":
             parts = content.get("parts") or []
             text = "\n".join(part for part in parts if isinstance(part, str))
-            said.append((author.get("role"), text))
+            messages.append((author.get("role"), text))
         at = node.get("parent")
-    return said[::-1]
+    return messages[::-1]
 
 
 def _of_list(fields: Mapping[str, Any]) -> list[tuple[Any, Any]]:
@@ -87,10 +89,10 @@ def _of_list(fields: Mapping[str, Any]) -> list[tuple[Any, Any]]:
     return [(message.get("sender"), message.get("text")) for message in messages]
 
 
-def _joined(said: list[tuple[Any, Any]]) -> list[dict[str, Any]]:
+def _joined(messages: list[tuple[Any, Any]]) -> list[dict[str, Any]]:
     """Turns of the user and the assistant by turns, what one of them says in a row as one turn."""
     turns = list[dict[str, Any]]()
-    for sender, text in said:
+    for sender, text in messages:
         role = _SENDERS.get(sender) if isinstance(sender, str) else None
         if role is None or not isinstance(text, str) or not text.strip():
             continue

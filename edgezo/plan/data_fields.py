@@ -26,8 +26,8 @@ DATA = (
         name="data",
         kind="str",
         metavar="PATH",
-        help="Rows: a .jsonl, .json, .csv or .parquet file, a directory with train and validation files or with notes, or "
-        "a hub id.",
+        help="Rows: a .jsonl, .json, .csv or .parquet file, a directory with train and validation files or with notes, "
+        "or a hub id.",
         example="rows.jsonl",
         free_on_resume=True,
     ),
