@@ -28,7 +28,7 @@ READS = {
     *("model", "data", "data_root", "finetuner", "config_file", "run", "source", "study_file"),
     *("files", "target", "compare", "shipped", "base"),
 }
-FLAGS = {"as_json", "skip_bad_rows", "resume", "dry_run", "show_batch", "profile", "baselines"}
+FLAGS = {"as_json", "resume", "dry_run", "show_batch", "profile", "baselines"}
 NO_FILES = {
     *(
         "task",
@@ -40,6 +40,7 @@ NO_FILES = {
         "text_end",
         "held_out",
         "eval_limit",
+        "skip_bad_rows",
     ),
     *("seed", "objective", "max_new_tokens", "max_mem_bytes", "max_mem", "device", "precision"),
     *("precisions", "residency", "batch_size", "batch_sizes", "micro_batch", "estimator"),
@@ -158,7 +159,7 @@ WRITERS = {
     "predict as csv": Writer(
         "predict", lambda t, out: [t.run, *_asked(t), "--to", "csv", "--out", out], file=True
     ),
-    "data": Writer("data", lambda t, out: [t.bench.data / "label.jsonl", "--out", out], file=True),
+    "data": Writer("data", lambda t, out: [t.bench.data / "text.jsonl", "--out", out], file=True),
     "bench memory": Writer(
         "bench memory", lambda t, out: ["--model", t.bench.model, "--out", out], ("bench",)
     ),
