@@ -43,8 +43,11 @@ class RowCopies:
                 self._removed += 1
                 self._first = self._first or record.where
 
-    def notes(self) -> list[str]:
-        """A sentence for each kind of copies that there is, with their number."""
+    def notes(self, held_out: np.ndarray | None) -> list[str]:
+        """A sentence for each kind of copies that there is, with their number.
+
+        ``held_out``: which of the training rows are evaluated on, (n,) bool; None where none are.
+        """
         lines = []
         if self._removed:
             lines.append(
@@ -58,8 +61,11 @@ class RowCopies:
                     f"{name} that are exact copies of earlier ones, used as they are: {more:,} of {len(numbers):,}"
                 )
         if len(distinct) > 1:
-            both = len(np.intersect1d(distinct[0], distinct[1], assume_unique=True))
-            lines += [f"validation rows that are training rows too: {both:,}"] if both else []
+            trained, evaluated = (np.asarray(numbers) for numbers in self._splits)
+            if held_out is not None:
+                trained, evaluated = trained[~held_out], trained[held_out]
+            both = np.isin(evaluated, trained).sum()
+            lines += [f"rows to evaluate on that are training rows too: {both:,}"] if both else []
         return lines
 
 

@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 
 from edgezo.data import chat_exports, mails
-from edgezo.data.row_files import SUFFIXES, Problems, Record, Remarks, is_named
+from edgezo.data.row_files import SUFFIXES, Problems, Record, Remarks
 from edgezo.data.text_parts import text_parts
 from edgezo.machine.foreign import FAULTS, reason
 from edgezo.machine.process_memory import Guard
@@ -49,16 +49,19 @@ def note_files(path: Path, remarks: Remarks) -> list[Path]:
         return [path] if _is_note(path) else []
     if not path.is_dir():
         return []
-    rows = [file for file in _plain_files(path) if file.suffix.lower() in SUFFIXES]
-    others = [file for file in rows if not chat_exports.is_export(_start(file))]
-    others += [
-        f for f in _plain_files(path / "data") if f.suffix.lower() in SUFFIXES and is_named(f)
-    ]
-    if others:
+    beside = _plain_files(path)
+    rows = [f for f in (*beside, *_plain_files(path / "data")) if f.suffix.lower() in SUFFIXES]
+    if not all(chat_exports.is_export(_start(file)) for file in rows):
+        for file in filter(_is_text_to_learn, beside):
+            remarks.add("texts beside files of rows, which are not read", file.name)
         return []
     files = _walked(path, remarks)
-    notes = (file for file in files if file.stem.lower() not in _ABOUT_NAMES)
-    return files if any(map(_is_note, notes)) else []
+    return files if any(map(_is_text_to_learn, files)) else []
+
+
+def _is_text_to_learn(file: Path) -> bool:
+    """Whether a file is a note, and not one that says something of the files beside it."""
+    return file.stem.lower() not in _ABOUT_NAMES and _is_note(file)
 
 
 def _is_note(file: Path) -> bool:

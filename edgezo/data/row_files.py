@@ -259,13 +259,6 @@ def find_splits(path: Path, problems: Problems) -> tuple[list[Path], list[Path]]
     return [], []
 
 
-def is_named(file: Path) -> bool:
-    """Whether a file is named as one of training or validation rows."""
-    return bool(
-        _part([file], TRAIN_NAMES, Problems()) or _part([file], VALIDATION_NAMES, Problems())
-    )
-
-
 def _suffix(path: Path) -> str:
     """The suffix of a file in small letters; "" for a pipe, whose name means nothing."""
     return "" if path.is_fifo() else path.suffix.lower()

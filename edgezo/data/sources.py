@@ -31,6 +31,7 @@ _HOLD_OUT, EVAL_SAMPLE = 2**63, 2**63 + 1
 # Characters of a part of a note: at least these, and so many for each token of a row. A row to evaluate on is held out
 # as a whole, so that parts are not much longer than rows.
 _PART_CHARS, _PART_TIMES = 1 << 14, 8
+_NAMED = " (it is read as a text: name a table .csv, and rows of JSON .jsonl)"
 
 
 @dataclass(frozen=True)
@@ -138,41 +139,42 @@ def _read(
     guard: Guard,
 ) -> Source:
     """The rows of a file or folder, prepared as the task needs them, with rows to evaluate on."""
-    task, copies = source.task, RowCopies()
+    copies = RowCopies()
+    task = source.task
+    texts = note_files(path, problems.remarks) if task is None else []
+    train_files, validation_files = (texts, []) if texts else find_splits(path, problems)
+    if request.held_out is not None:
+        validation_files = []
     train: Sequence[Record]
-    validation: Sequence[Record]
-    files = note_files(path, problems.remarks) if task is None else []
-    if files:
+    validation: Sequence[Record] = ()
+    if texts:
         most = max(_PART_CHARS, _PART_TIMES * request.max_length)
-        texts = read_notes(path, files, most, problems, guard)
-        train, validation, validation_files = PackedRecords(copies.removed(texts)), (), list[Path]()
-        first = path
+        train = PackedRecords(copies.removed(read_notes(path, texts, most, problems, guard)))
     else:
-        train_files, validation_files = find_splits(path, problems)
-        if request.held_out is not None:
-            validation_files = []
         train, validation = (
             PackedRecords(copies.counted(_prepared(files, task, problems, guard)))
             for files in (train_files, validation_files)
         )
-        first = train_files[0] if train_files else path
     if validation_files and validation_files[0].name.startswith("test"):
         notes.append(f"no validation file: {validation_files[0].name} is used to evaluate")
+    read, held_out = train, None
     if not source.labelling.labelled:
         train, validation = paired((train, validation), problems, notes)
     known = train
     if train and not validation_files:
         if len(train) < 2:
-            kind = f"{first} has one row: two are needed, one of them to evaluate on"
-            named = " (it is read as a text: name a table .csv, and rows of JSON .jsonl)"
-            problems.add(kind + (named if files else ""))
-        train, validation = _held_out(train, request.held_out or VALIDATION_SHARE)
-        why = "no validation file" if request.held_out is None else "--held-out"
-        n = len(validation)
-        notes.append(
-            f"{why}: {n} of {n + len(train)} rows are held out to evaluate on, drawn by chance, the same in every run"
+            one = f"{path if texts else train_files[0]} has one row: two are needed, one of them to evaluate on"
+            problems.add(f"{one}{_NAMED if texts else ''}")
+        held_out = _held_out(len(train), request.held_out or VALIDATION_SHARE)
+        train, validation = (
+            SelectedRecords(known, np.flatnonzero(which)) for which in (~held_out, held_out)
         )
-    notes += copies.notes()
+        why = "no validation file" if request.held_out is None else "--held-out"
+        n, total = len(validation), len(known)
+        notes.append(
+            f"{why}: {n} of {total} rows are held out to evaluate on, drawn by chance, the same in every run"
+        )
+    notes += copies.notes(held_out if known is read else None)
     return source._replace(train=train, validation=validation, known=known)
 
 
@@ -186,15 +188,11 @@ def _prepared(
             yield record if prepare is None else replace(record, fields=prepare(record.fields))
 
 
-def _held_out(records: Sequence[Record], share: float) -> tuple[Sequence[Record], Sequence[Record]]:
-    """The rows to train on, and a random ``share`` of them (one at least) to evaluate on."""
-    n = max(1, int(len(records) * share))
-    held_out = np.zeros(len(records), dtype=bool)
-    held_out[permutation(len(records), 0, _HOLD_OUT)[:n]] = True
-    train, chosen = (
-        SelectedRecords(records, np.flatnonzero(which)) for which in (~held_out, held_out)
-    )
-    return train, chosen
+def _held_out(count: int, share: float) -> np.ndarray:
+    """Which of the rows, a random ``share`` of them and one at least, are evaluated on, (count,) bool."""
+    held_out = np.zeros(count, dtype=bool)
+    held_out[permutation(count, 0, _HOLD_OUT)[: max(1, int(count * share))]] = True
+    return held_out
 
 
 def eval_sample(records: Sequence[Record], limit: int | None, notes: list[str]) -> Sequence[Record]:

@@ -158,6 +158,7 @@ def test_copies_are_counted_and_used_and_the_held_out_rows_and_label_words_are_t
     assert len(data.train) + len(data.validation) == 10
     for note in (
         "rows that are exact copies of earlier ones, used as they are: 6 of 10",
+        "rows to evaluate on that are training rows too: 1",
         "no validation file: 1 of 10 rows are held out to evaluate on, drawn by chance, the same in every run",
         "no --labels: the label words are the values of 'label': refund, where is it",
     ):
@@ -165,7 +166,7 @@ def test_copies_are_counted_and_used_and_the_held_out_rows_and_label_words_are_t
     for part in ("train", "validation"):
         (tmp_path / f"{part}.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     both = load_dataset(DataRequest(data=str(tmp_path)), byte_tokenizer())
-    assert "validation rows that are training rows too: 2" in both.notes
+    assert "rows to evaluate on that are training rows too: 2" in both.notes
 
 
 # ------------------------------------------------------------------------------------ other forms
