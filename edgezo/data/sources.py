@@ -31,7 +31,7 @@ _HOLD_OUT, EVAL_SAMPLE = 2**63, 2**63 + 1
 # Characters of a part of a note: at least these, and so many for each token of a row. A row to evaluate on is held out
 # as a whole, so that parts are not much longer than rows.
 _PART_CHARS, _PART_TIMES = 1 << 14, 8
-_NAMED = " (it is read as a text: name a table .csv, and rows of JSON .jsonl)"
+_AS_TEXT = " (it is read as a text: name a table .csv, and rows of JSON .jsonl)"
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _read(
     if train and not validation_files:
         if len(train) < 2:
             one = f"{path if texts else train_files[0]} has one row: two are needed, one of them to evaluate on"
-            problems.add(f"{one}{_NAMED if texts else ''}")
+            problems.add(f"{one}{_AS_TEXT if texts else ''}")
         held_out = _held_out(len(train), request.held_out or VALIDATION_SHARE)
         train, validation = (
             SelectedRecords(known, np.flatnonzero(which)) for which in (~held_out, held_out)
