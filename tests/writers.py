@@ -41,6 +41,7 @@ NO_FILES = {
         "held_out",
         "eval_limit",
         "skip_bad_rows",
+        "speaker",
     ),
     *("seed", "objective", "max_new_tokens", "max_mem_bytes", "max_mem", "device", "precision"),
     *("precisions", "residency", "batch_size", "batch_sizes", "micro_batch", "estimator"),

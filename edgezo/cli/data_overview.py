@@ -16,7 +16,7 @@ from edgezo.plan.request import read_layer, read_toml
 
 _OF_ROWS = (
     *("model", "task", "data_root", "template", "labels", "label_field", "text_end"),
-    *("max_length", "held_out", "skip_bad_rows", "max_mem_bytes"),
+    *("max_length", "held_out", "speaker", "skip_bad_rows", "max_mem_bytes"),
 )
 
 

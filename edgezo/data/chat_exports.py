@@ -4,13 +4,15 @@
     Telegram    result.json: {"messages": [{"from", "date", "text"}]}, or {"chats": {"list": [{"messages"}, ...]}}
     Discord     {"messages": [{"author": {"name"}, "timestamp", "content"}]}
 
-Nothing of an export says whose messages are to be learned, so all are. A row ends with a day, once it has some length.
+Nothing of an export says whose messages are to be learned, so all are, unless a speaker is named. A row ends with a
+day, once it has some length.
 Chats with an assistant (ChatGPT, Claude) say so, and are conversations: turns.py reads these.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import IO, Any, NamedTuple
 
@@ -46,18 +48,48 @@ class Message(NamedTuple):
 
 
 def rows(messages: Iterator[Message], name: str, most: int) -> Iterator[Record]:
-    """Rows of consecutive messages, each of at most ``most`` characters."""
-    lines, chars, day, number = list[str](), 0, "", 0
+    """Rows with ``text`` of consecutive messages, each of at most ``most`` characters."""
+    for number, group in enumerate(_groups(messages, most), 1):
+        text = "\n".join(f"{message.who}: {message.text.strip()}"[:most] for message in group)
+        yield Record(f"{name}, part {number}", {"text": text})
+
+
+def conversations(
+    messages: Iterator[Message], name: str, most: int, speaker: str, names: Counter[str]
+) -> Iterator[Record]:
+    """Rows with ``messages`` of a chat, in which ``speaker`` is the assistant and all others are the user.
+
+    Parts without an answer of the speaker's are left out. ``names`` counts the messages of each who wrote some.
+    """
+    for number, group in enumerate(_groups(messages, most), 1):
+        names.update(message.who for message in group)
+        others = {message.who for message in group} - {speaker}
+        turns = list[dict[str, str]]()
+        for message in group:
+            role = "assistant" if message.who == speaker else "user"
+            text = message.text.strip()
+            if role == "user" and len(others) > 1:
+                text = f"{message.who}: {text}"
+            if turns and turns[-1]["role"] == role:
+                turns[-1]["content"] += f"\n{text}"
+            elif turns or role == "user":  # an answer needs something that it answers
+                turns.append({"role": role, "content": text})
+        if len(turns) > 1:
+            yield Record(f"{name}, part {number}", {"messages": turns})
+
+
+def _groups(messages: Iterator[Message], most: int) -> Iterator[list[Message]]:
+    """Consecutive messages of about ``most`` characters, or of whole days."""
+    group, chars, day = list[Message](), 0, ""
     for message in messages:
-        text = f"{message.who}: {message.text.strip()}"[:most]
-        if lines and (chars + len(text) > most or (message.day != day and chars >= _ROW_CHARS)):
-            number += 1
-            yield Record(f"{name}, part {number}", {"text": "\n".join(lines)})
-            lines, chars = [], 0
-        lines.append(text)
-        chars, day = chars + len(text) + 1, message.day
-    if lines:
-        yield Record(f"{name}, part {number + 1}", {"text": "\n".join(lines)})
+        size = min(most, len(message.who) + 2 + len(message.text.strip()))
+        if group and (chars + size > most or (message.day != day and chars >= _ROW_CHARS)):
+            yield group
+            group, chars = [], 0
+        group.append(message)
+        chars, day = chars + size + 1, message.day
+    if group:
+        yield group
 
 
 # ---------------------------------------------------------------------------------------------

@@ -12,15 +12,17 @@ from __future__ import annotations
 import codecs
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from typing import IO, NamedTuple
 
 from edgezo.data import chat_exports, mails
 from edgezo.data.row_files import SUFFIXES, Problems, Record, Remarks
 from edgezo.data.text_parts import text_parts
-from edgezo.machine.foreign import FAULTS, reason
+from edgezo.machine.foreign import FAULTS, clip, reason
 from edgezo.machine.process_memory import Guard
 
 TEXTS = (".txt", ".text", ".md", ".markdown", ".rst", ".org", ".tex")
@@ -30,6 +32,8 @@ _ABOUT_NAMES = ("readme", "license", "licence", "copying", "changelog", "dataset
 _READ = "files read as texts to learn"
 _START_BYTES = 4096  # by which the form of a file is told
 _PIECE_CHARS = 1 << 16
+_NO_CHATS = "they are no chats (--speaker)"
+_SHOWN_NAMES = 8
 _CHECK_FILES = 256  # the guard is asked after so many files
 # Marks at the beginning of a text that is not UTF-8.
 _MARKS = {
@@ -110,55 +114,92 @@ def _named(file: Path, root: Path) -> str:
 
 
 def read_notes(
-    root: Path, files: Sequence[Path], most: int, problems: Problems, guard: Guard
+    root: Path, files: Sequence[Path], how: NoteRules, problems: Problems, guard: Guard
 ) -> Iterator[Record]:
-    """The rows of the files, each of at most ``most`` characters. What is no text is left out, and named."""
-    n_read = 0
+    """The rows of the files. What is no text is left out, and named."""
+    n_read, names = 0, Counter[str]()
     for number, file in enumerate(files):
         if number % _CHECK_FILES == 0:
             guard.check(item=str(file))
         name = _named(file, root)
         try:
-            reader = _reader(file, _start(file))
-            if isinstance(reader, str):
-                problems.remarks.add(f"files left out, since {reader}", name)
-                continue
+            note = Note(file, name, how, problems.remarks, guard, names)
             before = n_read
-            for record in reader(file, name, most, problems.remarks, guard):
+            for record in note.rows():
                 n_read += 1
                 yield record
-            is_read = n_read > before
-            problems.remarks.add(
-                _READ if is_read else "files left out, since they hold no text", name
-            )
+            what = _READ if n_read > before else f"files left out, since {note.fault}"
+            problems.remarks.add(what, name)
         except FAULTS as error:
             problems.add("a file of notes cannot be read", at=f"{name}: {reason(error)}")
     if not n_read and not len(problems):
-        problems.add(
-            f"no text in {root}: {'; '.join(problems.remarks.lines()) or 'its files are empty'}"
-        )
+        told = "; ".join(problems.remarks.lines())
+        if how.speaker is not None:
+            written = ", ".join(clip(who, 40) for who, _ in names.most_common(_SHOWN_NAMES))
+            told = f"{how.speaker!r} answers nobody in it (--speaker). It has messages of {written or 'nobody'}"
+        problems.add(f"no text in {root}: {told or 'its files are empty'}")
 
 
-_Reader = Callable[[Path, str, int, Remarks, Guard], Iterator[Record]]
+class NoteRules(NamedTuple):
+    """How notes become rows."""
+
+    most: int  # characters of a row with ``text``
+    most_of_turns: int = 1500  # and of one with ``messages``
+    speaker: str | None = None  # whose messages of a chat are learned; None: texts are, as wholes
 
 
-def _reader(file: Path, start: bytes) -> _Reader | str:
-    """What reads a file that begins so; or why none does."""
-    suffix = file.suffix.lower()
-    if suffix in MAILS or (not suffix and mails.is_mailbox(start)):
-        return _mails
-    if suffix == ".json" and chat_exports.is_export(start):
-        return _exported_chat
-    if suffix not in (*TEXTS, ""):
-        return f"they are no notes ({suffix})"
-    encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
-    if (fault := _fault_of(file, encoding)) is not None:
-        return fault
-    if _is_rows(start):
-        return "they hold rows of JSON: name such a file .jsonl, and give it alone"
-    if chat_exports.is_whatsapp(start.decode(encoding, "ignore")):
-        return lambda *rest: _whatsapp(encoding, *rest)
-    return lambda *rest: _text(encoding, *rest)
+@dataclass
+class Note:
+    """A file of notes."""
+
+    file: Path
+    name: str
+    how: NoteRules
+    remarks: Remarks
+    guard: Guard
+    names: Counter[str]  # who wrote messages
+    fault: str = "they hold no text"  # why there are no rows
+
+    def rows(self) -> Iterator[Record]:
+        """Its rows; none where it is no text, which ``fault`` says."""
+        start, suffix = _start(self.file), self.file.suffix.lower()
+        boxed = mails.is_mailbox(start)
+        if suffix == ".json" and chat_exports.is_export(start):
+            with self.file.open(encoding="utf-8-sig") as stream:
+                yield from self._chat(chat_exports.of_json(stream, self.name, self.guard))
+        elif suffix in MAILS or (not suffix and boxed):
+            if self.how.speaker is None:
+                with self.file.open("rb") as raw:
+                    read = mails.texts(raw, self.name, boxed, self.remarks, self.guard)
+                    yield from _parts(read, self.how.most)
+            else:
+                self.fault = _NO_CHATS
+        elif suffix not in (*TEXTS, ""):
+            self.fault = f"they are no notes ({suffix})"
+        else:
+            yield from self._text(start)
+
+    def _text(self, start: bytes) -> Iterator[Record]:
+        encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
+        if _is_rows(start):
+            self.fault = "they hold rows of JSON: name such a file .jsonl, and give it alone"
+        elif (fault := _fault_of(self.file, encoding)) is not None:
+            self.fault = fault
+        elif chat_exports.is_whatsapp(start.decode(encoding, "ignore")):
+            with self.file.open(encoding=encoding) as stream:
+                yield from self._chat(chat_exports.of_whatsapp(stream))
+        elif self.how.speaker is not None:
+            self.fault = _NO_CHATS
+        else:
+            with self.file.open(encoding=encoding) as stream:
+                yield from _text_rows(stream, self.name, self.how.most)
+
+    def _chat(self, messages: Iterator[chat_exports.Message]) -> Iterator[Record]:
+        most, most_of_turns, speaker = self.how
+        if speaker is None:
+            return chat_exports.rows(messages, self.name, most)
+        self.fault = f"{speaker!r} answers nobody in them"
+        return chat_exports.conversations(messages, self.name, most_of_turns, speaker, self.names)
 
 
 def _is_rows(start: bytes) -> bool:
@@ -181,9 +222,7 @@ def _fault_of(file: Path, encoding: str) -> str | None:
     return None
 
 
-def _text(
-    encoding: str, file: Path, name: str, most: int, remarks: Remarks, guard: Guard
-) -> Iterator[Record]:
+def _text_rows(stream: IO[str], name: str, most: int) -> Iterator[Record]:
     """The parts of a text. The end of a text is known in its last part only."""
     waiting: str | None = None
     rest, numbers = "", count(1)
@@ -192,13 +231,12 @@ def _text(
         where = name if number == 1 and not goes_on else f"{name} (part {number})"
         return Record(where, {"text": text}, goes_on)
 
-    with file.open(encoding=encoding) as stream:
-        while piece := stream.read(_PIECE_CHARS):
-            *parts, rest = text_parts(rest + piece, most)
-            for part in filter(str.strip, parts):
-                if waiting is not None:
-                    yield record(waiting, next(numbers), goes_on=True)
-                waiting = part
+    while piece := stream.read(_PIECE_CHARS):
+        *parts, rest = text_parts(rest + piece, most)
+        for part in filter(str.strip, parts):
+            if waiting is not None:
+                yield record(waiting, next(numbers), goes_on=True)
+            waiting = part
     if rest.strip():
         if waiting is not None:
             yield record(waiting, next(numbers), goes_on=True)
@@ -214,23 +252,3 @@ def _parts(records: Iterator[Record], most: int) -> Iterator[Record]:
         for number, part in enumerate(parts, 1):
             where = record.where if len(parts) == 1 else f"{record.where} (part {number})"
             yield replace(record, where=where, fields={"text": part}, goes_on=number < len(parts))
-
-
-def _mails(file: Path, name: str, most: int, remarks: Remarks, guard: Guard) -> Iterator[Record]:
-    with file.open("rb") as stream:
-        boxed = mails.is_mailbox(_start(file))
-        yield from _parts(mails.texts(stream, name, boxed, remarks, guard), most)
-
-
-def _exported_chat(
-    file: Path, name: str, most: int, remarks: Remarks, guard: Guard
-) -> Iterator[Record]:
-    with file.open(encoding="utf-8-sig") as stream:
-        yield from chat_exports.rows(chat_exports.of_json(stream, name, guard), name, most)
-
-
-def _whatsapp(
-    encoding: str, file: Path, name: str, most: int, remarks: Remarks, guard: Guard
-) -> Iterator[Record]:
-    with file.open(encoding=encoding) as stream:
-        yield from chat_exports.rows(chat_exports.of_whatsapp(stream), name, most)

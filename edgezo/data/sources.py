@@ -11,7 +11,7 @@ import numpy as np
 
 from edgezo.data.batches import permutation
 from edgezo.data.copies import RowCopies
-from edgezo.data.note_files import note_files, read_notes
+from edgezo.data.note_files import NoteRules, note_files, read_notes
 from edgezo.data.packed import PackedRecords, SelectedRecords
 from edgezo.data.preferences import paired
 from edgezo.data.recognition import Labelling
@@ -31,6 +31,9 @@ _HOLD_OUT, EVAL_SAMPLE = 2**63, 2**63 + 1
 # Characters of a part of a note: at least these, and so many for each token of a row. A row to evaluate on is held out
 # as a whole, so that parts are not much longer than rows.
 _PART_CHARS, _PART_TIMES = 1 << 14, 8
+_TURN_TIMES = (
+    3  # and characters of a part of a chat whose answers are learned, since what is longer is cut
+)
 _AS_TEXT = " (it is read as a text: name a table .csv, and rows of JSON .jsonl)"
 
 
@@ -50,6 +53,7 @@ class DataRequest:
     judged: bool = False  # an objective scores predictions, in training too
     max_new_tokens: int | None = None  # of a written answer
     text_end: str = "yes"  # rows with ``text`` end with the end token, which is predicted
+    speaker: str | None = None  # whose messages of an exported chat are learned
     skip_bad_rows: bool = False  # rows that cannot be used are left out
     # The rules by which rows are read: 1 of runs from before texts were cut into windows; the newest is 2.
     row_rules: int = 2
@@ -149,8 +153,13 @@ def _read(
     validation: Sequence[Record] = ()
     if texts:
         most = max(_PART_CHARS, _PART_TIMES * request.max_length)
-        train = PackedRecords(copies.removed(read_notes(path, texts, most, problems, guard)))
+        how = NoteRules(most, _TURN_TIMES * request.max_length, request.speaker)
+        train = PackedRecords(copies.removed(read_notes(path, texts, how, problems, guard)))
     else:
+        if request.speaker is not None:
+            problems.add(
+                f"--speaker has no effect here: {path} is no chat that a messenger exported"
+            )
         train, validation = (
             PackedRecords(copies.counted(_prepared(files, task, problems, guard)))
             for files in (train_files, validation_files)

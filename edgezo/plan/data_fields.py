@@ -75,6 +75,14 @@ DATA = (
         choices=("yes", "no"),
     ),
     Field(
+        name="speaker",
+        kind="str",
+        metavar="NAME",
+        help="Of exported chats, learn the answers of this person only, and the others' messages as what is asked.",
+        default_text="every message is learned",
+        example="Ann",
+    ),
+    Field(
         name="skip_bad_rows",
         kind="bool",
         help="Leave out rows that cannot be used, and list them in RUN/skipped.jsonl.",

@@ -14,7 +14,7 @@ from tokenizers_fixture import byte_tokenizer
 
 from edgezo.data import mails
 from edgezo.data.dataset import DataRequest, Dataset, load_dataset
-from edgezo.data.note_files import note_files, read_notes
+from edgezo.data.note_files import NoteRules, note_files, read_notes
 from edgezo.data.row_files import Problems, Record, Remarks
 from edgezo.errors import UsageError
 from edgezo.machine.process_memory import ReadingGuard
@@ -67,11 +67,11 @@ MANY += MAIL.format("page", "text/html", "<p>x</p>") + MAIL.format(
 )
 
 
-def rows_of(root: Path, most: int = 1000) -> tuple[list[Record], str]:
+def rows_of(root: Path, speaker: str | None = None) -> tuple[list[Record], str]:
     """The rows of notes and what is said of them."""
     problems = Problems()
     files = note_files(root, problems.remarks)
-    rows = list(read_notes(root, files, most, problems, ReadingGuard()))
+    rows = list(read_notes(root, files, NoteRules(1000, speaker=speaker), problems, ReadingGuard()))
     problems.raise_any()
     return rows, "\n".join(problems.remarks.lines())
 
@@ -109,6 +109,47 @@ def test_each_form_of_notes_becomes_texts(
     assert [row.fields["text"] for row in rows] == texts
     again, _ = rows_of(tmp_path)  # the folder of one file
     assert [row.fields for row in again] == [row.fields for row in rows]
+
+
+GROUP = "".join(
+    f"[1.1.21, 10:0{i}:00] {who}: {text}\n"
+    for i, (who, text) in enumerate(
+        [
+            ("Ann", "morning"),
+            ("Bob", "hi"),
+            ("Cem", "ho"),
+            ("Ann", "well"),
+            ("Ann", "so"),
+            ("Bob", "yes"),
+        ]
+    )
+)
+
+
+def test_the_answers_of_one_speaker_are_turns_of_the_assistant(tmp_path: Path) -> None:
+    (tmp_path / "chat.txt").write_text(GROUP)
+    (tmp_path / "result.json").write_text(json.dumps(TELEGRAM, indent=1))
+    (tmp_path / "note.md").write_text("a note")
+    rows, told = rows_of(tmp_path, speaker="Ann")
+    asked = {"role": "user", "content": "Bob: hi\nCem: ho"}
+    turns = [
+        asked,
+        {"role": "assistant", "content": "well\nso"},
+        {"role": "user", "content": "yes"},
+    ]
+    # In a chat of two, names say nothing.
+    assert rows[0].fields["messages"][:2] == turns[:2]
+    assert "no chats (--speaker): 1, the first in note.md" in told
+    rows, _ = rows_of(tmp_path, speaker="Bob")
+    telegram = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "see x.org"}]
+    assert rows[-1].fields["messages"] == telegram
+    data = load(tmp_path, speaker="Bob")
+    assert (data.kind, len(data.train), len(data.validation)) == ("completion", 1, 1)
+    with pytest.raises(UsageError, match=r"'Zoe' answers nobody.*messages of Ann, Bob, Cem"):
+        rows_of(tmp_path, speaker="Zoe")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 3)
+    with pytest.raises(UsageError, match="--speaker has no effect"):
+        load(tmp_path / "rows.jsonl", speaker="Ann")
 
 
 def test_a_folder_is_read_below_it_by_name_and_what_is_no_text_is_named(tmp_path: Path) -> None:
@@ -158,7 +199,10 @@ def test_texts_beside_rows_are_no_notes(names: list[str], is_notes: bool, tmp_pa
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("[]" if name.endswith("json") else "a")
-    assert bool(note_files(tmp_path, Remarks())) is is_notes
+    remarks = Remarks()
+    assert bool(note_files(tmp_path, remarks)) is is_notes
+    beside = not is_notes and "a.md" in names
+    assert any("texts beside files of rows" in line for line in remarks.lines()) is beside
 
 
 def test_nothing_to_read_is_an_error_that_says_what_is_there(tmp_path: Path) -> None:
