@@ -93,7 +93,12 @@ def _plain_files(folder: Path) -> list[Path]:
 def _walked(folder: Path, remarks: Remarks) -> list[Path]:
     """The files below a folder by their names, hidden ones and links left out."""
     files = list[Path]()
-    for place, folders, names in os.walk(folder):
+
+    def left_out(problem: OSError) -> None:
+        where = _named(Path(problem.filename), folder)
+        remarks.add("folders left out, since they cannot be read", where)
+
+    for place, folders, names in os.walk(folder, onerror=left_out):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in (*names, *folders):
             path = Path(place, name)
@@ -131,8 +136,8 @@ def read_notes(
             what = _READ if n_read > before else f"files left out, since {note.fault}"
             problems.remarks.add(what, name)
         except FAULTS as error:
-            problems.add("a file of notes cannot be read", at=f"{name}: {reason(error)}")
-    if not n_read and not len(problems):
+            problems.bad_row("a file of notes cannot be read", name, f": {reason(error)}")
+    if not n_read and not problems.noted:
         told = "; ".join(problems.remarks.lines())
         if how.speaker is not None:
             written = ", ".join(clip(who, 40) for who, _ in names.most_common(_SHOWN_NAMES))

@@ -210,6 +210,11 @@ def _of_another_trainer(fields: Mapping[str, Any]) -> str | None:
         )
     if not fields.keys().isdisjoint(("text", "completion", "label")):
         return None
+    if "role" in fields and "content" in fields:
+        return (
+            "each row is a turn of a conversation.\nWrite all turns of a conversation into one row, as the list "
+            "messages"
+        )
     if all(isinstance(answer, str) for answer in answers) and "prompt" not in fields:
         return (
             "two answers without a prompt.\nWrite the text that both begin with as prompt, and what follows it as "

@@ -513,6 +513,7 @@ SAID = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"
         ([{"prompt": "a", "chosen": SAID, "rejected": SAID}] * 3, {}, "apply_chat_template"),
         ([{"chosen": SAID, "rejected": SAID}] * 3, {}, "lists of turns"),
         ([{"chosen": "a b", "rejected": "a c"}] * 3, {}, "as prompt"),
+        (SAID, {}, "as the list messages"),
         ([{"instruction": "a", "output": " "}] * 3, {}, "field 'output' is empty"),
         (
             [{"text": "a", "label": "b"}, {"text": "a", "label": ""}],

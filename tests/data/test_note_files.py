@@ -213,6 +213,16 @@ def test_nothing_to_read_is_an_error_that_says_what_is_there(tmp_path: Path) -> 
         load(tmp_path)
 
 
+def test_a_damaged_export_is_named_and_may_be_left_out(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text(json.dumps(TELEGRAM, indent=1)[:-5] + "x")
+    for name in ("a.md", "b.md"):
+        (tmp_path / name).write_text(name)
+    with pytest.raises(UsageError, match=r"cannot be read:\n  result.json: .*\n.*--skip-bad-rows"):
+        load(tmp_path)
+    data = load(tmp_path, skip_bad_rows=True)
+    assert data.skipped is not None and data.skipped.count == 1
+
+
 def test_long_notes_come_in_parts_of_which_the_last_ends(tmp_path: Path) -> None:
     text = "\n\n".join(f"Paragraph {i} " + "of words " * 20 for i in range(60)) + "x" * 5000
     (tmp_path / "a.md").write_text(text)
