@@ -74,14 +74,20 @@ def _of_tree(fields: Mapping[str, Any]) -> list[tuple[Any, Any]]:
     while isinstance(at, str) and at not in seen and isinstance(nodes.get(at), Mapping):
         seen.add(at)
         node = nodes[at]
-        message = node.get("message") or {}
-        author, content = message.get("author") or {}, message.get("content") or {}
+        message = _object(node.get("message"))
+        author, content = _object(message.get("author")), _object(message.get("content"))
         if content.get("content_type") == "text":
-            parts = content.get("parts") or []
+            parts = content.get("parts")
+            parts = parts if isinstance(parts, list) else []
             text = "\n".join(part for part in parts if isinstance(part, str))
             messages.append((author.get("role"), text))
         at = node.get("parent")
     return messages[::-1]
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    """An object of JSON; an empty one in place of anything else."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def _of_list(fields: Mapping[str, Any]) -> list[tuple[Any, Any]]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import email
 import re
 from collections.abc import Iterator
+from contextlib import suppress
+from email.errors import MessageError
 from email.header import decode_header, make_header
 from email.message import Message
 from typing import BinaryIO
@@ -19,6 +21,8 @@ from edgezo.machine.process_memory import Guard
 
 MOST_BYTES = 1 << 20  # of one mail
 _LINE_BYTES = 1 << 16  # of a line
+_SUBJECT_CHARS = 1000
+_FAULTS: tuple[type[Exception], ...] = (*FAULTS, MessageError)
 _MAIL_TIMES = 6  # copies of a mail while it is taken apart
 _BEGINS = re.compile(rb"From \S+.*\d{4}")
 
@@ -37,7 +41,7 @@ def texts(
         guard.check(_MAIL_TIMES * len(raw), where)
         try:
             text = _text_of(email.message_from_bytes(raw))
-        except FAULTS:
+        except _FAULTS:
             remarks.add("mails left out, since they cannot be read", where)
             continue
         if text is None:
@@ -69,7 +73,10 @@ def _text_of(mail: Message) -> str | None:
     body = "\n\n".join(text for text in bodies if text)
     if not body:
         return None
-    subject = " ".join(str(make_header(decode_header(str(mail.get("Subject", ""))))).split())
+    subject = str(mail.get("Subject", ""))[:_SUBJECT_CHARS]
+    with suppress(*_FAULTS):  # a subject that is not in order stays as it is
+        subject = str(make_header(decode_header(subject)))
+    subject = " ".join(subject.split())
     return f"{subject}\n\n{body}" if subject else body
 
 
