@@ -138,11 +138,11 @@ def read_notes(
         except FAULTS as error:
             problems.bad_row("a file of notes cannot be read", name, f": {reason(error)}")
     if not n_read and not problems.noted:
-        told = "; ".join(problems.remarks.lines())
+        why = "; ".join(problems.remarks.lines())
         if how.speaker is not None:
             written = ", ".join(clip(who, 40) for who, _ in names.most_common(_SHOWN_NAMES))
-            told = f"{how.speaker!r} answers nobody in it (--speaker). It has messages of {written or 'nobody'}"
-        problems.add(f"no text in {root}: {told or 'its files are empty'}")
+            why = f"{how.speaker!r} answers nobody in it (--speaker). It has messages of {written or 'nobody'}"
+        problems.add(f"no text in {root}: {why or 'its files are empty'}")
 
 
 class NoteRules(NamedTuple):
