@@ -51,7 +51,7 @@ def test_windows_predict_every_token_of_a_text_once(
     tokenizer = MAKERS[make]()
     word = st.sampled_from(["no ", "yes.\n", "music\n\n", "é☃ ", "weather", "x" * 90])
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=25, deadline=None)
     @given(st.lists(word, min_size=1, max_size=200).map("".join), st.integers(8, 40), st.booleans())
     def check(text: str, length: int, ends: bool) -> None:
         encoder, notes = Encoder(tokenizer, length, masked=False), list[str]()
@@ -194,33 +194,34 @@ LIST = {
 ANSWERED = "ho<|im_end|>"
 
 
-@pytest.mark.parametrize(
-    ("row", "answers", "asked"),
-    [
-        ({"instruction": "add", "input": "1 2", "output": "ho"}, ANSWERED, "add\n\n1 2"),
-        ({"instruction": "add", "input": "", "output": "ho"}, ANSWERED, "add<"),
-        (
-            {"instruction": "add", "output": "ho", "history": [["q", "a"]]},
-            f"a<|im_end|>{ANSWERED}",
-            "q<",
-        ),
-        ({"instruction": "add", "output": "ho", "system": "be kind"}, ANSWERED, "be kind"),
-        (
-            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
-            ANSWERED,
-            "hi<",
-        ),
-        (TREE, "ho\n\nand more<|im_end|>", "hi<"),
-        (LIST, ANSWERED, "hi<"),
-    ],
-)
-def test_rows_of_other_programs_are_conversations(
-    row: dict[str, Any], answers: str, asked: str, tmp_path: Path
-) -> None:
+# A row, what is learned of it, and what it is asked.
+FOREIGN: list[tuple[dict[str, Any], str, str]] = [
+    ({"instruction": "add", "input": "1 2", "output": "ho"}, ANSWERED, "add\n\n1 2"),
+    ({"instruction": "add", "input": "", "output": "ho"}, ANSWERED, "add<"),
+    (
+        {"instruction": "add", "output": "ho", "history": [["q", "a"]]},
+        f"a<|im_end|>{ANSWERED}",
+        "q<",
+    ),
+    ({"instruction": "add", "output": "ho", "system": "be kind"}, ANSWERED, "be kind"),
+    (
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
+        ANSWERED,
+        "hi<",
+    ),
+    (TREE, "ho\n\nand more<|im_end|>", "hi<"),
+    (LIST, ANSWERED, "hi<"),
+]
+
+
+def test_rows_of_other_programs_are_conversations(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
-    data = load(tmp_path, [row] * 3, tokenizer=tokenizer)
-    assert learned(data, tokenizer) == [answers] * 3
-    assert asked in tokenizer.decode(list(data.train[0].rows[0].ids))
+    data = load(tmp_path, [row for row, _, _ in FOREIGN], tokenizer=tokenizer)
+    assert learned(data, tokenizer) == sorted(answers for _, answers, _ in FOREIGN)
+    rows = [row for example in (*data.train, *data.validation) for row in example.rows]
+    texts = [tokenizer.decode(list(row.ids)) for row in rows]
+    for _, _, asked in FOREIGN:
+        assert any(asked in text for text in texts), asked
 
 
 def test_instructions_without_a_chat_template_stand_in_alpacas_prompt(tmp_path: Path) -> None:
