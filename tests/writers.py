@@ -40,6 +40,8 @@ NO_FILES = {
         "text_end",
         "held_out",
         "eval_limit",
+        "skip_bad_rows",
+        "speaker",
     ),
     *("seed", "objective", "max_new_tokens", "max_mem_bytes", "max_mem", "device", "precision"),
     *("precisions", "residency", "batch_size", "batch_sizes", "micro_batch", "estimator"),
@@ -161,6 +163,7 @@ WRITERS = {
     "predict as csv": Writer(
         "predict", lambda t, out: [t.run, *_asked(t), "--to", "csv", "--out", out], file=True
     ),
+    "data": Writer("data", lambda t, out: [t.bench.data / "text.jsonl", "--out", out], file=True),
     "bench memory": Writer(
         "bench memory", lambda t, out: ["--model", t.bench.model, "--out", out], ("bench",)
     ),
@@ -205,6 +208,7 @@ USERS_FILES = {
     "plan.json": '{"plan": "holidays"}\n',
     "metrics.jsonl": '{"visitors": 12}\n',
     "summary.json": '{"steps": 3}\n',
+    "skipped.jsonl": '{"a page": 3}\n',
     "profile.json": '{"name": "me"}\n',
     "report.html": "<p>mine</p>\n",
     "asked.json": "{}\n",

@@ -22,6 +22,7 @@ import click
 from edgezo import __version__
 from edgezo.cli.bench import bench
 from edgezo.cli.completion import completion
+from edgezo.cli.data_overview import look_at_data
 from edgezo.cli.doctor import doctor
 from edgezo.cli.options import (
     DATA,
@@ -56,7 +57,7 @@ def cli() -> None:
 
 
 for _command in (
-    *(bench, doctor, completion, predict, chat, apply),
+    *(bench, doctor, completion, look_at_data, predict, chat, apply),
     *(report, compare, list_runs, remove_run),
 ):
     cli.add_command(_command)

@@ -14,7 +14,7 @@ from edgezo.plan.fields import FREE_ON_RESUME, OF_PRESET, flag
 from edgezo.plan.request import make_config, read_run_config, read_settings
 
 # Settings of a run that belong to its data: an evaluation on other data does not take them over.
-OF_DATA = ("data_root", "template", "labels", "label_field", "max_new_tokens")
+OF_DATA = ("data_root", "template", "labels", "label_field", "max_new_tokens", "speaker")
 
 
 def request(

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 from edgezo.data.asked_rows import LINE
 from edgezo.data.batches import Example
 from edgezo.data.chat import ChatTemplates
-from edgezo.data.dataset import MOST_WRITTEN, DataRequest, drafts_of
+from edgezo.data.dataset import MOST_WRITTEN, drafts_of
 from edgezo.data.encoder import Encoder
+from edgezo.data.foreign_turns import ALPACA, foreign_turns
 from edgezo.data.preferences import PAIR
 from edgezo.data.recognition import (
     DEFAULT_TEMPLATE,
@@ -31,6 +32,7 @@ from edgezo.data.recognition import (
 )
 from edgezo.data.row_files import Problems, Record
 from edgezo.data.row_kinds import (
+    AlpacaForm,
     ChoiceForm,
     CompletionForm,
     Form,
@@ -41,6 +43,7 @@ from edgezo.data.row_kinds import (
     TextForm,
     WrittenForm,
 )
+from edgezo.data.sources import DataRequest
 from edgezo.data.tasks import TASKS, Generation, Task
 from edgezo.data.templates import as_words, label_key, parse_template, unescaped
 from edgezo.data.turns import ASKED, ROLES, TURN_FIELDS
@@ -218,10 +221,13 @@ class Asker:
             return TextForm(self.how.text_ends) if self.kind == "text" else CompletionForm()
         if all(name in fields for name in PAIR):
             return PairForm()
-        if any(name in fields for name in TURN_FIELDS) or isinstance(fields.get(ASKED), list):
+        asks = ALPACA[0] in fields and getattr(self.how.tokenizer, "chat_template", None)
+        if any(n in fields for n in TURN_FIELDS) or isinstance(fields.get(ASKED), list) or asks:
             if not getattr(self.how.tokenizer, "chat_template", None):
                 raise UsageError("the rows are conversations, but this model has no chat template")
             return MessagesForm(ChatTemplates(self.how.tokenizer, self.how.now or None))
+        if ALPACA[0] in fields:
+            return AlpacaForm()
         if "prompt" in fields:
             return CompletionForm()
         if "text" in fields:
@@ -244,7 +250,7 @@ class Asker:
         elif isinstance(form, ListedOptionsForm):
             stand_in = {form.label_field: 0, "answers": []}
         elif isinstance(form, CompletionForm):
-            stand_in = {"completion": STAND_IN}
+            stand_in = {form.uses[-1]: STAND_IN}
         elif isinstance(form, WrittenForm):
             stand_in = {"answers": [STAND_IN], "completion": STAND_IN}
         elif isinstance(form, MessagesForm):
@@ -312,7 +318,7 @@ def _prompted(form: Form) -> Iterator[str]:
 def _answered(fields: Mapping[str, Any]) -> list[Any]:
     """The turns of a row up to the last that is not the assistant's, and a stand-in for the answer."""
     turns = next((fields[name] for name in (*TURN_FIELDS, ASKED) if name in fields), None)
-    turns = list(turns) if isinstance(turns, list) else []
+    turns = list(turns) if isinstance(turns, list) else foreign_turns(fields) or []
     while turns and isinstance(turns[-1], dict) and _role(turns[-1]) == _ASSISTANT:
         turns.pop()
     return [*turns, {"role": _ASSISTANT, "content": STAND_IN}]

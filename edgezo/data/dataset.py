@@ -8,47 +8,37 @@ recognition.py chooses which form of row_kinds.py reads the rows.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from edgezo.data.batches import Example, permutation
-from edgezo.data.encoder import Encoder
+from edgezo.data.encoder import Encoder, parts
 from edgezo.data.metrics import Report
-from edgezo.data.packed import PackedExamples, PackedRecords, SelectedRecords
-from edgezo.data.preferences import paired
-from edgezo.data.recognition import Labelling, Reading, recognise
+from edgezo.data.packed import PackedExamples
+from edgezo.data.recognition import Reading, recognise
 from edgezo.data.row_files import (
     CHECK_ROWS,
     LARGE_CHARS,
-    SUFFIXES,
     Problems,
     Record,
-    find_splits,
-    read_records,
+    Skipped,
 )
-from edgezo.data.row_kinds import Draft, Form, MessagesForm
-from edgezo.data.tasks import TASKS, Generation, Task, task_folder
-from edgezo.data.templates import unescaped
+from edgezo.data.row_kinds import Draft, Form, MessagesForm, Piece
+from edgezo.data.sources import EVAL_SAMPLE, DataRequest, eval_sample, open_source
+from edgezo.data.tasks import Generation, Task
 from edgezo.data.token_stats import KEPT_LENGTHS, TokenStats
 from edgezo.data.trees import Row
-from edgezo.errors import SourceError, UsageError
-from edgezo.machine.downloads import DATA_ID, dataset
-from edgezo.machine.files import user_path
+from edgezo.errors import UsageError
 from edgezo.machine.process_memory import Guard
 
-VALIDATION_SHARE = 0.1  # of the rows, which is held out where there is no validation file
 DRAFT_TIMES, CHAT_TIMES = 4, 5  # copies of a row's texts while it becomes a draft, and of a chat's
+SKIP = "Correct these rows, or leave them out with --skip-bad-rows."
 MOST_WRITTEN = 32  # tokens of an answer, where neither task nor user sets a number
-
-# Streams of the Philox generator beside the epochs 0, 1, 2, ... Their seed is always 0: every run is measured on the
-# same rows, and `edgezo eval` evaluates on those that training held out.
-_HOLD_OUT, _EVAL_SAMPLE = 2**63, 2**63 + 1
 
 
 @dataclass(frozen=True)
@@ -67,6 +57,7 @@ class Dataset:
     expected: TokenStats | None = None  # bounds on rows that are yet to come
     # Kind "choice": the tokens of the label words, where they are the same in every row.
     endings: tuple[tuple[int, ...], ...] = ()
+    skipped: Skipped | None = None  # rows that cannot be used, where they are left out
 
     @property
     def classes(self) -> int:
@@ -107,28 +98,6 @@ def _mean(counts: np.ndarray) -> float:
     return float(counts.mean()) if len(counts) else 0.0
 
 
-@dataclass(frozen=True)
-class DataRequest:
-    """The settings of a run that decide its data, named as on the command line."""
-
-    data: str | None = None
-    task: str | None = None
-    data_root: str | None = None
-    template: str | None = None
-    labels: str | None = None
-    label_field: str = "label"
-    max_length: int = 512  # tokens that go through the model in one row
-    eval_limit: int | None = None
-    held_out: float | None = None  # share of the training rows to evaluate on instead
-    judged: bool = False  # an objective scores predictions, in training too
-    max_new_tokens: int | None = None  # of a written answer
-    text_end: str = "yes"  # rows with ``text`` end with the end token, which is predicted
-    # The time for chat templates that write one, in ISO's form; None: now.
-    written_at: str | None = None
-    # False: the training rows are read for what they say of labels, and not tokenised.
-    to_train: bool = True
-
-
 # --------------------------------------------------------------------------------------- loading
 
 
@@ -147,32 +116,27 @@ def load_dataset(
     (None: none does). Raises UsageError with every problem of the request and its
     rows, and DoesNotFit, with the row, where they take more than the cap.
     """
-    problems, notes = Problems(), list[str]()
+    skipped = Skipped() if request.skip_bad_rows else None
+    problems, notes = Problems(skipped, SKIP), list[str]()
     encoder = Encoder(tokenizer, request.max_length, masked, guard, most_in_tree)
     _check_numbers(request, encoder, problems)
-    task = _find_task(request, problems)
-    path = _find_path(request, task, problems, notes)
-    template = unescaped(request.template, notes) if request.template else None
-    labelling = Labelling.of(task, template, request.labels, request.label_field, problems)
-    rows = _Rows((), (), ())
-    if path:
-        rows = _read(path, task, labelling, request.held_out, problems, notes, encoder.guard)
-    problems.raise_any()
+    source = open_source(request, problems, notes, encoder.guard)
+    task = source.task
 
     now = request.written_at or datetime.now().isoformat(timespec="seconds")
-    how = Reading(tokenizer, request.text_end == "yes", now)
+    how = Reading(tokenizer, request.text_end == "yes", now, request.row_rules)
     form, label_ids, label_names, endings = recognise(
-        task, labelling, rows.train, rows.known, how, masked, problems, notes
+        *(task, source.labelling, source.train, source.known, how, masked, problems, notes)
     )
     encoder.follow_with(endings)
-    validation = _eval_sample(rows.validation, request.eval_limit, notes)
+    validation = eval_sample(source.validation, request.eval_limit, notes)
     # A report knows the task's label words, not the user's.
     report = task.report if task and not request.labels else None
-    generation = _generation(request, task, form.kind, rows.train, notes)
+    generation = _generation(request, task, form.kind, source.train, notes)
     judged = request.judged or report is not None or generation is not None
     splits = {"validation": (validation, judged)}
     if request.to_train:
-        splits = {"training": (rows.train, request.judged), **splits}
+        splits = {"training": (source.train, request.judged), **splits}
     packed, cuts = dict[str, PackedExamples](), list[str]()
     with form if isinstance(form, MessagesForm) else nullcontext():
         looked_at = task is None and not judged
@@ -180,10 +144,13 @@ def load_dataset(
             drafts = drafts_of(records, form, label_names, judges, encoder, problems, looked_at)
             packed[name] = encoder.examples(_sound(drafts, problems), name, cuts)
     problems.raise_any()
-    notes += [*problems.remarks.lines(), *cuts]
+    packed["validation"] = _some_windows(packed["validation"], request.eval_limit, cuts)
+    notes += [*problems.remarks.lines(), *cuts, *(skipped.notes() if skipped else ())]
     for name, examples in packed.items():
         if not examples:
-            raise UsageError(f"no {name} row has a token to predict: every text is one token long")
+            raise UsageError(
+                f"no {name} row is left: each is left out, or has no token to predict. Give more rows"
+            )
     train = packed.get("training", ())
     return Dataset(
         *(form.kind, train, packed["validation"], label_ids, label_names, tuple(notes)),
@@ -191,7 +158,17 @@ def load_dataset(
         report,
         now if isinstance(form, MessagesForm) and form.templates.dated else None,
         endings=endings,
+        skipped=skipped,
     )
+
+
+def _some_windows(examples: PackedExamples, limit: int | None, notes: list[str]) -> PackedExamples:
+    """At most ``limit`` examples to evaluate on: rows are that many already, but windows of them may be more."""
+    if limit is None or len(examples) <= limit:
+        return examples
+    chosen = sorted(permutation(len(examples), 0, EVAL_SAMPLE)[:limit].tolist())
+    notes.append(f"evaluated on {limit} of {len(examples)} windows, the same ones in every run")
+    return examples.some(chosen)
 
 
 def _sound(drafts: Iterable[Draft], problems: Problems) -> Iterator[Draft]:
@@ -212,24 +189,40 @@ def drafts_of(
 
     Where rows are ``looked_at``, fields that nothing uses are remarked on.
     """
-    uses = form.uses
-    copies = CHAT_TIMES if isinstance(form, MessagesForm) else DRAFT_TIMES
-    for number, record in enumerate(records):
-        if (size_bytes := _text_bytes(record.fields)) > LARGE_CHARS or number % CHECK_ROWS == 0:
-            encoder.guard.check(copies * size_bytes, record.where)
-        draft = form.draft(record, problems)
-        if looked_at:
-            problems.remarks.add_unused(record, uses)
-        if draft is None:
-            continue
+    for record, draft in plain_drafts(records, form, encoder.guard, problems, looked_at):
         if judged:
             draft = _with_fields(draft, record, names)
         if any(map(encoder.begins_inside, draft.pieces)):
             problems.remarks.add(
                 f"rows whose answer begins with {encoder.begin}, which begins a text", record.where
             )
-        pieces = tuple(encoder.clipped(encoder.tidy(piece), record.where) for piece in draft.pieces)
-        yield replace(draft, pieces=pieces, answers=(), where=record.where)
+        tidy = [encoder.tidy(piece) for piece in draft.pieces]
+        splits: list[tuple[Piece, ...]]
+        if draft.windows:
+            splits = [(part,) for piece in tidy for part in parts(piece)]
+        else:
+            splits = [tuple(encoder.clipped(piece, record.where) for piece in tidy)]
+        for pieces in splits:
+            yield replace(draft, pieces=pieces, answers=(), where=record.where)
+
+
+def plain_drafts(
+    records: Iterable[Record], form: Form, guard: Guard, problems: Problems, looked_at: bool
+) -> Iterator[tuple[Record, Draft]]:
+    """The rows that can be used, each with its draft as its form makes it."""
+    uses, of_row = form.uses, Problems()
+    of_row.remarks = problems.remarks
+    copies = CHAT_TIMES if isinstance(form, MessagesForm) else DRAFT_TIMES
+    for number, record in enumerate(records):
+        if (size_bytes := _text_bytes(record.fields)) > LARGE_CHARS or number % CHECK_ROWS == 0:
+            guard.check(copies * size_bytes, record.where)
+        draft = form.draft(record, of_row)
+        if looked_at:
+            problems.remarks.add_unused(record, uses)
+        if len(of_row):
+            of_row.move_to(problems, record)
+        elif draft is not None:
+            yield record, draft
 
 
 def _text_bytes(value: Any) -> int:
@@ -284,129 +277,6 @@ def _check_numbers(request: DataRequest, encoder: Encoder, problems: Problems) -
         problems.add(
             f"--eval-limit {request.eval_limit} leaves no row to evaluate on: give 1 or more"
         )
-
-
-def _find_task(request: DataRequest, problems: Problems) -> Task | None:
-    if request.task is None:
-        return None
-    if request.task not in TASKS:
-        problems.add(f"there is no task {request.task!r}: --task takes one of {', '.join(TASKS)}")
-    return TASKS.get(request.task)
-
-
-def _given_path(data: str, problems: Problems, notes: list[str]) -> Path | None:
-    """The path of --data, or the folder of a dataset of the hub. What looks like a local path is never looked up there.
-
-    None after noting that there is neither.
-    """
-    path = user_path(data)
-    local = path.exists() or Path(data.partition("/")[0]).exists()
-    if local or path.suffix.lower() in SUFFIXES or not DATA_ID.fullmatch(data):
-        return path
-    try:
-        return dataset(data, SUFFIXES, notes.append)
-    except SourceError as problem:
-        problems.add(f"no such file or directory: {path}; and as a data set of the hub: {problem}")
-        return None
-
-
-def _find_path(
-    request: DataRequest, task: Task | None, problems: Problems, notes: list[str]
-) -> Path | None:
-    if request.data is not None:
-        return _given_path(request.data, problems, notes)
-    if request.task is None:
-        problems.add(
-            "nothing to train on: give --data PATH, or --task NAME (--task example needs no files)"
-        )
-    if task is None:
-        return None
-    folder = task_folder(task, request.data_root)
-    if folder is None:
-        problems.add(
-            f"--task {task.name} reads {task.name}/train.jsonl in a folder of data sets: give that "
-            "folder with --data-root"
-        )
-    return folder
-
-
-class _Rows(NamedTuple):
-    """Training and validation rows."""
-
-    train: Sequence[Record]
-    validation: Sequence[Record]
-    known: Sequence[Record]  # whose labels are known: the training rows, before any were held out
-
-
-def _read(
-    path: Path,
-    task: Task | None,
-    labelling: Labelling,
-    held_out: float | None,
-    problems: Problems,
-    notes: list[str],
-    guard: Guard,
-) -> _Rows:
-    """The rows of a file or folder, prepared as the task needs them."""
-    train_files, validation_files = find_splits(path, problems)
-    if held_out is not None:
-        validation_files = []
-    prepare = task.prepare if task else None
-    train: Sequence[Record]
-    validation: Sequence[Record]
-    train, validation = (
-        PackedRecords(_prepared(files, prepare, problems, guard))
-        for files in (train_files, validation_files)
-    )
-    if validation_files and validation_files[0].name.startswith("test"):
-        notes.append(f"no validation file: {validation_files[0].name} is used to evaluate")
-    if not labelling.labelled:
-        train, validation = paired((train, validation), problems, notes)
-    known = train
-    if train and not validation_files:
-        if len(train) < 2:
-            problems.add(
-                f"{train_files[0]} has one row: two are needed, one of them to evaluate on"
-            )
-        train, validation = _held_out(train, held_out or VALIDATION_SHARE)
-        why = "no validation file" if held_out is None else "--held-out"
-        n = len(validation)
-        notes.append(f"{why}: {n} of {n + len(train)} rows are held out to evaluate on")
-    return _Rows(train, validation, known)
-
-
-def _prepared(
-    files: Sequence[Path],
-    prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None,
-    problems: Problems,
-    guard: Guard,
-) -> Iterator[Record]:
-    """The rows of files, as their task changes them."""
-    for file in files:
-        for record in read_records(file, problems, guard):
-            yield record if prepare is None else replace(record, fields=prepare(record.fields))
-
-
-def _held_out(records: Sequence[Record], share: float) -> tuple[Sequence[Record], Sequence[Record]]:
-    """The rows to train on, and a random ``share`` of them (one at least) to evaluate on."""
-    n = max(1, int(len(records) * share))
-    held_out = np.zeros(len(records), dtype=bool)
-    held_out[permutation(len(records), 0, _HOLD_OUT)[:n]] = True
-    train, chosen = (
-        SelectedRecords(records, np.flatnonzero(which)) for which in (~held_out, held_out)
-    )
-    return train, chosen
-
-
-def _eval_sample(
-    records: Sequence[Record], limit: int | None, notes: list[str]
-) -> Sequence[Record]:
-    """At most ``limit`` rows to evaluate on."""
-    if limit is None or len(records) <= limit:
-        return records
-    chosen = sorted(permutation(len(records), 0, _EVAL_SAMPLE)[:limit].tolist())
-    notes.append(f"evaluated on {limit} of {len(records)} validation rows, the same in every run")
-    return SelectedRecords(records, chosen)
 
 
 # --------------------------------------------------------------------------------------- showing

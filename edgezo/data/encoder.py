@@ -11,13 +11,15 @@ import math
 import threading
 import time
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from edgezo.data.batches import Example
 from edgezo.data.packed import PackedExamples
 from edgezo.data.row_kinds import Draft, Piece
+from edgezo.data.text_parts import best_cut, text_parts
 from edgezo.data.trees import Row
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.foreign import reading
@@ -54,7 +56,7 @@ class Encoder:
             special = (tokenizer.eos_token_id, tokenizer.mask_token_id)
             _check_ids([(*self.prefix, *self.suffix, *(i for i in special if i is not None))])
             self.begin = "".join(tokenizer.convert_ids_to_tokens(list(self.prefix)))
-        self.cut = 0
+        self.cut, self.windows = 0, Windows()
 
     def follow_with(self, endings: tuple[tuple[int, ...], ...]) -> None:
         """Let the rows to come be prompts that one of these label words follows. Raises UsageError for long words."""
@@ -126,7 +128,7 @@ class Encoder:
         """The examples of all drafts that have a token to predict. Notes how many rows were cut or left out."""
         packed = PackedExamples((), self.endings, self.most_in_tree)
         n_rows, left_out = 0, 0
-        self.cut = 0
+        self.cut, self.windows = 0, Windows()
         for some in _groups(drafts):
             n_rows += sum(len(draft.pieces) for draft in some)
             for example in self.some_examples(some):
@@ -135,6 +137,11 @@ class Encoder:
                 else:
                     left_out += 1
             self.guard.check(item=f"keeping the tokens of the rows up to {some[-1].where}")
+        if self.windows.texts:
+            notes.append(
+                f"{self.windows.texts} long {split} texts cut into {self.windows.count} windows of up to "
+                f"{self.max_length} tokens (--max-length)"
+            )
         if self.cut:
             notes.append(
                 f"{self.cut} of {n_rows} {split} rows cut to {self.max_length} tokens "
@@ -145,7 +152,10 @@ class Encoder:
         return packed
 
     def some_examples(self, drafts: Sequence[Draft]) -> Iterator[Example]:
-        """One example for each draft, whether it predicts something or not."""
+        """One example for each draft, or for each of its windows, whether it predicts something or not."""
+        if drafts and drafts[0].windows:
+            yield from self._window_examples(drafts)
+            return
         pieces = [piece for draft in drafts for piece in draft.pieces]
         wheres = [draft.where for draft in drafts for _ in draft.pieces]
         make = self._span_rows if all(piece.spans for piece in pieces) else self._label_rows
@@ -233,6 +243,43 @@ class Encoder:
         )
         return row, cut
 
+    def _window_examples(self, drafts: Sequence[Draft]) -> Iterator[Example]:
+        """The examples of texts: each token is predicted once, and later windows begin with the token before."""
+        texts, wheres = [draft.pieces[0].text for draft in drafts], [d.where for d in drafts]
+        for draft, (ids, offsets) in zip(drafts, self.ids(texts, True, wheres), strict=True):
+            [piece] = draft.pieces
+            row, cut = self._span_row(piece, ids, offsets)
+            rows = list(self._window_rows(piece, ids, offsets)) if cut else [row]
+            self.windows.add(draft.where, len(rows), piece.clipped)
+            for row in rows:
+                yield Example((row,), draft.label, draft.fields)
+
+    def _window_rows(self, piece: Piece, ids: list[int], offsets: Any) -> Iterator[Row]:
+        """The rows of a text that has too many tokens for one: about equally long, cut where it does least harm."""
+        written = self._begins_with_prefix(ids)
+        ids, offsets = ids[written:], offsets[written:]
+        ends, end_id = [last for _, last in offsets], self.tokenizer.eos_token_id
+        if piece.ends and end_id is not None and ids[-1:] != [end_id]:
+            ids = [*ids, end_id]
+            ends.append(len(piece.text) + 1)
+        room, at = self.max_length - len(self.prefix), 0  # beside the token before the first
+        while at < len(ids):
+            left = len(ids) - at
+            size = -(-left // -(-left // room))
+            stop = min(len(ids), at + room, at + size + size // 4)
+            if stop < len(ids):
+                low = at + max(1, size * 3 // 4)
+                place = best_cut(piece.text, ends[low - 1], ends[stop - 1])
+                stop = bisect_right(
+                    ends, place, low, stop
+                )  # a token may begin with the space before its word
+            before = ids[at - 1 : at] if at else []
+            tokens = [*self.prefix, *before, *ids[at:stop]]
+            first = max(1, len(tokens) - (stop - at))
+            score_at, score_ids = range(first - 1, len(tokens) - 1), array("i", tokens[first:])
+            yield Row(array("i", tokens[:-1]), score_at, score_ids)
+            at = stop
+
     def _begins_with_prefix(self, ids: list[int]) -> int:
         """How many tokens at the beginning of a text are those that the tokenizer would put there once more."""
         at, size = 0, len(self.prefix)
@@ -287,6 +334,38 @@ class Encoder:
         if self.masked:
             ids += [*after, *self.suffix]
         return Row(array("i", ids), score_at, ()), cut
+
+
+@dataclass
+class Windows:
+    """Counts texts that were cut into windows. Consecutive parts from one place are one text."""
+
+    texts: int = 0
+    count: int = 0
+    _where: str = ""
+    _of_text: int = 0
+
+    def add(self, where: str, n: int, is_part: bool) -> None:
+        """Count the ``n`` windows of a text, or of a part of it."""
+        is_first = where != self._where or not is_part
+        if is_first:
+            self._where, self._of_text = where, 0
+        before, self._of_text = self._of_text, self._of_text + n
+        if self._of_text > 1:
+            self.texts += before < 2
+            self.count += n + (before if before < 2 else 0)
+
+
+def parts(piece: Piece) -> Iterator[Piece]:
+    """A text that is predicted as a whole, in pieces that are tokenised one by one. The end is that of the last."""
+    if len(piece.text) <= ENCODE_CHARS:
+        yield piece
+        return
+    texts, chars = text_parts(piece.text, ENCODE_CHARS), 0
+    for text in texts:
+        chars += len(text)
+        ends = piece.ends and chars == len(piece.text)
+        yield Piece(text, ((0, len(text)),), ends=ends, clipped=True)
 
 
 class _Outcome(NamedTuple):

@@ -1,17 +1,20 @@
-"""A JSON array is read one element at a time: a file of many rows takes no more memory than its largest row."""
+"""A JSON array is read one element at a time: a file of many rows takes no more memory than its largest row.
+
+The array is all of the file, or a list in an object.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import IO
 
 from edgezo.machine.foreign import clip
 from edgezo.machine.process_memory import Guard
 
 PIECE_CHARS = 1 << 20  # so much of a file is read before the guard is asked again
-_FOLLOWS = tuple(",] \t\r\n")
+_FOLLOWS = tuple(",]}: \t\r\n")
 _ELEMENTS = json.JSONDecoder()
 
 
@@ -24,19 +27,42 @@ class JsonArray:
 
     def elements(self) -> Iterator[str]:
         """The text of each element. Raises ValueError where the text is no array."""
-        self._expect("[")
-        if self._next() == "]":
-            self._at += 1
-        else:
-            yield self._element()
-            while self._next() == ",":
-                self._at += 1
-                yield self._element()
-            self._expect("]")
+        yield from self.items()
         if self._next():
             raise ValueError(
                 f"something follows its end: {clip(self._text[self._at :].strip(), 60)}"
             )
+
+    def items(self) -> Iterator[str]:
+        """The text of each element of the array that begins here; what follows it is not read."""
+        self._expect("[")
+        if self._next() == "]":
+            self._at += 1
+            return
+        yield self._element()
+        while self._next() == ",":
+            self._at += 1
+            yield self._element()
+        self._expect("]")
+
+    def enter(self, lists: Collection[str], objects: Collection[str]) -> bool:
+        """Go to the first list of an object that has one of these names, also in inner objects that are named.
+
+        False where there is none. Raises ValueError where the text is no object.
+        """
+        self._expect("{")
+        while self._next() == '"':
+            name = json.loads(self._element())
+            self._expect(":")
+            if name in lists and self._next() == "[":
+                return True
+            if name in objects and self._next() == "{":
+                self._at += 1
+                continue
+            self._element()
+            if self._next() == ",":
+                self._at += 1
+        return False
 
     def _element(self) -> str:
         """The text of the element that begins here; as much is read as it has."""

@@ -64,14 +64,16 @@ class PackedRecords(_Objects[Record]):
         self._chunks: list[bytes] = []
         self._starts = array("Q")  # the number of the first row of each chunk
         self._count = 0  # of packed rows
-        self._open: list[tuple[str, Mapping[str, Any]]] = []  # of the chunk that is not packed yet
+        self._open: list[
+            tuple[str, Mapping[str, Any], bool]
+        ] = []  # of the chunk that is not packed yet
         self._open_chars = 0
         self._unpacked: tuple[int, list[Any]] = (-1, [])  # the chunk that was read last
         self.extend(records)
 
     def append(self, record: Record) -> None:
         """Add a row."""
-        self._open.append((record.where, record.fields))
+        self._open.append((record.where, record.fields, record.goes_on))
         self._open_chars += sum(len(v) for v in record.fields.values() if isinstance(v, str | list))
         if len(self._open) == CHUNK_ROWS or self._open_chars > CHUNK_CHARS:
             self._pack()

@@ -149,15 +149,15 @@ def _paired(
 def _thumb(record: Record, name: str, problems: Problems) -> bool | None:
     """Whether an answer was liked; None after noting that the row does not tell."""
     if not _has(record, ANSWER):
-        problems.add(
+        problems.bad_row(
             f"a row has neither {' and '.join(ANSWER)} nor {', '.join(PAIR)}",
-            at=f"{record.where} (it has: {record.keys})",
+            *(record.where, f" (it has: {record.keys})", record.fields),
         )
         return None
     thumb = THUMBS.get(_thumb_text(record.fields.get(name)))
     if thumb is None:
-        problems.add(
+        problems.bad_row(
             f"the field {name!r} says neither up nor down (to learn every completion, remove or rename the field)",
-            at=f"{record.where} (it has: {record.keys})",
+            *(record.where, f" (it has: {record.keys})", record.fields),
         )
     return thumb

@@ -6,14 +6,17 @@ A row is recognised by its fields: ``text``; ``prompt`` + ``completion``; ``prom
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from edgezo.data.chat import ChatTemplates
+from edgezo.data.foreign_turns import is_alpaca
 from edgezo.data.preferences import PAIR
 from edgezo.data.row_files import Problems, Record
 from edgezo.data.row_kinds import (
+    AlpacaForm,
     ChoiceForm,
     CompletionForm,
     Form,
@@ -22,6 +25,7 @@ from edgezo.data.row_kinds import (
     MessagesForm,
     PairForm,
     TextForm,
+    TurnsForm,
     WrittenForm,
 )
 from edgezo.data.tasks import Task
@@ -38,8 +42,15 @@ from edgezo.data.templates import (
 from edgezo.data.trees import tokens_behind
 from edgezo.data.turns import has_turns
 from edgezo.errors import UsageError
+from edgezo.machine.foreign import clip
 
 DEFAULT_TEMPLATE = "{text}\nLabel:"
+FIRST_ROWS = 1000  # where bad rows are skipped, so many say which fields are the usual ones
+# Of a model without a chat template, and of one with it.
+ALPACA_NOTES = (
+    "rows as Alpaca has them: instruction and input stand in Alpaca's prompt, since the model has no chat template",
+    "rows as Alpaca has them: instruction and input are the user's turn, output is the assistant's",
+)
 
 
 @dataclass(frozen=True)
@@ -81,9 +92,12 @@ class Labelling:
 class Reading(NamedTuple):
     """What the forms of rows without labels need."""
 
-    tokenizer: Any
+    tokenizer: (
+        Any  # None: what needs one is left out, and conversations are read without a template
+    )
     text_ends: bool  # rows with ``text`` end with the end token
     now: str  # the time that chat templates write
+    rules: int = 2  # by which rows are read (sources.py)
 
 
 class Recognised(NamedTuple):
@@ -108,9 +122,9 @@ def recognise(
 ) -> Recognised:
     """The form of a dataset's rows. Raises UsageError with all problems if there are any."""
     form = task_form(task, labelling, masked, problems)
-    form = form or _plain_form(train[0], labelling, how)
+    form = form or _plain_form(_first(train, problems), labelling, how, notes)
     if form is None:
-        return _labelled_form(labelling, train, known, how.tokenizer, masked, problems, notes)
+        return _labelled_form(labelling, train, known, how, masked, problems, notes)
     if masked and task is None:
         problems.add(
             "a masked language model learns from labelled rows only: give --template, --labels and "
@@ -136,7 +150,17 @@ def task_form(
     return WrittenForm(labelling.template, task.source)
 
 
-def _plain_form(first: Record, labelling: Labelling, how: Reading) -> Form | None:
+def _first(train: Sequence[Record], problems: Problems) -> Record:
+    """The row that the others are read as: the first; where bad rows are skipped, one with the usual fields."""
+    if problems.skipped is None:
+        return train[0]
+    some = train[:FIRST_ROWS]
+    counts = Counter(frozenset(record.fields) for record in some)
+    usual = counts.most_common(1)[0][0]
+    return next(record for record in some if frozenset(record.fields) == usual)
+
+
+def _plain_form(first: Record, labelling: Labelling, how: Reading, notes: list[str]) -> Form | None:
     """The form of rows without labels, by the fields of the first row; None if rows are labelled.
 
     Raises UsageError for rows that no form reads.
@@ -144,7 +168,14 @@ def _plain_form(first: Record, labelling: Labelling, how: Reading) -> Form | Non
     if labelling.labelled:
         return None
     if has_turns(first.fields):
+        alpaca = is_alpaca(first.fields)
+        if alpaca:
+            notes.append(ALPACA_NOTES[bool(getattr(how.tokenizer, "chat_template", True))])
+        if how.tokenizer is None:
+            return TurnsForm()
         if not getattr(how.tokenizer, "chat_template", None):
+            if alpaca:
+                return AlpacaForm()
             raise UsageError(
                 "the rows have turns of a conversation, but this model has no chat template: use an instruction-"
                 "tuned model, or rows with prompt and completion"
@@ -159,11 +190,12 @@ def _plain_form(first: Record, labelling: Labelling, how: Reading) -> Form | Non
     if labelling.label_field in first.fields:
         return None
     if "text" in first.fields:
-        return TextForm(how.text_ends)
+        return TextForm(how.text_ends, windows=how.rules > 1)
     raise UsageError(
         f"{first.where} has the keys {first.keys}, and edgezo does not know how to read such rows.\n"
-        "It reads rows with text; with prompt and completion; with prompt, chosen and rejected; with messages; or any "
-        "others with a label, given --template '{field} ...', --labels '0=word,1=word' and --label-field"
+        "It reads rows with text; with prompt and completion; with prompt, chosen and rejected; with messages; with "
+        "instruction and output; or any others with a label, given --template '{field} ...', --labels '0=word,1=word' "
+        "and --label-field"
     )
 
 
@@ -178,16 +210,15 @@ def _of_another_trainer(fields: Mapping[str, Any]) -> str | None:
         )
     if not fields.keys().isdisjoint(("text", "completion", "label")):
         return None
+    if "role" in fields and "content" in fields:
+        return (
+            "each row is a turn of a conversation.\nWrite all turns of a conversation into one row, as the list "
+            "messages"
+        )
     if all(isinstance(answer, str) for answer in answers) and "prompt" not in fields:
         return (
             "two answers without a prompt.\nWrite the text that both begin with as prompt, and what follows it as "
             "chosen and rejected"
-        )
-    if "instruction" in fields and "output" in fields:
-        return (
-            "rows as Alpaca has them.\nWrite output as completion, and instruction with input (if there is one) as "
-            "prompt, in the words of the prompt that the model is to be used with; or write them as messages of a user "
-            "and an assistant"
         )
     return None
 
@@ -196,13 +227,13 @@ def _labelled_form(
     labelling: Labelling,
     train: Sequence[Record],
     known: Sequence[Record],  # labels are collected from these where no label words are given
-    tokenizer: Any,
+    how: Reading,
     masked: bool,
     problems: Problems,
     notes: list[str],
 ) -> Recognised:
     """The form of labelled rows. Raises UsageError with all problems if there are any."""
-    label_field = labelling.label_field
+    label_field, tokenizer = labelling.label_field, how.tokenizer
     keys = {str(key) for record in train for key in record.fields}
     template = _template(labelling, keys, problems, notes)
     words = labelling.words
@@ -210,6 +241,8 @@ def _labelled_form(
         words = {str(i): option.names[0] for i, option in enumerate(labelling.options)}
     elif words is None and label_field in keys:
         words = derive_labels(known, label_field, problems)
+        listed = clip(", ".join(words.values()), 200)
+        notes.append(f"no --labels: the label words are the values of {label_field!r}: {listed}")
     problems.raise_any()
     assert template is not None and words is not None
 
@@ -218,7 +251,10 @@ def _labelled_form(
         notes.append(f"no training row has label {', '.join(absent)}")
     names = tuple(words.values())
     before, after = around_mask(template, tokenizer, masked, problems)
-    form = LabelForm(before, after, label_field, {key: i for i, key in enumerate(words)})
+    index = {key: i for i, key in enumerate(words)}
+    form = LabelForm(before, after, label_field, index, blank_prompts=how.rules < 2)
+    if not labelling.options and tokenizer is None:
+        return Recognised(form, (), names)
     if not labelling.options:
         return word_form(form, names, tokenizer, masked, problems, notes)
     if masked:

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,11 +61,14 @@ class Problems:
     MOST_PLACES = 10_000  # after so many no more are looked for
     CHARS = 300  # of one line that is shown
 
-    def __init__(self) -> None:
+    def __init__(self, skipped: Skipped | None = None, way_out: str = "") -> None:
         self._places: dict[str, list[str]] = {}  # the first few of each kind
         self._counts: dict[str, int] = {}
         self._total = 0
+        self._of_rows = False
         self.remarks = Remarks()
+        self.skipped = skipped  # where rows go that cannot be used; None: they are problems
+        self._way_out = way_out  # what to do where rows are problems
 
     def add(self, what: str, *, at: str = "") -> None:
         """Note a problem; problems with the same ``what`` are shown together. Raises UsageError after too many."""
@@ -79,13 +83,36 @@ class Problems:
             self._places[f"stopped after {self._total:,} problems"] = []
             self.raise_any()
 
+    def bad_row(self, what: str, where: str, more: str = "", row: Any = None) -> None:
+        """Note a row that cannot be used: it is left out where such rows are skipped, else it is a problem."""
+        if self.skipped is not None:
+            self.skipped.add(what, where, more, row)
+            return
+        self._of_rows = True
+        self.add(what, at=where + more)
+
+    def move_to(self, problems: Problems, record: Record) -> None:
+        """Make the problems of one row those of a bad row of ``problems``; none are left here."""
+        for what, places in self._places.items():
+            for place in places or [record.where]:
+                problems.bad_row(
+                    what, record.where, place.removeprefix(record.where), record.fields
+                )
+        self._places, self._counts, self._total = {}, {}, 0
+
+    @property
+    def noted(self) -> int:
+        """Kinds of problems and rows that were skipped."""
+        return len(self) + (self.skipped.count if self.skipped is not None else 0)
+
     def __len__(self) -> int:
         return len(self._places)
 
     def raise_any(self) -> None:
         """Raise UsageError with all problems, and a few places and the number of each, if there are any."""
         if self._places:
-            raise UsageError([self._render(what) for what in self._places])
+            way_out = [self._way_out] if self._of_rows and self._way_out else []
+            raise UsageError([*(self._render(what) for what in self._places), *way_out])
 
     def _render(self, what: str) -> str:
         places, count = self._places[what], self._counts.get(what, 0)
@@ -134,6 +161,48 @@ class Remarks:
         return lines
 
 
+SKIPPED_BEGIN = b'{"where": "'  # of the file of rows that are left out
+
+
+class Skipped:
+    """Rows that are left out, since they cannot be used: each reason with the rows, and all of them as lines of JSON.
+
+    The lines are packed, so that they take less memory than the rows would have.
+    """
+
+    def __init__(self) -> None:
+        self.reasons = Remarks()
+        self.count = 0
+        self._packer, self._packed = zlib.compressobj(1), bytearray()
+        self._last = ""
+
+    def add(self, what: str, where: str, more: str, row: Any) -> None:
+        """Leave a row out. Several reasons of one row follow each other."""
+        self.count += where != self._last
+        self._last = where
+        self.reasons.add(what, where)
+        line = {"where": where, "why": what + more, "row": row}
+        text = json.dumps(line, ensure_ascii=False, default=str) + "\n"
+        self._packed += self._packer.compress(text.encode("utf-8", "replace"))
+
+    def lines(self) -> Iterator[bytes]:
+        """Pieces of the file of all rows that were left out."""
+        packed = bytes(self._packed) + self._packer.copy().flush()
+        unpacker = zlib.decompressobj()
+        while piece := unpacker.decompress(packed, PIECE_CHARS):
+            yield piece
+            packed = unpacker.unconsumed_tail
+
+    def notes(self) -> list[str]:
+        """A sentence that counts them, and one for each reason."""
+        if not self.count:
+            return []
+        return [
+            f"rows that cannot be used, skipped: {self.count:,} (a run lists them in its skipped.jsonl)",
+            *(f"skipped: {line}" for line in self.reasons.lines()),
+        ]
+
+
 # ---------------------------------------------------------------------------------------- files
 
 
@@ -143,6 +212,7 @@ class Record:
 
     where: str  # "train.jsonl:12"
     fields: Mapping[str, Any]
+    goes_on: bool = False  # a part of a text that does not end here
 
     @property
     def keys(self) -> str:
@@ -203,7 +273,10 @@ def _unread(path: Path) -> str:
     """Why a file with this suffix is not read."""
     with path.open("rb") as file:
         start = file.read(8)
-    return _packed(start) or f"edgezo reads {', '.join(SUFFIXES)} files with rows of named fields"
+    return (
+        _packed(start)
+        or f"edgezo reads {', '.join(SUFFIXES)} files with rows of named fields, and texts as .txt, .md or .mbox"
+    )
 
 
 def _readable(folder: Path) -> list[Path]:
@@ -246,7 +319,7 @@ def read_records(path: Path, problems: Problems, guard: Guard | None = None) -> 
     ``guard`` is asked at bounded intervals, and before whatever may be large. It raises DoesNotFit.
     """
     read = _read_parquet if _suffix(path) == ".parquet" else _read_text
-    guard, before, count = guard or ReadingGuard(), len(problems), 0
+    guard, before, count = guard or ReadingGuard(), problems.noted, 0
     try:
         for record in read(path, problems, guard):
             yield record
@@ -261,7 +334,7 @@ def read_records(path: Path, problems: Problems, guard: Guard | None = None) -> 
         problems.add(f"cannot read {path}: its rows take more memory than the system gives")
     except FAULTS as error:
         problems.add(f"cannot read {path}: {reason(error)}")
-    if not count and len(problems) == before:
+    if not count and problems.noted == before:
         size = path.stat().st_size
         is_empty = size == 0 and not path.is_fifo()
         problems.add(f"{path} is empty" if is_empty else f"no rows in {path} ({size} bytes)")
@@ -339,7 +412,7 @@ def _array(file: IO[str], path: Path, problems: Problems, guard: Guard) -> Itera
                 yield Record(where, row)
             else:
                 shown = "a list" if isinstance(row, list) else _clip(str(row))
-                problems.add(f"not a JSON object in {path}", at=f"{where}: {shown}")
+                problems.bad_row(f"not a JSON object in {path}", where, f": {shown}")
     except ValueError as error:
         problems.add(f"malformed JSON in {path}", at=f"after {number} rows: {error}")
 
@@ -378,14 +451,14 @@ def _records(lines: Iterable[str], path: Path, problems: Problems) -> Iterator[R
             row = parse_json(line)
         except ValueError as error:
             why = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            problems.add(f"malformed JSON in {path}", at=f"{where}: {why}: {_clip(line)}")
+            problems.bad_row(f"malformed JSON in {path}", where, f": {why}: {_clip(line)}")
             continue
         if isinstance(row, dict) and row:
             yield Record(where, row)
         elif isinstance(row, dict):
-            problems.add(f"a row without fields in {path}", at=where)
+            problems.bad_row(f"a row without fields in {path}", where)
         else:
-            problems.add(f"not a JSON object in {path}", at=f"{where}: {_clip(line)}")
+            problems.bad_row(f"not a JSON object in {path}", where, f": {_clip(line)}")
 
 
 def _read_table(file: IO[str], path: Path, problems: Problems, guard: Guard) -> Iterator[Record]:
@@ -411,9 +484,8 @@ def _read_table(file: IO[str], path: Path, problems: Problems, guard: Guard) -> 
                 problems.remarks.add("rows left out, since all their cells are empty", where)
             continue
         of = "" if first == last else f" (it begins in line {first}: is a quotation mark open?)"
-        problems.add(
-            f"the cells of a row do not match the header of {path} ({listed})", at=f"{where}{of}"
-        )
+        what = f"the cells of a row do not match the header of {path} ({listed})"
+        problems.bad_row(what, where, of, row)
 
 
 def _clip(text: str) -> str:

@@ -7,12 +7,14 @@ Which form reads a dataset: recognition.py.
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from edgezo.data.chat import ChatTemplates, ChatText, TemplateFails
+from edgezo.data.foreign_turns import ALPACA
 from edgezo.data.preferences import PAIR
 from edgezo.data.row_files import Problems, Record, Remarks
 from edgezo.data.templates import Template, label_key
@@ -25,6 +27,14 @@ MISSING_WORDS = (
     "n/a",
     "<na>",
 )  # what tables write into a cell without a value
+# The prompts of Alpaca's model, without an input and with one.
+ALPACA_PROMPTS = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n### Response:\n",
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n### Input:\n{}\n\n### Response:\n",
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,7 @@ class Draft:
     options: tuple[str, ...] = ()  # the texts of a choice
     answers: tuple[str, ...] = ()  # every right answer; () of a label
     fields: Mapping[str, Any] | None = None  # of its row, if predictions are judged by them
+    windows: bool = False  # a text that is longer than a row becomes several examples
     where: str = ""  # the place of its row, for errors
 
 
@@ -68,6 +79,11 @@ class Form(Protocol):
     def draft(self, record: Record, problems: Problems) -> Draft | None:
         """The example of one row; None after noting what is wrong with the row."""
         ...
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The fields of these names, for messages."""
+    return ("field " if len(names) == 1 else "each of the fields ") + ", ".join(map(repr, names))
 
 
 def _lacks(record: Record, names: Sequence[str], problems: Problems) -> bool:
@@ -109,6 +125,7 @@ class TextForm:
     """``text``: every token is predicted from those before it, and unless told otherwise the end token."""
 
     ends: bool = True
+    windows: bool = False
     kind: str = "text"
     uses: tuple[str, ...] = ("text",)
 
@@ -120,7 +137,8 @@ class TextForm:
             problems.add("field 'text' is empty", at=record.where)
             return None
         _remark_blanks(record, self.uses, problems.remarks)
-        return Draft((Piece(text, ((0, len(text)),), ends=self.ends),))
+        ends = self.ends and not record.goes_on
+        return Draft((Piece(text, ((0, len(text)),), ends=ends),), windows=self.windows)
 
 
 @dataclass(frozen=True)
@@ -139,6 +157,24 @@ class CompletionForm:
             return None
         _remark_blanks(record, self.uses, problems.remarks)
         return Draft((_completed(prompt, completion),), answers=(completion.strip(),))
+
+
+@dataclass(frozen=True)
+class AlpacaForm(CompletionForm):
+    """``instruction``, ``input`` and ``output`` for a model without a chat template: as Alpaca's model was asked."""
+
+    uses: tuple[str, ...] = ALPACA
+
+    def draft(self, record: Record, problems: Problems) -> Draft | None:
+        if _lacks(record, (ALPACA[0], ALPACA[2]), problems):
+            return None
+        output = str(record.fields["output"])
+        if not output.strip():
+            problems.add("field 'output' is empty", at=record.where)
+            return None
+        texts = [str(record.fields.get(name) or "").strip() for name in ALPACA[:2]]
+        prompt = ALPACA_PROMPTS[bool(texts[1])].format(*texts)
+        return Draft((_completed(prompt, output),), answers=(output.strip(),))
 
 
 def _completed(prompt: str, completion: str) -> Piece:
@@ -211,13 +247,8 @@ class MessagesForm:
         self.templates.close()
 
     def draft(self, record: Record, problems: Problems) -> Draft | None:
-        try:
-            asked = conversation(record.fields)
-        except NothingToLearn as why:
-            problems.remarks.add(f"rows left out, since {why}", record.where)
-            return None
-        except ValueError as fault:
-            problems.add(f"messages: {fault}", at=f"{record.where} (it has: {record.keys})")
+        asked = _asked(record, problems)
+        if asked is None:
             return None
         try:
             chat = self.templates.render(asked)
@@ -230,6 +261,41 @@ class MessagesForm:
         stop = max((stop for _, stop in chat.spans), default=0)
         piece = Piece(chat.text[:stop], chat.spans, ends=not chat.ended, bare=True)
         return Draft((piece,), answers=(chat.answer,))
+
+
+@dataclass(frozen=True)
+class TurnsForm:
+    """Conversations without a chat template, to look at them: a line of each turn, after the name of its role."""
+
+    kind: str = "completion"
+    uses: tuple[str, ...] = USED
+
+    def draft(self, record: Record, problems: Problems) -> Draft | None:
+        asked = _asked(record, problems)
+        if asked is None:
+            return None
+        text, spans = "", list[tuple[int, int]]()
+        for number, message in enumerate(asked.messages):
+            content = message.get("content", "")
+            content = "\n".join(content) if isinstance(content, list) else content
+            if calls := message.get("tool_calls"):
+                content = f"{content} {json.dumps(calls, ensure_ascii=False)}".strip()
+            start = len(text) + len(f"{message['role']}: ")
+            text += f"{message['role']}: {content}\n"
+            if number in asked.learned:
+                spans.append((start, len(text) - 1))
+        return Draft((Piece(text[:-1], tuple(spans), ends=True),))
+
+
+def _asked(record: Record, problems: Problems) -> Conversation | None:
+    """The turns of a row; None after noting why it has none to learn."""
+    try:
+        return conversation(record.fields)
+    except NothingToLearn as why:
+        problems.remarks.add(f"rows left out, since {why}", record.where)
+    except ValueError as fault:
+        problems.add(f"messages: {fault}", at=f"{record.where} (it has: {record.keys})")
+    return None
 
 
 def _remark(asked: Conversation, chat: ChatText, where: str, remarks: Remarks) -> None:
@@ -270,6 +336,7 @@ class LabelForm:
     after: Template | None  # the mask; None for causal models
     label_field: str
     index: Mapping[str, int]  # label -> its place among the label words
+    blank_prompts: bool = True  # rows may have a prompt of which every field is empty
     kind: str = "label"
 
     @property
@@ -284,6 +351,11 @@ class LabelForm:
     def draft(self, record: Record, problems: Problems) -> Draft | None:
         if _lacks(record, self.uses, problems):
             return None
+        if not self.blank_prompts and not any(str(record.fields[n]).strip() for n in self.prompted):
+            problems.add(
+                f"{_listed(self.prompted)} is empty, so there is no prompt", at=record.where
+            )
+            return None
         _remark_blanks(record, self.prompted, problems.remarks)
         label = self.label(record, problems)
         after = None if self.after is None else self.after.fill(record.fields)
@@ -293,6 +365,11 @@ class LabelForm:
     def label(self, record: Record, problems: Problems) -> int | None:
         """The place of a row's label among the label words; None after noting that it has none."""
         key = label_key(record.fields[self.label_field])
+        if key == "" and key not in self.index:
+            problems.add(
+                f"field {self.label_field!r} is empty: a row needs its label", at=record.where
+            )
+            return None
         if key is None or key not in self.index:
             known = ", ".join(list(self.index)[:10]) + (", ..." if len(self.index) > 10 else "")
             problems.add(

@@ -3,6 +3,7 @@
 messages: [{"role", "content"}]          OpenAI's form, which chat templates are written for
 prompt, completion: each of turns        TRL's form, of which only the completion is learned
 conversations: [{"from", "value"}]       ShareGPT's form
+instruction, input, output               and other rows that foreign_turns.py reads
 content: [{"type": "text", "text"}]      parts, of which only text is read
 tools, functions; tool_calls, function_call    also as texts of JSON
 weight, train, training, loss            whether a turn is learned: 1 or 0
@@ -15,13 +16,21 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from edgezo.data.foreign_turns import (
+    ALPACA,
+    EXPORTED,
+    MORE_OF_ALPACA,
+    foreign_turns,
+    is_alpaca,
+    is_exported,
+)
 from edgezo.machine.foreign import clip, parse_json
 
 TURN_FIELDS = ("messages", "conversations")  # a row's turns are in the first of these that it has,
 ASKED, ANSWERED = "prompt", "completion"  # or in these, of which only the second is learned
 TOOLS = ("tools", "functions")
 VARIABLES = "chat_template_kwargs"  # of the template, by name
-USED = (*TURN_FIELDS, ASKED, ANSWERED, *TOOLS, VARIABLES)
+USED = (*TURN_FIELDS, ASKED, ANSWERED, *TOOLS, VARIABLES, *ALPACA, *MORE_OF_ALPACA, *EXPORTED)
 WEIGHTS = ("weight", "train", "training", "loss")
 # What other formats call the roles.
 ROLES = {
@@ -59,6 +68,8 @@ def conversation(fields: Mapping[str, Any]) -> Conversation:
     Raises ValueError with what is wrong with them, and NothingToLearn where their weights leave none to learn.
     """
     turns = _turns(fields)
+    if turns == [] and is_exported(fields):
+        raise NothingToLearn("a conversation has no answer")
     if not isinstance(turns, list) or not turns:
         raise ValueError("not a list of turns")
     remarks, learned = list[str](), list[int]()
@@ -75,6 +86,8 @@ def conversation(fields: Mapping[str, Any]) -> Conversation:
                 remarks.append("turns of the assistant without text are not learned")
         elif wanted is not False:
             learned.append(index)
+    if not learned and is_exported(fields):
+        raise NothingToLearn("a conversation has no answer")
     _check_learned(messages, learned)
     last = learned[-1]
     return Conversation(messages[: last + 1], learned, _variables(fields), tuple(remarks))
@@ -83,7 +96,9 @@ def conversation(fields: Mapping[str, Any]) -> Conversation:
 def has_turns(fields: Mapping[str, Any]) -> bool:
     """Whether a row is a conversation."""
     return any(name in fields for name in TURN_FIELDS) or (
-        isinstance(fields.get(ASKED), list) and isinstance(fields.get(ANSWERED), list)
+        (isinstance(fields.get(ASKED), list) and isinstance(fields.get(ANSWERED), list))
+        or is_alpaca(fields)
+        or is_exported(fields)
     )
 
 
@@ -93,7 +108,7 @@ def _turns(fields: Mapping[str, Any]) -> Any:
         return _read(_first(fields, TURN_FIELDS))
     asked, answered = fields.get(ASKED), fields.get(ANSWERED)
     if not isinstance(asked, list) or not isinstance(answered, list):
-        return None
+        return foreign_turns(fields)
     context = [{**turn, WEIGHTS[0]: 0} if isinstance(turn, dict) else turn for turn in asked]
     return [*context, *answered]
 

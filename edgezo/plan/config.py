@@ -20,6 +20,9 @@ from edgezo.zo.presets import BACKWARD_PASSES, CREDITS, FIRST_ORDER, forwards, m
 # given them.
 BEFORE = {
     "text_end": "no",
+    "speaker": None,
+    "skip_bad_rows": False,
+    "row_rules": 1,
     "written_at": None,
     "blocks": "all",
     "states": None,
@@ -89,6 +92,9 @@ class RunConfig:
     text_end: str
     written_at: str | None
     began_in: str | None
+    speaker: str | None
+    skip_bad_rows: bool
+    row_rules: int
 
     @classmethod
     def of(cls, cfg: RunConfig, **changes: Any) -> Self:

@@ -388,10 +388,12 @@ _RUN = (
 )
 
 # A run writes these: whether --step is only where the automatic step begins (run/auto_step.py); the time that its chat
-# template writes, so that a resume writes it again; and the folder that its paths start from (run/places.py).
+# template writes, so that a resume writes it again; the folder that its paths start from (run/places.py); and the rules
+# by which its rows are read (data/sources.py).
 _STEP_AUTO = Field(name="step_auto", kind="bool", default=False)
 _WRITTEN_AT = Field(name="written_at", kind="str")
 _BEGAN_IN = Field(name="began_in", kind="str", free_on_resume=True)
+_ROW_RULES = Field(name="row_rules", kind="int", default=2, low=1, high=2)
 
 
 class SettingGroup(NamedTuple):
@@ -409,8 +411,8 @@ GROUPS = {
     "run": SettingGroup("Steps, evaluation and files", _RUN),
 }
 FIELDS = {field.name: field for group in GROUPS.values() for field in group.fields}
-FIELDS |= {field.name: field for field in (_STEP_AUTO, _WRITTEN_AT, _BEGAN_IN)}
-SET_BY_RUN = (_STEP_AUTO.name, _WRITTEN_AT.name, _BEGAN_IN.name)
+FIELDS |= {field.name: field for field in (_STEP_AUTO, _WRITTEN_AT, _BEGAN_IN, _ROW_RULES)}
+SET_BY_RUN = (_STEP_AUTO.name, _WRITTEN_AT.name, _BEGAN_IN.name, _ROW_RULES.name)
 
 OF_PRESET = tuple(field.name for field in FIELDS.values() if field.of_preset)
 FREE_ON_RESUME = tuple(field.name for field in FIELDS.values() if field.free_on_resume)

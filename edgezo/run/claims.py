@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+from edgezo.data.row_files import SKIPPED_BEGIN
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.files import is_leftover
 from edgezo.machine.foreign import MOST_TOML_BYTES, parse_json, read_small
@@ -36,6 +37,11 @@ def _config(path: Path) -> bool:
 
 def _json(key: str, path: Path) -> bool:
     return key in parse_json(read_small(path, _MOST_JSON_BYTES).decode("utf-8"))
+
+
+def _skipped(path: Path) -> bool:
+    with os.fdopen(open_to_read(path), "rb") as file:
+        return file.read(len(SKIPPED_BEGIN)) == SKIPPED_BEGIN
 
 
 def _metrics(path: Path) -> bool:
@@ -72,6 +78,7 @@ FORMS: Mapping[str, Form] = {
     "plan.json": partial(_json, "planned_peak_bytes"),
     "metrics.jsonl": _metrics,
     "summary.json": partial(_json, "trained_sha256"),
+    "skipped.jsonl": _skipped,
     "profile.json": partial(_json, "phases"),
     "predictions.json": partial(_json, "shown"),
     "asked.json": partial(_json, "untouched"),

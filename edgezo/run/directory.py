@@ -83,6 +83,11 @@ class RunFiles:
         return self.path / "report.html"
 
     @property
+    def skipped(self) -> Path:
+        """Rows that were left out, since they cannot be used; absent where there are none."""
+        return self.path / "skipped.jsonl"
+
+    @property
     def profile(self) -> Path:
         return self.path / "profile.json"
 
@@ -203,6 +208,7 @@ def refuse_links(run: RunFiles) -> None:
         run.predictions,
         run.asked,
         run.report,
+        run.skipped,
         run.profile,
         run.snapshot,
         run.probe,
@@ -223,6 +229,13 @@ def _names_in(folder: Path) -> list[str]:
     with contextlib.suppress(OSError):
         return os.listdir(folder)
     return []
+
+
+def save_skipped(run: RunFiles, dataset: Dataset) -> None:
+    """Write down the rows that were left out, if there are any."""
+    if dataset.skipped is not None and dataset.skipped.count:
+        with atomic_path(run.skipped) as temporary, temporary.open("xb") as file:
+            file.writelines(dataset.skipped.lines())
 
 
 def run_id(header: Mapping[str, Any]) -> str:

@@ -18,8 +18,9 @@ from torch import Tensor
 from edgezo.data.asked_rows import GROUP_ROWS, LINE
 from edgezo.data.asking import AskedRow, Asker
 from edgezo.data.batches import Example, collate, evaluation_batches
-from edgezo.data.dataset import DataRequest, Dataset
+from edgezo.data.dataset import Dataset
 from edgezo.data.row_files import Problems, Record
+from edgezo.data.sources import DataRequest
 from edgezo.data.token_stats import TokenStats
 from edgezo.errors import UsageError
 from edgezo.machine.files import user_path

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from edgezo.data.dataset import DataRequest, Dataset, load_dataset
+from edgezo.data.dataset import Dataset, load_dataset
 from edgezo.data.packed import PackedExamples
+from edgezo.data.sources import DataRequest
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.foreign import clip
 from edgezo.machine.gpu_memory import Memory, open_memory

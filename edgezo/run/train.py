@@ -37,6 +37,7 @@ from edgezo.run.directory import (
     refuse_links,
     reopen,
     run_id,
+    save_skipped,
 )
 from edgezo.run.figures import evaluate_rows
 from edgezo.run.finetuner import load_finetuner
@@ -137,6 +138,7 @@ def _opened(
             check_lines(files.metrics, run_id(journal.header))
         else:
             prepare(files)
+            save_skipped(files, planned.opened.dataset)
             atomic_write(files.config, cfg.to_toml().encode())
             atomic_write(files.plan, to_json(planned.plan.to_dict()).encode())
         at_end.callback(_save_profile, files, progress)

@@ -282,6 +282,7 @@ READERS: dict[str, Any] = {
     "eval": lambda t, out: t.bench.arguments(steps=None, batch_size=None, micro_batch=None),
     "replay": lambda t, out: ["--out", out],
     "export": lambda t, out: ["--out", out],
+    "data": lambda t, out: [],
     "predict": lambda t, out: ["--data", t.bench.data / "label.jsonl"],
     "chat": lambda t, out: ["--max-new-tokens", 1],
     "compare": lambda t, out: [],

@@ -259,7 +259,7 @@ class Counting:
 
 @pytest.mark.parametrize("kind", ["text", "completion"])
 def test_no_text_of_many_megabytes_reaches_the_tokenizer(kind: str, tmp_path: Path) -> None:
-    long = "word " * 1_000_000
+    long = "word " * (100_000 if kind == "text" else 1_000_000)  # all of a text is read
     rows = {"text": {"text": long}, "completion": {"prompt": long, "completion": long}}
     file = tmp_path / "rows.jsonl"
     short = {name: "a film " * 300 for name in rows[kind]}
@@ -268,8 +268,9 @@ def test_no_text_of_many_megabytes_reaches_the_tokenizer(kind: str, tmp_path: Pa
     data = load_dataset(DataRequest(data=str(file)), tokenizer)
     assert tokenizer.most <= 4 * encoding.WHOLE_CHARS
     assert tokenizer.most_together <= encoding.ENCODE_CHARS
-    assert max(len(row.ids) for e in data.train for row in e.rows) == 512
-    assert any("rows cut to 512 tokens" in note for note in data.notes)
+    assert 500 < max(len(row.ids) for e in data.train for row in e.rows) <= 512
+    told = {"text": "windows of up to 512 tokens", "completion": "rows cut to 512 tokens"}[kind]
+    assert any(told in note for note in data.notes)
 
 
 def test_a_rule_that_never_ends_and_one_that_fails_are_errors(

@@ -513,8 +513,13 @@ SAID = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"
         ([{"prompt": "a", "chosen": SAID, "rejected": SAID}] * 3, {}, "apply_chat_template"),
         ([{"chosen": SAID, "rejected": SAID}] * 3, {}, "lists of turns"),
         ([{"chosen": "a b", "rejected": "a c"}] * 3, {}, "as prompt"),
-        ([{"instruction": "a", "input": "", "output": "b"}] * 3, {}, "output as completion"),
-        ([{"instruction": "a", "output": "b", "system": "c"}] * 3, {}, "or write them as messages"),
+        (SAID, {}, "as the list messages"),
+        ([{"instruction": "a", "output": " "}] * 3, {}, "field 'output' is empty"),
+        (
+            [{"text": "a", "label": "b"}, {"text": "a", "label": ""}],
+            {"labels": "b=c,d=e"},
+            "'label' is empty",
+        ),
     ],
 )
 def test_each_fault_of_rows_and_settings_is_named(

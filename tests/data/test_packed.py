@@ -10,7 +10,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers_fixture import byte_tokenizer
 
@@ -96,6 +96,7 @@ def test_records_come_out_as_they_went_in(
         packed[len(records)]
 
 
+@settings(deadline=None)
 @given(st.lists(VALUES, max_size=8), st.sampled_from(("", " ", "\n\t ")), st.integers(1, 40))
 def test_an_array_is_cut_as_json_cuts_it(values: list[object], space: str, piece: int) -> None:
     text = (

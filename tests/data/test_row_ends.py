@@ -130,7 +130,7 @@ def test_texts_learn_to_stop_unless_told_not_to(tmp_path: Path) -> None:
         assert score_ids == [*without, tokenizer.eos_token_id]
         assert ids == [*ids_without, without[-1]]
     # A text that is cut does not end there.
-    cut = load([{"text": "so " * 100}] * 3, tmp_path, max_length=16)
+    cut = load([{"text": "so " * 100}] * 3, tmp_path, max_length=16, row_rules=1)
     assert all(tokenizer.eos_token_id not in score_ids for _, _, score_ids in tokens(cut))
     # What another format ends with is left as it is.
     assert tokens(load([{"text": "a\n"}] * 3, tmp_path))[0][2][-1] == tokenizer.eos_token_id
@@ -184,7 +184,10 @@ def test_a_label_that_is_nan_is_missing(tmp_path: Path) -> None:
 def test_prompts_with_cells_that_say_nothing_are_counted(cell: str, tmp_path: Path) -> None:
     rows = [{"text": "a film", "label": i % 2} for i in range(6)]
     rows[2]["text"] = rows[4]["text"] = cell
-    data = load(rows, tmp_path, **LABELS)
+    if not cell.strip():
+        with pytest.raises(UsageError, match=r"'text' is empty.*\n.*:5\n.*:3\n.*--skip-bad-rows"):
+            load(rows, tmp_path, **LABELS)
+    data = load(rows, tmp_path, row_rules=1, **LABELS)
     what = f"is the word {cell!r}" if cell.strip() else "is empty"
     assert said(data, f"field 'text' {what}: 2, the first in rows.jsonl:")
     asked = [{"prompt": cell, "completion": "a"}, {"prompt": "q", "completion": "a"}]

@@ -206,8 +206,10 @@ def load(path: Path, **asked: Any) -> Dataset:
 
 
 def test_what_cannot_be_read_at_all_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.dat").write_text(TABLE)
+    assert ".tsv" in refusal(lambda: load(tmp_path / "rows.dat"))
     (tmp_path / "rows.txt").write_text(TABLE)
-    assert ".tsv" in refusal(lambda: load(tmp_path / "rows.txt"))
+    assert "name a table .csv" in refusal(lambda: load(tmp_path / "rows.txt"))
     assert "it is no file and no pipe" in refusal(lambda: load(Path("/dev/zero")))
     (tmp_path / "rows.csv").write_bytes(TABLE.encode("utf-16"))
     assert "not UTF-8" in refusal(lambda: load(tmp_path / "rows.csv"))

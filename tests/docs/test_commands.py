@@ -31,7 +31,7 @@ MODEL, DATA = "my-model", "rows.jsonl"  # of the workspace, under names that the
 KEPT = frozenset(
     "--template --labels --label-field --objective --max-new-tokens --train --estimator --precision --rounding "
     "--step --sigma --format --dtype --out --resume --show-batch --profile --finetuner --methods --seed --to "
-    "--temperature --top-p --system --when --yes --ask".split()
+    "--temperature --top-p --system --when --yes --ask --skip-bad-rows".split()
 )
 # Others, and what is run in place of their value; None leaves the option out.
 REPLACED: dict[str, str | None] = {
@@ -129,6 +129,9 @@ def made(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(folder / MODEL)
     write_rows(folder / DATA, rows(160))
     (folder / "DIR").mkdir()
+    (folder / "my-notes").mkdir()
+    for i in range(4):
+        (folder / f"my-notes/{i}.md").write_text(f"# Note {i}\n\nThe lights are on.\n")
     write_rows(folder / "DIR/train.jsonl", rows(80))
     (folder / "study.toml").write_text(STUDY)
     networks = {

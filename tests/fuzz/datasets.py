@@ -162,7 +162,110 @@ def read_parquet(name: str, data: bytes, folder: Path) -> bool:
     return rows >= 0
 
 
+# ---------------------------------------------------------------------------------------------
+# Notes, mails, chats, and conversations of other programs
+
+_MAIL = "From a@b Thu Jan 1 00:00:00 2021\nSubject: {}\nContent-Type: {}\nContent-Transfer-Encoding: {}\n\n{}\n\n"
+_NESTED = "multipart/mixed; boundary=B"
+
+
+def _mailbox(rng: random.Random) -> bytes:
+    subjects = ("s", "=?utf-8?q?Caf=C3=A9?=", "=?nope?b?!!?=", "=?utf-8?b?" + "A" * 3000 + "?=")
+    kinds = (
+        "text/plain",
+        "text/plain; charset=utf-16",
+        "text/html",
+        _NESTED,
+        "text/plain; charset=\x7f",
+    )
+    mails = []
+    for _ in range(rng.choice((1, 3, 8))):
+        body = rng.choice(TEXTS)
+        kind = rng.choice(kinds)
+        if kind == _NESTED:
+            depth = rarely(rng, 3000, 1, 3, 40)
+            body = f"--B\nContent-Type: {_NESTED}\n\n" * depth + "--B\n\nhello\n--B--\n"
+        encoding = rng.choice(("8bit", "base64", "quoted-printable", "x-uuencode"))
+        mails.append(_MAIL.format(rng.choice(subjects), kind, encoding, body))
+    return "".join(mails).encode("utf-8", "surrogatepass")
+
+
+def _exports(rng: random.Random) -> dict[str, Any]:
+    """One object of a messenger's, with messages that may be odd."""
+
+    def message(number: int) -> dict[str, Any]:
+        who, text = (
+            rng.choice(("Ann", "Bob")),
+            rng.choice((rng.choice(TEXTS), ["a", {"text": "b"}])),
+        )
+        made = {"id": number, "type": "message", "date": "2021-01-01", "from": who, "text": text}
+        if rng.random() < 0.2:
+            made = {"id": number, "type": "m", "author": {"name": who}, "content": text}
+        if rng.random() < 0.2:
+            made[rng.choice(list(made)[2:])] = odd(rng)
+        return made
+
+    chat = {"name": "x", "messages": [message(i) for i in range(rng.choice((1, 4, 30)))]}
+    every = {"about": "Here is the data you requested", "chats": {"list": [chat, odd(rng)]}}
+    return rng.choice((chat, every))
+
+
+def _trees(rng: random.Random) -> bytes:
+    """Rows of ChatGPT, Claude and Alpaca."""
+    rows = []
+    for _ in range(rng.choice((2, 5))):
+        said = {"author": {"role": "user"}, "content": {"content_type": "text", "parts": ["a"]}}
+        nodes: dict[str, Any] = {"a": {"parent": rng.choice((None, "b")), "message": said}}
+        nodes["b"] = {"parent": "a", "message": odd(rng) if rng.random() < 0.5 else said}
+        row: dict[str, Any] = rng.choice(
+            (
+                {"mapping": nodes, "current_node": "b"},
+                {"chat_messages": [{"sender": "human", "text": "a"}, odd(rng)]},
+                {"instruction": "a", "input": "b", "output": "c", "history": [["q", "a"]]},
+            )
+        )
+        if rng.random() < 0.4:
+            row[rng.choice(list(row))] = odd(rng)
+        rows.append(written(rng, row))
+    return b"\n".join(rows)
+
+
+def _notes(rng: random.Random) -> Case:
+    name = rng.choice("a.txt b.mbox c.eml d.json e.jsonl Inbox chat.txt".split())
+    if name in ("b.mbox", "c.eml", "Inbox"):
+        data = _mailbox(rng)
+    elif name == "d.json":
+        data = written(rng, _exports(rng))
+    elif name == "e.jsonl":
+        data = _trees(rng)
+    elif name == "chat.txt":
+        lines = (f"1/{rng.choice((1, 2))}/21, 9:15 PM - {rng.choice(TEXTS)}" for _ in range(20))
+        data = "\n".join(f"{line}: {rng.choice(TEXTS)}" for line in lines).encode(
+            "utf-8", "replace"
+        )
+    else:
+        data = "\n".join(rng.choice(TEXTS) for _ in range(50)).encode("utf-8", "surrogatepass")
+    return name, damaged(rng, data) if rng.random() < 0.4 else data
+
+
+def read_notes(name: str, data: bytes, folder: Path) -> bool:
+    place = folder / "notes"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    (place / name).write_bytes(data)
+    if name.endswith(".jsonl"):  # turns, without a template
+        from edgezo.data.overview import overview
+        from edgezo.data.sources import DataRequest
+
+        return bool(overview(DataRequest(data=str(place / name))))
+    for beside in ("y.md", "z.md"):
+        (place / beside).write_text(beside)
+    speaker = "Ann" if name in ("d.json", "chat.txt") and len(data) % 2 else None
+    return _load(place, speaker=speaker, skip_bad_rows=len(data) % 3 == 0)
+
+
 SETS: dict[str, FuzzReader] = {
+    "notes": FuzzReader(_notes, read_notes, 20),
     "preferences": FuzzReader(_preferences, read_preferences, 20),
     "folders": FuzzReader(_folders, read_folders, 20),
     "parquet": FuzzReader(_parquet, read_parquet, 20),
