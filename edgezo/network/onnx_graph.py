@@ -23,13 +23,8 @@ from edgezo.errors import UsageError
 
 OPSET, IR_VERSION = 21, 10
 OWN_DOMAIN = "com.microsoft"  # of onnxruntime's own operators
-SCALE_END, BLOCKS_END = (
-    "_scale",
-    "_blocks",
-)  # of the names of a matrix's scales, and of its codes in blocks
-_INT8_PRODUCTS = (
-    4  # MatMulNBits multiplies codes of 8 bits, blocks of inputs rounded to such codes as well
-)
+SCALE_END, ZERO_END, BLOCKS_END = "_scale", "_zero", "_blocks"  # of names of a matrix's parts
+_INT8_PRODUCTS = 4  # MatMulNBits rounds blocks of its inputs to 8 bits as well, where it can
 _MASKED_SCORE = -3e38  # a score that softmax turns into 0
 _COMPUTED_ACTIVATIONS = {
     "silu": "silu",
@@ -104,17 +99,13 @@ class Graph:
         self.codes[name] = Codes(name.removesuffix(BLOCKS_END), self.bits, self.block)
         self.weight(name, (rows, count, self.block * self.bits // 8))
         self.weight(name + SCALE_END, (rows * count,))
+        zero = self.weight(name + ZERO_END, (rows * count,)) if self.bits == 4 else ""
+        inputs = [x, name, name + SCALE_END, zero, "", bias or ""]
+        while not inputs[-1]:
+            inputs.pop()
         sizes = {"K": cols, "N": rows, "bits": self.bits, "block_size": self.block}
-        unused = [""] * 2 if more else []
-        return str(
-            self.op(
-                "MatMulNBits",
-                *[x, name, name + SCALE_END, *unused, *more],
-                domain=OWN_DOMAIN,
-                accuracy_level=_INT8_PRODUCTS,
-                **sizes,
-            )
-        )
+        sizes["accuracy_level"] = _INT8_PRODUCTS
+        return str(self.op("MatMulNBits", *inputs, domain=OWN_DOMAIN, **sizes))
 
     def _zeros(self, x: str, count: int) -> str:
         """Zero points (count,) that are known once ``x`` is.

@@ -35,6 +35,7 @@ from edgezo.network.onnx_graph import (
     OPSET,
     OWN_DOMAIN,
     SCALE_END,
+    ZERO_END,
     Codes,
     Decoder,
     Graph,
@@ -200,18 +201,19 @@ class OnnxExporter(Merged):
         with path.open("xb") as file:
             for name, shape in graph.weights.items():
                 file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-                start, scales = file.tell(), list[Tensor]()
+                start, beside = file.tell(), list[Coded]()
                 codes = graph.codes.get(name)
                 source = name if codes is None else codes.source
                 for piece in iter([self.made[name]]) if name in self.made else self.rows(source):
                     if codes is not None:
-                        raw, scale = coded(piece, codes)
-                        scales.append(scale)
-                        file.write(raw)
+                        made = coded(piece, codes)
+                        file.write(made.raw)
+                        beside.append(made._replace(raw=b""))
                     else:
                         file.write(rounded_to(piece, dtype, name).contiguous().numpy().tobytes())
-                if scales:  # they are the next weight
-                    self.made[name + SCALE_END] = torch.cat(scales)
+                if beside:  # these are the next weights
+                    self.made[name + SCALE_END] = torch.cat([made.scales for made in beside])
+                    self.made[name + ZERO_END] = torch.cat([made.zeros for made in beside])
                 self.offsets[name] = (shape, start, file.tell() - start)
                 size += file.tell() - start
         return size
@@ -344,30 +346,47 @@ def _unit(graph: Graph, state: str) -> str:
     return str(graph.op("Div", state, root))
 
 
-def coded(rows: Tensor, codes: Codes) -> tuple[bytes, Tensor]:
-    """Rows (n, cols) fp32 as codes: their bytes, and the scales (n * blocks of a row,).
+class Coded(NamedTuple):
+    """Rows as codes. Scales and zeros are fp32, one for each block of each row."""
+
+    raw: bytes
+    scales: Tensor
+    zeros: Tensor  # the code of 0, of codes of 4 bits; else empty
+
+
+def coded(rows: Tensor, codes: Codes) -> Coded:
+    """Rows (n, cols) fp32 as codes.
 
     A code of 8 bits is round(w / scale), and a scale the largest magnitude of its block over MOST_CODE. A code of 4
-    bits is a number from -8 to 7, and a scale the weight of the largest magnitude over -8, as Q4_0 has it. Codes in
-    blocks are stored plus half of their range, two codes of 4 bits a byte, the first one below.
+    bits is round((w - least) / scale), where the scale is a fifteenth of the block's range; so weights of Q4_0 and Q4_1
+    keep their grid. Codes of 8 bits in blocks are stored plus 128; two codes of 4 bits stand in a byte, the first one
+    below.
     """
     pieces = [_coded(piece, codes) for piece in rows.split(max(1, _CODED_AT_ONCE // rows.shape[1]))]
-    return b"".join(raw for raw, _ in pieces), torch.cat([scales for _, scales in pieces])
+    return Coded(
+        b"".join(piece.raw for piece in pieces),
+        torch.cat([piece.scales for piece in pieces]),
+        torch.cat([piece.zeros for piece in pieces]),
+    )
 
 
-def _coded(rows: Tensor, codes: Codes) -> tuple[bytes, Tensor]:
+def _coded(rows: Tensor, codes: Codes) -> Coded:
     block = codes.block or rows.shape[1]
     rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % block)).unflatten(1, (-1, block))
-    extreme = rows.gather(-1, rows.abs().argmax(-1, keepdim=True))
-    least, most = (-MOST_CODE, MOST_CODE) if codes.bits == 8 else (-8, 7)
-    scales = extreme.abs() / most if codes.bits == 8 else extreme / least
-    numbers = (rows / scales.where(scales != 0, torch.ones(()))).round_().clamp_(least, most)
-    if codes.block is None:
-        return numbers.to(torch.int8).numpy().tobytes(), scales.reshape(-1)
-    bits = numbers.add_(1 << (codes.bits - 1)).to(torch.uint8)
     if codes.bits == 4:
-        bits = bits[..., 0::2] | (bits[..., 1::2] << 4)
-    return bits.numpy().tobytes(), scales.reshape(-1)
+        least, most = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
+        scales = (most - least) / 15
+        scales = scales.where(scales > 0, most.abs().clamp(min=LEAST_SPREAD))
+        numbers = ((rows - least) / scales).round_().clamp_(0, 15).to(torch.uint8)
+        raw = (numbers[..., 0::2] | (numbers[..., 1::2] << 4)).numpy().tobytes()
+        return Coded(raw, scales.reshape(-1), (-least / scales).reshape(-1))
+    scales = rows.abs().amax(-1, keepdim=True) / MOST_CODE
+    numbers = (rows / scales.clamp(min=1e-30)).round_().clamp_(-MOST_CODE, MOST_CODE)
+    if codes.block is None:
+        raw = numbers.to(torch.int8).numpy().tobytes()
+    else:
+        raw = numbers.add_(128).to(torch.uint8).numpy().tobytes()
+    return Coded(raw, scales.reshape(-1), torch.empty(0))
 
 
 def _stored(graph: Graph, name: str, rows: Tensor) -> Tensor:
@@ -375,7 +394,7 @@ def _stored(graph: Graph, name: str, rows: Tensor) -> Tensor:
     codes = graph.codes.get(name) or graph.codes.get(name + BLOCKS_END)
     if codes is None:
         return rows.to(_TORCH_TYPES[graph.float_type])
-    return torch.frombuffer(bytearray(coded(rows.contiguous(), codes)[0]), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(coded(rows.contiguous(), codes).raw), dtype=torch.uint8)
 
 
 def _save(
