@@ -101,7 +101,7 @@ def finetune(
         return
     if dry_run:
         plan = preview.plan(cfg, progress.note)
-        emit(as_json, plan.to_dict(), tables.plan_table(plan))
+        emit(as_json, plan.to_dict(), tables.plan_table(plan, steps=cfg.steps))
         return
     with profiler.profiling(cfg.profile):
         with profiler.phase("import"):
@@ -119,11 +119,14 @@ def finetune(
 
 
 @cli.command()
-@options(*DATA, *PREDICTION, *MEMORY, *METHOD)
+@options(*DATA, *PREDICTION, *MEMORY, *METHOD, *RUN)
 @config_option
 @json_option
 def plan(config_file: str | None, as_json: bool, **given: str | None) -> None:
-    """Show the memory that a fine-tune would take, item by item, without reading a weight."""
+    """Show the memory and the time that a fine-tune would take, item by item, without reading a weight.
+
+    It takes the options of finetune, so that a command can be planned as it stands; nothing is written.
+    """
     from edgezo.cli import dry_run as preview
     from edgezo.cli import tables
     from edgezo.cli.terminal import TerminalProgress
@@ -143,7 +146,11 @@ def plan(config_file: str | None, as_json: bool, **given: str | None) -> None:
     named = largest and {
         k: getattr(largest, k) for k in ("model", "precision", "planned_peak_bytes")
     }
-    emit(as_json, {**planned.to_dict(), "largest": named}, tables.plan_table(planned, largest))
+    emit(
+        as_json,
+        {**planned.to_dict(), "largest": named},
+        tables.plan_table(planned, largest, cfg.steps),
+    )
 
 
 @cli.command("eval")

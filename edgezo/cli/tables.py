@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from edgezo.machine.clock import duration, seconds
 from edgezo.machine.files import to_json
 from edgezo.machine.hardware import format_bytes
 from edgezo.plan.calibration import RESERVE
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
 # Tables
 
 
-def plan_table(plan: Plan, largest: Plan | None = None) -> RenderableType:
+def plan_table(plan: Plan, largest: Plan | None = None, steps: int | None = None) -> RenderableType:
     """Planned memory item by item, its peak and reserves, decisions with their reasons, what is trained and frozen.
 
-    ``largest`` is the plan of the largest model with a card that fits the same budget.
+    ``largest`` is the plan of the largest model with a card that fits the same budget; ``steps`` are asked for.
     """
     items = Table(
         title=f"{plan.model}: planned memory", title_justify="left", box=None, pad_edge=False
@@ -58,12 +59,13 @@ def plan_table(plan: Plan, largest: Plan | None = None) -> RenderableType:
     if largest is not None:
         what = f"{largest.model} in {largest.precision}: the largest card that fits, for rows of --max-length tokens"
         items.add_row("largest", format_bytes(largest.planned_peak_bytes), "", what)
-    time = f"{plan.step_s:.2g} s"
     basis = {"cpu": "this machine's clock and vector width", "cuda": "a few steps on an H100"}
-    items.add_row("step", time, "", f"an estimate from {basis[plan.device]}")
+    all_steps = f"; {steps:,} steps: about {duration(steps * plan.step_s)}" if steps else ""
+    what = f"an estimate from {basis[plan.device]}{all_steps}"
+    items.add_row("step", seconds(plan.step_s), "", what)
     if plan.evaluation_s is not None:
         what = f"{plan.evaluations:,} rows, scored by the head: an estimate as that of a step"
-        items.add_row("evaluation", f"{plan.evaluation_s:.2g} s", "", what)
+        items.add_row("evaluation", duration(plan.evaluation_s), "", what)
 
     decisions = Table(title="decisions", title_justify="left", box=None, pad_edge=False)
     decisions.add_column("what")

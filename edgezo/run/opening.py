@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from edgezo.machine.clock import duration, seconds
 from edgezo.machine.hardware import format_bytes
 from edgezo.plan.config import Settled
 from edgezo.plan.plan import Plan
@@ -127,21 +128,3 @@ class Opening(NamedTuple):
         if cfg.steps:
             parts[f"{cfg.steps:,} steps of {seconds(plan.step_s)}"] = cfg.steps * plan.step_s
         return parts
-
-
-def seconds(s: float) -> str:
-    """``0.25 s``, ``7.1 s``, ``90 s``."""
-    return f"{s:.2f} s" if s < 1 else f"{s:.1f} s" if s < 10 else f"{s:.0f} s"
-
-
-def duration(s: float) -> str:
-    """``40 s``, ``4 min``, ``2 h 10 min``, ``4.4 days``."""
-    if s < 99.5:
-        return f"{max(1, round(s))} s"
-    minutes = round(s / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    hours, rest = divmod(minutes, 60)
-    if hours < 24:
-        return f"{hours} h" + (f" {rest} min" if rest else "")
-    return f"{s / 86400:.1f} days"

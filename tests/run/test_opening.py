@@ -9,8 +9,9 @@ import pytest
 from conftest import Bench
 
 from edgezo.cli.terminal import TerminalProgress, stderr
+from edgezo.machine.clock import duration, seconds
 from edgezo.plan.request import make_config
-from edgezo.run.opening import LONG_S, Opening, duration, seconds
+from edgezo.run.opening import LONG_S, Opening
 from edgezo.run.progress import RunProgress, Silent
 from edgezo.run.train import finetune
 
