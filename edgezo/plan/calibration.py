@@ -78,6 +78,8 @@ CODES_UPDATE_TILES = 6
 # Share of an update's tiles that is lost in holes of the heap, where codes are made anew or guides are kept between the
 # tiles: up to 0.5 in models of 12 and 30 blocks, nothing in some of fewer (calibrated over 200 random requests).
 UPDATE_HOLES = 0.6
+# So much more in some runs of a request than in others (607 to 685 MB in 13 runs of one, without bf16 products).
+UPDATE_SPREAD_BYTES = 36_000_000
 # A tile of the base that is replayed and quantised, and the holes that its temporaries leave (calibrated).
 REQUANTISE_TILES = 3
 # Of the exact head: change, gradient and Adam's two moments, fp32.

@@ -41,6 +41,7 @@ from edgezo.plan.calibration import (
     SLACK_BYTES,
     UNGATED_COPIES,
     UPDATE_HOLES,
+    UPDATE_SPREAD_BYTES,
     UPDATE_TILES,
     Item,
     needed_bytes,
@@ -451,12 +452,12 @@ class Footprint(StoredFootprint):
         return HIDDEN_COPIES * n_tokens * self.shape.hidden * self.compute_bytes(precision)
 
     def _update_holes(self, precision: str) -> list[Item]:
-        if not self.cfg.parts.weights:
-            return []
-        if precision != "int8" and not DIRECTIONS[self.cfg.directions].guided:
-            return []  # then nothing that stays is made between tiles
+        stays = precision == "int8" or DIRECTIONS[self.cfg.directions].guided
+        if not self.cfg.parts.weights or not stays:
+            return []  # nothing that stays is made between tiles
         reason = "in the heap, between tiles of matrices of all sizes"
-        return [Item("holes", int(UPDATE_HOLES * self._update_tiles(precision)), reason, "update")]
+        size = int(UPDATE_HOLES * self._update_tiles(precision)) + UPDATE_SPREAD_BYTES
+        return [Item("holes", size, reason, "update")]
 
     def _head_step(self) -> list[Item]:
         """Temporaries of the exact head's own update, which comes after that of the tiles."""
