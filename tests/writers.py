@@ -28,7 +28,10 @@ READS = {
     *("model", "data", "data_root", "finetuner", "config_file", "run", "source", "study_file"),
     *("files", "target", "compare", "shipped", "base", "runs", "folder"),
 }
-FLAGS = {"as_json", "resume", "dry_run", "show_batch", "profile", "baselines", "yes", "ask"}
+FLAGS = {
+    *("as_json", "resume", "dry_run", "show_batch", "shows_plan", "quiet", "profile", "baselines"),
+    *("yes", "ask"),
+}
 NO_FILES = {
     *(
         "task",
@@ -188,8 +191,9 @@ WRITERS = {
 
 # Commands with an option that names a place but writes none, whatever the place holds.
 LOOKS = {
-    "a plan": lambda t, out: ["finetune", *_run(t, "--out", out, "--dry-run")],
-    "a batch": lambda t, out: ["finetune", *_run(t, "--out", out, "--show-batch")],
+    "a plan": lambda t, out: ["finetune", *_run(t, "--out", out, "--dry-run", "--plan")],
+    "the command plan": lambda t, out: ["plan", *_run(t, "--out", out)],
+    "a batch": lambda t, out: ["finetune", *_run(t, "--out", out, "--show-batch", "--quiet")],
 }
 
 STUDY = """model = "{model}"

@@ -63,6 +63,9 @@ def list_runs(folder: str, as_json: bool) -> None:
         more |= {"resume": run.resume_command} if run.state == UNFINISHED else {}
         lines.append({**figures_of_run(run), **more})
     emit(as_json, {"folder": folder, "runs": lines}, runs_table(lines, folder))
+    commands = [line["resume"] for line in lines if "resume" in line]
+    if commands and not as_json:
+        click.echo("\n".join(["\ngo on with", *commands]))  # not wrapped, to be copied
 
 
 @click.command("rm")

@@ -308,7 +308,7 @@ def _figure(name: str, run: Mapping[str, Any]) -> str:
 
 
 def runs_table(runs: Sequence[Mapping[str, Any]], folder: str) -> RenderableType:
-    """``edgezo runs``: a line for each run, and what to do about those that have not ended."""
+    """``edgezo runs``: a line for each run, and what is wrong with those that are damaged."""
     if not runs:
         return Text(f"there is no run in {folder}, or below it")
     table = Table(box=None, pad_edge=False)
@@ -318,10 +318,8 @@ def runs_table(runs: Sequence[Mapping[str, Any]], folder: str) -> RenderableType
     for run in runs:
         names = ("state", "method", "steps", "after", "peak_bytes")
         table.add_row(run["run"], *(_figure(name, run) for name in names))
-    more = [run["resume"] for run in runs if "resume" in run]
     problems = [f"{run['run']}: {run['problem']}" for run in runs if "problem" in run]
-    lines = (["", "go on with", *more] if more else []) + (["", *problems] if problems else [])
-    return Group(table, *(Text(line) for line in lines))
+    return Group(table, *(Text(line) for line in (["", *problems] if problems else [])))
 
 
 # Figures that an evaluation may have besides its metric.
