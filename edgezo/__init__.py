@@ -35,6 +35,8 @@ _HOMES = {
     "make_config": "edgezo.plan.request",
     "make_plan": "edgezo.plan.planner",
 }
+# What holds a model in memory, under a cap.
+_CAPPED = ("finetune", "load")
 
 
 def __getattr__(name: str) -> Any:
@@ -42,7 +44,13 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'edgezo' has no attribute {name!r}")
     import importlib
+    import sys
 
+    if name in _CAPPED and "torch" not in sys.modules:
+        # As the command line does: else freed layers stay in the heap, and no cap can be kept.
+        from edgezo.machine.process_memory import allocator_policy
+
+        allocator_policy()
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

@@ -298,3 +298,31 @@ print(json.dumps([kept - start, anon() - kept]))
     )
     assert kept < 16_000_000
     assert grown < 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("before", "name", "sets"),
+    [
+        ("", "load", True),
+        ("", "finetune", True),
+        ("", "make_config", False),
+        ("sys.modules['torch'] = None", "load", False),
+    ],
+)
+def test_the_allocator_is_set_before_torch_is_imported(before: str, name: str, sets: bool) -> None:
+    program = (
+        "import sys\n"
+        "from edgezo.machine import process_memory\n"
+        "def policy():\n"
+        "    assert 'torch' not in sys.modules\n"
+        "    raise SystemExit('set')\n"
+        "process_memory.allocator_policy = policy\n"
+        f"{before}\n"
+        "import edgezo\n"
+        "try:\n"
+        f"    edgezo.{name}\n"
+        "except ImportError:\n"
+        "    pass\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stderr.strip() == "set") is sets, done.stderr
