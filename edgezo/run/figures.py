@@ -69,13 +69,17 @@ def standard_error(figures: dict[str, Any], total: float, squares: float) -> dic
     and Coull (1998), with two rows more that are right and two that are wrong: four right rows of four do not prove it.
     """
     n, value = figures["n"], figures["value"]
-    if not n or figures["metric"] not in ("accuracy", "loss"):
+    # One row tells nothing of how far losses are apart.
+    if n < (2 if figures["metric"] == "loss" else 1) or figures["metric"] not in (
+        "accuracy",
+        "loss",
+    ):
         return {}
     if figures["metric"] == "accuracy":
         share = (value * n + 2) / (n + 4)
         return {"standard_error": math.sqrt(share * (1 - share) / (n + 4))}
     variance = max(squares / n - (total / n) ** 2, 0.0)
-    return {"standard_error": math.sqrt(variance / max(1, n - 1))}
+    return {"standard_error": math.sqrt(variance / (n - 1))}
 
 
 def figures_of(
