@@ -20,7 +20,7 @@ from edgezo.data.chat import ChatTemplates
 from edgezo.data.dataset import MOST_WRITTEN, drafts_of
 from edgezo.data.encoder import Encoder
 from edgezo.data.foreign_turns import ALPACA, foreign_turns
-from edgezo.data.preferences import PAIR
+from edgezo.data.preferences import PAIR, has_answers_of_turns
 from edgezo.data.recognition import (
     DEFAULT_TEMPLATE,
     Labelling,
@@ -42,6 +42,7 @@ from edgezo.data.row_kinds import (
     PairForm,
     TextForm,
     WrittenForm,
+    templates_of,
 )
 from edgezo.data.sources import DataRequest
 from edgezo.data.tasks import TASKS, Generation, Task
@@ -211,21 +212,22 @@ class Asker:
 
     def close(self) -> None:
         """End what renders conversations."""
-        if self.recognised is not None and isinstance(self.recognised.form, MessagesForm):
-            self.recognised.form.templates.close()
+        templates = templates_of(self.recognised.form) if self.recognised is not None else None
+        if templates is not None:
+            templates.close()
 
     def _form_of(self, first: Record) -> Form:
         """The form of rows without label words, by the keys of the first one."""
         fields = first.fields
         if LINE in fields:
             return TextForm(self.how.text_ends) if self.kind == "text" else CompletionForm()
-        if all(name in fields for name in PAIR):
+        if has_answers_of_turns(fields):
+            return PairForm(self._messages())
+        if all(name in fields for name in PAIR[1:]):
             return PairForm()
         asks = ALPACA[0] in fields and getattr(self.how.tokenizer, "chat_template", None)
         if any(n in fields for n in TURN_FIELDS) or isinstance(fields.get(ASKED), list) or asks:
-            if not getattr(self.how.tokenizer, "chat_template", None):
-                raise UsageError("the rows are conversations, but this model has no chat template")
-            return MessagesForm(ChatTemplates(self.how.tokenizer, self.how.now or None))
+            return self._messages()
         if ALPACA[0] in fields:
             return AlpacaForm()
         if "prompt" in fields:
@@ -236,6 +238,11 @@ class Asker:
             f"{first.where} has the keys {first.keys}. A row to predict has prompt, messages or text, or with "
             "--template and --labels the fields that the template names."
         )
+
+    def _messages(self) -> MessagesForm:
+        if not getattr(self.how.tokenizer, "chat_template", None):
+            raise UsageError("the rows are conversations, but this model has no chat template")
+        return MessagesForm(ChatTemplates(self.how.tokenizer, self.how.now or None))
 
     def _completed(self, record: Record, form: Form) -> Record:
         """The row with a stand-in for its answer."""

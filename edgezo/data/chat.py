@@ -54,6 +54,12 @@ class ChatTemplates:
         self._child: subprocess.Popen[str] | None = None
         self._errors: IO[str] | None = None
 
+    def __enter__(self) -> ChatTemplates:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def render(self, asked: Conversation) -> ChatText:
         """The text of a conversation. Raises TemplateFails."""
         question = {

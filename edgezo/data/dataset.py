@@ -28,7 +28,7 @@ from edgezo.data.row_files import (
     Record,
     Skipped,
 )
-from edgezo.data.row_kinds import Draft, Form, MessagesForm, Piece
+from edgezo.data.row_kinds import Draft, Form, Piece, templates_of
 from edgezo.data.sources import EVAL_SAMPLE, DataRequest, eval_sample, open_source
 from edgezo.data.tasks import Generation, Task
 from edgezo.data.token_stats import KEPT_LENGTHS, TokenStats
@@ -138,7 +138,8 @@ def load_dataset(
     if request.to_train:
         splits = {"training": (source.train, request.judged), **splits}
     packed, cuts = dict[str, PackedExamples](), list[str]()
-    with form if isinstance(form, MessagesForm) else nullcontext():
+    templates = templates_of(form)
+    with templates or nullcontext():
         looked_at = task is None and not judged
         for name, (records, judges) in splits.items():
             drafts = drafts_of(records, form, label_names, judges, encoder, problems, looked_at)
@@ -156,7 +157,7 @@ def load_dataset(
         *(form.kind, train, packed["validation"], label_ids, label_names, tuple(notes)),
         generation,
         report,
-        now if isinstance(form, MessagesForm) and form.templates.dated else None,
+        now if templates is not None and templates.dated else None,
         endings=endings,
         skipped=skipped,
     )
@@ -212,7 +213,7 @@ def plain_drafts(
     """The rows that can be used, each with its draft as its form makes it."""
     uses, of_row = form.uses, Problems()
     of_row.remarks = problems.remarks
-    copies = CHAT_TIMES if isinstance(form, MessagesForm) else DRAFT_TIMES
+    copies = DRAFT_TIMES if templates_of(form) is None else CHAT_TIMES
     for number, record in enumerate(records):
         if (size_bytes := _text_bytes(record.fields)) > LARGE_CHARS or number % CHECK_ROWS == 0:
             guard.check(copies * size_bytes, record.where)

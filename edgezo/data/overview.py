@@ -20,7 +20,7 @@ from edgezo.data.dataset import drafts_of, plain_drafts
 from edgezo.data.encoder import Encoder
 from edgezo.data.recognition import Reading, recognise
 from edgezo.data.row_files import Problems, Skipped
-from edgezo.data.row_kinds import Draft, MessagesForm, Piece
+from edgezo.data.row_kinds import Draft, Piece, templates_of
 from edgezo.data.sources import DataRequest, open_source
 from edgezo.machine.foreign import clip
 from edgezo.machine.process_memory import Guard, ReadingGuard
@@ -73,7 +73,7 @@ def overview(
         *(source.task, source.labelling, source.train, source.known, how, masked, problems, notes)
     )
     seen, tokens, cuts = {}, None, list[str]()
-    with form if isinstance(form, MessagesForm) else nullcontext():
+    with templates_of(form) or nullcontext():
         for split, records in (("training", source.train), ("validation", source.validation)):
             seen[split] = _Seen()
             looked_at = source.task is None

@@ -1,6 +1,7 @@
 """Preferences: which of two answers to a prompt was liked.
 
-    {"prompt", "chosen", "rejected"}                       a pair
+    {"prompt", "chosen", "rejected"}                       a pair; of texts, or of lists of turns
+    {"chosen", "rejected"}                                 what both begin with is the prompt
     {"prompt", "completion", "label": true or false}       an answer that was liked or not; also 1 or 0, and
     {"prompt", "completion", "thumb": "up" or "down"}      as a thumb. Answers to one prompt are paired here
 
@@ -12,13 +13,14 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 from edgezo.data.packed import PackedRecords
 from edgezo.data.row_files import Problems, Record
+from edgezo.data.turns import ANSWERED, ASKED, OF_TEMPLATE
 
 PAIR = ("prompt", "chosen", "rejected")
 ANSWER = ("prompt", "completion")
@@ -55,6 +57,45 @@ def thumb_field(records: Iterable[Record]) -> str | None:
         return None
     both = any(len(thumbs) == 2 for thumbs in thumbs_of.values())
     return "label" if both or labels & set(WORDS) else None
+
+
+def prompted(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of a pair of texts. Without a prompt, it is the words that both answers begin with."""
+    chosen, rejected = (fields.get(name) for name in PAIR[1:])
+    if PAIR[0] in fields or not (isinstance(chosen, str) and isinstance(rejected, str)):
+        return fields
+    stop = 0
+    for at, (one, other) in enumerate(zip(chosen, rejected, strict=False)):
+        if one != other:
+            break
+        stop = at if one.isspace() else stop
+    texts = (chosen[:stop], chosen[stop:], rejected[stop:])
+    return {**fields, **dict(zip(PAIR, texts, strict=True))}
+
+
+def has_answers_of_turns(fields: Mapping[str, Any]) -> bool:
+    """Whether a row is a pair of answers that are lists of turns."""
+    return all(isinstance(fields.get(name), list) for name in PAIR[1:])
+
+
+def conversations(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A pair of lists of turns as two rows of ``prompt`` and ``completion``, the preferred one first.
+
+    The turns that both answers begin with belong to the prompt, as TRL reads such rows.
+    """
+    asked, answers = fields.get(PAIR[0]), [fields[name] for name in PAIR[1:]]
+    shared = 0
+    while (
+        all(len(turns) > shared for turns in answers) and answers[0][shared] == answers[1][shared]
+    ):
+        shared += 1
+    context = answers[0][:shared]
+    if isinstance(asked, list) and context[: len(asked)] != asked:
+        context = [*asked, *context]
+    elif isinstance(asked, str) and not context:  # else the text repeats the first turn
+        context = [{"role": "user", "content": asked}]
+    rest = {name: value for name, value in fields.items() if name in OF_TEMPLATE}
+    return [{**rest, ASKED: context, ANSWERED: turns[shared:]} for turns in answers]
 
 
 def _digest(text: str) -> bytes:

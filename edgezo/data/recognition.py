@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from edgezo.data.chat import ChatTemplates
 from edgezo.data.foreign_turns import is_alpaca
-from edgezo.data.preferences import PAIR
+from edgezo.data.preferences import PAIR, has_answers_of_turns
 from edgezo.data.row_files import Problems, Record
 from edgezo.data.row_kinds import (
     AlpacaForm,
@@ -171,19 +171,20 @@ def _plain_form(first: Record, labelling: Labelling, how: Reading, notes: list[s
         alpaca = is_alpaca(first.fields)
         if alpaca:
             notes.append(ALPACA_NOTES[bool(getattr(how.tokenizer, "chat_template", True))])
-        if how.tokenizer is None:
-            return TurnsForm()
-        if not getattr(how.tokenizer, "chat_template", None):
-            if alpaca:
-                return AlpacaForm()
-            raise UsageError(
-                "the rows have turns of a conversation, but this model has no chat template: use an instruction-"
-                "tuned model, or rows with prompt and completion"
-            )
-        return MessagesForm(ChatTemplates(how.tokenizer, how.now))
-    if (way_out := _of_another_trainer(first.fields)) is not None:
-        raise UsageError(f"{first.where} has the keys {first.keys}: {way_out}")
+        if alpaca and how.tokenizer and not getattr(how.tokenizer, "chat_template", None):
+            return AlpacaForm()
+        return _turns_form(how)
+    if has_answers_of_turns(first.fields):
+        return PairForm(_turns_form(how))
+    if "role" in first.fields and "content" in first.fields and _has_no_other_kind(first.fields):
+        raise UsageError(
+            f"{first.where} has the keys {first.keys}: each row is a turn of a conversation.\n"
+            "Write all turns of a conversation into one row, as the list messages"
+        )
     if all(name in first.fields for name in PAIR):
+        return PairForm()
+    if all(name in first.fields for name in PAIR[1:]) and _has_no_other_kind(first.fields):
+        notes.append("pairs without a prompt: it is the words that both answers begin with")
         return PairForm()
     if "prompt" in first.fields and "completion" in first.fields:
         return CompletionForm()
@@ -199,28 +200,21 @@ def _plain_form(first: Record, labelling: Labelling, how: Reading, notes: list[s
     )
 
 
-def _of_another_trainer(fields: Mapping[str, Any]) -> str | None:
-    """What a row is, and how to make it one that edgezo reads, if it has the keys of another trainer; else None."""
-    answers = [fields.get(name) for name in PAIR[1:]]
-    if all(isinstance(answer, list) for answer in answers):
-        return (
-            "the two answers are lists of turns, which edgezo compares as texts only.\nWrite prompt as the text of "
-            "tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True) over the turns that both "
-            "answers share, and chosen and rejected as the text of the last turn"
+def _turns_form(how: Reading) -> MessagesForm | TurnsForm:
+    """What reads conversations. Raises UsageError for a model without a chat template."""
+    if how.tokenizer is None:
+        return TurnsForm()
+    if not getattr(how.tokenizer, "chat_template", None):
+        raise UsageError(
+            "the rows have turns of a conversation, but this model has no chat template: use an instruction-"
+            "tuned model, or rows with prompt and completion"
         )
-    if not fields.keys().isdisjoint(("text", "completion", "label")):
-        return None
-    if "role" in fields and "content" in fields:
-        return (
-            "each row is a turn of a conversation.\nWrite all turns of a conversation into one row, as the list "
-            "messages"
-        )
-    if all(isinstance(answer, str) for answer in answers) and "prompt" not in fields:
-        return (
-            "two answers without a prompt.\nWrite the text that both begin with as prompt, and what follows it as "
-            "chosen and rejected"
-        )
-    return None
+    return MessagesForm(ChatTemplates(how.tokenizer, how.now))
+
+
+def _has_no_other_kind(fields: Mapping[str, Any]) -> bool:
+    """Whether a row has no field by which rows of another kind are recognised."""
+    return fields.keys().isdisjoint(("text", "completion", "label"))
 
 
 def _labelled_form(

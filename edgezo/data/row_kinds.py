@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 from edgezo.data.chat import ChatTemplates, ChatText, TemplateFails
 from edgezo.data.foreign_turns import ALPACA
-from edgezo.data.preferences import PAIR
+from edgezo.data.preferences import PAIR, conversations, has_answers_of_turns, prompted
 from edgezo.data.row_files import Problems, Record, Remarks
 from edgezo.data.templates import Template, label_key
-from edgezo.data.turns import USED, Conversation, NothingToLearn, conversation
+from edgezo.data.turns import OF_TEMPLATE, USED, Conversation, NothingToLearn, conversation
 
 MISSING_WORDS = (
     "nan",
@@ -207,29 +207,6 @@ class WrittenForm:
 
 
 @dataclass(frozen=True)
-class PairForm:
-    """``prompt``, ``chosen`` and ``rejected``: which of two answers follows, their end tokens included."""
-
-    kind: str = "choice"
-    uses: tuple[str, ...] = PAIR
-
-    def draft(self, record: Record, problems: Problems) -> Draft | None:
-        if _lacks(record, PAIR, problems):
-            return None
-        prompt, *answers = (str(record.fields[name]) for name in PAIR)
-        if not all(answer.strip() for answer in answers) or answers[0] == answers[1]:
-            problems.add(
-                "'chosen' and 'rejected' are twice the same, or one of them is empty",
-                at=record.where,
-            )
-            return None
-        _remark_blanks(record, self.uses, problems.remarks)
-        texts = [prompt + seam(prompt, answer) + answer for answer in answers]
-        pieces = [Piece(text, ((len(prompt), len(text)),), ends=True) for text in texts]
-        return Draft(tuple(pieces), 0)
-
-
-@dataclass(frozen=True)
 class MessagesForm:
     """``messages``: what the assistant writes in its turns is predicted, their end tokens included.
 
@@ -239,12 +216,6 @@ class MessagesForm:
     templates: ChatTemplates
     kind: str = "completion"
     uses: tuple[str, ...] = USED
-
-    def __enter__(self) -> MessagesForm:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.templates.close()
 
     def draft(self, record: Record, problems: Problems) -> Draft | None:
         asked = _asked(record, problems)
@@ -287,6 +258,63 @@ class TurnsForm:
         return Draft((Piece(text[:-1], tuple(spans), ends=True),))
 
 
+@dataclass(frozen=True)
+class PairForm:
+    """``prompt``, ``chosen`` and ``rejected``: which of two answers follows, their end tokens included.
+
+    ``turns`` reads each of the answers where they are lists of turns; None where they are texts.
+    """
+
+    turns: MessagesForm | TurnsForm | None = None
+    kind: str = "choice"
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        return PAIR if self.turns is None else (*PAIR, *OF_TEMPLATE)
+
+    def draft(self, record: Record, problems: Problems) -> Draft | None:
+        if self.turns is not None:
+            return self._of_turns(self.turns, record, problems)
+        record = replace(record, fields=prompted(record.fields))
+        if _lacks(record, PAIR, problems):
+            return None
+        prompt, *answers = (str(record.fields[name]) for name in PAIR)
+        if not all(answer.strip() for answer in answers) or answers[0] == answers[1]:
+            problems.add(_NO_PAIR, at=record.where)
+            return None
+        _remark_blanks(record, PAIR, problems.remarks)
+        return Draft(tuple(_completed(prompt, answer) for answer in answers), 0)
+
+    def _of_turns(
+        self, turns: MessagesForm | TurnsForm, record: Record, problems: Problems
+    ) -> Draft | None:
+        if not has_answers_of_turns(record.fields):
+            problems.add(
+                "'chosen' and 'rejected' are not both lists of turns",
+                at=f"{record.where} (it has: {record.keys})",
+            )
+            return None
+        both = conversations(record.fields)
+        if both[0] == both[1]:
+            problems.add(_NO_PAIR, at=record.where)
+            return None
+        drafts = [
+            turns.draft(replace(record, fields=fields, where=f"{record.where}: {name}"), problems)
+            for name, fields in zip(PAIR[1:], both, strict=True)
+        ]
+        pieces = [draft.pieces[0] for draft in drafts if draft is not None]
+        return Draft(tuple(pieces), 0) if len(pieces) == len(both) else None
+
+
+_NO_PAIR = "'chosen' and 'rejected' are twice the same, or one of them is empty"
+
+
+def templates_of(form: Form) -> ChatTemplates | None:
+    """The chat templates that a form renders conversations with, to be closed when it is done."""
+    turns = form.turns if isinstance(form, PairForm) else form
+    return turns.templates if isinstance(turns, MessagesForm) else None
+
+
 def _asked(record: Record, problems: Problems) -> Conversation | None:
     """The turns of a row; None after noting why it has none to learn."""
     try:
@@ -294,7 +322,7 @@ def _asked(record: Record, problems: Problems) -> Conversation | None:
     except NothingToLearn as why:
         problems.remarks.add(f"rows left out, since {why}", record.where)
     except ValueError as fault:
-        problems.add(f"messages: {fault}", at=f"{record.where} (it has: {record.keys})")
+        problems.add(f"messages: {fault}", at=record.where)
     return None
 
 

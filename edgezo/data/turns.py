@@ -30,7 +30,8 @@ TURN_FIELDS = ("messages", "conversations")  # a row's turns are in the first of
 ASKED, ANSWERED = "prompt", "completion"  # or in these, of which only the second is learned
 TOOLS = ("tools", "functions")
 VARIABLES = "chat_template_kwargs"  # of the template, by name
-USED = (*TURN_FIELDS, ASKED, ANSWERED, *TOOLS, VARIABLES, *ALPACA, *MORE_OF_ALPACA, *EXPORTED)
+OF_TEMPLATE = (*TOOLS, VARIABLES)
+USED = (*TURN_FIELDS, ASKED, ANSWERED, *OF_TEMPLATE, *ALPACA, *MORE_OF_ALPACA, *EXPORTED)
 WEIGHTS = ("weight", "train", "training", "loss")
 # What other formats call the roles.
 ROLES = {

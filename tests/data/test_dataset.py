@@ -509,10 +509,8 @@ SAID = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"
         ([{"messages": [{"role": "user", "content": "hi"}]}] * 2, {}, "no assistant turn"),
         ([{"messages": "hi"}] * 2, {}, "not a list of turns"),
         ([{"text": "a"}] * 3, {"task": "sst3"}, "takes one of sst2"),
-        ([{"prompt": SAID, "chosen": SAID, "rejected": SAID}] * 3, {}, "apply_chat_template"),
-        ([{"prompt": "a", "chosen": SAID, "rejected": SAID}] * 3, {}, "apply_chat_template"),
-        ([{"chosen": SAID, "rejected": SAID}] * 3, {}, "lists of turns"),
-        ([{"chosen": "a b", "rejected": "a c"}] * 3, {}, "as prompt"),
+        ([{"chosen": SAID, "rejected": [SAID[0]]}] * 3, {}, "no assistant turn"),
+        ([{"chosen": "a b", "rejected": "a b"}] * 3, {}, "twice the same"),
         (SAID, {}, "as the list messages"),
         ([{"instruction": "a", "output": " "}] * 3, {}, "field 'output' is empty"),
         (

@@ -152,3 +152,74 @@ def test_a_split_of_pairs_goes_with_one_of_thumbs(tmp_path):
     write_rows(folder / "validation.jsonl", PAIRS[:4])
     data = load_dataset(DataRequest(data=str(folder)), byte_tokenizer())
     assert data.kind == "choice" and (len(data.train), len(data.validation)) == (12, 4)
+
+
+ASKED = [{"role": "system", "content": "be short"}, {"role": "user", "content": "hi"}]
+HELLO, GREETINGS = ({"role": "assistant", "content": text} for text in ("hello", "greetings"))
+AGAIN = [HELLO, {"role": "user", "content": "and now?"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "shared"),
+    [
+        ({"prompt": ASKED, "chosen": [HELLO], "rejected": [GREETINGS]}, ASKED),
+        ({"chosen": [*ASKED, HELLO], "rejected": [*ASKED, GREETINGS]}, ASKED),
+        ({"prompt": ASKED, "chosen": [*ASKED, HELLO], "rejected": [*ASKED, GREETINGS]}, ASKED),
+        ({"prompt": "hi", "chosen": [*ASKED, HELLO], "rejected": [*ASKED, GREETINGS]}, ASKED),
+        ({"prompt": "hi", "chosen": [HELLO], "rejected": [GREETINGS]}, ASKED[1:]),
+        (
+            {"chosen": [*ASKED, *AGAIN, HELLO], "rejected": [*ASKED, *AGAIN, GREETINGS]},
+            [*ASKED, *AGAIN],
+        ),
+    ],
+)
+def test_pairs_of_turns_are_two_conversations_of_which_the_last_answers_are_scored(
+    row, shared, tmp_path
+):
+    data = load([row] * 4, tmp_path)
+    assert data.kind == "choice" and data.label_names == ("chosen", "rejected")
+    both = [
+        load([{"prompt": shared, "completion": [answer]}] * 4, tmp_path).train[0].rows[0]
+        for answer in (HELLO, GREETINGS)
+    ]
+    assert list(data.train[0].rows) == both
+
+
+def test_tools_of_a_pair_reach_the_template(tmp_path):
+    pair = {
+        "prompt": ASKED,
+        "chosen": [HELLO],
+        "rejected": [GREETINGS],
+        "tools": [{"name": "lamp"}],
+    }
+    notes = load([pair] * 4, tmp_path).notes
+    assert any("'tools' the model's chat template does not use" in note for note in notes), notes
+
+
+def test_a_text_that_two_answers_begin_with_is_their_prompt(tmp_path):
+    rows = [
+        {"chosen": f"Human: {i}\n\nAssistant: hear", "rejected": f"Human: {i}\n\nAssistant: here"}
+        for i in range(4)
+    ]
+    data = load(rows, tmp_path)
+    end = byte_tokenizer().eos_token
+    assert texts(data) == {
+        (f"Human: {i}\n\nAssistant:", f"hear{end}", f"here{end}") for i in range(4)
+    }
+    assert any("words that both answers begin with" in note for note in data.notes)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": [*ASKED, HELLO], "rejected": [*ASKED, HELLO]}, "twice the same"),
+        ({"chosen": [*ASKED, HELLO], "rejected": ASKED}, "no assistant turn"),
+        ({"chosen": [*ASKED, HELLO], "rejected": "greetings"}, "not both lists of turns"),
+        ({"chosen": [*ASKED, HELLO], "rejected": ["greetings"]}, "a turn is not"),
+    ],
+)
+def test_turns_that_are_no_pair_are_named_by_row(row, message, tmp_path):
+    good = {"chosen": [*ASKED, HELLO], "rejected": [*ASKED, GREETINGS]}
+    with pytest.raises(UsageError, match=message) as refused:
+        load([good, good, row], tmp_path)
+    assert "rows.jsonl:3" in str(refused.value)
