@@ -46,6 +46,7 @@ from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine import interrupts, streams
 from edgezo.machine.clock import now_s
 from edgezo.machine.interrupts import INTERRUPTED
+from edgezo.machine.links import directory_of_rank, rank_and_size, was_restarted
 from edgezo.machine.process_memory import allocator_policy
 from edgezo.plan.request import read_settings
 
@@ -92,7 +93,11 @@ def finetune(
     from edgezo.run.progress import Silent
 
     began_s = now_s()
-    progress = Silent() if quiet else TerminalProgress(shows_plan=shows_plan)
+    rank, _ = rank_and_size()
+    progress = Silent() if quiet or rank else TerminalProgress(shows_plan=shows_plan)
+    given["out"] = directory_of_rank(given["out"])
+    if was_restarted() and Path(given["out"], "journal.bin").exists():
+        resume = True
     cfg, resuming = finetune_request(given, config_file, resume, progress.note)
     use_threads(cfg.threads)
     if show_batch:
@@ -111,6 +116,8 @@ def finetune(
             summary = run_finetune(cfg, resume=resuming, progress=progress, began_s=began_s)
         finally:
             progress.close()
+    if rank:
+        return
     emit(as_json, summary, tables.verdict(summary))
     if not as_json:
         if (page := Path(summary["run"], "report.html")).exists():

@@ -319,6 +319,21 @@ class Journal:
             with contextlib.suppress(OSError):  # nothing reads it: the journal has its steps
                 remove_again(self.path)
 
+    def encoded(self, step: int) -> bytes:
+        """The bytes of the record of one step. Raises EdgezoError."""
+        self.record(step)
+        return self._read(*self._place(step))
+
+    def append_encoded(self, data: bytes) -> None:
+        """Append the record that ``encoded`` of a journal with this header has given. Raises EdgezoError."""
+        record = self._decode(data, self.next_step, self.valid_bytes)
+        if record is None:
+            raise EdgezoError(
+                f"{self.path}: a record of step {self.next_step} that another process has sent is damaged, or of "
+                "another run."
+            )
+        self.append(record)
+
     def repair(self) -> None:
         """Cut off the unfinished record at the end, if there is one; its bytes are kept beside first.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
@@ -24,6 +24,7 @@ from edgezo.run.manners import Manners
 from edgezo.run.metrics_log import RunLog
 from edgezo.run.objective import Judge
 from edgezo.run.progress import RunProgress
+from edgezo.run.ranks import Ranks
 from edgezo.run.session import Opened, Planned
 
 
@@ -33,10 +34,12 @@ class StopRequest:
 
     files: RunFiles
     asked: bool = False
+    # In a run of several processes: whether all have agreed to stop. A step that some leave out is waited for.
+    agreed: Callable[[bool], bool] | None = None
 
     def check(self, step: int) -> None:
         """Raise Interrupted, with the command that goes on, if the run was asked to stop."""
-        if self.asked:
+        if self.asked if self.agreed is None else self.agreed(self.asked):
             raise Interrupted(
                 f"stopped after step {step}; everything is saved in {self.files.path}.\n"
                 f"Go on with: edgezo finetune --resume --out {self.files.path}"
@@ -78,6 +81,7 @@ class RunState:
     stop: StopRequest
     manners: Manners
     box: TimeBox
+    ranks: Ranks | None = None  # the processes that share the run's steps; None where there is one
     # The peak of plain forward passes, once the longest micro-batch has run: what inference takes.
     inference_peak_bytes: int | None = field(default=None, init=False)
 

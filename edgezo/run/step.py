@@ -18,6 +18,7 @@ from torch import Tensor
 
 from edgezo.data.batches import Batch, Example, batch_indices, collate, micro_batches
 from edgezo.data.token_stats import TokenStats
+from edgezo.machine.clock import now_s
 from edgezo.machine.profiler import phase
 from edgezo.network.first_order import split_by_length
 from edgezo.network.perturb import Probe
@@ -26,6 +27,7 @@ from edgezo.run.finetuner import Tuner
 from edgezo.run.journal_record import StepRecord
 from edgezo.run.recipes import recipe_of
 from edgezo.run.state import RunState
+from edgezo.weights.saved import saved_sha256
 from edgezo.zo.credit import Estimator
 from edgezo.zo.noise import Key
 
@@ -88,6 +90,7 @@ class Stepper:
         lines = 2 * sides if compared else sides if self.perturbs else 2
         losses = np.full((lines, len(group)), np.nan, np.float32)
         short, parts = self._parts(group)
+        begun_s = now_s()
         try:
             for batch, perturbed in parts:
                 self.check_room("the next micro-batch")
@@ -104,7 +107,16 @@ class Stepper:
             model.store.take_guides(learn=False)
             model.forget()  # half a step's gradient must not leak into a saved state
             raise
+        if self.state.ranks is not None:
+            took_s, asked = now_s() - begun_s, self.state.stop.asked
+            self.state.ranks.exchange(step, losses, took_s, asked, self._state_hash(step))
         return losses, short
+
+    def _state_hash(self, step: int) -> int:
+        """The first 64 bits of the trained state's SHA-256, every ``snapshot_every`` steps; else 0."""
+        if step % self.state.cfg.snapshot_every:
+            return 0
+        return int(saved_sha256(self.state.model.saved())[:16], 16)
 
     def _losses_of_batch(
         self, batch: Batch, group: Sequence[Example], step: int, perturbed: bool, sigma: float
@@ -189,7 +201,10 @@ class Stepper:
         short, others = ([], everything) if self.perturbs else (everything, [])
         if self.state.model.factors is not None:
             short, others = split_by_length(group, cfg.short_tokens or 0)
-        split = ((short, False, self.most_tokens_back), (others, True, self.most_tokens))
+        split = [(short, False, self.most_tokens_back), (others, True, self.most_tokens)]
+        if self.state.ranks is not None:  # no step of theirs has examples that are not perturbed
+            mine = self.state.ranks.mine(group, others)
+            split = [(part, True, self.most_tokens) for part in mine]
         batches = (
             (collate([group[slots[i]] for i in part], [slots[i] for i in part]), perturbed)
             for slots, perturbed, most in split

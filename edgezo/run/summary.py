@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from edgezo.errors import EdgezoError
+from edgezo.machine.files import atomic_write, to_json
 from edgezo.machine.foreign import read_json
 from edgezo.machine.process_memory import peak_rss_bytes
 from edgezo.machine.profiler import running
@@ -68,6 +70,37 @@ def check_same_end(run: RunFiles, cfg: RunConfig, model: Model, trained_sha256: 
         f"{trained_sha256[:12]}..., and {run.summary.name} has {ended[:12]}... One of them was changed.\n"
         f"Restore {names} and {run.summary.name} from one copy.{elsewhere}"
     )
+
+
+def ended_before(
+    run: RunFiles, cfg: RunConfig, model: Model, steps: int, fitted: bool
+) -> dict[str, Any] | None:
+    """The summary of a run that was over before; None where there is something to do.
+
+    ``steps`` is how many ``model`` has made, ``fitted`` whether its linear probe is there. Raises EdgezoError where the
+    run's files give other weights than it ended with.
+    """
+    summary = saved_summary(run)  # written at the end only
+    if summary.get("steps") != steps or not (steps or fitted):
+        return None
+    with model.heap.updating():
+        model.store.finish(steps)
+    check_same_end(run, cfg, model, saved_sha256(model.saved()))
+    return summary
+
+
+def save_profile(run: RunFiles, note: Callable[[str], None]) -> None:
+    """profile.json of this process, however the run ends. A measurement that cannot be written fails no run."""
+    profiler = running()
+    if profiler is None:
+        return
+    report = profiler.report()
+    if "forward" not in report["phases"] and run.summary.exists():
+        return  # the run was over before: its own measurement stays
+    try:
+        atomic_write(run.profile, (to_json(report) + "\n").encode())
+    except EdgezoError as problem:
+        note(f"no profile of this run: {problem}")
 
 
 def takes_roots(cfg: RunConfig) -> bool:
@@ -136,6 +169,7 @@ def summarise(
         **peaks(state),
         "trained_sha256": saved_sha256(model.saved()),
         "run": str(state.files.path),
+        **({} if state.ranks is None else {"processes": state.ranks.figures()}),
     }
     if (profiler := running()) is not None:
         summary["phases"] = profiler.phases()

@@ -21,10 +21,10 @@ from edgezo.machine.clock import now_s
 from edgezo.machine.files import atomic_write, to_json
 from edgezo.machine.gpu_memory import confirmed
 from edgezo.machine.hardware import machine
+from edgezo.machine.links import directory_of_rank
 from edgezo.machine.process_memory import Meter, malloc_trim, rss_bytes
-from edgezo.machine.profiler import phase, profiling, running
+from edgezo.machine.profiler import phase, profiling
 from edgezo.network.cut import Half
-from edgezo.network.model import Model
 from edgezo.plan.config import RunConfig
 from edgezo.plan.doubtful import doubts
 from edgezo.run.auto_step import AutoStep
@@ -50,7 +50,8 @@ from edgezo.run.opening import Opening
 from edgezo.run.overview import Overview
 from edgezo.run.places import with_beginning
 from edgezo.run.progress import RunProgress, Silent, peaks_line
-from edgezo.run.readout_pass import ReadoutPass, ReadoutResult
+from edgezo.run.ranks import Ranks, joined, without_head
+from edgezo.run.readout_pass import ReadoutPass, ReadoutResult, recall
 from edgezo.run.recipes import follow, journal_is_shaped
 from edgezo.run.report import write_report
 from edgezo.run.restore import Restored, begin_writing, restore_readout, restore_weights
@@ -68,8 +69,7 @@ from edgezo.run.short_memory import MicroBatchFitter, guard_of
 from edgezo.run.state import RunState, StopRequest
 from edgezo.run.states_pass import Report, states_of_run
 from edgezo.run.step import Stepper
-from edgezo.run.summary import check_same_end, losses_of_step, peaks, saved_summary, summarise
-from edgezo.weights.saved import saved_sha256
+from edgezo.run.summary import ended_before, losses_of_step, peaks, save_profile, summarise
 from edgezo.zo.credit import schedule
 from edgezo.zo.presets import AUTO
 
@@ -93,16 +93,16 @@ def finetune(
     """
     if resume and cfg.out is None:
         raise UsageError("a resume needs the directory of the run to go on with (out)")
-    files = RunFiles(free_directory(cfg) if cfg.out is None else Path(cfg.out))
-    if cfg.out is None:
-        cfg = replace(cfg, out=str(files.path))
+    out = directory_of_rank(cfg.out)
+    files = RunFiles(free_directory(cfg) if out is None else Path(out))
+    cfg = replace(cfg, out=str(files.path))
     if not resume:
         cfg = with_beginning(cfg)
     if resume and cfg.micro_batch is None:
         cfg = replace(cfg, micro_batch=files.read_config().micro_batch)
-    with profiling(cfg.profile), beside_others():
+    with profiling(cfg.profile), beside_others(), joined(cfg) as ranks:
         box = TimeBox(cfg.for_s, began_s)
-        with _opened(cfg, files, resume, progress or Silent(), box) as run:
+        with _opened(cfg, files, resume, progress or Silent(), box, ranks) as run:
             summary, had_ended = run.to_the_end(), run.ended is not None
             keep_cap(run.state.planned, run.state.memory, f"The run is complete in {files.path}")
         del run  # the page about it is made in the memory that the model had
@@ -122,7 +122,12 @@ def _report(files: RunFiles, progress: RunProgress) -> None:
 
 @contextmanager
 def _opened(
-    cfg: RunConfig, files: RunFiles, resume: bool, progress: RunProgress, box: TimeBox
+    cfg: RunConfig,
+    files: RunFiles,
+    resume: bool,
+    progress: RunProgress,
+    box: TimeBox,
+    ranks: Ranks | None,
 ) -> Iterator[Run]:
     """A run with its plan made, its journal open and its weights where the journal ends; closed after the block."""
     refuse_links(files)
@@ -130,7 +135,11 @@ def _opened(
     stop = StopRequest(files)
     manners = Manners(cfg, progress.note, stop.check)
     manners.check_machine(resume)
+    if ranks is not None:
+        cfg = without_head(cfg, progress.note)
     planned = _plan(cfg, resume, meter, progress)
+    if ranks is not None:
+        planned, split_is_free = ranks.divide(planned, cfg.micro_batch), False
     cfg, header = planned.cfg, header_of(planned.opened, planned.cfg)
     with ExitStack() as at_end:
         journal = at_end.enter_context(reopen(files, header)) if resume else None
@@ -141,8 +150,11 @@ def _opened(
             save_skipped(files, planned.opened.dataset)
             atomic_write(files.config, cfg.to_toml().encode())
             atomic_write(files.plan, to_json(planned.plan.to_dict()).encode())
-        at_end.callback(_save_profile, files, progress)
-        begins = journal is None
+        if ranks is not None:
+            ranks.check_alike(header)
+            header = ranks.standing(journal, header)
+        at_end.callback(save_profile, files, progress.note)
+        begins = journal is None and ranks is None
         kind = {"shaped": journal_is_shaped(cfg), "scaled": cfg.finetuner is not None}
         states = None
         if planned.cfg.keeps_states:
@@ -158,12 +170,15 @@ def _opened(
         meter.mark("load")
         memory.loaded()
         at_end.enter_context(stop.listening())
+        if ranks is not None:
+            ranks.join(model, journal, files.probe)
+            stop.agreed = ranks.has_to_stop
         follow(model, cfg, journal, progress.note)
         readout = restore_readout(files, cfg, model, journal, planned.opened.files.shape.hidden)
         # What a run whose journal is gone has left is no state of the one that begins here.
         restored = Restored(0, {}) if begins else restore_weights(files, cfg, model, journal)
         before = files.read_config() if files.config.exists() else None
-        ended = _ended(files, cfg, model, restored, readout)
+        ended = ended_before(files, cfg, model, restored.steps, readout is not None)
         # Nothing refuses a resume from here on, so that a refusal has changed nothing.
         begin_writing(files, journal, restored, progress.note)
         if resume:
@@ -174,8 +189,8 @@ def _opened(
         log = RunLog(files.metrics, keep_through=kept, of_run=run_id(journal.header))
         at_end.enter_context(closing(log))
         guard = guard_of(planned.plan, memory)
-        shown = (log, meter, progress)
-        state = RunState(files, planned, model, memory, journal, *shown, guard, stop, manners, box)
+        at = (files, planned, model, memory, journal)
+        state = RunState(*at, log, meter, progress, guard, stop, manners, box, ranks)
         yield Run(state, restored, readout, before, split_is_free, ended)
 
 
@@ -209,40 +224,6 @@ def _load(planned: Planned, overlay: Overlay, resume: bool) -> Loaded:
         if not resume:
             overlay.remove()
         raise
-
-
-def _ended(
-    files: RunFiles,
-    cfg: RunConfig,
-    model: Model,
-    restored: Restored,
-    readout: ReadoutResult | None,
-) -> dict[str, Any] | None:
-    """The summary of a run that was over before; None where there is something to do.
-
-    Raises EdgezoError where its files give other weights than it ended with.
-    """
-    done, summary = restored.steps, saved_summary(files)  # written at the end only
-    if summary.get("steps") != done or not (done or readout is not None):
-        return None
-    with model.heap.updating():
-        model.store.finish(done)
-    check_same_end(files, cfg, model, saved_sha256(model.saved()))
-    return summary
-
-
-def _save_profile(files: RunFiles, progress: RunProgress) -> None:
-    """profile.json of this process, however the run ends. A measurement that cannot be written fails no run."""
-    profiler = running()
-    if profiler is None:
-        return
-    report = profiler.report()
-    if "forward" not in report["phases"] and files.summary.exists():
-        return  # the run was over before: its own measurement stays
-    try:
-        atomic_write(files.profile, (to_json(report) + "\n").encode())
-    except EdgezoError as problem:
-        progress.note(f"no profile of this run: {problem}")
 
 
 class Run:
@@ -301,6 +282,9 @@ class Run:
         state.progress.begin(done=step, steps=cfg.steps, cap_bytes=state.plan.max_mem_bytes)
         spent_s = self._seconds_before()
         clock, self.budget_s = TrainingClock(spent_s), spent_s + state.box.left_s(spent_s)
+        if state.ranks is not None:
+            state.ranks.fraction_now = lambda: self._fraction_of_time(clock.seconds())
+            state.ranks.begin(cfg.micro_batch, self.stepper.most_tokens)
         try:
             while not self._is_over(step, clock):
                 state.stop.check(step)
@@ -317,8 +301,9 @@ class Run:
             raise BudgetExceeded(
                 f"{problem}\nThe state after step {step} is saved in {state.files.path}."
             ) from problem
-        except Interrupted:
-            self._save_and_report(step)
+        except EdgezoError as problem:
+            if isinstance(problem, Interrupted) or state.ranks is not None:
+                self._save_and_report(step)
             raise
         finally:
             state.progress.close()
@@ -342,7 +327,12 @@ class Run:
         step_size = self.restored.step_sizes.get(step, scheduled)
         with state.memory.short("an update"):  # names all allocations that no block inside names
             work = partial(self.stepper.step, step, step_size, stride)
-            record = self.fitter.fitting(step, work)
+            try:
+                record = self.fitter.fitting(step, work)
+            except BudgetExceeded:
+                if state.ranks is not None:
+                    state.ranks.fail(step)
+                raise
         step_s = now_s() - begun_s
         line = {**self._line(record), "step_s": step_s, "rss_bytes": rss_bytes()}
         line |= {name: now - moved[name] for name, now in self._moved_bytes().items()}
@@ -368,6 +358,10 @@ class Run:
         steps = self.state.cfg.steps
         if steps:
             return step / steps
+        ranks = self.state.ranks
+        return self._fraction_of_time(train_s) if ranks is None else ranks.fraction
+
+    def _fraction_of_time(self, train_s: float) -> float:
         return train_s / self.budget_s if self.budget_s > 0 else 1.0
 
     @contextmanager
@@ -385,6 +379,8 @@ class Run:
         return spent_s + sum(pace["took_s"] for pace in log.paces.values())
 
     def _times_plain_forward(self, step: int) -> bool:
+        if self.state.ranks is not None:
+            return False  # the others would wait for it
         # With blocks on disk or in RAM only once: there it also applies the pending updates.
         wanted = PLAIN_FORWARDS if self.state.model.store.residency is None else 1
         every = max(1, (self.state.cfg.steps or 100) // wanted)
@@ -433,11 +429,20 @@ class Run:
 
     def _fit_readout(self) -> ReadoutResult:
         """The pass over the rows; it counts as training."""
+        state, ranks, result = self.state, self.state.ranks, None
         try:
-            return ReadoutPass(self.state, self.stepper, self.fitter).run()
+            if ranks is None or not ranks.rank:
+                result = ReadoutPass(state, self.stepper, self.fitter).run()
         except (BudgetExceeded, Interrupted):
             self._save_and_report(0)
             raise
+        if ranks is not None:
+            ranks.share_probe(state.files.probe)
+        if result is None:
+            hidden, of_run = state.opened.files.shape.hidden, run_id(state.journal.header)
+            result = recall(state.files, state.model, hidden, of_run)
+        assert result is not None
+        return result
 
     def _evaluate(self, when: str, step: int = 0) -> dict[str, Any]:
         """Evaluate once: a resumed run knows what was evaluated before."""
@@ -447,7 +452,8 @@ class Run:
             with state.memory.short("an evaluation"):
                 begun_s = now_s()
                 shown = partial(state.progress.evaluated, total=len(state.dataset.validation))
-                evaluated = evaluate_rows(state.model, state.dataset, state.judge, shown)
+                to_show = (state.model, state.dataset, state.judge, shown)
+                evaluated = evaluate_rows(*to_show, divided=state.ranks)
                 took_s = now_s() - begun_s
             state.memory.trim()
             if when in WHEN:

@@ -1,0 +1,178 @@
+"""Links between the processes of one run: bytes from one to another, over ``torch.distributed`` with gloo.
+
+``torchrun`` and ``accelerate launch`` start the processes and tell each its number in the environment (RANK,
+WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Rank 0 is the hub: the others send to it and
+receive from it, never to one another. What is sent are plain bytes of a known length, so that nothing that another
+machine sends is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from edgezo.errors import EdgezoError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LOST_S = 900.0  # a process that nothing is heard of for so long is given up
+MOST_BYTES = 1 << 30  # of one message
+_LENGTH = struct.Struct("<Q")
+_HERE = ("localhost", "127.0.0.1", "::1")
+
+
+class PeerLost(EdgezoError):
+    """Another process of the run has ended, or is not heard of any more."""
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's number among those of its run, and how many there are; (0, 1) where it runs alone.
+
+    Raises UsageError for an environment that no launcher makes.
+    """
+    given = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
+    if not any(given):
+        return 0, 1
+    if not all(text.isdecimal() for text in given) or not int(given[0]) < int(given[1]):
+        raise UsageError(
+            f"the environment has RANK={given[0]!r} and WORLD_SIZE={given[1]!r}, which are no number of a process and "
+            "no number of processes: unset both, or start edgezo with torchrun"
+        )
+    return int(given[0]), int(given[1])
+
+
+def directory_of_rank(out: str | None) -> str | None:
+    """The run directory of this process: ``out`` of rank 0, OUT.rankN beside it of the others.
+
+    Raises UsageError where there are several processes and no ``out``.
+    """
+    rank, size = rank_and_size()
+    if size == 1:
+        return out
+    if out is None:
+        raise UsageError("a run on several processes needs --out: each of them has to know it")
+    suffix = f".rank{rank}"
+    return out if not rank or out.endswith(suffix) else out + suffix
+
+
+def was_restarted() -> bool:
+    """Whether a launcher has started this process again, after one of the run's processes ended too early."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
+
+
+class Links:
+    """This process's links. Rank 0 has one to each other rank, the others have one to rank 0."""
+
+    def __init__(self, rank: int, size: int):
+        self.rank, self.size = rank, size
+        self.sent_bytes = self.received_bytes = 0  # the transport's own framing is not counted
+
+    @property
+    def others(self) -> Sequence[int]:
+        """The ranks at the other ends of this process's links."""
+        return range(1, self.size) if self.rank == 0 else (0,)
+
+    # -- one message --------------------------------------------------------------------------------------
+
+    def send(self, to: int, data: bytes) -> None:
+        """Send ``data``, of a length that the receiver knows. Raises PeerLost."""
+        import torch
+        from torch import distributed
+
+        if data:
+            self._moved(
+                to,
+                lambda: distributed.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), to),
+            )
+            self.sent_bytes += len(data)
+
+    def receive(self, sender: int, n_bytes: int) -> bytes:
+        """The next ``n_bytes`` bytes of a rank. Raises PeerLost."""
+        import torch
+        from torch import distributed
+
+        if not n_bytes:
+            return b""
+        taken: Tensor = torch.empty(n_bytes, dtype=torch.uint8)
+        self._moved(sender, lambda: distributed.recv(taken, sender))
+        self.received_bytes += n_bytes
+        return taken.numpy().tobytes()
+
+    def send_sized(self, to: int, data: bytes) -> None:
+        """Send ``data`` after its length."""
+        self.send(to, _LENGTH.pack(len(data)))
+        self.send(to, data)
+
+    def receive_sized(self, sender: int) -> bytes:
+        """What ``send_sized`` has sent. Raises EdgezoError for a length that no message has."""
+        (n_bytes,) = _LENGTH.unpack(self.receive(sender, _LENGTH.size))
+        if n_bytes > MOST_BYTES:
+            raise EdgezoError(
+                f"process {sender} of this run sends a message of {n_bytes} bytes, which no edgezo does: "
+                "start all processes with one version of edgezo"
+            )
+        return self.receive(sender, n_bytes)
+
+    # -- among all ----------------------------------------------------------------------------------------
+
+    def spread(self, data: bytes | None) -> bytes:
+        """Rank 0's ``data``, to all ranks."""
+        if self.rank:
+            return self.receive_sized(0)
+        assert data is not None
+        for rank in self.others:
+            self.send_sized(rank, data)
+        return data
+
+    def collect(self, data: bytes) -> list[bytes]:
+        """The data of all ranks in their order, at rank 0; [] elsewhere."""
+        if self.rank:
+            self.send_sized(0, data)
+            return []
+        return [data, *(self.receive_sized(rank) for rank in self.others)]
+
+    def everyones(self, data: bytes) -> list[bytes]:
+        """The data of all ranks in their order, at every rank."""
+        collected = self.collect(data)
+        return [self.spread(collected[rank] if collected else None) for rank in range(self.size)]
+
+    def _moved(self, rank: int, move: Callable[[], Any]) -> None:
+        try:
+            move()
+        except (
+            RuntimeError
+        ) as problem:  # what torch raises where a peer is gone, or silent for LOST_S
+            reason = str(problem).strip().splitlines()[-1][:200]
+            raise PeerLost(
+                f"process {rank} of this run's {self.size} is gone, or not heard of for {LOST_S:.0f} s ({reason}).\n"
+                "Start them all again with --resume: the steps that any of them has recorded are kept."
+            ) from problem
+
+
+@contextmanager
+def linked(rank: int, size: int) -> Iterator[Links]:
+    """Links to the other processes, which a launcher has started, for the length of a block. Raises EdgezoError."""
+    from torch import distributed
+
+    if os.environ.get("MASTER_ADDR", "") in _HERE:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's name may lead nowhere
+    try:
+        distributed.init_process_group(
+            "gloo", rank=rank, world_size=size, timeout=timedelta(seconds=LOST_S)
+        )
+    except (RuntimeError, ValueError) as problem:
+        reason = str(problem).strip().splitlines()[0][:200]
+        raise EdgezoError(
+            f"the {size} processes of this run do not find one another ({reason}).\n"
+            "Start them with torchrun (--standalone on one machine, else --rdzv-endpoint HOST:PORT). Where a machine "
+            "has several networks, GLOO_SOCKET_IFNAME names the one to use."
+        ) from problem
+    try:
+        yield Links(rank, size)
+    finally:
+        distributed.destroy_process_group()
