@@ -317,6 +317,15 @@ def check_python(words: Sequence[str]) -> None:
     run_script(words, parse_only=not quick)
 
 
+def check_torchrun(words: Sequence[str], edgezo: Any) -> None:
+    """torchrun understands its options, and what it starts runs as one process (several: tests/run/test_ranks.py)."""
+    from torch.distributed.run import get_args_parser
+
+    asked = get_args_parser().parse_args(list(words))
+    assert asked.module and asked.training_script == "edgezo"
+    check_edgezo(asked.training_script_args, edgezo)
+
+
 def check_script(words: Sequence[str]) -> None:
     """A script of scripts/ is there and can be run; what it hands on to pytest names tests and marks that there are."""
     script = ROOT / words[0].removeprefix("./")
@@ -339,6 +348,8 @@ def test_every_command_runs(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a warm film\n")))
     if program == "edgezo":
         check_edgezo(words, edgezo)
+    elif program == "torchrun":
+        check_torchrun(words, edgezo)
     elif program == "python":
         check_python(words)
     elif program.removeprefix("./").startswith("scripts/"):
