@@ -31,12 +31,9 @@ SCRIPT = Path(__file__).with_name("ranks_at_work.py")
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "signs": ("label", {"train": "lowrank"}),
     "linear probe": ("label", {"train": "probe+lowrank"}),
-    "completions": ("completion", {"train": "lowrank"}),
-    "mezo": ("text", {"train": "lowrank", "estimator": "mezo"}),
+    "mezo": ("completion", {"train": "lowrank", "estimator": "mezo"}),
     "fzoo": ("label", {"train": "lowrank", "estimator": "fzoo"}),
     "svrg": ("label", {"train": "lowrank", "estimator": "mezo-svrg"}),
-    "blocks of weights": ("label", {"train": "norms+scales"}),
-    "objective": ("completion", {"train": "lowrank", "objective": "token-f1"}),
 }
 
 
@@ -107,6 +104,16 @@ def world(
     )
     add("head alone", *[request("head", train="head")] * 2)
     add("guided", *[request("guided", train="lowrank", directions="activation")] * 2)
+    whole, (kind, changes) = folder / "linear probe" / "one", METHODS["linear probe"]
+    two_records = 2 * record_bytes(4)
+    again = request("linear probe", kind, **changes)
+    interrupted(whole, folder / "joined", two_records)
+    add("joined", *[again | {"out": str(folder / "joined")}] * 2, resume=(True, False))
+    interrupted(
+        whole, folder / "behind", two_records - 7
+    )  # and a tail of one that was being written
+    interrupted(whole, folder / "behind.rank1", record_bytes(4))
+    add("behind", *[again | {"out": str(folder / "behind")}] * 2, resume=(True, True))
     ends = together(scenarios, 2, folder / "ends")
     return folder, dict(zip(names, ends, strict=True))
 
@@ -139,40 +146,22 @@ def test_steps_that_need_more_than_losses_are_refused_with_the_way_out(
     assert all(why in end["error"] and end["code"] == 2 for end in ends[name])
 
 
-def test_processes_go_on_from_the_longest_journal_and_a_new_one_joins(
-    deep_bench: Bench, tmp_path: Path
-) -> None:
-    def request(steps: int, name: str) -> dict[str, Any]:
-        changes = {
-            "micro_batch": 2,
-            "steps": steps,
-            "train": "probe+lowrank",
-            "schedule": "constant",
-        }
-        return deep_bench.settings(**changes, out=str(tmp_path / name))
-
-    finetune(make_config(request(5, "one")))
+def test_processes_go_on_from_the_longest_journal_and_a_new_one_joins(world: Any) -> None:
+    folder, ends = world
+    whole = (folder / "linear probe" / "one" / "journal.bin").read_bytes()
     for name in ("joined", "behind"):
-        shutil.copytree(tmp_path / "one", tmp_path / name)
-        journal = tmp_path / name / "journal.bin"
-        size = len(journal.read_bytes()) - 2 * record_bytes(4)
-        (tmp_path / name / "summary.json").unlink()
-        os.truncate(journal, size)
-    shutil.copytree(tmp_path / "behind", tmp_path / "behind.rank1")
-    os.truncate(tmp_path / "behind" / "journal.bin", size - record_bytes(4) - 7)  # and a tail
-    joined, behind = together(
-        [
-            {"settings": [request(5, "joined")] * 2, "resume": [True, False]},
-            {"settings": [request(5, "behind")] * 2, "resume": [True, True]},
-        ],
-        2,
-        tmp_path / "ends",
-    )
-    whole = (tmp_path / "one" / "journal.bin").read_bytes()
-    for name, ends in {"joined": joined, "behind": behind}.items():
-        assert all("error" not in end for end in ends), ends
+        assert all("error" not in end for end in ends[name]), ends
         for run in (name, f"{name}.rank1"):
-            assert (tmp_path / run / "journal.bin").read_bytes() == whole
+            assert (folder / run / "journal.bin").read_bytes() == whole
+
+
+def interrupted(run: Path, copy: Path, cut_bytes: int) -> Path:
+    """A copy of a finished run as a kill leaves one, without the end of its journal."""
+    shutil.copytree(run, copy)
+    (copy / "summary.json").unlink()
+    journal = copy / "journal.bin"
+    os.truncate(journal, journal.stat().st_size - cut_bytes)
+    return copy
 
 
 def record_bytes(examples: int) -> int:
