@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LOST_S = 900.0  # a process that nothing is heard of for so long is given up
-MOST_BYTES = 1 << 30  # of one message
+LONGEST_BYTES = 1 << 30  # of one message
 _LENGTH = struct.Struct("<Q")
 _HERE = ("localhost", "127.0.0.1", "::1")
 
@@ -111,7 +111,7 @@ class Links:
     def receive_sized(self, sender: int) -> bytes:
         """What ``send_sized`` has sent. Raises EdgezoError for a length that no message has."""
         (n_bytes,) = _LENGTH.unpack(self.receive(sender, _LENGTH.size))
-        if n_bytes > MOST_BYTES:
+        if n_bytes > LONGEST_BYTES:
             raise EdgezoError(
                 f"process {sender} of this run sends a message of {n_bytes} bytes, which no edgezo does: "
                 "start all processes with one version of edgezo"

@@ -218,9 +218,9 @@ class Ranks:
         if self.rank == 0:
             self._as_hub(step, losses, took_s, flags, state_hash)
         else:
-            own = losses[:, self._owner == self.rank]
+            part = losses[:, self._owner == self.rank]
             self.links.send(
-                0, _UP.pack(step, flags, took_s, state_hash) + own.astype("<f4").tobytes()
+                0, _UP.pack(step, flags, took_s, state_hash) + part.astype("<f4").tobytes()
             )
             self._take_reply(step, losses)
 
@@ -228,8 +228,8 @@ class Ranks:
         """Let the others know that this process cannot make the step, so that none of them waits for it."""
         blank = np.full((self._lines, len(self._owner)), np.nan, np.float32)
         if self.rank:
-            own = blank[:, self._owner == self.rank]
-            self.links.send(0, _UP.pack(step, _FAILED, 0.0, 0) + own.tobytes())
+            part = blank[:, self._owner == self.rank]
+            self.links.send(0, _UP.pack(step, _FAILED, 0.0, 0) + part.tobytes())
             return
         self._collect(step, blank)
         for rank in self.links.others:

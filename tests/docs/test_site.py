@@ -25,7 +25,11 @@ FETCHED = {
     ("image", "href"),
     ("use", "href"),
 }
-OTHER_PROGRAMS = {"--strict"}  # options on the pages that are not edgezo's
+OTHER_PROGRAMS = {
+    "--strict",
+    "--max-restarts",
+    "--nnodes",
+}  # options on the pages that are not edgezo's
 
 
 def all_options() -> set[str]:
