@@ -54,6 +54,7 @@ NO_FILES = {
     *("dtype", "sharing", "restart", "rate", "lr", "methods", "tokens", "limit", "tries"),
     *("blocks", "states", "state_rows", "when", "max_temp", "max_cpu", "shell"),
     *("repeats", "parallel", "temperature", "top_p", "chance", "system"),
+    *("host", "port", "api_key"),
 }
 
 

@@ -41,6 +41,7 @@ from edgezo.cli.options import (
 )
 from edgezo.cli.requests import evaluation_request, finetune_request, request
 from edgezo.cli.runs import compare, list_runs, remove_run, report
+from edgezo.cli.serve import serve
 from edgezo.cli.use import apply, chat, predict
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine import interrupts, streams
@@ -57,7 +58,7 @@ def cli() -> None:
 
 
 for _command in (
-    *(bench, doctor, completion, look_at_data, predict, chat, apply),
+    *(bench, doctor, completion, look_at_data, predict, chat, serve, apply),
     *(report, compare, list_runs, remove_run),
 ):
     cli.add_command(_command)

@@ -31,11 +31,11 @@ ASKING = ("task", "template", "labels", "label_field", "max_length", "max_new_to
 TAKES = ("max_mem_bytes", "device", "precision", "threads")
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
     click.echo(printable(text), err=True)
 
 
-def _threads(given: Mapping[str, str | None]) -> int | None:
+def threads_of(given: Mapping[str, str | None]) -> int | None:
     """The threads that are asked for. It comes before torch is imported, so a run's own setting is not looked up."""
     threads = given["threads"]
     return int(threads) if threads is not None and threads.isdecimal() else None
@@ -74,7 +74,7 @@ def predict(
     target: str, data: str, form: str, out: str | None, as_json: bool, **given: str | None
 ) -> None:
     """Predict rows: a label with its probabilities, a completion, an answer, or a score, line by line."""
-    use_threads(_threads(given))
+    use_threads(threads_of(given))
     from edgezo.data import asked_rows
     from edgezo.data.row_files import Problems
     from edgezo.machine.files import atomic_path, user_path
@@ -87,7 +87,7 @@ def predict(
         check_new_file(Path(out))
     meter, kept = Meter(), list[dict[str, Any]]()
     with ExitStack() as at_end:
-        used = at_end.enter_context(predictor(target, cfg, _note))
+        used = at_end.enter_context(predictor(target, cfg, note))
         problems = Problems()
         groups = (
             asked_rows.of_lines(sys.stdin.buffer, problems, used.guard)
@@ -107,7 +107,7 @@ def predict(
     if as_json:
         echo_json({**result, **({"out": out} if out else {"predictions": kept})})
     else:
-        _note(_summary_line(result))
+        note(_summary_line(result))
 
 
 def _figures(used: Predictor) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def chat(
     """Talk to a run or a model: one line, one answer. Ctrl-C stops an answer, Ctrl-D ends."""
     given = {**given, "max_length": given["max_length"] or "2048"}
     given["max_new_tokens"] = given["max_new_tokens"] or "256"
-    use_threads(_threads(given))
+    use_threads(threads_of(given))
     targets = [target] if compare is None else [compare, target]
     from edgezo.network.sampling import Sampler
     from edgezo.run.chat import Talk
@@ -231,7 +231,7 @@ def chat(
     with ExitStack() as at_end:
         talks = []
         for name, cfg in zip(targets, requests, strict=True):
-            used = at_end.enter_context(predictor(name, cfg, _note))
+            used = at_end.enter_context(predictor(name, cfg, note))
             talks.append(Talk(used, Sampler.of(temperature, top_p, chance), system))
         turns = list(_turns(talks, shown=not as_json))
         if as_json:
