@@ -62,8 +62,13 @@ def stopping(then: Callable[[], object] = lambda: None) -> Iterator[Callable[[],
         yield lambda: False
         return
     came = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.set()
+        then()
+
     before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, lambda number, frame: (came.set(), then()))
+    signal.signal(signal.SIGINT, note)
     try:
         yield came.is_set
     finally:

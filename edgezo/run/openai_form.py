@@ -9,14 +9,15 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edgezo.errors import DoesNotFit, UsageError
 
 _Text = Annotated[str, Field(min_length=1)]
-_One, _No = Literal[1] | None, Literal[False] | None
+_One: TypeAlias = Literal[1] | None
+_No: TypeAlias = Literal[False] | None
 
 
 class Refused(Exception):
@@ -149,7 +150,7 @@ def read(body: bytes, kind: type[Question]) -> Question:
 class AnswerPart(NamedTuple):
     """A part of the answer to one of the questions of a request."""
 
-    index: int  # of the question
+    place: int  # of the question
     text: str
     reason: str | None = None  # why it is the last one: "stop" or "length"
     prediction: Mapping[str, Any] | None = None  # of a run that tells labels apart
@@ -169,8 +170,8 @@ class Reply:
         """All of it in one object."""
         texts, last = [""] * self.count, dict[int, AnswerPart]()
         for part in parts:
-            texts[part.index] += part.text
-            last[part.index] = part
+            texts[part.place] += part.text
+            last[part.place] = part
         choices = []
         for index, text in enumerate(texts):
             message = {"role": "assistant", "content": text}
@@ -200,7 +201,7 @@ class Reply:
 def _choice(part: AnswerPart, content: Mapping[str, Any]) -> dict[str, Any]:
     """One answer; of a run that tells labels apart with the prediction, in a field of edgezo's."""
     prediction = {} if part.prediction is None else {"edgezo": dict(part.prediction)}
-    choice = {"index": part.index, **content, "logprobs": None, "finish_reason": part.reason}
+    choice = {"index": part.place, **content, "logprobs": None, "finish_reason": part.reason}
     return {**choice, **prediction}
 
 

@@ -80,6 +80,11 @@ class Predictor:
         """Let the model go."""
         self.at_end.close()
 
+    def end_askers(self) -> None:
+        """End the processes that render conversations."""
+        for asker in (self.asker, *self.prompted.values()):
+            asker.close()
+
     def predict(self, rows: Iterable[Mapping[str, Any] | str]) -> list[dict[str, Any]]:
         """One prediction for each row: a mapping of its fields, or a text.
 
@@ -379,7 +384,7 @@ def predictor(
         planned = settle(opened, confirmed(machine()), rss_bytes())
         model, memory, steps = at_end.enter_context(in_memory(run, trained, planned, note))
         used = Predictor(target, model, memory, asker, judge, guard, steps)
-        at_end.callback(lambda: [each.close() for each in (asker, *used.prompted.values())])
+        at_end.callback(used.end_askers)
         yield used
 
 
