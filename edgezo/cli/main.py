@@ -21,6 +21,7 @@ import click
 
 from edgezo import __version__
 from edgezo.cli.bench import bench
+from edgezo.cli.chat import chat
 from edgezo.cli.completion import completion
 from edgezo.cli.data_overview import look_at_data
 from edgezo.cli.doctor import doctor
@@ -42,7 +43,7 @@ from edgezo.cli.options import (
 from edgezo.cli.requests import evaluation_request, finetune_request, request
 from edgezo.cli.runs import compare, list_runs, remove_run, report
 from edgezo.cli.serve import serve
-from edgezo.cli.use import apply, chat, predict
+from edgezo.cli.use import apply, predict
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine import interrupts, streams
 from edgezo.machine.clock import now_s

@@ -329,6 +329,16 @@ def use_request(target: str, given: Mapping[str, Any]) -> RunConfig:
     return make_config({**given, "objective": None}, layer, need_data=False)
 
 
+def base_of(target: str) -> str:
+    """The model that a run was trained over. Raises UsageError for what is no run."""
+    run = RunFiles(Path(target))
+    if not run.config.is_file():
+        raise UsageError(f"{target} is no run, and has no base here: name a model, --compare MODEL")
+    cfg = run.read_config()
+    check_base_is_there(cfg, run.path)
+    return cfg.model
+
+
 def _exported_at(target: str) -> Exported | None:
     """What edgezo has exported to a path; None for anything else, such as the name of a card."""
     path = user_path(target)
