@@ -190,7 +190,7 @@ def replay(run: str, out: str, as_json: bool) -> None:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["hf", "peft", "gguf", "gguf-adapter", "onnx", "journal"]),
+    type=click.Choice(["hf", "hf-classifier", "peft", "gguf", "gguf-adapter", "onnx", "journal"]),
     default="hf",
     show_default=True,
 )
@@ -209,7 +209,7 @@ def replay(run: str, out: str, as_json: bool) -> None:
 )
 @json_option
 def export(run: str, form: str, dtype: str | None, out: str, as_json: bool) -> None:
-    """Write the result of a run: a model (hf, gguf, onnx), an adapter (peft, gguf-adapter), or its steps (journal)."""
+    """Write the result of a run: a model, a classifier, an adapter (peft, gguf-adapter), or its steps (journal)."""
     from edgezo.plan.budget import mb
     from edgezo.run.export import export as run_export
 
