@@ -47,7 +47,7 @@ class Refused(Exception):
         )
 
 
-class Part(BaseModel):
+class ContentPart(BaseModel):
     """A part of a turn."""
 
     type: Literal["text"]
@@ -58,7 +58,7 @@ class Turn(BaseModel):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part]
+    content: str | list[ContentPart]
 
     def plain(self) -> dict[str, str]:
         """The turn as chat templates have it."""

@@ -346,8 +346,8 @@ def test_a_probe_that_predicts_worse_than_the_label_words_is_left_out(bench, tmp
     assert alone["probe"]["used"]
 
 
-def _useless(*given: Any) -> Any:
-    return fit(*given)._replace(loss=99.0)
+def _useless(*given: Any, **more: Any) -> Any:
+    return fit(*given, **more)._replace(loss=99.0)
 
 
 def test_rows_without_classes_are_trained_by_the_head(bench, tmp_path):
