@@ -190,7 +190,7 @@ def replay(run: str, out: str, as_json: bool) -> None:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["hf", "hf-classifier", "peft", "gguf", "gguf-adapter", "onnx", "journal"]),
+    type=click.Choice(["hf", "peft", "gguf", "gguf-adapter", "onnx", "hf-classifier", "journal"]),
     default="hf",
     show_default=True,
 )
