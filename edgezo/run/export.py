@@ -214,7 +214,8 @@ class _Exporter(Merged):
             notes.append(
                 "the run predicts by its linear probe, which these files have no place for: it lies beside them "
                 "(probe.safetensors). edgezo eval uses it there, and docs/export.md says how other programs do. The "
-                "model alone predicts something else; for a model that needs no second file, train without probe"
+                "model alone predicts something else; for one that needs no second file, train with --probe-reads one "
+                "and export --format hf-classifier, or train without probe"
             )
         if form == "peft" and self.rebuilt.planned.cfg.precision in QUANTIZED:
             notes.append(
