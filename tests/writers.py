@@ -54,6 +54,7 @@ NO_FILES = {
     *("dtype", "sharing", "restart", "rate", "lr", "methods", "tokens", "limit", "tries"),
     *("blocks", "states", "state_rows", "when", "max_temp", "max_cpu", "shell"),
     *("repeats", "parallel", "temperature", "top_p", "chance", "system"),
+    *("host", "port", "api_key", "probe_reads"),
 }
 
 
@@ -144,6 +145,9 @@ WRITERS = {
     "replay": Writer("replay", lambda t, out: [t.run, "--out", out], ("replay",)),
     "export hf": Writer("export", lambda t, out: [t.run, "--out", out]),
     "export hf in bf16": Writer("export", lambda t, out: [t.run, "--dtype", "bf16", "--out", out]),
+    "export a classifier": Writer(
+        "export", lambda t, out: [t.adapted, "--format", "hf-classifier", "--out", out]
+    ),
     "export peft": Writer("export", lambda t, out: [t.run, "--format", "peft", "--out", out]),
     "export gguf": Writer("export", lambda t, out: [t.run, "--format", "gguf", "--out", out]),
     "export gguf in 8 bits": Writer(

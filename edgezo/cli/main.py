@@ -21,6 +21,7 @@ import click
 
 from edgezo import __version__
 from edgezo.cli.bench import bench
+from edgezo.cli.chat import chat
 from edgezo.cli.completion import completion
 from edgezo.cli.data_overview import look_at_data
 from edgezo.cli.doctor import doctor
@@ -41,7 +42,8 @@ from edgezo.cli.options import (
 )
 from edgezo.cli.requests import evaluation_request, finetune_request, request
 from edgezo.cli.runs import compare, list_runs, remove_run, report
-from edgezo.cli.use import apply, chat, predict
+from edgezo.cli.serve import serve
+from edgezo.cli.use import apply, predict
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine import interrupts, streams
 from edgezo.machine.clock import now_s
@@ -58,7 +60,7 @@ def cli() -> None:
 
 
 for _command in (
-    *(bench, doctor, completion, look_at_data, predict, chat, apply),
+    *(bench, doctor, completion, look_at_data, predict, chat, serve, apply),
     *(report, compare, list_runs, remove_run),
 ):
     cli.add_command(_command)
@@ -195,7 +197,7 @@ def replay(run: str, out: str, as_json: bool) -> None:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["hf", "peft", "gguf", "gguf-adapter", "onnx", "journal"]),
+    type=click.Choice(["hf", "peft", "gguf", "gguf-adapter", "onnx", "hf-classifier", "journal"]),
     default="hf",
     show_default=True,
 )
@@ -214,7 +216,7 @@ def replay(run: str, out: str, as_json: bool) -> None:
 )
 @json_option
 def export(run: str, form: str, dtype: str | None, out: str, as_json: bool) -> None:
-    """Write the result of a run: a model (hf, gguf, onnx), an adapter (peft, gguf-adapter), or its steps (journal)."""
+    """Write the result of a run: a model, a classifier, an adapter (peft, gguf-adapter), or its steps (journal)."""
     from edgezo.plan.budget import mb
     from edgezo.run.export import export as run_export
 

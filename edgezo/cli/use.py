@@ -1,4 +1,4 @@
-"""Commands that use a result: predict answers rows, chat talks, apply makes a model of a base and a small file."""
+"""Commands that use a result: predict answers rows, apply makes a model of a base and a small file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -31,11 +31,11 @@ ASKING = ("task", "template", "labels", "label_field", "max_length", "max_new_to
 TAKES = ("max_mem_bytes", "device", "precision", "threads")
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
     click.echo(printable(text), err=True)
 
 
-def _threads(given: Mapping[str, str | None]) -> int | None:
+def threads_of(given: Mapping[str, str | None]) -> int | None:
     """The threads that are asked for. It comes before torch is imported, so a run's own setting is not looked up."""
     threads = given["threads"]
     return int(threads) if threads is not None and threads.isdecimal() else None
@@ -74,7 +74,7 @@ def predict(
     target: str, data: str, form: str, out: str | None, as_json: bool, **given: str | None
 ) -> None:
     """Predict rows: a label with its probabilities, a completion, an answer, or a score, line by line."""
-    use_threads(_threads(given))
+    use_threads(threads_of(given))
     from edgezo.data import asked_rows
     from edgezo.data.row_files import Problems
     from edgezo.machine.files import atomic_path, user_path
@@ -87,7 +87,7 @@ def predict(
         check_new_file(Path(out))
     meter, kept = Meter(), list[dict[str, Any]]()
     with ExitStack() as at_end:
-        used = at_end.enter_context(predictor(target, cfg, _note))
+        used = at_end.enter_context(predictor(target, cfg, note))
         problems = Problems()
         groups = (
             asked_rows.of_lines(sys.stdin.buffer, problems, used.guard)
@@ -107,7 +107,7 @@ def predict(
     if as_json:
         echo_json({**result, **({"out": out} if out else {"predictions": kept})})
     else:
-        _note(_summary_line(result))
+        note(_summary_line(result))
 
 
 def _figures(used: Predictor) -> dict[str, Any]:
@@ -134,11 +134,11 @@ def _write(predictions: Iterator[dict[str, Any]], form: str, file: TextIO) -> No
             head = columns is None
             columns = columns or list(flat)
             text = _csv_lines(flat, columns, head)
-        file.write(_fitting(text, file))
+        file.write(fitting(text, file))
         file.flush()
 
 
-def _fitting(text: str, file: TextIO) -> str:
+def fitting(text: str, file: TextIO) -> str:
     """``text`` with escapes for what the file's encoding has no bytes for."""
     return (
         encodable(text)
@@ -184,103 +184,3 @@ def apply(shipped: str, base: str, out: str, as_json: bool) -> None:
 
     result = apply_shipped(Path(shipped), base, Path(out))
     emit(as_json, result, f"applied {result['steps']} steps of {shipped} to {base}, in {out}")
-
-
-# ---------------------------------------------------------------------------------------------
-# chat
-
-
-@click.command()
-@click.argument("target", type=click.Path(), metavar="RUN|MODEL")
-@click.option(
-    "--compare", metavar="MODEL", help="Answer by this model too: the run's base, for example."
-)
-@click.option(
-    "--temperature", type=float, default=0.0, show_default=True, help="0: the likeliest token."
-)
-@click.option(
-    "--top-p", type=float, default=1.0, show_default=True, help="Of the likeliest tokens only."
-)
-@click.option("--seed", "chance", type=int, default=0, show_default=True, help="Of the sampling.")
-@click.option("--system", metavar="TEXT", help="What the system says first.")
-@options("max_length", "max_new_tokens", *TAKES)
-@json_option
-def chat(
-    target: str,
-    compare: str | None,
-    temperature: float,
-    top_p: float,
-    chance: int,
-    system: str | None,
-    as_json: bool,
-    **given: str | None,
-) -> None:
-    """Talk to a run or a model: one line, one answer. Ctrl-C stops an answer, Ctrl-D ends."""
-    given = {**given, "max_length": given["max_length"] or "2048"}
-    given["max_new_tokens"] = given["max_new_tokens"] or "256"
-    use_threads(_threads(given))
-    targets = [target] if compare is None else [compare, target]
-    from edgezo.network.sampling import Sampler
-    from edgezo.run.chat import Talk
-    from edgezo.run.predict import predictor, use_request
-
-    requests = [use_request(name, given) for name in targets]
-    Sampler.of(
-        temperature, top_p, chance
-    )  # refuses numbers without a meaning before a model is read
-    with ExitStack() as at_end:
-        talks = []
-        for name, cfg in zip(targets, requests, strict=True):
-            used = at_end.enter_context(predictor(name, cfg, _note))
-            talks.append(Talk(used, Sampler.of(temperature, top_p, chance), system))
-        turns = list(_turns(talks, shown=not as_json))
-        if as_json:
-            echo_json({"model": target, "turns": turns})
-
-
-def _turns(talks: list[Any], shown: bool) -> Iterator[dict[str, Any]]:
-    """Answer line after line, shown piece by piece; each turn with its answers by model."""
-    for line in _lines(shown):
-        if not line.strip():
-            continue
-        answers = {}
-        for talk in talks:
-            name = talk.used.target
-            with _shown_as(name if len(talks) > 1 else None, shown):
-                answers[name] = _answer(talk, line, shown)
-        yield {"prompt": line, "answers": answers}
-
-
-def _lines(shown: bool) -> Iterator[str]:
-    """What the user writes, until the end of standard input (Ctrl-D)."""
-    if not (shown and sys.stdin.isatty()):
-        for line in sys.stdin:
-            yield line.rstrip("\n")
-        return
-    while True:
-        try:
-            yield input("> ")
-        except EOFError:
-            click.echo()
-            return
-
-
-@contextmanager
-def _shown_as(name: str | None, shown: bool) -> Iterator[None]:
-    if shown and name is not None:
-        click.echo(f"[{printable(name)}] ", nl=False)
-    yield
-    if shown:
-        click.echo()
-
-
-def _answer(talk: Any, line: str, shown: bool) -> str:
-    """The answer to a line. Ctrl-C ends it where it stands."""
-    from edgezo.machine.interrupts import stopping
-
-    with stopping() as stopped:
-        for piece in talk.answer(line, stopped):
-            if shown:
-                click.echo(_fitting(printable(piece), sys.stdout), nl=False)
-                sys.stdout.flush()
-    return str(talk.last)

@@ -56,14 +56,19 @@ def raising() -> Iterator[None]:
 
 
 @contextmanager
-def stopping() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C ends nothing: the function that is given says whether it has come."""
+def stopping(then: Callable[[], object] = lambda: None) -> Iterator[Callable[[], bool]]:
+    """Inside, Ctrl-C ends nothing: the function that is given says whether it has come, and ``then`` is called."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     came = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.set()
+        then()
+
     before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, lambda number, frame: came.set())
+    signal.signal(signal.SIGINT, note)
     try:
         yield came.is_set
     finally:

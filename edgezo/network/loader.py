@@ -211,6 +211,9 @@ class ModelFiles:
         return int(self.config.pad_token_id) + 1 if self.kind == "masked" else 0
 
 
+_SCORES = "score.weight"  # of a classifier of transformers', in the head's place
+
+
 def open_model(path: Path) -> ModelFiles:
     """Read and check the config and the table of tensors. Raises EdgezoError for what edgezo cannot load."""
     path = Path(path)
@@ -224,6 +227,11 @@ def open_model(path: Path) -> ModelFiles:
     else:
         raise EdgezoError(f"There is no model at {path}.")
     source = open_tensors(path, config)
+    if _SCORES in source.names:
+        raise EdgezoError(
+            f"{path} is a classifier of transformers' (it has {_SCORES}), and no language model.\n"
+            'Use it by transformers.pipeline("text-classification"), or give the run that it was exported from.'
+        )
     files = ModelFiles(path, config, FAMILIES[config.model_type].kind, source, notes)
     _check_sizes(files)
     return files

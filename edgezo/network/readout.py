@@ -12,6 +12,10 @@ and the ``READOUT_BLOCKS`` blocks of least error are averaged. Their scores are 
 the least cross entropy on those left-out predictions, so that losses are on the scale of a softmax's. Blocks above the
 last one that is read do not run any more.
 
+With ``single`` the one block of least error is read, without an intercept and without the mean of a state: t is the
+one-hot labels less 1/K, z the state less its mean, not less that of the rows. A final norm of ones, be it an RMS or a
+layer norm, and a matrix give the labels of such a readout (export_classifier.py).
+
 GRZO can go on to train the blocks below: its losses are then the readout's.
 """
 
@@ -342,15 +346,22 @@ class Fitted(NamedTuple):
     loss: float
 
 
-def fit_block(x: Tensor, labels: Tensor, classes: int) -> BlockFit:
-    """Fit labels (n,) from states ``x`` (n, hidden) fp32, with the best of ``RIDGES``. ``x`` is overwritten."""
+def fit_block(x: Tensor, labels: Tensor, classes: int, single: bool = False) -> BlockFit:
+    """Fit labels (n,) from states ``x`` (n, hidden) fp32, with the best of ``RIDGES``. ``x`` is overwritten.
+
+    With ``single``, without an intercept, and by a weight whose rows have the mean 0.
+    """
     n = len(x)
     targets = F.one_hot(labels, classes).float()
-    share = targets.mean(0)
+    share = torch.full((classes,), 1 / classes) if single else targets.mean(0)
     targets = targets - share
+    if single:
+        x.sub_(x.mean(1, keepdim=True))
     mean = x.mean(0)
     x.sub_(mean)
     spread = x.square().mean(0).sqrt_().clamp_(min=LEAST_SPREAD)
+    if single:
+        x.add_(mean)
     x.div_(spread)
     # Z = U S V^T by the smaller of Z^T Z and Z Z^T; at most two matrices of the size of x at once.
     if n > x.shape[1]:
@@ -368,32 +379,38 @@ def fit_block(x: Tensor, labels: Tensor, classes: int) -> BlockFit:
     for ridge in RIDGES:
         inverse = 1 / (values + ridge)
         scores = turned @ (along * inverse[:, None])
-        leverage = (
-            torch.cat([part.square() @ inverse for part in turned.split(TILE_ROWS)]) / n + 1 / n
-        )
+        leverage = torch.cat([part.square() @ inverse for part in turned.split(TILE_ROWS)]) / n
+        if not single:
+            leverage += 1 / n
         # A leverage of 1: the row alone decides its prediction, and no other row predicts it.
         held_out = targets - (targets - scores) / (1 - leverage).clamp(min=LEAST_SPREAD)[:, None]
         error = float((held_out - targets).square().mean())
         if best is None or error < best.error:
             weight = (right @ (along * inverse[:, None])).T / spread
-            best = BlockFit(error, ridge, weight, share - weight @ mean, held_out + share)
+            if single:
+                weight -= weight.mean(1, keepdim=True)
+            bias = torch.zeros(classes) if single else share - weight @ mean
+            best = BlockFit(error, ridge, weight, bias, held_out + share)
     assert best is not None
     return best
 
 
 def fit(
-    states: Callable[[int], Tensor], blocks: Sequence[int], labels: Tensor, classes: int
+    states: Callable[[int], Tensor],
+    blocks: Sequence[int],
+    labels: Tensor,
+    classes: int,
+    single: bool = False,
 ) -> Fitted:
-    """The readout from the best of ``blocks``, for labels (n,).
+    """The readout from the best of ``blocks``, or with ``single`` from the best one, for labels (n,).
 
     ``states(i)`` reads those of ``blocks[i]`` anew, (n, hidden) fp32: they are overwritten.
     """
     best: dict[int, BlockFit] = {}
     for number, block in enumerate(blocks):
-        best[block] = fit_block(states(number), labels, classes)
-        best = dict(
-            sorted(best.items(), key=lambda item: (item[1].error, item[0]))[:READOUT_BLOCKS]
-        )
+        best[block] = fit_block(states(number), labels, classes, single)
+        ordered = sorted(best.items(), key=lambda item: (item[1].error, item[0]))
+        best = dict(ordered[: 1 if single else READOUT_BLOCKS])
     best = dict(sorted(best.items()))
     fits = list(best.values())
     scores = torch.stack([block_fit.held_out for block_fit in fits]).mean(0)

@@ -30,6 +30,7 @@ BEFORE = {
     "when": "always",
     "max_temp": None,
     "max_cpu": None,
+    "probe_reads": "five",
 }
 
 
@@ -95,6 +96,7 @@ class RunConfig:
     speaker: str | None
     skip_bad_rows: bool
     row_rules: int
+    probe_reads: str
 
     @classmethod
     def of(cls, cfg: RunConfig, **changes: Any) -> Self:

@@ -146,6 +146,14 @@ _METHOD = (
         high=10_000,
     ),
     Field(
+        name="probe_reads",
+        kind="choice",
+        help="What a linear probe reads: the mean of the best five blocks, or the best one without an intercept, as "
+        "export --format hf-classifier can hold it.",
+        default="five",
+        choices=("five", "one"),
+    ),
+    Field(
         name="states",
         kind="choice",
         help="How the output of frozen blocks is kept on disk, so that a row passes them once; none: they run in "

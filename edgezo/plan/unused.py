@@ -59,6 +59,7 @@ USES = {
         "only --mask block (--estimator zo-finetuner) takes scales from it",
     ),
     "head_lr": Use(lambda cfg: cfg.parts.head, "it is the learning rate of --train head"),
+    "probe_reads": Use(lambda cfg: cfg.parts.readout, "only --train probe fits a linear probe"),
     "sigma": Use(
         lambda cfg: cfg.probing, lambda cfg: f"{train_option(cfg)} alone perturbs nothing"
     ),

@@ -13,6 +13,7 @@ int8 and int4 codes are expanded, as the run's forward reads them. What was trai
 run, and small: bf16 weights with it added would keep two thirds of it or less, so hf writes fp32 then unless asked.
     gguf, gguf-adapter    for llama.cpp and what is built on it (export_gguf.py)
     onnx                  a graph with its weights beside it (export_onnx.py)
+    hf-classifier         a model of transformers' that puts out the scores of labels (export_classifier.py)
     journal               one small file, from which anybody with the base makes the model (shipped.py)
 
 A linear probe has a place in neither of hf and peft: it reads blocks in the middle of the model, and blocks above it
@@ -24,7 +25,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -43,7 +43,8 @@ from edgezo.plan.config import RunConfig
 from edgezo.plan.fields import QUANTIZED
 from edgezo.run.directory import RunFiles, dataset_facts
 from edgezo.run.evaluate import Rebuilt, brought_back
-from edgezo.run.export_files import beside_weights, write_config
+from edgezo.run.export_classifier import ClassifierExporter
+from edgezo.run.export_files import beside_weights, write_config, write_weights
 from edgezo.run.export_gguf import GgufExporter, check_base
 from edgezo.run.exported import asked_by
 from edgezo.run.merged import Merged
@@ -51,11 +52,9 @@ from edgezo.run.model_card import write_card
 from edgezo.run.places import check_base_is_there
 from edgezo.run.shipped import ship
 from edgezo.run.summary import saved_summary, unfinished
-from edgezo.weights.layouts import DENSE_DTYPES
-from edgezo.weights.saved import write_saved
 from edgezo.zo.parts import PARTS
 
-_ADAPTERS = ("peft", "gguf-adapter")
+_ADAPTERS, _WHOLE = ("peft", "gguf-adapter"), ("hf", "hf-classifier")
 _HF_DTYPES = ("fp32", "bf16", "fp16")
 
 
@@ -98,6 +97,11 @@ def export(source: Path, form: str, out: Path, *, dtype: str | None = None) -> d
             result = {**about, "predicts_as_run": True, "notes": notes, **written}
         elif form.startswith("gguf"):
             result = _gguf(run, rebuilt, form, folder, dtype, about)
+        elif form == "hf-classifier":
+            exporter = ClassifierExporter(rebuilt, build_meta(files))
+            written = exporter.write(folder, dtype)
+            notes = [*beside_weights(files, folder), *written.pop("notes")]
+            result = {**about, "predicts_as_run": True, "notes": notes, **written}
         else:
             result = _huggingface(run, rebuilt, form, folder, dtype, about)
         result["notes"] = [*unfinished(run, cfg, rebuilt.steps), *result["notes"]]
@@ -119,9 +123,9 @@ def _check_form(run: RunFiles, cfg: RunConfig, form: str, dtype: str | None) -> 
         raise UsageError(
             "--dtype is the type of the weights that --format hf or gguf writes; an adapter is fp32"
         )
-    if form == "hf" and dtype is not None and dtype not in _HF_DTYPES:
+    if form in _WHOLE and dtype is not None and dtype not in _HF_DTYPES:
         raise UsageError(
-            f"--format hf writes {', '.join(_HF_DTYPES)}; {dtype} is for --format gguf"
+            f"--format {form} writes {', '.join(_HF_DTYPES)}; {dtype} is for --format gguf"
         )
     if form == "onnx" or form.startswith("gguf"):
         check_base_is_there(cfg, run.path)
@@ -210,7 +214,8 @@ class _Exporter(Merged):
             notes.append(
                 "the run predicts by its linear probe, which these files have no place for: it lies beside them "
                 "(probe.safetensors). edgezo eval uses it there, and docs/export.md says how other programs do. The "
-                "model alone predicts something else; for a model that needs no second file, train without probe"
+                "model alone predicts something else; for one that needs no second file, train with --probe-reads one "
+                "and export --format hf-classifier, or train without probe"
             )
         if form == "peft" and self.rebuilt.planned.cfg.precision in QUANTIZED:
             notes.append(
@@ -225,9 +230,7 @@ class _Exporter(Merged):
 
     def hf(self, folder: Path, asked: str | None) -> dict[str, Any]:
         """Every parameter, a tile at a time."""
-        model, cfg = self.rebuilt.model, self.rebuilt.planned.cfg
-        stored = "bf16" if cfg.precision in QUANTIZED else cfg.precision
-        dtype = DENSE_DTYPES[asked or (stored if cfg.train == ("full",) else "fp32")]
+        model, dtype = self.rebuilt.model, self.dense_dtype(asked)
         config = self.rebuilt.planned.opened.files.config
         config.dtype = dtype
         output = f"{self.name_of(self.meta.get_output_embeddings())}.weight"
@@ -238,10 +241,7 @@ class _Exporter(Merged):
             names += [name for name in every if name not in names]  # RoBERTa's head ties its bias
         config.architectures = [type(self.meta).__name__]
         write_config(config, folder)
-        saved = [self.saved(name, dtype, name == output) for name in names]
-        write_saved(folder / "model.safetensors", saved, {"format": "pt"})
-        size = sum(math.prod(tensor.shape) for tensor in saved) * dtype.itemsize
-        return {"tensors": len(saved), "weight_bytes": size, "dtype": str(dtype).split(".")[1]}
+        return write_weights(folder, [self.saved(name, dtype, name == output) for name in names])
 
     def peft(self, folder: Path) -> dict[str, Any]:
         """LoRA matrices and the configuration that peft reads."""

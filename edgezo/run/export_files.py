@@ -9,8 +9,9 @@ other's. A tokenizer is named by a class that both have.
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from edgezo.network.foreign_tokenizer import AS_IT_STANDS, CLASSES, TOKENIZER_FI
 from edgezo.network.loader import ModelFiles, load_tokenizer
 from edgezo.network.rotary import rope_tables
 from edgezo.network.tokenizer_check import SAMPLE
+from edgezo.weights.saved import Saved, write_saved
 
 _TOKENIZER_SETTINGS, _GENERATION = "tokenizer_config.json", "generation_config.json"
 _FOLDERS_BESIDE = ("additional_chat_templates",)
@@ -43,12 +45,20 @@ _MORE = (
 _PHI3_TABLE = ("short_factor", "long_factor")
 
 
-def write_config(config: Any, folder: Path) -> None:
-    """config.json of a config object."""
-    values = {k: v for k, v in config.to_dict().items() if k not in _NOT_OF_THE_MODEL}
+def write_config(config: Any, folder: Path, **more: Any) -> None:
+    """config.json of a config object, with ``more`` in it."""
+    values = {k: v for k, v in config.to_dict().items() if k not in _NOT_OF_THE_MODEL} | more
     values["torch_dtype"] = values["dtype"]
     values |= _rope_of_4(config)
     (folder / "config.json").write_text(to_json(dict(sorted(values.items()))) + "\n")
+
+
+def write_weights(folder: Path, tensors: Sequence[Saved]) -> dict[str, Any]:
+    """model.safetensors of tensors of one type; what a result says of it."""
+    write_saved(folder / "model.safetensors", tensors, {"format": "pt"})
+    dtype = tensors[0].dtype
+    size = sum(math.prod(tensor.shape) for tensor in tensors) * dtype.itemsize
+    return {"tensors": len(tensors), "weight_bytes": size, "dtype": str(dtype).split(".")[1]}
 
 
 def _rope_of_4(config: Any) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class OnnxExporter(Merged):
         """Write model.onnx and its weights. Raises EdgezoError where they do not answer as the run."""
         form = WEIGHT_FORMS[asked or "fp32"]
         graph = Graph(form.float_type, form.bits, form.block)
-        classifies = self.rebuilt.planned.opened.dataset.kind == "label"
+        classifies = self.probed or self.rebuilt.planned.opened.dataset.kind == "label"
         if classifies:
             self._classifier(graph)
         else:
@@ -178,20 +178,10 @@ class OnnxExporter(Merged):
             logits = str(graph.op("Add", logits, graph.const(weights.bias.numpy(), np.float32)))
         else:
             state = graph.op("Gather", decoder.end(x), at)
-            self.made[_WORD_ROWS] = self._word_rows()
+            self.made[_WORD_ROWS] = self.word_rows()
             words = graph.weight(_WORD_ROWS, tuple(self.made[_WORD_ROWS].shape))
             logits = decoder.capped(str(graph.op("Gemm", state, words, transB=1)))
         graph.nodes.append(helper.make_node("Softmax", [logits], ["probabilities"], axis=-1))
-
-    def _word_rows(self) -> Tensor:
-        """The rows of the head that the label words have, (K, width) fp32."""
-        ids, first = self.rebuilt.model.scorer.label_ids.cpu(), 0
-        rows = torch.empty(len(ids), self.meta.get_output_embeddings().weight.shape[1])
-        for piece in self.rows(self.output):
-            inside = (ids >= first) & (ids < first + len(piece))
-            rows[inside] = piece[ids[inside] - first]
-            first += len(piece)
-        return rows
 
     # -- weights ------------------------------------------------------------------------------------------
 

@@ -15,8 +15,10 @@ from edgezo.errors import EdgezoError
 from edgezo.machine.limits import tiles
 from edgezo.network.first_order import ALPHA
 from edgezo.network.loader import ModelFiles, source_names
+from edgezo.plan.fields import QUANTIZED
 from edgezo.run.evaluate import Rebuilt
 from edgezo.weights.gguf_file import GgufSource
+from edgezo.weights.layouts import DENSE_DTYPES
 from edgezo.weights.saved import Saved
 
 
@@ -159,6 +161,22 @@ class Merged:
         up = torch.zeros(vocab, len(delta))
         up[model.scorer.label_ids.cpu(), torch.arange(len(delta))] = 1.0
         return Product(delta, up, float(len(delta)))
+
+    def word_rows(self) -> Tensor:
+        """The rows of the head that the label words have, (K, width) fp32."""
+        ids, first = self.rebuilt.model.scorer.label_ids.cpu(), 0
+        rows = torch.empty(len(ids), self.meta.get_output_embeddings().weight.shape[1])
+        for piece in self.rows(self.output):
+            inside = (ids >= first) & (ids < first + len(piece))
+            rows[inside] = piece[ids[inside] - first]
+            first += len(piece)
+        return rows
+
+    def dense_dtype(self, asked: str | None) -> torch.dtype:
+        """The type of whole weights: as asked, else fp32 where bf16 would round away what was trained beside them."""
+        cfg = self.rebuilt.planned.cfg
+        stored = "bf16" if cfg.precision in QUANTIZED else cfg.precision
+        return DENSE_DTYPES[asked or (stored if cfg.train == ("full",) else "fp32")]
 
     def name_of(self, module: Any) -> str:
         return next(name for name, other in self.meta.named_modules() if other is module)

@@ -22,6 +22,9 @@ _LICENCE = re.compile(r"^license:\s*([\w.+-]+)\s*$", re.M)
 _USE = {
     "hf": "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
     'model = AutoModelForCausalLM.from_pretrained("DIR")',
+    "hf-classifier": "from transformers import pipeline\n\n"
+    'classify = pipeline("text-classification", "DIR", top_k=None)\n'
+    'print(classify("a prompt, as in the training"))',
     "peft": 'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained("DIR")',
     "gguf": "edgezo predict model.gguf --data rows.jsonl\n"
     "llama-cli -m model.gguf\nollama create mine -f Modelfile && ollama run mine",
@@ -57,7 +60,7 @@ def write_card(
         "## How to use it",
         "",
         *_prompt(cfg, about),
-        "```python" if form in ("hf", "peft", "onnx") else "```sh",
+        "```python" if form in ("hf", "hf-classifier", "peft", "onnx") else "```sh",
         _USE[form],
         "```",
         "",

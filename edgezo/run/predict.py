@@ -66,6 +66,8 @@ class Predictor:
     rows: int = 0  # so many rows were predicted,
     known: int = 0  # of so many the right answer is known,
     right: int = 0  # and so many predictions are it
+    tokens: int = 0  # so many tokens the rows had
+    prompted: dict[bool, Asker] = field(default_factory=dict)  # of texts, and of conversations
     at_end: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Predictor:
@@ -77,6 +79,11 @@ class Predictor:
     def close(self) -> None:
         """Let the model go."""
         self.at_end.close()
+
+    def end_askers(self) -> None:
+        """End the processes that render conversations."""
+        for asker in (self.asker, *self.prompted.values()):
+            asker.close()
 
     def predict(self, rows: Iterable[Mapping[str, Any] | str]) -> list[dict[str, Any]]:
         """One prediction for each row: a mapping of its fields, or a text.
@@ -126,6 +133,7 @@ class Predictor:
         if not asked:
             return
         examples, kind = [row.example for row in asked], self.asker.asks
+        self.tokens += sum(example.tokens for example in examples)
         if self.asker.writes:
             for at in range(0, len(examples), WRITTEN_ROWS):
                 for text in self._texts(examples[at : at + WRITTEN_ROWS]):
@@ -191,30 +199,35 @@ class Predictor:
 
     # -- one text -----------------------------------------------------------------------------------------
 
+    @property
+    def classifies(self) -> bool:
+        """Whether it tells labels or options apart, and writes no text."""
+        return self.model.readout is not None or self.asker.kind in ("label", "choice")
+
     def write(
         self,
         prompt: str | Sequence[Mapping[str, str]],
         max_new_tokens: int | None = None,
         sampler: Sampler | None = None,
-    ) -> Iterator[str]:
-        """The pieces of the text that follows a prompt, or of the answer to a conversation, as they are written."""
-        ids = self.prompt_ids(prompt)
-        most = min(max_new_tokens or self.asker.generation.most, self.asker.generation.most)
-        written: list[int] = []
-        given = 0
-        for token in write_one(self.model, ids, most, sampler):
-            written.append(token)
-            over = len(written) == most or self.judge.over(written)
-            text = self.judge.answer(written, strip=False)
-            if len(text) > given and (over or not text.endswith(_UNFINISHED)):
-                yield text[given:]
-                given = len(text)
-            if over:
-                return
+        *,
+        whole: bool = False,
+    ) -> Writing:
+        """The text that follows a prompt, or the answer to a conversation: iterate over its pieces.
 
-    def prompt_ids(self, prompt: str | Sequence[Mapping[str, str]]) -> Sequence[int]:
-        """The tokens of a prompt, or of a conversation without its oldest turns where it is too long."""
-        if self.model.readout is not None or self.asker.kind in ("label", "choice"):
+        Raises UsageError where nothing is written, and with ``whole`` where a prompt alone has too many tokens.
+        """
+        ids = self.prompt_ids(prompt, whole=whole)
+        most = min(max_new_tokens or self.asker.generation.most, self.asker.generation.most)
+        return Writing(self.model, self.judge, ids, most, sampler)
+
+    def prompt_ids(
+        self, prompt: str | Sequence[Mapping[str, str]], *, whole: bool = False
+    ) -> Sequence[int]:
+        """The tokens of a prompt, or of a conversation without its oldest turns where it is too long.
+
+        With ``whole``, UsageError where a prompt or a last turn would be cut.
+        """
+        if self.classifies:
             raise UsageError(
                 f"{self.target} tells {', '.join(self.asker.names) or 'options'} apart, and writes nothing.\n"
                 f"Ask it by edgezo predict {self.target} --data FILE."
@@ -222,17 +235,57 @@ class Predictor:
         turns = [] if isinstance(prompt, str) else list(prompt)
         while True:
             record = Record("the prompt", {"messages": turns} if turns else {"prompt": prompt})
-            problems = Problems()
-            with_form = replace(self.asker, recognised=None)
             before = self.asker.encoder.cut
-            try:
-                asked = with_form.ask([record], problems)
-                problems.raise_any()
-            finally:
-                with_form.close()
-            if self.asker.encoder.cut == before or len(turns) < 2:
-                return asked[0].example.prompt
+            ids = self._asked_as(bool(turns), record)
+            if self.asker.encoder.cut == before:
+                return ids
+            if len(turns) < 2:
+                break
             turns = turns[1:]
+        if whole:
+            raise UsageError(
+                f"the prompt has more than {self.asker.encoder.max_length} tokens: shorten it, or start with a larger "
+                "--max-length"
+            )
+        return ids
+
+    def _asked_as(self, conversation: bool, record: Record) -> Sequence[int]:
+        """The tokens of a prompt. What renders conversations is a process, and stays for those to come."""
+        asker = self.prompted.setdefault(conversation, replace(self.asker, recognised=None))
+        problems = Problems()
+        try:
+            asked = asker.ask([record], problems)
+            problems.raise_any()
+        except BaseException:
+            self.prompted.pop(conversation).close()
+            raise
+        return asked[0].example.prompt
+
+
+@dataclass
+class Writing:
+    """A text while it is written: iterate over its pieces, which come as they are written."""
+
+    model: Model
+    judge: Judge
+    prompt: Sequence[int]  # its tokens
+    most: int  # tokens that are written at most
+    sampler: Sampler | None
+    tokens: list[int] = field(default_factory=list)  # written so far
+    ended: bool = False  # by an end token or a stop, and not for having ``most`` tokens
+
+    def __iter__(self) -> Iterator[str]:
+        given = 0
+        for token in write_one(self.model, self.prompt, self.most, self.sampler):
+            self.tokens.append(token)
+            self.ended = self.judge.over(self.tokens)
+            over = self.ended or len(self.tokens) == self.most
+            text = self.judge.answer(self.tokens, strip=False)
+            if len(text) > given and (over or not text.endswith(_UNFINISHED)):
+                yield text[given:]
+                given = len(text)
+            if over:
+                return
 
 
 # ---------------------------------------------------------------------------------------------
@@ -274,6 +327,16 @@ def use_request(target: str, given: Mapping[str, Any]) -> RunConfig:
     if given.get("device") not in (None, saved.device):  # the cap was that of the other device
         layer |= {"max_mem_bytes": None, "residency": None}
     return make_config({**given, "objective": None}, layer, need_data=False)
+
+
+def base_of(target: str) -> str:
+    """The model that a run was trained over. Raises UsageError for what is no run."""
+    run = RunFiles(Path(target))
+    if not run.config.is_file():
+        raise UsageError(f"{target} is no run, and has no base here: name a model, --compare MODEL")
+    cfg = run.read_config()
+    check_base_is_there(cfg, run.path)
+    return cfg.model
 
 
 def _exported_at(target: str) -> Exported | None:
@@ -330,8 +393,9 @@ def predictor(
             opened = replace(opened, read_peak_bytes=read_bytes)
         planned = settle(opened, confirmed(machine()), rss_bytes())
         model, memory, steps = at_end.enter_context(in_memory(run, trained, planned, note))
-        at_end.callback(asker.close)
-        yield Predictor(target, model, memory, asker, judge, guard, steps)
+        used = Predictor(target, model, memory, asker, judge, guard, steps)
+        at_end.callback(used.end_askers)
+        yield used
 
 
 def _asker(cfg: RunConfig, files: ModelFiles, kind: str | None, names: Sequence[str]) -> Asker:

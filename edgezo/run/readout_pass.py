@@ -167,7 +167,9 @@ class ReadoutPass:
         state.memory.trim()
         with phase("fit"), state.memory.short("the linear probe"):
             fitted = fit(
-                lambda number: self.states.block(number, len(rows)), self.blocks, labels, classes
+                lambda number: self.states.block(number, len(rows)),
+                *(self.blocks, labels, classes),
+                single=state.cfg.probe_reads == "one",
             )
         state.memory.trim()
         return fitted

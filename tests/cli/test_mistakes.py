@@ -139,6 +139,12 @@ MISTAKES = {
     "predictions in an unknown form": Mistake(2, "predict {run} --data {dir}/other.jsonl --to xml", "'jsonl', 'csv'"),
     "predictions of other rows": Mistake(2, "predict {run} --data {dir}/other.jsonl", "text"),
     "a chat with a classifier": Mistake(2, "chat {run}", "edgezo predict"),
+    "a comparison with no base": Mistake(2, "chat {model} --compare", "--compare MODEL"),
+    "a server for everybody": Mistake(2, "serve {run} --host 0.0.0.0", "--api-key"),
+    "a port that there is not": Mistake(2, "serve {run} --port 99999", "99999"),
+    "a probe of one block that nothing fits": Mistake(
+        2, "finetune {ok} --train lowrank --probe-reads one --out {dir}/x", "--train probe"
+    ),
     "a temperature below zero": Mistake(2, "chat {model} --temperature -1", "temperature"),
     "an unknown shell": Mistake(2, "completion tcsh", "'bash', 'zsh', 'fish'"),
     "a doctor of something": Mistake(2, "doctor disk", "unexpected extra argument"),

@@ -286,6 +286,7 @@ READERS: dict[str, Any] = {
     "data": lambda t, out: [],
     "predict": lambda t, out: ["--data", t.bench.data / "label.jsonl"],
     "chat": lambda t, out: ["--max-new-tokens", 1],
+    "serve": lambda t, out: ["--port", 0],
     "compare": lambda t, out: [],
     "runs": lambda t, out: [],
     "apply": lambda t, out: ["--base", t.bench.model, "--out", out],

@@ -16,6 +16,7 @@ import signal
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ MODEL, DATA = "my-model", "rows.jsonl"  # of the workspace, under names that the
 KEPT = frozenset(
     "--template --labels --label-field --objective --max-new-tokens --train --estimator --precision --rounding "
     "--step --sigma --format --dtype --out --resume --show-batch --profile --finetuner --methods --seed --to "
-    "--temperature --top-p --system --when --yes --ask --skip-bad-rows".split()
+    "--temperature --top-p --system --when --yes --ask --skip-bad-rows --probe-reads".split()
 )
 # Others, and what is run in place of their value; None leaves the option out.
 REPLACED: dict[str, str | None] = {
@@ -63,8 +64,9 @@ ADDED: dict[str, dict[str, str]] = {
     },
     "bench alignment": {"--estimators": "grzo", "--tries": "1", "--batch-sizes": "2"},
 }
-# Commands whose argument may be a card, and which read standard input: a line is written there.
-ANSWERING = ("predict", "chat")
+# Commands whose argument may be a card; the first two read standard input: a line is written there.
+ANSWERING = ("predict", "chat", "serve")
+SERVING = "http://127.0.0.1:8000"  # where a snippet asks edgezo serve
 PARTS = ("bench",)  # commands that have commands
 # Of a Python snippet.
 IN_PYTHON = {
@@ -153,6 +155,8 @@ def made(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert run("export", "runs/mine", "--out", "model") == 0
         shipped = ("--format", "journal", "--out", "mine.edgezo")
         assert run("export", "runs/mine", *shipped) == 0
+        one = ("--train", "probe", "--probe-reads", "one", "--eval-limit", 8, "--out", "runs/one")
+        assert run("finetune", *label, *small, "--steps", 2, *one) == 0
         writer = ("--model", MODEL, "--data", DATA, "--train", "lowrank", "--out", "runs/writer")
         assert run("finetune", *writer, *small, "--steps", 2, "--eval-limit", 8) == 0
         meta = ("--steps", 1, "--restart", 1, "--batch-size", 2, "--out", "my.safetensors")
@@ -205,7 +209,12 @@ def parsed(
             arguments.append(word)
             continue
         assert word in options, f"there is no option {word}"
-        if getattr(options[word], "is_flag", False):
+        alone = at == len(words) or words[at].startswith(
+            "--"
+        )  # an option whose value may be left out
+        if getattr(options[word], "is_flag", False) or (
+            alone and getattr(options[word], "flag_value", None) is not None
+        ):
             given.append((word, None))
         else:
             given.append((word, words[at]))
@@ -226,7 +235,7 @@ def substituted(name: str, given: Sequence[tuple[str, str | None]]) -> list[str]
         elif option == "--data":
             words += [option, str(value)]
         elif option in ("--model", "--compare", "--base"):
-            words += [option, model_of(str(value))]
+            words += [option] if value is None else [option, model_of(value)]
         elif option in KEPT:
             words += [option] if value is None else [option, value]
         else:
@@ -264,6 +273,9 @@ def check_edgezo(words: Sequence[str], edgezo: Any) -> None:
         arguments = [model_of(argument) for argument in arguments]
     final = [*name.split(), *arguments, *substituted(name, given)]
     if tuple(final) in ran:
+        return
+    if name == "serve":  # tests/run/test_serving.py starts it; it would answer until Ctrl-C
+        command.make_context(name, final[1:])
         return
     if "--resume" not in final and "--out" in final:
         shutil.rmtree(final[final.index("--out") + 1], ignore_errors=True)
@@ -363,7 +375,13 @@ def test_every_python_snippet_runs(snippet: Snippet, workspace: Path) -> None:
     text = snippet.text
     for named, instead in IN_PYTHON.items():
         text = text.replace(named, instead)
-    exec(compile(text, snippet.place, "exec"), {"__name__": "__main__"})
+    with ExitStack() as at_end:
+        if SERVING in text:
+            pytest.importorskip("openai", reason="pip install 'edgezo[dev]' brings its client")
+            served = importlib.import_module("test_serving").served
+            _, address = at_end.enter_context(served(Path("runs/writer")))
+            text = text.replace(SERVING, address.removesuffix("/v1"))
+        exec(compile(text, snippet.place, "exec"), {"__name__": "__main__"})
 
 
 def test_a_command_that_has_gone_stale_fails(workspace: Path, edgezo: Any) -> None:

@@ -92,6 +92,30 @@ def test_a_block_is_fitted_as_the_normal_equations_have_it_and_held_out_rows_as_
     assert torch.allclose(scores.double(), slow["scores"], atol=1e-4)
 
 
+@pytest.mark.parametrize(("n", "hidden"), [(60, 16), (24, 48)])
+def test_a_single_block_is_fitted_without_an_intercept_and_without_the_mean_of_a_state(n, hidden):
+    x, labels = rows(n, hidden, 3)
+    x = unit(x + torch.linspace(0, 3, hidden))  # what states have in common stands for an intercept
+    fitted = fit_block(x.clone(), labels, 3, single=True)
+    z = x.double() - x.double().mean(1, keepdim=True)
+    z = z / z.std(0, unbiased=False)
+    targets = F.one_hot(labels, 3).double() - 1 / 3
+
+    def solve(kept: torch.Tensor) -> torch.Tensor:
+        inputs = z[kept]
+        shrunk = inputs.T @ inputs + n * fitted.ridge * torch.eye(hidden, dtype=torch.float64)
+        return torch.linalg.solve(shrunk, inputs.T @ targets[kept])
+
+    every = torch.arange(n)
+    held_out = torch.stack([z[row] @ solve(every[every != row]) for row in range(n)]) + 1 / 3
+    assert torch.allclose(fitted.held_out.double(), held_out, atol=1e-4)
+    assert torch.allclose((x @ fitted.weight.T).double(), z @ solve(every), atol=1e-4)
+    assert not fitted.bias.any()
+    assert float(fitted.weight.mean(1).abs().max()) < 1e-6 * float(fitted.weight.abs().max()) * n
+    known = fit(lambda i: x.clone() if i else torch.randn(n, hidden), (3, 5), labels, 3, True)
+    assert known.readout.blocks == (5,)
+
+
 def test_the_best_blocks_are_averaged_and_their_factor_is_the_one_of_least_held_out_loss():
     known, labels = rows(90, 12, 3)
     noise = [unit(torch.randn(90, 12, generator=torch.Generator().manual_seed(s))) for s in (1, 2)]
@@ -322,8 +346,8 @@ def test_a_probe_that_predicts_worse_than_the_label_words_is_left_out(bench, tmp
     assert alone["probe"]["used"]
 
 
-def _useless(*given: Any) -> Any:
-    return fit(*given)._replace(loss=99.0)
+def _useless(*given: Any, **more: Any) -> Any:
+    return fit(*given, **more)._replace(loss=99.0)
 
 
 def test_rows_without_classes_are_trained_by_the_head(bench, tmp_path):

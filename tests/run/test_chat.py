@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import sys
 from collections import Counter
@@ -16,6 +17,7 @@ from conftest import Bench, make_model
 from test_runs import run_of
 
 import edgezo as package
+from edgezo.cli.chat import WIDE, page
 from edgezo.errors import UsageError
 from edgezo.machine.interrupts import stopping
 from edgezo.network.sampling import Sampler
@@ -104,6 +106,56 @@ def test_two_models_answer_side_by_side(
         with package.load(name, max_new_tokens=6) as used:
             assert used.generate(question) == answer
     assert len(set(turn["answers"].values())) == 2, "training has changed the answer"
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def shown_on(monkeypatch: pytest.MonkeyPatch, width: int) -> list[str]:
+    """The lines that a terminal of so many columns was given, frame after frame."""
+    given = Terminal()
+    monkeypatch.setattr(sys, "stdout", given)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    with page(["base", "run"]) as show:
+        for place, pieces in enumerate((["It ", "was\x1b[2J", " long"], ["It is", " short"])):
+            for piece in pieces:
+                show(place, piece)
+    without_colours = re.sub(r"\x1b\[[0-9;]*m", "", given.getvalue())
+    frames = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\n", without_colours)
+    return [" ".join(line.split()) for line in frames.splitlines() if line.strip()]
+
+
+def test_a_wide_terminal_has_both_answers_beside_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = shown_on(monkeypatch, WIDE)
+    assert "base run" in lines and lines[-1] == r"It was\x1b[2J long It is short", lines
+    assert r"It was\x1b[2J long It is" in lines, "pieces are shown as they come"
+    lines = shown_on(monkeypatch, WIDE - 1)
+    assert lines == [r"[base] It was\x1b[2J long", "[run] It is short"]
+
+
+def turns(*lines: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": line} for line in lines]
+
+
+def test_a_run_is_compared_with_its_base_in_the_same_precision(
+    run: Path, bench: Bench, edgezo_json: Any, edgezo: Any, monkeypatch: Any
+) -> None:
+    says(monkeypatch, "a warm film")
+    code, made = edgezo_json("chat", run, "--compare", "--max-new-tokens", 6)
+    assert code == 0
+    answers = made["turns"][0]["answers"]
+    assert list(answers) == [str(bench.model), str(run)]
+    with package.load(bench.model, max_new_tokens=6, precision="fp32") as base:
+        assert answers[str(bench.model)] == base.generate(turns("a warm film"))
+    code, _, err = edgezo("chat", bench.model, "--compare")
+    assert code == 2 and "--compare MODEL" in err
 
 
 def test_sampling_has_a_seed(run: Path) -> None:

@@ -137,6 +137,22 @@ def test_a_classifier_has_the_probabilities_of_the_run(
     assert np.ptp(wanted[:, 0]) > 1e-3
 
 
+def test_a_probe_that_reads_words_of_several_tokens_becomes_a_classifier(
+    families: Any, onnxruntime: Any, tmp_path: Path
+) -> None:
+    run_of(families("llama"), tmp_path / "run", kind="choice", train="lowrank+probe", **LARGE)
+    assert export(tmp_path / "run", "onnx", tmp_path / "out")["graph"] == "classifier"
+    with package.load(tmp_path / "run") as used:
+        from edgezo.data.row_files import Problems, Record
+
+        (asked,) = used.asker.ask([Record("", {"text": "film 3 is warm"})], Problems())
+        (wanted,) = used.predict(["film 3 is warm"])
+        ids = np.array([used.model.reads([asked.example])[0].rows[0].ids], np.int64)
+    fed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    (shares,) = session_of(onnxruntime, tmp_path / "out").run(["probabilities"], fed)[0]
+    assert np.allclose(shares, list(wanted["probabilities"].values()), atol=1e-4)
+
+
 def test_half_the_bytes(families: Any, onnxruntime: Any, tmp_path: Path) -> None:
     run_of(families("llama"), tmp_path / "run", kind="completion", train="lowrank", **LARGE)
     for dtype in ("fp32", "fp16"):
