@@ -185,6 +185,17 @@ def _has(summary: Mapping[str, Any], *names: str) -> bool:
     return all(summary.get(name) is not None for name in names)
 
 
+def verdict_on_cap(summary: Mapping[str, Any], peak_bytes: int) -> str:
+    """Whether a run has kept its cap, in a word or two; what its program held before it began is none of its peak."""
+    if peak_bytes <= summary["max_mem_bytes"]:
+        return "kept"
+    return (
+        "kept (the peak was before)"
+        if peak_bytes <= summary.get("earlier_peak_bytes", 0)
+        else "NOT kept"
+    )
+
+
 def peaks_line(summary: Mapping[str, Any]) -> str:
     """Planned, measured, inference, cap: the peaks by which a run is judged."""
     unit = "cuda" if _has(summary, "cuda_peak_bytes") else "rss"
@@ -197,6 +208,6 @@ def peaks_line(summary: Mapping[str, Any]) -> str:
         parts.append(f"{peak / inference:.2f} x inference {format_bytes(inference)}")
     if _has(summary, "max_mem_bytes"):
         cap = summary["max_mem_bytes"]
-        kept = "kept" if peak <= cap else "NOT kept"
+        kept = verdict_on_cap(summary, peak)
         parts.append(f"cap {format_bytes(cap)} {kept} ({100 * peak / cap:.0f} % used)")
     return ", ".join(parts)

@@ -93,9 +93,9 @@ def finetune(
     """
     if resume and cfg.out is None:
         raise UsageError("a resume needs the directory of the run to go on with (out)")
-    files = RunFiles(free_directory(cfg) if cfg.out is None else Path(cfg.out))
     if cfg.out is None:
-        cfg = replace(cfg, out=str(files.path))
+        cfg = replace(cfg, out=str(free_directory(cfg.model, cfg.task or cfg.data or "data")))
+    files = RunFiles(Path(str(cfg.out)))
     if not resume:
         cfg = with_beginning(cfg)
     if resume and cfg.micro_batch is None:
@@ -123,7 +123,7 @@ def _report(files: RunFiles, progress: RunProgress) -> None:
 @contextmanager
 def _opened(
     cfg: RunConfig, files: RunFiles, resume: bool, progress: RunProgress, box: TimeBox
-) -> Iterator[Run]:
+) -> Iterator[Training]:
     """A run with its plan made, its journal open and its weights where the journal ends; closed after the block."""
     refuse_links(files)
     meter, split_is_free = Meter(), cfg.micro_batch is None
@@ -176,7 +176,7 @@ def _opened(
         guard = guard_of(planned.plan, memory)
         shown = (log, meter, progress)
         state = RunState(files, planned, model, memory, journal, *shown, guard, stop, manners, box)
-        yield Run(state, restored, readout, before, split_is_free, ended)
+        yield Training(state, restored, readout, before, split_is_free, ended)
 
 
 def _plan(cfg: RunConfig, resume: bool, meter: Meter, progress: RunProgress) -> Planned:
@@ -245,7 +245,7 @@ def _save_profile(files: RunFiles, progress: RunProgress) -> None:
         progress.note(f"no profile of this run: {problem}")
 
 
-class Run:
+class Training:
     """One run in progress, from its first step to its summary."""
 
     def __init__(
