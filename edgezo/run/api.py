@@ -266,21 +266,19 @@ def finetune(
     BudgetExceeded and Interrupted (the state is saved: ``Run.open(out).resume()`` goes on), EdgezoError.
     """
     began_s = now_s()
+    request = {
+        **{"max_mem_bytes": max_mem, "labels": _label_text(labels), "template": template},
+        **{"steps": steps, "out": None if out is None else os.fspath(out), **settings},
+    }
+    if isinstance(model, RunConfig):
+        if any(one is not None for one in (data, validation, tokenizer, *request.values())):
+            raise UsageError("a RunConfig says all that a run does: give settings to make_config")
+        with called():
+            return Run(_trained(model, resume, _shown(progress, callbacks), began_s))
+    if resume:
+        raise UsageError("a run goes on by edgezo.Run.open(DIRECTORY).resume()")
     with called():
         shown = _shown(progress, callbacks)
-        if isinstance(model, RunConfig):
-            given = (data, validation, tokenizer, out, max_mem, labels, template, steps)
-            if settings or any(one is not None for one in given):
-                raise UsageError(
-                    "a RunConfig says all that a run does: give other settings to make_config"
-                )
-            return Run(_trained(model, resume, shown, began_s))
-        if resume:
-            raise UsageError("a run goes on by edgezo.Run.open(DIRECTORY).resume()")
-        request = {
-            **{"max_mem_bytes": max_mem, "labels": _label_text(labels), "template": template},
-            **{"steps": steps, "out": None if out is None else os.fspath(out), **settings},
-        }
         with _kept(model, tokenizer, data, validation, request, shown.note) as cfg:
             return Run(_trained(cfg, False, shown, began_s))
 
