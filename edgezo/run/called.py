@@ -25,8 +25,8 @@ class _Call(NamedTuple):
     peak_bytes: int | None = None  # of its memory until then; None: edgezo is a process of its own
 
 
-_NO_CALL = _Call()
-_call: ContextVar[_Call] = ContextVar("call", default=_NO_CALL)
+_OF_NOBODY = _Call()
+_call: ContextVar[_Call] = ContextVar("call", default=_OF_NOBODY)
 
 
 def present_caller() -> Caller:

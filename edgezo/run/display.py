@@ -63,7 +63,7 @@ def opening_lines(lines: Sequence[tuple[str, str]]) -> RenderableType:
     return table
 
 
-class _Line(Protocol):
+class _LiveLine(Protocol):
     """A line that is drawn again and again in its place."""
 
     def update(self, text: str, fraction: float | None) -> None:
@@ -139,7 +139,7 @@ class Display(Silent):
     def __init__(self, console: Console | None = None):
         """``console``: where it is shown; None: on standard error, or below the cell of a notebook."""
         self._console = console or console_on(sys.stderr)
-        self._live: _Line | None = None
+        self._live: _LiveLine | None = None
         self._total = ""
         self._cap = ""
         self._metric = ""

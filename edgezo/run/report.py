@@ -33,7 +33,7 @@ MOST_MATRIX = 24  # classes of a matrix that a page has room for
 MOST_ABOVE = 3.0  # times what was measured: a cap above that would leave no height for the curve
 MOST_CONFUSED = 15  # pairs that are listed where there is no room
 _FIRST_LINES = "<!doctype html>\n<!-- edgezo report; SHA-256 of what follows this line: {} -->\n"
-_WAY_OUT = "One of the files in it is damaged, or of another version: restore it from a copy."
+_DAMAGED_FILE = "One of the files in it is damaged, or of another version: restore it from a copy."
 _FIRST_LINES_FORM = re.compile(re.escape(_FIRST_LINES).replace(r"\{\}", "([0-9a-f]{64})"))
 
 
@@ -84,7 +84,7 @@ def report_page(run: Overview) -> bytes:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, finalize=_visible
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    with reading(run.files.path, _WAY_OUT):
+    with reading(run.files.path, _DAMAGED_FILE):
         body = template.render(_content(run)).encode("utf-8", "backslashreplace")
     return _FIRST_LINES.format(_digest(body)).encode() + body
 
@@ -122,7 +122,7 @@ def glance(run: Overview) -> tuple[str, list[tuple[str, str, str]]]:
 
     Raises EdgezoError where a file of the run is damaged.
     """
-    with reading(run.files.path, _WAY_OUT):
+    with reading(run.files.path, _DAMAGED_FILE):
         answers = Answers.of(kept_answers(run.files, run.of_run))
         return _sentence(run, run.lines() if run.of_run else []), list(_tiles(run, answers))
 

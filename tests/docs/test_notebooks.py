@@ -1,4 +1,4 @@
-"""The notebooks of docs/ run in a kernel that holds 480 MB of its own: with a tiny model, tiny rows and few steps."""
+"""The notebooks of docs/ and README's snippet run in a kernel that holds 480 MB: a tiny model, tiny rows, few steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import make_model, write_rows
-from pages import ROOT
+from pages import ROOT, fences
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
@@ -48,8 +48,8 @@ def folder(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_both_notebooks_run_one_after_the_other_in_a_kernel_that_holds_480_mb(folder, monkeypatch):
-    """In one kernel, which imports PyTorch once: the second notebook holds what the first has left, too."""
+def test_notebooks_and_readme_run_in_a_kernel_that_holds_480_mb(folder, monkeypatch):
+    """One after the other in one kernel, which imports PyTorch once: the second holds what the first has left, too."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     book = nbformat.v4.new_notebook()
@@ -57,10 +57,12 @@ def test_both_notebooks_run_one_after_the_other_in_a_kernel_that_holds_480_mb(fo
     for path in NOTEBOOKS:
         notebook = nbformat.read(path, as_version=4)
         assert not any(cell.get("outputs") for cell in notebook.cells), f"{path.name} has outputs"
-        for cell in notebook.cells:
-            for before, instead in SMALLER.items():
-                cell.source = cell.source.replace(before, instead)
         book.cells += notebook.cells
+    snippets = [s for s in fences("python") if s.page.name == "README.md"]
+    book.cells += [nbformat.v4.new_code_cell(snippet.text) for snippet in snippets]
+    for cell in book.cells:
+        for before, instead in SMALLER.items():
+            cell.source = cell.source.replace(before, instead)
     client = nbclient.NotebookClient(
         book, timeout=600, resources={"metadata": {"path": str(folder)}}
     )
@@ -68,7 +70,8 @@ def test_both_notebooks_run_one_after_the_other_in_a_kernel_that_holds_480_mb(fo
     texts = [shown(cell) for cell in book.cells if cell.cell_type == "code"]
     assert any("step 2/2" in text for text in texts), texts  # the live line, as it was drawn last
     assert any("calling program: held when it called edgezo" in text for text in texts)
-    for name in ("first", "own"):
+    assert snippets and 'max_mem="1500MB"' in snippets[0].text
+    for name in ("first", "own", "my-model-rows"):
         plan = json.loads((folder / "runs" / name / "plan.json").read_text())
         sizes = {item["name"]: item["bytes"] for item in plan["items"]}
         assert 1_500_000_000 == plan["max_mem_bytes"] > plan["needed_bytes"]
