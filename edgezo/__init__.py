@@ -1,7 +1,8 @@
 """edgezo fine-tunes a language model in about the memory it takes to run it: forward passes only.
 
->>> from edgezo import make_config, finetune
->>> summary = finetune(make_config({"model": "smollm2-135m-instruct", "task": "example"}))
+>>> import edgezo
+>>> run = edgezo.finetune("smollm2-135m-instruct", "rows.jsonl", max_mem="900MB")
+>>> run.predict([{"text": "wake me at six"}])
 """
 
 from __future__ import annotations
@@ -19,24 +20,23 @@ if (_parent := os.environ.pop("EDGEZO_PARENT", "")).isdecimal():
     end_with_parent(int(_parent))
 
 __version__ = "0.1.0"
-__all__ = ["RunConfig", "__version__", "finetune", "load", "make_config", "make_plan"]
+__all__ = ["Run", "RunConfig", "__version__", "finetune", "load", "make_config", "make_plan"]
 
 if TYPE_CHECKING:
     from edgezo.plan.config import RunConfig
     from edgezo.plan.planner import make_plan
     from edgezo.plan.request import make_config
+    from edgezo.run.api import Run, finetune
     from edgezo.run.predict import load
-    from edgezo.run.train import finetune
 
 _HOMES = {
+    "Run": "edgezo.run.api",
     "RunConfig": "edgezo.plan.config",
-    "finetune": "edgezo.run.train",
+    "finetune": "edgezo.run.api",
     "load": "edgezo.run.predict",
     "make_config": "edgezo.plan.request",
     "make_plan": "edgezo.plan.planner",
 }
-# What holds a model in memory, under a cap.
-_CAPPED = ("finetune", "load")
 
 
 def __getattr__(name: str) -> Any:
@@ -46,8 +46,8 @@ def __getattr__(name: str) -> Any:
     import importlib
     import sys
 
-    if name in _CAPPED and "torch" not in sys.modules:
-        # As the command line does: else freed layers stay in the heap, and no cap can be kept.
+    if name == "load" and "torch" not in sys.modules:
+        # Before PyTorch is imported, as the command line does: it reads a part of the policy once.
         from edgezo.machine.process_memory import allocator_policy
 
         allocator_policy()

@@ -1,4 +1,6 @@
-"""Pages of the site that stand outside docs/: the log of experiments, charts, pages at the top. A hook of mkdocs.
+"""Pages of the site that are no Markdown in docs/: the log of experiments, charts, pages at the top, notebooks.
+
+A hook of mkdocs.
 
 docs/ links to them as the repository has them (../benchmarks/log/...), so that the links work there too; here the links
 become those of the site.
@@ -6,6 +8,7 @@ become those of the site.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -26,7 +29,19 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             files.append(File.generated(config, name, abs_src_path=str(path)))
     for name in AT_TOP:
         files.append(File.generated(config, name.lower(), abs_src_path=str(ROOT / name)))
+    for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
+        name = f"notebooks/{path.stem}.md"
+        files.append(File.generated(config, name, content=notebook_page(path)))
     return files
+
+
+def notebook_page(path: Path) -> str:
+    """A notebook as Markdown: its texts, and its code in fences."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    texts = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+    parts = [f"```python\n{text}\n```" if kind == "code" else text for kind, text in texts]
+    parts.insert(1, f"The notebook itself: [{path.name}]({path.name}).")
+    return "\n\n".join(parts) + "\n"
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:

@@ -44,28 +44,27 @@ def main() -> None:
     )
     given = parser.parse_args()
     try:
-        labels = ",".join(f"{name}={name.replace('_', ' ')}" for name in intents_of(given.table))
-        settings = {
-            "model": given.model,
-            "data": str(given.table),
-            "out": given.out,
-            "labels": labels,
-        }
-        settings |= {"template": "{text}\nIntent:", "label_field": "intent"}
-        settings |= {"max_mem_bytes": given.max_mem, "steps": given.steps}
-        summary = edgezo.finetune(edgezo.make_config(settings))
-        before, after = summary["eval_before"], summary["eval_after"]
+        run = edgezo.finetune(
+            given.model,
+            given.table,
+            out=given.out,
+            template="{text}\nIntent:",
+            labels={name: name.replace("_", " ") for name in intents_of(given.table)},
+            label_field="intent",
+            max_mem=given.max_mem,
+            steps=given.steps,
+        )
+        before, after = run["eval_before"], run["eval_after"]
         shown = f"{before['value']:.3f} -> " if before else ""
         print(f"{after['metric']} of {after['n']} held-out rows: {shown}{after['value']:.3f}")
         if given.ask:
-            with edgezo.load(summary["run"], max_mem_bytes=given.max_mem) as run:
-                for text, answer in zip(given.ask, run.predict(given.ask), strict=True):
-                    probability = max(answer["probabilities"].values())
-                    intent = answer["value"] if probability >= given.sure else OTHER
-                    print(f"{intent}\t{probability:.2f}\t{text}")
+            for text, answer in zip(given.ask, run.predict(given.ask), strict=True):
+                probability = max(answer["probabilities"].values())
+                intent = answer["value"] if probability >= given.sure else OTHER
+                print(f"{intent}\t{probability:.2f}\t{text}")
     except (EdgezoError, OSError) as problem:
         raise SystemExit(f"intents: {problem}") from None
-    print(f"run {summary['run']}; ask it: edgezo predict {summary['run']} --data -")
+    print(f"run {run.directory}; ask it: edgezo predict {run.directory} --data -")
 
 
 if __name__ == "__main__":

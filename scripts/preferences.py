@@ -44,18 +44,17 @@ def main() -> None:
     print(
         f"{pairs} prompts of {given.thumbs} have an answer with thumbs up and one with thumbs down"
     )
-    settings = {"model": given.model, "data": str(given.thumbs), "out": given.out}
-    settings |= {"max_mem_bytes": given.max_mem, "steps": given.steps}
+    asked = {"out": given.out, "max_mem": given.max_mem, "steps": given.steps}
     try:
-        summary = edgezo.finetune(edgezo.make_config(settings))
+        run = edgezo.finetune(given.model, given.thumbs, **asked)
     except (EdgezoError, OSError) as problem:
         raise SystemExit(f"preferences: {problem}") from None
-    before, after = summary["eval_before"], summary["eval_after"]
+    before, after = run["eval_before"], run["eval_after"]
     print(
         f"the liked answer is preferred: {before['value']:.3f} -> {after['value']:.3f} of {after['n']} held-out pairs"
     )
     print(
-        f"run {summary['run']}; a model of it: edgezo export {summary['run']} --out DIR, edgezo chat DIR"
+        f"run {run.directory}; a model of it: edgezo export {run.directory} --out DIR, edgezo chat DIR"
     )
 
 

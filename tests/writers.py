@@ -229,6 +229,8 @@ USERS_FILES = {
     "replay.json": '{"match": 1}\n',
     "overlay/block-0000.overlay": "a transparency",
     "overlay/notes.txt": "read me",
+    "given-rows/train.jsonl": "{}\n",
+    "given-model/config.json": "{}\n",
     "journal-cut-3.bin": "old pages",
     "journal-again.bin": "old pages",
     "memory.json": "{}\n",

@@ -40,7 +40,6 @@ from edgezo.cli.options import (
     printable,
     use_threads,
 )
-from edgezo.cli.requests import evaluation_request, finetune_request, request
 from edgezo.cli.runs import compare, list_runs, remove_run, report
 from edgezo.cli.serve import serve
 from edgezo.cli.use import apply, predict
@@ -51,6 +50,7 @@ from edgezo.machine.interrupts import INTERRUPTED
 from edgezo.machine.links import directory_of_rank, rank_and_size, was_restarted
 from edgezo.machine.process_memory import allocator_policy
 from edgezo.plan.request import read_settings
+from edgezo.run.requests import evaluation_request, finetune_request, request
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -84,16 +84,6 @@ def plan_table(plan: Plan, largest: Plan | None = None, steps: int | None = None
     return Group(items, Text(), decisions, Text(), groups)
 
 
-def opening_lines(lines: Sequence[tuple[str, str]]) -> RenderableType:
-    """What a run is about to do, a line each."""
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column("what", no_wrap=True, style="bold")
-    table.add_column("text")
-    for what, text in lines:
-        table.add_row(what, Text(text))
-    return table
-
-
 def memory_table(result: Mapping[str, Any]) -> RenderableType:
     """Rows of ``edgezo bench memory``: peaks, and each as a multiple of GRZO's (signs, bf16) at the same sizes."""
     from edgezo.bench.memory import METHODS, train_peak_bytes

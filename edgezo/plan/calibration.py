@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgezo.machine.limits import MB
 
-ACTIVATIONS, EXPANDED = "activations", "expanded weights"  # names of items
+# Names of items.
+ACTIVATIONS, EXPANDED, CALLING = "activations", "expanded weights", "calling program"
 PHASES = ("read", "load", "pass", "forward", "update", "fit")
 BEFORE_COMPUTING = (
     "read",
@@ -154,6 +155,20 @@ HOLES, LARGE_HOLES = 1 / 8, 0.28
 GPU_LOGITS_BYTES = 48 << 20
 # What rounding up a block of the allocator takes.
 ROUNDING_BYTES = 512
+
+
+class Caller(NamedTuple):
+    """What a process held when its program called edgezo."""
+
+    data_bytes: int  # anonymous memory
+    file_bytes: int  # mapped files, such as the code of libraries
+
+    @property
+    def bytes(self) -> int:
+        return self.data_bytes + self.file_bytes
+
+
+NO_CALLER = Caller(0, 0)  # the process is edgezo's own
 
 
 @dataclass(frozen=True)

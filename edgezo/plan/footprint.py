@@ -87,8 +87,8 @@ class Footprint(StoredFootprint):
             16 * shape.hidden + 4 * shape.qkv_width + (8 if shape.gated else 6) * shape.intermediate
         ) + 4 * sum(m.d_in for m in shape.block)
         tokens = self.tokens.longest(self.cfg.batch_size)
-        logits = 22 * shape.vocab
-        return self._base().bytes + weights + 16 * factors + tokens * (shape.layers * kept + logits)
+        held = sum(item.bytes for item in self._process()) + weights + 16 * factors
+        return held + tokens * (shape.layers * kept + 22 * shape.vocab)
 
     def with_short_tokens(
         self, precision: str, micro_batch: int, on_disk: int, cap: int
@@ -107,7 +107,7 @@ class Footprint(StoredFootprint):
         """Every item, with the last ``on_disk`` blocks on disk, and then the tables too."""
         compute_bytes = self.compute_bytes(precision)
         items = (
-            self._base(),
+            *self._process(),
             *self._weights(precision, on_disk),
             *self._trained(compute_bytes),
             self._run(),

@@ -26,6 +26,7 @@ from edgezo.plan.calibration import (
     BASE_VOCAB,
     BF16_STEP_BYTES,
     BLOCK_STEP_BYTES,
+    CALLING,
     CANDIDATE_BYTES,
     COMPUTE,
     FIRST_STEP_BYTES,
@@ -36,12 +37,14 @@ from edgezo.plan.calibration import (
     LATER_STEPS,
     LIBRARY_BYTES,
     NETWORK,
+    NO_CALLER,
     PANEL_BYTES,
     QUANTO_BYTES,
     READ_PIECE_BYTES,
     ROW_ORDER_BYTES,
     RUN_BYTES,
     TOKENIZER_BYTES_PER_WORD,
+    Caller,
     Item,
     phase_bytes,
 )
@@ -94,6 +97,7 @@ class StoredFootprint:
     read_peak_bytes: int = 0  # its peak until then, as measured; 0: not known
     frozen_blocks: int = 0  # blocks in memory, the first ones, that are not trained
     above_cut: bool = False  # only the trained blocks are in memory, and what is above them
+    caller: Caller = NO_CALLER  # a part of ``base_bytes``
 
     product_kinds = 1  # products with a weight: 2 where a backward pass takes its transpose too
     elsewhere: ClassVar[str] = "disk"  # where blocks are that do not stay in memory
@@ -160,13 +164,21 @@ class StoredFootprint:
             reason = (
                 "Python, PyTorch, transformers, the tokenizer and the tokens of all rows, measured"
             )
-            return Item("base process", self.base_bytes, reason)
+            return Item("base process", self.base_bytes - self.caller.bytes, reason)
         words, rows_bytes = self.shape.vocab, self.tokens.stored_bytes
         size = BASE_BYTES + max(0, words - BASE_VOCAB) * TOKENIZER_BYTES_PER_WORD + rows_bytes
         reason = f"Python, PyTorch, transformers, a tokenizer of {words:,} words"
         if rows_bytes:
             reason += f", {mb(rows_bytes)} of tokens"
         return Item("base process", size, reason)
+
+    def _process(self) -> list[Item]:
+        """The process before any weight: the cap is on all of it, whoever holds it."""
+        if self.caller == NO_CALLER:
+            return [self._base()]
+        data, files = mb(self.caller.data_bytes), mb(self.caller.file_bytes)
+        reason = f"held when it called edgezo: {data} of data, {files} of files such as libraries"
+        return [self._base(), Item(CALLING, self.caller.bytes, reason)]
 
     def _run(self) -> Item:
         order_bytes = ROW_ORDER_BYTES * (self.tokens.examples or 0)

@@ -15,6 +15,7 @@ from edgezo.data.token_stats import TokenStats
 from edgezo.plan import blocks
 from edgezo.plan.blocks import Blocks
 from edgezo.plan.budget import budget, choose_device, mb
+from edgezo.plan.calibration import NO_CALLER, Caller
 from edgezo.plan.choices import (
     Choice,
     Option,
@@ -61,22 +62,25 @@ def make_plan(
     source_bytes: int = 4,
     correction_bytes: int = 0,
     states_room_bytes: int | None = None,
+    caller: Caller = NO_CALLER,
 ) -> Plan:
     """Fit the request into its budget; more memory never gives a lower precision.
 
     ``shape`` is a card or that of opened files. Without ``tokens`` every row is taken to be as long as --max-length.
     ``base_bytes`` is the resident process where it was measured, and ``read_peak_bytes`` its peak until then, while
     rows were read; ``source_bytes`` are those of a weight in the checkpoint; ``correction_bytes`` what a forward took
-    more than planned (less, where negative); ``states_room_bytes`` what kept states may take of the disk.
+    more than planned (less, where negative); ``states_room_bytes`` what kept states may take of the disk; ``caller``
+    what the calling program held before edgezo began, which is a part of ``base_bytes``.
     Raises PlanDoesNotFit with the smallest budget that would work and the flags that would help, UsageError where the
     device that is asked for is not there.
     """
-    known = {
+    known: dict[str, Any] = {
         "base_bytes": base_bytes,
         "read_peak_bytes": read_peak_bytes,
         "source_bytes": source_bytes,
         "correction_bytes": correction_bytes,
         "states_room_bytes": states_room_bytes,
+        "caller": caller,
     }
     tokens = tokens or assumed_tokens(cfg)
     if cfg.estimator == AUTO:

@@ -9,6 +9,7 @@ from typing import Any
 
 from edgezo.errors import UsageError
 from edgezo.plan.budget import budget, choose_device, mb
+from edgezo.plan.calibration import CALLING
 from edgezo.plan.choices import (
     PRECISIONS_TRIED,
     Choice,
@@ -192,7 +193,7 @@ def _as_lora(footprint: Footprint) -> BackwardFootprint | None:
     except UsageError:
         return None
     known = (
-        *("shape", "tokens", "bf16_fast", "c_kernels", "base_bytes", "source_bytes"),
+        *("shape", "tokens", "bf16_fast", "c_kernels", "base_bytes", "source_bytes", "caller"),
         *("frozen_blocks", "above_cut", "below"),
     )
     return BackwardFootprint(cfg=cfg, **{name: getattr(footprint, name) for name in known})
@@ -247,13 +248,21 @@ def refusal(footprint: Footprint, cap: int, smallest_bytes: int) -> PlanDoesNotF
     """The error of a request that fits in no way: the numbers, the largest items, and what would work."""
     best = best_within(footprint, smallest_bytes)
     items = footprint.items(*best)
-    base = items[0]
     lines = [
         f"{footprint.shape.name} needs at least {mb(smallest_bytes)} ({flags_of(best, footprint.elsewhere)}), "
         f"but --max-mem is {mb(cap)}."
     ]
-    if cap < base.bytes:
-        lines.append(f"The process alone takes {mb(base.bytes)} before any weight: {base.reason}.")
+    base, *called = (item for item in items if item.name in (items[0].name, CALLING))
+    process_bytes = base.bytes + sum(item.bytes for item in called)
+    if cap < process_bytes:
+        lines.append(
+            f"The process alone takes {mb(process_bytes)} before any weight: {base.reason}."
+        )
+    lines += [
+        f"The cap is on the whole process. Of that the calling program has {mb(item.bytes)}, {item.reason}. "
+        "Let go of what it does not need, or train in a process of its own: edgezo finetune."
+        for item in called
+    ]
     largest = sorted(items, key=lambda item: -item.bytes)[:4]
     parts = ", ".join(f"{item.name} {mb(item.bytes)}" for item in largest)
     lines.append(f"Largest items: {parts}.")

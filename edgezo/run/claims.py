@@ -20,6 +20,7 @@ from edgezo.machine.ownership import check_made, claim
 from edgezo.network.readout import STATES_MAGIC
 from edgezo.plan.request import from_toml, read_run_config
 from edgezo.run.directory import RunFiles
+from edgezo.run.given import GIVEN_MODEL, GIVEN_ROWS, is_given
 from edgezo.run.journal import open_journal
 from edgezo.run.metrics_log import check_form
 from edgezo.run.readout_pass import PROBE_KEYS
@@ -92,6 +93,8 @@ FORMS: Mapping[str, Form] = {
     "journal.bin": _journal,
     "journal-again.bin": partial(_begins, b"EZ"),
     "overlay": _overlay,
+    GIVEN_ROWS: is_given,
+    GIVEN_MODEL: is_given,
 }
 
 

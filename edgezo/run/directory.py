@@ -135,11 +135,9 @@ class RunFiles:
         return found_again(read_run_config(self.config), self.path)
 
 
-def free_directory(cfg: RunConfig) -> Path:
-    """runs/MODEL-DATA, numbered where that name is taken."""
-    model = Path(cfg.model).name.removesuffix(".gguf")
-    data = cfg.task or Path(cfg.data or "data").stem
-    base = Path("runs") / f"{model}-{data}"
+def free_directory(model: str, data: str) -> Path:
+    """runs/MODEL-DATA, numbered where that name is taken; ``data`` is a task, or where the rows are."""
+    base = Path("runs") / f"{Path(model).name.removesuffix('.gguf')}-{Path(data).stem}"
     folder, number = base, 1
     while folder.exists():
         number += 1

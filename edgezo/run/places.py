@@ -16,6 +16,7 @@ from edgezo.errors import EdgezoError, UsageError
 from edgezo.network import cards
 from edgezo.plan.config import RunConfig
 from edgezo.plan.fields import flag
+from edgezo.run.given import GIVEN_MODEL, GIVEN_ROWS
 
 PLACES = ("model", "data", "data_root", "finetuner")  # settings that may be paths
 
@@ -65,6 +66,8 @@ def _moved(cfg: RunConfig, places: Mapping[str, Any]) -> RunConfig:
 def _candidates(value: str, cfg: RunConfig, run: Path) -> Iterator[str]:
     """Where a path of a run may be now, the likeliest first."""
     first, name = cfg.began_in or os.getcwd(), os.path.expanduser(value)
+    if Path(name).name in (GIVEN_ROWS, GIVEN_MODEL):  # they lie in the run's own directory
+        yield str(run / Path(name).name)
     if os.path.isabs(name):
         yield value
         if not Path(name).is_relative_to(first):

@@ -6,6 +6,7 @@ No row that it was trained on is read.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -38,6 +39,7 @@ from edgezo.plan.config import RunConfig
 from edgezo.plan.data_fields import LOSS
 from edgezo.plan.fields import flag
 from edgezo.plan.request import make_config
+from edgezo.run.called import called, give_back, usable, with_threads
 from edgezo.run.directory import RunFiles
 from edgezo.run.evaluate import in_memory
 from edgezo.run.exported import Exported
@@ -296,7 +298,10 @@ _OF_ASKING = ("task", "labels", "label_field")
 
 
 def load(
-    target: str | Path, *, note: Callable[[str], None] = lambda text: None, **settings: Any
+    target: str | os.PathLike[str],
+    *,
+    note: Callable[[str], None] = lambda text: None,
+    **settings: Any,
 ) -> Predictor:
     """A run (its directory) or a model (a card, a directory, a GGUF file) in memory, to predict and write with.
 
@@ -305,9 +310,13 @@ def load(
     Raises EdgezoError where the run or the model cannot be read, UsageError for settings that mean nothing here, and
     DoesNotFit where it does not fit into the cap.
     """
-    at_end = ExitStack()
-    used = at_end.enter_context(predictor(str(target), use_request(str(target), settings), note))
-    used.at_end = at_end
+    name = os.fspath(target)
+    with called(), ExitStack() as at_end:
+        cfg = use_request(name, settings)
+        at_end.callback(give_back)
+        at_end.enter_context(with_threads(cfg.threads))
+        used = at_end.enter_context(predictor(name, cfg, note))
+        used.at_end = at_end.pop_all()
     return used
 
 
@@ -356,7 +365,7 @@ def predictor(
     """
     run = RunFiles(Path(target))
     trained = run.read_config() if run.config.is_file() else None
-    guard = ReadingGuard(ram_cap_bytes(cfg, machine()))
+    guard = ReadingGuard(ram_cap_bytes(cfg, usable(machine())))
     kind: str | None = None
     names: tuple[str, ...] = ()
     with ExitStack() as at_end:

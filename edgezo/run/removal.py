@@ -26,6 +26,7 @@ from edgezo.machine.open_files import (
 from edgezo.machine.ownership import MARKER
 from edgezo.run.claims import FORMS, check_ours
 from edgezo.run.directory import RunFiles
+from edgezo.run.given import GIVEN_MODEL, GIVEN_ROWS, names_of_given
 from edgezo.weights.disk import OVERLAY_NAMES
 
 _CUT = re.compile(r"journal-cut-\d+(-\d+)?\.bin")  # bytes that a resume cut off, of any form
@@ -62,8 +63,11 @@ def removable(folder: Path) -> Removable:
         )
     with _nobody_writes(files):
         pass
-    inside = [*(folder / name for name in names), *_overlay(files)]
-    return Removable(files, names, sum(os.lstat(path).st_size for path in inside))
+    inside = [folder / name / file for name in names for file in _files_of(folder, name)]
+    size_bytes = sum(
+        os.lstat(path).st_size for path in (*(folder / name for name in names), *inside)
+    )
+    return Removable(files, names, size_bytes)
 
 
 def remove(run: Removable) -> None:
@@ -72,8 +76,8 @@ def remove(run: Removable) -> None:
     try:
         with _nobody_writes(run.files):
             for name in run.names:
-                if folder / name == run.files.overlay:
-                    remove_files(run.files.overlay, OVERLAY_NAMES)
+                if (inside := _folder_names(folder, name)) is not None:
+                    remove_files(folder / name, inside)
                 elif name != MARKER:
                     unlink_inside(folder, name)
             unlink_inside(folder, MARKER)
@@ -87,8 +91,8 @@ def remove(run: Removable) -> None:
 def _is_ours(folder: Path, name: str) -> bool:
     """Whether a name is one of edgezo's; ``check_ours`` has looked at what those of ``FORMS`` hold."""
     path = folder / name
-    if name == RunFiles(folder).overlay.name:
-        return set(os.listdir(path)) == files_inside(path, OVERLAY_NAMES).keys()
+    if _folder_names(folder, name) is not None:
+        return set(os.listdir(path)) == set(_files_of(folder, name))
     if path.is_dir() and not path.is_symlink():
         return False
     return (
@@ -99,8 +103,17 @@ def _is_ours(folder: Path, name: str) -> bool:
     )
 
 
-def _overlay(files: RunFiles) -> list[Path]:
-    return [files.overlay / name for name in files_inside(files.overlay, OVERLAY_NAMES)]
+def _folder_names(folder: Path, name: str) -> re.Pattern[str] | None:
+    """What the names of files match in a folder of edgezo's in a run's directory; None where it has no such folder."""
+    if name == RunFiles(folder).overlay.name:
+        return OVERLAY_NAMES
+    return names_of_given(folder / name) if name in (GIVEN_ROWS, GIVEN_MODEL) else None
+
+
+def _files_of(folder: Path, name: str) -> list[str]:
+    """The files of edgezo's in such a folder; none where ``name`` is no such folder."""
+    names = _folder_names(folder, name)
+    return [] if names is None else list(files_inside(folder / name, names))
 
 
 @contextmanager

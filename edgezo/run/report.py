@@ -24,6 +24,7 @@ from edgezo.machine.open_files import open_to_read
 from edgezo.run.charts import Chart, Level, Series, chart, smoothed
 from edgezo.run.kept_answers import kept_answers, shortened
 from edgezo.run.overview import FINISHED, REBUILT, Overview, read_table
+from edgezo.run.progress import verdict_on_cap
 from edgezo.run.remarks import Answers, remarks
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -32,6 +33,7 @@ MOST_MATRIX = 24  # classes of a matrix that a page has room for
 MOST_ABOVE = 3.0  # times what was measured: a cap above that would leave no height for the curve
 MOST_CONFUSED = 15  # pairs that are listed where there is no room
 _FIRST_LINES = "<!doctype html>\n<!-- edgezo report; SHA-256 of what follows this line: {} -->\n"
+_DAMAGED_FILE = "One of the files in it is damaged, or of another version: restore it from a copy."
 _FIRST_LINES_FORM = re.compile(re.escape(_FIRST_LINES).replace(r"\{\}", "([0-9a-f]{64})"))
 
 
@@ -82,8 +84,7 @@ def report_page(run: Overview) -> bytes:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, finalize=_visible
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    way_out = "One of the files in it is damaged, or of another version: restore it from a copy."
-    with reading(run.files.path, way_out):
+    with reading(run.files.path, _DAMAGED_FILE):
         body = template.render(_content(run)).encode("utf-8", "backslashreplace")
     return _FIRST_LINES.format(_digest(body)).encode() + body
 
@@ -114,6 +115,16 @@ def _content(run: Overview) -> dict[str, Any]:
         "decisions": run.plan().get("decisions", []),
         "commands": list(_commands(run, str(kept.get("kind", "")))),
     }
+
+
+def glance(run: Overview) -> tuple[str, list[tuple[str, str, str]]]:
+    """(a sentence about the result, the figures that a reader looks for first: name, value, what to compare it with).
+
+    Raises EdgezoError where a file of the run is damaged.
+    """
+    with reading(run.files.path, _DAMAGED_FILE):
+        answers = Answers.of(kept_answers(run.files, run.of_run))
+        return _sentence(run, run.lines() if run.of_run else []), list(_tiles(run, answers))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -168,7 +179,7 @@ def _tiles(run: Overview, answers: Answers | None) -> Iterator[tuple[str, str, s
         yield "training loss", f"{last:.4f}", f"first step {first:.4f}"
     peak, _, unit = _peak(summary)
     cap = summary["max_mem_bytes"]
-    kept = "kept" if peak <= cap else "NOT kept"
+    kept = verdict_on_cap(summary, peak)
     yield f"peak {unit}", format_bytes(peak), f"cap {format_bytes(cap)}, {kept}"
     if summary.get("step_s") is not None:
         forward = summary.get("forward_s")

@@ -45,6 +45,7 @@ from edgezo.plan.config import RunConfig, Settled
 from edgezo.plan.data_fields import LOSS
 from edgezo.plan.plan import Plan, PlanDoesNotFit
 from edgezo.plan.planner import make_plan
+from edgezo.run.called import peak_before_bytes, present_caller, usable
 from edgezo.run.directory import Overlay, data_hash, dataset_facts
 from edgezo.run.finetuner import Finetuner
 from edgezo.run.objective import Judge
@@ -97,7 +98,8 @@ def open_request(cfg: RunConfig, *, to_train: bool = True) -> Opened:
     Raises UsageError for rows or settings that do not go together, EdgezoError for files that cannot be read, and
     DoesNotFit where reading them takes more than the cap.
     """
-    guard = ReadingGuard(ram_cap_bytes(cfg, machine()))
+    before_bytes = peak_before_bytes()
+    guard = ReadingGuard(ram_cap_bytes(cfg, usable(machine())))
     files = loader.open_model(cards.resolve(cfg.model))
     loader.model_class(files)  # its code is part of the process that a plan starts from
     tokenizer = loader.load_tokenizer(files.path)
@@ -105,7 +107,7 @@ def open_request(cfg: RunConfig, *, to_train: bool = True) -> Opened:
     cfg = replace(_for_kind(cfg, dataset), written_at=dataset.written_at)
     judge = _judge_of(cfg, files, tokenizer, dataset)
     malloc_trim()  # memory that parsing has freed is no part of the process that a plan starts from
-    before_bytes, peak_bytes = guard.peak_before_bytes, peak_rss_bytes()
+    peak_bytes = peak_rss_bytes()
     read_bytes = peak_bytes if peak_bytes > before_bytes else 0
     return Opened(cfg, files, tokenizer, dataset, None, judge, before_bytes, read_bytes)
 
@@ -274,16 +276,18 @@ def settle(opened: Opened, machine: Machine, base_bytes: int, correction_bytes: 
     ``base_bytes`` is the resident memory of the process now; ``correction_bytes`` what a forward pass took more than
     planned. Raises PlanDoesNotFit with the smallest budget that would work.
     """
+    on_cpu = choose_device(opened.cfg, machine)[0] == "cpu"
     plan = make_plan(
         opened.files.shape,
         opened.cfg,
-        machine,
+        usable(machine) if on_cpu else machine,
         opened.dataset.token_stats(),
         base_bytes=base_bytes,
         read_peak_bytes=opened.read_peak_bytes,
         source_bytes=opened.files.weight_bytes,
         correction_bytes=correction_bytes,
         states_room_bytes=None if opened.cfg.blocks == "all" else states_room_bytes(),
+        caller=present_caller(),
     )
     return Planned(opened, plan.settle(opened.cfg), plan)
 

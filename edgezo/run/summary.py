@@ -120,11 +120,14 @@ def peaks(state: RunState) -> dict[str, int | None]:
     if inference_bytes is not None and memory.unit == "rss":
         # The kernel counts pages in batches, so that a peak may read lower later on than it did.
         inference_bytes = min(inference_bytes, peak_bytes)
+    cap_bytes, earlier_bytes = state.plan.max_mem_bytes, state.opened.peak_before_bytes
     return {
         "planned_peak_bytes": state.plan.planned_peak_bytes,
         "peak_rss_bytes": peak_bytes,
         f"inference_peak_{memory.unit}_bytes": inference_bytes,
-        "max_mem_bytes": state.plan.max_mem_bytes,
+        "max_mem_bytes": cap_bytes,
+        # Of a program that called edgezo: it may have held more before than it asks for now.
+        **({"earlier_peak_bytes": earlier_bytes} if earlier_bytes > cap_bytes else {}),
         **memory.figures(),
     }
 

@@ -93,9 +93,8 @@ def finetune(
     """
     if resume and cfg.out is None:
         raise UsageError("a resume needs the directory of the run to go on with (out)")
-    out = directory_of_rank(cfg.out)
-    files = RunFiles(free_directory(cfg) if out is None else Path(out))
-    cfg = replace(cfg, out=str(files.path))
+    out = directory_of_rank(cfg.out) or free_directory(cfg.model, cfg.task or cfg.data or "data")
+    cfg, files = replace(cfg, out=str(out)), RunFiles(Path(out))
     if not resume:
         cfg = with_beginning(cfg)
     if resume and cfg.micro_batch is None:
@@ -128,7 +127,7 @@ def _opened(
     progress: RunProgress,
     box: TimeBox,
     ranks: Ranks | None,
-) -> Iterator[Run]:
+) -> Iterator[Training]:
     """A run with its plan made, its journal open and its weights where the journal ends; closed after the block."""
     refuse_links(files)
     meter, split_is_free = Meter(), cfg.micro_batch is None
@@ -191,7 +190,7 @@ def _opened(
         guard = guard_of(planned.plan, memory)
         at = (files, planned, model, memory, journal)
         state = RunState(*at, log, meter, progress, guard, stop, manners, box, ranks)
-        yield Run(state, restored, readout, before, split_is_free, ended)
+        yield Training(state, restored, readout, before, split_is_free, ended)
 
 
 def _plan(cfg: RunConfig, resume: bool, meter: Meter, progress: RunProgress) -> Planned:
@@ -226,7 +225,7 @@ def _load(planned: Planned, overlay: Overlay, resume: bool) -> Loaded:
         raise
 
 
-class Run:
+class Training:
     """One run in progress, from its first step to its summary."""
 
     def __init__(
@@ -244,6 +243,7 @@ class Run:
         self.fitter = MicroBatchFitter(state, self.stepper)
         self.auto_step = AutoStep(state, self.stepper, self.fitter)
         self.budget_s = math.inf  # seconds of training that --for leaves
+        self.stopped = False  # before its last step, as a callback asked
 
     def to_the_end(self) -> dict[str, Any]:
         """Everything that is still to be done; returns what summary.json holds."""
@@ -271,7 +271,10 @@ class Run:
         state.meter.mark("run")
         sides = self.stepper.sides
         summary = summarise(state, sides, steps, train_s, before, after, self.readout)
+        if self.stopped:
+            summary["stopped"] = f"after step {steps}, as a callback asked"
         atomic_write(state.files.summary, (to_json(summary) + "\n").encode())
+        state.progress.finished(summary)
         return summary
 
     # -- the loop -----------------------------------------------------------------------------------------
@@ -290,9 +293,13 @@ class Run:
                 state.stop.check(step)
                 if self._rests(step, clock):
                     continue
-                if cfg.eval_every and step and step % cfg.eval_every == 0:
-                    with self._pause(clock):
-                        self._evaluate("during", step)
+                self._do_as_asked(step, clock)
+                if state.progress.asks().stop:
+                    if state.ranks is None:
+                        self.stopped = True
+                        break
+                    state.stop.asked = True  # which the other processes hear of with this step's losses
+                state.progress.before_step(step + 1)
                 self._one_step(step, clock)
                 step += 1
             return step, clock.seconds()
@@ -307,6 +314,16 @@ class Run:
             raise
         finally:
             state.progress.close()
+
+    def _do_as_asked(self, step: int, clock: TrainingClock) -> None:
+        """Evaluate and save before a step, where the request or whoever watches the run asks for it."""
+        every, asks = self.state.cfg.eval_every, self.state.progress.asks()
+        asked = asks.evaluate and self.state.ranks is None  # of one process alone the others know nothing
+        if asked or (every and step and step % every == 0):
+            with self._pause(clock):
+                self._evaluate("during", step)
+        if asks.save:
+            self.stepper.save(step)
 
     def _rests(self, step: int, clock: TrainingClock) -> bool:
         """Pause where the request asks for it; whether there was a pause, in which the time may have run out."""
@@ -340,7 +357,7 @@ class Run:
             with self._pause(clock) as pause:
                 self._plain_forward(step)
             line["forward_s"] = pause.seconds
-        state.log.write(line)
+        state.log_line(line)
         state.progress.step(
             step + 1,
             fraction=min(1.0, (step + 1) / cfg.steps if cfg.steps else fraction),
@@ -459,7 +476,7 @@ class Run:
             if when in WHEN:
                 keep_answers(state, when, evaluated)
             line = {"step": step, "eval": when, "took_s": took_s, **evaluated.figures}
-            state.log.write(line)
+            state.log_line(line)
         state.box.evaluation_s = state.log.evaluation_s
         return state.log.evaluations[when, step]
 

@@ -16,7 +16,7 @@ from edgezo.cli import main as cli
 from edgezo.cli import terminal
 from edgezo.errors import BaseMismatch, BudgetExceeded, EdgezoError, Interrupted
 from edgezo.plan.request import make_config
-from edgezo.run import directory, metrics_log
+from edgezo.run import directory, display, metrics_log
 
 SMOL = "smollm2-135m-instruct"
 SUMMARY = {
@@ -200,7 +200,7 @@ def test_a_run_directory_is_chosen_where_none_is_given(finetune, capsys, tmp_pat
     code, out, _ = run("finetune", "--model", SMOL, "--task", "sst2", capsys=capsys)
     assert code == 0 and out.endswith("run runs/mine\n")  # the run has chosen, and says where it is
     assert finetune.cfg.out is None
-    assert directory.free_directory(finetune.cfg) == Path("runs") / f"{SMOL}-sst2-2"
+    assert directory.free_directory(SMOL, finetune.cfg.task) == Path("runs") / f"{SMOL}-sst2-2"
 
 
 @pytest.fixture
@@ -325,5 +325,5 @@ def test_progress_without_a_terminal_is_a_bounded_number_of_lines(capsys):
     progress.close()
     out, err = capsys.readouterr()
     lines = err.splitlines()
-    assert out == "" and 10 <= len(lines) <= terminal.PLAIN_LINES + 2
+    assert out == "" and 10 <= len(lines) <= display.PLAIN_LINES + 2
     assert "step 1000/1000" in lines[-1] and "500.0 MB/1.00 GB" in lines[-1]

@@ -72,8 +72,11 @@ PARTS = ("bench",)  # commands that have commands
 IN_PYTHON = {
     '"smollm2-135m-instruct"': f'"{MODEL}"',
     '"task": "example"': f'"data": "{DATA}", "template": "{{text}} It was", "labels": "0=bad,1=good", "batch_size": 4',
+    'task="example"': f'data="{DATA}", template="{{text}} It was", labels="0=bad,1=good"',
     '"900MB"': '"8GB"',
+    '"1500MB"': '"8GB"',
     '"steps": 60': '"steps": 2',
+    "steps=60": "steps=2, batch_size=4",
 }
 STUDY = """
 model = "my-model"

@@ -106,6 +106,21 @@ def evaluation_request(given: Mapping[str, Any], config_file: str | None) -> tup
     return str(model), cfg
 
 
+def settings_of_rows(run: Path) -> dict[str, Any]:
+    """The settings by which a run reads its rows, for other rows of the same kind."""
+    from edgezo.data.tasks import TASKS
+
+    saved = saved_config(run)
+    if saved is None:
+        return {}
+    asked = {name: getattr(saved, name) for name in OF_DATA if name != "data_root"}
+    task = TASKS.get(saved.task or "")
+    if task is not None and task.generation is None and task.prepare is None and not task.options:
+        of_task = {name: getattr(task, name) for name in ("template", "labels", "label_field")}
+        asked |= {name: value for name, value in of_task.items() if asked[name] in (None, "label")}
+    return {name: value for name, value in asked.items() if value is not None}
+
+
 def saved_config(run: Path) -> RunConfig | None:
     """The configuration of a run directory, or None if there is none."""
     from edgezo.run.places import found_again
