@@ -35,11 +35,12 @@ from edgezo.cli.options import (
     echo_json,
     emit,
     json_option,
+    more_steps_option,
     options,
     printable,
     use_threads,
 )
-from edgezo.cli.requests import evaluation_request, finetune_request, request
+from edgezo.cli.requests import evaluation_request, finetune_request, new_request
 from edgezo.cli.runs import compare, list_runs, remove_run, report
 from edgezo.cli.use import apply, chat, predict
 from edgezo.errors import EdgezoError, UsageError
@@ -65,6 +66,7 @@ for _command in (
 
 @cli.command()
 @options(*DATA, *PREDICTION, *MEMORY, *METHOD, *RUN)
+@more_steps_option
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--show-batch", is_flag=True, help="Print the tokens of one batch and stop.")
@@ -93,14 +95,14 @@ def finetune(
 
     began_s = now_s()
     progress = Silent() if quiet else TerminalProgress(shows_plan=shows_plan)
-    cfg, resuming = finetune_request(given, config_file, resume, progress.note)
+    cfg, resuming, parent = finetune_request(given, config_file, resume, progress.note)
     use_threads(cfg.threads)
     if show_batch:
         text = preview.show_batch(cfg)
         emit(as_json, {"batch": text}, text)
         return
     if dry_run:
-        plan = preview.plan(cfg, progress.note)
+        plan = preview.plan(cfg, progress.note, parent)
         emit(as_json, plan.to_dict(), tables.plan_table(plan, steps=cfg.steps))
         return
     with profiler.profiling(cfg.profile):
@@ -108,7 +110,9 @@ def finetune(
             from edgezo.run.train import finetune as run_finetune
 
         try:
-            summary = run_finetune(cfg, resume=resuming, progress=progress, began_s=began_s)
+            summary = run_finetune(
+                cfg, resume=resuming, progress=progress, began_s=began_s, parent=parent
+            )
         finally:
             progress.close()
     emit(as_json, summary, tables.verdict(summary))
@@ -120,6 +124,7 @@ def finetune(
 
 @cli.command()
 @options(*DATA, *PREDICTION, *MEMORY, *METHOD, *RUN)
+@more_steps_option
 @config_option
 @json_option
 def plan(config_file: str | None, as_json: bool, **given: str | None) -> None:
@@ -132,10 +137,10 @@ def plan(config_file: str | None, as_json: bool, **given: str | None) -> None:
     from edgezo.cli.terminal import TerminalProgress
     from edgezo.plan.plan import PlanDoesNotFit
 
-    cfg = request(given, config_file, need_data=False)
+    cfg, _, parent = new_request(given, config_file, need_data=False)
     note = TerminalProgress().note
     try:
-        planned = preview.plan(cfg, note)
+        planned = preview.plan(cfg, note, parent)
     except PlanDoesNotFit:
         if (largest := preview.largest(cfg)) is not None:
             note(f"the largest card that fits: {largest.model} in {largest.precision}")

@@ -31,6 +31,7 @@ from edgezo.run.figures import EvaluatedRows, evaluate_rows
 from edgezo.run.journal import open_journal
 from edgezo.run.kept_answers import SHOWN_ROWS, as_text, shortened
 from edgezo.run.overview import Overview
+from edgezo.run.parent import open_with_parents
 from edgezo.run.places import check_base_is_there, check_data_is_there
 from edgezo.run.session import Opened, open_request, settle, without_states
 
@@ -91,7 +92,7 @@ def _both(
     with ExitStack() as at_end:
         at_end.enter_context(beside_others())
         model, memory = at_end.enter_context(loaded(planned))
-        journal = at_end.enter_context(open_journal(files.journal, resume=False))
+        journal = at_end.enter_context(open_with_parents(files))
         with memory.short("an evaluation"):
             before = evaluate_rows(model, opened.dataset, opened.judge)
         restore(files, trained, opened, model, journal)

@@ -121,6 +121,11 @@ class RunFiles:
         return self.path / "trained.safetensors"
 
     @property
+    def parent(self) -> RunFiles:
+        """Copies of what the run goes on from: journals, snapshot and linear probe of its parent (parent.py)."""
+        return RunFiles(self.path / "parent")
+
+    @property
     def exported(self) -> Path:
         """In a directory that ``export`` wrote: the run that it is of."""
         return self.path / "edgezo.json"

@@ -29,8 +29,9 @@ from edgezo.run.directory import (
 )
 from edgezo.run.exported import Exported
 from edgezo.run.figures import evaluate_model
-from edgezo.run.journal import Journal, open_journal
+from edgezo.run.journal import Journal
 from edgezo.run.journal_header import check_base
+from edgezo.run.parent import copy_parents, open_with_parents
 from edgezo.run.places import check_base_is_there, check_data_is_there
 from edgezo.run.readout_pass import recall
 from edgezo.run.recipes import follow, replay_into
@@ -109,7 +110,7 @@ def in_memory(
         model, memory = at_end.enter_context(loaded(planned))
         steps = 0
         if trained is not None:
-            journal = at_end.enter_context(open_journal(run.journal, resume=False))
+            journal = at_end.enter_context(open_with_parents(run))
             steps = restore(run, trained, planned.opened, model, journal)
         elif (exported := Exported.at(planned.opened.files.path)) is not None and exported.probed:
             note(_with_exported_probe(exported, planned.opened, model))
@@ -153,9 +154,9 @@ def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model, journal
             raise lost_head(run, cfg, stop)
         stop = snapshot_step(run, model, journal)
     follow(model, cfg, journal)
-    replay_into(model, stop)
+    replay_into(model, cfg.since_base(stop))
     with model.heap.updating():
-        model.store.finish(stop)
+        model.store.finish(cfg.since_base(stop))
     return stop
 
 
@@ -220,6 +221,7 @@ def replay(
         with atomic_path(made.trained) as temporary:
             write_saved(temporary, model.saved(), {"steps": str(steps)}, run=rebuilt.of_run)
         # The configuration last: with it the directory counts as a run, and is a whole one.
+        copy_parents(run, made)
         kept = [(run.journal, made.journal), (run.config, made.config)]
         if run.probe.exists():
             kept.insert(0, (run.probe, made.probe))
@@ -249,7 +251,7 @@ def brought_back(run: RunFiles, cfg: RunConfig) -> Iterator[Rebuilt]:
     cfg, peak_before_bytes = portable(cfg, confirmed(machine())), peak_rss_bytes()
     files = loader.open_model(cards.resolve(cfg.model))
     with ExitStack() as at_end:
-        journal = at_end.enter_context(open_journal(run.journal, resume=False))
+        journal = at_end.enter_context(open_with_parents(run))
         check_base(journal.header, files.content_hash, files.shape.vocab)
         data = _shape_of_data(journal.header)
         opened = Opened(without_states(cfg), files, None, data, peak_before_bytes=peak_before_bytes)

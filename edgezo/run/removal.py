@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edgezo.errors import EdgezoError, UsageError
-from edgezo.machine.files import is_leftover
+from edgezo.machine.files import is_leftover, remove_leftovers
 from edgezo.machine.open_files import (
     LOCK_SUFFIX,
     files_inside,
@@ -26,8 +26,11 @@ from edgezo.machine.open_files import (
 from edgezo.machine.ownership import MARKER
 from edgezo.run.claims import FORMS, check_ours
 from edgezo.run.directory import RunFiles
+from edgezo.run.parent import PARENT_NAMES
 from edgezo.weights.disk import OVERLAY_NAMES
 
+# The folders in a run's directory, and the names of the files in them.
+FOLDERS = {"overlay": OVERLAY_NAMES, "parent": PARENT_NAMES}
 _CUT = re.compile(r"journal-cut-\d+(-\d+)?\.bin")  # bytes that a resume cut off, of any form
 
 
@@ -62,7 +65,7 @@ def removable(folder: Path) -> Removable:
         )
     with _nobody_writes(files):
         pass
-    inside = [*(folder / name for name in names), *_overlay(files)]
+    inside = [*(folder / name for name in names), *_in_folders(folder)]
     return Removable(files, names, sum(os.lstat(path).st_size for path in inside))
 
 
@@ -72,8 +75,9 @@ def remove(run: Removable) -> None:
     try:
         with _nobody_writes(run.files):
             for name in run.names:
-                if folder / name == run.files.overlay:
-                    remove_files(run.files.overlay, OVERLAY_NAMES)
+                if (names := FOLDERS.get(name)) is not None:
+                    remove_leftovers(folder / name)
+                    remove_files(folder / name, names)
                 elif name != MARKER:
                     unlink_inside(folder, name)
             unlink_inside(folder, MARKER)
@@ -87,8 +91,8 @@ def remove(run: Removable) -> None:
 def _is_ours(folder: Path, name: str) -> bool:
     """Whether a name is one of edgezo's; ``check_ours`` has looked at what those of ``FORMS`` hold."""
     path = folder / name
-    if name == RunFiles(folder).overlay.name:
-        return set(os.listdir(path)) == files_inside(path, OVERLAY_NAMES).keys()
+    if (names := FOLDERS.get(name)) is not None:
+        return all(map(is_leftover, set(os.listdir(path)) - files_inside(path, names).keys()))
     if path.is_dir() and not path.is_symlink():
         return False
     return (
@@ -99,8 +103,13 @@ def _is_ours(folder: Path, name: str) -> bool:
     )
 
 
-def _overlay(files: RunFiles) -> list[Path]:
-    return [files.overlay / name for name in files_inside(files.overlay, OVERLAY_NAMES)]
+def _in_folders(folder: Path) -> list[Path]:
+    """The files in the folders of a run's directory."""
+    return [
+        folder / f / name
+        for f, names in FOLDERS.items()
+        for name in files_inside(folder / f, names)
+    ]
 
 
 @contextmanager

@@ -133,6 +133,7 @@ def summarise(
         "residency": state.plan.residency,
         **state.log.figures(),
         **({} if readout is None else {"probe": readout.to_dict()}),
+        **_of_parent(cfg),
         **peaks(state),
         "trained_sha256": saved_sha256(model.saved()),
         "run": str(state.files.path),
@@ -140,3 +141,11 @@ def summarise(
     if (profiler := running()) is not None:
         summary["phases"] = profiler.phases()
     return summary
+
+
+def _of_parent(cfg: RunConfig) -> dict[str, Any]:
+    """Of a run that goes on from another one, what that was; nothing of others."""
+    if cfg.parent is None:
+        return {}
+    named = {"run_id": cfg.parent, "steps": cfg.parent_steps, "trained_sha256": cfg.parent_sha256}
+    return {"parent": named}

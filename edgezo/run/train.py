@@ -48,12 +48,19 @@ from edgezo.run.manners import Manners
 from edgezo.run.metrics_log import RunLog, check_lines, step_line
 from edgezo.run.opening import Opening
 from edgezo.run.overview import Overview
+from edgezo.run.parent import Parent, attach_parents
 from edgezo.run.places import with_beginning
 from edgezo.run.progress import RunProgress, Silent, peaks_line
 from edgezo.run.readout_pass import ReadoutPass, ReadoutResult
 from edgezo.run.recipes import follow, journal_is_shaped
 from edgezo.run.report import write_report
-from edgezo.run.restore import Restored, begin_writing, restore_readout, restore_weights
+from edgezo.run.restore import (
+    Restored,
+    begin_weights,
+    begin_writing,
+    restore_readout,
+    restore_weights,
+)
 from edgezo.run.session import (
     Loaded,
     Planned,
@@ -82,12 +89,14 @@ def finetune(
     resume: bool = False,
     progress: RunProgress | None = None,
     began_s: float | None = None,
+    parent: Path | None = None,
 ) -> dict[str, Any]:
     """Run, or go on with, a fine-tune in ``cfg.out``; returns what summary.json holds.
 
     Without ``out`` a new run goes to runs/MODEL-DATA. A resume without a micro-batch takes the run's, which may have
     become smaller since the run began. ``began_s`` is when the command began (``clock.now_s``): --for then bounds all
-    of it, reading, loading and evaluations included; None: --for bounds training alone.
+    of it, reading, loading and evaluations included; None: --for bounds training alone. ``parent`` is the directory of
+    a finished run that a new one goes on from (``request.settings_after`` gives the settings).
     Raises UsageError, DoesNotFit (before anything is written), BudgetExceeded and Interrupted (state saved),
     BaseMismatch, EdgezoError.
     """
@@ -98,11 +107,14 @@ def finetune(
         cfg = replace(cfg, out=str(files.path))
     if not resume:
         cfg = with_beginning(cfg)
+    older = None if parent is None else Parent.of(parent)
+    if older is not None:
+        cfg = older.followed_by(cfg)
     if resume and cfg.micro_batch is None:
         cfg = replace(cfg, micro_batch=files.read_config().micro_batch)
     with profiling(cfg.profile), beside_others():
         box = TimeBox(cfg.for_s, began_s)
-        with _opened(cfg, files, resume, progress or Silent(), box) as run:
+        with _opened(cfg, files, resume, progress or Silent(), box, older) as run:
             summary, had_ended = run.to_the_end(), run.ended is not None
             keep_cap(run.state.planned, run.state.memory, f"The run is complete in {files.path}")
         del run  # the page about it is made in the memory that the model had
@@ -122,7 +134,12 @@ def _report(files: RunFiles, progress: RunProgress) -> None:
 
 @contextmanager
 def _opened(
-    cfg: RunConfig, files: RunFiles, resume: bool, progress: RunProgress, box: TimeBox
+    cfg: RunConfig,
+    files: RunFiles,
+    resume: bool,
+    progress: RunProgress,
+    box: TimeBox,
+    parent: Parent | None,
 ) -> Iterator[Run]:
     """A run with its plan made, its journal open and its weights where the journal ends; closed after the block."""
     refuse_links(files)
@@ -130,7 +147,7 @@ def _opened(
     stop = StopRequest(files)
     manners = Manners(cfg, progress.note, stop.check)
     manners.check_machine(resume)
-    planned = _plan(cfg, resume, meter, progress)
+    planned = _plan(cfg, resume, meter, progress, parent)
     cfg, header = planned.cfg, header_of(planned.opened, planned.cfg)
     with ExitStack() as at_end:
         journal = at_end.enter_context(reopen(files, header)) if resume else None
@@ -138,6 +155,8 @@ def _opened(
             check_lines(files.metrics, run_id(journal.header))
         else:
             prepare(files)
+            if parent is not None:
+                parent.copy_to(files)
             save_skipped(files, planned.opened.dataset)
             atomic_write(files.config, cfg.to_toml().encode())
             atomic_write(files.plan, to_json(planned.plan.to_dict()).encode())
@@ -158,10 +177,11 @@ def _opened(
         meter.mark("load")
         memory.loaded()
         at_end.enter_context(stop.listening())
+        attach_parents(journal, files)
         follow(model, cfg, journal, progress.note)
         readout = restore_readout(files, cfg, model, journal, planned.opened.files.shape.hidden)
-        # What a run whose journal is gone has left is no state of the one that begins here.
-        restored = Restored(0, {}) if begins else restore_weights(files, cfg, model, journal)
+        bring = begin_weights if begins else restore_weights
+        restored = bring(files, cfg, model, journal)
         before = files.read_config() if files.config.exists() else None
         ended = _ended(files, cfg, model, restored, readout)
         # Nothing refuses a resume from here on, so that a refusal has changed nothing.
@@ -179,10 +199,14 @@ def _opened(
         yield Run(state, restored, readout, before, split_is_free, ended)
 
 
-def _plan(cfg: RunConfig, resume: bool, meter: Meter, progress: RunProgress) -> Planned:
+def _plan(
+    cfg: RunConfig, resume: bool, meter: Meter, progress: RunProgress, parent: Parent | None
+) -> Planned:
     """Open the files and rows of a request, and plan it for this machine."""
     with phase("import"):
         opened = open_request(cfg)
+    if parent is not None:
+        parent.check(opened.files, opened.dataset)
     if cfg.finetuner is not None:
         opened = replace(opened, finetuner=load_finetuner(Path(cfg.finetuner)))
     for note in opened.dataset.notes:
@@ -226,7 +250,7 @@ def _ended(
     if summary.get("steps") != done or not (done or readout is not None):
         return None
     with model.heap.updating():
-        model.store.finish(done)
+        model.store.finish(cfg.since_base(done))
     check_same_end(files, cfg, model, saved_sha256(model.saved()))
     return summary
 
@@ -275,7 +299,7 @@ class Run:
         state.manners.wait(done, state.box.longest_pause_s(state.box.left_s()))
         self.fitter.settle(done, may_grow=self.split_is_free)
         before = state.log.evaluations.get(("before", 0))
-        if not done and not model.readout:
+        if not done and (not model.readout or state.cfg.parent is not None):
             before = self._evaluate("before")
         if state.cfg.parts.readout and self.readout is None:
             self.readout = self._fit_readout()
@@ -381,7 +405,9 @@ class Run:
     def _seconds_before(self) -> float:
         """Seconds of training so far: steps of earlier processes, the linear probe, and what --step auto measured."""
         log, readout = self.state.log, self.readout
-        spent_s = sum(log.step_times_s) + (readout.fit_s if readout is not None else 0.0)
+        spent_s = sum(log.step_times_s)
+        if readout is not None and self.state.cfg.parent is None:  # else a parent has fitted it
+            spent_s += readout.fit_s
         return spent_s + sum(pace["took_s"] for pace in log.paces.values())
 
     def _times_plain_forward(self, step: int) -> bool:
@@ -464,7 +490,7 @@ class Run:
         if state.cfg.rounding == "anchored":
             with phase("update"), state.memory.short("the last re-quantisation"):
                 with state.model.heap.updating():
-                    store.finish(steps)
+                    store.finish(state.cfg.since_base(steps))
         if store.residency is not None:
             store.residency.flush()
 
