@@ -185,7 +185,10 @@ def replay(run: str, out: str, as_json: bool) -> None:
     from edgezo.run.evaluate import replay as run_replay
 
     result = run_replay(Path(run), Path(out))
-    emit(as_json, result, f"replayed {result.get('steps', '?')} steps of {run} into {out}")
+    standing = f" (unfinished: {result['unfinished']})" if "unfinished" in result else ""
+    emit(
+        as_json, result, f"replayed {result.get('steps', '?')} steps of {run} into {out}{standing}"
+    )
 
 
 @cli.command()

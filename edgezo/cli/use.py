@@ -113,7 +113,8 @@ def predict(
 def _figures(used: Predictor) -> dict[str, Any]:
     """How many rows there were, and where rows had labels, how many were right."""
     accuracy = {"known": used.known, "accuracy": used.right / used.known} if used.known else {}
-    return {"model": used.target, "steps": used.steps, "rows": used.rows, **accuracy}
+    standing = {"unfinished": used.unfinished} if used.unfinished else {}
+    return {"model": used.target, "steps": used.steps, **standing, "rows": used.rows, **accuracy}
 
 
 def _summary_line(result: Mapping[str, Any]) -> str:

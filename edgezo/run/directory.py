@@ -276,8 +276,8 @@ def lost_head(run: RunFiles, cfg: RunConfig, steps: int) -> EdgezoError:
         else "Restore it from a copy: a run of a given time cannot be computed again to the same end."
     )
     return EdgezoError(
-        f"{run.path} has {steps} steps in its journal, but {run.snapshot.name}, the head after them, "
-        f"is not there.\n{again}"
+        f"{run.path} has {steps} steps in its journal, but {run.snapshot.name}, the head after them, is not there: "
+        f"it is written every {cfg.snapshot_every} steps and at the end, or was removed.\n{again}"
     )
 
 

@@ -46,7 +46,7 @@ from edgezo.run.session import (
     settle,
     without_states,
 )
-from edgezo.run.summary import check_same_end, saved_summary, takes_roots, unfinished
+from edgezo.run.summary import check_same_end, how_far, saved_summary, takes_roots, unfinished
 from edgezo.weights.saved import saved_sha256, trained_tensors, write_saved
 from edgezo.weights.verified import open_saved
 
@@ -76,17 +76,22 @@ def evaluate(
         note(text)
     base = meter.mark("base")
     planned = settle(opened, confirmed(machine()), base.rss_bytes)
-    with in_memory(run, trained, planned, note) as (model, memory, steps):
+    with in_memory(run, trained, planned, note) as (model, memory, steps, far):
         meter.mark("load")
-        if trained is not None:
-            for text in unfinished(run, trained, steps):
-                note(text)
         seconds = planned.plan.evaluation_s
         if seconds is not None and seconds > NOTED_S and model.readout is None:
             note(f"{planned.plan.evaluations:,} rows to evaluate: about {seconds:.0f} s, estimated")
         with memory.short("an evaluation"):
             figures = evaluate_model(model, opened.dataset, opened.judge)
-    return {"model": target, "steps": steps, **figures, **meter.summary(), **memory.figures()}
+    standing = {"unfinished": far} if far else {}
+    return {
+        "model": target,
+        "steps": steps,
+        **standing,
+        **figures,
+        **meter.summary(),
+        **memory.figures(),
+    }
 
 
 class Ready(NamedTuple):
@@ -95,26 +100,30 @@ class Ready(NamedTuple):
     model: Model
     memory: Memory
     steps: int  # of the run; 0 for a plain model
+    unfinished: str  # how far a run is that has not ended; ""
 
 
 @contextmanager
 def in_memory(
     run: RunFiles, trained: RunConfig | None, planned: Planned, note: Callable[[str], None]
 ) -> Iterator[Ready]:
-    """A run at its end, or a model with the linear probe that was exported with it, until the end of the block.
+    """A run at its end, or as far as it is, or a model with the linear probe that was exported with it.
 
-    ``trained`` is the configuration of the run; None for a model.
+    It is there until the end of the block. ``trained`` is the configuration of the run; None for a model.
     """
     with ExitStack() as at_end:
         at_end.enter_context(beside_others())
         model, memory = at_end.enter_context(loaded(planned))
-        steps = 0
+        steps, far = 0, ""
         if trained is not None:
             journal = at_end.enter_context(open_with_parents(run))
             steps = restore(run, trained, planned.opened, model, journal)
+            far = how_far(run, trained, steps)
+            for text in unfinished(run, trained, steps):
+                note(text)
         elif (exported := Exported.at(planned.opened.files.path)) is not None and exported.probed:
             note(_with_exported_probe(exported, planned.opened, model))
-        yield Ready(model, memory, steps)
+        yield Ready(model, memory, steps, far)
 
 
 @contextmanager
@@ -228,6 +237,8 @@ def replay(
         for original, copy in kept:
             atomic_write(copy, original.read_bytes())
     result = {"run": str(source), "out": str(out), "steps": steps, "trained_sha256": digest}
+    if far := how_far(run, cfg, steps):
+        result["unfinished"] = far
     atomic_write(out / "replay.json", (to_json(result) + "\n").encode())
     return result
 

@@ -11,6 +11,7 @@ parent in its header. All that the parent's weights are made from is copied, and
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -118,7 +119,15 @@ def _why_not(run: Overview) -> str:
 
 
 def open_with_parents(run: RunFiles) -> Journal:
-    """Open the journal of a run for reading, and behind it those of the runs that it goes on from."""
+    """Open the journal of a run for reading, and behind it those of the runs that it goes on from.
+
+    Raises EdgezoError where a run has made no step yet.
+    """
+    if run.config.exists() and not os.path.lexists(run.journal):
+        raise EdgezoError(
+            f"{run.path} is unfinished: it has no journal yet, since it was stopped before its first step.\n"
+            f"Begin it with: edgezo finetune --resume --out {run.path}"
+        )
     journal = open_journal(run.journal, resume=False)
     try:
         attach_parents(journal, run)

@@ -41,11 +41,10 @@ from edgezo.plan.request import make_config
 from edgezo.run.directory import RunFiles
 from edgezo.run.evaluate import in_memory
 from edgezo.run.exported import Exported
-from edgezo.run.journal import open_journal
 from edgezo.run.objective import Judge, evaluation_parts
+from edgezo.run.parent import open_with_parents
 from edgezo.run.places import check_base_is_there
 from edgezo.run.session import Opened, ram_cap_bytes, settle, without_states
-from edgezo.run.summary import unfinished
 
 WRITTEN_ROWS = 32  # rows whose answers are written before the first of them is given out
 _DIGITS = 6  # of a probability that is given out
@@ -63,6 +62,7 @@ class Predictor:
     judge: Judge
     guard: ReadingGuard
     steps: int
+    unfinished: str = ""  # how far a run is that has not ended
     rows: int = 0  # so many rows were predicted,
     known: int = 0  # of so many the right answer is known,
     right: int = 0  # and so many predictions are it
@@ -304,10 +304,8 @@ def predictor(
                 kind, names = exported.kind, exported.names
         else:
             check_base_is_there(cfg, run.path)
-            with open_journal(run.journal, resume=False) as journal:
+            with open_with_parents(run) as journal:
                 facts = journal.header["dataset"]
-                for text in unfinished(run, trained, journal.next_step):
-                    note(text)
             kind, names = facts["kind"], tuple(facts["label_names"])
         files = loader.open_model(cards.resolve(cfg.model))
         loader.model_class(files)  # its code is part of the process that a plan starts from
@@ -329,9 +327,9 @@ def predictor(
         if read_bytes > guard.peak_before_bytes:
             opened = replace(opened, read_peak_bytes=read_bytes)
         planned = settle(opened, confirmed(machine()), rss_bytes())
-        model, memory, steps = at_end.enter_context(in_memory(run, trained, planned, note))
+        model, memory, steps, far = at_end.enter_context(in_memory(run, trained, planned, note))
         at_end.callback(asker.close)
-        yield Predictor(target, model, memory, asker, judge, guard, steps)
+        yield Predictor(target, model, memory, asker, judge, guard, steps, far)
 
 
 def _asker(cfg: RunConfig, files: ModelFiles, kind: str | None, names: Sequence[str]) -> Asker:

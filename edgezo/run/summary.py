@@ -35,13 +35,19 @@ def saved_summary(run: RunFiles) -> dict[str, Any]:
     return summary if isinstance(summary, dict) else {}
 
 
+def how_far(run: RunFiles, cfg: RunConfig, steps: int) -> str:
+    """How far a run is that has not ended: "step 37 of 200"; "" of one that has. ``steps``: those that are used."""
+    if run.summary.exists() or run.trained.exists():
+        return ""
+    return f"step {steps:,}" + (f" of {cfg.steps:,}" if cfg.steps is not None else "")
+
+
 def unfinished(run: RunFiles, cfg: RunConfig, steps: int) -> list[str]:
     """A sentence where a run has not ended, and is used as it stands after ``steps`` steps; else none."""
-    if run.summary.exists() or run.trained.exists():
+    if not (far := how_far(run, cfg, steps)):
         return []
-    asked = f"of {cfg.steps} " if cfg.steps is not None else ""
     return [
-        f"{run.path} has not ended: it is used as it stands after {steps} {asked}steps "
+        f"{run.path} is unfinished: {far}. It is used as it stands "
         f"(edgezo finetune --resume --out {run.path} goes on)"
     ]
 
