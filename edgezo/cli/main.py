@@ -31,6 +31,7 @@ from edgezo.cli.options import (
     OF_META,
     PREDICTION,
     RUN,
+    base_option,
     config_option,
     echo_json,
     emit,
@@ -67,6 +68,7 @@ for _command in (
 @cli.command()
 @options(*DATA, *PREDICTION, *MEMORY, *METHOD, *RUN)
 @more_steps_option
+@base_option
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--show-batch", is_flag=True, help="Print the tokens of one batch and stop.")
@@ -125,6 +127,7 @@ def finetune(
 @cli.command()
 @options(*DATA, *PREDICTION, *MEMORY, *METHOD, *RUN)
 @more_steps_option
+@base_option
 @config_option
 @json_option
 def plan(config_file: str | None, as_json: bool, **given: str | None) -> None:
@@ -160,6 +163,7 @@ def plan(config_file: str | None, as_json: bool, **given: str | None) -> None:
 
 @cli.command("eval")
 @options(*DATA, *PREDICTION, "max_mem_bytes", "device", "precision", "threads")
+@base_option
 @config_option
 @json_option
 def evaluate(config_file: str | None, as_json: bool, **given: str | None) -> None:
@@ -179,12 +183,13 @@ def evaluate(config_file: str | None, as_json: bool, **given: str | None) -> Non
 @click.option(
     "--out", type=click.Path(), metavar="DIR", required=True, help="Directory for the rebuilt run."
 )
+@base_option
 @json_option
-def replay(run: str, out: str, as_json: bool) -> None:
+def replay(run: str, out: str, base: str | None, as_json: bool) -> None:
     """Rebuild a fine-tuned model from its base and its journal, without data or forward passes."""
     from edgezo.run.evaluate import replay as run_replay
 
-    result = run_replay(Path(run), Path(out))
+    result = run_replay(Path(run), Path(out), base=base)
     standing = f" (unfinished: {result['unfinished']})" if "unfinished" in result else ""
     emit(
         as_json, result, f"replayed {result.get('steps', '?')} steps of {run} into {out}{standing}"
@@ -213,13 +218,16 @@ def replay(run: str, out: str, as_json: bool) -> None:
     required=True,
     help="A new directory; a new file for the form journal.",
 )
+@base_option
 @json_option
-def export(run: str, form: str, dtype: str | None, out: str, as_json: bool) -> None:
+def export(
+    run: str, form: str, dtype: str | None, out: str, base: str | None, as_json: bool
+) -> None:
     """Write the result of a run: a model (hf, gguf, onnx), an adapter (peft, gguf-adapter), or its steps (journal)."""
     from edgezo.plan.budget import mb
     from edgezo.run.export import export as run_export
 
-    result = run_export(Path(run), form, Path(out), dtype=dtype)
+    result = run_export(Path(run), form, Path(out), dtype=dtype, base=base)
     text = f"{result['steps']} steps, {result.get('size_bytes')} bytes, in {out}"
     if "tensors" in result:
         text = f"{result['tensors']} tensors, {mb(result['weight_bytes'])}, in {out}"

@@ -105,6 +105,9 @@ json_option = click.option(
 )
 
 
+base_option = click.option(
+    "--base", metavar="MODEL", help="Where the base of a run is now, if not where it was trained."
+)
 more_steps_option = click.option(
     "--more-steps",
     type=click.IntRange(min=1),

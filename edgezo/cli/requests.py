@@ -20,7 +20,7 @@ from edgezo.plan.request import (
     settings_after,
 )
 
-# Settings of a run that belong to its data: an evaluation on other data does not take them over.
+# Settings of a run that belong to its data: another task has its own ones, and other rows are read by them.
 OF_DATA = ("data_root", "template", "labels", "label_field", "max_new_tokens", "speaker")
 
 
@@ -69,7 +69,9 @@ def new_request(
         if given["steps"] is not None or given["for_s"] is not None:
             raise UsageError("--more-steps says how long: leave out --steps and --for")
         given["steps"] = more
+    base = given.pop("base")
     if saved is None:
+        _refuse_base(base, model)
         return Asked(request(given, config_file, need_data=need_data))
     asked = read_layer(from_file, []) | read_layer(given, [])
     check_after(saved, Path(str(model)), asked)
@@ -78,8 +80,19 @@ def new_request(
         layer["max_mem_bytes"] = None
     if given["task"] is not None or from_file.get("task") is not None:
         layer |= dict.fromkeys(OF_DATA)
-    given["model"] = None
-    return Asked(make_config(given, from_file, layer, need_data=need_data), parent=Path(str(model)))
+    from edgezo.run.places import at_base, check_data_is_there, with_base
+
+    run = Path(str(model))
+    cfg = make_config({**given, "model": None}, from_file, layer, need_data=need_data)
+    cfg = with_base(at_base(cfg, base), run)
+    check_data_is_there(cfg, run)
+    return Asked(cfg, parent=run)
+
+
+def _refuse_base(base: str | None, model: object) -> None:
+    """Raise UsageError where --base stands beside something else than a run."""
+    if base is not None:
+        raise UsageError(f"--base is that of a run, and {model} is none: leave it out")
 
 
 def finetune_request(
@@ -104,8 +117,9 @@ def finetune_request(
             "--resume goes on to the end of a run as it was asked for. For more steps than that, leave it out: "
             f"--model {out} --more-steps {given['more_steps']}, and a new --out."
         )
-    given = {name: value for name, value in given.items() if name != "more_steps"}
-    from edgezo.run.places import check_base_is_there, check_data_is_there, given_now
+    given = {**given, "model": given["model"] or given["base"]}
+    del given["more_steps"], given["base"]
+    from edgezo.run.places import check_data_is_there, given_now, with_base
 
     if out is None:
         raise UsageError("--resume needs --out RUN, the directory of the run to go on with")
@@ -118,7 +132,7 @@ def finetune_request(
     layer = _settings_of_run(saved, given)
     cfg = make_config({**given, "model": given["model"] or saved.model}, layer)
     cfg = given_now(replace(cfg, out=out), given)
-    check_base_is_there(cfg, Path(out))
+    cfg = with_base(cfg, Path(out), note)
     check_data_is_there(cfg, Path(out))
     changed = [
         f"{flag(f.name)} was {getattr(saved, f.name)} when the run began, "
@@ -141,23 +155,29 @@ def evaluation_request(given: Mapping[str, Any], config_file: str | None) -> tup
     from edgezo.machine.hardware import machine
     from edgezo.plan.budget import portable
 
-    model = given["model"]
+    given = {**given}
+    model, base = given["model"], given.pop("base")
     saved = saved_config(Path(model)) if model is not None else None
     if saved is None:
+        _refuse_base(base, model)
         cfg = request(given, config_file)
         return cfg.model, cfg
     layer = _settings_of_run(portable(saved, machine()), given)
     del layer["eval_limit"]  # all rows, where training was content with a sample
-    if given["data"] is not None or given["task"] is not None:
+    if given["task"] is not None:
         for name in OF_DATA:
             del layer[name]
         layer["objective"] = LOSS  # the run's objective belongs to its data
+    elif given["data"] is not None:
+        del layer["data_root"]
     cfg = make_config({**given, "model": None, "objective": None}, layer)
     if given["objective"] is not None:
         # Checked apart from the run: an evaluation trains nothing by it, so any trained part may stand beside it.
         asked = {"model": str(model), "objective": given["objective"]}
         cfg = replace(cfg, objective=make_config(asked, need_data=False).objective)
-    return str(model), cfg
+    from edgezo.run.places import at_base
+
+    return str(model), at_base(cfg, base)
 
 
 def saved_config(run: Path) -> RunConfig | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from edgezo.cli.options import (
+    base_option,
     echo_json,
     emit,
     encodable,
@@ -69,6 +70,7 @@ def _threads(given: Mapping[str, str | None]) -> int | None:
     help="A new file for the predictions.  [default: standard output]",
 )
 @options(*ASKING, *TAKES)
+@base_option
 @json_option
 def predict(
     target: str, data: str, form: str, out: str | None, as_json: bool, **given: str | None
@@ -205,6 +207,7 @@ def apply(shipped: str, base: str, out: str, as_json: bool) -> None:
 @click.option("--seed", "chance", type=int, default=0, show_default=True, help="Of the sampling.")
 @click.option("--system", metavar="TEXT", help="What the system says first.")
 @options("max_length", "max_new_tokens", *TAKES)
+@base_option
 @json_option
 def chat(
     target: str,
@@ -225,7 +228,8 @@ def chat(
     from edgezo.run.chat import Talk
     from edgezo.run.predict import predictor, use_request
 
-    requests = [use_request(name, given) for name in targets]
+    other = {**given, "base": None}  # --base is that of the run
+    requests = [use_request(name, given if name == target else other) for name in targets]
     Sampler.of(
         temperature, top_p, chance
     )  # refuses numbers without a meaning before a model is read

@@ -32,7 +32,7 @@ from edgezo.run.figures import evaluate_model
 from edgezo.run.journal import Journal
 from edgezo.run.journal_header import check_base
 from edgezo.run.parent import copy_parents, open_with_parents
-from edgezo.run.places import check_base_is_there, check_data_is_there
+from edgezo.run.places import at_base, check_data_is_there, with_base
 from edgezo.run.readout_pass import recall
 from edgezo.run.recipes import follow, replay_into
 from edgezo.run.restore import snapshot_step
@@ -68,9 +68,8 @@ def evaluate(
     if trained is None:
         cfg = replace(cfg, train=("head",))  # the smallest: nothing is trained
     else:
-        check_base_is_there(cfg, run.path)
+        cfg = without_states(with_base(cfg, run.path, note))
         check_data_is_there(cfg, run.path)
-        cfg = without_states(cfg)
     opened = open_request(cfg, to_train=False)
     for text in opened.dataset.notes:
         note(text)
@@ -208,16 +207,19 @@ def _load_trained(run: RunFiles, model: Model, of_run: str) -> int:
 
 
 def replay(
-    source: Path, out: Path, check: Callable[[str], None] = lambda digest: None
+    source: Path,
+    out: Path,
+    check: Callable[[str], None] = lambda digest: None,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Rebuild the fine-tuned weights of run ``source`` from base and journal, without data or forwards.
 
     ``out`` gets every trained tensor (trained.safetensors) beside the run's configuration and journal; it can be
     evaluated like the run. The same bits as the run's: compare ``trained_sha256``. ``check`` gets it before anything is
-    written.
+    written. ``base`` is where the base is now, if not where the run has it.
     """
     run, made = RunFiles(source), RunFiles(out)
-    cfg = run.read_config()
+    cfg = at_base(run.read_config(), base)
     if run.path.resolve() == made.path.resolve():
         raise UsageError(f"{out} is the run itself. Give another --out.")
     with brought_back(run, cfg) as rebuilt:
@@ -258,8 +260,8 @@ def brought_back(run: RunFiles, cfg: RunConfig) -> Iterator[Rebuilt]:
 
     ``cfg`` is the configuration of the run.
     """
-    check_base_is_there(cfg, run.path)
-    cfg, peak_before_bytes = portable(cfg, confirmed(machine())), peak_rss_bytes()
+    cfg = portable(with_base(cfg, run.path), confirmed(machine()))
+    peak_before_bytes = peak_rss_bytes()
     files = loader.open_model(cards.resolve(cfg.model))
     with ExitStack() as at_end:
         journal = at_end.enter_context(open_with_parents(run))

@@ -125,7 +125,7 @@ def open_with_parents(run: RunFiles) -> Journal:
     """
     if run.config.exists() and not os.path.lexists(run.journal):
         raise EdgezoError(
-            f"{run.path} is unfinished: it has no journal yet, since it was stopped before its first step.\n"
+            f"{run.path} has no {run.journal.name}: it was stopped before its first step, or the file was removed.\n"
             f"Begin it with: edgezo finetune --resume --out {run.path}"
         )
     journal = open_journal(run.journal, resume=False)

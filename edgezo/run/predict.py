@@ -43,7 +43,7 @@ from edgezo.run.evaluate import in_memory
 from edgezo.run.exported import Exported
 from edgezo.run.objective import Judge, evaluation_parts
 from edgezo.run.parent import open_with_parents
-from edgezo.run.places import check_base_is_there
+from edgezo.run.places import at_base, with_base
 from edgezo.run.session import Opened, ram_cap_bytes, settle, without_states
 
 WRITTEN_ROWS = 32  # rows whose answers are written before the first of them is given out
@@ -248,7 +248,8 @@ def load(
     """A run (its directory) or a model (a card, a directory, a GGUF file) in memory, to predict and write with.
 
     ``settings`` are those of ``edgezo predict``: ``max_mem_bytes``, ``max_new_tokens``, and for a model ``template``,
-    ``labels`` or ``task``. ``note`` gets what a user should know. Use it in a ``with`` block, or call ``close``.
+    ``labels`` or ``task``; of a run ``base``, where its base is now.
+    ``note`` gets what a user should know. Use it in a ``with`` block, or call ``close``.
     Raises EdgezoError where the run or the model cannot be read, UsageError for settings that mean nothing here, and
     DoesNotFit where it does not fit into the cap.
     """
@@ -259,9 +260,16 @@ def load(
 
 
 def use_request(target: str, given: Mapping[str, Any]) -> RunConfig:
-    """The request to use a run as it was trained, but for what ``given`` changes; or a plain model."""
+    """The request to use a run as it was trained, but for what ``given`` changes; or a plain model.
+
+    Of a run ``given`` may say where its ``base`` is now.
+    """
     run = RunFiles(Path(target))
+    base = given.get("base")
+    given = {name: value for name, value in given.items() if name != "base"}
     if not run.config.is_file():
+        if base is not None:
+            raise UsageError(f"--base is that of a run, and {target} is none: leave it out")
         exported = _exported_at(target)
         layer = exported.settings if exported is not None else {}
         return make_config({**given, "model": target}, layer, need_data=False)
@@ -273,7 +281,7 @@ def use_request(target: str, given: Mapping[str, Any]) -> RunConfig:
     layer = portable(saved, confirmed(machine())).to_dict()
     if given.get("device") not in (None, saved.device):  # the cap was that of the other device
         layer |= {"max_mem_bytes": None, "residency": None}
-    return make_config({**given, "objective": None}, layer, need_data=False)
+    return at_base(make_config({**given, "objective": None}, layer, need_data=False), base)
 
 
 def _exported_at(target: str) -> Exported | None:
@@ -303,7 +311,7 @@ def predictor(
             if exported is not None and exported.asks_as(cfg):
                 kind, names = exported.kind, exported.names
         else:
-            check_base_is_there(cfg, run.path)
+            cfg = with_base(cfg, run.path, note)
             with open_with_parents(run) as journal:
                 facts = journal.header["dataset"]
             kind, names = facts["kind"], tuple(facts["label_names"])

@@ -68,6 +68,7 @@ from edgezo.run.session import (
     keep_cap,
     load_model,
     open_request,
+    plan_file,
     settle,
     settle_again,
 )
@@ -159,7 +160,7 @@ def _opened(
                 parent.copy_to(files)
             save_skipped(files, planned.opened.dataset)
             atomic_write(files.config, cfg.to_toml().encode())
-            atomic_write(files.plan, to_json(planned.plan.to_dict()).encode())
+            atomic_write(files.plan, to_json(plan_file(planned)).encode())
         at_end.callback(_save_profile, files, progress)
         begins = journal is None
         kind = {"shaped": journal_is_shaped(cfg), "scaled": cfg.finetuner is not None}
@@ -187,7 +188,7 @@ def _opened(
         # Nothing refuses a resume from here on, so that a refusal has changed nothing.
         begin_writing(files, journal, restored, progress.note)
         if resume:
-            atomic_write(files.plan, to_json(planned.plan.to_dict()).encode())
+            atomic_write(files.plan, to_json(plan_file(planned)).encode())
         if before != cfg:
             atomic_write(files.config, cfg.to_toml().encode())
         kept = restored.steps if resume else None
