@@ -6,7 +6,7 @@ All of it is read before anything is written: a resume that is refused leaves th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from edgezo.errors import EdgezoError
 from edgezo.machine.files import remove_leftovers
@@ -16,6 +16,8 @@ from edgezo.run.directory import RunFiles, load_snapshot, lost_head, run_id
 from edgezo.run.journal import Journal
 from edgezo.run.readout_pass import ReadoutResult, recall, take_over
 from edgezo.run.recipes import replay_into
+from edgezo.run.summary import check_same_end, saved_summary
+from edgezo.weights.saved import saved_sha256
 
 
 class Restored(NamedTuple):
@@ -130,3 +132,23 @@ def restore_readout(
             "Restore it from a copy, or start again with another --out."
         )
     return result
+
+
+def ended_before(
+    files: RunFiles,
+    cfg: RunConfig,
+    model: Model,
+    restored: Restored,
+    readout: ReadoutResult | None,
+) -> dict[str, Any] | None:
+    """The summary of a run that was over before; None where there is something to do.
+
+    Raises EdgezoError where its files give other weights than it ended with.
+    """
+    done, summary = restored.steps, saved_summary(files)  # written at the end only
+    if summary.get("steps") != done or not (done or readout is not None):
+        return None
+    with model.heap.updating():
+        model.store.finish(cfg.since_base(done))
+    check_same_end(files, cfg, model, saved_sha256(model.saved()))
+    return summary

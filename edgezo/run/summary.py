@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from edgezo.errors import EdgezoError
+from edgezo.machine.files import atomic_write, to_json
 from edgezo.machine.foreign import read_json
 from edgezo.machine.process_memory import peak_rss_bytes
 from edgezo.machine.profiler import running
@@ -14,6 +15,7 @@ from edgezo.plan.config import RunConfig
 from edgezo.run.directory import RunFiles
 from edgezo.run.journal_record import StepRecord
 from edgezo.run.metrics_log import mean_loss
+from edgezo.run.progress import RunProgress
 from edgezo.run.readout_pass import ReadoutResult
 from edgezo.run.state import RunState
 from edgezo.weights.saved import saved_sha256
@@ -155,3 +157,17 @@ def _of_parent(cfg: RunConfig) -> dict[str, Any]:
         return {}
     named = {"run_id": cfg.parent, "steps": cfg.parent_steps, "trained_sha256": cfg.parent_sha256}
     return {"parent": named}
+
+
+def save_profile(files: RunFiles, progress: RunProgress) -> None:
+    """profile.json of this process, however the run ends. A measurement that cannot be written fails no run."""
+    profiler = running()
+    if profiler is None:
+        return
+    report = profiler.report()
+    if "forward" not in report["phases"] and files.summary.exists():
+        return  # the run was over before: its own measurement stays
+    try:
+        atomic_write(files.profile, (to_json(report) + "\n").encode())
+    except EdgezoError as problem:
+        progress.note(f"no profile of this run: {problem}")

@@ -22,9 +22,8 @@ from edgezo.machine.files import atomic_write, to_json
 from edgezo.machine.gpu_memory import confirmed
 from edgezo.machine.hardware import machine
 from edgezo.machine.process_memory import Meter, malloc_trim, rss_bytes
-from edgezo.machine.profiler import phase, profiling, running
+from edgezo.machine.profiler import phase, profiling
 from edgezo.network.cut import Half
-from edgezo.network.model import Model
 from edgezo.plan.config import RunConfig
 from edgezo.plan.doubtful import doubts
 from edgezo.run.auto_step import AutoStep
@@ -58,6 +57,7 @@ from edgezo.run.restore import (
     Restored,
     begin_weights,
     begin_writing,
+    ended_before,
     restore_readout,
     restore_weights,
 )
@@ -76,8 +76,7 @@ from edgezo.run.short_memory import MicroBatchFitter, guard_of
 from edgezo.run.state import RunState, StopRequest
 from edgezo.run.states_pass import Report, states_of_run
 from edgezo.run.step import Stepper
-from edgezo.run.summary import check_same_end, losses_of_step, peaks, saved_summary, summarise
-from edgezo.weights.saved import saved_sha256
+from edgezo.run.summary import losses_of_step, peaks, save_profile, summarise
 from edgezo.zo.credit import schedule
 from edgezo.zo.presets import AUTO
 
@@ -161,7 +160,7 @@ def _opened(
             save_skipped(files, planned.opened.dataset)
             atomic_write(files.config, cfg.to_toml().encode())
             atomic_write(files.plan, to_json(plan_file(planned)).encode())
-        at_end.callback(_save_profile, files, progress)
+        at_end.callback(save_profile, files, progress)
         begins = journal is None
         kind = {"shaped": journal_is_shaped(cfg), "scaled": cfg.finetuner is not None}
         states = None
@@ -184,7 +183,7 @@ def _opened(
         bring = begin_weights if begins else restore_weights
         restored = bring(files, cfg, model, journal)
         before = files.read_config() if files.config.exists() else None
-        ended = _ended(files, cfg, model, restored, readout)
+        ended = ended_before(files, cfg, model, restored, readout)
         # Nothing refuses a resume from here on, so that a refusal has changed nothing.
         begin_writing(files, journal, restored, progress.note)
         if resume:
@@ -234,40 +233,6 @@ def _load(planned: Planned, overlay: Overlay, resume: bool) -> Loaded:
         if not resume:
             overlay.remove()
         raise
-
-
-def _ended(
-    files: RunFiles,
-    cfg: RunConfig,
-    model: Model,
-    restored: Restored,
-    readout: ReadoutResult | None,
-) -> dict[str, Any] | None:
-    """The summary of a run that was over before; None where there is something to do.
-
-    Raises EdgezoError where its files give other weights than it ended with.
-    """
-    done, summary = restored.steps, saved_summary(files)  # written at the end only
-    if summary.get("steps") != done or not (done or readout is not None):
-        return None
-    with model.heap.updating():
-        model.store.finish(cfg.since_base(done))
-    check_same_end(files, cfg, model, saved_sha256(model.saved()))
-    return summary
-
-
-def _save_profile(files: RunFiles, progress: RunProgress) -> None:
-    """profile.json of this process, however the run ends. A measurement that cannot be written fails no run."""
-    profiler = running()
-    if profiler is None:
-        return
-    report = profiler.report()
-    if "forward" not in report["phases"] and files.summary.exists():
-        return  # the run was over before: its own measurement stays
-    try:
-        atomic_write(files.profile, (to_json(report) + "\n").encode())
-    except EdgezoError as problem:
-        progress.note(f"no profile of this run: {problem}")
 
 
 class Run:
