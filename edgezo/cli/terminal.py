@@ -24,6 +24,7 @@ from rich.text import Text
 from edgezo.cli.tables import opening_lines, plan_table
 from edgezo.machine.clock import now_s
 from edgezo.machine.hardware import format_bytes
+from edgezo.run.progress import Silent
 
 if TYPE_CHECKING:
     from edgezo.run.opening import Opening
@@ -62,7 +63,7 @@ def _console(file: TextIO) -> Console:
     return console
 
 
-class TerminalProgress:
+class TerminalProgress(Silent):
     """A RunProgress that prints: one live line on a terminal, about ``PLAIN_LINES`` plain lines elsewhere."""
 
     refreshes_per_s = REFRESHES_PER_S

@@ -144,7 +144,7 @@ class AutoStep:
         if last is not None and not (step % CHECK_EVERY == 0 and step > last.at):
             return last
         pace = self.fitter.fitting(step, partial(self._measure, step))
-        state.log.write({"step": step, "pace": pace.to_dict()})
+        state.log_line({"step": step, "pace": pace.to_dict()})
         if pace.why:
             state.progress.note(f"warning: no signal for --step auto: {pace.why}")
         elif last is None:

@@ -1,9 +1,9 @@
-"""What a run reports while it goes on: the protocol of a progress display, one that shows nothing, and the verdict."""
+"""What a run reports while it goes on: its protocol, an object that shows nothing, several as one, and the verdict."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from edgezo.machine.hardware import format_bytes
 
@@ -11,8 +11,16 @@ if TYPE_CHECKING:
     from edgezo.run.opening import Opening
 
 
+class Asks(NamedTuple):
+    """What is asked of a run between two steps."""
+
+    stop: bool = False  # end as if this had been the last step
+    evaluate: bool = False
+    save: bool = False  # make the state durable now
+
+
 class RunProgress(Protocol):
-    """What a run reports while it goes on; pass your own object to ``finetune`` as a callback."""
+    """What a run reports while it goes on. Derive your own object from ``Silent``, which does nothing of it."""
 
     def note(self, text: str) -> None:
         """Something worth a line: a file that is fetched, rows that were cut."""
@@ -49,8 +57,28 @@ class RunProgress(Protocol):
         """An evaluation has been over ``rows`` of its ``total`` rows."""
         ...
 
+    def before_step(self, step: int) -> None:
+        """Step number ``step`` (from 1) begins."""
+        ...
+
+    def logged(self, line: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl is written: of a step, or of an evaluation (``eval``)."""
+        ...
+
+    def saved(self, step: int) -> None:
+        """The state after ``step`` steps is on disk, so that a resume goes on from there."""
+        ...
+
+    def asks(self) -> Asks:
+        """What the run is to do before its next step."""
+        ...
+
+    def finished(self, summary: Mapping[str, Any]) -> None:
+        """The run is complete; ``summary`` is what summary.json holds."""
+        ...
+
     def close(self) -> None:
-        """Training is over, or was interrupted."""
+        """Training is over, or was interrupted; an evaluation may follow."""
         ...
 
 
@@ -65,7 +93,7 @@ class LiveProgress(RunProgress, Protocol):
 
 
 class Silent:
-    """A RunProgress that shows nothing."""
+    """A RunProgress that shows nothing, and asks for nothing."""
 
     def note(self, text: str) -> None: ...
 
@@ -88,7 +116,69 @@ class Silent:
 
     def evaluated(self, rows: int, total: int) -> None: ...
 
+    def before_step(self, step: int) -> None: ...
+
+    def logged(self, line: Mapping[str, Any]) -> None: ...
+
+    def saved(self, step: int) -> None: ...
+
+    def asks(self) -> Asks:
+        return Asks()
+
+    def finished(self, summary: Mapping[str, Any]) -> None: ...
+
     def close(self) -> None: ...
+
+
+class Several:
+    """A RunProgress that passes everything on to several others, in their order."""
+
+    def __init__(self, others: Sequence[RunProgress]):
+        self._others = others
+
+    def note(self, text: str) -> None:
+        for other in self._others:
+            other.note(text)
+
+    def opening(self, opening: Opening) -> None:
+        for other in self._others:
+            other.opening(opening)
+
+    def begin(self, **how: Any) -> None:
+        for other in self._others:
+            other.begin(**how)
+
+    def step(self, step: int, **figures: Any) -> None:
+        for other in self._others:
+            other.step(step, **figures)
+
+    def evaluated(self, rows: int, total: int) -> None:
+        for other in self._others:
+            other.evaluated(rows, total)
+
+    def before_step(self, step: int) -> None:
+        for other in self._others:
+            other.before_step(step)
+
+    def logged(self, line: Mapping[str, Any]) -> None:
+        for other in self._others:
+            other.logged(line)
+
+    def saved(self, step: int) -> None:
+        for other in self._others:
+            other.saved(step)
+
+    def asks(self) -> Asks:
+        """What any of them asks for."""
+        return Asks(*map(any, zip(*(other.asks() for other in self._others), strict=True)))
+
+    def finished(self, summary: Mapping[str, Any]) -> None:
+        for other in self._others:
+            other.finished(summary)
+
+    def close(self) -> None:
+        for other in self._others:
+            other.close()
 
 
 def _has(summary: Mapping[str, Any], *names: str) -> bool:

@@ -233,7 +233,7 @@ class ReadoutPass:
         with state.model.classifying_by(fitted.readout):
             figures = evaluate_model(state.model, state.dataset)
         line = {"rows": len(rows), "pass_s": before_s, **figures}
-        state.log.write({"step": 0, "eval": "probe", **line})
+        state.log_line({"step": 0, "eval": "probe", **line})
         self.begun_s += self._spent_s() - before_s
 
     def _pass_group(self, rows: Sequence[int], first: int) -> float | None:

@@ -81,7 +81,7 @@ class MicroBatchFitter:
         self.state.progress.note(
             f"micro-batch {before} -> {now} after step {step}, {why}: losses are equal up to rounding"
         )
-        self.state.log.write({"step": step, "micro_batch": now})
+        self.state.log_line({"step": step, "micro_batch": now})
 
     def settle(self, done: int, *, may_grow: bool) -> None:
         """Run the longest micro-batch; where ``may_grow`` and it took less than planned, plan a larger one."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
+from typing import Any
 
 from edgezo.data.batches import Example
 from edgezo.data.dataset import Dataset
@@ -105,6 +106,11 @@ class RunState:
     @property
     def judge(self) -> Judge | None:
         return self.opened.judge
+
+    def log_line(self, line: Mapping[str, Any]) -> None:
+        """Write a line to metrics.jsonl, and report it."""
+        self.log.write(line)
+        self.progress.logged(line)
 
     def split(self, micro_batch: int) -> None:
         """Go on with micro-batches of this size."""

@@ -150,6 +150,7 @@ class Stepper:
         """Make the state after ``step`` steps durable: the journal first, since a snapshot refers to it."""
         self.state.journal.sync()
         save_snapshot(self.state.files, self.state.model, step, self.state.journal.header)
+        self.state.progress.saved(step)
 
     # -- credit -------------------------------------------------------------------------------------------
 

@@ -253,6 +253,7 @@ class Run:
         self.fitter = MicroBatchFitter(state, self.stepper)
         self.auto_step = AutoStep(state, self.stepper, self.fitter)
         self.budget_s = math.inf  # seconds of training that --for leaves
+        self.stopped = False  # before its last step, as a callback asked
 
     def to_the_end(self) -> dict[str, Any]:
         """Everything that is still to be done; returns what summary.json holds."""
@@ -280,7 +281,10 @@ class Run:
         state.meter.mark("run")
         sides = self.stepper.sides
         summary = summarise(state, sides, steps, train_s, before, after, self.readout)
+        if self.stopped:
+            summary["stopped"] = f"after step {steps}, as a callback asked"
         atomic_write(state.files.summary, (to_json(summary) + "\n").encode())
+        state.progress.finished(summary)
         return summary
 
     # -- the loop -----------------------------------------------------------------------------------------
@@ -296,9 +300,11 @@ class Run:
                 state.stop.check(step)
                 if self._rests(step, clock):
                     continue
-                if cfg.eval_every and step and step % cfg.eval_every == 0:
-                    with self._pause(clock):
-                        self._evaluate("during", step)
+                self._do_as_asked(step, clock)
+                self.stopped = state.progress.asks().stop
+                if self.stopped:
+                    break
+                state.progress.before_step(step + 1)
                 self._one_step(step, clock)
                 step += 1
             return step, clock.seconds()
@@ -312,6 +318,15 @@ class Run:
             raise
         finally:
             state.progress.close()
+
+    def _do_as_asked(self, step: int, clock: TrainingClock) -> None:
+        """Evaluate and save before a step, where the request or whoever watches the run asks for it."""
+        every, asks = self.state.cfg.eval_every, self.state.progress.asks()
+        if asks.evaluate or (every and step and step % every == 0):
+            with self._pause(clock):
+                self._evaluate("during", step)
+        if asks.save:
+            self.stepper.save(step)
 
     def _rests(self, step: int, clock: TrainingClock) -> bool:
         """Pause where the request asks for it; whether there was a pause, in which the time may have run out."""
@@ -340,7 +355,7 @@ class Run:
             with self._pause(clock) as pause:
                 self._plain_forward(step)
             line["forward_s"] = pause.seconds
-        state.log.write(line)
+        state.log_line(line)
         state.progress.step(
             step + 1,
             fraction=min(1.0, (step + 1) / cfg.steps if cfg.steps else fraction),
@@ -445,7 +460,7 @@ class Run:
             if when in WHEN:
                 keep_answers(state, when, evaluated)
             line = {"step": step, "eval": when, "took_s": took_s, **evaluated.figures}
-            state.log.write(line)
+            state.log_line(line)
         state.box.evaluation_s = state.log.evaluation_s
         return state.log.evaluations[when, step]
 
