@@ -22,13 +22,20 @@ if TYPE_CHECKING:
 _TIMEOUT_S = 5  # for the hub to answer
 
 
-def plan(cfg: RunConfig, note: Callable[[str], None] = lambda text: None) -> Plan:
+def plan(
+    cfg: RunConfig, note: Callable[[str], None] = lambda text: None, parent: Path | None = None
+) -> Plan:
     """The plan of a request for this machine.
 
     Rows, where they are given, are read and tokenised for their lengths. Without rows, a model with a card needs
-    neither weights nor tokenizer, and PyTorch is not imported. ``note`` is called with remarks for the user.
+    neither weights nor tokenizer, and PyTorch is not imported. ``note`` is called with remarks for the user. ``parent``
+    is the run that this one would go on from.
     Raises UsageError and EdgezoError for rows and models that cannot be used, DoesNotFit.
     """
+    if parent is not None:
+        from edgezo.run.parent import Parent
+
+        cfg = Parent.of(parent).followed_by(cfg)
     if cfg.data is None and cfg.task is None:
         shape = model_shape(cfg.model, note)
         return make_plan(shape, cfg, _doubting(cfg, shape, note))

@@ -25,6 +25,7 @@ from edgezo.cli.chat import chat
 from edgezo.cli.completion import completion
 from edgezo.cli.data_overview import look_at_data
 from edgezo.cli.doctor import doctor
+from edgezo.cli.listings import estimators, models
 from edgezo.cli.options import (
     DATA,
     MEMORY,
@@ -32,10 +33,12 @@ from edgezo.cli.options import (
     OF_META,
     PREDICTION,
     RUN,
+    base_option,
     config_option,
     echo_json,
     emit,
     json_option,
+    more_steps_option,
     options,
     printable,
     use_threads,
@@ -50,7 +53,7 @@ from edgezo.machine.interrupts import INTERRUPTED
 from edgezo.machine.links import directory_of_rank, rank_and_size, was_restarted
 from edgezo.machine.process_memory import allocator_policy
 from edgezo.plan.request import read_settings
-from edgezo.run.requests import evaluation_request, finetune_request, request
+from edgezo.run.requests import evaluation_request, finetune_request, new_request
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -61,13 +64,15 @@ def cli() -> None:
 
 for _command in (
     *(bench, doctor, completion, look_at_data, predict, chat, serve, apply),
-    *(report, compare, list_runs, remove_run),
+    *(report, compare, list_runs, remove_run, models, estimators),
 ):
     cli.add_command(_command)
 
 
 @cli.command()
 @options(*DATA, *PREDICTION, *MEMORY, *METHOD, *RUN)
+@more_steps_option
+@base_option
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--show-batch", is_flag=True, help="Print the tokens of one batch and stop.")
@@ -98,16 +103,15 @@ def finetune(
     rank, _ = rank_and_size()
     progress = Silent() if quiet or rank else TerminalProgress(shows_plan=shows_plan)
     given["out"] = directory_of_rank(given["out"])
-    if was_restarted() and Path(given["out"], "journal.bin").exists():
-        resume = True
-    cfg, resuming = finetune_request(given, config_file, resume, progress.note)
+    resume = resume or (was_restarted() and Path(given["out"], "journal.bin").exists())
+    cfg, resuming, parent = finetune_request(given, config_file, resume, progress.note)
     use_threads(cfg.threads)
     if show_batch:
         text = preview.show_batch(cfg)
         emit(as_json, {"batch": text}, text)
         return
     if dry_run:
-        plan = preview.plan(cfg, progress.note)
+        plan = preview.plan(cfg, progress.note, parent)
         emit(as_json, plan.to_dict(), tables.plan_table(plan, steps=cfg.steps))
         return
     with profiler.profiling(cfg.profile):
@@ -115,7 +119,9 @@ def finetune(
             from edgezo.run.train import finetune as run_finetune
 
         try:
-            summary = run_finetune(cfg, resume=resuming, progress=progress, began_s=began_s)
+            summary = run_finetune(
+                cfg, resume=resuming, progress=progress, began_s=began_s, parent=parent
+            )
         finally:
             progress.close()
     if rank:
@@ -129,6 +135,8 @@ def finetune(
 
 @cli.command()
 @options(*DATA, *PREDICTION, *MEMORY, *METHOD, *RUN)
+@more_steps_option
+@base_option
 @config_option
 @json_option
 def plan(config_file: str | None, as_json: bool, **given: str | None) -> None:
@@ -141,10 +149,10 @@ def plan(config_file: str | None, as_json: bool, **given: str | None) -> None:
     from edgezo.cli.terminal import TerminalProgress
     from edgezo.plan.plan import PlanDoesNotFit
 
-    cfg = request(given, config_file, need_data=False)
+    cfg, _, parent = new_request(given, config_file, need_data=False)
     note = TerminalProgress().note
     try:
-        planned = preview.plan(cfg, note)
+        planned = preview.plan(cfg, note, parent)
     except PlanDoesNotFit:
         if (largest := preview.largest(cfg)) is not None:
             note(f"the largest card that fits: {largest.model} in {largest.precision}")
@@ -164,6 +172,7 @@ def plan(config_file: str | None, as_json: bool, **given: str | None) -> None:
 
 @cli.command("eval")
 @options(*DATA, *PREDICTION, "max_mem_bytes", "device", "precision", "threads")
+@base_option
 @config_option
 @json_option
 def evaluate(config_file: str | None, as_json: bool, **given: str | None) -> None:
@@ -183,13 +192,17 @@ def evaluate(config_file: str | None, as_json: bool, **given: str | None) -> Non
 @click.option(
     "--out", type=click.Path(), metavar="DIR", required=True, help="Directory for the rebuilt run."
 )
+@base_option
 @json_option
-def replay(run: str, out: str, as_json: bool) -> None:
+def replay(run: str, out: str, base: str | None, as_json: bool) -> None:
     """Rebuild a fine-tuned model from its base and its journal, without data or forward passes."""
     from edgezo.run.evaluate import replay as run_replay
 
-    result = run_replay(Path(run), Path(out))
-    emit(as_json, result, f"replayed {result.get('steps', '?')} steps of {run} into {out}")
+    result = run_replay(Path(run), Path(out), base=base)
+    standing = f" (unfinished: {result['unfinished']})" if "unfinished" in result else ""
+    emit(
+        as_json, result, f"replayed {result.get('steps', '?')} steps of {run} into {out}{standing}"
+    )
 
 
 @cli.command()
@@ -214,51 +227,20 @@ def replay(run: str, out: str, as_json: bool) -> None:
     required=True,
     help="A new directory; a new file for the form journal.",
 )
+@base_option
 @json_option
-def export(run: str, form: str, dtype: str | None, out: str, as_json: bool) -> None:
+def export(
+    run: str, form: str, dtype: str | None, out: str, base: str | None, as_json: bool
+) -> None:
     """Write the result of a run: a model, a classifier, an adapter (peft, gguf-adapter), or its steps (journal)."""
     from edgezo.plan.budget import mb
     from edgezo.run.export import export as run_export
 
-    result = run_export(Path(run), form, Path(out), dtype=dtype)
+    result = run_export(Path(run), form, Path(out), dtype=dtype, base=base)
     text = f"{result['steps']} steps, {result.get('size_bytes')} bytes, in {out}"
     if "tensors" in result:
         text = f"{result['tensors']} tensors, {mb(result['weight_bytes'])}, in {out}"
     emit(as_json, result, "\n".join([text, *(f"note: {line}" for line in result["notes"])]))
-
-
-@cli.command()
-@json_option
-def models(as_json: bool) -> None:
-    """List the models that come with a card."""
-    from edgezo.cli import tables
-    from edgezo.network.cards import cards
-
-    every = list(cards().values())
-    rows = [
-        {
-            "name": card.name,
-            "family": card.family,
-            "kind": card.kind,
-            "parameters": card.parameters,
-            "sources": [str(source) for source in card.sources],
-            "settings": card.settings,
-        }
-        for card in every
-    ]
-    emit(as_json, {"models": rows}, tables.models_table(every))
-
-
-@cli.command()
-@json_option
-def estimators(as_json: bool) -> None:
-    """List the estimators: equation, forward passes, state and noise of each."""
-    from edgezo.cli import tables
-    from edgezo.zo import presets
-
-    described = [preset.describe() for preset in presets.PRESETS.values()]
-    described += [preset.describe() for preset in presets.FIRST_ORDER.values()]
-    emit(as_json, {"estimators": described}, tables.estimators_list(described))
 
 
 @cli.command("convert-finetuner")

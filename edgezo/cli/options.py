@@ -105,6 +105,17 @@ json_option = click.option(
 )
 
 
+base_option = click.option(
+    "--base", metavar="MODEL", help="Where the base of a run is now, if not where it was trained."
+)
+more_steps_option = click.option(
+    "--more-steps",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Train a finished run longer (--model RUN), in a new one: so many steps.",
+)
+
+
 def use_threads(threads: int | None) -> None:
     """Let PyTorch take so many threads. Call it before torch is imported, which sizes its thread pools once."""
     if threads is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from edgezo.cli.options import emit, json_option, printable
+from edgezo.cli.options import base_option, emit, json_option, printable
 from edgezo.errors import UsageError
 
 
@@ -17,8 +17,9 @@ from edgezo.errors import UsageError
 @click.option(
     "--ask", is_flag=True, help="First ask base and run: loss of other text, ten written answers."
 )
+@base_option
 @json_option
-def report(directory: str, ask: bool, as_json: bool) -> None:
+def report(directory: str, ask: bool, base: str | None, as_json: bool) -> None:
     """Write report.html, a page about a run, in its directory; of an unfinished run too."""
     from edgezo.run.claims import check_ours
     from edgezo.run.overview import Overview
@@ -28,7 +29,7 @@ def report(directory: str, ask: bool, as_json: bool) -> None:
     if ask:
         from edgezo.run.asked import ask as ask_both
 
-        ask_both(run, lambda text: click.echo(printable(text), err=True))
+        ask_both(run, lambda text: click.echo(printable(text), err=True), base)
     written = write_report(run)
     shown = f"report {run.files.report}" + ("" if written else " (as it was)")
     result = {"run": directory, "report": str(run.files.report), "state": run.state}

@@ -320,7 +320,8 @@ def evaluation_line(result: Mapping[str, Any]) -> str:
     """The figures of an evaluation as one line."""
     further = "".join(f", {name} {value:.4f}" for name, value in _further(result).items())
     value = f"{result['value']:.4f}{_give_or_take(result)}"
-    return f"{result['metric']} {value} on {result['n']} validation rows{further}"
+    standing = f" (unfinished: {result['unfinished']})" if "unfinished" in result else ""
+    return f"{result['metric']} {value} on {result['n']} validation rows{further}{standing}"
 
 
 def _give_or_take(result: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from edgezo.cli.options import (
+    base_option,
     echo_json,
     emit,
     encodable,
@@ -69,6 +70,7 @@ def threads_of(given: Mapping[str, str | None]) -> int | None:
     help="A new file for the predictions.  [default: standard output]",
 )
 @options(*ASKING, *TAKES)
+@base_option
 @json_option
 def predict(
     target: str, data: str, form: str, out: str | None, as_json: bool, **given: str | None
@@ -113,7 +115,8 @@ def predict(
 def _figures(used: Predictor) -> dict[str, Any]:
     """How many rows there were, and where rows had labels, how many were right."""
     accuracy = {"known": used.known, "accuracy": used.right / used.known} if used.known else {}
-    return {"model": used.target, "steps": used.steps, "rows": used.rows, **accuracy}
+    standing = {"unfinished": used.unfinished} if used.unfinished else {}
+    return {"model": used.target, "steps": used.steps, **standing, "rows": used.rows, **accuracy}
 
 
 def _summary_line(result: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
@@ -111,8 +111,26 @@ def file_sha256(file: Path) -> str:
         # kill leaves no other file: what is not whole is no JSON, and written again.
         with contextlib.suppress(OSError):
             known.parent.mkdir(parents=True, exist_ok=True)
-            known.write_text(json.dumps({"stamp": before, "sha256": digest}), encoding="utf-8")
+            entry = {"stamp": before, "sha256": digest}
+            if os.fsencode(file).decode(errors="replace") == str(file):  # else JSON cannot hold it
+                entry["file"] = str(file)
+            known.write_text(json.dumps(entry), encoding="utf-8")
     return digest
+
+
+def known_files(sha256: str) -> Iterator[Path]:
+    """Files with this SHA-256 (hex) that edgezo has read on this machine, and that are as they were then."""
+    try:
+        folder = cache_dir() / "hashes"
+        names = sorted(os.listdir(folder))
+    except (OSError, EdgezoError):
+        return
+    for name in names:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            remembered = json.loads((folder / name).read_text(encoding="utf-8"))
+            file = Path(remembered["file"])
+            if remembered["sha256"] == sha256 and remembered["stamp"] == _stamp(file):
+                yield file
 
 
 def _stamp(file: Path) -> list[int]:

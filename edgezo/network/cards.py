@@ -7,6 +7,7 @@ gives the reason of each. Downloaded weights are verified before they are used.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import os
@@ -165,6 +166,22 @@ def resolve(model: str, *, progress: Progress | None = None) -> Path:
     if is_unknown(model):
         raise EdgezoError(_unknown(model))
     return _resolve_sources(model, (HubSource(model),), tell)
+
+
+def with_content(sha256: str) -> Path | None:
+    """A model on this machine whose one file of weights has this SHA-256 (hex), and that edgezo has read before."""
+    for file in downloads.known_files(sha256):
+        with contextlib.suppress(EdgezoError):
+            return _local(file if is_gguf(file) else file.parent)
+    return None
+
+
+def card_with_content(sha256: str) -> Card | None:
+    """The card that a file of weights with this SHA-256 (hex) can be fetched by."""
+    for card in cards().values():
+        if any(isinstance(s, WheelSource) and s.sha256 == sha256 for s in card.sources):
+            return card
+    return None
 
 
 def is_unknown(model: str) -> bool:

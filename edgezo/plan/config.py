@@ -31,6 +31,9 @@ BEFORE = {
     "max_temp": None,
     "max_cpu": None,
     "probe_reads": "five",
+    "parent": None,
+    "parent_steps": 0,
+    "parent_sha256": None,
 }
 
 
@@ -97,6 +100,9 @@ class RunConfig:
     skip_bad_rows: bool
     row_rules: int
     probe_reads: str
+    parent: str | None
+    parent_steps: int
+    parent_sha256: str | None
 
     @classmethod
     def of(cls, cfg: RunConfig, **changes: Any) -> Self:
@@ -159,6 +165,10 @@ class RunConfig:
         """
         return self.passes if self.probing else 2
 
+    def since_base(self, steps: int) -> int:
+        """So many steps of this run, counted from its base: those of its parents come before."""
+        return self.parent_steps + steps
+
     @property
     def anchored(self) -> bool:
         """Whether steps are compared with the weights of an earlier step (SVRG's anchor)."""
@@ -197,9 +207,9 @@ class Batched(RunConfig):
     def readout_rows(self, examples: int | None) -> int:
         """Training rows, out of ``examples``, that a linear probe is fitted to where time does not end it before.
 
-        As many as the steps see. ``examples`` is None where the data is not known.
+        As many as the steps see; none where a parent has fitted it. ``examples`` is None where the data is not known.
         """
-        if not self.parts.readout:
+        if not self.parts.readout or self.parent is not None:
             return 0
         seen = self.steps * self.batch_size if self.steps else MOST_READOUT_ROWS
         return min(seen, MOST_READOUT_ROWS, seen if examples is None else examples)

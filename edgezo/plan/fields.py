@@ -402,6 +402,11 @@ _STEP_AUTO = Field(name="step_auto", kind="bool", default=False)
 _WRITTEN_AT = Field(name="written_at", kind="str")
 _BEGAN_IN = Field(name="began_in", kind="str", free_on_resume=True)
 _ROW_RULES = Field(name="row_rules", kind="int", default=2, low=1, high=2)
+# Of a run that goes on from another one, its parent (run/parent.py): the parent's identity, the steps from the base to
+# where this run begins, and the digest of what the parent had trained.
+_PARENT = Field(name="parent", kind="str")
+_PARENT_STEPS = Field(name="parent_steps", kind="int", default=0, low=0, high=10**9)
+_PARENT_SHA256 = Field(name="parent_sha256", kind="str")
 
 
 class SettingGroup(NamedTuple):
@@ -419,8 +424,9 @@ GROUPS = {
     "run": SettingGroup("Steps, evaluation and files", _RUN),
 }
 FIELDS = {field.name: field for group in GROUPS.values() for field in group.fields}
-FIELDS |= {field.name: field for field in (_STEP_AUTO, _WRITTEN_AT, _BEGAN_IN, _ROW_RULES)}
-SET_BY_RUN = (_STEP_AUTO.name, _WRITTEN_AT.name, _BEGAN_IN.name, _ROW_RULES.name)
+_OF_RUN = (_STEP_AUTO, _WRITTEN_AT, _BEGAN_IN, _ROW_RULES, _PARENT, _PARENT_STEPS, _PARENT_SHA256)
+FIELDS |= {field.name: field for field in _OF_RUN}
+SET_BY_RUN = tuple(field.name for field in _OF_RUN)
 
 OF_PRESET = tuple(field.name for field in FIELDS.values() if field.of_preset)
 FREE_ON_RESUME = tuple(field.name for field in FIELDS.values() if field.free_on_resume)

@@ -469,6 +469,9 @@ def _readout(f: StoredFootprint, compute_bytes: int) -> list[Item]:
         return []
     shape, cfg = f.shape, f.cfg
     n, d = cfg.readout_rows(f.tokens.examples), shape.hidden
+    if cfg.parent is not None:
+        size = 4 * READOUT_BLOCKS * f.tokens.classes * d
+        return [Item("linear probe", size, "that of the run it goes on from")]
     # States, and their transpose; the Gram matrix of the smaller side, its eigenvectors and their work space.
     fit = 4 * (FIT_COPIES * n * d + GRAM_COPIES * min(n, d) ** 2)
     # Scores of the held-out rows by each block's fit, and the weights of the fits.

@@ -17,7 +17,7 @@ from edgezo.machine.foreign_yaml import parse_yaml
 from edgezo.plan.config import BEFORE, RunConfig
 from edgezo.plan.conflicts import conflicts
 from edgezo.plan.data_fields import LOSS
-from edgezo.plan.field import DEFAULT_PRESET, nearest
+from edgezo.plan.field import DEFAULT_PRESET, as_text, nearest
 from edgezo.plan.fields import (
     ALTERNATIVES,
     DEFAULT_STEPS,
@@ -124,6 +124,39 @@ def as_estimator(cfg: RunConfig, name: str) -> RunConfig:
     decided = ("estimator", "rounding", *OF_PRESET)
     values = {name: value for name, value in cfg.to_dict().items() if name not in decided}
     return make_config({}, {**values, "estimator": name}, need_data=False)
+
+
+# Settings of a run that one which goes on from it chooses anew.
+_NOT_AFTER = (
+    *("out", "began_in", "profile", "micro_batch", "residency", "state_rows"),
+    *("parent", "parent_steps", "parent_sha256"),
+)
+
+
+# Settings by which its parent's records are read: they say what is trained, and along which directions.
+_SAME_AFTER = (
+    *("estimator", "directions", "mask", "credit", "rule", "train", "blocks", "rounding", "rank"),
+    *("keep", "refresh", "candidates", "precision", "seed"),
+)
+
+
+def check_after(saved: RunConfig, run: Path, asked: Mapping[str, Any]) -> None:
+    """Raise UsageError where ``asked`` changes what no run that goes on from one with the settings ``saved`` can."""
+    same = (*_SAME_AFTER, "sigma") if saved.mask == "quantized" else _SAME_AFTER
+    changed = [
+        f"{flag(name)} was {as_text(getattr(saved, name))} in {run}, not {as_text(asked[name])}: a run that goes on "
+        "from another one trains what that has trained"
+        for name in same
+        if name in asked and asked[name] != getattr(saved, name)
+    ]
+    if changed:
+        way_out = f"edgezo export {run} --out MODEL makes a model of it, for --model MODEL"
+        raise UsageError([*changed, f"to train something else over its result: {way_out}"])
+
+
+def settings_after(saved: RunConfig) -> dict[str, Any]:
+    """The layer of a run that goes on from one with the settings ``saved`` (run/parent.py): its own ones lie above."""
+    return {name: value for name, value in saved.to_dict().items() if name not in _NOT_AFTER}
 
 
 def completed(saved: Mapping[str, Any]) -> RunConfig:

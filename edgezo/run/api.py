@@ -32,7 +32,7 @@ from edgezo.run.given import (
     splits_of,
 )
 from edgezo.run.progress import RunProgress, Several, Silent
-from edgezo.run.requests import evaluation_request, finetune_request, settings_of_rows
+from edgezo.run.requests import Asked, evaluation_request, finetune_request, settings_of_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -182,8 +182,8 @@ class Run(Mapping[str, Any]):
         with called():
             shown = _shown(progress, callbacks)
             given = _layer({"out": str(self.directory), **settings})
-            cfg, has_steps = finetune_request(given, None, True, shown.note)
-            return type(self)(_trained(cfg, has_steps, shown, began_s))
+            asked = finetune_request(given, None, True, shown.note)
+            return type(self)(_trained(asked, shown, began_s))
 
     # -- show ---------------------------------------------------------------------------------------------
 
@@ -274,22 +274,23 @@ def finetune(
         if any(one is not None for one in (data, validation, tokenizer, *request.values())):
             raise UsageError("a RunConfig says all that a run does: give settings to make_config")
         with called():
-            return Run(_trained(model, resume, _shown(progress, callbacks), began_s))
+            return Run(_trained(Asked(model, resume), _shown(progress, callbacks), began_s))
     if resume:
         raise UsageError("a run goes on by edgezo.Run.open(DIRECTORY).resume()")
     with called():
         shown = _shown(progress, callbacks)
-        with _kept(model, tokenizer, data, validation, request, shown.note) as cfg:
-            return Run(_trained(cfg, False, shown, began_s))
+        with _kept(model, tokenizer, data, validation, request, shown.note) as asked:
+            return Run(_trained(asked, shown, began_s))
 
 
-def _trained(cfg: RunConfig, resume: bool, shown: RunProgress, began_s: float) -> str:
+def _trained(asked: Asked, shown: RunProgress, began_s: float) -> str:
     """Train, or go on; returns the directory of the run."""
+    cfg, resume, parent = asked
     with with_threads(cfg.threads):
         from edgezo.run.train import finetune as train
 
         try:
-            summary = train(cfg, resume=resume, progress=shown, began_s=began_s)
+            summary = train(cfg, resume=resume, progress=shown, began_s=began_s, parent=parent)
         finally:
             shown.close()
     return str(summary["run"])
@@ -323,9 +324,23 @@ def _label_text(labels: str | Mapping[Any, str] | None) -> str | None:
     return ",".join(f"{value}={word}" for value, word in labels.items())
 
 
+COMMON = (
+    "model",
+    "data",
+    "task",
+    "out",
+    "device",
+    "objective",
+    "steps",
+    "for_s",
+    "more_steps",
+    "base",
+)
+
+
 def _layer(given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as the commands have them: those are there that every command asks for."""
-    return {**dict.fromkeys(("model", "data", "task", "out", "device", "objective")), **given}
+    return {**dict.fromkeys(COMMON), **given}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -340,7 +355,7 @@ def _kept(
     validation: Rows | None,
     request: Mapping[str, Any],
     note: Callable[[str], None],
-) -> Iterator[RunConfig]:
+) -> Iterator[Asked]:
     """The request of a run, with a model and rows that are objects in the directory of the run.
 
     They are removed again if the run does not begin.
@@ -360,11 +375,11 @@ def _kept(
         given["out"] = out = given["out"] or str(free_directory(named, about))
         given |= {"model": str(Path(out, GIVEN_MODEL))} if loaded else {}
         given |= {"data": str(Path(out, GIVEN_ROWS))} if as_rows else {}
-    cfg, _ = finetune_request(_layer(given), None, False, note)
+    asked = finetune_request(_layer(given), None, False, note)
     if not (loaded or as_rows):
-        yield cfg
+        yield asked
         return
-    files = RunFiles(Path(str(cfg.out)))
+    files = RunFiles(Path(str(asked.cfg.out)))
     is_new = not files.path.exists()
     prepare(files)
     try:
@@ -376,7 +391,7 @@ def _kept(
             keep_model(files.path / GIVEN_MODEL, model, tokenizer)
         if as_rows:
             keep_rows(files.path / GIVEN_ROWS, splits_of(data, validation))
-        yield cfg
+        yield asked
     except BaseException:
         if not files.config.exists():
             _withdraw(files.path, is_new)

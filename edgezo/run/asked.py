@@ -31,20 +31,21 @@ from edgezo.run.figures import EvaluatedRows, evaluate_rows
 from edgezo.run.journal import open_journal
 from edgezo.run.kept_answers import SHOWN_ROWS, as_text, shortened
 from edgezo.run.overview import Overview
-from edgezo.run.places import check_base_is_there, check_data_is_there
+from edgezo.run.parent import open_with_parents
+from edgezo.run.places import at_base, check_data_is_there, with_base
 from edgezo.run.session import Opened, open_request, settle, without_states
 
 TEXTS = Path(__file__).parents[1] / "data" / "untouched" / "texts.txt"
 MOST_ASKED = 48  # tokens of an answer, where the run does not say
 
 
-def ask(run: Overview, note: Callable[[str], None]) -> dict[str, Any]:
-    """Ask the base and the run, and write asked.json; returns what it holds.
+def ask(run: Overview, note: Callable[[str], None], base: str | None = None) -> dict[str, Any]:
+    """Ask the base and the run, and write asked.json; returns what it holds. ``base``: where the base is now.
 
     Raises EdgezoError where base or rows are not there, and DoesNotFit where they do not fit into the run's cap.
     """
-    cfg = portable(run.files.read_config(), confirmed(machine()))
-    check_base_is_there(cfg, run.files.path)
+    cfg = portable(at_base(run.files.read_config(), base), confirmed(machine()))
+    cfg = with_base(cfg, run.files.path, note)
     with open_journal(run.files.journal, resume=False) as journal:
         kind = str(journal.header["dataset"]["kind"])
     asked: dict[str, Any] = {"run": run.of_run}
@@ -91,7 +92,7 @@ def _both(
     with ExitStack() as at_end:
         at_end.enter_context(beside_others())
         model, memory = at_end.enter_context(loaded(planned))
-        journal = at_end.enter_context(open_journal(files.journal, resume=False))
+        journal = at_end.enter_context(open_with_parents(files))
         with memory.short("an evaluation"):
             before = evaluate_rows(model, opened.dataset, opened.judge)
         restore(files, trained, opened, model, journal)

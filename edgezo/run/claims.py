@@ -23,6 +23,7 @@ from edgezo.run.directory import RunFiles
 from edgezo.run.given import GIVEN_MODEL, GIVEN_ROWS, is_given
 from edgezo.run.journal import open_journal
 from edgezo.run.metrics_log import check_form
+from edgezo.run.parent import PARENT_NAMES
 from edgezo.run.readout_pass import PROBE_KEYS
 from edgezo.run.report import is_report_file
 from edgezo.weights.disk import OVERLAY_MAGIC, OVERLAY_NAMES
@@ -55,6 +56,10 @@ def _saved(keys: set[str], path: Path) -> bool:
         return True
 
 
+def _probe(path: Path) -> bool:
+    return _saved(set(PROBE_KEYS), path)
+
+
 def _journal(path: Path) -> bool:
     open_journal(path, resume=False).close()
     return True
@@ -73,6 +78,18 @@ def _overlay(folder: Path) -> bool:
     )
 
 
+def _of_parent(folder: Path) -> bool:
+    forms: dict[str, Form] = {
+        "head.safetensors": partial(_saved, {"step"}),
+        "probe.safetensors": _probe,
+    }
+    names = files_inside(folder, PARENT_NAMES)
+    others = [name for name in os.listdir(folder) if name not in names]
+    return all(map(is_leftover, others)) and all(
+        forms.get(name, _journal)(folder / name) for name in names
+    )
+
+
 # By name, for directories of a run and of a replay.
 FORMS: Mapping[str, Form] = {
     "config.toml": _config,
@@ -87,7 +104,7 @@ FORMS: Mapping[str, Form] = {
     "replay.json": partial(_json, "trained_sha256"),
     "head.safetensors": partial(_saved, {"step"}),
     "trained.safetensors": partial(_saved, {"steps"}),
-    "probe.safetensors": partial(_saved, set(PROBE_KEYS)),
+    "probe.safetensors": _probe,
     "states.safetensors": partial(_saved, {"rows"}),
     "probe.states": partial(_begins, STATES_MAGIC),
     "journal.bin": _journal,
@@ -95,6 +112,7 @@ FORMS: Mapping[str, Form] = {
     "overlay": _overlay,
     GIVEN_ROWS: is_given,
     GIVEN_MODEL: is_given,
+    "parent": _of_parent,
 }
 
 

@@ -121,6 +121,11 @@ class RunFiles:
         return self.path / "trained.safetensors"
 
     @property
+    def parent(self) -> RunFiles:
+        """Copies of what the run goes on from: journals, snapshot and linear probe of its parent (parent.py)."""
+        return RunFiles(self.path / "parent")
+
+    @property
     def exported(self) -> Path:
         """In a directory that ``export`` wrote: the run that it is of."""
         return self.path / "edgezo.json"
@@ -269,8 +274,8 @@ def lost_head(run: RunFiles, cfg: RunConfig, steps: int) -> EdgezoError:
         else "Restore it from a copy: a run of a given time cannot be computed again to the same end."
     )
     return EdgezoError(
-        f"{run.path} has {steps} steps in its journal, but {run.snapshot.name}, the head after them, "
-        f"is not there.\n{again}"
+        f"{run.path} has {steps} steps in its journal, but {run.snapshot.name}, the head after them, is not there: "
+        f"it is written every {cfg.snapshot_every} steps and at the end, or was removed.\n{again}"
     )
 
 

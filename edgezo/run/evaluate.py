@@ -29,9 +29,10 @@ from edgezo.run.directory import (
 )
 from edgezo.run.exported import Exported
 from edgezo.run.figures import evaluate_model
-from edgezo.run.journal import Journal, open_journal
+from edgezo.run.journal import Journal
 from edgezo.run.journal_header import check_base
-from edgezo.run.places import check_base_is_there, check_data_is_there
+from edgezo.run.parent import copy_parents, open_with_parents
+from edgezo.run.places import at_base, check_data_is_there, with_base
 from edgezo.run.readout_pass import recall
 from edgezo.run.recipes import follow, replay_into
 from edgezo.run.restore import snapshot_step
@@ -45,7 +46,7 @@ from edgezo.run.session import (
     settle,
     without_states,
 )
-from edgezo.run.summary import check_same_end, saved_summary, takes_roots, unfinished
+from edgezo.run.summary import check_same_end, how_far, saved_summary, takes_roots, unfinished
 from edgezo.weights.saved import saved_sha256, trained_tensors, write_saved
 from edgezo.weights.verified import open_saved
 
@@ -67,25 +68,29 @@ def evaluate(
     if trained is None:
         cfg = replace(cfg, train=("head",))  # the smallest: nothing is trained
     else:
-        check_base_is_there(cfg, run.path)
+        cfg = without_states(with_base(cfg, run.path, note))
         check_data_is_there(cfg, run.path)
-        cfg = without_states(cfg)
     opened = open_request(cfg, to_train=False)
     for text in opened.dataset.notes:
         note(text)
     base = meter.mark("base")
     planned = settle(opened, confirmed(machine()), base.rss_bytes)
-    with in_memory(run, trained, planned, note) as (model, memory, steps):
+    with in_memory(run, trained, planned, note) as (model, memory, steps, far):
         meter.mark("load")
-        if trained is not None:
-            for text in unfinished(run, trained, steps):
-                note(text)
         seconds = planned.plan.evaluation_s
         if seconds is not None and seconds > NOTED_S and model.readout is None:
             note(f"{planned.plan.evaluations:,} rows to evaluate: about {seconds:.0f} s, estimated")
         with memory.short("an evaluation"):
             figures = evaluate_model(model, opened.dataset, opened.judge)
-    return {"model": target, "steps": steps, **figures, **meter.summary(), **memory.figures()}
+    standing = {"unfinished": far} if far else {}
+    return {
+        "model": target,
+        "steps": steps,
+        **standing,
+        **figures,
+        **meter.summary(),
+        **memory.figures(),
+    }
 
 
 class Ready(NamedTuple):
@@ -94,26 +99,30 @@ class Ready(NamedTuple):
     model: Model
     memory: Memory
     steps: int  # of the run; 0 for a plain model
+    unfinished: str  # how far a run is that has not ended; ""
 
 
 @contextmanager
 def in_memory(
     run: RunFiles, trained: RunConfig | None, planned: Planned, note: Callable[[str], None]
 ) -> Iterator[Ready]:
-    """A run at its end, or a model with the linear probe that was exported with it, until the end of the block.
+    """A run at its end, or as far as it is, or a model with the linear probe that was exported with it.
 
-    ``trained`` is the configuration of the run; None for a model.
+    It is there until the end of the block. ``trained`` is the configuration of the run; None for a model.
     """
     with ExitStack() as at_end:
         at_end.enter_context(beside_others())
         model, memory = at_end.enter_context(loaded(planned))
-        steps = 0
+        steps, far = 0, ""
         if trained is not None:
-            journal = at_end.enter_context(open_journal(run.journal, resume=False))
+            journal = at_end.enter_context(open_with_parents(run))
             steps = restore(run, trained, planned.opened, model, journal)
+            far = how_far(run, trained, steps)
+            for text in unfinished(run, trained, steps):
+                note(text)
         elif (exported := Exported.at(planned.opened.files.path)) is not None and exported.probed:
             note(_with_exported_probe(exported, planned.opened, model))
-        yield Ready(model, memory, steps)
+        yield Ready(model, memory, steps, far)
 
 
 @contextmanager
@@ -153,9 +162,9 @@ def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model, journal
             raise lost_head(run, cfg, stop)
         stop = snapshot_step(run, model, journal)
     follow(model, cfg, journal)
-    replay_into(model, stop)
+    replay_into(model, cfg.since_base(stop))
     with model.heap.updating():
-        model.store.finish(stop)
+        model.store.finish(cfg.since_base(stop))
     return stop
 
 
@@ -198,16 +207,19 @@ def _load_trained(run: RunFiles, model: Model, of_run: str) -> int:
 
 
 def replay(
-    source: Path, out: Path, check: Callable[[str], None] = lambda digest: None
+    source: Path,
+    out: Path,
+    check: Callable[[str], None] = lambda digest: None,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Rebuild the fine-tuned weights of run ``source`` from base and journal, without data or forwards.
 
     ``out`` gets every trained tensor (trained.safetensors) beside the run's configuration and journal; it can be
     evaluated like the run. The same bits as the run's: compare ``trained_sha256``. ``check`` gets it before anything is
-    written.
+    written. ``base`` is where the base is now, if not where the run has it.
     """
     run, made = RunFiles(source), RunFiles(out)
-    cfg = run.read_config()
+    cfg = at_base(run.read_config(), base)
     if run.path.resolve() == made.path.resolve():
         raise UsageError(f"{out} is the run itself. Give another --out.")
     with brought_back(run, cfg) as rebuilt:
@@ -220,12 +232,15 @@ def replay(
         with atomic_path(made.trained) as temporary:
             write_saved(temporary, model.saved(), {"steps": str(steps)}, run=rebuilt.of_run)
         # The configuration last: with it the directory counts as a run, and is a whole one.
+        copy_parents(run, made)
         kept = [(run.journal, made.journal), (run.config, made.config)]
         if run.probe.exists():
             kept.insert(0, (run.probe, made.probe))
         for original, copy in kept:
             atomic_write(copy, original.read_bytes())
     result = {"run": str(source), "out": str(out), "steps": steps, "trained_sha256": digest}
+    if far := how_far(run, cfg, steps):
+        result["unfinished"] = far
     atomic_write(out / "replay.json", (to_json(result) + "\n").encode())
     return result
 
@@ -245,11 +260,11 @@ def brought_back(run: RunFiles, cfg: RunConfig) -> Iterator[Rebuilt]:
 
     ``cfg`` is the configuration of the run.
     """
-    check_base_is_there(cfg, run.path)
-    cfg, peak_before_bytes = portable(cfg, confirmed(machine())), peak_rss_bytes()
+    cfg = portable(with_base(cfg, run.path), confirmed(machine()))
+    peak_before_bytes = peak_rss_bytes()
     files = loader.open_model(cards.resolve(cfg.model))
     with ExitStack() as at_end:
-        journal = at_end.enter_context(open_journal(run.journal, resume=False))
+        journal = at_end.enter_context(open_with_parents(run))
         check_base(journal.header, files.content_hash, files.shape.vocab)
         data = _shape_of_data(journal.header)
         opened = Opened(without_states(cfg), files, None, data, peak_before_bytes=peak_before_bytes)

@@ -49,7 +49,7 @@ from edgezo.run.export_gguf import GgufExporter, check_base
 from edgezo.run.exported import asked_by
 from edgezo.run.merged import Merged
 from edgezo.run.model_card import write_card
-from edgezo.run.places import check_base_is_there
+from edgezo.run.places import at_base, with_base
 from edgezo.run.shipped import ship
 from edgezo.run.summary import saved_summary, unfinished
 from edgezo.zo.parts import PARTS
@@ -58,15 +58,18 @@ _ADAPTERS, _WHOLE = ("peft", "gguf-adapter"), ("hf", "hf-classifier")
 _HF_DTYPES = ("fp32", "bf16", "fp16")
 
 
-def export(source: Path, form: str, out: Path, *, dtype: str | None = None) -> dict[str, Any]:
+def export(
+    source: Path, form: str, out: Path, *, dtype: str | None = None, base: str | None = None
+) -> dict[str, Any]:
     """Write run ``source``, as it stands now, to the new directory ``out`` (``journal``: file): all of it or nothing.
 
-    ``dtype``: of the weights of ``hf`` and ``gguf``. Blocks that have no room in memory are read one by one.
+    ``dtype``: of the weights of ``hf`` and ``gguf``. ``base``: where the base is now.
+    Blocks that have no room in memory are read one by one.
     Raises UsageError where ``out`` is there already, or the form has no place for the model or what was trained.
     """
     run = RunFiles(source)
-    cfg = run.read_config()
-    _check_form(run, cfg, form, dtype)
+    cfg = with_base(at_base(run.read_config(), base), run.path)
+    _check_form(cfg, form, dtype)
     if form == "journal":
         return ship(run, cfg, out)
     check_new(out)
@@ -110,7 +113,7 @@ def export(source: Path, form: str, out: Path, *, dtype: str | None = None) -> d
     return result
 
 
-def _check_form(run: RunFiles, cfg: RunConfig, form: str, dtype: str | None) -> None:
+def _check_form(cfg: RunConfig, form: str, dtype: str | None) -> None:
     """UsageError where the form has no place for the model or for what the run trains."""
     if form in _ADAPTERS and (inside := [part for part in cfg.train if PARTS[part].in_base]):
         raise UsageError(
@@ -128,7 +131,6 @@ def _check_form(run: RunFiles, cfg: RunConfig, form: str, dtype: str | None) -> 
             f"--format {form} writes {', '.join(_HF_DTYPES)}; {dtype} is for --format gguf"
         )
     if form == "onnx" or form.startswith("gguf"):
-        check_base_is_there(cfg, run.path)
         files = open_model(resolve(cfg.model))
         if form == "onnx":
             from edgezo.run import export_onnx  # it imports onnx

@@ -97,6 +97,7 @@ class Journal:
     next_step    number that the next record must have
     cut_bytes    bytes of an unfinished tail, which `repair` cuts off (resume) or which is left out (replay)
     note         a sentence about it for people, or ""
+    earlier      the journal of the run that this one goes on from, its parent; None: this run began at the base
     """
 
     def __init__(self, path: Path, fd: int, writable: bool, head: JournalHead):
@@ -104,6 +105,7 @@ class Journal:
         self.header, self.version, self.first_step = head.header, head.version, head.first_step
         self.cut_bytes = 0
         self.note = ""
+        self.earlier: Journal | None = None
         self._fd = fd
         self._writable = writable
         self._crc, self._meaning = head.crc, head.meaning
@@ -140,10 +142,16 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Close the file and let another process write. Does not fsync."""
+        """Close the file, and those of its parents, and let another process write. Does not fsync."""
+        if self.earlier is not None:
+            self.earlier.close()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def chain(self) -> list[Journal]:
+        """The journals from the base to this one, which comes last."""
+        return [*(self.earlier.chain() if self.earlier is not None else ()), self]
 
     # -- reading ------------------------------------------------------------------------------------------
 

@@ -62,11 +62,13 @@ class Opening(NamedTuple):
         ]
 
     def _model(self) -> str:
-        plan = self.plan
+        plan, cfg = self.plan, self.cfg
         where = {"disk": ", the last blocks read from disk", "host": ", the last blocks in RAM"}
-        return f"{plan.model} in {plan.precision}, computed in {plan.compute_dtype}" + where.get(
-            plan.residency, ""
-        )
+        text = f"{plan.model} in {plan.precision}, computed in {plan.compute_dtype}"
+        text += where.get(plan.residency, "")
+        if cfg.parent is not None:
+            text += f"; goes on after {cfg.parent_steps:,} steps of the run {cfg.parent[:12]}"
+        return text
 
     def _data(self) -> str:
         learned = _LEARNED.get(self.kind, "a label")
@@ -80,7 +82,9 @@ class Opening(NamedTuple):
     def _method(self) -> str:
         cfg = self.cfg
         parts = [_SAID_OF[part] for part in cfg.train if not PARTS[part].perturbed]
-        if cfg.parts.readout and cfg.parts.head:
+        if cfg.parts.readout and cfg.parent is not None:
+            parts = ["the linear probe (or the head) of that run"]
+        elif cfg.parts.readout and cfg.parts.head:
             probe, head = _SAID_OF["probe"], _SAID_OF["head"]
             parts = [f"{probe} (or {head}, where label words predict better)"]
         perturbed = [_SAID_OF[part] for part in cfg.train if PARTS[part].perturbed]

@@ -7,12 +7,14 @@ was given, from the folder that the run began in, and from the folders around th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from edgezo.errors import EdgezoError, UsageError
+from edgezo.machine.foreign import read_json
+from edgezo.machine.hardware import format_bytes
 from edgezo.network import cards
 from edgezo.plan.config import RunConfig
 from edgezo.plan.fields import flag
@@ -79,15 +81,67 @@ def _candidates(value: str, cfg: RunConfig, run: Path) -> Iterator[str]:
         yield str(folder / name)
 
 
-def check_base_is_there(cfg: RunConfig, run: Path) -> None:
-    """Raise EdgezoError, with the way out, where the base of a run is in none of the places that are known."""
+def at_base(cfg: RunConfig, base: str | None) -> RunConfig:
+    """``cfg`` with the base where a user says that it is now; None: as it is."""
+    return cfg if base is None else replace(cfg, model=base)
+
+
+def with_base(
+    cfg: RunConfig, run: Path, note: Callable[[str], None] = lambda text: None
+) -> RunConfig:
+    """The configuration of a run, or a request to use it, with its base where that is on this machine.
+
+    Where the place that it names is empty, a model of the same content that edgezo has read before is taken; ``note``
+    gets a sentence then. Raises EdgezoError, with what is looked for and the way out, where there is none.
+    """
     if os.path.exists(os.path.expanduser(cfg.model)) or not cards.is_unknown(cfg.model):
-        return
+        return cfg
+    sha256 = _content_hash(run)
+    if sha256 is not None and (place := cards.with_content(sha256)) is not None:
+        note(f"the base of {run} is {place}, by its content")
+        return replace(cfg, model=str(place))
     raise EdgezoError(
-        f"{run} was trained over the model {cfg.model}, and there is no such file, folder or card.\n"
-        f"If it has moved, say where it is now: edgezo finetune --resume --out {run} --model PATH. "
-        "A run that is complete only notes the new place; its weights say whether it is the same model."
+        f"{run} was trained over the model {cfg.model}, and there is no such file, folder or card."
+        f"{_looked_for(run, sha256)}\n"
+        f"If it has moved, say where it is now: --base PATH. Or once for all: edgezo finetune --resume --out {run} "
+        "--model PATH, which of a run that is complete only notes the new place. Its weights say whether it is the "
+        "same model."
     )
+
+
+def _content_hash(run: Path) -> str | None:
+    """The SHA-256 of the base's weights, by the journal of a run; None without a journal that can be read."""
+    from edgezo.run.journal_header import (
+        read_head_of,
+    )  # it imports torch, whose threads may not be set yet
+
+    try:
+        with open(run / "journal.bin", "rb") as file:
+            return str(read_head_of(file, run / "journal.bin").header["content_hash"])
+    except (OSError, EdgezoError):
+        return None
+
+
+def _looked_for(run: Path, sha256: str | None) -> str:
+    """What is known of a base that is missing."""
+    if sha256 is None:
+        return ""
+    about = sources_of(run).get("base", {})
+    text = f"\nIts weights have the SHA-256 {sha256}"
+    if isinstance(about, dict) and isinstance(about.get("bytes"), int):
+        text += f", and {format_bytes(about['bytes'])} as {about.get('name')}"
+    card = cards.card_with_content(sha256)
+    return text + (f": those of the card {card.name} (--base {card.name})." if card else ".")
+
+
+def sources_of(run: Path) -> dict[str, Any]:
+    """What plan.json says of the files that a run began with: their names and sizes; {} where it says nothing."""
+    try:
+        about = read_json(run / "plan.json")
+    except EdgezoError:
+        return {}
+    sources = about.get("sources") if isinstance(about, dict) else None
+    return sources if isinstance(sources, dict) else {}
 
 
 def check_data_is_there(cfg: RunConfig, run: Path) -> None:
@@ -96,8 +150,12 @@ def check_data_is_there(cfg: RunConfig, run: Path) -> None:
         value = getattr(cfg, name)
         # A name as owner/name may be of the hub, which has an answer of its own.
         if value and not os.path.exists(os.path.expanduser(value)) and not _may_be_on_hub(value):
+            about, rows = sources_of(run).get("data"), ""
+            if isinstance(about, dict):
+                counts = [about.get(name) for name in ("trained", "evaluated")]
+                rows = "\nThey are {} rows to train on and {} to evaluate on.".format(*counts)
             raise UsageError(
-                f"{run} was trained on the rows of {value}, and there is no such file or directory.\n"
+                f"{run} was trained on the rows of {value}, and there is no such file or directory.{rows}\n"
                 f"If they have moved, say where they are now with {flag(name)}; their content says whether they are "
                 "the same."
             )

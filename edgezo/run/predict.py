@@ -43,11 +43,10 @@ from edgezo.run.called import called, give_back, usable, with_threads
 from edgezo.run.directory import RunFiles
 from edgezo.run.evaluate import in_memory
 from edgezo.run.exported import Exported
-from edgezo.run.journal import open_journal
 from edgezo.run.objective import Judge, evaluation_parts
-from edgezo.run.places import check_base_is_there
+from edgezo.run.parent import open_with_parents
+from edgezo.run.places import at_base, with_base
 from edgezo.run.session import Opened, ram_cap_bytes, settle, without_states
-from edgezo.run.summary import unfinished
 
 WRITTEN_ROWS = 32  # rows whose answers are written before the first of them is given out
 _DIGITS = 6  # of a probability that is given out
@@ -65,6 +64,7 @@ class Predictor:
     judge: Judge
     guard: ReadingGuard
     steps: int
+    unfinished: str = ""  # how far a run is that has not ended
     rows: int = 0  # so many rows were predicted,
     known: int = 0  # of so many the right answer is known,
     right: int = 0  # and so many predictions are it
@@ -306,7 +306,8 @@ def load(
     """A run (its directory) or a model (a card, a directory, a GGUF file) in memory, to predict and write with.
 
     ``settings`` are those of ``edgezo predict``: ``max_mem_bytes``, ``max_new_tokens``, and for a model ``template``,
-    ``labels`` or ``task``. ``note`` gets what a user should know. Use it in a ``with`` block, or call ``close``.
+    ``labels`` or ``task``; of a run ``base``, where its base is now.
+    ``note`` gets what a user should know. Use it in a ``with`` block, or call ``close``.
     Raises EdgezoError where the run or the model cannot be read, UsageError for settings that mean nothing here, and
     DoesNotFit where it does not fit into the cap.
     """
@@ -321,9 +322,16 @@ def load(
 
 
 def use_request(target: str, given: Mapping[str, Any]) -> RunConfig:
-    """The request to use a run as it was trained, but for what ``given`` changes; or a plain model."""
+    """The request to use a run as it was trained, but for what ``given`` changes; or a plain model.
+
+    Of a run ``given`` may say where its ``base`` is now.
+    """
     run = RunFiles(Path(target))
+    base = given.get("base")
+    given = {name: value for name, value in given.items() if name != "base"}
     if not run.config.is_file():
+        if base is not None:
+            raise UsageError(f"--base is that of a run, and {target} is none: leave it out")
         exported = _exported_at(target)
         layer = exported.settings if exported is not None else {}
         return make_config({**given, "model": target}, layer, need_data=False)
@@ -335,7 +343,7 @@ def use_request(target: str, given: Mapping[str, Any]) -> RunConfig:
     layer = portable(saved, confirmed(machine())).to_dict()
     if given.get("device") not in (None, saved.device):  # the cap was that of the other device
         layer |= {"max_mem_bytes": None, "residency": None}
-    return make_config({**given, "objective": None}, layer, need_data=False)
+    return at_base(make_config({**given, "objective": None}, layer, need_data=False), base)
 
 
 def base_of(target: str) -> str:
@@ -343,9 +351,7 @@ def base_of(target: str) -> str:
     run = RunFiles(Path(target))
     if not run.config.is_file():
         raise UsageError(f"{target} is no run, and has no base here: name a model, --compare MODEL")
-    cfg = run.read_config()
-    check_base_is_there(cfg, run.path)
-    return cfg.model
+    return with_base(run.read_config(), run.path).model
 
 
 def _exported_at(target: str) -> Exported | None:
@@ -375,11 +381,9 @@ def predictor(
             if exported is not None and exported.asks_as(cfg):
                 kind, names = exported.kind, exported.names
         else:
-            check_base_is_there(cfg, run.path)
-            with open_journal(run.journal, resume=False) as journal:
+            cfg = with_base(cfg, run.path, note)
+            with open_with_parents(run) as journal:
                 facts = journal.header["dataset"]
-                for text in unfinished(run, trained, journal.next_step):
-                    note(text)
             kind, names = facts["kind"], tuple(facts["label_names"])
         files = loader.open_model(cards.resolve(cfg.model))
         loader.model_class(files)  # its code is part of the process that a plan starts from
@@ -401,8 +405,8 @@ def predictor(
         if read_bytes > guard.peak_before_bytes:
             opened = replace(opened, read_peak_bytes=read_bytes)
         planned = settle(opened, confirmed(machine()), rss_bytes())
-        model, memory, steps = at_end.enter_context(in_memory(run, trained, planned, note))
-        used = Predictor(target, model, memory, asker, judge, guard, steps)
+        model, memory, steps, far = at_end.enter_context(in_memory(run, trained, planned, note))
+        used = Predictor(target, model, memory, asker, judge, guard, steps, far)
         at_end.callback(used.end_askers)
         yield used
 

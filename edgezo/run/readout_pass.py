@@ -96,6 +96,20 @@ def _save(run: RunFiles, fitted: Fitted, result: ReadoutResult, of_run: str) -> 
         write_saved(temporary, tensors, metadata, run=of_run)
 
 
+def take_over(source: RunFiles, of_source: str, run: RunFiles, of_run: str) -> None:
+    """Write the linear probe of one run as that of another one, which goes on from it.
+
+    Raises EdgezoError for a file that is damaged, or belongs to another run than ``of_source``.
+    """
+    with open_saved(source.probe, PROBE_KEYS, of_source, "Restore it from a copy.") as file:
+        tensors = {n: torch.empty(p.shape, dtype=p.dtype) for n, p in file.places.items()}
+        file.read(tensors)
+        metadata = {key: file.metadata[key] for key in sorted(PROBE_KEYS)}
+    saved = [Saved.of(name, tensor) for name, tensor in tensors.items()]
+    with atomic_path(run.probe) as temporary:
+        write_saved(temporary, saved, metadata, run=of_run)
+
+
 class ReadoutPass:
     """The pass of one run."""
 

@@ -26,22 +26,23 @@ from edgezo.zo.recipe import TWO_SIDED, Recipe
 OF_UPDATE = (
     *(field.name for field in GROUPS["method"].fields if not field.free_on_resume),
     *("precision", "batch_size", "step", "step_auto", "sigma", "weight_decay", "seed"),
+    *("parent", "parent_steps"),
 )
 
 
 def recipe_of(cfg: RunConfig, record: StepRecord) -> Recipe:
-    """The update that a journal record stands for."""
+    """The update that a journal record stands for. Its step is counted from the base."""
     estimator, credit = Estimator.of(cfg), record.credit
-    anchor, pull = None, 0.0
+    step, anchor, pull = cfg.since_base(record.step), None, 0.0
     if cfg.anchored:
         # The last credit of the record is the anchor's mean, so that a record holds all that its step needs.
-        anchor = record.step - record.step % cfg.refresh
+        anchor = step - record.step % cfg.refresh
         credit, last = credit[:-1], credit[-1:]
         pull = float(estimator.coefficients(last, record.step_size, record.sigma)[0])
     if record.skipped:
-        return Recipe(record.step, 0 * credit, 0.0, (), anchor=anchor)
+        return Recipe(step, 0 * credit, 0.0, (), anchor=anchor)
     return Recipe(
-        record.step,
+        step,
         estimator.coefficients(credit, record.step_size, record.sigma),
         # The decay follows the schedule of the step.
         cfg.weight_decay * record.step_size / cfg.step,
@@ -69,6 +70,7 @@ def follow(
 ) -> None:
     """Let the model take past updates from ``journal``: for a replay, and for blocks elsewhere that lack some.
 
+    Steps are counted from the base: those of the run's parents come first, each made by its own settings.
     ``note`` gets a sentence when a block on disk was damaged and is made again. Raises EdgezoError where ``cfg`` is of
     another run than the journal; taking updates raises it where a record does not fit the model.
     """
@@ -80,15 +82,17 @@ def follow(
         model = model_ref()
         if model is None:
             raise TypeError("updates are taken while the model is there")
-        if stop > journal.next_step:
+        if stop > (end := cfg.since_base(journal.next_step)):
             raise EdgezoError(
                 f"the weights saved beside {journal.path} are of step {stop}, but it ends after step "
-                f"{journal.next_step}: its end was lost. Restore it from a copy."
+                f"{end}: its end was lost. Restore it from a copy."
             )
-        for record in journal.records(first):
-            if record.step >= stop:
-                return
-            yield _checked_recipe(model, cfg, journal, record)
+        for part in journal.chain():
+            made_by = cfg if part is journal else part.settings
+            for record in part.records(max(0, first - made_by.parent_steps)):
+                if made_by.since_base(record.step) >= stop:
+                    return
+                yield _checked_recipe(model, made_by, part, record)
 
     model.store.history = recipes
     if model.store.residency is not None:
@@ -97,11 +101,11 @@ def follow(
 
 @phase("update")
 def replay_into(model: Model, stop: int) -> None:
-    """Apply the updates before step ``stop`` to weights as loaded. The model must follow a journal.
+    """Apply the updates before step ``stop`` from the base to weights as loaded. The model must follow a journal.
 
-    Does nothing where a snapshot holds the weights.
+    Does nothing where a snapshot holds the weights, or for step 0.
     """
-    if not model.guided:
+    if stop and not model.guided:
         with model.heap.updating():
             model.store.replay(stop)
 

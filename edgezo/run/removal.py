@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edgezo.errors import EdgezoError, UsageError
-from edgezo.machine.files import is_leftover
+from edgezo.machine.files import is_leftover, remove_leftovers
 from edgezo.machine.open_files import (
     LOCK_SUFFIX,
     files_inside,
@@ -27,8 +27,11 @@ from edgezo.machine.ownership import MARKER
 from edgezo.run.claims import FORMS, check_ours
 from edgezo.run.directory import RunFiles
 from edgezo.run.given import GIVEN_MODEL, GIVEN_ROWS, names_of_given
+from edgezo.run.parent import PARENT_NAMES
 from edgezo.weights.disk import OVERLAY_NAMES
 
+# The folders in a run's directory, and the names of the files in them.
+FOLDERS = {"overlay": OVERLAY_NAMES, "parent": PARENT_NAMES}
 _CUT = re.compile(r"journal-cut-\d+(-\d+)?\.bin")  # bytes that a resume cut off, of any form
 
 
@@ -63,11 +66,8 @@ def removable(folder: Path) -> Removable:
         )
     with _nobody_writes(files):
         pass
-    inside = [folder / name / file for name in names for file in _files_of(folder, name)]
-    size_bytes = sum(
-        os.lstat(path).st_size for path in (*(folder / name for name in names), *inside)
-    )
-    return Removable(files, names, size_bytes)
+    inside = [*(folder / name for name in names), *_in_folders(folder)]
+    return Removable(files, names, sum(os.lstat(path).st_size for path in inside))
 
 
 def remove(run: Removable) -> None:
@@ -76,7 +76,8 @@ def remove(run: Removable) -> None:
     try:
         with _nobody_writes(run.files):
             for name in run.names:
-                if (inside := _folder_names(folder, name)) is not None:
+                if (inside := _names_inside(folder, name)) is not None:
+                    remove_leftovers(folder / name)
                     remove_files(folder / name, inside)
                 elif name != MARKER:
                     unlink_inside(folder, name)
@@ -91,8 +92,8 @@ def remove(run: Removable) -> None:
 def _is_ours(folder: Path, name: str) -> bool:
     """Whether a name is one of edgezo's; ``check_ours`` has looked at what those of ``FORMS`` hold."""
     path = folder / name
-    if _folder_names(folder, name) is not None:
-        return set(os.listdir(path)) == set(_files_of(folder, name))
+    if (inside := _names_inside(folder, name)) is not None:
+        return all(map(is_leftover, set(os.listdir(path)) - files_inside(path, inside).keys()))
     if path.is_dir() and not path.is_symlink():
         return False
     return (
@@ -103,17 +104,22 @@ def _is_ours(folder: Path, name: str) -> bool:
     )
 
 
-def _folder_names(folder: Path, name: str) -> re.Pattern[str] | None:
+def _names_inside(folder: Path, name: str) -> re.Pattern[str] | None:
     """What the names of files match in a folder of edgezo's in a run's directory; None where it has no such folder."""
-    if name == RunFiles(folder).overlay.name:
-        return OVERLAY_NAMES
+    if name in FOLDERS:
+        return FOLDERS[name]
     return names_of_given(folder / name) if name in (GIVEN_ROWS, GIVEN_MODEL) else None
 
 
-def _files_of(folder: Path, name: str) -> list[str]:
-    """The files of edgezo's in such a folder; none where ``name`` is no such folder."""
-    names = _folder_names(folder, name)
-    return [] if names is None else list(files_inside(folder / name, names))
+def _in_folders(folder: Path) -> list[Path]:
+    """The files in the folders of a run's directory."""
+    inside = {name: _names_inside(folder, name) for name in (*FOLDERS, GIVEN_ROWS, GIVEN_MODEL)}
+    return [
+        folder / name / file
+        for name, names in inside.items()
+        if names is not None
+        for file in files_inside(folder / name, names)
+    ]
 
 
 @contextmanager

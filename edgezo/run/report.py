@@ -155,9 +155,12 @@ def _sentence(run: Overview, lines: Sequence[Mapping[str, Any]]) -> str:
     metric = str(after["metric"]).replace("_", " ")
     start = f"{metric} from {before['value']:.3f} to" if before else f"{metric} of"
     steps = f"{run.steps:,} steps and " if run.steps else ""
+    after_parent = ""
+    if cfg.parent is not None:
+        after_parent = f" It goes on from {cfg.parent_steps:,} steps of the run {cfg.parent[:12]}."
     return (
         f"{run.method[0].upper()}{run.method[1:]}: {start} {reached} on {after['n']:,} held-out rows, in {steps}"
-        f"{_seconds(summary['train_s'])} of training."
+        f"{_seconds(summary['train_s'])} of training.{after_parent}"
     )
 
 

@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgezo.errors import UsageError
 from edgezo.plan.config import RunConfig
 from edgezo.plan.data_fields import EVAL_ROWS, LOSS
 from edgezo.plan.fields import FREE_ON_RESUME, OF_PRESET, flag
-from edgezo.plan.request import make_config, read_run_config, read_settings
+from edgezo.plan.request import (
+    check_after,
+    make_config,
+    read_layer,
+    read_run_config,
+    read_settings,
+    settings_after,
+)
 
-# Settings of a run that belong to its data: an evaluation on other data does not take them over.
+# Settings of a run that belong to its data: another task has its own ones, and other rows are read by them.
 OF_DATA = ("data_root", "template", "labels", "label_field", "max_new_tokens", "speaker")
 
 
@@ -35,10 +42,63 @@ def request(
     return make_config(given, from_file, of_card, need_data=need_data)
 
 
+class Asked(NamedTuple):
+    """A fine-tune as it is asked for."""
+
+    cfg: RunConfig
+    resuming: bool = False  # there are steps to go on from
+    parent: Path | None = None  # the finished run that a new one goes on from
+
+
+def new_request(
+    given: Mapping[str, Any], config_file: str | None, *, need_data: bool = True
+) -> Asked:
+    """A new run: over a model, or where --model is a run, what that has trained and as it was trained.
+
+    ``given`` has --more-steps too. Raises UsageError.
+    """
+    given, from_file = {**given}, {} if config_file is None else read_settings(config_file)
+    more, in_file = given.pop("more_steps"), from_file.pop("model", None)
+    model = given["model"] or in_file
+    saved = saved_config(Path(model)) if isinstance(model, str) else None
+    if more is not None:
+        if saved is None:
+            raise UsageError(
+                "--more-steps goes on from a run: name its directory by --model RUN, or give --steps"
+            )
+        if given["steps"] is not None or given["for_s"] is not None:
+            raise UsageError("--more-steps says how long: leave out --steps and --for")
+        given["steps"] = more
+    base = given.pop("base")
+    if saved is None:
+        _refuse_base(base, model)
+        return Asked(request(given, config_file, need_data=need_data))
+    asked = read_layer(from_file, []) | read_layer(given, [])
+    check_after(saved, Path(str(model)), asked)
+    layer = settings_after(saved)
+    if given["device"] not in (None, saved.device):  # the cap was that of the other device
+        layer["max_mem_bytes"] = None
+    if given["task"] is not None or from_file.get("task") is not None:
+        layer |= dict.fromkeys(OF_DATA)
+    from edgezo.run.places import at_base, check_data_is_there, with_base
+
+    run = Path(str(model))
+    cfg = make_config({**given, "model": None}, from_file, layer, need_data=need_data)
+    cfg = with_base(at_base(cfg, base), run)
+    check_data_is_there(cfg, run)
+    return Asked(cfg, parent=run)
+
+
+def _refuse_base(base: str | None, model: object) -> None:
+    """Raise UsageError where --base stands beside something else than a run."""
+    if base is not None:
+        raise UsageError(f"--base is that of a run, and {model} is none: leave it out")
+
+
 def finetune_request(
     given: Mapping[str, Any], config_file: str | None, resume: bool, note: Callable[[str], None]
-) -> tuple[RunConfig, bool]:
-    """(request of a fine-tune, whether there are steps to go on from).
+) -> Asked:
+    """The request of a fine-tune: new, or to go on with in its directory.
 
     Raises UsageError where a run would be overwritten, or resumed with other settings than it began with.
     """
@@ -50,8 +110,16 @@ def finetune_request(
                 f"{out} already holds a run. Go on with it (--resume --out {out}), "
                 "or give another --out."
             )
-        return _with_sample(request(given, config_file)), False
-    from edgezo.run.places import check_base_is_there, check_data_is_there, given_now
+        asked = new_request(given, config_file)
+        return asked._replace(cfg=_with_sample(asked.cfg))
+    if given["more_steps"] is not None:
+        raise UsageError(
+            "--resume goes on to the end of a run as it was asked for. For more steps than that, leave it out: "
+            f"--model {out} --more-steps {given['more_steps']}, and a new --out."
+        )
+    given = {**given, "model": given["model"] or given["base"]}
+    del given["more_steps"], given["base"]
+    from edgezo.run.places import check_data_is_there, given_now, with_base
 
     if out is None:
         raise UsageError("--resume needs --out RUN, the directory of the run to go on with")
@@ -60,11 +128,11 @@ def finetune_request(
         if given["model"] is None and config_file is None:
             raise UsageError(f"there is nothing to resume in {out}: it has no config.toml")
         note(f"there is nothing to resume in {out}; starting from the first step")
-        return _with_sample(request(given, config_file)), False
+        return Asked(_with_sample(request(given, config_file)))
     layer = _settings_of_run(saved, given)
     cfg = make_config({**given, "model": given["model"] or saved.model}, layer)
     cfg = given_now(replace(cfg, out=out), given)
-    check_base_is_there(cfg, Path(out))
+    cfg = with_base(cfg, Path(out), note)
     check_data_is_there(cfg, Path(out))
     changed = [
         f"{flag(f.name)} was {getattr(saved, f.name)} when the run began, "
@@ -74,7 +142,7 @@ def finetune_request(
     ]
     if changed:
         raise UsageError(changed)
-    return cfg, has_steps
+    return Asked(cfg, has_steps)
 
 
 def _with_sample(cfg: RunConfig) -> RunConfig:
@@ -87,23 +155,29 @@ def evaluation_request(given: Mapping[str, Any], config_file: str | None) -> tup
     from edgezo.machine.hardware import machine
     from edgezo.plan.budget import portable
 
-    model = given["model"]
+    given = {**given}
+    model, base = given["model"], given.pop("base")
     saved = saved_config(Path(model)) if model is not None else None
     if saved is None:
+        _refuse_base(base, model)
         cfg = request(given, config_file)
         return cfg.model, cfg
     layer = _settings_of_run(portable(saved, machine()), given)
     del layer["eval_limit"]  # all rows, where training was content with a sample
-    if given["data"] is not None or given["task"] is not None:
+    if given["task"] is not None:
         for name in OF_DATA:
             del layer[name]
         layer["objective"] = LOSS  # the run's objective belongs to its data
+    elif given["data"] is not None:
+        del layer["data_root"]
     cfg = make_config({**given, "model": None, "objective": None}, layer)
     if given["objective"] is not None:
         # Checked apart from the run: an evaluation trains nothing by it, so any trained part may stand beside it.
         asked = {"model": str(model), "objective": given["objective"]}
         cfg = replace(cfg, objective=make_config(asked, need_data=False).objective)
-    return str(model), cfg
+    from edgezo.run.places import at_base
+
+    return str(model), at_base(cfg, base)
 
 
 def settings_of_rows(run: Path) -> dict[str, Any]:

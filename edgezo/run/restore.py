@@ -6,7 +6,7 @@ All of it is read before anything is written: a resume that is refused leaves th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from edgezo.errors import EdgezoError
 from edgezo.machine.files import remove_leftovers
@@ -14,8 +14,10 @@ from edgezo.network.model import Model
 from edgezo.plan.config import RunConfig
 from edgezo.run.directory import RunFiles, load_snapshot, lost_head, run_id
 from edgezo.run.journal import Journal
-from edgezo.run.readout_pass import ReadoutResult, recall
+from edgezo.run.readout_pass import ReadoutResult, recall, take_over
 from edgezo.run.recipes import replay_into
+from edgezo.run.summary import check_same_end, saved_summary
+from edgezo.weights.saved import saved_sha256
 
 
 class Restored(NamedTuple):
@@ -40,16 +42,39 @@ def restore_weights(run: RunFiles, cfg: RunConfig, model: Model, journal: Journa
         if gone and cfg.steps is None and stop >= cfg.snapshot_every:
             raise lost_head(run, cfg, stop)
         stop = snapshot_step(run, model, journal)
-    if stop:
-        replay_into(model, stop)
+    replay_into(model, cfg.since_base(stop))
     return Restored(stop, journal.step_sizes_from(stop))
+
+
+def begin_weights(run: RunFiles, cfg: RunConfig, model: Model, journal: Journal) -> Restored:
+    """Bring the weights of ``model`` to where a new run begins: the base, or what its parent has trained.
+
+    What a run whose journal is gone has left is no state of the one that begins here. Raises as ``restore_weights``.
+    """
+    if journal.earlier is not None:
+        if model.needs_snapshots:
+            _load_of_parent(run, model, journal.earlier)
+        replay_into(model, cfg.since_base(0))
+    return Restored(0, {})
+
+
+def _load_of_parent(run: RunFiles, model: Model, earlier: Journal) -> None:
+    """Read the snapshot at the end of the parent. Raises EdgezoError where it is lost."""
+    if load_snapshot(run.parent, model, earlier.header) != earlier.next_step:
+        raise EdgezoError(
+            f"{run.parent.snapshot}, the head after the {earlier.next_step} steps of the run that this one goes on "
+            "from, is not there, or of another step.\nRestore it from a copy."
+        )
 
 
 def snapshot_step(run: RunFiles, model: Model, journal: Journal) -> int:
     """Read the snapshot into ``model``; returns the steps that it stands after.
 
-    Raises EdgezoError where the journal has fewer.
+    Before the first one a run stands where its parent ended. Raises EdgezoError where the journal has fewer.
     """
+    if journal.earlier is not None and not run.snapshot.exists():
+        _load_of_parent(run, model, journal.earlier)
+        return 0
     stop = load_snapshot(run, model, journal.header)
     if stop > journal.next_step:
         raise EdgezoError(
@@ -68,6 +93,10 @@ def begin_writing(
 
     The journal's end is cut: an unfinished record, and records that are computed again. Both are kept beside it.
     """
+    parent = journal.settings.parent
+    if parent is not None and run.parent.probe.exists():
+        if not (len(journal) and run.probe.exists()):
+            take_over(run.parent, parent, run, run_id(journal.header))
     journal.repair()
     if journal.note:
         note(journal.note)
@@ -85,17 +114,41 @@ def begin_writing(
 def restore_readout(
     run: RunFiles, cfg: RunConfig, model: Model, journal: Journal, hidden: int
 ) -> ReadoutResult | None:
-    """Let the model use the run's linear probe again; None where it is not fitted yet.
+    """Let the model use the run's linear probe again, or that of its parent; None where it is not fitted yet.
 
     Raises EdgezoError where the journal has steps but the file is gone.
     """
     if not cfg.parts.readout:
         return None
-    result = recall(run, model, hidden, run_id(journal.header))
-    if result is None and len(journal):
+    parent = cfg.parent
+    if parent is not None and not (len(journal) and run.probe.exists()):
+        result = recall(run.parent, model, hidden, parent)
+    else:
+        result = recall(run, model, hidden, run_id(journal.header))
+    if result is None and (len(journal) or parent is not None):
         raise EdgezoError(
             f"{run.path} has {journal.next_step} steps in its journal, but {run.probe.name}, "
             "the linear probe that they were computed with, is not there.\n"
             "Restore it from a copy, or start again with another --out."
         )
     return result
+
+
+def ended_before(
+    files: RunFiles,
+    cfg: RunConfig,
+    model: Model,
+    restored: Restored,
+    readout: ReadoutResult | None,
+) -> dict[str, Any] | None:
+    """The summary of a run that was over before; None where there is something to do.
+
+    Raises EdgezoError where its files give other weights than it ended with.
+    """
+    done, summary = restored.steps, saved_summary(files)  # written at the end only
+    if summary.get("steps") != done or not (done or readout is not None):
+        return None
+    with model.heap.updating():
+        model.store.finish(cfg.since_base(done))
+    check_same_end(files, cfg, model, saved_sha256(model.saved()))
+    return summary

@@ -266,6 +266,22 @@ def header_of(opened: Opened, cfg: RunConfig) -> dict[str, Any]:
     }
 
 
+def plan_file(planned: Planned) -> dict[str, Any]:
+    """The content of plan.json: the plan, and what is known of the run's files wherever they are later."""
+    files, dataset, cfg = planned.opened.files, planned.opened.dataset, planned.cfg
+    base = {
+        "name": ", ".join(file.name for file in files.source.files),
+        "bytes": sum(file.stat().st_size for file in files.source.files),
+        "sha256": files.content_hash,
+    }
+    data = {
+        "name": Path(str(cfg.task or cfg.data)).name,
+        "trained": len(dataset.train),
+        "evaluated": len(dataset.validation),
+    }
+    return {**planned.plan.to_dict(), "sources": {"base": base, "data": data}}
+
+
 # ---------------------------------------------------------------------------------------------
 # Planning
 

@@ -7,6 +7,7 @@ The file is a zip archive, nothing in it compressed, of the files of a run that 
     journal.bin            a record for each step
     probe.safetensors      the linear probe, where there is one
     head.safetensors       what no seed can rebuild, where there is any: the exact head, for example
+    parent/...             the same of the run that it goes on from, where there is one (parent.py)
 
 Anybody with the base makes the fine-tuned model of it, bit for bit. The file is checked when it is written, by making
 the weights, and again when it is applied.
@@ -26,10 +27,12 @@ from typing import Any
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.files import atomic_path, atomic_write, to_json, user_path
 from edgezo.machine.foreign import MOST_CONFIG_BYTES, parse_json, reading
+from edgezo.machine.open_files import files_inside
 from edgezo.machine.ownership import check_new_file
 from edgezo.plan.config import RunConfig
 from edgezo.run.directory import RunFiles
 from edgezo.run.evaluate import brought_back, replay
+from edgezo.run.parent import PARENT_NAMES
 from edgezo.run.summary import check_same_end, saved_summary, takes_roots, unfinished
 from edgezo.weights.saved import saved_sha256
 
@@ -60,7 +63,7 @@ def ship(run: RunFiles, cfg: RunConfig, out: Path) -> dict[str, Any]:
     entries = {
         _MANIFEST: (to_json(about) + "\n").encode(),
         run.config.name: replace(cfg, **_NOT_SHIPPED).to_toml().encode(),
-        **{file.name: file.read_bytes() for file in _shipped_files(run) if file.exists()},
+        **{name: file.read_bytes() for name, file in _shipped_files(run).items()},
     }
     with atomic_path(out, lock=True) as temporary:
         with zipfile.ZipFile(temporary, "x", zipfile.ZIP_STORED) as archive:
@@ -75,8 +78,20 @@ def ship(run: RunFiles, cfg: RunConfig, out: Path) -> dict[str, Any]:
     }
 
 
-def _shipped_files(run: RunFiles) -> tuple[Path, ...]:
-    return run.journal, run.probe, run.snapshot
+def _shipped_files(run: RunFiles) -> dict[str, Path]:
+    """The files of a run that are shipped, by their names in the archive, beside its configuration."""
+    files = {file.name: file for file in (run.journal, run.probe, run.snapshot) if file.exists()}
+    of_parent = sorted(files_inside(run.parent.path, PARENT_NAMES))
+    return files | {f"{run.parent.path.name}/{n}": run.parent.path / n for n in of_parent}
+
+
+def _may_ship(name: str) -> bool:
+    """Whether a shipped file may have an entry of this name."""
+    run = RunFiles(Path())
+    if name in (_MANIFEST, *(str(f) for f in (run.config, run.journal, run.probe, run.snapshot))):
+        return True
+    folder, _, inside = name.rpartition("/")
+    return folder == run.parent.path.name and PARENT_NAMES.fullmatch(inside) is not None
 
 
 def apply(file: Path, base: str, out: Path) -> dict[str, Any]:
@@ -88,9 +103,10 @@ def apply(file: Path, base: str, out: Path) -> dict[str, Any]:
     about = _about(file, entries)
     with tempfile.TemporaryDirectory(prefix="edgezo-apply-") as folder, _naming(file, folder):
         run = RunFiles(Path(folder))
-        for shipped in (run.config, *_shipped_files(run)):
-            if shipped.name in entries:
-                atomic_write(shipped, entries[shipped.name])
+        for name, data in entries.items():
+            if name != _MANIFEST:
+                (run.path / name).parent.mkdir(exist_ok=True)
+                atomic_write(run.path / name, data)
         path = user_path(base)
         cfg = replace(run.read_config(), model=str(path.resolve()) if path.exists() else base)
         atomic_write(run.config, cfg.to_toml().encode())
@@ -125,14 +141,10 @@ def _entries(file: Path) -> dict[str, bytes]:
     """The files in a shipped one, by name. Nothing is written to disk, and no name in it leads anywhere."""
     if not file.is_file():
         raise UsageError(f"there is no file {file}")
-    known = {
-        _MANIFEST,
-        *(f.name for f in (RunFiles(Path()).config, *_shipped_files(RunFiles(Path())))),
-    }
     with reading(file, _ASK_AGAIN, any_kind=True), zipfile.ZipFile(file) as archive:
         infos = archive.infolist()
         names = [info.filename for info in infos]
-        if len(set(names)) != len(names) or not set(names) <= known:
+        if len(set(names)) != len(names) or not all(map(_may_ship, names)):
             raise EdgezoError(
                 f"{file} is an archive of other files than a fine-tune has. {_ASK_AGAIN}"
             )

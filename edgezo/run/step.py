@@ -124,7 +124,8 @@ class Stepper:
         """Losses (sides, b) of a micro-batch of the step's group."""
         sides = self.sides if perturbed else 1
         learn = 1.0 / (sides * len(group)) if self.state.model.learned else 0.0
-        key = Key(self.state.cfg.seed, step) if perturbed else None
+        cfg = self.state.cfg
+        key = Key(cfg.seed, cfg.since_base(step)) if perturbed else None
         return self.losses(batch, [group[slot] for slot in batch.slots], key, sigma, learn)
 
     def losses(
@@ -186,9 +187,10 @@ class Stepper:
     # -- which rows, and how they are split ---------------------------------------------------------------
 
     def batch(self, step: int) -> list[Example]:
-        """The examples of a step's batch."""
+        """The examples of a step's batch. A run that goes on from another one takes up its order of rows."""
         examples, cfg = self.state.examples, self.state.cfg
-        return [examples[i] for i in batch_indices(len(examples), cfg.batch_size, cfg.seed, step)]
+        at = cfg.since_base(step)
+        return [examples[i] for i in batch_indices(len(examples), cfg.batch_size, cfg.seed, at)]
 
     def _group(self, step: int) -> list[Example]:
         """The step's batch; for an anchor the batches of all steps that will be compared with it."""

@@ -37,13 +37,19 @@ def saved_summary(run: RunFiles) -> dict[str, Any]:
     return summary if isinstance(summary, dict) else {}
 
 
+def how_far(run: RunFiles, cfg: RunConfig, steps: int) -> str:
+    """How far a run is that has not ended: "step 37 of 200"; "" of one that has. ``steps``: those that are used."""
+    if run.summary.exists() or run.trained.exists():
+        return ""
+    return f"step {steps:,}" + (f" of {cfg.steps:,}" if cfg.steps is not None else "")
+
+
 def unfinished(run: RunFiles, cfg: RunConfig, steps: int) -> list[str]:
     """A sentence where a run has not ended, and is used as it stands after ``steps`` steps; else none."""
-    if run.summary.exists() or run.trained.exists():
+    if not (far := how_far(run, cfg, steps)):
         return []
-    asked = f"of {cfg.steps} " if cfg.steps is not None else ""
     return [
-        f"{run.path} has not ended: it is used as it stands after {steps} {asked}steps "
+        f"{run.path} is unfinished: {far}. It is used as it stands "
         f"(edgezo finetune --resume --out {run.path} goes on)"
     ]
 
@@ -70,23 +76,6 @@ def check_same_end(run: RunFiles, cfg: RunConfig, model: Model, trained_sha256: 
         f"{trained_sha256[:12]}..., and {run.summary.name} has {ended[:12]}... One of them was changed.\n"
         f"Restore {names} and {run.summary.name} from one copy.{elsewhere}"
     )
-
-
-def ended_before(
-    run: RunFiles, cfg: RunConfig, model: Model, steps: int, fitted: bool
-) -> dict[str, Any] | None:
-    """The summary of a run that was over before; None where there is something to do.
-
-    ``steps`` is how many ``model`` has made, ``fitted`` whether its linear probe is there. Raises EdgezoError where the
-    run's files give other weights than it ended with.
-    """
-    summary = saved_summary(run)  # written at the end only
-    if summary.get("steps") != steps or not (steps or fitted):
-        return None
-    with model.heap.updating():
-        model.store.finish(steps)
-    check_same_end(run, cfg, model, saved_sha256(model.saved()))
-    return summary
 
 
 def save_profile(run: RunFiles, note: Callable[[str], None]) -> None:
@@ -169,6 +158,7 @@ def summarise(
         "residency": state.plan.residency,
         **state.log.figures(),
         **({} if readout is None else {"probe": readout.to_dict()}),
+        **_of_parent(cfg),
         **peaks(state),
         "trained_sha256": saved_sha256(model.saved()),
         "run": str(state.files.path),
@@ -177,3 +167,11 @@ def summarise(
     if (profiler := running()) is not None:
         summary["phases"] = profiler.phases()
     return summary
+
+
+def _of_parent(cfg: RunConfig) -> dict[str, Any]:
+    """Of a run that goes on from another one, what that was; nothing of others."""
+    if cfg.parent is None:
+        return {}
+    named = {"run_id": cfg.parent, "steps": cfg.parent_steps, "trained_sha256": cfg.parent_sha256}
+    return {"parent": named}

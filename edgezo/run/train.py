@@ -1,14 +1,15 @@
 """A run on one page: open, plan, load, fit the linear probe, step until done, evaluate, close.
 
-The steps themselves are in step.py, smaller micro-batches in short_memory.py, ``--step auto`` in auto_step.py, the
-linear probe in readout_pass.py, and what a resume brings back in restore.py.
+What comes before the first step is in start.py, the steps themselves are in step.py, smaller micro-batches in
+short_memory.py, ``--step auto`` in auto_step.py, the linear probe in readout_pass.py, and what a resume brings back in
+restore.py.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,59 +20,30 @@ from edgezo.errors import BudgetExceeded, EdgezoError, Interrupted, UsageError
 from edgezo.machine.busy_cores import beside_others
 from edgezo.machine.clock import now_s
 from edgezo.machine.files import atomic_write, to_json
-from edgezo.machine.gpu_memory import confirmed
-from edgezo.machine.hardware import machine
 from edgezo.machine.links import directory_of_rank
-from edgezo.machine.process_memory import Meter, malloc_trim, rss_bytes
+from edgezo.machine.process_memory import malloc_trim, rss_bytes
 from edgezo.machine.profiler import phase, profiling
-from edgezo.network.cut import Half
 from edgezo.plan.config import RunConfig
-from edgezo.plan.doubtful import doubts
 from edgezo.run.auto_step import AutoStep
-from edgezo.run.claims import prepare
 from edgezo.run.clock import Pause, TimeBox, TrainingClock
-from edgezo.run.directory import (
-    Overlay,
-    RunFiles,
-    free_directory,
-    refuse_links,
-    reopen,
-    run_id,
-    save_skipped,
-)
+from edgezo.run.directory import RunFiles, free_directory, run_id
 from edgezo.run.figures import evaluate_rows
-from edgezo.run.finetuner import load_finetuner
-from edgezo.run.journal import create_journal
 from edgezo.run.journal_record import StepRecord
 from edgezo.run.kept_answers import WHEN, keep_answers
-from edgezo.run.manners import Manners
-from edgezo.run.metrics_log import RunLog, check_lines, step_line
-from edgezo.run.opening import Opening
+from edgezo.run.metrics_log import step_line
 from edgezo.run.overview import Overview
+from edgezo.run.parent import Parent
 from edgezo.run.places import with_beginning
 from edgezo.run.progress import RunProgress, Silent, peaks_line
-from edgezo.run.ranks import Ranks, joined, without_head
+from edgezo.run.ranks import joined
 from edgezo.run.readout_pass import ReadoutPass, ReadoutResult, recall
-from edgezo.run.recipes import follow, journal_is_shaped
 from edgezo.run.report import write_report
-from edgezo.run.restore import Restored, begin_writing, restore_readout, restore_weights
-from edgezo.run.session import (
-    Loaded,
-    Planned,
-    header_of,
-    keep_cap,
-    load_model,
-    open_request,
-    settle,
-    settle_again,
-)
-from edgezo.run.short_memory import MicroBatchFitter, guard_of
-from edgezo.run.state import RunState, StopRequest
-from edgezo.run.states_pass import Report, states_of_run
+from edgezo.run.session import keep_cap
+from edgezo.run.short_memory import MicroBatchFitter
+from edgezo.run.start import Start, started
 from edgezo.run.step import Stepper
-from edgezo.run.summary import ended_before, losses_of_step, peaks, save_profile, summarise
+from edgezo.run.summary import losses_of_step, peaks, summarise
 from edgezo.zo.credit import schedule
-from edgezo.zo.presets import AUTO
 
 PLAIN_FORWARDS = 8  # plain forward passes that a run times, for summary.json's forward_s
 
@@ -82,12 +54,14 @@ def finetune(
     resume: bool = False,
     progress: RunProgress | None = None,
     began_s: float | None = None,
+    parent: Path | None = None,
 ) -> dict[str, Any]:
     """Run, or go on with, a fine-tune in ``cfg.out``; returns what summary.json holds.
 
     Without ``out`` a new run goes to runs/MODEL-DATA. A resume without a micro-batch takes the run's, which may have
     become smaller since the run began. ``began_s`` is when the command began (``clock.now_s``): --for then bounds all
-    of it, reading, loading and evaluations included; None: --for bounds training alone.
+    of it, reading, loading and evaluations included; None: --for bounds training alone. ``parent`` is the directory of
+    a finished run that a new one goes on from (``request.settings_after`` gives the settings).
     Raises UsageError, DoesNotFit (before anything is written), BudgetExceeded and Interrupted (state saved),
     BaseMismatch, EdgezoError.
     """
@@ -97,14 +71,18 @@ def finetune(
     cfg, files = replace(cfg, out=str(out)), RunFiles(Path(out))
     if not resume:
         cfg = with_beginning(cfg)
+    older = None if parent is None else Parent.of(parent)
+    if older is not None:
+        cfg = older.followed_by(cfg)
     if resume and cfg.micro_batch is None:
         cfg = replace(cfg, micro_batch=files.read_config().micro_batch)
     with profiling(cfg.profile), beside_others(), joined(cfg) as ranks:
         box = TimeBox(cfg.for_s, began_s)
-        with _opened(cfg, files, resume, progress or Silent(), box, ranks) as run:
+        with started(cfg, files, resume, progress or Silent(), box, older, ranks) as start:
+            run = Training(start)
             summary, had_ended = run.to_the_end(), run.ended is not None
             keep_cap(run.state.planned, run.state.memory, f"The run is complete in {files.path}")
-        del run  # the page about it is made in the memory that the model had
+        del run, start  # the page about it is made in the memory that the model had
         malloc_trim()
         if not (had_ended and files.report.exists()):
             _report(files, progress or Silent())
@@ -119,126 +97,13 @@ def _report(files: RunFiles, progress: RunProgress) -> None:
         progress.note(f"no report of this run: {problem}")
 
 
-@contextmanager
-def _opened(
-    cfg: RunConfig,
-    files: RunFiles,
-    resume: bool,
-    progress: RunProgress,
-    box: TimeBox,
-    ranks: Ranks | None,
-) -> Iterator[Training]:
-    """A run with its plan made, its journal open and its weights where the journal ends; closed after the block."""
-    refuse_links(files)
-    meter, split_is_free = Meter(), cfg.micro_batch is None
-    stop = StopRequest(files)
-    manners = Manners(cfg, progress.note, stop.check)
-    manners.check_machine(resume)
-    if ranks is not None:
-        cfg = without_head(cfg, progress.note)
-    planned = _plan(cfg, resume, meter, progress)
-    if ranks is not None:
-        planned, split_is_free = ranks.divide(planned, cfg.micro_batch), False
-    cfg, header = planned.cfg, header_of(planned.opened, planned.cfg)
-    with ExitStack() as at_end:
-        journal = at_end.enter_context(reopen(files, header)) if resume else None
-        if journal is not None:
-            check_lines(files.metrics, run_id(journal.header))
-        else:
-            prepare(files)
-            save_skipped(files, planned.opened.dataset)
-            atomic_write(files.config, cfg.to_toml().encode())
-            atomic_write(files.plan, to_json(planned.plan.to_dict()).encode())
-        if ranks is not None:
-            ranks.check_alike(header)
-            header = ranks.standing(journal, header)
-        at_end.callback(save_profile, files, progress.note)
-        begins = journal is None and ranks is None
-        kind = {"shaped": journal_is_shaped(cfg), "scaled": cfg.finetuner is not None}
-        states = None
-        if planned.cfg.keeps_states:
-            if journal is None:  # before the pass, so that a resume goes on with it
-                journal = at_end.enter_context(create_journal(files.journal, header, **kind))
-            passed = states_of_run(planned, files, journal, Report(progress, stop, manners))
-            states, planned = at_end.enter_context(passed)
-        model, memory = _load(planned, Overlay.of(files, header), resume)
-        model.kept_states = states
-        at_end.callback(model.close)
-        if journal is None:  # last, so that a model that cannot be loaded leaves no run behind
-            journal = at_end.enter_context(create_journal(files.journal, header, **kind))
-        meter.mark("load")
-        memory.loaded()
-        at_end.enter_context(stop.listening())
-        if ranks is not None:
-            ranks.join(model, journal, files.probe)
-            stop.agreed = ranks.has_to_stop
-        follow(model, cfg, journal, progress.note)
-        readout = restore_readout(files, cfg, model, journal, planned.opened.files.shape.hidden)
-        # What a run whose journal is gone has left is no state of the one that begins here.
-        restored = Restored(0, {}) if begins else restore_weights(files, cfg, model, journal)
-        before = files.read_config() if files.config.exists() else None
-        ended = ended_before(files, cfg, model, restored.steps, readout is not None)
-        # Nothing refuses a resume from here on, so that a refusal has changed nothing.
-        begin_writing(files, journal, restored, progress.note)
-        if resume:
-            atomic_write(files.plan, to_json(planned.plan.to_dict()).encode())
-        if before != cfg:
-            atomic_write(files.config, cfg.to_toml().encode())
-        kept = restored.steps if resume else None
-        log = RunLog(files.metrics, keep_through=kept, of_run=run_id(journal.header))
-        at_end.enter_context(closing(log))
-        guard = guard_of(planned.plan, memory)
-        at = (files, planned, model, memory, journal)
-        state = RunState(*at, log, meter, progress, guard, stop, manners, box, ranks)
-        yield Training(state, restored, readout, before, split_is_free, ended)
-
-
-def _plan(cfg: RunConfig, resume: bool, meter: Meter, progress: RunProgress) -> Planned:
-    """Open the files and rows of a request, and plan it for this machine."""
-    with phase("import"):
-        opened = open_request(cfg)
-    if cfg.finetuner is not None:
-        opened = replace(opened, finetuner=load_finetuner(Path(cfg.finetuner)))
-    for note in opened.dataset.notes:
-        progress.note(note)
-    computer = confirmed(machine())
-    for text in doubts(opened.cfg, computer.cores, opened.files.shape.max_positions):
-        progress.note(text)
-    base = meter.mark("base")
-    planned = (settle_again if resume else settle)(opened, computer, base.rss_bytes)
-    if cfg.estimator == AUTO:
-        progress.note(next(d.reason for d in planned.plan.decisions if d.name == "estimator"))
-    progress.opening(Opening.of(planned))
-    return planned
-
-
-def _load(planned: Planned, overlay: Overlay, resume: bool) -> Loaded:
-    """The model in memory. A resume uses the overlay of an earlier process; a new run removes it."""
-    if not resume or not planned.plan.blocks_on_disk:
-        overlay.remove()
-    try:
-        half: Half = "above" if planned.cfg.keeps_states else "whole"
-        return load_model(planned, confirmed(machine()), overlay, half)
-    except BaseException:
-        if not resume:
-            overlay.remove()
-        raise
-
-
 class Training:
     """One run in progress, from its first step to its summary."""
 
-    def __init__(
-        self,
-        state: RunState,
-        restored: Restored,
-        readout: ReadoutResult | None,
-        before: RunConfig | None,  # the configuration that a resume found in the run directory
-        split_is_free: bool,  # the plan chose the micro-batch, so it may still grow before the first step
-        ended: dict[str, Any] | None,  # the summary of a run that was over before
-    ):
-        self.state, self.restored, self.readout = state, restored, readout
-        self.before, self.split_is_free, self.ended = before, split_is_free, ended
+    def __init__(self, start: Start):
+        state = self.state = start.state
+        self.restored, self.readout, self.ended = start.restored, start.readout, start.ended
+        self.before, self.split_is_free = start.before, start.split_is_free
         self.stepper = Stepper(state)
         self.fitter = MicroBatchFitter(state, self.stepper)
         self.auto_step = AutoStep(state, self.stepper, self.fitter)
@@ -256,7 +121,7 @@ class Training:
         state.manners.wait(done, state.box.longest_pause_s(state.box.left_s()))
         self.fitter.settle(done, may_grow=self.split_is_free)
         before = state.log.evaluations.get(("before", 0))
-        if not done and not model.readout:
+        if not done and (not model.readout or state.cfg.parent is not None):
             before = self._evaluate("before")
         if state.cfg.parts.readout and self.readout is None:
             self.readout = self._fit_readout()
@@ -298,7 +163,9 @@ class Training:
                     if state.ranks is None:
                         self.stopped = True
                         break
-                    state.stop.asked = True  # which the other processes hear of with this step's losses
+                    state.stop.asked = (
+                        True  # which the other processes hear of with this step's losses
+                    )
                 state.progress.before_step(step + 1)
                 self._one_step(step, clock)
                 step += 1
@@ -318,7 +185,9 @@ class Training:
     def _do_as_asked(self, step: int, clock: TrainingClock) -> None:
         """Evaluate and save before a step, where the request or whoever watches the run asks for it."""
         every, asks = self.state.cfg.eval_every, self.state.progress.asks()
-        asked = asks.evaluate and self.state.ranks is None  # of one process alone the others know nothing
+        asked = (
+            asks.evaluate and self.state.ranks is None
+        )  # of one process alone the others know nothing
         if asked or (every and step and step % every == 0):
             with self._pause(clock):
                 self._evaluate("during", step)
@@ -392,7 +261,9 @@ class Training:
     def _seconds_before(self) -> float:
         """Seconds of training so far: steps of earlier processes, the linear probe, and what --step auto measured."""
         log, readout = self.state.log, self.readout
-        spent_s = sum(log.step_times_s) + (readout.fit_s if readout is not None else 0.0)
+        spent_s = sum(log.step_times_s)
+        if readout is not None and self.state.cfg.parent is None:  # else a parent has fitted it
+            spent_s += readout.fit_s
         return spent_s + sum(pace["took_s"] for pace in log.paces.values())
 
     def _times_plain_forward(self, step: int) -> bool:
@@ -487,7 +358,7 @@ class Training:
         if state.cfg.rounding == "anchored":
             with phase("update"), state.memory.short("the last re-quantisation"):
                 with state.model.heap.updating():
-                    store.finish(steps)
+                    store.finish(state.cfg.since_base(steps))
         if store.residency is not None:
             store.residency.flush()
 

@@ -43,11 +43,12 @@ class Finetune:
 
     def __init__(self) -> None:
         self.error: BaseException | None = None
-        self.cfg = self.resume = None
+        self.cfg = self.resume = self.parent = None
 
-    def __call__(self, cfg, *, resume, progress, began_s):
+    def __call__(self, cfg, *, resume, progress, began_s, parent):
         assert began_s > 0
         self.cfg, self.resume = cfg, resume
+        self.parent = parent
         if self.error is not None:
             raise self.error
         return SUMMARY

@@ -287,6 +287,7 @@ READERS: dict[str, Any] = {
     "predict": lambda t, out: ["--data", t.bench.data / "label.jsonl"],
     "chat": lambda t, out: ["--max-new-tokens", 1],
     "serve": lambda t, out: ["--port", 0],
+    "report": lambda t, out: ["--ask"],
     "compare": lambda t, out: [],
     "runs": lambda t, out: [],
     "apply": lambda t, out: ["--base", t.bench.model, "--out", out],
@@ -326,7 +327,7 @@ def test_what_is_read_is_as_it_was(name, parameter, tools, edgezo, tmp_path):
             if name == "convert-finetuner":
                 arguments.append(tmp_path / "out.safetensors")
         else:
-            if name in ("predict", "chat", "apply"):
+            if name in ("predict", "chat", "apply", "replay", "export", "report"):
                 arguments = [tools.shipped if name == "apply" else tools.run, *arguments]
             option = next(o for o in parameter.opts if o.startswith("--"))
             data = parameter.name == "data_root" and "--data" in arguments

@@ -37,6 +37,7 @@ KEPT = frozenset(
 # Others, and what is run in place of their value; None leaves the option out.
 REPLACED: dict[str, str | None] = {
     "--steps": "2",
+    "--more-steps": "2",
     "--for": "1s",
     "--max-mem": "8GB",
     "--threads": "1",
@@ -251,7 +252,8 @@ def substituted(name: str, given: Sequence[tuple[str, str | None]]) -> list[str]
             words += [] if f"--{option}" in words else [f"--{option}", value]
     if "--resume" not in words:
         for option, value in ADDED.get(name, {}).items():
-            if not (option in words or (option == "--steps" and "--for" in words)):
+            timed = option == "--steps" and {"--for", "--more-steps"} & set(words)
+            if not (option in words or timed):
                 words += [option, value] if value else [option]
     return words
 

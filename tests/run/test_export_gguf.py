@@ -432,7 +432,7 @@ def test_a_run_that_has_not_ended_is_said(bench: Bench, tmp_path: Path) -> None:
     run_of(bench, tmp_path / "run", train="lowrank", **LARGE)
     (tmp_path / "run/summary.json").unlink()
     made = export(tmp_path / "run", "gguf", tmp_path / "out")
-    assert "has not ended" in made["notes"][0]
+    assert "is unfinished: step" in made["notes"][0]
     assert "none: the run has not ended" in (tmp_path / "out/README.md").read_text()
 
 

@@ -124,6 +124,20 @@ def test_a_stopped_run_goes_on_to_the_end_of_the_finished_one(kind, edgezo_json)
     assert replayed["trained_sha256"] == now["trained_sha256"]
 
 
+@pytest.mark.parametrize("kind", ["default", "completion", "mezo-adam"])
+def test_a_finished_run_is_trained_longer(kind, edgezo_json):
+    run, then = copied(f"finished/{kind}"), summary_of(kind)
+    skip_where_roots_differ(kind)
+    asked = ("--model", run, "--more-steps", 2, "--out", "longer")
+    code, summary = edgezo_json("finetune", *asked)
+    assert code == 0, summary
+    parent = summary["parent"]
+    assert (parent["steps"], parent["trained_sha256"]) == (then["steps"], then["trained_sha256"])
+    assert_same_figures(kind, summary["eval_before"], then["eval_after"])
+    code, replayed = edgezo_json("replay", "longer", "--out", "copy")
+    assert code == 0 and replayed["trained_sha256"] == summary["trained_sha256"]
+
+
 def test_blocks_that_a_stopped_run_left_on_disk_are_used_as_they_are(edgezo_json, monkeypatch):
     updates, opened = {}, OverlayFile.open
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny_models
+from conftest import Bench
 
+import edgezo as package
 from edgezo.errors import EdgezoError, UsageError
+from edgezo.machine import downloads
+from edgezo.machine.hardware import format_bytes
 from edgezo.plan.request import from_toml, make_config
 from edgezo.run import places
 from edgezo.run.journal import open_journal
@@ -36,6 +42,7 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edgezo: Edgezo) -> Pa
     ]
     text = "".join(json.dumps({"messages": turns}) + "\n" for turns in rows)
     (home / "rows.jsonl").write_text(text)
+    monkeypatch.setenv("EDGEZO_CACHE", str(tmp_path / "cache"))  # which knows no copy of the model
     monkeypatch.chdir(home)
     asked = ("--model", "model", "--data", "rows.jsonl", "--batch-size", 2, "--train", "lowrank")
     for out in ("run", tmp_path / "far" / "run"):
@@ -129,10 +136,87 @@ def test_names_that_are_no_paths_stay_as_they_are(tmp_path: Path) -> None:
     for model in ("smollm2-135m-instruct", "owner/name"):
         cfg = make_config({"model": model, "data": "owner/rows"})
         assert places.found_again(cfg, tmp_path / "run") == cfg
-        places.check_base_is_there(cfg, tmp_path / "run")
+        assert places.with_base(cfg, tmp_path / "run") == cfg
         places.check_data_is_there(cfg, tmp_path / "run")
         assert places.with_beginning(cfg) == cfg
     cfg = make_config({"model": "/no/such/folder", "data": "/no/such/rows.jsonl"})
-    for check in (places.check_base_is_there, places.check_data_is_there):
+    for check in (places.with_base, places.check_data_is_there):
         with pytest.raises((EdgezoError, UsageError), match="say where"):
             check(cfg, tmp_path / "run")
+
+
+@pytest.fixture
+def shared(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edgezo: Edgezo
+) -> SimpleNamespace:
+    """A run directory as another machine has it: its base and its rows lie elsewhere, under other names."""
+    sender, ours = tmp_path / "sender", tmp_path / "ours"
+    for folder in (sender, ours):
+        folder.mkdir()
+    shutil.copytree(bench.model, sender / "model")
+    shutil.copy(bench.data / "label.jsonl", sender / "rows.jsonl")
+    request = bench.arguments(model=sender / "model", data=sender / "rows.jsonl", train="lowrank")
+    assert edgezo("finetune", *request, "--out", sender / "run")[0] == 0
+    summary = json.loads((sender / "run" / "summary.json").read_text())
+    shutil.copytree(sender / "run", ours / "run")
+    shutil.copytree(sender / "model", ours / "base")
+    shutil.copy(sender / "rows.jsonl", ours / "mine.jsonl")
+    shutil.rmtree(sender)
+    monkeypatch.setenv("EDGEZO_CACHE", str(tmp_path / "cache"))  # which knows no file of the sender
+    monkeypatch.chdir(ours)
+    return SimpleNamespace(sender=sender, summary=summary)
+
+
+def test_a_shared_run_is_evaluated_where_neither_base_nor_rows_have_their_places(
+    shared: SimpleNamespace, edgezo: Edgezo, edgezo_json: Any
+) -> None:
+    weights = Path("base/model.safetensors")
+    code, _, err = edgezo("eval", "--model", "run")
+    assert code == 1 and "--base PATH" in err and "model.safetensors" in err
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() in err
+    assert format_bytes(weights.stat().st_size) in err
+    code, _, err = edgezo("eval", "--model", "run", "--base", "base")
+    assert code == 2 and "36 rows to train on and 4 to evaluate on" in err and "--data" in err
+    asked = ("eval", "--model", "run", "--data", "mine.jsonl")
+    code, figures = edgezo_json(*asked, "--base", "base")
+    assert code == 0 and figures["value"] == shared.summary["eval_after"]["value"]
+    assert figures["loss"] == shared.summary["eval_after"]["loss"]
+    for command in (
+        ("predict", "run", "--data", "mine.jsonl"),
+        ("replay", "run", "--out", "copy"),
+        ("export", "run", "--format", "peft", "--out", "exported"),
+        ("export", "run", "--format", "journal", "--out", "run.edgezo"),
+        ("plan", "--model", "run", "--more-steps", 2, "--data", "mine.jsonl"),
+    ):
+        code, _, err = edgezo(*command, "--base", "base")
+        assert code == 0, (command, err)
+    more = ("finetune", "--model", "run", "--more-steps", 1, "--data", "mine.jsonl")
+    code, summary = edgezo_json(*more, "--base", "base", "--out", "longer")
+    assert code == 0 and summary["model"] == "base"
+    with package.load("run", base="base") as used:
+        assert used.predict(["a film"])[0]["label"] in ("bad", "good")
+
+
+def test_a_base_that_was_read_before_is_known_by_its_content(
+    shared: SimpleNamespace, edgezo: Edgezo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = Path("base/model.safetensors")
+    later_ns = weights.stat().st_ctime_ns + 10**10  # what was written just now is not remembered
+    monkeypatch.setattr(downloads, "time", SimpleNamespace(time_ns=lambda: later_ns))
+    digest = downloads.file_sha256(weights)
+    assert [*downloads.known_files(digest)] == [weights.resolve()]
+    code, _, err = edgezo("eval", "--model", "run", "--data", "mine.jsonl")
+    assert code == 0 and "by its content" in err
+    weights.write_bytes(weights.read_bytes() + b"x")
+    assert [*downloads.known_files(digest)] == []
+
+
+def test_a_base_beside_a_plain_model_is_refused(bench: Bench, edgezo: Edgezo) -> None:
+    rows = bench.data / "label.jsonl"
+    for command in (
+        ("eval", "--model", bench.model, "--data", rows),
+        ("predict", bench.model, "--data", rows),
+        ("plan", "--model", bench.model, "--data", rows),
+    ):
+        code, _, err = edgezo(*command, "--base", bench.model)
+        assert code == 2 and "--base is that of a run" in err

@@ -268,7 +268,7 @@ def test_a_run_that_has_not_ended_is_said(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "run/summary.json").unlink()
     notes: list[str] = []
     with predictor(str(tmp_path / "run"), use_request(str(tmp_path / "run"), {}), notes.append):
-        assert any("has not ended" in note and "after 3 of 3 steps" in note for note in notes)
+        assert any("is unfinished: step 3 of 3." in note for note in notes)
 
 
 def test_every_family_of_forms_is_asked_without_answers(

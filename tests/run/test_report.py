@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forks
 import pytest
 from conftest import GOOD, Bench, Command, write_rows
 
@@ -19,6 +20,7 @@ from edgezo.errors import EdgezoError
 from edgezo.machine.ownership import MARKER
 from edgezo.plan.request import make_config
 from edgezo.run.charts import HEIGHT, WIDTH, Level, Series, chart, smoothed, thinned, ticks
+from edgezo.run.directory import RunFiles
 from edgezo.run.overview import FINISHED, Overview, method_name, runs_below
 from edgezo.run.remarks import Answers, remarks
 from edgezo.run.removal import removable, remove
@@ -150,7 +152,7 @@ def test_an_unfinished_run_has_a_page_and_its_evaluation_says_so(
     text = Page(run / "report.html").text
     assert "Not finished: 2 of 2 steps" in text and "edgezo finetune --resume --out" in text
     code, _, err = edgezo("eval", "--model", run)
-    assert code == 0 and "has not ended: it is used as it stands after 2 of 2 steps" in err
+    assert code == 0 and "is unfinished: step 2 of 2. It is used as it stands" in err
 
 
 def shown_of(run: Path) -> str:
@@ -381,3 +383,30 @@ def texts_of(kind: str) -> list[dict[str, str]]:
         return [{"text": text} for text in texts]
     halves = [text.split(". ", 1) for text in texts]
     return [{"prompt": f"{first}.", "completion": f" {rest}"} for first, rest in halves]
+
+
+def test_an_unfinished_run_is_used_as_far_as_it_is(
+    bench: Bench, edgezo: Command, edgezo_json: Any, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    args = bench.arguments(train="lowrank+head", steps=9, snapshot_every=4, out=run)
+    forks.start(["finetune", *args], tmp_path / "out", forks.Blow("record", 7, 1)).end()
+    code, out, err = edgezo("eval", "--model", run)
+    assert code == 0 and f"{run} is unfinished: step 4 of 9." in err.replace("\n", " ")
+    assert "(unfinished: step 4 of 9)" in out
+    rows = ("--data", bench.data / "label.jsonl")
+    for command in (
+        ("eval", "--model", run),
+        ("predict", run, *rows),
+        ("replay", run, "--out", tmp_path / "copy"),
+    ):
+        code, found = edgezo_json(*command)
+        assert (code, found["unfinished"]) == (0, "step 4 of 9"), command
+    # Before the first snapshot there is no head, and before the first step no journal.
+    RunFiles(run).snapshot.unlink()
+    code, _, err = edgezo("predict", run, *rows)
+    assert code == 1 and "every 4 steps" in err and f"--resume --out {run}" in err
+    RunFiles(run).journal.unlink()
+    for command in (("eval", "--model", run), ("predict", run, *rows)):
+        code, _, err = edgezo(*command)
+        assert code == 1 and "before its first step" in err and f"--resume --out {run}" in err
