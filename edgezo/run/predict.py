@@ -77,8 +77,15 @@ class Predictor:
         self.close()
 
     def close(self) -> None:
-        """Let the model go."""
+        """Let the model go, and give its memory back."""
         self.at_end.close()
+        self.__dict__.pop("model", None)  # a notebook keeps the name of what it has closed
+        give_back()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "model":
+            raise UsageError(f"{self.target} was closed. Load it again.")
+        raise AttributeError(name)
 
     def predict(self, rows: Iterable[Mapping[str, Any] | str]) -> list[dict[str, Any]]:
         """One prediction for each row: a mapping of its fields, or a text.
@@ -260,7 +267,6 @@ def load(
     name = os.fspath(target)
     with called(), ExitStack() as at_end:
         cfg = use_request(name, settings)
-        at_end.callback(give_back)
         at_end.enter_context(with_threads(cfg.threads))
         used = at_end.enter_context(predictor(name, cfg, note))
         used.at_end = at_end.pop_all()
