@@ -161,10 +161,8 @@ class StoredFootprint:
 
     def _base(self) -> Item:
         if self.base_bytes is not None:
-            reason = (
-                "Python, PyTorch, transformers, the tokenizer and the tokens of all rows, measured"
-            )
-            return Item("base process", self.base_bytes - self.caller.bytes, reason)
+            what = "Python, PyTorch, transformers, the tokenizer and the tokens of all rows"
+            return Item("base process", self.base_bytes - self.caller.bytes, f"{what}, measured")
         words, rows_bytes = self.shape.vocab, self.tokens.stored_bytes
         size = BASE_BYTES + max(0, words - BASE_VOCAB) * TOKENIZER_BYTES_PER_WORD + rows_bytes
         reason = f"Python, PyTorch, transformers, a tokenizer of {words:,} words"

@@ -385,13 +385,12 @@ def _kept(
     try:
         if loaded:
             size = format_bytes(model_bytes(model))
-            note(
-                f"the loaded model takes {size} of this process until the run ends; its path would take none"
-            )
+            note(f"the loaded model takes {size} of this process; its path would take none")
             keep_model(files.path / GIVEN_MODEL, model, tokenizer)
         if as_rows:
             keep_rows(files.path / GIVEN_ROWS, splits_of(data, validation))
-        yield asked
+        with called():  # what was mapped of the model is now in memory, and the program's
+            yield asked
     except BaseException:
         if not files.config.exists():
             _withdraw(files.path, is_new)

@@ -49,13 +49,14 @@ def usable(machine: Machine) -> Machine:
 def called() -> Iterator[None]:
     """A block in which edgezo works for the program of this process.
 
-    Begin it before PyTorch is imported where that is possible, so that the program is not charged with it.
+    Begin it before PyTorch is imported where that is possible, so that the program is not charged with it. A block
+    inside another measures anew what the program holds.
     """
     allocator_policy()
     gc.collect()  # what the program has let go of is none of its memory
     malloc_trim()
     now = resident()
-    before = _call.set(_Call(Caller(now.anon_bytes, now.file_bytes), peak_rss_bytes()))
+    before = _call.set(_Call(Caller(now.anon_bytes, now.file_bytes), peak_before_bytes()))
     try:
         yield
     finally:

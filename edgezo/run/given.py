@@ -30,8 +30,6 @@ EVALUATED = ("validation", "test")  # splits that a run may be evaluated on, the
 _LIST = ".given"  # in such a folder: its files and their SHA-256
 _MOST_LIST_BYTES = 1 << 20
 _ROW_FILES = re.compile(r"(train|validation|test)\.jsonl")
-# save_pretrained copies a shard in memory before it writes it.
-_SHARD_BYTES = 32_000_000
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -146,8 +144,9 @@ def model_bytes(model: Any) -> int:
 
 
 def keep_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write a loaded model with its tokenizer into a new folder, a small shard at a time.
+    """Write a loaded model with its tokenizer into a new folder.
 
+    Weights that transformers has only mapped from files are in memory afterwards.
     Raises UsageError without a tokenizer, and EdgezoError for a model that edgezo does not know.
     """
     from edgezo.network.foreign_config import build_config
@@ -159,7 +158,9 @@ def keep_model(folder: Path, model: Any, tokenizer: Any) -> None:
     settings = json.loads(model.config.to_json_string(use_diff=False))
     build_config(settings, Path(f"the loaded model ({type(model).__name__})"))
     with _kept(folder) as place, _without_bars():
-        model.save_pretrained(place, max_shard_size=_SHARD_BYTES)
+        model.save_pretrained(
+            place
+        )  # safetensors writes from where the weights are, without a copy
         tokenizer.save_pretrained(place)
 
 

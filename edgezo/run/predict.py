@@ -79,8 +79,15 @@ class Predictor:
         self.close()
 
     def close(self) -> None:
-        """Let the model go."""
+        """Let the model go, and give its memory back."""
         self.at_end.close()
+        self.__dict__.pop("model", None)  # a notebook keeps the name of what it has closed
+        give_back()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "model":
+            raise UsageError(f"{self.target} was closed. Load it again.")
+        raise AttributeError(name)
 
     def end_askers(self) -> None:
         """End the processes that render conversations."""
@@ -314,7 +321,6 @@ def load(
     name = os.fspath(target)
     with called(), ExitStack() as at_end:
         cfg = use_request(name, settings)
-        at_end.callback(give_back)
         at_end.enter_context(with_threads(cfg.threads))
         used = at_end.enter_context(predictor(name, cfg, note))
         used.at_end = at_end.pop_all()

@@ -212,6 +212,10 @@ def test_a_run_is_evaluated_asked_exported_and_shown(bench, made, tmp_path):
     assert [answer["label"] in ("bad", "good") for answer in answers] == [True, True]
     with pytest.raises(UsageError, match="tells bad, good apart"):
         made.generate("film 3 is")
+    with edgezo.load(made) as used:
+        assert used.predict(["film 3 is warm"])[0]["label"] == answers[0]["label"]
+    with pytest.raises(UsageError, match="was closed"):
+        used.predict(["film 3 is warm"])
     assert made.export("hf", out=tmp_path / "model")["format"] == "hf"
     assert (tmp_path / "model" / "model.safetensors").exists()
     assert made.report.read_text().startswith("<!doctype html>")

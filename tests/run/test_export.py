@@ -292,7 +292,7 @@ def test_an_export_that_fails_leaves_nothing(
     def full(*args: Any) -> None:
         raise problem
 
-    monkeypatch.setattr("edgezo.run.export.write_saved", full)
+    monkeypatch.setattr("edgezo.run.export_files.write_saved", full)
     with pytest.raises(EdgezoError, match="bytes are free"):
         export(tmp_path / "run", "hf", tmp_path / "hf")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
