@@ -19,7 +19,7 @@ MB = 1_000_000
 def test_every_method_is_measured_once_and_its_point_is_kept(edgezo_json, tmp_path):
     model = make_model(tmp_path / "model")
     out = tmp_path / "out"
-    methods = ("inference", "grzo", "mezo-in-place", "lora-checkpoint-int4")
+    methods = ("inference", "grzo", "mezo-in-place", "lora-checkpoint")
     args = ("--model", model, "--tokens", "16", "--threads", "1", "--out", out)
     code, result = edgezo_json(
         "bench", "memory", *args, "--batch-sizes", "2", "--methods", ",".join(methods)
