@@ -30,6 +30,7 @@ BEFORE = {
     "when": "always",
     "max_temp": None,
     "max_cpu": None,
+    "log_to": "none",
     "parent": None,
     "parent_steps": 0,
     "parent_sha256": None,
@@ -90,6 +91,7 @@ class RunConfig:
     when: str
     max_temp: float | None
     max_cpu: float | None
+    log_to: str
     profile: bool
     out: str | None
     text_end: str

@@ -49,7 +49,7 @@ from edgezo.run.opening import Opening
 from edgezo.run.overview import Overview
 from edgezo.run.parent import Parent, attach_parents
 from edgezo.run.places import with_beginning
-from edgezo.run.progress import RunProgress, Silent, peaks_line
+from edgezo.run.progress import RunProgress, Silent, peaks_line, watching
 from edgezo.run.readout_pass import ReadoutPass, ReadoutResult
 from edgezo.run.recipes import follow, journal_is_shaped
 from edgezo.run.report import write_report
@@ -112,15 +112,19 @@ def finetune(
         cfg = older.followed_by(cfg)
     if resume and cfg.micro_batch is None:
         cfg = replace(cfg, micro_batch=files.read_config().micro_batch)
-    with profiling(cfg.profile), beside_others():
+    with (
+        watching(cfg, files, progress or Silent()) as progress,
+        profiling(cfg.profile),
+        beside_others(),
+    ):
         box = TimeBox(cfg.for_s, began_s)
-        with _opened(cfg, files, resume, progress or Silent(), box, older) as run:
+        with _opened(cfg, files, resume, progress, box, older) as run:
             summary, had_ended = run.to_the_end(), run.ended is not None
             keep_cap(run.state.planned, run.state.memory, f"The run is complete in {files.path}")
         del run  # the page about it is made in the memory that the model had
         malloc_trim()
         if not (had_ended and files.report.exists()):
-            _report(files, progress or Silent())
+            _report(files, progress)
         return summary
 
 
