@@ -55,6 +55,7 @@ NO_FILES = {
         "short_tokens",
         "steps",
         "more_steps",
+        "log_to",
         "for_s",
         "step",
         "sigma",

@@ -52,6 +52,10 @@ def plan(
     from edgezo.machine.process_memory import rss_bytes
     from edgezo.run.session import open_request, settle
 
+    if cfg.log_to != "none":
+        from edgezo.run.trackers import tracker_callback
+
+        tracker_callback(cfg.log_to)  # as a run would, whose process it is part of
     opened = open_request(cfg)
     for text in opened.dataset.notes:
         note(text)

@@ -31,6 +31,7 @@ BEFORE = {
     "max_temp": None,
     "max_cpu": None,
     "probe_reads": "five",
+    "log_to": "none",
     "parent": None,
     "parent_steps": 0,
     "parent_sha256": None,
@@ -91,6 +92,7 @@ class RunConfig:
     when: str
     max_temp: float | None
     max_cpu: float | None
+    log_to: str
     profile: bool
     out: str | None
     text_end: str

@@ -378,6 +378,14 @@ _RUN = (
         free_on_resume=True,
     ),
     Field(
+        name="log_to",
+        kind="choice",
+        help="Log losses and evaluations to a tracker as well, which has to be installed.",
+        default="none",
+        choices=("none", "tensorboard", "wandb", "mlflow", "trackio"),
+        free_on_resume=True,
+    ),
+    Field(
         name="profile",
         kind="bool",
         help="Record memory by phase in RUN/profile.json.",

@@ -7,6 +7,7 @@ files, and a user may have put a config.toml beside it: so each file that is the
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from edgezo.weights.disk import OVERLAY_MAGIC, OVERLAY_NAMES
 from edgezo.weights.verified import open_saved
 
 Form = Callable[[Path], bool]
+BOARD_NAMES = re.compile(r"events\.out\.tfevents\..+")  # TensorBoard's
 _MOST_JSON_BYTES = 64 << 20
 
 
@@ -90,6 +92,18 @@ def _of_parent(folder: Path) -> bool:
     )
 
 
+def _board(folder: Path) -> bool:
+    files = files_inside(folder, BOARD_NAMES)
+    return files.keys() == set(os.listdir(folder)) and all(_events(folder / f) for f in files)
+
+
+def _events(path: Path) -> bool:
+    """Whether a file is one of TensorBoard's, or was not begun to be written."""
+    with os.fdopen(open_to_read(path), "rb") as file:
+        start = file.read(64)
+    return not start or b"brain.Event" in start
+
+
 # By name, for directories of a run and of a replay.
 FORMS: Mapping[str, Form] = {
     "config.toml": _config,
@@ -113,6 +127,7 @@ FORMS: Mapping[str, Form] = {
     GIVEN_ROWS: is_given,
     GIVEN_MODEL: is_given,
     "parent": _of_parent,
+    "tensorboard": _board,
 }
 
 

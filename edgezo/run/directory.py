@@ -121,6 +121,11 @@ class RunFiles:
         return self.path / "trained.safetensors"
 
     @property
+    def board(self) -> Path:
+        """Event files of TensorBoard, with --log-to."""
+        return self.path / "tensorboard"
+
+    @property
     def parent(self) -> RunFiles:
         """Copies of what the run goes on from: journals, snapshot and linear probe of its parent (parent.py)."""
         return RunFiles(self.path / "parent")
@@ -221,6 +226,7 @@ def refuse_links(run: RunFiles) -> None:
         check_replaced(path)
     for path in (run.journal, run.metrics, run.states):
         check_inside(path)
+    check_folder(run.board)
     for name in _names_in(run.overlay):
         if OVERLAY_NAMES.fullmatch(name):
             check_inside(run.overlay / name, levels=2)

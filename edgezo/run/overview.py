@@ -34,7 +34,7 @@ FINISHED, UNFINISHED, RUNNING, REBUILT, DAMAGED = (
     "damaged",
 )
 # Settings that say where a run is, and not what it does.
-OF_PLACE = ("out", "began_in", "profile", "written_at")
+OF_PLACE = ("out", "began_in", "profile", "written_at", "log_to")
 _MOST_DEPTH = 8  # folders below the one that is searched
 _MOST_PLAN_BYTES = 64 << 20
 

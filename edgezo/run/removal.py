@@ -24,14 +24,14 @@ from edgezo.machine.open_files import (
     unlink_inside,
 )
 from edgezo.machine.ownership import MARKER
-from edgezo.run.claims import FORMS, check_ours
+from edgezo.run.claims import BOARD_NAMES, FORMS, check_ours
 from edgezo.run.directory import RunFiles
 from edgezo.run.given import GIVEN_MODEL, GIVEN_ROWS, names_of_given
 from edgezo.run.parent import PARENT_NAMES
 from edgezo.weights.disk import OVERLAY_NAMES
 
 # The folders in a run's directory, and the names of the files in them.
-FOLDERS = {"overlay": OVERLAY_NAMES, "parent": PARENT_NAMES}
+FOLDERS = {"overlay": OVERLAY_NAMES, "parent": PARENT_NAMES, "tensorboard": BOARD_NAMES}
 _CUT = re.compile(r"journal-cut-\d+(-\d+)?\.bin")  # bytes that a resume cut off, of any form
 
 

@@ -58,7 +58,7 @@ from edgezo.zo.credit import Estimator
 # Settings that a replay does not need: the journal's header leaves them out.
 NOT_IN_HEADER = (
     *("out", "max_mem_bytes", "device", "threads", "profile", "finetuner", "began_in"),
-    *("when", "max_temp", "max_cpu"),
+    *("when", "max_temp", "max_cpu", "log_to"),
 )
 
 

@@ -20,7 +20,7 @@ from edgezo.errors import BudgetExceeded, EdgezoError, Interrupted, UsageError
 from edgezo.machine.busy_cores import beside_others
 from edgezo.machine.clock import now_s
 from edgezo.machine.files import atomic_write, to_json
-from edgezo.machine.links import directory_of_rank
+from edgezo.machine.links import directory_of_rank, rank_and_size
 from edgezo.machine.process_memory import malloc_trim, rss_bytes
 from edgezo.machine.profiler import phase, profiling
 from edgezo.plan.config import RunConfig
@@ -34,7 +34,7 @@ from edgezo.run.metrics_log import step_line
 from edgezo.run.overview import Overview
 from edgezo.run.parent import Parent
 from edgezo.run.places import with_beginning
-from edgezo.run.progress import RunProgress, Silent, peaks_line
+from edgezo.run.progress import RunProgress, Silent, peaks_line, watching
 from edgezo.run.ranks import joined
 from edgezo.run.readout_pass import ReadoutPass, ReadoutResult, recall
 from edgezo.run.report import write_report
@@ -69,6 +69,8 @@ def finetune(
         raise UsageError("a resume needs the directory of the run to go on with (out)")
     out = directory_of_rank(cfg.out) or free_directory(cfg.model, cfg.task or cfg.data or "data")
     cfg, files = replace(cfg, out=str(out)), RunFiles(Path(out))
+    if rank_and_size()[0]:
+        cfg = replace(cfg, log_to="none")  # rank 0's tracker has all that there is to log
     if not resume:
         cfg = with_beginning(cfg)
     older = None if parent is None else Parent.of(parent)
@@ -76,16 +78,21 @@ def finetune(
         cfg = older.followed_by(cfg)
     if resume and cfg.micro_batch is None:
         cfg = replace(cfg, micro_batch=files.read_config().micro_batch)
-    with profiling(cfg.profile), beside_others(), joined(cfg) as ranks:
+    with (
+        watching(cfg, files, progress or Silent()) as progress,
+        profiling(cfg.profile),
+        beside_others(),
+        joined(cfg) as ranks,
+    ):
         box = TimeBox(cfg.for_s, began_s)
-        with started(cfg, files, resume, progress or Silent(), box, older, ranks) as start:
+        with started(cfg, files, resume, progress, box, older, ranks) as start:
             run = Training(start)
             summary, had_ended = run.to_the_end(), run.ended is not None
             keep_cap(run.state.planned, run.state.memory, f"The run is complete in {files.path}")
         del run, start  # the page about it is made in the memory that the model had
         malloc_trim()
         if not (had_ended and files.report.exists()):
-            _report(files, progress or Silent())
+            _report(files, progress)
         return summary
 
 

@@ -28,14 +28,14 @@ ORDER = (
     "rule train blocks states state_rows precision rounding residency device rank keep refresh candidates finetuner "
     "short_tokens short_lr batch_size micro_batch max_length objective max_new_tokens step step_auto sigma schedule "
     "weight_decay head_lr "
-    "held_out seed eval_every eval_limit snapshot_every threads when max_temp max_cpu profile out text_end "
+    "held_out seed eval_every eval_limit snapshot_every threads when max_temp max_cpu log_to profile out text_end "
     "written_at began_in speaker skip_bad_rows row_rules probe_reads parent parent_steps parent_sha256"
 ).split()
 CANONICAL = (
     '{"batch_size":null,"began_in":null,"blocks":"all","candidates":8,"credit":"group","data":null,"data_root":null,'
     '"device":"auto","directions":"signs","estimator":"grzo","eval_every":0,"eval_limit":null,'
     '"finetuner":null,"for_s":null,"head_lr":2.0,"held_out":null,"keep":0.25,"label_field":"label",'
-    '"labels":null,"mask":"none","max_cpu":null,"max_length":512,"max_mem_bytes":null,"max_new_tokens":null,"max_temp":null,'
+    '"labels":null,"log_to":"none","mask":"none","max_cpu":null,"max_length":512,"max_mem_bytes":null,"max_new_tokens":null,"max_temp":null,'
     '"micro_batch":null,"model":"m","objective":"loss","out":null,"parent":null,"parent_sha256":null,"parent_steps":0,'
     '"precision":null,"probe_reads":"five","profile":false,'
     '"rank":8,"refresh":50,"residency":null,"rounding":null,"row_rules":2,"rule":"sgd","schedule":"linear",'
