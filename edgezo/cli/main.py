@@ -43,6 +43,7 @@ from edgezo.cli.options import (
 )
 from edgezo.cli.requests import evaluation_request, finetune_request, new_request
 from edgezo.cli.runs import compare, list_runs, remove_run, report
+from edgezo.cli.short_help import ShortHelp
 from edgezo.cli.use import apply, chat, predict
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine import interrupts, streams
@@ -65,7 +66,7 @@ for _command in (
     cli.add_command(_command)
 
 
-@cli.command()
+@cli.command(cls=ShortHelp, rare=("show_batch", "base"))
 @options(*DATA, *PREDICTION, *MEMORY, *METHOD, *RUN)
 @more_steps_option
 @base_option
@@ -124,7 +125,7 @@ def finetune(
         click.echo(f"run {summary['run']}")
 
 
-@cli.command()
+@cli.command(cls=ShortHelp, rare=("show_batch", "base"))
 @options(*DATA, *PREDICTION, *MEMORY, *METHOD, *RUN)
 @more_steps_option
 @base_option
@@ -161,7 +162,7 @@ def plan(config_file: str | None, as_json: bool, **given: str | None) -> None:
     )
 
 
-@cli.command("eval")
+@cli.command("eval", cls=ShortHelp)
 @options(*DATA, *PREDICTION, "max_mem_bytes", "device", "precision", "threads")
 @base_option
 @config_option
@@ -281,7 +282,7 @@ def convert_finetuner(source: str, out: str, as_json: bool) -> None:
     emit(as_json, result, f"{len(finetuner.blocks)} networks of {source} in {out}")
 
 
-@cli.command("meta-train")
+@cli.command("meta-train", cls=ShortHelp, rare=("restart", "sharing"))
 @click.option("--task", "tasks", metavar="NAME", multiple=True, help="A built-in task; repeatable.")
 @click.option("--data", "files", metavar="PATH", multiple=True, help="Rows; repeatable.")
 @options(*OF_META)

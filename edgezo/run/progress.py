@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from edgezo.machine.hardware import format_bytes
 
 if TYPE_CHECKING:
-    from edgezo.plan.config import RunConfig
-    from edgezo.run.directory import RunFiles
     from edgezo.run.opening import Opening
 
 
@@ -182,23 +179,6 @@ class Several:
     def close(self) -> None:
         for other in self._others:
             other.close()
-
-
-@contextmanager
-def watching(cfg: RunConfig, files: RunFiles, progress: RunProgress) -> Iterator[RunProgress]:
-    """``progress``, and with --log-to the tracker beside it. Raises UsageError where that is not installed."""
-    if cfg.log_to == "none":
-        yield progress
-        return
-    from edgezo.run.trackers import (
-        TrackerLog,
-    )  # its imports take memory, which only then is planned
-
-    log = TrackerLog(cfg.log_to, files, progress.note)
-    try:
-        yield Several([progress, log])
-    finally:
-        log.end()
 
 
 def _has(summary: Mapping[str, Any], *names: str) -> bool:

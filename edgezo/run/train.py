@@ -49,7 +49,7 @@ from edgezo.run.opening import Opening
 from edgezo.run.overview import Overview
 from edgezo.run.parent import Parent, attach_parents
 from edgezo.run.places import with_beginning
-from edgezo.run.progress import RunProgress, Silent, peaks_line, watching
+from edgezo.run.progress import RunProgress, Silent, peaks_line
 from edgezo.run.readout_pass import ReadoutPass, ReadoutResult
 from edgezo.run.recipes import follow, journal_is_shaped
 from edgezo.run.report import write_report
@@ -77,6 +77,7 @@ from edgezo.run.state import RunState, StopRequest
 from edgezo.run.states_pass import Report, states_of_run
 from edgezo.run.step import Stepper
 from edgezo.run.summary import losses_of_step, peaks, save_profile, summarise
+from edgezo.run.watching import watching
 from edgezo.zo.credit import schedule
 from edgezo.zo.presets import AUTO
 
