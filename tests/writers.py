@@ -30,7 +30,7 @@ READS = {
 }
 FLAGS = {
     *("as_json", "resume", "dry_run", "show_batch", "shows_plan", "quiet", "profile", "baselines"),
-    *("yes", "ask"),
+    *("yes", "ask", "help_all"),
 }
 NO_FILES = {
     *(

@@ -16,6 +16,7 @@ from edgezo.cli.options import (
     options,
     use_threads,
 )
+from edgezo.cli.short_help import ShortHelp
 from edgezo.errors import UsageError
 from edgezo.plan.request import read_settings
 
@@ -98,7 +99,7 @@ def memory(
     emit(as_json, result, tables.memory_table(result))
 
 
-@bench.command("alignment")
+@bench.command("alignment", cls=ShortHelp)
 @options(*DATA, "precision", "train", "rank", "finetuner", "sigma", "threads")
 @click.option(
     "--estimators",
@@ -140,7 +141,7 @@ def alignment(
     emit(as_json, result, tables.alignment_table(result))
 
 
-@bench.command("speed")
+@bench.command("speed", cls=ShortHelp, rare=("template", "labels", "label_field", "task"))
 @options(*DATA, "train", "rank", "threads")
 @click.option(
     "--estimators",

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from edgezo.cli.options import config_option, emit, json_option, options, printable
+from edgezo.cli.short_help import ShortHelp
 from edgezo.errors import UsageError
 from edgezo.plan.fields import FIELDS
 from edgezo.plan.request import read_layer, read_settings
@@ -20,7 +21,7 @@ _OF_ROWS = (
 )
 
 
-@click.command("data")
+@click.command("data", cls=ShortHelp)
 @click.argument("data", metavar="FILE|FOLDER", required=False)
 @options(*_OF_ROWS)
 @click.option("--out", metavar="FILE", help="A new file for the rows that cannot be used (JSONL).")

@@ -45,6 +45,7 @@ from edgezo.cli.options import (
 )
 from edgezo.cli.runs import compare, list_runs, remove_run, report
 from edgezo.cli.serve import serve
+from edgezo.cli.short_help import ShortHelp
 from edgezo.cli.use import apply, predict
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine import interrupts, streams
@@ -69,7 +70,7 @@ for _command in (
     cli.add_command(_command)
 
 
-@cli.command()
+@cli.command(cls=ShortHelp, rare=("show_batch", "base"))
 @options(*DATA, *PREDICTION, *MEMORY, *METHOD, *RUN)
 @more_steps_option
 @base_option
@@ -133,7 +134,7 @@ def finetune(
         click.echo(f"run {summary['run']}")
 
 
-@cli.command()
+@cli.command(cls=ShortHelp, rare=("show_batch", "base"))
 @options(*DATA, *PREDICTION, *MEMORY, *METHOD, *RUN)
 @more_steps_option
 @base_option
@@ -170,7 +171,7 @@ def plan(config_file: str | None, as_json: bool, **given: str | None) -> None:
     )
 
 
-@cli.command("eval")
+@cli.command("eval", cls=ShortHelp)
 @options(*DATA, *PREDICTION, "max_mem_bytes", "device", "precision", "threads")
 @base_option
 @config_option
@@ -256,7 +257,7 @@ def convert_finetuner(source: str, out: str, as_json: bool) -> None:
     emit(as_json, result, f"{len(finetuner.blocks)} networks of {source} in {out}")
 
 
-@cli.command("meta-train")
+@cli.command("meta-train", cls=ShortHelp, rare=("restart", "sharing"))
 @click.option("--task", "tasks", metavar="NAME", multiple=True, help="A built-in task; repeatable.")
 @click.option("--data", "files", metavar="PATH", multiple=True, help="Rows; repeatable.")
 @options(*OF_META)

@@ -27,7 +27,8 @@ PAGE_TOP = """\
 
 <!-- Made by `python -m edgezo.cli.option_pages docs/`; change edgezo/plan/fields.py instead. -->
 
-Every setting of a run, in the groups of `edgezo finetune --help`. `edgezo finetune` takes all of them; the last line of
+Every setting of a run, in the groups of `edgezo finetune --help-all`
+(`--help` shows the everyday ones). `edgezo finetune` takes all of them; the last line of
 an entry names the other commands that do. A setting may also stand in a TOML or YAML file (`--config FILE`,
 [a sample](settings-sample.toml)), under the name that its entry gives; `-` and `_` are alike there. Where several
 places give a setting, the first of these counts: command line > file > model card > default.

@@ -106,13 +106,13 @@ json_option = click.option(
 
 
 base_option = click.option(
-    "--base", metavar="MODEL", help="Where the base of a run is now, if not where it was trained."
+    "--base", metavar="MODEL", help="Where the base of a run is now, if it has moved."
 )
 more_steps_option = click.option(
     "--more-steps",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Train a finished run longer (--model RUN), in a new one: so many steps.",
+    help="Train the finished run of --model longer.",
 )
 
 

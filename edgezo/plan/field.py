@@ -28,6 +28,7 @@ class Field:
     name: str  # in RunConfig, journals and configuration files
     kind: Kind
     help: str = ""
+    brief: str = ""  # one line of it, for a setting of every day; "" for others
     metavar: str = ""  # of the option; "": its choices
     default: Any = None
     default_text: str = ""  # what a run does without a value, where the default does not tell

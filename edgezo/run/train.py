@@ -34,7 +34,7 @@ from edgezo.run.metrics_log import step_line
 from edgezo.run.overview import Overview
 from edgezo.run.parent import Parent
 from edgezo.run.places import with_beginning
-from edgezo.run.progress import RunProgress, Several, Silent, peaks_line
+from edgezo.run.progress import RunProgress, Silent, peaks_line
 from edgezo.run.ranks import joined
 from edgezo.run.readout_pass import ReadoutPass, ReadoutResult, recall
 from edgezo.run.report import write_report
@@ -43,6 +43,7 @@ from edgezo.run.short_memory import MicroBatchFitter
 from edgezo.run.start import Start, started
 from edgezo.run.step import Stepper
 from edgezo.run.summary import losses_of_step, peaks, summarise
+from edgezo.run.watching import watching
 from edgezo.zo.credit import schedule
 
 PLAIN_FORWARDS = 8  # plain forward passes that a run times, for summary.json's forward_s
@@ -79,7 +80,7 @@ def finetune(
     if resume and cfg.micro_batch is None:
         cfg = replace(cfg, micro_batch=files.read_config().micro_batch)
     with (
-        _watching(cfg, files, progress or Silent()) as progress,
+        watching(cfg, files, progress or Silent()) as progress,
         profiling(cfg.profile),
         beside_others(),
         joined(cfg) as ranks,
@@ -94,21 +95,6 @@ def finetune(
         if not (had_ended and files.report.exists()):
             _report(files, progress)
         return summary
-
-
-@contextmanager
-def _watching(cfg: RunConfig, files: RunFiles, progress: RunProgress) -> Iterator[RunProgress]:
-    """``progress``, and with --log-to the tracker beside it. Raises UsageError where that is not installed."""
-    if cfg.log_to == "none":
-        yield progress
-        return
-    from edgezo.run.trackers import TrackerLog  # its imports take memory: only then is it planned
-
-    log = TrackerLog(cfg.log_to, files, progress.note)
-    try:
-        yield Several([progress, log])
-    finally:
-        log.end()
 
 
 def _report(files: RunFiles, progress: RunProgress) -> None:
