@@ -104,7 +104,7 @@ def finetune(
     rank, _ = rank_and_size()
     progress = Silent() if quiet or rank else TerminalProgress(shows_plan=shows_plan)
     given["out"] = directory_of_rank(given["out"])
-    resume = resume or (was_restarted() and Path(given["out"], "journal.bin").exists())
+    resume = resume or was_restarted(given["out"])
     cfg, resuming, parent = finetune_request(given, config_file, resume, progress.note)
     use_threads(cfg.threads)
     if show_batch:

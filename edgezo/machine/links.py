@@ -60,9 +60,10 @@ def directory_of_rank(out: str | None) -> str | None:
     return out if not rank or out.endswith(suffix) else out + suffix
 
 
-def was_restarted() -> bool:
-    """Whether a launcher has started this process again, after one of the run's processes ended too early."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
+def was_restarted(out: str | None) -> bool:
+    """Whether a launcher has started this process again, since one of the run's has ended, and ``out`` has steps."""
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
+    return again and out is not None and os.path.exists(os.path.join(out, "journal.bin"))
 
 
 class Links:

@@ -163,6 +163,10 @@ class Ranks:
         """Whether this process stops where it was ``asked`` to: once steps are made, when all have agreed to."""
         return self.stops if self._steps_begun else asked
 
+    def any_lacks(self, lacks: bool) -> bool:
+        """Whether something is lacking at any process: what a kill has left may differ from one to another."""
+        return b"1" in self.links.everyones(b"1" if lacks else b"0")
+
     def begin(self, micro_batch: int, most_tokens: int | None) -> None:
         """Agree on how steps are divided, and on how much of the run is over, before the first step."""
         mine = _START.pack(

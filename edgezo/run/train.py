@@ -122,7 +122,8 @@ class Training:
         """Everything that is still to be done; returns what summary.json holds."""
         state, model, done = self.state, self.state.model, self.restored.steps
         self._write_lost_lines()
-        if self.ended is not None:
+        if not self._any_lacks(self.ended is None):
+            assert self.ended is not None
             return self.ended
         state.box.earlier_s = self._seconds_before()
         self._note_changes()
@@ -343,7 +344,8 @@ class Training:
     def _evaluate(self, when: str, step: int = 0) -> dict[str, Any]:
         """Evaluate once: a resumed run knows what was evaluated before."""
         state = self.state
-        if (when, step) not in state.log.evaluations:
+        lacks = (when, step) not in state.log.evaluations
+        if self._any_lacks(lacks):
             state.memory.trim()  # its batches have other sizes, and would not fit in the holes of a step's
             with state.memory.short("an evaluation"):
                 begun_s = now_s()
@@ -352,12 +354,18 @@ class Training:
                 evaluated = evaluate_rows(*to_show, divided=state.ranks)
                 took_s = now_s() - begun_s
             state.memory.trim()
-            if when in WHEN:
-                keep_answers(state, when, evaluated)
-            line = {"step": step, "eval": when, "took_s": took_s, **evaluated.figures}
-            state.log_line(line)
+            if lacks:
+                if when in WHEN:
+                    keep_answers(state, when, evaluated)
+                line = {"step": step, "eval": when, "took_s": took_s, **evaluated.figures}
+                state.log_line(line)
         state.box.evaluation_s = state.log.evaluation_s
         return state.log.evaluations[when, step]
+
+    def _any_lacks(self, lacks: bool) -> bool:
+        """Whether something is still to be done: here, or at another process that a kill has left with less."""
+        ranks = self.state.ranks
+        return lacks if ranks is None else ranks.any_lacks(lacks)
 
     def _close_weights(self, steps: int) -> None:
         """Save, re-quantise what is re-quantised at the end, and write blocks that are elsewhere."""

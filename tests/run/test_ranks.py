@@ -21,7 +21,7 @@ import pytest
 from conftest import Bench, write_rows
 
 from edgezo.errors import EdgezoError, UsageError
-from edgezo.machine.links import Links, directory_of_rank, rank_and_size
+from edgezo.machine.links import Links, directory_of_rank, rank_and_size, was_restarted
 from edgezo.plan.request import make_config
 from edgezo.run.ranks import Ranks
 from edgezo.run.train import finetune
@@ -114,6 +114,9 @@ def world(
     )  # and a tail of one that was being written
     interrupted(whole, folder / "behind.rank1", record_bytes(4))
     add("behind", *[again | {"out": str(folder / "behind")}] * 2, resume=(True, True))
+    interrupted(whole, folder / "half ended", 0)
+    shutil.copytree(whole, folder / "half ended.rank1")  # whose summary was written before the kill
+    add("half ended", *[again | {"out": str(folder / "half ended")}] * 2, resume=(True, True))
     ends = together(scenarios, 2, folder / "ends")
     return folder, dict(zip(names, ends, strict=True))
 
@@ -149,7 +152,7 @@ def test_steps_that_need_more_than_losses_are_refused_with_the_way_out(
 def test_processes_go_on_from_the_longest_journal_and_a_new_one_joins(world: Any) -> None:
     folder, ends = world
     whole = (folder / "linear probe" / "one" / "journal.bin").read_bytes()
-    for name in ("joined", "behind"):
+    for name in ("joined", "behind", "half ended"):
         assert all("error" not in end for end in ends[name]), ends
         for run in (name, f"{name}.rank1"):
             assert (folder / run / "journal.bin").read_bytes() == whole
@@ -310,6 +313,16 @@ def test_an_environment_of_no_launcher_is_named(given: tuple[str, str], monkeypa
         monkeypatch.setenv(name, text)
     with pytest.raises(UsageError, match="start edgezo with torchrun"):
         rank_and_size()
+
+
+def test_a_process_that_is_started_again_goes_on(tmp_path: Path, monkeypatch: Any) -> None:
+    run = str(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not was_restarted(None) and not was_restarted(run)
+    (tmp_path / "journal.bin").touch()
+    assert was_restarted(run)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert not was_restarted(run)
 
 
 def test_every_process_has_a_directory_of_its_own(monkeypatch: Any) -> None:
