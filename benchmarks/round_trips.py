@@ -53,10 +53,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    figures = {"tokens": list(tokens(args)), "labels": list(labels(args))}
+    figures = {"tokens": list(shown(tokens(args))), "labels": list(shown(labels(args)))}
     (args.out / "round-trips.json").write_text(json.dumps(figures, indent=1) + "\n")
-    for line in (*figures["tokens"], *figures["labels"]):
-        print(json.dumps(line))
+
+
+def shown(lines: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Each line, printed as it comes."""
+    for figures in lines:
+        print(json.dumps(figures), flush=True)
+        yield figures
 
 
 def requests(count: int) -> list[dict[str, Any]]:
@@ -94,11 +99,7 @@ def tokens(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     prompts = [pair["prompt"] for pair in pairs[:: max(1, len(pairs) // args.prompts)]][
         : args.prompts
     ]
-    with edgezo.load(run, max_new_tokens=WRITTEN, precision="fp32", max_mem_bytes=CAP) as used:
-        wanted = []
-        for prompt in prompts:
-            ids = list(used.prompt_ids(prompt))
-            wanted.append([*ids, *write_one(used.model, ids, WRITTEN)])
+    wanted = written(run, prompts, args.out / "wanted.json")
     for form, dtypes in (
         ("hf", ("fp32", "bf16", "fp16")),
         ("peft", (None,)),
@@ -108,14 +109,17 @@ def tokens(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             made(run, form, dtype, args.out)
     for dtype in ("fp32", "bf16", "fp16", "q8_0"):
         made(run, "gguf", dtype, args.out)
-    base = str(resolve(args.model))
-    yield compared("base model", "transformers", wanted, of_transformers(base), None)
+    path = resolve(args.model)
+    base = {"gguf_file": path.name} if path.is_file() else {}
+    folder = path.parent if path.is_file() else path
+    yield compared("base model", "transformers", wanted, of_transformers(folder, **base), None)
     reference = {
         d: places(of_transformers(args.out / f"hf-{d}"), wanted) for d in ("fp32", "bf16", "fp16")
     }
     for dtype, read in reference.items():
         yield line("hf", dtype, "transformers", wanted, read, reference["fp32"])
-    yield compared("peft", "peft", wanted, of_peft(base, args.out / "peft-None"), reference["fp32"])
+    adapter = of_peft(args.out / "peft-None", folder, **base)
+    yield compared("peft", "peft", wanted, adapter, reference["fp32"])
     for dtype in ("fp32", "fp16"):
         read = places(of_onnx(args.out / f"onnx-{dtype}"), wanted)
         yield line("onnx", dtype, "onnxruntime", wanted, read, reference[dtype])
@@ -126,6 +130,19 @@ def tokens(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if llama_cpp is not None:
             read = places(of_llama(folder / "model.gguf"), wanted)
             yield line("gguf", dtype, "llama.cpp", wanted, read, theirs)
+
+
+def written(run: Path, prompts: list[str], kept: Path) -> list[list[int]]:
+    """The tokens of each prompt, and those that the run writes after it; kept for a script that goes on."""
+    if kept.exists():
+        return json.loads(kept.read_text())
+    with edgezo.load(run, max_new_tokens=WRITTEN, precision="fp32", max_mem_bytes=CAP) as used:
+        every = []
+        for prompt in prompts:
+            ids = list(used.prompt_ids(prompt))
+            every.append([*ids, *write_one(used.model, ids, WRITTEN)])
+    kept.write_text(json.dumps(every))
+    return every
 
 
 def made(run: Path, form: str, dtype: str | None, out: Path) -> None:
@@ -173,9 +190,9 @@ def of_transformers(folder: Path | str, **more: Any) -> Logits:
     return _of_module(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more))
 
 
-def of_peft(base: str, folder: Path) -> Logits:
-    module = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return _of_module(PeftModel.from_pretrained(module, folder))
+def of_peft(adapter: Path, base: Path, **more: Any) -> Logits:
+    module = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **more)
+    return _of_module(PeftModel.from_pretrained(module, adapter))
 
 
 def _of_module(module: Any) -> Logits:
