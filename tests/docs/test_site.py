@@ -25,11 +25,8 @@ FETCHED = {
     ("image", "href"),
     ("use", "href"),
 }
-OTHER_PROGRAMS = {
-    "--strict",
-    "--max-restarts",
-    "--nnodes",
-}  # options on the pages that are not edgezo's
+# Options on the pages that are not edgezo's.
+OTHER_PROGRAMS = {"--strict", "--max-restarts", "--nnodes", "--logdir"}
 
 
 def all_options() -> set[str]:

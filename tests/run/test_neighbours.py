@@ -13,7 +13,7 @@ import pytest
 from edgezo.errors import DoesNotFit
 from edgezo.machine.hardware import machine
 from edgezo.plan.request import make_config
-from edgezo.run import train as training
+from edgezo.run import start
 from edgezo.run.train import finetune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,7 +28,7 @@ def available(monkeypatch) -> Callable[..., None]:
     def turns(*amounts_bytes: int) -> None:
         left: Iterator[int] = cycle(amounts_bytes)
         monkeypatch.setattr(
-            training, "machine", lambda: replace(real, available_bytes=next(left), gpu=None)
+            start, "machine", lambda: replace(real, available_bytes=next(left), gpu=None)
         )
 
     return turns

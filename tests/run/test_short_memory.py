@@ -20,8 +20,7 @@ from edgezo.machine.limits import GUARD_MARGIN_BYTES
 from edgezo.plan.calibration import UNSEEN_BYTES
 from edgezo.plan.plan import PlanDoesNotFit
 from edgezo.plan.request import from_toml, make_config
-from edgezo.run import session, short_memory
-from edgezo.run import train as training
+from edgezo.run import session, short_memory, start
 from edgezo.run.journal import open_journal
 from edgezo.run.journal_record import StepRecord
 from edgezo.run.metrics_log import MetricsLog
@@ -220,7 +219,7 @@ def test_a_corrected_plan_is_the_runs(bench, edgezo_json, monkeypatch, tmp_path)
         plan = replace(settle(opened, *rest).plan, micro_batch=2)
         return Planned(opened, plan.settle(opened.cfg), plan)
 
-    monkeypatch.setattr(training, "settle", planned_in_twos)
+    monkeypatch.setattr(start, "settle", planned_in_twos)
     progress, run = Notes(), tmp_path / "run"
     summary = finetune(request(bench, run, micro_batch=None), progress=progress)
     assert summary["micro_batch"] == 4 == micro_batch_of(run)
