@@ -30,9 +30,10 @@ READS = {
 }
 FLAGS = {
     *("as_json", "resume", "dry_run", "show_batch", "shows_plan", "quiet", "profile", "baselines"),
-    *("yes", "ask", "help_all"),
+    *("yes", "ask"),
 }
 NO_FILES = {
+    "help_all",
     *(
         "task",
         "tasks",
