@@ -301,15 +301,17 @@ print(json.dumps([kept - start, anon() - kept]))
 
 
 @pytest.mark.parametrize(
-    ("before", "name", "sets"),
+    ("before", "name", "call", "sets"),
     [
-        ("", "load", True),
-        ("", "finetune", True),
-        ("", "make_config", False),
-        ("sys.modules['torch'] = None", "load", False),
+        ("", "load", "", True),
+        ("", "finetune", "('model', 'data')", True),
+        ("", "make_config", "", False),
+        ("sys.modules['torch'] = None", "load", "", False),
     ],
 )
-def test_the_allocator_is_set_before_torch_is_imported(before: str, name: str, sets: bool) -> None:
+def test_the_allocator_is_set_before_torch_is_imported(
+    before: str, name: str, call: str, sets: bool
+) -> None:
     program = (
         "import sys\n"
         "from edgezo.machine import process_memory\n"
@@ -320,7 +322,7 @@ def test_the_allocator_is_set_before_torch_is_imported(before: str, name: str, s
         f"{before}\n"
         "import edgezo\n"
         "try:\n"
-        f"    edgezo.{name}\n"
+        f"    edgezo.{name}{call}\n"
         "except ImportError:\n"
         "    pass\n"
     )

@@ -266,7 +266,6 @@ def test_tensors_that_the_config_does_not_ask_for_are_in_a_note(name: str, tmp_p
         ("model.rotary_emb.inv_freq", False),
         ("vision_tower.layer.weight", False),
         ("lm_head.weight", False),  # a copy of the tied embedding
-        ("score.weight", True),
         ("v_head.summary.weight", True),
         ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", True),
         ("model.layers.0.self_attn.q_norm.weight", True),

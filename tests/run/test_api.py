@@ -79,6 +79,8 @@ def test_rows_in_every_form_make_one_run(bench, made, tmp_path, monkeypatch):
 
 def test_a_data_set_of_the_datasets_library_is_rows(bench, made, tmp_path):
     datasets = pytest.importorskip("datasets")
+    if not hasattr(datasets, "Dataset"):
+        pytest.skip("another module of that name is on the path of the tests")
     table = pytest.importorskip("pyarrow").Table.from_pylist(rows_of(bench))
     split = datasets.Dataset(table, fingerprint="rows")
     parts = datasets.DatasetDict({"train": split, "test": split.select(range(5))})
