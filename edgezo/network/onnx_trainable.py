@@ -35,9 +35,7 @@ from edgezo.machine.limits import head_rows
 from edgezo.network.onnx_graph import SCALE_END, Decoder, Graph
 from edgezo.network.rotary import BY_LENGTH, rope_tables
 
-TRAINABLE_FAMILIES = (
-    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"),
-)
+TRAINABLE_FAMILIES = (*("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"),)
 _FLOAT, _INT64, _INT8, _BOOL = (
     TensorProto.FLOAT,
     TensorProto.INT64,
@@ -116,7 +114,9 @@ class TrainableDecoder(Decoder):
         """states at the places that are read -> what the head reads."""
         g, width = self.g, self.c.hidden_size
         g.inputs = [_input("states", _FLOAT, ["n", width]), _input("index", _INT64, ["p"])]
-        self.put_out(self.end(str(g.op("Gather", "states", "index", axis=0))), "ended", ["p", width])
+        self.put_out(
+            self.end(str(g.op("Gather", "states", "index", axis=0))), "ended", ["p", width]
+        )
 
     def rows_graph(self, head: str) -> None:
         """ids -> rows of the head."""

@@ -188,9 +188,7 @@ class _Writer:
     def _name_of(self, part: Any) -> str:
         return next(name for name, other in self.module.named_modules() if other is part)
 
-    def _one(
-        self, name: str, fill: Any, data: str, by_row: bool = False
-    ) -> TrainableDecoder:
+    def _one(self, name: str, fill: Any, data: str, by_row: bool = False) -> TrainableDecoder:
         """Write a graph and the weights that it names. ``by_row``: codes of a table, which are read row by row."""
         bits, block = self.precision
         graph = Graph(TensorProto.FLOAT, bits, block, exact=True)
