@@ -9,7 +9,8 @@
 One graph for each block: a run may begin at any of them, load and release them one by one, and read states between
 them. Tokens of all rows and of both sides lie packed in one axis, n. Only attention sees rows: ``padded`` (rows*s,)
 says which token stands at each place of the padded rows, ``packed`` (n,) where each token stands there, ``seen``
-(rows, 1, s, s) bool whom each place looks at. A linear then computes, as network/perturb.py does,
+(rows, 1, s, s) bool whom each place looks at; ``cosine`` and ``sine`` (1 or rows, 1, s, rotated) turn the places. A
+linear then computes, as network/perturb.py does,
 
     y = W x + A (V x) + c * r_i * (t_i . V x)     c = +-sigma of a token, i its example
 
@@ -60,7 +61,7 @@ def check_trainable(module: Any) -> None:
         raise UsageError(
             f"--trainable writes {', '.join(TRAINABLE_FAMILIES)}, not {kind}.\n{_USE_TORCH}"
         )
-    by_length = {t.get("rope_type") for t in rope_tables(module.config).values()} & BY_LENGTH
+    by_length = {str(t.get("rope_type")) for t in rope_tables(module.config).values()} & BY_LENGTH
     if by_length:
         raise UsageError(
             f"--trainable has no place for rotary positions of the kind {', '.join(sorted(by_length))}, whose "
@@ -89,7 +90,7 @@ class TrainableDecoder(Decoder):
         g, width = self.g, self.c.hidden_size
         g.inputs = [
             _input("states", _FLOAT, ["n", width]),
-            *(_input(name, _FLOAT, ["rows", 1, "s", "rotated"]) for name in ("cosine", "sine")),
+            *(_input(name, _FLOAT, ["turns", 1, "s", "rotated"]) for name in ("cosine", "sine")),
             _input("seen", _BOOL, ["rows", 1, "s", "s"]),
             _input("padded", _INT64, ["places"]),
             _input("packed", _INT64, ["n"]),

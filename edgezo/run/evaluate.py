@@ -20,13 +20,7 @@ from edgezo.network.model import Model
 from edgezo.plan.budget import portable
 from edgezo.plan.config import RunConfig
 from edgezo.run.claims import prepare_replay
-from edgezo.run.directory import (
-    RunFiles,
-    lost_head,
-    run_id,
-    same_task,
-    temporary_overlay,
-)
+from edgezo.run.directory import RunFiles, lost_head, run_id, same_task
 from edgezo.run.exported import Exported
 from edgezo.run.figures import evaluate_model
 from edgezo.run.journal import Journal
@@ -46,6 +40,7 @@ from edgezo.run.session import (
     settle,
     without_states,
 )
+from edgezo.run.snapshots import temporary_overlay
 from edgezo.run.summary import check_same_end, how_far, saved_summary, takes_roots, unfinished
 from edgezo.weights.saved import saved_sha256, trained_tensors, write_saved
 from edgezo.weights.verified import open_saved

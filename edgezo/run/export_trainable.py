@@ -149,7 +149,7 @@ class _Writer:
         )
         head = self.alike[output]
         self._one("embed", lambda d: d.embed_graph(), "table.data", by_row=True)
-        blocks, kinds = [], {}
+        blocks, kinds = [], dict[str, Any]()
         for layer in range(config.num_hidden_layers):
             name = f"block-{layer:02d}"
             decoder = self._one(name, lambda d, n=layer: d.block_graph(n), f"{name}.data")

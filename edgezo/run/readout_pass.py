@@ -35,7 +35,7 @@ from edgezo.network.readout import (
     candidates,
     fit,
 )
-from edgezo.run.directory import RunFiles, run_id
+from edgezo.run.directory import PROBE_KEYS, RunFiles, run_id
 from edgezo.run.figures import evaluate_model
 from edgezo.run.short_memory import MicroBatchFitter
 from edgezo.run.state import RunState
@@ -60,7 +60,6 @@ class ReadoutResult:
 # Rows whose label words are scored where these have several tokens, which takes many times as long as the prompts.
 WORDS_ROWS = 32
 MOST_PASSES = 3  # of the rows, where their states change on disk
-PROBE_KEYS = {"used", "rows", "fit_s", "loss", "accuracy", "label_words_loss"}  # metadata
 
 
 def recall(run: RunFiles, model: Model, hidden: int, of_run: str | None) -> ReadoutResult | None:

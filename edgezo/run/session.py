@@ -46,9 +46,10 @@ from edgezo.plan.data_fields import LOSS
 from edgezo.plan.plan import Plan, PlanDoesNotFit
 from edgezo.plan.planner import make_plan
 from edgezo.run.called import peak_before_bytes, present_caller, usable
-from edgezo.run.directory import Overlay, data_hash, dataset_facts
+from edgezo.run.directory import data_hash, dataset_facts
 from edgezo.run.finetuner import Finetuner
 from edgezo.run.objective import Judge
+from edgezo.run.snapshots import Overlay
 from edgezo.run.states_cache import states_room_bytes
 from edgezo.weights.home import Medium
 from edgezo.weights.layouts import DENSE_DTYPES
