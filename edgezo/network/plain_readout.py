@@ -174,7 +174,7 @@ def fit_readout(
         best = dict(ordered[: 1 if single else READOUT_BLOCKS])
     best = dict(sorted(best.items()))
     fits = list(best.values())
-    scores = np.mean([fitted.held_out for fitted in fits], axis=0, dtype=np.float32)
+    scores = np.stack([fitted.held_out for fitted in fits]).mean(0)
 
     def loss_at(factor: float) -> float:
         return float(cross_entropies(scores * np.float32(factor), labels).mean())
@@ -184,7 +184,7 @@ def fit_readout(
     weights = PlainReadoutWeights(
         tuple(best),
         np.stack([fitted.weight for fitted in fits]) * scale,
-        np.sum([fitted.bias for fitted in fits], axis=0, dtype=np.float32) * scale,
+        np.stack([fitted.bias for fitted in fits]).sum(0) * scale,
     )
     accuracy = float((scores.argmax(1) == labels).mean())
     return PlainFit(weights, accuracy, loss_at(factor))

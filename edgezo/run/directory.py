@@ -239,6 +239,30 @@ def dataset_facts(dataset: Dataset) -> dict[str, Any]:
     }
 
 
+# Settings that a replay does not need: the journal's header leaves them out.
+NOT_IN_HEADER = (
+    *("out", "max_mem_bytes", "device", "threads", "profile", "finetuner", "began_in"),
+    *("when", "max_temp", "max_cpu", "log_to", "engine", "provider"),
+)
+
+
+def run_header(
+    content_hash: str, dataset: Dataset, cfg: RunConfig, finetuner: str | None = None
+) -> dict[str, Any]:
+    """What the journal remembers of a run: enough to replay it, and to refuse another base, other rows or settings.
+
+    ``content_hash`` is the base's, ``finetuner`` the digest of the file that scales directions. Engines are not in it:
+    a journal means the same on each.
+    """
+    return {
+        **({} if finetuner is None else {"finetuner_hash": finetuner}),
+        "content_hash": content_hash,
+        "data_hash": data_hash(dataset.train),
+        "dataset": dataset_facts(dataset),
+        "config": {k: v for k, v in cfg.without_absent().items() if k not in NOT_IN_HEADER},
+    }
+
+
 def same_task(facts: Mapping[str, Any], dataset: Dataset) -> bool:
     """Whether a data set has the labels of the one that ``facts`` were taken of."""
     if facts["kind"] != dataset.kind or tuple(facts["label_ids"]) != dataset.label_ids:

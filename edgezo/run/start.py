@@ -28,7 +28,8 @@ from edgezo.run.parent import Parent, attach_parents
 from edgezo.run.progress import RunProgress
 from edgezo.run.ranks import Ranks, without_head
 from edgezo.run.readout_pass import ReadoutResult
-from edgezo.run.recipes import follow, journal_is_shaped
+from edgezo.run.recipes import follow
+from edgezo.run.record_recipe import journal_is_shaped
 from edgezo.run.restore import (
     Restored,
     begin_weights,

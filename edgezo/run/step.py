@@ -24,7 +24,7 @@ from edgezo.network.first_order import split_by_length
 from edgezo.network.perturb import Probe
 from edgezo.run.finetuner import Tuner
 from edgezo.run.journal_record import StepRecord
-from edgezo.run.recipes import recipe_of
+from edgezo.run.record_recipe import recipe_of
 from edgezo.run.snapshots import save_snapshot
 from edgezo.run.state import RunState
 from edgezo.weights.saved import saved_sha256
