@@ -14,6 +14,7 @@ import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -116,13 +117,17 @@ def finetune(
         emit(as_json, plan.to_dict(), tables.plan_table(plan, steps=cfg.steps))
         return
     with profiler.profiling(cfg.profile):
-        with profiler.phase("import"):
-            from edgezo.run.train import finetune as run_finetune
+        if cfg.engine == "onnx":
+            from edgezo.run.onnx_train import finetune_onnx
 
+            run_finetune = partial(finetune_onnx, cfg)
+        else:
+            with profiler.phase("import"):
+                from edgezo.run.train import finetune as finetune_torch
+
+            run_finetune = partial(finetune_torch, cfg, parent=parent)
         try:
-            summary = run_finetune(
-                cfg, resume=resuming, progress=progress, began_s=began_s, parent=parent
-            )
+            summary = run_finetune(resume=resuming, progress=progress, began_s=began_s)
         finally:
             progress.close()
     if rank:

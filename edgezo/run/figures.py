@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from edgezo.data.dataset import Dataset
 from edgezo.machine.profiler import phase
 from edgezo.network.model import Model
 from edgezo.run.objective import Judge
-from edgezo.run.row_figures import figures_of, standard_error
+from edgezo.run.row_figures import EvaluatedRows, figures_of, standard_error
 
 
 class Divided(Protocol):
@@ -26,16 +26,6 @@ class Divided(Protocol):
     def merge_rows(self, batches: Sequence[Sequence[int]], values: np.ndarray) -> None:
         """Fill ``values`` (rows, k) fp64 with the rows of the other processes."""
         ...
-
-
-class EvaluatedRows(NamedTuple):
-    """The figures of an evaluation, and what they were made of: one value for each validation row."""
-
-    figures: dict[str, Any]
-    chosen: list[int]  # the predicted class or option; 0 where rows have none
-    labels: list[int]  # the right one; -1 where there is none
-    losses: Sequence[float]
-    texts: list[str]  # predictions as text, where a judge looks at them; else []
 
 
 def evaluate_model(model: Model, dataset: Dataset, judge: Judge | None = None) -> dict[str, Any]:

@@ -63,6 +63,19 @@ def read_rows(
     return replace(dataset, notes=notes)
 
 
+def for_kind(cfg: RunConfig, dataset: Dataset) -> RunConfig:
+    """The request for such rows: only rows with label words have classes that a linear probe tells apart."""
+    if dataset.classes or not cfg.parts.readout:
+        return cfg
+    train = tuple(part for part in cfg.train if part != "probe")
+    if not train:
+        raise UsageError(
+            f"--train probe tells classes apart, but these rows are of the kind {dataset.kind}.\n"
+            "Use --train head, or lowrank+head."
+        )
+    return replace(cfg, train=train)
+
+
 def _check_tokens(
     dataset: Dataset, splits: Sequence[PackedExamples], model: ReadingModel, tokenizer: Any
 ) -> None:

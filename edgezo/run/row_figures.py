@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from edgezo.data.dataset import Dataset
 
@@ -18,6 +18,16 @@ class JudgesTexts(Protocol):
     def figures(self, texts: Sequence[str]) -> dict[str, Any]:
         """The metric, and what stands beside it."""
         ...
+
+
+class EvaluatedRows(NamedTuple):
+    """The figures of an evaluation, and what they were made of: one value for each validation row."""
+
+    figures: dict[str, Any]
+    chosen: list[int]  # the predicted class or option; 0 where rows have none
+    labels: list[int]  # the right one; -1 where there is none
+    losses: Sequence[float]
+    texts: list[str]  # predictions as text, where a judge looks at them; else []
 
 
 def standard_error(figures: dict[str, Any], total: float, squares: float) -> dict[str, float]:

@@ -44,7 +44,7 @@ from edgezo.run.called import peak_before_bytes, present_caller, usable
 from edgezo.run.directory import run_header
 from edgezo.run.finetuner import Finetuner
 from edgezo.run.objective import Judge
-from edgezo.run.read_rows import ReadingModel, read_rows
+from edgezo.run.read_rows import ReadingModel, for_kind, read_rows
 from edgezo.run.snapshots import Overlay
 from edgezo.run.states_cache import states_room_bytes
 from edgezo.weights.home import Medium
@@ -95,7 +95,7 @@ def open_request(cfg: RunConfig, *, to_train: bool = True) -> Opened:
     loader.model_class(files)  # its code is part of the process that a plan starts from
     tokenizer = loader.load_tokenizer(files.path)
     dataset = read_data(cfg, files, tokenizer, guard, to_train)
-    cfg = replace(_for_kind(cfg, dataset), written_at=dataset.written_at)
+    cfg = replace(for_kind(cfg, dataset), written_at=dataset.written_at)
     judge = _judge_of(cfg, files, tokenizer, dataset)
     malloc_trim()  # memory that parsing has freed is no part of the process that a plan starts from
     peak_bytes = peak_rss_bytes()
@@ -126,19 +126,6 @@ def _judge_of(cfg: RunConfig, files: ModelFiles, tokenizer: Any, dataset: Datase
     if cfg.objective == LOSS and dataset.generation is None and dataset.report is None:
         return None
     return Judge.of(cfg, dataset, tokenizer, files.end_ids)
-
-
-def _for_kind(cfg: RunConfig, dataset: Dataset) -> RunConfig:
-    """The request for such rows: only rows with label words have classes that a linear probe tells apart."""
-    if dataset.classes or not cfg.parts.readout:
-        return cfg
-    train = tuple(part for part in cfg.train if part != "probe")
-    if not train:
-        raise UsageError(
-            f"--train probe tells classes apart, but these rows are of the kind {dataset.kind}.\n"
-            "Use --train head, or lowrank+head."
-        )
-    return replace(cfg, train=train)
 
 
 def read_data(

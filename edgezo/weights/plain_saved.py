@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping, Set
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,11 @@ OF_RUN = "run"  # the run that the file belongs to (directory.run_id)
 NO_DIGEST = "0" * 64
 DIGEST_AT = 8 + len(f'{{"__metadata__":{{"{DIGEST}":"')  # offset in the file
 MOST_SAVED_HEADER = 4 << 20  # bytes: 40,000 tensors, a hundred times as many as a model has
-_DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "I64": np.dtype("<i8"),
+}
 
 
 def write_arrays(
@@ -85,7 +90,7 @@ def read_arrays(
         tensors = {}
         for name, about in header.items():
             first, last = about["data_offsets"]
-            dtype: np.dtype = _DTYPES[about["dtype"]]
+            dtype: np.dtype[Any] = _DTYPES[about["dtype"]]
             values = np.frombuffer(body, dtype, (last - first) // dtype.itemsize, first)
             tensors[name] = values.reshape(about["shape"]).copy()
             if not np.isfinite(tensors[name]).all():
