@@ -31,6 +31,7 @@ from edgezo.cli.options import (
     DATA,
     MEMORY,
     METHOD,
+    OF_EVALUATION,
     OF_META,
     PREDICTION,
     RUN,
@@ -177,7 +178,7 @@ def plan(config_file: str | None, as_json: bool, **given: str | None) -> None:
 
 
 @cli.command("eval", cls=ShortHelp)
-@options(*DATA, *PREDICTION, "max_mem_bytes", "device", "precision", "threads")
+@options(*DATA, *PREDICTION, *OF_EVALUATION)
 @base_option
 @config_option
 @json_option
@@ -187,7 +188,10 @@ def evaluate(config_file: str | None, as_json: bool, **given: str | None) -> Non
 
     target, cfg = evaluation_request(given, config_file)
     use_threads(cfg.threads)
-    from edgezo.run.evaluate import evaluate as run_evaluation
+    if cfg.engine == "onnx":
+        from edgezo.run.onnx_use import evaluate_onnx as run_evaluation
+    else:
+        from edgezo.run.evaluate import evaluate as run_evaluation
 
     result = run_evaluation(target, cfg, lambda text: click.echo(text, err=True))
     emit(as_json, result, tables.evaluation_line(result))
@@ -202,9 +206,14 @@ def evaluate(config_file: str | None, as_json: bool, **given: str | None) -> Non
 @json_option
 def replay(run: str, out: str, base: str | None, as_json: bool) -> None:
     """Rebuild a fine-tuned model from its base and its journal, without data or forward passes."""
-    from edgezo.run.evaluate import replay as run_replay
+    from edgezo.run.onnx_use import replay_on_onnx, replays_on_onnx
 
-    result = run_replay(Path(run), Path(out), base=base)
+    if replays_on_onnx(Path(run), base):
+        result = replay_on_onnx(Path(run), Path(out), base)
+    else:
+        from edgezo.run.evaluate import replay as run_replay
+
+        result = run_replay(Path(run), Path(out), base=base)
     standing = f" (unfinished: {result['unfinished']})" if "unfinished" in result else ""
     emit(
         as_json, result, f"replayed {result.get('steps', '?')} steps of {run} into {out}{standing}"
@@ -212,7 +221,18 @@ def replay(run: str, out: str, base: str | None, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("run", type=click.Path(), metavar="RUN")
+@click.argument("run", type=click.Path(), metavar="RUN", required=False)
+@click.option(
+    "--model",
+    type=click.Path(),
+    metavar="MODEL",
+    help="With --trainable: the model to write, in place of RUN.",
+)
+@click.option(
+    "--trainable",
+    is_flag=True,
+    help="With --format onnx: write a model as graphs that finetune --engine onnx trains.",
+)
 @click.option(
     "--format",
     "form",
@@ -224,7 +244,8 @@ def replay(run: str, out: str, base: str | None, as_json: bool) -> None:
     "--dtype",
     type=click.Choice(["fp32", "bf16", "fp16", "q8_0", "int8", "int8-blocks", "int4"]),
     help="Type of the weights.  [default: of hf fp32 if adapters were trained, else the run's; "
-    "of gguf the base file's, else fp16; of onnx fp32]  int8-blocks and int4 need onnxruntime's own operators.",
+    "of gguf the base file's, else fp16; of onnx fp32, with --trainable int8]  int8-blocks and int4 need "
+    "onnxruntime's own operators.",
 )
 @click.option(
     "--out",
@@ -236,14 +257,39 @@ def replay(run: str, out: str, base: str | None, as_json: bool) -> None:
 @base_option
 @json_option
 def export(
-    run: str, form: str, dtype: str | None, out: str, base: str | None, as_json: bool
+    run: str | None,
+    model: str | None,
+    trainable: bool,
+    form: str,
+    dtype: str | None,
+    out: str,
+    base: str | None,
+    as_json: bool,
 ) -> None:
-    """Write the result of a run: a model, a classifier, an adapter (peft, gguf-adapter), or its steps (journal)."""
-    from edgezo.plan.budget import mb
-    from edgezo.run.export import export as run_export
+    """Write the result of a run: a model, a classifier, an adapter (peft, gguf-adapter), or its steps (journal).
 
-    result = run_export(Path(run), form, Path(out), dtype=dtype, base=base)
-    text = f"{result['steps']} steps, {result.get('size_bytes')} bytes, in {out}"
+    With --trainable: write a model as graphs for finetune --engine onnx.
+    """
+    from edgezo.plan.budget import mb
+
+    source = run or model
+    if source is None or (run is not None and model is not None):
+        raise UsageError("name what to export, once: a RUN, or with --trainable a model (--model)")
+    if trainable:
+        if form != "onnx" or base is not None:
+            raise UsageError("--trainable writes a model with --format onnx, and takes no --base")
+        from edgezo.run.export_trainable import export_trainable
+
+        result = export_trainable(source, Path(out), dtype)
+    elif model is not None:
+        raise UsageError(
+            "--model is for --trainable; of a run, name its directory: edgezo export RUN"
+        )
+    else:
+        from edgezo.run.export import export as run_export
+
+        result = run_export(Path(source), form, Path(out), dtype=dtype, base=base)
+    text = f"{result.get('steps')} steps, {result.get('size_bytes')} bytes, in {out}"
     if "tensors" in result:
         text = f"{result['tensors']} tensors, {mb(result['weight_bytes'])}, in {out}"
     emit(as_json, result, "\n".join([text, *(f"note: {line}" for line in result["notes"])]))

@@ -85,11 +85,12 @@ class OnnxModel:
     _bases: dict[int, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        rows = None
-        if self.kind == "label":
-            ids = np.array(self.label_ids, np.int64)
-            rows = self.sessions.run("rows.onnx", {"ids": ids}, keep=False)
-        self.scorer = PlainScorer(self.kind, rows, self.manifest.softcap, self._logits)
+        self.scorer = PlainScorer(self.kind, self._word_rows, self.manifest.softcap, self._logits)
+
+    def _word_rows(self) -> np.ndarray:
+        """Rows of the head of the label words, (K, hidden) fp32."""
+        ids = np.array(self.label_ids, np.int64)
+        return self.sessions.run("rows.onnx", {"ids": ids}, keep=False)
 
     # -- the seam -----------------------------------------------------------------------------------------
 

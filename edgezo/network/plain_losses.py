@@ -103,10 +103,11 @@ class PlainScorer:
     """Losses of the states that the head reads, for one task."""
 
     kind: str  # of the dataset
-    rows: np.ndarray | None  # (K, hidden) fp32 of the head, of label words
+    word_rows: Callable[[], np.ndarray]  # (K, hidden) fp32 of the head, of label words
     softcap: float | None
     logits_of: Callable[[np.ndarray], np.ndarray]  # (p, hidden) -> (p, vocabulary), capped
     exact: PlainHead | None = None
+    _rows: np.ndarray | None = field(default=None, init=False)
 
     def losses(
         self, ended: np.ndarray, batch: PackedRows, sides: int, learn: float
@@ -127,8 +128,9 @@ class PlainScorer:
         return -option_means(self._nll(ended, batch, 1, 0.0), batch, 1)[0]
 
     def _word_logits(self, ended: np.ndarray) -> np.ndarray:
-        assert self.rows is not None
-        logits = ended @ self.rows.T
+        if self._rows is None:
+            self._rows = self.word_rows()
+        logits = ended @ self._rows.T
         if self.exact is not None:
             logits += self.exact.features(ended) @ self.exact.delta.T
         return self._cap(logits)

@@ -41,7 +41,8 @@ from edgezo.run.session import (
     without_states,
 )
 from edgezo.run.snapshots import temporary_overlay
-from edgezo.run.summary import check_same_end, how_far, saved_summary, takes_roots, unfinished
+from edgezo.run.summary import check_same_end, takes_roots
+from edgezo.run.summary_file import how_far, saved_summary, unfinished
 from edgezo.weights.saved import saved_sha256, trained_tensors, write_saved
 from edgezo.weights.verified import open_saved
 

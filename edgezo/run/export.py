@@ -51,7 +51,7 @@ from edgezo.run.merged import Merged
 from edgezo.run.model_card import write_card
 from edgezo.run.places import at_base, with_base
 from edgezo.run.shipped import ship
-from edgezo.run.summary import saved_summary, unfinished
+from edgezo.run.summary_file import saved_summary, unfinished
 from edgezo.zo.parts import PARTS
 
 _ADAPTERS, _WHOLE = ("peft", "gguf-adapter"), ("hf", "hf-classifier")

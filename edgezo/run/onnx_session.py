@@ -5,6 +5,7 @@ No module that this one imports needs torch or transformers (the contract ``torc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from edgezo.data.dataset import Dataset
@@ -115,8 +116,17 @@ def settle_onnx(opened: OnnxOpened, machine: Machine, base_bytes: int) -> OnnxPl
 
 def load_onnx(planned: OnnxPlanned) -> OnnxModel:
     """The model of a plan. Graphs are loaded when they first run."""
-    cfg, manifest, dataset = planned.cfg, planned.opened.manifest, planned.opened.dataset
-    first = planned.plan.first_trained
+    cfg, dataset = planned.cfg, planned.opened.dataset
+    about = (dataset.kind, dataset.label_ids)
+    return model_over(planned.opened.manifest, cfg, *about)
+
+
+def model_over(
+    manifest: Manifest, cfg: RunConfig, kind: str, label_ids: Sequence[int]
+) -> OnnxModel:
+    """What ``cfg`` trains over the graphs of a manifest, as it begins, for rows of a ``kind``."""
+    shape = manifest.shape
+    first = cfg.first_trained(shape.layers)
     linears = {
         number: block.linears
         for number, block in enumerate(manifest.blocks)
@@ -127,16 +137,13 @@ def load_onnx(planned: OnnxPlanned) -> OnnxModel:
         manifest,
         Sessions(manifest, cfg.provider, threads),
         PlainFactors(linears, cfg.seed, cfg.rank, threads),
-        dataset.kind,
-        dataset.label_ids,
+        kind,
+        tuple(label_ids),
         first_trained=first,
     )
-    if cfg.parts.head:
-        shape = manifest.shape
-        if dataset.kind == "label":
-            model.scorer.exact = PlainHead.of_words(len(dataset.label_ids), shape.hidden)
-        else:
-            model.scorer.exact = PlainHead.of_vocabulary(
-                shape.vocab, shape.hidden, cfg.rank, cfg.seed
-            )
+    if cfg.parts.head and kind == "label":
+        model.scorer.exact = PlainHead.of_words(len(label_ids), shape.hidden)
+    elif cfg.parts.head:
+        vocabulary = (shape.vocab, shape.hidden, cfg.rank, cfg.seed)
+        model.scorer.exact = PlainHead.of_vocabulary(*vocabulary)
     return model

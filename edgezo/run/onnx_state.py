@@ -89,12 +89,8 @@ class OnnxRunState:
 
     @property
     def examples(self) -> Sequence[Example]:
-        """The training examples, as they have to pass: a linear probe reads prompts, and no label word behind them."""
-        return self.as_read(self.dataset.train)
-
-    def as_read(self, examples: Sequence[Example]) -> Sequence[Example]:
-        """Examples as they have to pass."""
-        return examples if self.model.readout is None else PackedExamples.of(examples).prompts()
+        """The training examples, as they have to pass."""
+        return as_read(self.model, self.dataset.train)
 
     def log_line(self, line: Mapping[str, Any]) -> None:
         """Write a line to metrics.jsonl, and report it."""
@@ -105,6 +101,11 @@ class OnnxRunState:
         """Go on with micro-batches of this size."""
         cfg = replace(self.cfg, micro_batch=micro_batch)
         self.planned = replace(self.planned, cfg=cfg)
+
+
+def as_read(model: OnnxModel, examples: Sequence[Example]) -> Sequence[Example]:
+    """Examples as they have to pass: a linear probe reads prompts, and no label word behind them."""
+    return examples if model.readout is None else PackedExamples.of(examples).prompts()
 
 
 def trained_arrays(model: OnnxModel) -> dict[str, np.ndarray]:

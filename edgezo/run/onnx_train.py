@@ -6,7 +6,6 @@ and exit codes are those of every run; what the engine has no place for is refus
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -14,9 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from edgezo.data.batches import evaluation_batches, packed_rows
 from edgezo.errors import BudgetExceeded, Interrupted, UsageError
 from edgezo.machine.clock import now_s
 from edgezo.machine.files import atomic_write, to_json
@@ -47,6 +43,7 @@ from edgezo.run.journal import Journal, create_journal
 from edgezo.run.kept_answers import WHEN, keep_answers
 from edgezo.run.manners import Manners
 from edgezo.run.metrics_log import RunLog, check_lines, mean_loss, step_line
+from edgezo.run.onnx_figures import evaluate_on_onnx
 from edgezo.run.onnx_probe import PlainReadoutPass
 from edgezo.run.onnx_session import OnnxPlanned, load_onnx, open_onnx, settle_onnx
 from edgezo.run.onnx_state import (
@@ -62,7 +59,6 @@ from edgezo.run.opening import Opening
 from edgezo.run.places import with_beginning
 from edgezo.run.progress import RunProgress, Silent, peaks_line
 from edgezo.run.record_recipe import journal_is_shaped
-from edgezo.run.row_figures import EvaluatedRows, figures_of, standard_error
 from edgezo.run.stopping import StopRequest
 from edgezo.zo.credit import schedule
 
@@ -172,30 +168,6 @@ def _plan_file(planned: OnnxPlanned) -> dict[str, Any]:
         "evaluated": len(dataset.validation),
     }
     return {**planned.plan.to_dict(), "sources": {"base": base, "data": data}}
-
-
-def evaluate_on_onnx(state: OnnxRunState, shown: partial[None] | None = None) -> EvaluatedRows:
-    """Evaluate the validation rows, as ``figures.evaluate_rows`` does."""
-    model, dataset = state.model, state.dataset
-    examples = state.as_read(dataset.validation)
-    batches, rows = evaluation_batches(examples), 0
-    of_rows, chosen = array("f", bytes(4 * len(examples))), [0] * len(examples)
-    for batch in batches:
-        rows += len(batch)
-        packed = packed_rows([examples[i] for i in batch], range(len(batch)))
-        losses, predicted = model.losses(packed)
-        for i, option, loss in zip(batch, predicted[0].tolist(), losses[0].tolist(), strict=True):
-            chosen[i], of_rows[i] = option, loss
-        if shown is not None:
-            shown(rows)
-    labels = [example.label for example in examples]
-    right = sum(option == label for option, label in zip(chosen, labels, strict=True))
-    sums = [np.array([of_rows[i] for i in batch], np.float64) for batch in batches]
-    total = sum((float(losses.sum()) for losses in sums), 0.0)
-    squares = sum((float(np.square(losses).sum()) for losses in sums), 0.0)
-    figures = figures_of(dataset, total, right, None, [])
-    figures |= standard_error(figures, total, squares)
-    return EvaluatedRows(figures, chosen, labels, of_rows, [])
 
 
 class OnnxTraining:
@@ -346,7 +318,7 @@ class OnnxTraining:
             malloc_trim()
             begun_s = now_s()
             shown = partial(state.progress.evaluated, total=len(state.dataset.validation))
-            evaluated = evaluate_on_onnx(state, shown)
+            evaluated = evaluate_on_onnx(state.model, state.dataset, shown)
             took_s = now_s() - begun_s
             malloc_trim()
             if when in WHEN:

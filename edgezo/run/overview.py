@@ -21,7 +21,7 @@ from edgezo.plan.request import read_run_config
 from edgezo.run.directory import PROBE_KEYS, RunFiles, run_id
 from edgezo.run.journal import open_journal
 from edgezo.run.metrics_log import read_lines
-from edgezo.run.summary import saved_summary
+from edgezo.run.summary_file import saved_summary
 from edgezo.weights.verified import open_saved
 from edgezo.zo.parts import PARTS
 

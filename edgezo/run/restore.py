@@ -17,7 +17,8 @@ from edgezo.run.journal import Journal
 from edgezo.run.readout_pass import ReadoutResult, recall, take_over
 from edgezo.run.recipes import replay_into
 from edgezo.run.snapshots import load_snapshot
-from edgezo.run.summary import check_same_end, saved_summary
+from edgezo.run.summary import check_same_end
+from edgezo.run.summary_file import saved_summary
 from edgezo.weights.saved import saved_sha256
 
 

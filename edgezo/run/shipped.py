@@ -32,7 +32,8 @@ from edgezo.machine.ownership import check_new_file
 from edgezo.plan.config import RunConfig
 from edgezo.run.directory import PARENT_NAMES, RunFiles
 from edgezo.run.evaluate import brought_back, replay
-from edgezo.run.summary import check_same_end, saved_summary, takes_roots, unfinished
+from edgezo.run.summary import check_same_end, takes_roots
+from edgezo.run.summary_file import saved_summary, unfinished
 from edgezo.weights.saved import saved_sha256
 
 FORMAT, KIND = 1, "edgezo fine-tune"
