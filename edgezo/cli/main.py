@@ -396,7 +396,21 @@ def _describe(error: BaseException) -> tuple[int, str, Mapping[str, Any]]:
         return 1, "the system has no more memory to give; try a smaller --max-mem", {}
     if isinstance(error, OSError):
         return 1, _os_message(error), {}
+    if isinstance(error, ModuleNotFoundError) and _of_torch(error):
+        return 1, f"{error}: {_NO_TORCH}", {}
     return 1, f"{type(error).__name__}: {error}", {}
+
+
+_TORCH_PACKAGES = ("torch", "transformers", "accelerate", "optimum", "safetensors", "gguf", "onnx")
+_NO_TORCH = (
+    "this command runs on PyTorch, which is not installed with what goes with it. pip install 'edgezo[torch]' brings "
+    "them. Without them, --engine onnx trains and evaluates what export --trainable wrote (docs/engines.md)."
+)
+
+
+def _of_torch(error: ModuleNotFoundError) -> bool:
+    """Whether a package is missing that the extra "torch" brings."""
+    return (error.name or "").partition(".")[0] in _TORCH_PACKAGES
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -462,7 +476,8 @@ def run(args: Sequence[str]) -> int:
         if interrupts.asked() and not isinstance(error, EdgezoError):
             error = KeyboardInterrupt()  # what it became on its way through a library
         code, message, more = _describe(error)
-        if not isinstance(error, _EXPECTED):  # a bug: show where it is
+        missing = isinstance(error, ModuleNotFoundError) and _of_torch(error)
+        if not missing and not isinstance(error, _EXPECTED):  # a bug: show where it is
             traceback.print_exc()
         if as_json:
             echo_json({"error": message, "exit_code": code, **more})
