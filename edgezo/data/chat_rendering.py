@@ -81,7 +81,7 @@ class ChatTemplate:
         try:
             from transformers.tokenization_utils_base import PreTrainedTokenizerBase
         except ImportError as problem:
-            raise EdgezoError(
+            raise ImportError(
                 f"chat templates are rendered by transformers, which is not installed here ({problem}). Write the rows "
                 "as prompt and completion, or pip install 'edgezo[torch]'."
             ) from problem

@@ -254,7 +254,7 @@ class OnnxModel:
         }
 
     def _logits(self, ended: np.ndarray) -> np.ndarray:
-        """Logits (p, vocabulary) fp32, with the model's soft cap."""
+        """Logits (p, vocabulary) fp32, without the model's soft cap."""
         return self.sessions.run("head.onnx", {"ended": ended})
 
 

@@ -4,7 +4,7 @@
     block-NN.onnx    states (n, width), how rows lie, factors, directions     -> states (n, width)
     end.onnx         states (n, width), index (p,)           -> ended (p, width): what the head reads there
     rows.onnx        ids (k,)                                -> rows (k, width) of the head, of label words
-    head.onnx        ended (p, width)                        -> logits (p, vocabulary)
+    head.onnx        ended (p, width)                        -> logits (p, vocabulary), without a soft cap
 
 One graph for each block: a run may begin at any of them, load and release them one by one, and read states between
 them. Tokens of all rows and of both sides lie packed in one axis, n. Only attention sees rows: ``padded`` (rows*s,)
@@ -126,7 +126,7 @@ class TrainableDecoder(Decoder):
         self.put_out(rows, "rows", ["k", self.shapes[head][1]])
 
     def head_graph(self, head: str) -> None:
-        """what the head reads -> logits, from codes that are expanded some rows at a time."""
+        """what the head reads -> logits without a soft cap, from codes that are expanded some rows at a time."""
         g, (vocab, width) = self.g, self.shapes[head]
         g.inputs = [_input("ended", _FLOAT, ["p", width])]
         if g.bits is None:
@@ -144,7 +144,7 @@ class TrainableDecoder(Decoder):
                 expanded = g.op("DequantizeLinear", part, scale, zeros, axis=0)
                 pieces.append(g.op("Gemm", "ended", expanded, transB=1))
             logits = str(g.op("Concat", *pieces, axis=1))
-        self.put_out(self.capped(logits), "logits", ["p", vocab])
+        self.put_out(logits, "logits", ["p", vocab])
 
     def put_out(self, made: str, name: str, shape: list[Any]) -> None:
         """Give a result its name."""

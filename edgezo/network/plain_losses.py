@@ -105,7 +105,7 @@ class PlainScorer:
     kind: str  # of the dataset
     word_rows: Callable[[], np.ndarray]  # (K, hidden) fp32 of the head, of label words
     softcap: float | None
-    logits_of: Callable[[np.ndarray], np.ndarray]  # (p, hidden) -> (p, vocabulary), capped
+    logits_of: Callable[[np.ndarray], np.ndarray]  # (p, hidden) -> (p, vocabulary), without a soft cap
     exact: PlainHead | None = None
     _rows: np.ndarray | None = field(default=None, init=False)
 
@@ -194,7 +194,7 @@ class PlainScorer:
                 logits = logits + self.exact.features(ended[chunk]) @ self.exact.delta.T
             if start == 0:  # the vocabulary is known now
                 at_once = max(1, LOGITS_AT_ONCE_BYTES // (4 * logits.shape[1]))
-            yield chunk, logits
+            yield chunk, self._cap(logits)
             start = chunk.stop
 
 
