@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgezo.machine.kernel_library import SIGNATURES as _SIGNATURES  # noqa: F401 (the tests ask it)
-from edgezo.machine.kernel_library import draw_noise, threads_for
+from edgezo.machine.kernel_library import crc32 as crc32  # beside the others
+from edgezo.machine.kernel_library import draw_noise, folds, sums_of_rows, threads_for
 from edgezo.machine.kernel_library import library as _library
 
 _STRIP, _QUERIES, _FEW = 32, 4, 8  # STRIP, QUERIES and FEW of kernels.c
@@ -329,28 +330,8 @@ def noise(
 # -------------------------------------------------------------------------------- checksums
 
 
-def crc32(data: memoryview | np.ndarray, start: int = 0) -> int:
-    """``zlib.crc32`` of flat bytes, beginning with the CRC ``start``: five times as fast with a library."""
-    flat = np.frombuffer(data, np.uint8)
-    if not _folds():
-        return zlib.crc32(flat.data, start)
-    return int(_crc32_rows(flat.reshape(1, -1), start, threads=1)[0])
-
-
 def crc32_rows(rows: np.ndarray) -> np.ndarray:
     """(n,) uint32: ``zlib.crc32`` of each row of (n, bytes) uint8, contiguous."""
-    if not _folds():
+    if not folds():
         return np.fromiter((zlib.crc32(row.data) for row in rows), np.uint32, len(rows))
-    return _crc32_rows(rows, 0, _threads(rows.size))
-
-
-def _folds() -> bool:
-    """Whether there is a library, and the CPU has what its checksum needs."""
-    library = _library()
-    return library is not None and bool(library.edgezo_crc32_is_fast())
-
-
-def _crc32_rows(rows: np.ndarray, start: int, threads: int) -> np.ndarray:
-    sums = np.empty(len(rows), np.uint32)
-    _library().edgezo_crc32(rows.ctypes.data, *rows.shape, start, sums.ctypes.data, threads)
-    return sums
+    return sums_of_rows(rows, 0, _threads(rows.size))

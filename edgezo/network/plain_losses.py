@@ -105,7 +105,9 @@ class PlainScorer:
     kind: str  # of the dataset
     word_rows: Callable[[], np.ndarray]  # (K, hidden) fp32 of the head, of label words
     softcap: float | None
-    logits_of: Callable[[np.ndarray], np.ndarray]  # (p, hidden) -> (p, vocabulary), without a soft cap
+    logits_of: Callable[
+        [np.ndarray], np.ndarray
+    ]  # (p, hidden) -> (p, vocabulary), without a soft cap
     exact: PlainHead | None = None
     _rows: np.ndarray | None = field(default=None, init=False)
 
