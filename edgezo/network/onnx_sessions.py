@@ -67,8 +67,7 @@ class Sessions:
         if self.provider != "cpu":
             self._providers.append(PROVIDERS["cpu"])
         self._ort = runtime()
-        if self.threads != 1:
-            _one_pool(self.threads or 0)
+        _one_pool(self.threads or 0)
 
     def run(self, name: str, inputs: Mapping[str, np.ndarray], *, keep: bool = True) -> np.ndarray:
         """The result of a graph. ``keep``: the graph stays in memory for the next call."""
@@ -90,9 +89,7 @@ class Sessions:
 
     def _open(self, name: str) -> Any:
         options = self._ort.SessionOptions()
-        options.use_per_session_threads = self.threads == 1  # then a session has no pool
-        if self.threads == 1:
-            options.intra_op_num_threads = 1
+        options.use_per_session_threads = False
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
         options.log_severity_level = 4
@@ -110,8 +107,8 @@ class Sessions:
 
 @functools.cache
 def _one_pool(threads: int) -> None:
-    """One pool of threads for all graphs of the process, whose first session has made it (0: as many as cores)."""
-    with contextlib.suppress(Exception):  # it is there already, with another size
+    """One pool of threads for all graphs of the process (0: as many as cores); the first that is made stays."""
+    with contextlib.suppress(Exception):
         runtime().set_global_thread_pool_sizes(threads, 1)
 
 

@@ -202,7 +202,8 @@ def make_onnx_plan(
     batch = cfg.batch_size or max(DEFAULT_BATCH, cfg.micro_batch or 1)
     states = cfg.states
     if cfg.blocks != "all" and states is None:
-        states = "none"
+        # A linear probe reads prompts alone, which are other rows than those with several label words behind them.
+        states = "none" if tokens.long_words and cfg.parts.readout else "bf16"
     settled = Batched.of(cfg, batch_size=batch, states=states)
     footprint = OnnxFootprint(sizes, settled, tokens, base_bytes, read_peak_bytes)
     cap, reason = (

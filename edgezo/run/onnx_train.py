@@ -54,6 +54,7 @@ from edgezo.run.onnx_state import (
     recall_probe,
     trained_sha256,
 )
+from edgezo.run.onnx_states import states_on_onnx
 from edgezo.run.onnx_step import OnnxStepper
 from edgezo.run.opening import Opening
 from edgezo.run.places import with_beginning
@@ -121,9 +122,12 @@ def _started(
     model = load_onnx(planned)
     at_end.callback(model.sessions.drop)
     allocator_reuse(MAPPED_BYTES)
-    if journal is None:  # last, so that graphs that cannot be loaded leave no run behind
+    if journal is None:
         journal = create_journal(files.journal, header, shaped=journal_is_shaped(cfg))
         at_end.enter_context(journal)
+    if cfg.keeps_states:
+        passed = states_on_onnx(planned, model, files, journal, progress, stop)
+        model.kept_states, planned = at_end.enter_context(passed)
     meter.mark("load")
     at_end.enter_context(stop.listening())
     steps = bring_back(files, cfg, model, journal)
