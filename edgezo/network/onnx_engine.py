@@ -83,6 +83,7 @@ class OnnxModel:
     kept_states: Callable[[PackedRows], np.ndarray] | None = None
     scorer: PlainScorer = field(init=False)
     _bases: dict[int, np.ndarray] = field(default_factory=dict)
+    _mapped: dict[int, Mapping[str, np.ndarray]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.scorer = PlainScorer(self.kind, self._word_rows, self.manifest.softcap, self._logits)
@@ -216,9 +217,31 @@ class OnnxModel:
             "seen": rows.within(block.window),
             "padded": rows.padded,
             "packed": rows.packed,
+            **self._weights_of(number, keep),
             **self._trained_inputs(number, block, perturbing),
         }
-        return self.sessions.run(block.file, inputs, keep=keep)
+        return self.sessions.run(block.file, inputs)
+
+    def _weights_of(self, number: int, keep: bool) -> Mapping[str, np.ndarray]:
+        """The frozen weights of a block, mapped from their file. ``keep``: they stay mapped for the next call."""
+        weights = self._mapped.get(number)
+        if weights is None:
+            block = self.manifest.blocks[number]
+            data = np.memmap(self.manifest.file(block.data), np.uint8, "r")
+            weights = {}
+            for weight in block.weights:
+                dtype = np.dtype(weight.dtype)
+                size = int(np.prod(weight.shape)) * dtype.itemsize
+                raw = data[weight.offset : weight.offset + size]
+                weights[weight.name] = np.asarray(raw).view(dtype).reshape(weight.shape)
+            if keep:
+                self._mapped[number] = weights
+        return weights
+
+    def drop_above(self, last: int) -> None:
+        """Unmap what no loss depends on any more: the blocks above ``last``, and what the head needs."""
+        self._mapped = {n: weights for n, weights in self._mapped.items() if n <= last}
+        self.sessions.drop(["end.onnx", "head.onnx"])
 
     def _trained_inputs(
         self, number: int, block: BlockGraph, perturbing: _Perturbing

@@ -16,6 +16,7 @@ from edgezo.errors import EdgezoError
 from edgezo.machine.foreign import MOST_INDEX_BYTES, parse_json, read_small, reading
 from edgezo.plan.shapes import Shape
 
+_DTYPES = {name: name for name in ("float32", "int8", "uint8")}
 MANIFEST_FILE, FORM, VERSION = "manifest.json", "edgezo trainable graphs", 1
 TOKENIZER_FILE = "tokenizer.json"
 _WAY_OUT = "Write it again: edgezo export MODEL --format onnx --trainable --out DIR."
@@ -30,11 +31,21 @@ class TrainedLinear(NamedTuple):
     cols: int
 
 
+class PlacedWeight(NamedTuple):
+    """A frozen weight of a block, which its graph takes as an input."""
+
+    name: str  # of the input
+    offset: int  # in the block's file of weights
+    shape: tuple[int, ...]
+    dtype: str  # float32, int8 or uint8
+
+
 class BlockGraph(NamedTuple):
     """One block: its files, its linears in the order of the graph's inputs, and how its attention looks."""
 
-    file: str
+    file: str  # of the graph, which blocks that compute the same share
     data: str
+    weights: tuple[PlacedWeight, ...]
     linears: tuple[TrainedLinear, ...]
     kind: str  # of rotary positions
     window: int  # tokens that attention looks back; 0: all
@@ -53,6 +64,10 @@ class Manifest:
             BlockGraph(
                 str(block["file"]),
                 str(block["data"]),
+                tuple(
+                    PlacedWeight(str(n), int(at), tuple(map(int, shape)), _DTYPES[dtype])
+                    for n, at, shape, dtype in block["weights"]
+                ),
                 tuple(TrainedLinear(str(n), int(r), int(c)) for n, r, c in block["linears"]),
                 str(block["kind"]),
                 int(block["window"]),

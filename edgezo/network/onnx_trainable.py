@@ -1,16 +1,16 @@
 """A decoder as ONNX graphs that can be trained by forward passes: low-rank factors and sign vectors are inputs.
 
     embed.onnx       input_ids (n,)                          -> states (n, width)
-    block-NN.onnx    states (n, width), how rows lie, factors, directions     -> states (n, width)
+    block-graph-N    states (n, width), how rows lie, weights, factors, directions -> states (n, width)
     end.onnx         states (n, width), index (p,)           -> ended (p, width): what the head reads there
     rows.onnx        ids (k,)                                -> rows (k, width) of the head, of label words
     head.onnx        ended (p, width)                        -> logits (p, vocabulary), without a soft cap
 
-One graph for each block: a run may begin at any of them, load and release them one by one, and read states between
-them. Tokens of all rows and of both sides lie packed in one axis, n. Only attention sees rows: ``padded`` (rows*s,)
-says which token stands at each place of the padded rows, ``packed`` (n,) where each token stands there, ``seen``
-(rows, 1, s, s) bool whom each place looks at; ``cosine`` and ``sine`` (1 or rows, 1, s, rotated) turn the places. A
-linear then computes, as network/perturb.py does,
+A block takes its weights as inputs, so that all blocks share a graph: a run may begin at any of them, map and release
+them one by one, and read states between them. Tokens of all rows and of both sides lie packed in one axis, n. Only
+attention sees rows: ``padded`` (rows*s,) says which token stands at each place of the padded rows, ``packed`` (n,)
+where each token stands there, ``seen`` (rows, 1, s, s) bool whom each place looks at; ``cosine`` and ``sine`` (1 or
+rows, 1, s, rotated) turn the places. A linear then computes, as network/perturb.py does,
 
     y = W x + A (V x) + c * r_i * (t_i . V x)     c = +-sigma of a token, i its example
 

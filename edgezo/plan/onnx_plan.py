@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from edgezo.machine.hardware import Machine
 
 RUNTIME_BYTES = 12 * MB  # what the first graph brings beside its weights (calibrated)
-SESSION_BYTES = 600_000  # of each graph in memory: its nodes, kernels and plan (calibrated)
+GRAPHS, SESSION_BYTES = (
+    4,
+    1 * MB,
+)  # of each graph in memory: its nodes, kernels and plan (calibrated)
 # Of a token's activations: hidden states, values of the MLP, queries and keys that are there at once (calibrated).
 HIDDEN_COPIES, MLP_COPIES, QUERY_COPIES = 4, 5, 4
 SCORE_COPIES = 4
@@ -100,13 +103,13 @@ class OnnxFootprint:
         )
         yield Item(
             "graphs",
-            SESSION_BYTES * (layers - first + 3),
-            f"{layers - first + 3} graphs of onnxruntime without their weights",
+            SESSION_BYTES * GRAPHS,
+            "graphs of onnxruntime without their weights; blocks share one",
         )
         if first:
             yield Item(
                 "block of the pass",
-                max(sizes.block_bytes[:first]) + SESSION_BYTES,
+                max(sizes.block_bytes[:first]),
                 "one frozen block at a time, while rows pass it",
                 "pass",
             )

@@ -26,7 +26,7 @@ from edgezo.run.figures import evaluate_model
 from edgezo.run.journal import Journal
 from edgezo.run.journal_header import check_base
 from edgezo.run.parent import copy_parents, open_with_parents
-from edgezo.run.places import at_base, check_data_is_there, with_base
+from edgezo.run.places import at_base, check_data_is_there, for_torch, with_base
 from edgezo.run.readout_pass import recall
 from edgezo.run.recipes import follow, replay_into
 from edgezo.run.restore import snapshot_step
@@ -256,7 +256,7 @@ def brought_back(run: RunFiles, cfg: RunConfig) -> Iterator[Rebuilt]:
 
     ``cfg`` is the configuration of the run.
     """
-    cfg = portable(with_base(cfg, run.path), confirmed(machine()))
+    cfg = portable(with_base(for_torch(cfg), run.path), confirmed(machine()))
     peak_before_bytes = peak_rss_bytes()
     files = loader.open_model(cards.resolve(cfg.model))
     with ExitStack() as at_end:

@@ -49,8 +49,12 @@ from edgezo.weights.gguf_file import GgufSource
 
 _BLOCK = 32  # weights that share a scale, of int4
 _ALIGNMENT = 4096  # of each large tensor in a file, so that it can be mapped
-_KIND_OF = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int8): TensorProto.INT8}
-_KIND_OF |= {np.dtype(np.uint8): TensorProto.UINT8}
+_KIND_OF: dict[np.dtype[Any], int] = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.int8): TensorProto.INT8,
+}
+_KIND_OF[np.dtype(np.uint8)] = TensorProto.UINT8
+_DTYPE_OF = {kind: dtype.name for dtype, kind in _KIND_OF.items()}
 
 
 class Precision(NamedTuple):
@@ -132,6 +136,7 @@ class _Writer:
     precision: Precision
     folder: Path
     placed: dict[str, _Placed] = field(default_factory=dict)
+    graphs: dict[bytes, str] = field(default_factory=dict)  # of blocks, by what they are
 
     def __post_init__(self) -> None:
         self.sources = source_names(self.files, self.module)
@@ -151,14 +156,14 @@ class _Writer:
         self._one("embed", lambda d: d.embed_graph(), "table.data", by_row=True)
         blocks, kinds = [], dict[str, Any]()
         for layer in range(config.num_hidden_layers):
-            name = f"block-{layer:02d}"
-            decoder = self._one(name, lambda d, n=layer: d.block_graph(n), f"{name}.data")
+            decoder, file, weights = self._block(layer)
             kind = decoder.kind_of(layer)
             kinds.setdefault(kind, decoder.frequencies(kind))
             blocks.append(
                 {
-                    "file": f"{name}.onnx",
-                    "data": f"{name}.data",
+                    "file": file,
+                    "data": f"block-{layer:02d}.data",
+                    "weights": weights,
                     "linears": [list(linear) for linear in decoder.linears],
                     "kind": kind,
                     "window": decoder.window(kind),
@@ -187,6 +192,37 @@ class _Writer:
 
     def _name_of(self, part: Any) -> str:
         return next(name for name, other in self.module.named_modules() if other is part)
+
+    def _block(self, layer: int) -> tuple[TrainableDecoder, str, list[list[Any]]]:
+        """Write a block: (its decoder, the file of its graph, where each weight lies that is an input of it).
+
+        Blocks that compute the same share a graph. A session takes a megabyte, so one for each would take more than
+        the codes of some.
+        """
+        bits, block = self.precision
+        graph = Graph(TensorProto.FLOAT, bits, block, exact=True)
+        decoder = TrainableDecoder(graph, self.module)
+        decoder.block_graph(layer)
+        with (self.folder / f"block-{layer:02d}.data").open("xb") as file:
+            for weight, shape in graph.weights.items():
+                if weight not in self.placed:
+                    self._place(graph, weight, shape, file)
+        prefix, places = f"{decoder.base}.layers.{layer}.", list[list[Any]]()
+        for weight in graph.weights:
+            placed = self.placed[weight]
+            name = weight.removeprefix(prefix)
+            places.append([name, placed.start, list(placed.shape), _DTYPE_OF[placed.kind]])
+            graph.inputs.append(helper.make_tensor_value_info(name, placed.kind, placed.shape))
+        for node in graph.nodes:
+            for number, name in enumerate(node.input):
+                node.input[number] = name.removeprefix(prefix)
+        made = self._model(graph, "block", [])
+        if made not in self.graphs:
+            self.graphs[made] = f"block-graph-{len(self.graphs)}.onnx"
+            path = self.folder / self.graphs[made]
+            path.write_bytes(made)
+            onnx.checker.check_model(str(path))
+        return decoder, self.graphs[made], places
 
     def _one(self, name: str, fill: Any, data: str, by_row: bool = False) -> TrainableDecoder:
         """Write a graph and the weights that it names. ``by_row``: codes of a table, which are read row by row."""
@@ -253,7 +289,7 @@ class _Writer:
     # -- files --------------------------------------------------------------------------------------------
 
     def _save(self, graph: Graph, path: Path) -> None:
-        tensors = list(graph.constants.values())
+        tensors = []
         for name in graph.weights:
             placed = self.placed[name]
             tensor = TensorProto(name=name, data_type=placed.kind, dims=placed.shape)
@@ -262,7 +298,14 @@ class _Writer:
             for key, value in places.items():
                 tensor.external_data.add(key=key, value=str(value))
             tensors.append(tensor)
-        body = helper.make_graph(graph.nodes, path.stem, graph.inputs, graph.outputs, tensors)
+        path.write_bytes(self._model(graph, path.stem, tensors))
+        onnx.checker.check_model(str(path))
+
+    @staticmethod
+    def _model(graph: Graph, name: str, weights: list[Any]) -> bytes:
+        """A graph as a file has it."""
+        tensors = [*graph.constants.values(), *weights]
+        body = helper.make_graph(graph.nodes, name, graph.inputs, graph.outputs, tensors)
         domains = [helper.make_opsetid("", OPSET)]
         if graph.block is not None:
             domains.append(helper.make_opsetid(OWN_DOMAIN, 1))
@@ -273,8 +316,7 @@ class _Writer:
             producer_name="edgezo",
             producer_version=__version__,
         )
-        path.write_bytes(made.SerializeToString(deterministic=True))
-        onnx.checker.check_model(str(path))
+        return bytes(made.SerializeToString(deterministic=True))
 
     def _tokenizer(self) -> dict[str, Any]:
         """What a program without transformers has to know of the tokenizer, beside tokenizer.json."""

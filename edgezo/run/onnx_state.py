@@ -190,8 +190,7 @@ def classify_by(model: OnnxModel, weights: PlainReadoutWeights) -> None:
     model.scorer.exact = None
     model.readout = PlainReadout(weights)
     model.factors.keep_only(last)
-    above = [block.file for block in model.manifest.blocks[last + 1 :]]
-    model.sessions.drop([*above, "end.onnx", "head.onnx"])
+    model.drop_above(last)
 
 
 # ---------------------------------------------------------------------------------------------

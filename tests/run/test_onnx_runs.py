@@ -17,6 +17,7 @@ from edgezo.errors import BaseMismatch, EdgezoError, UsageError
 from edgezo.plan.request import make_config
 from edgezo.run import onnx_step
 from edgezo.run.evaluate import replay
+from edgezo.run.export import export
 from edgezo.run.export_trainable import export_trainable
 from edgezo.run.onnx_train import finetune_onnx
 from edgezo.run.onnx_use import evaluate_onnx, replay_on_onnx, replays_on_onnx
@@ -121,6 +122,8 @@ def test_journals_replay_in_the_other_engine(deep_bench: Bench, graphs: Path, tm
     assert by_onnx["trained_sha256"] == theirs["trained_sha256"]
     own = replay_on_onnx(tmp_path / "onnx", tmp_path / "by-itself")
     assert own["trained_sha256"] == ours["trained_sha256"]
+    made = export(tmp_path / "onnx", "peft", tmp_path / "adapter")
+    assert made["steps"] == 3 and made["base"] == base
 
 
 @pytest.mark.parametrize(
@@ -161,15 +164,14 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
 
 
 def test_the_last_blocks_alone_are_trained(deep_bench: Bench, graphs: Path, tmp_path: Path):
-    ours = run_onnx(deep_bench, graphs, tmp_path / "onnx", train="lowrank", blocks=2)
+    changes: dict[str, Any] = {"train": "lowrank", "blocks": 2}
+    ours = run_onnx(deep_bench, graphs, tmp_path / "onnx", states="exact", **changes)
     theirs = finetune(
-        make_config(
-            deep_bench.settings(
-                train="lowrank", blocks=2, states="exact", out=str(tmp_path / "torch")
-            )
-        )
+        make_config(deep_bench.settings(states="exact", out=str(tmp_path / "torch"), **changes))
     )
     assert ours["loss_last"] == pytest.approx(theirs["loss_last"], abs=1e-4)
+    rounded = run_onnx(deep_bench, graphs, tmp_path / "bf16", states="bf16", **changes)
+    assert rounded["loss_last"] == pytest.approx(ours["loss_last"], abs=5e-3)
 
 
 def test_what_the_engine_has_no_place_for_is_refused_by_name(deep_bench: Bench, graphs: Path):
