@@ -169,8 +169,8 @@ class PackedRows:
     slots: tuple[int, ...]
 
 
-_NUMBERS = ("ids", "row_example", "score_index", "score_state", "score_ids")
-_PARTS = ("part_token", "part_option", "option_example")
+_PACKED = ("ids", "row_example", "score_index", "score_state", "score_ids")
+_OPTION_PARTS = ("part_token", "part_option", "option_example")
 
 
 def packed_rows(
@@ -182,7 +182,7 @@ def packed_rows(
     """
     if len(examples) != len(slots):
         raise ValueError(f"{len(examples)} examples, but {len(slots)} slots")
-    numbers = {name: array("q") for name in (*_NUMBERS, *_PARTS)}
+    numbers = {name: array("q") for name in (*_PACKED, *_OPTION_PARTS)}
     trees, lengths = list[Tree | None](), list[int]()
     for place, example in enumerate(examples):
         tree = None if whole else example.tree
@@ -203,7 +203,9 @@ def collate(examples: Sequence[Example], slots: Sequence[int]) -> Batch:
     import torch
 
     packed = packed_rows(examples, slots)
-    tensors = {n: torch.from_numpy(getattr(packed, n)) for n in (*_NUMBERS, *_PARTS, "labels")}
+    tensors = {
+        n: torch.from_numpy(getattr(packed, n)) for n in (*_PACKED, *_OPTION_PARTS, "labels")
+    }
     return Batch(**tensors, lengths=packed.lengths, trees=packed.trees, slots=packed.slots)
 
 

@@ -30,7 +30,7 @@ class PlainProbe(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rows:
+class PaddedRows:
     """How packed tokens lie in rows, all sides."""
 
     padded: (
@@ -41,8 +41,8 @@ class Rows:
     seen: np.ndarray  # (rows, 1, s, s) bool, without a window
 
     @staticmethod
-    def of(lengths: Sequence[int], trees: Sequence[Tree | None]) -> Rows:
-        """Rows of so many tokens each, of which some are trees."""
+    def of(lengths: Sequence[int], trees: Sequence[Tree | None]) -> PaddedRows:
+        """PaddedRows of so many tokens each, of which some are trees."""
         size, count = max(lengths), len(lengths)
         place = np.arange(size)
         length = np.array(lengths)
@@ -58,7 +58,7 @@ class Rows:
                     n = len(tree.ids)
                     positions[row, :n] = tree.depths
                     seen[row, tree.trunk : n, :n] = tree.seen
-        return Rows(padded.reshape(-1), np.flatnonzero(inside), positions, seen[:, None])
+        return PaddedRows(padded.reshape(-1), np.flatnonzero(inside), positions, seen[:, None])
 
     def within(self, window: int) -> np.ndarray:
         """``seen`` where attention looks back ``window`` tokens; 0: at all."""
@@ -89,7 +89,7 @@ class OnnxModel:
         self.scorer = PlainScorer(self.kind, self._word_rows, self.manifest.softcap, self._logits)
 
     def _word_rows(self) -> np.ndarray:
-        """Rows of the head of the label words, (K, hidden) fp32."""
+        """PaddedRows of the head of the label words, (K, hidden) fp32."""
         ids = np.array(self.label_ids, np.int64)
         return self.sessions.run("rows.onnx", {"ids": ids}, keep=False)
 
@@ -162,7 +162,7 @@ class OnnxModel:
         states = self.states_at_cut(batch)
         if sides > 1:
             states = np.concatenate([states] * sides)
-        rows = Rows.of(batch.lengths * sides, batch.trees * sides)
+        rows = PaddedRows.of(batch.lengths * sides, batch.trees * sides)
         taken: dict[int, np.ndarray] = {}
         perturbing = _Perturbing.of(batch, probe, sides)
         turns = self._turns(rows)
@@ -181,13 +181,13 @@ class OnnxModel:
     def below(self, batch: PackedRows, *, keep: bool = True) -> np.ndarray:
         """``states_at_cut`` by running what is below. ``keep``: its graphs stay in memory."""
         states = self.sessions.run("embed.onnx", {"input_ids": batch.ids}, keep=keep)
-        rows = Rows.of(batch.lengths, batch.trees)
+        rows = PaddedRows.of(batch.lengths, batch.trees)
         turns, plain = self._turns(rows), _Perturbing.of(batch, None, 1)
         for number in range(self.first_trained):
             states = self._block(number, states, rows, turns, plain, keep=keep)
         return states
 
-    def _turns(self, rows: Rows) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
+    def _turns(self, rows: PaddedRows) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
         """Cosine and sine (1 or rows, 1, s, rotated) fp32 of the positions, by kind."""
         turns = {}
         at = rows.positions.astype(np.float32)[:, None, :, None]
@@ -202,7 +202,7 @@ class OnnxModel:
         self,
         number: int,
         states: np.ndarray,
-        rows: Rows,
+        rows: PaddedRows,
         turns: Mapping[str, tuple[np.ndarray, np.ndarray]],
         perturbing: _Perturbing,
         *,

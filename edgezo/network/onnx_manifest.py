@@ -16,11 +16,11 @@ from edgezo.errors import EdgezoError
 from edgezo.machine.foreign import MOST_INDEX_BYTES, parse_json, read_small, reading
 from edgezo.plan.shapes import Shape
 
-_DTYPES = {name: name for name in ("float32", "int8", "uint8")}
+_WEIGHT_DTYPES = {name: name for name in ("float32", "int8", "uint8")}
 MANIFEST_FILE, FORM, VERSION = "manifest.json", "edgezo trainable graphs", 1
-TOKENIZER_FILE = "tokenizer.json"
-_WAY_OUT = "Write it again: edgezo export MODEL --format onnx --trainable --out DIR."
-_PIECE_BYTES = 1 << 20
+GRAPH_TOKENIZER = "tokenizer.json"
+_WRITE_AGAIN = "Write it again: edgezo export MODEL --format onnx --trainable --out DIR."
+_HASHED_BYTES = 1 << 20
 
 
 class TrainedLinear(NamedTuple):
@@ -65,7 +65,7 @@ class Manifest:
                 str(block["file"]),
                 str(block["data"]),
                 tuple(
-                    PlacedWeight(str(n), int(at), tuple(map(int, shape)), _DTYPES[dtype])
+                    PlacedWeight(str(n), int(at), tuple(map(int, shape)), _WEIGHT_DTYPES[dtype])
                     for n, at, shape, dtype in block["weights"]
                 ),
                 tuple(TrainedLinear(str(n), int(r), int(c)) for n, r, c in block["linears"]),
@@ -117,12 +117,12 @@ class Manifest:
         for name, about in self.values["files"].items():
             path = self.path / name
             if not path.is_file():
-                raise EdgezoError(f"{path} is missing: {MANIFEST_FILE} names it.\n{_WAY_OUT}")
+                raise EdgezoError(f"{path} is missing: {MANIFEST_FILE} names it.\n{_WRITE_AGAIN}")
             size, expected = path.stat().st_size, about["bytes"]
             if size != expected or sha256_of(path) != about["sha256"]:
                 raise EdgezoError(
                     f"{path} is not the file that was written: it has {size:,} bytes of {expected:,}, or others.\n"
-                    f"{_WAY_OUT}"
+                    f"{_WRITE_AGAIN}"
                 )
 
 
@@ -139,7 +139,7 @@ def open_manifest(path: Path) -> Manifest:
             f"{path} is no trainable export: it has no {MANIFEST_FILE}.\n"
             "--engine onnx trains what this writes: edgezo export MODEL --format onnx --trainable --out DIR."
         )
-    with reading(file, _WAY_OUT):
+    with reading(file, _WRITE_AGAIN):
         values = parse_json(read_small(file, MOST_INDEX_BYTES).decode("utf-8"))
         if not isinstance(values, dict) or values.get("form") != FORM:
             raise ValueError("it is no manifest of trainable graphs")
@@ -166,13 +166,13 @@ def _check_values(manifest: Manifest) -> None:
 
 
 def _fixed_files() -> Sequence[str]:
-    return ("embed.onnx", "end.onnx", "rows.onnx", "head.onnx", TOKENIZER_FILE)
+    return ("embed.onnx", "end.onnx", "rows.onnx", "head.onnx", GRAPH_TOKENIZER)
 
 
 def sha256_of(path: Path) -> str:
     """SHA-256 (hex) of a file, read some of it at a time."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(_PIECE_BYTES):
+        while piece := file.read(_HASHED_BYTES):
             digest.update(piece)
     return digest.hexdigest()

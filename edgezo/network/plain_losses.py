@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edgezo.data.batches import PackedRows
+from edgezo.zo.adam import BETA1, BETA2, EPS
 from edgezo.zo.bits import BASIS, Key, sign_rows, tensor_id
 
 LOGITS_AT_ONCE_BYTES = 32 << 20  # more states at once: the head is expanded each time
-VOCABULARY_PACE = 0.1  # as exact_head has it
-BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # of Adam, as rules.py has them
+VOCABULARY_PACE = 0.1  # share of the rate: every word's row moves in a step, most of them by noise
 
 
 @dataclass

@@ -16,10 +16,11 @@ from edgezo.data.batches import PackedRows
 from edgezo.machine.limits import READOUT_BLOCKS
 from edgezo.network.plain_losses import cross_entropies
 
-LOWEST_SHARE = 1 / 3  # as readout.py has them
+LOWEST_SHARE = 1 / 3  # blocks in this lower share of the model are not tried
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-FACTORS = tuple(2 ** (k / 4) for k in range(29))
-LEAST_ROWS, LEAST_SPREAD = 8, 1e-6
+FACTORS = tuple(2 ** (k / 4) for k in range(29))  # 1 to 128
+LEAST_ROWS = 8  # fewer rows cannot be fitted and judged by leaving one out
+LEAST_SPREAD = 1e-6  # of what is divided by
 
 
 def tried_blocks(layers: int, first: int = 0) -> tuple[int, ...]:

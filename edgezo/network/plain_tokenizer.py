@@ -8,9 +8,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from edgezo.machine.foreign import reading
-from edgezo.network.onnx_manifest import TOKENIZER_FILE, Manifest
+from edgezo.network.onnx_manifest import GRAPH_TOKENIZER, Manifest
 
-_WAY_OUT = "Write the graphs again: edgezo export --format onnx --trainable."
+_EXPORT_AGAIN = "Write the graphs again: edgezo export --format onnx --trainable."
 
 
 class PlainTokenizer:
@@ -30,8 +30,8 @@ class PlainTokenizer:
     @staticmethod
     def of(manifest: Manifest) -> PlainTokenizer:
         """The tokenizer of an export. Raises EdgezoError for a file that is none."""
-        path = manifest.file(TOKENIZER_FILE)
-        with reading(path, _WAY_OUT, any_kind=True):
+        path = manifest.file(GRAPH_TOKENIZER)
+        with reading(path, _EXPORT_AGAIN, any_kind=True):
             file = Tokenizer.from_file(str(path))
             file.no_truncation()
             file.no_padding()

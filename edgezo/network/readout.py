@@ -32,15 +32,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgezo.machine.limits import READOUT_BLOCKS
+from edgezo.network.plain_readout import (
+    FACTORS,
+    LEAST_SPREAD,
+    LOWEST_SHARE,
+    RIDGES,
+)
+from edgezo.network.plain_readout import (
+    LEAST_ROWS as LEAST_ROWS,
+)
 from edgezo.network.state_file import DamagedRow as DamagedRow
 from edgezo.network.state_file import PlainStateFile
 
-LOWEST_SHARE = 1 / 3  # blocks in this lower share of the model are not tried
-RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-FACTORS = tuple(2 ** (k / 4) for k in range(29))  # 1 to 128
 TILE_ROWS = 256
-LEAST_ROWS = 8  # fewer rows cannot be fitted and judged by leaving one out
-LEAST_SPREAD = 1e-6  # of what is divided by
 
 
 def candidates(layers: int, first: int = 0) -> tuple[int, ...]:

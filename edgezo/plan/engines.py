@@ -10,7 +10,7 @@ from edgezo.zo.presets import AUTO, forwards
 
 ONNX_PARTS = ("lowrank", "head", "probe")  # of --train
 ONNX_PRECISIONS = ("fp32", "int8", "int4")
-_USE_TORCH = "use --engine torch"
+_TORCH_DOES = "use --engine torch"
 
 
 def engine_conflicts(cfg: RunConfig) -> list[str]:
@@ -33,31 +33,31 @@ OF_ONNX = (
         lambda cfg: cfg.backward or cfg.mixed or cfg.estimator == AUTO,
         lambda cfg: (
             f"--engine onnx has no backward pass, which --estimator {cfg.estimator} takes: give --estimator grzo, or "
-            f"{_USE_TORCH}"
+            f"{_TORCH_DOES}"
         ),
     ),
     Conflict(
         lambda cfg: not cfg.backward and _other_parts(cfg),
         lambda cfg: (
             f"{train_option(cfg)}: the graphs of --engine onnx have no input for {_other_parts(cfg)}; give --train "
-            f"{'+'.join(ONNX_PARTS)} or parts of it, or {_USE_TORCH}"
+            f"{'+'.join(ONNX_PARTS)} or parts of it, or {_TORCH_DOES}"
         ),
     ),
     Conflict(
         lambda cfg: cfg.probing and cfg.directions != "signs",
         lambda cfg: (
             f"--engine onnx perturbs along --directions signs only, not {cfg.directions}: give --estimator grzo, or "
-            f"{_USE_TORCH}"
+            f"{_TORCH_DOES}"
         ),
     ),
     Conflict(
         lambda cfg: cfg.probing and cfg.mask != "none",
-        lambda cfg: f"--engine onnx has no --mask {cfg.mask}: leave it out, or {_USE_TORCH}",
+        lambda cfg: f"--engine onnx has no --mask {cfg.mask}: leave it out, or {_TORCH_DOES}",
     ),
     Conflict(
         lambda cfg: cfg.probing and cfg.rule != "sgd",
         lambda cfg: (
-            f"--engine onnx has --rule sgd only, not {cfg.rule}: leave it out, or {_USE_TORCH}"
+            f"--engine onnx has --rule sgd only, not {cfg.rule}: leave it out, or {_TORCH_DOES}"
         ),
     ),
     Conflict(
@@ -66,22 +66,22 @@ OF_ONNX = (
         ),
         lambda cfg: (
             f"--engine onnx evaluates two sides in a step, and --credit {cfg.credit} others: give --credit group or "
-            f"raw, or {_USE_TORCH}"
+            f"raw, or {_TORCH_DOES}"
         ),
     ),
     Conflict(
         lambda cfg: cfg.step_auto,
-        f"--engine onnx measures no step size: give --step a number (0.1 is usual), or {_USE_TORCH}",
+        f"--engine onnx measures no step size: give --step a number (0.1 is usual), or {_TORCH_DOES}",
     ),
     Conflict(
         lambda cfg: cfg.objective != LOSS,
         lambda cfg: (
-            f"--engine onnx writes no answers, which --objective {cfg.objective} scores: leave it out, or {_USE_TORCH}"
+            f"--engine onnx writes no answers for --objective {cfg.objective} to score: leave it out, or {_TORCH_DOES}"
         ),
     ),
     Conflict(
         lambda cfg: cfg.device == "cuda",
-        f"--engine onnx chooses by --provider where it computes: leave out --device cuda, or {_USE_TORCH}",
+        f"--engine onnx chooses by --provider where it computes: leave out --device cuda, or {_TORCH_DOES}",
     ),
     Conflict(
         lambda cfg: cfg.residency not in (None, "resident"),
@@ -108,10 +108,10 @@ OF_ONNX = (
     ),
     Conflict(
         lambda cfg: cfg.profile,
-        f"--profile records phases of --engine torch only: leave it out, or {_USE_TORCH}",
+        f"--profile records phases of --engine torch only: leave it out, or {_TORCH_DOES}",
     ),
     Conflict(
         lambda cfg: cfg.parent is not None,
-        f"--engine onnx goes on from no other run: give a trainable export as --model, or {_USE_TORCH}",
+        f"--engine onnx goes on from no other run: give a trainable export as --model, or {_TORCH_DOES}",
     ),
 )

@@ -32,11 +32,11 @@ GRAPHS, SESSION_BYTES = (
 )  # of each graph in memory: its nodes, kernels and plan (calibrated)
 # Of a token's activations: hidden states, values of the MLP, queries and keys that are there at once (calibrated).
 HIDDEN_COPIES, MLP_COPIES, QUERY_COPIES = 4, 5, 4
-SCORE_COPIES = 4
-LOGITS_BYTES = 2 * (
+PADDED_SCORE_COPIES = 4
+CHUNK_BYTES = 2 * (
     32 << 20
 )  # of a chunk of full-vocabulary logits, with their shares (plain_losses.py)
-HEAD_COPIES = (
+LEARNED_HEAD_COPIES = (
     6  # of the exact head: change, gradient, Adam's two moments and the temporaries of its step
 )
 FIT_COPIES, GRAM_COPIES = 3, 6  # of the states of a linear probe's fit
@@ -142,7 +142,7 @@ class OnnxFootprint:
         each = HIDDEN_COPIES * shape.hidden + max(
             MLP_COPIES * shape.intermediate, QUERY_COPIES * heads
         )
-        scores = SCORE_COPIES * rows * shape.heads * self._longest**2
+        scores = PADDED_SCORE_COPIES * rows * shape.heads * self._longest**2
         yield Item(
             ACTIVATIONS,
             4 * (tokens * each + scores),
@@ -176,7 +176,9 @@ class OnnxFootprint:
             words = self.tokens.label_words
             width = sizes.shape.hidden if words else cfg.rank
             size = (words or sizes.shape.vocab) * width
-            yield Item("exact head", 4 * HEAD_COPIES * size, "change, gradient, moments, fp32")
+            yield Item(
+                "exact head", 4 * LEARNED_HEAD_COPIES * size, "change, gradient, moments, fp32"
+            )
         if fitted := cfg.readout_rows(self.tokens.examples):
             hidden = sizes.shape.hidden
             fit = FIT_COPIES * fitted * hidden + GRAM_COPIES * min(fitted, hidden) ** 2
@@ -188,7 +190,7 @@ class OnnxFootprint:
         if self.tokens.label_words:
             return
         yield Item("head", self.sizes.head_bytes, "mapped from its file", "compute")
-        yield Item("logits", LOGITS_BYTES, "a chunk of them over the whole vocabulary", "forward")
+        yield Item("logits", CHUNK_BYTES, "a chunk of them over the whole vocabulary", "forward")
         if self.sizes.precision != "fp32":
             yield Item("expanded head", 8 << 20, "some rows of it in fp32", "forward")
 

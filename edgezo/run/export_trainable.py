@@ -22,7 +22,7 @@ from torch import Tensor
 from edgezo import __version__
 from edgezo.errors import UsageError
 from edgezo.machine.files import atomic_folder, to_json, user_path
-from edgezo.machine.limits import tiles
+from edgezo.machine.limits import PAGE_BYTES, tiles
 from edgezo.machine.ownership import check_new
 from edgezo.network.cards import find_card, resolve
 from edgezo.network.loader import (
@@ -42,13 +42,12 @@ from edgezo.network.onnx_graph import (
     Codes,
     Graph,
 )
-from edgezo.network.onnx_manifest import FORM, MANIFEST_FILE, TOKENIZER_FILE, VERSION, sha256_of
+from edgezo.network.onnx_manifest import FORM, GRAPH_TOKENIZER, MANIFEST_FILE, VERSION, sha256_of
 from edgezo.network.onnx_trainable import TrainableDecoder, check_trainable
 from edgezo.run.export_onnx import coded
 from edgezo.weights.gguf_file import GgufSource
 
-_BLOCK = 32  # weights that share a scale, of int4
-_ALIGNMENT = 4096  # of each large tensor in a file, so that it can be mapped
+_CODED_TOGETHER = 32  # weights that share a scale, of int4
 _KIND_OF: dict[np.dtype[Any], int] = {
     np.dtype(np.float32): TensorProto.FLOAT,
     np.dtype(np.int8): TensorProto.INT8,
@@ -67,7 +66,7 @@ class Precision(NamedTuple):
 TRAINABLE_PRECISIONS = {
     "fp32": Precision(None),
     "int8": Precision(8),
-    "int4": Precision(4, _BLOCK),
+    "int4": Precision(4, _CODED_TOGETHER),
 }
 
 
@@ -263,7 +262,7 @@ class _Writer:
             self._put(name + ZERO_END, np.concatenate(zeros), file)
 
     def _put(self, name: str, values: np.ndarray, file: Any) -> None:
-        start = self._align(file) if values.nbytes >= _ALIGNMENT else file.tell()
+        start = self._align(file) if values.nbytes >= PAGE_BYTES else file.tell()
         file.write(np.ascontiguousarray(values).tobytes())
         kind = _KIND_OF[values.dtype]
         self.placed[name] = _Placed(
@@ -272,7 +271,7 @@ class _Writer:
 
     @staticmethod
     def _align(file: Any) -> int:
-        file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+        file.write(b"\0" * (-file.tell() % PAGE_BYTES))
         return int(file.tell())
 
     def _pieces(self, name: str) -> Iterator[Tensor]:
@@ -321,7 +320,7 @@ class _Writer:
     def _tokenizer(self) -> dict[str, Any]:
         """What a program without transformers has to know of the tokenizer, beside tokenizer.json."""
         tokenizer = load_tokenizer(self.files.path)
-        tokenizer.backend_tokenizer.save(str(self.folder / TOKENIZER_FILE))
+        tokenizer.backend_tokenizer.save(str(self.folder / GRAPH_TOKENIZER))
         template = tokenizer.chat_template
         return {
             "roles": {

@@ -11,16 +11,13 @@ from edgezo.data.batches import Example, batch_indices
 from edgezo.data.packed import PackedExamples
 from edgezo.errors import EdgezoError
 from edgezo.machine.clock import now_s
-from edgezo.machine.limits import READOUT_SHARE
+from edgezo.machine.limits import MOST_PASSES, READOUT_SHARE, WORDS_ROWS
 from edgezo.machine.process_memory import malloc_trim, rss_bytes
 from edgezo.network.plain_readout import LEAST_ROWS, PlainFit, fit_readout, tried_blocks
 from edgezo.network.state_file import DamagedRow, PlainStateFile
 from edgezo.run.directory import run_id
 from edgezo.run.onnx_state import FittedProbe, OnnxRunState, classify_by, save_probe
 from edgezo.run.onnx_step import OnnxStepper
-
-WORDS_ROWS = 32  # rows whose label words are scored where these have several tokens
-MOST_PASSES = 3  # of the rows, where their states change on disk
 
 
 class PlainReadoutPass:

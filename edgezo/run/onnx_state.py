@@ -205,8 +205,8 @@ def bring_back(run: RunFiles, cfg: RunConfig, model: OnnxModel, journal: Journal
     check_settings(cfg, journal)
     stop = journal.next_step
     if cfg.parts.readout:
-        found = recall_probe(run, model, run_id(journal.header))
-        if found is None and len(journal):
+        fitted = recall_probe(run, model, run_id(journal.header))
+        if fitted is None and len(journal):
             raise EdgezoError(
                 f"{run.path} has {stop} steps in its journal, but {run.probe.name}, the linear probe that they were "
                 "computed with, is not there.\nRestore it from a copy, or start again with another --out."

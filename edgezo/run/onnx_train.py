@@ -17,6 +17,7 @@ from edgezo.errors import BudgetExceeded, Interrupted, UsageError
 from edgezo.machine.clock import now_s
 from edgezo.machine.files import atomic_write, to_json
 from edgezo.machine.hardware import machine
+from edgezo.machine.limits import PLAIN_FORWARDS
 from edgezo.machine.process_memory import (
     MAPPED_BYTES,
     Meter,
@@ -62,8 +63,6 @@ from edgezo.run.progress import RunProgress, Silent, peaks_line
 from edgezo.run.record_recipe import journal_is_shaped
 from edgezo.run.stopping import StopRequest
 from edgezo.zo.credit import schedule
-
-PLAIN_FORWARDS = 8  # plain forward passes that a run times, for summary.json's forward_s
 
 
 def finetune_onnx(

@@ -21,7 +21,7 @@ from edgezo.data.packed import PackedExamples
 from edgezo.errors import EdgezoError
 from edgezo.machine.clock import now_s
 from edgezo.machine.files import atomic_path
-from edgezo.machine.limits import READOUT_SHARE
+from edgezo.machine.limits import MOST_PASSES, READOUT_SHARE, WORDS_ROWS
 from edgezo.machine.profiler import phase
 from edgezo.network.loader import decoder_layers
 from edgezo.network.model import Model
@@ -55,11 +55,6 @@ class ReadoutResult:
 
     def to_dict(self) -> dict[str, Any]:
         return {"used": self.used, "rows": self.rows, "fit_s": self.fit_s, **self.figures}
-
-
-# Rows whose label words are scored where these have several tokens, which takes many times as long as the prompts.
-WORDS_ROWS = 32
-MOST_PASSES = 3  # of the rows, where their states change on disk
 
 
 def recall(run: RunFiles, model: Model, hidden: int, of_run: str | None) -> ReadoutResult | None:

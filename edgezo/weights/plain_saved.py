@@ -25,7 +25,7 @@ OF_RUN = "run"  # the run that the file belongs to (directory.run_id)
 NO_DIGEST = "0" * 64
 DIGEST_AT = 8 + len(f'{{"__metadata__":{{"{DIGEST}":"')  # offset in the file
 MOST_SAVED_HEADER = 4 << 20  # bytes: 40,000 tensors, a hundred times as many as a model has
-_DTYPES: dict[str, np.dtype[Any]] = {
+_ARRAY_DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
     "I64": np.dtype("<i8"),
@@ -36,7 +36,7 @@ def write_arrays(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], run: str
 ) -> None:
     """Write a new file. Raises FileExistsError where there is one."""
-    names = {dtype: name for name, dtype in _DTYPES.items()}
+    names = {dtype: name for name, dtype in _ARRAY_DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {DIGEST: NO_DIGEST, OF_RUN: run, **metadata}}
     offset = 0
     for name, values in tensors.items():
@@ -90,7 +90,7 @@ def read_arrays(
         tensors = {}
         for name, about in header.items():
             first, last = about["data_offsets"]
-            dtype: np.dtype[Any] = _DTYPES[about["dtype"]]
+            dtype: np.dtype[Any] = _ARRAY_DTYPES[about["dtype"]]
             values = np.frombuffer(body, dtype, (last - first) // dtype.itemsize, first)
             tensors[name] = values.reshape(about["shape"]).copy()
             if not np.isfinite(tensors[name]).all():
