@@ -6,6 +6,7 @@ are the same above it. What it computes is what network/model.py computes with t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -91,7 +92,24 @@ class OnnxModel:
     def _word_rows(self) -> np.ndarray:
         """PaddedRows of the head of the label words, (K, hidden) fp32."""
         ids = np.array(self.label_ids, np.int64)
-        return self.sessions.run("rows.onnx", {"ids": ids}, keep=False)
+        unique, rows = self._table_rows("head", ids)
+        return self.sessions.run("rows.onnx", {"ids": unique, **rows}, keep=False)
+
+    def _table_rows(self, name: str, ids: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Where each of ``ids`` (n,) is among the rows of a table that are named, and these rows, from its file."""
+        table = self.manifest.table(name)
+        used, places = np.unique(ids, return_inverse=True)
+        rows = {}
+        with self.manifest.file(table.data).open("rb") as file:
+            for weight in table.weights:
+                dtype = np.dtype(weight.dtype)
+                read = np.empty((len(used), *weight.shape[1:]), dtype)
+                size = dtype.itemsize * int(np.prod(weight.shape[1:], dtype=np.int64))
+                for number, row in enumerate(used.tolist()):
+                    raw = os.pread(file.fileno(), size, weight.offset + row * size)
+                    read[number] = np.frombuffer(raw, dtype).reshape(weight.shape[1:])
+                rows[weight.name] = read
+        return places.reshape(-1).astype(np.int64), rows
 
     # -- the seam -----------------------------------------------------------------------------------------
 
@@ -180,7 +198,8 @@ class OnnxModel:
 
     def below(self, batch: PackedRows, *, keep: bool = True) -> np.ndarray:
         """``states_at_cut`` by running what is below. ``keep``: its graphs stay in memory."""
-        states = self.sessions.run("embed.onnx", {"input_ids": batch.ids}, keep=keep)
+        ids, table = self._table_rows("table", batch.ids)
+        states = self.sessions.run("embed.onnx", {"input_ids": ids, **table}, keep=keep)
         rows = PaddedRows.of(batch.lengths, batch.trees)
         turns, plain = self._turns(rows), _Perturbing.of(batch, None, 1)
         for number in range(self.first_trained):

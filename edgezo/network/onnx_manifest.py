@@ -51,6 +51,20 @@ class BlockGraph(NamedTuple):
     window: int  # tokens that attention looks back; 0: all
 
 
+class TableOfRows(NamedTuple):
+    """A matrix of which a graph takes some rows as inputs, with their scales where they are codes."""
+
+    data: str
+    weights: tuple[PlacedWeight, ...]
+
+
+def _placed(weights: Sequence[Sequence[Any]]) -> tuple[PlacedWeight, ...]:
+    return tuple(
+        PlacedWeight(str(name), int(at), tuple(map(int, shape)), _WEIGHT_DTYPES[dtype])
+        for name, at, shape, dtype in weights
+    )
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What manifest.json holds."""
@@ -64,16 +78,18 @@ class Manifest:
             BlockGraph(
                 str(block["file"]),
                 str(block["data"]),
-                tuple(
-                    PlacedWeight(str(n), int(at), tuple(map(int, shape)), _WEIGHT_DTYPES[dtype])
-                    for n, at, shape, dtype in block["weights"]
-                ),
+                _placed(block["weights"]),
                 tuple(TrainedLinear(str(n), int(r), int(c)) for n, r, c in block["linears"]),
                 str(block["kind"]),
                 int(block["window"]),
             )
             for block in self.values["blocks"]
         )
+
+    def table(self, name: str) -> TableOfRows:
+        """The table (the embedding's) or the head's rows: some of them are inputs of a graph."""
+        about = self.values["rows"][name]
+        return TableOfRows(str(about["data"]), _placed(about["weights"]))
 
     @cached_property
     def shape(self) -> Shape:
@@ -162,6 +178,7 @@ def _check_values(manifest: Manifest) -> None:
         raise ValueError(f"files are missing or elsewhere: {', '.join(missing or names)[:200]}")
     if any(block.kind not in manifest.rotary for block in blocks):
         raise ValueError("a block has no rotary positions")
+    _ = manifest.table("table"), manifest.table("head")
     _ = manifest.base_sha256, manifest.base, manifest.precision, manifest.softcap
 
 

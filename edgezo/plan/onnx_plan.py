@@ -25,14 +25,14 @@ from edgezo.zo.parts import PARTS
 if TYPE_CHECKING:
     from edgezo.machine.hardware import Machine
 
-RUNTIME_BYTES = 12 * MB  # what the first graph brings beside its weights (calibrated)
+RUNTIME_BYTES = 10 * MB  # what the first graph brings beside its weights (calibrated)
 GRAPHS, SESSION_BYTES = (
     4,
     1 * MB,
 )  # of each graph in memory: its nodes, kernels and plan (calibrated)
 # Of a token's activations: hidden states, values of the MLP, queries and keys that are there at once (calibrated).
-HIDDEN_COPIES, MLP_COPIES, QUERY_COPIES = 4, 5, 4
-PADDED_SCORE_COPIES = 4
+HIDDEN_COPIES, MLP_COPIES, QUERY_COPIES = 2, 4, 4
+PADDED_SCORE_COPIES = 2
 CHUNK_BYTES = 2 * (
     32 << 20
 )  # of a chunk of full-vocabulary logits, with their shares (plain_losses.py)
@@ -120,20 +120,12 @@ class OnnxFootprint:
         evaluated = self.tokens.evaluated_at_once(EVAL_TOKENS)
         yield from self._activations(max(tokens, evaluated), sides * micro_batch, "forward")
         yield from self._scoring()
-        yield Item(
-            "rows of the embedding", self._embedding_bytes, "those that tokens have", "compute"
-        )
         yield Item("slack", SLACK_BYTES, "freed memory that stays in the heap")
         yield Item("margin", GUARD_MARGIN_BYTES, "what the guard keeps free", RESERVE)
 
     @property
     def _longest(self) -> int:
         return max(self.tokens.tokens[0], self.tokens.evaluated, 1)
-
-    @property
-    def _embedding_bytes(self) -> int:
-        """Pages of the mapped table that tokens touch: all of it where the head is scored."""
-        return self.sizes.table_bytes if not self.tokens.classes else self.sizes.table_bytes // 2
 
     def _activations(self, tokens: int, rows: int, phase: str) -> Iterator[Item]:
         """What a forward over so many tokens takes; of one block, since they run one after the other."""

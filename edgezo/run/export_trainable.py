@@ -152,7 +152,7 @@ class _Writer:
             for part in (module.get_input_embeddings(), module.get_output_embeddings())
         )
         head = self.alike[output]
-        self._one("embed", lambda d: d.embed_graph(), "table.data", by_row=True)
+        rows = {"table": self._rows("embed", lambda d: d.embed_graph(), "table.data")}
         blocks, kinds = [], dict[str, Any]()
         for layer in range(config.num_hidden_layers):
             decoder, file, weights = self._block(layer)
@@ -170,7 +170,7 @@ class _Writer:
             )
         self._one("end", lambda d: d.end_graph(), "end.data")
         data = "table.data" if head == self.alike[table] else "head.data"
-        self._one("rows", lambda d: d.rows_graph(head), data, by_row=True)
+        rows["head"] = self._rows("rows", lambda d: d.rows_graph(head), data)
         self._one("head", lambda d: d.head_graph(head), data, by_row=True)
         cap = getattr(config, "final_logit_softcapping", None)
         return {
@@ -184,6 +184,7 @@ class _Writer:
             "softcap": cap,
             "tied": head == self.alike[table],
             "head_data": data,
+            "rows": rows,
             "end_ids": self.files.end_ids,
             "tokenizer": self._tokenizer(),
             "inputs": _INPUTS,
@@ -222,6 +223,34 @@ class _Writer:
             path.write_bytes(made)
             onnx.checker.check_model(str(path))
         return decoder, self.graphs[made], places
+
+    def _rows(self, name: str, fill: Any, data: str) -> dict[str, Any]:
+        """Write a graph that takes some rows of a table as inputs: where the table, and the scales of codes, lie.
+
+        Mapped, the whole table would come into memory, since the kernel maps pages around those that are touched.
+        """
+        coded_rows = None if self.precision.bits is None else 8
+        graph = Graph(TensorProto.FLOAT, coded_rows)
+        fill(TrainableDecoder(graph, self.module))
+        with (self.folder / data).open("ab") as file:
+            for weight, shape in graph.weights.items():
+                if weight not in self.placed:
+                    self._place(graph, weight, shape, file)
+        table = next(iter(graph.weights))
+        names = {weight: weight.replace(table, "table") for weight in graph.weights}
+        places = list[list[Any]]()
+        for weight, given in names.items():
+            placed = self.placed[weight]
+            places.append([given, placed.start, list(placed.shape), _DTYPE_OF[placed.kind]])
+            axes: list[Any] = ["u", *placed.shape[1:]]
+            graph.inputs.append(helper.make_tensor_value_info(given, placed.kind, axes))
+        for node in graph.nodes:
+            for number, weight in enumerate(node.input):
+                node.input[number] = names.get(weight, weight)
+        path = self.folder / f"{name}.onnx"
+        path.write_bytes(self._model(graph, name, []))
+        onnx.checker.check_model(str(path))
+        return {"data": data, "weights": places}
 
     def _one(self, name: str, fill: Any, data: str, by_row: bool = False) -> TrainableDecoder:
         """Write a graph and the weights that it names. ``by_row``: codes of a table, which are read row by row."""
