@@ -2,7 +2,7 @@
 
 Weights are mapped from their files and used as they lie there, so a block takes what its file has; codes of int8 are
 expanded a matrix at a time. Coefficients that are "calibrated" are set against measured peaks of whole processes
-(benchmarks/log/2026-11-30-training-on-onnx-runtime.md).
+(benchmarks/log/2026-11-30-what-does-training-on-onnx-runtime-take.md).
 """
 
 from __future__ import annotations
