@@ -30,7 +30,7 @@ READS = {
 }
 FLAGS = {
     *("as_json", "resume", "dry_run", "show_batch", "shows_plan", "quiet", "profile", "baselines"),
-    *("yes", "ask"),
+    *("yes", "ask", "trainable"),
 }
 NO_FILES = {
     "help_all",
@@ -170,6 +170,10 @@ WRITERS = {
         "export", lambda t, out: [t.adapted, "--format", "gguf-adapter", "--out", out]
     ),
     "export onnx": Writer("export", lambda t, out: [t.run, "--format", "onnx", "--out", out]),
+    "export trainable graphs": Writer(
+        "export",
+        lambda t, out: [t.bench.model, "--format", "onnx", "--trainable", "--out", out],
+    ),
     "export a journal": Writer(
         "export", lambda t, out: [t.run, "--format", "journal", "--out", out], file=True
     ),
