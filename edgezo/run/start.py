@@ -58,7 +58,6 @@ from edgezo.run.short_memory import guard_of
 from edgezo.run.state import RunState, StopRequest
 from edgezo.run.states_pass import Report, states_of_run
 from edgezo.run.summary import save_profile
-from edgezo.zo.presets import AUTO
 
 
 class Start(NamedTuple):
@@ -169,8 +168,6 @@ def _plan(
         progress.note(text)
     base = meter.mark("base")
     planned = (settle_again if resume else settle)(opened, computer, base.rss_bytes)
-    if cfg.estimator == AUTO:
-        progress.note(next(d.reason for d in planned.plan.decisions if d.name == "estimator"))
     progress.opening(Opening.of(planned))
     return planned
 
