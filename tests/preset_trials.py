@@ -24,7 +24,7 @@ from edgezo.plan.config import RunConfig
 from edgezo.plan.request import make_config
 from edgezo.run.finetuner import Finetuner
 from edgezo.run.journal_record import StepRecord
-from edgezo.run.recipes import recipe_of
+from edgezo.run.record_recipe import recipe_of
 from edgezo.weights.store import WeightStore
 from edgezo.zo.credit import Estimator
 from edgezo.zo.noise import Key

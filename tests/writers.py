@@ -47,7 +47,8 @@ NO_FILES = {
         "skip_bad_rows",
         "speaker",
     ),
-    *("seed", "objective", "max_new_tokens", "max_mem_bytes", "max_mem", "device", "precision"),
+    *("seed", "objective", "max_new_tokens", "max_mem_bytes", "max_mem", "device", "engine"),
+    *("provider", "precision"),
     *("precisions", "residency", "batch_size", "batch_sizes", "micro_batch", "estimator"),
     *("estimators", "directions", "mask", "credit", "rule", "train", "rounding", "rank", "keep"),
     *(

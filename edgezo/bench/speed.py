@@ -47,7 +47,7 @@ from edgezo.run.journal import create_journal
 from edgezo.run.journal_record import StepRecord
 from edgezo.run.metrics_log import RunLog, step_line
 from edgezo.run.progress import LiveProgress
-from edgezo.run.recipes import journal_is_shaped
+from edgezo.run.record_recipe import journal_is_shaped
 from edgezo.run.session import Opened, load_model, open_request, settle
 from edgezo.weights.layouts import DENSE_DTYPES, Layout
 from edgezo.zo import noise

@@ -32,6 +32,8 @@ BEFORE = {
     "max_cpu": None,
     "probe_reads": "five",
     "log_to": "none",
+    "engine": "torch",
+    "provider": "cpu",
     "parent": None,
     "parent_steps": 0,
     "parent_sha256": None,
@@ -65,6 +67,8 @@ class RunConfig:
     rounding: str | None
     residency: str | None
     device: str
+    engine: str
+    provider: str
     rank: int
     keep: float
     refresh: int

@@ -18,6 +18,10 @@ QUANTIZED = ("int8", "int4")
 # Precisions in which --rounding has nothing to do, each with the reason.
 UNROUNDED = {"fp32": "updates are exact there", "int4": "nothing is rounded there"}
 
+ENGINES = ("torch", "onnx")
+# Of onnxruntime's execution providers, those that edgezo knows by name (network/onnx_sessions.py).
+PROVIDER_NAMES = ("cpu", "xnnpack", "nnapi", "coreml", "qnn", "openvino", "cuda")
+
 DEFAULT_STEPS = 400
 DEFAULT_BATCH = 16  # examples a step: more take too long on a small machine, fewer are noisy
 
@@ -48,6 +52,22 @@ _MEMORY = (
         default="auto",
         default_text="auto: cuda where PyTorch can use a GPU",
         choices=("auto", "cpu", "cuda"),
+        free_on_resume=True,
+    ),
+    Field(
+        name="engine",
+        kind="choice",
+        help="What computes: torch, or onnx, which trains what export --format onnx --trainable wrote in a process "
+        "without PyTorch.",
+        default="torch",
+        choices=ENGINES,
+    ),
+    Field(
+        name="provider",
+        kind="choice",
+        help="Execution provider of --engine onnx; what it has no place for is computed on the CPU.",
+        default="cpu",
+        choices=PROVIDER_NAMES,
         free_on_resume=True,
     ),
     Field(

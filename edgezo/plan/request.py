@@ -17,6 +17,7 @@ from edgezo.machine.foreign_yaml import parse_yaml
 from edgezo.plan.config import BEFORE, RunConfig
 from edgezo.plan.conflicts import conflicts
 from edgezo.plan.data_fields import LOSS
+from edgezo.plan.engines import engine_conflicts
 from edgezo.plan.field import DEFAULT_PRESET, as_text, nearest
 from edgezo.plan.fields import (
     ALTERNATIVES,
@@ -64,7 +65,7 @@ def make_config(*layers: Mapping[str, Any], need_data: bool = True) -> RunConfig
         values["steps"] = DEFAULT_STEPS
     _fill_from_preset(values)
     cfg = RunConfig(**values)
-    problems += conflicts(cfg, need_data)
+    problems += conflicts(cfg, need_data) + engine_conflicts(cfg)
     problems += without_effect(layers[0] if layers else {}, cfg)
     if problems:
         raise UsageError(list(dict.fromkeys(problems)))

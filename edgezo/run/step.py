@@ -22,10 +22,10 @@ from edgezo.machine.clock import now_s
 from edgezo.machine.profiler import phase
 from edgezo.network.first_order import split_by_length
 from edgezo.network.perturb import Probe
-from edgezo.run.directory import save_snapshot
 from edgezo.run.finetuner import Tuner
 from edgezo.run.journal_record import StepRecord
-from edgezo.run.recipes import recipe_of
+from edgezo.run.record_recipe import recipe_of
+from edgezo.run.snapshots import save_snapshot
 from edgezo.run.state import RunState
 from edgezo.weights.saved import saved_sha256
 from edgezo.zo.credit import Estimator

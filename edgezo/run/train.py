@@ -20,6 +20,7 @@ from edgezo.errors import BudgetExceeded, EdgezoError, Interrupted, UsageError
 from edgezo.machine.busy_cores import beside_others
 from edgezo.machine.clock import now_s
 from edgezo.machine.files import atomic_write, to_json
+from edgezo.machine.limits import PLAIN_FORWARDS
 from edgezo.machine.links import directory_of_rank, rank_and_size
 from edgezo.machine.process_memory import malloc_trim, rss_bytes
 from edgezo.machine.profiler import phase, profiling
@@ -45,8 +46,6 @@ from edgezo.run.step import Stepper
 from edgezo.run.summary import losses_of_step, peaks, summarise
 from edgezo.run.watching import watching
 from edgezo.zo.credit import schedule
-
-PLAIN_FORWARDS = 8  # plain forward passes that a run times, for summary.json's forward_s
 
 
 def finetune(

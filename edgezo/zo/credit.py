@@ -32,7 +32,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from edgezo.zo.noise import exact_grid
+from edgezo.zo.bits import exact_grid
 from edgezo.zo.presets import PRESETS, forwards
 from edgezo.zo.recipe import PLAIN, TWO_SIDED, Evaluation
 

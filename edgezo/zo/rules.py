@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+from edgezo.zo.adam import BETA1, BETA2, EPS
 
 
 class Rule(NamedTuple):

@@ -45,7 +45,7 @@ from edgezo.plan.planner import make_plan
 from edgezo.plan.request import make_config
 from edgezo.run.journal import Journal, create_journal, open_journal
 from edgezo.run.journal_record import StepRecord
-from edgezo.run.recipes import recipe_of
+from edgezo.run.record_recipe import recipe_of
 from edgezo.run.train import finetune
 from edgezo.weights.layouts import Dense, Int8
 from edgezo.weights.saved import saved_sha256, saved_tensors

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from edgezo.plan.request import make_config
 from edgezo.run.journal_record import StepRecord
-from edgezo.run.recipes import recipe_of
+from edgezo.run.record_recipe import recipe_of
 from edgezo.weights.layouts import Dense
 from edgezo.weights.store import WeightStore
 from edgezo.zo import masks, rules
