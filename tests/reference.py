@@ -99,6 +99,13 @@ def direction(
         p = dealt(epoch, target, noise.SPAN, rows, k)
         q = dealt(epoch, target, noise.BASIS, cols, k)
         return math.sqrt(rows * cols) / k * p @ z @ q.T
+    if kind == "rank-signs" and not target.vector:
+        places = slice(slot * rank, (slot + 1) * rank)
+        r, s = (
+            noise.signs(key, target.id, stream, places, width).double()
+            for stream, width in ((noise.ROW, rows), (noise.COLUMN, cols))
+        )
+        return r.T @ s / math.sqrt(rank)
     low = torch.zeros(rows, cols, dtype=torch.float64)
     if (kind.startswith("lowrank") or kind == "activation-shared") and not target.vector:
         a = noise.signs(key, target.id, noise.LEFT, slice(0, rank), rows).double()
@@ -106,7 +113,8 @@ def direction(
         low = a.T @ v / math.sqrt(rank)
     if kind in ("lowrank-shared", "activation-shared"):
         return low
-    one = slice(slot, slot + 1)
+    first = slot * rank if kind == "rank-signs" else slot
+    one = slice(first, first + 1)
     d = noise.signs(key, target.id, noise.ROW, one, rows)[0].double()[:, None].expand(rows, cols)
     if not target.vector and kind != "lowrank-strict":
         d = d * noise.signs(key, target.id, noise.COLUMN, one, cols)[0].double()
@@ -376,6 +384,9 @@ def published_step(
     if name == "grzo-uniform":
         return theta - lr * sigma * _total(list(directions))
     delta = losses[0] - losses[1]
+    if name == "eggroll":  # z-scored fitness; sum_i a_i A_i B_i^T/sqrt(r)
+        a = (delta - delta.mean()) / delta.std()
+        return theta - lr * sigma * _total([x * d for x, d in zip(a, directions, strict=True)])
     weighted = [x * d for x, d in zip(delta, directions, strict=True)]
     if (
         cfg.credit == "group"

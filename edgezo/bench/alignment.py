@@ -41,11 +41,12 @@ from edgezo.run.session import Opened, load_model, open_request, settle
 from edgezo.weights.store import WeightStore
 from edgezo.weights.tile import rows_by_direction
 from edgezo.weights.trainable import Trainable
+from edgezo.zo.axes import DIRECTIONS
 from edgezo.zo.credit import Estimator
 from edgezo.zo.masks import block_of
 from edgezo.zo.noise import Key
 from edgezo.zo.parts import without_exact
-from edgezo.zo.presets import DIRECTIONS, PRESETS
+from edgezo.zo.presets import PRESETS
 from edgezo.zo.recipe import Recipe
 
 Gradient = dict[str, Tensor]  # by trained tensor, (rows, cols) fp32

@@ -13,8 +13,9 @@ from typing import Any, Self
 import tomli_w
 
 from edgezo.machine.limits import MOST_READOUT_ROWS
+from edgezo.zo.axes import CREDITS, DIRECTIONS, forwards, mean_forwards
 from edgezo.zo.parts import Trained, trained
-from edgezo.zo.presets import BACKWARD_PASSES, CREDITS, FIRST_ORDER, forwards, mean_forwards
+from edgezo.zo.presets import BACKWARD_PASSES, FIRST_ORDER
 
 # What a run did that began before there was a choice. Files of such a run do not have these settings, and are not
 # given them.
@@ -170,6 +171,11 @@ class RunConfig:
     def since_base(self, steps: int) -> int:
         """So many steps of this run, counted from its base: those of its parents come before."""
         return self.parent_steps + steps
+
+    @property
+    def terms(self) -> int:
+        """How many products of two sign vectors a direction is the sum of, where it is one of such."""
+        return self.rank if DIRECTIONS[self.directions].summed else 1
 
     @property
     def anchored(self) -> bool:

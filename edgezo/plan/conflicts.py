@@ -9,18 +9,9 @@ from typing import NamedTuple
 from edgezo.plan.config import RunConfig
 from edgezo.plan.data_fields import LOSS, OBJECTIVES
 from edgezo.plan.fields import UNROUNDED
+from edgezo.zo.axes import CREDITS, DIRECTIONS, MASKS, PER_WEIGHT, RULES, DirectionEntry
 from edgezo.zo.parts import PARTS
-from edgezo.zo.presets import (
-    AUTO,
-    CREDITS,
-    DIRECTIONS,
-    FIRST_ORDER,
-    MASKS,
-    PER_WEIGHT,
-    PRESETS,
-    RULES,
-    DirectionEntry,
-)
+from edgezo.zo.presets import AUTO, FIRST_ORDER, PRESETS
 
 MEASURED_CREDITS = (
     "group",
@@ -188,6 +179,13 @@ OF_DIRECTIONS = (
         lambda cfg: (
             f"--directions {cfg.directions} with {_credit(cfg)}: the credit is for one direction for the whole batch; "
             f"use one of {_of_batch()}"
+        ),
+    ),
+    Conflict(
+        lambda cfg: drawn(cfg).summed and cfg.mask not in ("none", "layers", "block"),
+        lambda cfg: (
+            f"--mask {cfg.mask} with --directions {cfg.directions}: the mask shapes one factor of a direction, "
+            "and these are sums of several; use --directions signs"
         ),
     ),
     Conflict(

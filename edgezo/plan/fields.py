@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from edgezo.plan.data_fields import DATA, PREDICTION
 from edgezo.plan.field import DEFAULT_PRESET, Field
+from edgezo.zo.axes import CREDITS, DIRECTIONS, MASKS, RULES
 from edgezo.zo.parts import PARTS
-from edgezo.zo.presets import AUTO, CREDITS, DIRECTIONS, ESTIMATORS, MASKS, RULES
+from edgezo.zo.presets import AUTO, ESTIMATORS
 
 QUANTIZED = ("int8", "int4")
 # Precisions in which --rounding has nothing to do, each with the reason.

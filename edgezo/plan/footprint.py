@@ -51,7 +51,7 @@ from edgezo.plan.calibration import (
 from edgezo.plan.data_fields import LOSS
 from edgezo.plan.footprint_stored import StoredFootprint, rounding_of
 from edgezo.plan.shapes import BYTES_PER_WEIGHT, MatrixShape
-from edgezo.zo.presets import DIRECTIONS, MASKS, RULES
+from edgezo.zo.axes import DIRECTIONS, MASKS, RULES
 
 
 def _numbers_of_rows(n: int) -> int:
@@ -278,8 +278,8 @@ class Footprint(StoredFootprint):
         return self.cfg.candidates if self.cfg.credit == "candidates" else micro_batch
 
     def _widest(self) -> int:
-        """Values of the two factors of a direction for the widest matrix."""
-        return max(m.d_out + m.d_in for m in self.shape.kinds)
+        """Values of the factors of a direction for the widest matrix."""
+        return self.cfg.terms * max(m.d_out + m.d_in for m in self.shape.kinds)
 
     def _perturbing(self, micro_batch: int, size: int) -> list[Item]:
         """Directions of ``size`` bytes, and a tile of noise where they are dense."""

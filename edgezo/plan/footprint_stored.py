@@ -52,7 +52,7 @@ from edgezo.plan.config import Batched, RunConfig
 from edgezo.plan.conflicts import cannot_requantise
 from edgezo.plan.fields import QUANTIZED, UNROUNDED
 from edgezo.plan.shapes import BYTES_PER_WEIGHT, MatrixShape, ModelShape
-from edgezo.zo.presets import DIRECTIONS, MASKS, RULES, in_span
+from edgezo.zo.axes import DIRECTIONS, MASKS, RULES, in_span
 
 
 def compute_dtype(precision: str, bf16_fast: bool) -> tuple[str, str]:

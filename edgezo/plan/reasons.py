@@ -32,8 +32,9 @@ from edgezo.plan.footprint_stored import rounding_of
 from edgezo.plan.plan import Decision, PlanDoesNotFit
 from edgezo.plan.request import as_estimator
 from edgezo.plan.shapes import MatrixShape, ModelShape
+from edgezo.zo.axes import step_meaning
 from edgezo.zo.parts import PARTS
-from edgezo.zo.presets import FIRST_ORDER, PRESETS, step_meaning
+from edgezo.zo.presets import FIRST_ORDER, PRESETS
 
 
 def decisions(choice: Choice) -> tuple[Decision, ...]:

@@ -32,7 +32,7 @@ from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.limits import EVAL_TOKENS
 from edgezo.network.generate import generate
 from edgezo.plan.data_fields import LOSS, OBJECTIVES
-from edgezo.zo.presets import DIRECTIONS
+from edgezo.zo.axes import DIRECTIONS
 
 if TYPE_CHECKING:
     from edgezo.network.model import Model

@@ -7,6 +7,7 @@ A step evaluates the batch along ``evaluations``; with two sides
     theta       <- (1 - decay)*theta - rule(sum_i c_i D_i)
 
     group        c_i = kappa*sigma*delta_i/std_j(delta_j)   GRZO, two-sided (arXiv 2606.02857, section 3)
+    centred      c_i = kappa*sigma*(delta_i - mean_j(delta_j))/std_j(delta_j)    EGGROLL (arXiv 2511.16652): z-scores
     raw          c_i = lr*delta_i/(2*sigma*B)               GRZO without dividing by the spread
     one-sided    c_i = kappa*sigma*(l+_i - mean_j(l+_j))/std_j(l+_j)
     uniform      c_i = kappa*sigma                          an ablation: a random walk that no loss guides
@@ -32,8 +33,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from edgezo.zo.axes import forwards
 from edgezo.zo.noise import exact_grid
-from edgezo.zo.presets import PRESETS, forwards
+from edgezo.zo.presets import PRESETS
 from edgezo.zo.recipe import PLAIN, TWO_SIDED, Evaluation
 
 CREDIT_CLIP = 8.0  # in standard deviations; a lone outlier in a group of 64 already stands at 7.9
@@ -110,6 +112,22 @@ def group_credit(losses: np.ndarray) -> np.ndarray:
     credit = np.zeros(losses.shape[1])
     delta = losses[0, finite] - losses[1, finite]
     credit[finite] = _over_spread(delta, delta)
+    return credit.astype(np.float32)
+
+
+def centred_credit(losses: np.ndarray) -> np.ndarray:
+    """Z-scores of delta_i over the group (EGGROLL's fitness, arXiv 2511.16652); (2, B) losses -> (B,) fp32.
+
+    As ``group_credit``, but what all examples have in common is subtracted. So a group of one example, and one of equal
+    differences, gives zeros.
+    """
+    losses = np.asarray(losses, np.float64)
+    finite = np.isfinite(losses).all(axis=0)
+    credit = np.zeros(losses.shape[1])
+    delta = losses[0, finite] - losses[1, finite]
+    if len(delta) > 1:
+        centred = delta - delta.mean()
+        credit[finite] = _over_spread(centred, centred)
     return credit.astype(np.float32)
 
 
@@ -193,6 +211,7 @@ def _of_slope(step: float, sigma: float, count: int) -> float:
 _Scale = Callable[[float, float, int], float]
 CREDIT_FUNCTIONS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], _Scale]] = {
     "group": (group_credit, _of_probe),
+    "centred": (centred_credit, _of_probe),
     "raw": (difference_credit, _of_slope),
     "one-sided": (one_sided_credit, _of_probe),
     "uniform": (uniform_credit, _of_probe),

@@ -3,6 +3,7 @@
 A trained tensor is a matrix (rows, cols) or a vector (rows,). Example i of the group perturbs it along D_i:
 
     signs            D_i = r_i s_i^T                    no weight-sized noise at all (a vector: r_i)
+    rank-signs       D_i = sum_k r_ik s_ik^T/sqrt(rank)     EGGROLL, arXiv 2511.16652; of rank 1: signs
     rademacher       D_i = U * (r_i s_i^T)              U of +-1, one for the group
     gaussian         D_i = U * (r_i s_i^T)              U of N(0,1): GRZO as published, arXiv 2606.02857
     shared           D   = U of N(0,1)                  one direction for the whole batch: MeZO, arXiv 2305.17333
@@ -27,7 +28,7 @@ so that A V^T is a sum of integers and has the same bits from every tile. In ``s
 have orthonormal columns and are drawn every ``refresh`` steps, Z of N(0,1) every step. Each row of P has one entry:
 rows are dealt out to the k columns in a random order, with a random sign over the root of the column's count (a sparse
 embedding, in place of a QR decomposition, whose last bits differ between libraries). Vectors have no low rank: their
-U is of N(0,1).
+U is of N(0,1). In ``rank-signs`` a vector's direction is r_i1 alone.
 """
 
 from __future__ import annotations
@@ -83,16 +84,26 @@ class Directions(NamedTuple):
     rank: int = 8  # k of the low-rank kinds
     refresh: int = 50  # V, P and Q are drawn anew every so many steps
     guided: bool = False  # made from the layer's inputs, so that no seed gives them again
+    summed: bool = False  # a sum of ``rank`` products r_ik s_ik^T
 
-    def row_signs(self, key: Key, target: Target, slots: Sequence[int]) -> Tensor:
-        """r_i of the examples in ``slots``, (len(slots), rows) int8."""
-        return _of_slots(key, target.id, noise.ROW, slots, target.rows)
+    @property
+    def terms(self) -> int:
+        """How many products r_ik s_ik^T a direction of a matrix is the sum of; it is divided by the root of that."""
+        return self.rank if self.summed else 1
 
-    def col_signs(self, key: Key, target: Target, slots: Sequence[int]) -> Tensor:
-        """s_i of the examples in ``slots``, (len(slots), cols) int8."""
+    def row_signs(self, key: Key, target: Target, slots: Sequence[int], term: int = 0) -> Tensor:
+        """r_ik of the examples in ``slots``, k = ``term``, (len(slots), rows) int8."""
+        return _of_slots(key, target.id, noise.ROW, self._places(slots, term), target.rows)
+
+    def col_signs(self, key: Key, target: Target, slots: Sequence[int], term: int = 0) -> Tensor:
+        """s_ik of the examples in ``slots``, k = ``term``, (len(slots), cols) int8."""
         if self.strict:
             return torch.ones(len(slots), target.cols, dtype=torch.int8)
-        return _of_slots(key, target.id, noise.COLUMN, slots, target.cols)
+        return _of_slots(key, target.id, noise.COLUMN, self._places(slots, term), target.cols)
+
+    def _places(self, slots: Sequence[int], term: int) -> Sequence[int]:
+        """Rows of the table of sign vectors: an example has ``terms`` of them, one after the other."""
+        return slots if self.terms == 1 else [slot * self.terms + term for slot in slots]
 
     def dense_rows(
         self, key: Key, target: Target, rows: slice, basis: Tensor | None = None
@@ -198,15 +209,27 @@ class Directions(NamedTuple):
                 return coefficients.sum().reshape(1, 1)
             return (coefficients[:, None] * member).sum(0)[:, None]
         slots, device = range(len(coefficients)), coefficients.device
-        left = self.row_signs(key, target, slots).to(device)[:, rows].float()  # (B, n)
-        if member is not None:
-            left = left * member
-        left = left * coefficients[:, None]
+
+        def left_factor(term: int) -> Tensor:
+            """c_i r_ik on ``rows``, (B, n)."""
+            left = self.row_signs(key, target, slots, term).to(device)[:, rows].float()
+            if member is not None:
+                left = left * member
+            return left * coefficients[:, None]
+
         if guides is not None:
-            return _exact_product(left.T, guides)
+            return _exact_product(left_factor(0).T, guides)
         if target.vector or self.strict:
-            return left.sum(0)[:, None]
-        return left.T @ self.col_signs(key, target, slots).to(device).float()
+            return left_factor(0).sum(0)[:, None]
+
+        def product(term: int) -> Tensor:
+            cols = self.col_signs(key, target, slots, term).to(device).float()
+            return left_factor(term).T @ cols
+
+        total = product(0)
+        for term in range(1, self.terms):  # each exact; rounded where they are added, in one order
+            total += product(term)
+        return total if self.terms == 1 else total.mul_(self.terms**-0.5)
 
     def weighted_coordinates(
         self,
@@ -306,6 +329,7 @@ DIRECTION_KINDS = {
     d.name: d
     for d in (
         Directions("signs", factored=True, dense=None),
+        Directions("rank-signs", factored=True, dense=None, summed=True),
         Directions("rademacher", factored=True, dense="signs"),
         Directions("gaussian", factored=True, dense="normals"),
         Directions("shared", factored=False, dense="normals"),

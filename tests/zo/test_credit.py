@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgezo.zo.axes import CREDITS
 from edgezo.zo.credit import (
     CREDIT_CLIP,
     SLOPE_CLIP,
@@ -19,7 +20,7 @@ from edgezo.zo.credit import (
     schedule,
     uniform_credit,
 )
-from edgezo.zo.presets import CREDITS, PRESETS
+from edgezo.zo.presets import PRESETS
 
 values = st.floats(-100, 100, width=32)
 pairs = st.integers(2, 40).flatmap(

@@ -51,9 +51,10 @@ from edgezo.weights.layouts import Dense, Int8
 from edgezo.weights.saved import saved_sha256, saved_tensors
 from edgezo.weights.store import WeightStore
 from edgezo.zo import masks
+from edgezo.zo.axes import CREDITS, forwards
+from edgezo.zo.axes import DIRECTIONS as DIRECTION_LAWS
 from edgezo.zo.noise import Key
-from edgezo.zo.presets import CREDITS, ESTIMATORS, PRESETS, forwards
-from edgezo.zo.presets import DIRECTIONS as DIRECTION_LAWS
+from edgezo.zo.presets import ESTIMATORS, PRESETS
 
 # ----------------------------------------------------------------------------- probed as said
 

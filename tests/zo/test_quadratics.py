@@ -18,10 +18,11 @@ from edgezo.run.recipes import recipe_of
 from edgezo.weights.layouts import Dense
 from edgezo.weights.store import WeightStore
 from edgezo.zo import masks, rules
+from edgezo.zo.axes import CREDITS
 from edgezo.zo.credit import Estimator
 from edgezo.zo.directions import DIRECTION_KINDS, on_grid, orthonormal
 from edgezo.zo.noise import Key
-from edgezo.zo.presets import CREDITS, PRESETS
+from edgezo.zo.presets import PRESETS
 
 ROWS, COLS, BLOCKS, GROUP = 5, 8, 4, 6
 KAPPA_RATE, SLOPE_RATE, DESCENT = 1.0, 0.004, 20
@@ -113,7 +114,7 @@ def predicted(name: str, start: float, values: int, tries: int = 300) -> float:
         r = np.sqrt(r2 / shares)
         x = rng.standard_normal((tries, group))
         spread = x.std(1, keepdims=True) if group > 1 else 1.0
-        centre = x.mean(1, keepdims=True) if entry.credit == "one-sided" else 0.0
+        centre = x.mean(1, keepdims=True) if entry.credit in ("one-sided", "centred") else 0.0
         if entry.credit in ("mean", "clipped", "raw"):
             c = SLOPE_RATE * x * r[:, None] / group
         elif entry.credit == "uniform":

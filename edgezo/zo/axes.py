@@ -1,0 +1,161 @@
+"""The axes of an estimator as tables: directions, masks, credits and rules. Standard library only.
+
+An entry says what the plan and the conflicts need to know of a choice: forwards, state, what --step means with it.
+The functions behind the names are in credit.py, directions.py, masks.py and rules.py; presets.py names combinations.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class DirectionEntry(NamedTuple):
+    """What the plan and the conflicts need to know of a choice of --directions."""
+
+    per_example: bool  # one D_i for each example (or candidate); False: one D for the whole batch
+    text: str
+    dense: bool = True  # a factor of the weight's size is made, tile by tile
+    refreshed: bool = False  # its basis is drawn anew every --refresh steps
+    summed: bool = False  # a sum of --rank products of two sign vectors
+    guided: bool = False  # made from the inputs of a layer, so neither seed nor journal has it
+
+
+class MaskEntry(NamedTuple):
+    """What the plan and the conflicts need to know of a choice of --mask."""
+
+    text: str
+    state: int = 0  # fp32 values for each trained value
+    forwards: int = 0  # beside those of the credit
+    by_row: bool = False  # the state has a value for each row of a matrix, not for each weight
+    dense: bool = False
+
+
+class CreditEntry(NamedTuple):
+    """What the plan and the conflicts need to know of a choice of --credit."""
+
+    per_example: bool  # goes with directions per example; False: with one for the whole batch
+    forwards: int
+    text: str
+    step: str  # what --step means with it
+    # Compares losses with those at an anchor, the weights of every --refresh-th step. That takes a second copy of what
+    # is trained, and so many times the forwards of a step.
+    anchored: bool = False
+
+
+class RuleEntry(NamedTuple):
+    """What the plan and the conflicts need to know of a choice of --rule."""
+
+    text: str
+    state: int = 0  # fp32 values for each trained value
+    step: str = ""  # what --step means with it; "": what it means with the credit
+
+
+KAPPA = "kappa: the fraction of the perturbation that one unit of credit moves the weights by"
+RATE = "learning rate of the gradient estimate"
+PER_WEIGHT = "about how far one step moves a weight"
+
+DIRECTIONS = {
+    "signs": DirectionEntry(True, "r_i s_i^T, no weight-sized noise", dense=False),
+    "rank-signs": DirectionEntry(
+        True,
+        "sum_k r_ik s_ik^T/sqrt(rank), no weight-sized noise",
+        dense=False,
+        summed=True,
+    ),
+    "rademacher": DirectionEntry(True, "U*(r_i s_i^T), U of +-1"),
+    "gaussian": DirectionEntry(True, "U*(r_i s_i^T), U of N(0,1)"),
+    "shared": DirectionEntry(False, "U of N(0,1), one for the batch"),
+    "lowrank": DirectionEntry(True, "(A V^T)*(r_i s_i^T)/sqrt(rank)", refreshed=True),
+    "lowrank-strict": DirectionEntry(
+        True, "diag(r_i) A V^T/sqrt(rank): updates stay in span V", refreshed=True
+    ),
+    "lowrank-shared": DirectionEntry(
+        False, "A V^T/sqrt(rank), one for the batch", dense=False, refreshed=True
+    ),
+    "subspace": DirectionEntry(
+        False, "P Z Q^T, P and Q with orthonormal columns, Z of N(0,1)", dense=False, refreshed=True
+    ),
+    "centred": DirectionEntry(False, "around their own moving average, one for the batch"),
+    "activation": DirectionEntry(
+        True,
+        "r_i v_i^T, v_i = X_i^T z_i/|X_i^T z_i| of the inputs X_i of example i to the layer",
+        dense=False,
+        guided=True,
+    ),
+    "activation-shared": DirectionEntry(
+        False,
+        "A V^T, one for the batch, V a basis of the last step's inputs by power iteration",
+        dense=False,
+        guided=True,
+    ),
+}
+
+MASKS = {
+    "none": MaskEntry("every trained value"),
+    "sparse": MaskEntry("the --keep smallest of a matrix's weights, by size", dense=True),
+    "layers": MaskEntry("a --keep share of the blocks, drawn every step"),
+    "hessian": MaskEntry("over the root of a running diagonal curvature", 1, 1, dense=True),
+    "hessian-block": MaskEntry(
+        "over the root of a running curvature, one for each row of a matrix",
+        *(1, 1),
+        by_row=True,
+        dense=True,
+    ),
+    "quantized": MaskEntry(
+        "rounded to 8 bits, once for the perturbation and again for the update", dense=True
+    ),
+    "block": MaskEntry("times s_b of each tensor from --finetuner, sum_b d_b s_b^2 = sum_b d_b"),
+}
+
+CREDITS = {
+    "group": CreditEntry(True, 2, "delta_i/std_j(delta_j)", KAPPA),
+    "centred": CreditEntry(True, 2, "(delta_i - mean_j(delta_j))/std_j(delta_j)", KAPPA),
+    "raw": CreditEntry(True, 2, "delta_i", RATE),
+    "one-sided": CreditEntry(True, 1, "(l+_i - mean_j(l+_j))/std_j(l+_j)", KAPPA),
+    "uniform": CreditEntry(True, 1, "1, whatever the losses are", KAPPA),
+    "mean": CreditEntry(False, 2, "mean_i(delta_i)", RATE),
+    "clipped": CreditEntry(False, 2, "mean_i(delta_i), its slope clipped at 100", RATE),
+    "svrg": CreditEntry(
+        False,
+        2,
+        "mean_i(delta_i) minus that at the anchor; plus the anchor's mean over --refresh batches, along its D",
+        RATE,
+        anchored=True,
+    ),
+    "candidates": CreditEntry(True, 1, "(l_j - l_0)/std_k(l_k) of --candidates directions", KAPPA),
+}
+
+RULES = {
+    "sgd": RuleEntry("g"),
+    "momentum": RuleEntry("m = 0.9 m + 0.1 g", 1),
+    "adam": RuleEntry("m/(sqrt(v) + 1e-8), betas 0.9 and 0.999", 2, PER_WEIGHT),
+    "sign": RuleEntry("sign(g)", 0, PER_WEIGHT),
+    "centred": RuleEntry("g/sqrt(v + 1e-8), v of the parts that the direction is made of"),
+}
+
+
+def forwards(credit: str, mask: str, candidates: int) -> int:
+    """Forward passes over the batch in a step."""
+    drawn = candidates if credit == "candidates" else 0
+    return CREDITS[credit].forwards + drawn + MASKS[mask].forwards
+
+
+def mean_forwards(credit: str, mask: str, candidates: int, refresh: int) -> float:
+    """Forward passes over a batch in a step, on average.
+
+    With an anchor, its step passes ``refresh`` batches, and every other step one batch at two places.
+    """
+    once = forwards(credit, mask, candidates)
+    if not CREDITS[credit].anchored:
+        return once
+    return once * (refresh + 2 * (refresh - 1)) / refresh
+
+
+def in_span(directions: str) -> bool:
+    """Whether every update lies in the span of a basis, so that a rule may keep its state in coordinates."""
+    return directions in ("lowrank-strict", "lowrank-shared")
+
+
+def step_meaning(credit: str, rule: str) -> str:
+    """What --step means with a credit and a rule."""
+    return RULES[rule].step or CREDITS[credit].step
