@@ -392,9 +392,19 @@ def published_step(
         cfg.credit == "group"
     ):  # GRZO and the drop-ins: 1/(2 sigma B) sum a_i D_i, lr = 2 kappa sigma^2 B
         rate = 2 * lr * sigma**2 * b
-        return theta - rate / (2 * sigma * b) * _total(weighted) / delta.std()
+        change = rate / (2 * sigma * b) * _total(weighted) / delta.std()
+        if cfg.rule == "replayed-momentum":
+            change = state["m"] = 0.9 * state.get("m", 0.0) + 0.1 * change
+        return theta - change
     g = _total(weighted) / (2 * sigma * b)  # of MeZO and what is built on it; grzo-raw
-    if name == "mezo-adam":
+    if name == "adamezo":  # equation of the paper's algorithm 1, 16 terms back
+        past = state["g"] = [g, *state.get("g", [])][:17]
+        m, v = (
+            (1 - beta) * sum(beta**k * then**power for k, then in enumerate(past))
+            for beta, power in ((0.9, 1), (0.999, 2))
+        )
+        return theta - lr * m / torch.sqrt(v + 1e-8)
+    if name in ("mezo-adam", "replayed-adam"):
         state["m"] = 0.9 * state.get("m", 0.0) + 0.1 * g
         state["v"] = 0.999 * state.get("v", 0.0) + 0.001 * g**2
         m, v = state["m"] / (1 - 0.9 ** (step + 1)), state["v"] / (1 - 0.999 ** (step + 1))

@@ -13,6 +13,7 @@ from edgezo.zo.axes import CREDITS, DIRECTIONS, MASKS, PER_WEIGHT, RULES, Direct
 from edgezo.zo.parts import PARTS
 from edgezo.zo.presets import AUTO, FIRST_ORDER, PRESETS
 
+SEEDED_MASKS = ("none", "layers", "block")  # that depend neither on weights nor on a state
 MEASURED_CREDITS = (
     "group",
     "mean",
@@ -240,6 +241,16 @@ OF_DIRECTIONS = (
         ),
     ),
     Conflict(
+        lambda cfg: (
+            RULES[cfg.rule].looks_back
+            and (drawn(cfg).refreshed or drawn(cfg).guided or cfg.mask not in SEEDED_MASKS)
+        ),
+        lambda cfg: (
+            f"--rule {cfg.rule} with --directions {cfg.directions} and --mask {cfg.mask}: the rule makes past "
+            f"steps anew from seeds alone; use other directions, and a mask of {', '.join(SEEDED_MASKS)}"
+        ),
+    ),
+    Conflict(
         lambda cfg: (cfg.rule == "centred") != (cfg.directions == "centred"),
         "--directions centred and --rule centred are two halves of ZO-AdaMU: "
         "the rule scales by the parts that the direction is made of; use both or neither",
@@ -394,6 +405,12 @@ CANNOT_REQUANTISE = (
     Conflict(
         _kept_state,
         lambda cfg: f"the state of {_kept_state(cfg)} would have to be rebuilt with the codes",
+    ),
+    Conflict(
+        lambda cfg: RULES[cfg.rule].looks_back,
+        lambda cfg: (
+            f"every step that is replayed would take --rule {cfg.rule} through all before it"
+        ),
     ),
     Conflict(
         lambda cfg: drawn(cfg).guided,

@@ -417,6 +417,7 @@ class Footprint(StoredFootprint):
         copies = ROUNDED_UPDATE_TILES if rounds else UPDATE_TILES
         if rounds and precision == "int8":
             copies = CODES_UPDATE_TILES
+        copies += RULES[self.cfg.rule].remade
         return copies * min(TILE_BYTES, self._largest_trained())
 
     def _holes(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
@@ -465,14 +466,8 @@ class Footprint(StoredFootprint):
         if not cfg.parts.head or self.tokens.kind == "label":
             return []
         size = 4 * HEAD_TEMPORARIES * cfg.rank * shape.vocab
-        return [
-            Item(
-                "head update",
-                size,
-                "the scale of an Adam step, as large as what it moves",
-                "update",
-            )
-        ]
+        reason = "the scale of an Adam step, as large as what it moves"
+        return [Item("head update", size, reason, "update")]
 
     def _largest_trained(self) -> int:
         """Bytes in fp32 of the largest tensor that an update moves."""
@@ -487,7 +482,7 @@ class Footprint(StoredFootprint):
 
     def _moved_rows(self, table: MatrixShape) -> int:
         """Rows of a table that one update may move."""
-        if RULES[self.cfg.rule].state or MASKS[self.cfg.mask].state:
+        if RULES[self.cfg.rule].states or MASKS[self.cfg.mask].state:
             return table.d_out
         return self._rows_in_use(table)
 

@@ -25,17 +25,18 @@ Which rows a step moves is in tile.py, how values are rounded in layouts.py, how
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from edgezo.weights.layouts import CPU, Dense, Int8, Layout, TrainedLayout
+from edgezo.weights.recent import Recent, is_live
 from edgezo.weights.requantise import (
     ReplayedMatrix,
     last_requantised,
@@ -78,6 +79,7 @@ class WeightStore:
     scales: Mapping[str, float] = field(default_factory=dict)
     # (first, stop) -> the recipes of steps [first, stop): for a replay, and for blocks that lack steps.
     history: Callable[[int, int], Iterable[Recipe]] | None = None
+    recent: Recent = field(default_factory=Recent)  # steps that a rule looks back on
 
     # -- what is trained ----------------------------------------------------------------------------------
 
@@ -111,7 +113,8 @@ class WeightStore:
             mask_cols = 1 if self.mask.by_row else cols
             rule_cols = self.directions.rank if in_span else cols
             state = {n: torch.ones(rows, mask_cols, device=self.device) for n in self.mask.states}
-            for name in self.rule.states:
+            trainable.every_row = bool(self.rule.states)
+            for name in () if self.rule.looks_back else self.rule.states:
                 state[name] = torch.zeros(rows, rule_cols, device=self.device)
             if self.anchored:
                 state["anchor"] = trainable.values.clone()
@@ -152,7 +155,8 @@ class WeightStore:
 
     def _update(self, trainables: Sequence[Trainable], recipes: Sequence[Recipe]) -> None:
         """Take ``trainables`` through the steps of ``recipes``. Each tile is read once and written once."""
-        live = [r for r in recipes if r.decay or np.any(r.coefficients) or r.anchor is not None]
+        live = [r for r in recipes if is_live(r)]
+        past = self._looked_back_on(recipes)
         coefficients = [torch.from_numpy(r.coefficients).to(self.device) for r in live]
         for trainable in trainables if live else ():
             layout = trainable.layout
@@ -163,11 +167,41 @@ class WeightStore:
                         layout.write(tile.rows, theta)
                 continue
             for rows in tile_rows(trainable):
-                theta = layout.read(rows)
-                for recipe, c in zip(live, coefficients, strict=True):
+                theta, state = layout.read(rows), None
+                for number, (recipe, c) in enumerate(zip(live, coefficients, strict=True)):
                     member = member_of(trainable, recipe, rows, self.device)
-                    theta = self._advance_on_grid(Tile(trainable, recipe, c, rows, member), theta)
+                    tile = Tile(trainable, recipe, c, rows, member)
+                    if self.rule.looks_back:
+                        if state is None or self.rule.looks_back < math.inf:
+                            state = self._state_before(tile, theta, [*past, *live[:number]])
+                        tile = tile._replace(state=state)
+                    theta = self._advance_on_grid(tile, theta)
                 layout.write(rows, theta)
+        if self.rule.looks_back:
+            self.recent.add(recipes, self.rule.looks_back)
+
+    def _looked_back_on(self, recipes: Sequence[Recipe]) -> list[Recipe]:
+        """The steps before ``recipes`` whose g the rule goes through."""
+        if not (self.rule.looks_back and recipes):
+            return []
+        first = recipes[0].step
+        return self.recent.before(first, self.rule.looks_back, self.history)
+
+    def _state_before(self, tile: Tile, theta: Tensor, past: Sequence[Recipe]) -> dict[str, Tensor]:
+        """The rule's state of a tile before its step, made from zeros by the g of the last of ``past``."""
+        rows, cols = tile.rows, tile.trainable.target.cols
+        n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        state = {name: torch.zeros(n, cols, device=self.device) for name in self.rule.states}
+        since = tile.recipe.step - self.rule.looks_back
+        for recipe in past:
+            scale = self.scale(tile.trainable, recipe)
+            if recipe.step < since or scale == 0.0:
+                continue
+            c = torch.from_numpy(recipe.coefficients).to(self.device)
+            member = member_of(tile.trainable, recipe, rows, self.device)
+            g, _ = self._weighted_sum(Tile(tile.trainable, recipe, c, rows, member), theta)
+            self.rule.step(state, g if scale == 1.0 else g * scale, recipe.step + 1)
+        return state
 
     def _advance_on_grid(self, tile: Tile, theta: Tensor) -> Tensor:
         """``advance``, rounded to the grid on which the tensor is stored. ``theta`` may be overwritten."""
@@ -219,7 +253,7 @@ class WeightStore:
 
     def _weighted_sum(self, tile: Tile, theta: Tensor) -> tuple[Tensor, Tensor | None]:
         """sum_i c_i D_i, (n, cols) fp32, and U before the mask was applied (None without such a mask)."""
-        trainable, recipe, coefficients, rows, member = tile
+        trainable, recipe, coefficients, rows, member, _ = tile
         key = Key(self.seed, recipe.step)
         unmasked: list[Tensor] = []
 
@@ -255,9 +289,11 @@ class WeightStore:
         if self.rule.name == "sgd":
             return g
         trainable, recipe, rows = tile.trainable, tile.recipe, tile.rows
-        state = {name: trainable.state[name][rows] for name in self.rule.states}
+        state = tile.state
+        if state is None:
+            state = {name: trainable.state[name][rows] for name in self.rule.states}
         change = self.rule.step(state, g, recipe.step + 1) * recipe.rate
-        for name, part in state.items():
+        for name, part in state.items() if tile.state is None else ():
             trainable.state[name][rows] = part
         if self.directions.dense == "centred":
             change = change / self._centred_scale(tile)
@@ -290,7 +326,7 @@ class WeightStore:
 
         When V is drawn anew the state goes with it: N <- N V_old^T V_new/cols (LOZO-M, arXiv 2410.07698).
         """
-        trainable, recipe, coefficients, rows, member = tile
+        trainable, recipe, coefficients, rows, member, _ = tile
         key, target, d = Key(self.seed, recipe.step), trainable.target, self.directions
         basis, epoch = d.basis(key, target), recipe.step // d.refresh
         last = int(trainable.state["epoch"][rows][0])

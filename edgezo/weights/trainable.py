@@ -24,6 +24,7 @@ class Trainable:
     # (k,) int64: only these rows are ever perturbed and updated (the label words of an untied head). None: all rows.
     fixed_rows: Tensor | None = None
     away: bool = False  # in a block that is not in memory: updated when the block is next bound
+    every_row: bool = False  # a step moves rows too that no example used: momentum does
     least: float | None = None  # no value goes below this
     threshold: float | None = None  # mask `sparse`: only weights smaller in size than this move
     # Opens the checkpoint's matrix. Only of int8 codes that are re-quantised (requantise.py).

@@ -6,6 +6,7 @@ The functions behind the names are in credit.py, directions.py, masks.py and rul
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 
@@ -48,6 +49,14 @@ class RuleEntry(NamedTuple):
     text: str
     state: int = 0  # fp32 values for each trained value
     step: str = ""  # what --step means with it; "": what it means with the credit
+    # Steps whose records its state is made from anew, in every step, so that none is kept; math.inf: all of them.
+    looks_back: float = 0
+    remade: int = 0  # tiles of fp32 values that making it anew takes
+
+    @property
+    def states(self) -> bool:
+        """Whether it has a state, kept or made anew: then a step moves rows that no example used."""
+        return bool(self.state or self.looks_back)
 
 
 KAPPA = "kappa: the fraction of the perturbation that one unit of credit moves the weights by"
@@ -129,6 +138,21 @@ RULES = {
     "sgd": RuleEntry("g"),
     "momentum": RuleEntry("m = 0.9 m + 0.1 g", 1),
     "adam": RuleEntry("m/(sqrt(v) + 1e-8), betas 0.9 and 0.999", 2, PER_WEIGHT),
+    "replayed-momentum": RuleEntry(
+        "m = 0.9 m + 0.1 g, made anew from all records", looks_back=math.inf, remade=3
+    ),
+    "replayed-adam": RuleEntry(
+        "m/(sqrt(v) + 1e-8), betas 0.9 and 0.999, made anew from all records",
+        step=PER_WEIGHT,
+        looks_back=math.inf,
+        remade=4,
+    ),
+    "adamezo": RuleEntry(
+        "m/sqrt(v + 1e-8), betas 0.9 and 0.999, made anew from the last 16 records",
+        step=PER_WEIGHT,
+        looks_back=16,
+        remade=4,
+    ),
     "sign": RuleEntry("sign(g)", 0, PER_WEIGHT),
     "centred": RuleEntry("g/sqrt(v + 1e-8), v of the parts that the direction is made of"),
 }

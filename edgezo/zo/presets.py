@@ -112,6 +112,16 @@ PRESETS = {
         Preset("grzo-one-sided", "signs", "one-sided", f"{GRZO}, its mode 'one'", 0.05),
         Preset("grzo-uniform", "signs", "uniform", f"{GRZO}, an ablation: no signal", 0.05),
         Preset(
+            "replayed-momentum",
+            "signs",
+            "group",
+            f"{GRZO}, with momentum",
+            0.1,
+            rule="replayed-momentum",
+            note="ours: the momentum has the bits of --rule momentum, and nothing is kept: step t goes through the "
+            "records of all t steps before it",
+        ),
+        Preset(
             "eggroll",
             "rank-signs",
             "centred",
@@ -123,6 +133,24 @@ PRESETS = {
         ),
         Preset("mezo", "shared", "mean", MEZO, 1e-4),
         Preset("mezo-adam", "shared", "mean", f"{MEZO}, with Adam", 1e-3, rule="adam"),
+        Preset(
+            "replayed-adam",
+            "shared",
+            "mean",
+            f"{MEZO}, with Adam",
+            1e-3,
+            rule="replayed-adam",
+            note="mezo-adam to the bit, and nothing is kept: step t goes through the records of all t steps before it",
+        ),
+        Preset(
+            "adamezo",
+            "shared",
+            "mean",
+            "AdaMeZO, arXiv 2605.00650",
+            1e-3,
+            rule="adamezo",
+            note="the moments look back 16 steps; that number is ours",
+        ),
         Preset(
             "mezo-svrg",
             "shared",

@@ -18,7 +18,7 @@ from edgezo.run.recipes import recipe_of
 from edgezo.weights.layouts import Dense
 from edgezo.weights.store import WeightStore
 from edgezo.zo import masks, rules
-from edgezo.zo.axes import CREDITS
+from edgezo.zo.axes import CREDITS, RULES
 from edgezo.zo.credit import Estimator
 from edgezo.zo.directions import DIRECTION_KINDS, on_grid, orthonormal
 from edgezo.zo.noise import Key
@@ -39,7 +39,7 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
     cfg = make_config(request)
     estimator = Estimator.of(cfg)
     rate = SLOPE_RATE if cfg.credit in ("raw", "mean", "clipped", "svrg") else KAPPA_RATE
-    rate = 0.01 if cfg.rule == "adam" else rate / 10 if cfg.credit == "svrg" else rate
+    rate = 0.01 if RULES[cfg.rule].step else rate / 10 if cfg.credit == "svrg" else rate
     cfg = replace(cfg, step=rate, sigma=1e-3, seed=seed)
     directions = DIRECTION_KINDS[cfg.directions]._replace(rank=4, refresh=20)
     mask = masks.mask_of(cfg.mask, cfg.keep, cfg.sigma)
@@ -126,7 +126,15 @@ def predicted(name: str, start: float, values: int, tries: int = 300) -> float:
 
 
 # Rows whose pace no radius tells: what they keep from step to step turns their steps.
-OTHER_PACE = {"mezo-svrg": 0.99, "mezo-adam": 0.985, "lozo-m": 0.95, "zo-adamu": 0.95}
+OTHER_PACE = {
+    "mezo-svrg": 0.99,
+    "mezo-adam": 0.985,
+    "lozo-m": 0.95,
+    "zo-adamu": 0.95,
+    "replayed-momentum": 0.99,
+    "replayed-adam": 0.985,
+    "adamezo": 0.985,
+}
 
 
 @presets
