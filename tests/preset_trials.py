@@ -87,6 +87,7 @@ class Trial:
         self.examples = make_examples("label", False)
         self.estimator = Estimator.of(self.cfg)
         self.pull = 0.0
+        self.carried: np.ndarray | None = None
         self.used = [self.twin.rows_used(example) for example in self.examples]
 
     def losses(self, step: int, size: int = 4) -> np.ndarray:
@@ -105,11 +106,14 @@ class Trial:
         return np.concatenate([losses, at_anchor]) if compared(self.cfg, step) else losses
 
     def record(self, step: int, losses: np.ndarray) -> StepRecord:
-        credit = self.estimator.credit(losses)
+        credit = self.estimator.recorded(losses, self.cfg.sigma, step, self.carried)
+        self.carried = credit[len(credit) - self.cfg.carried :]
         if self.cfg.is_anchor(step):
             self.pull = float(credit.mean())
         credit = with_pull(self.cfg, step, credit, self.pull)
         touched = self.model.take_touched(len(self.examples))
+        if len(touched) > 1:
+            touched += (np.empty(0, np.int64),) * self.cfg.carried
         skipped = not credit.any()
         return StepRecord(
             step, self.cfg.sigma, self.cfg.step, skipped, losses, credit, touched, self.scales

@@ -372,6 +372,18 @@ def published_step(
     lr, sigma, b = cfg.step, cfg.sigma, losses.shape[1]
     losses = losses.astype(np.float64)
     name = cfg.estimator
+    if name == "bszo":  # a Kalman filter with a prior of N(0, I), by matrices
+        k = len(directions)
+        mean, covariance = np.zeros(k), np.eye(k)
+        noise = state.get("noise", 1.0)
+        for j, y in enumerate((losses[1:].mean(1) - losses[0].mean()) / sigma):
+            h = np.eye(k)[j]
+            residual = y - h @ mean
+            noise = 0.9 * noise + 0.1 * residual**2
+            gain = covariance @ h / (h @ covariance @ h + noise)
+            mean, covariance = mean + gain * residual, covariance - np.outer(gain, h @ covariance)
+        state["noise"] = noise
+        return theta - lr / k * _total([m * d for m, d in zip(mean, directions, strict=True)])
     if name == "fzoo":
         base, tried = losses[0].mean(), losses[1:].mean(1)
         # theta -= lr/(eps N std) sum_j (l_j - l_0) u_j, with lr = kappa eps^2 N
@@ -397,6 +409,9 @@ def published_step(
             change = state["m"] = 0.9 * state.get("m", 0.0) + 0.1 * change
         return theta - change
     g = _total(weighted) / (2 * sigma * b)  # of MeZO and what is built on it; grzo-raw
+    if name == "meazo":
+        state["v"] = 0.999 * state.get("v", 0.0) + 0.001 * (float(delta.mean()) / (2 * sigma)) ** 2
+        return theta - lr * g / (math.sqrt(state["v"] / (1 - 0.999 ** (step + 1))) + 1e-8)
     if name == "adamezo":  # equation of the paper's algorithm 1, 16 terms back
         past = state["g"] = [g, *state.get("g", [])][:17]
         m, v = (

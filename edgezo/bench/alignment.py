@@ -279,9 +279,10 @@ def _theory(
         "mean",
         "clipped",
         "svrg",
+        "scaled",
     ):  # svrg is measured in the step that sets its anchor
         return share * math.sqrt(2 / math.pi / coordinates)
-    if cfg.credit == "candidates":
+    if cfg.tries:
         return share * math.sqrt(cfg.candidates / coordinates)
     if cfg.credit in ("group", "raw") and cfg.mask != "layers":
         # With group credit, the credit of a single example is its sign.

@@ -178,6 +178,21 @@ class RunConfig:
         return self.rank if DIRECTIONS[self.directions].summed else 1
 
     @property
+    def tries(self) -> bool:
+        """Whether a step tries the whole batch along each of ``candidates`` directions."""
+        return CREDITS[self.credit].tries
+
+    @property
+    def carried(self) -> int:
+        """Numbers at the end of a record's credit that belong to no direction: a later step takes them up."""
+        return int(self.anchored) + self.carries
+
+    @property
+    def carries(self) -> int:
+        """How many of them the credit makes."""
+        return CREDITS[self.credit].carries if self.probing else 0
+
+    @property
     def anchored(self) -> bool:
         """Whether steps are compared with the weights of an earlier step (SVRG's anchor)."""
         return CREDITS[self.credit].anchored

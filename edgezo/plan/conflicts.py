@@ -276,7 +276,7 @@ OF_DIRECTIONS = (
         ),
     ),
     Conflict(
-        lambda cfg: drawn(cfg).guided and cfg.credit == "candidates",
+        lambda cfg: drawn(cfg).guided and cfg.tries,
         lambda cfg: (
             f"--directions {cfg.directions} with {_credit(cfg)}: the credit tries each direction on every example, "
             "but these are made for one example each"

@@ -275,7 +275,7 @@ class Footprint(StoredFootprint):
 
     def _drawn(self, micro_batch: int) -> int:
         """Directions in a forward."""
-        return self.cfg.candidates if self.cfg.credit == "candidates" else micro_batch
+        return self.cfg.candidates if self.cfg.tries else micro_batch
 
     def _widest(self) -> int:
         """Values of the factors of a direction for the widest matrix."""

@@ -200,7 +200,7 @@ class StoredFootprint:
         loaded += QUANTO_BYTES if precision in QUANTIZED else 0
         first = FIRST_STEP_BYTES + BLOCK_STEP_BYTES * self.shape.layers
         first += 0 if columns else BF16_STEP_BYTES
-        if self.cfg.credit == "candidates":
+        if self.cfg.tries:
             first += CANDIDATE_BYTES * self.cfg.candidates
         return [
             Item(

@@ -48,7 +48,7 @@ USES = {
         "only low-rank directions have a basis that is drawn anew, and only --credit svrg an anchor",
     ),
     "candidates": Use(
-        lambda cfg: cfg.credit == "candidates", "only --credit candidates tries candidates"
+        lambda cfg: cfg.tries, "only --credit candidates and posterior try candidates"
     ),
     **dict.fromkeys(
         ("short_tokens", "short_lr"),

@@ -34,10 +34,11 @@ def recipe_of(cfg: RunConfig, record: StepRecord) -> Recipe:
     """The update that a journal record stands for. Its step is counted from the base."""
     estimator, credit = Estimator.of(cfg), record.credit
     step, anchor, pull = cfg.since_base(record.step), None, 0.0
+    if cfg.carried:
+        credit, last = credit[: -cfg.carried], credit[-cfg.carried :]
     if cfg.anchored:
         # The last credit of the record is the anchor's mean, so that a record holds all that its step needs.
         anchor = step - record.step % cfg.refresh
-        credit, last = credit[:-1], credit[-1:]
         pull = float(estimator.coefficients(last, record.step_size, record.sigma)[0])
     if record.skipped:
         return Recipe(step, 0 * credit, 0.0, (), anchor=anchor)
@@ -46,7 +47,7 @@ def recipe_of(cfg: RunConfig, record: StepRecord) -> Recipe:
         estimator.coefficients(credit, record.step_size, record.sigma),
         # The decay follows the schedule of the step.
         cfg.weight_decay * record.step_size / cfg.step,
-        record.touched,
+        record.touched[: len(credit)],
         record.step_size,
         estimator.curvature(record.losses, record.sigma),
         None if record.scales is None else record.scales[0] * record.scales[1:],
@@ -58,7 +59,7 @@ def recipe_of(cfg: RunConfig, record: StepRecord) -> Recipe:
 def journal_is_shaped(cfg: RunConfig) -> bool:
     """Whether records hold something else than two losses and one credit an example."""
     evaluations = Estimator.of(cfg).evaluations
-    other = evaluations != TWO_SIDED or cfg.anchored
+    other = evaluations != TWO_SIDED or cfg.carried > 0
     return other and cfg.probing
 
 

@@ -57,7 +57,7 @@ class Stepper:
             previous = self.state.journal.record(step - 1) if step else None
             scales = self._tuner.scale_step(previous)
         losses, short = self._losses_of_group(step, group, stride)
-        credit = self._credit(losses, short)
+        credit = self._credit(step, losses, short, stride.sigma)
         if cfg.anchored:
             credit = np.append(credit, self._anchor_credit(step)).astype(np.float32)
         record = StepRecord(
@@ -67,7 +67,7 @@ class Stepper:
             not bool(credit.any()),
             losses,
             credit,
-            model.take_touched(len(group)),
+            self._touched(len(group)),
             scales,
         )
         guides = model.store.take_guides()
@@ -166,9 +166,12 @@ class Stepper:
 
     # -- credit -------------------------------------------------------------------------------------------
 
-    def _credit(self, losses: np.ndarray, short: list[int]) -> np.ndarray:
-        """Credit (B,) of the perturbed examples; 0 for the others."""
-        estimator = Estimator.of(self.state.cfg)
+    def _credit(self, step: int, losses: np.ndarray, short: list[int], sigma: float) -> np.ndarray:
+        """Credit (B,) of the perturbed examples, 0 for the others; then what the next step takes up of the credit."""
+        estimator, carries = Estimator.of(self.state.cfg), self.state.cfg.carries
+        if carries:
+            before = self.state.journal.record(step - 1).credit[-carries:] if step else None
+            return estimator.recorded(losses, sigma, step, before)
         if not short:
             return estimator.credit(losses)
         credit = np.zeros(losses.shape[1], np.float32)
@@ -183,6 +186,14 @@ class Stepper:
         if not since:
             return 0.0
         return float(self.state.journal.record(step - since).credit[:-1].mean())
+
+    def _touched(self, examples: int) -> tuple[np.ndarray, ...]:
+        """Touched tokens as a record has them: a list for each of its credits, empty for what is carried; or one."""
+        model, carried = self.state.model, self.state.cfg.carried
+        touched = model.take_touched(examples)
+        if model.candidates or not touched:
+            return touched
+        return (*touched, *[np.empty(0, np.int64)] * carried)
 
     # -- which rows, and how they are split ---------------------------------------------------------------
 

@@ -41,6 +41,10 @@ class CreditEntry(NamedTuple):
     # Compares losses with those at an anchor, the weights of every --refresh-th step. That takes a second copy of what
     # is trained, and so many times the forwards of a step.
     anchored: bool = False
+    tries: bool = (
+        False  # the whole batch along each of --candidates directions, beside a forward without any
+    )
+    carries: int = 0  # numbers at the end of a record's credit, which the next step takes up
 
 
 class RuleEntry(NamedTuple):
@@ -131,7 +135,24 @@ CREDITS = {
         RATE,
         anchored=True,
     ),
-    "candidates": CreditEntry(True, 1, "(l_j - l_0)/std_k(l_k) of --candidates directions", KAPPA),
+    "candidates": CreditEntry(
+        True, 1, "(l_j - l_0)/std_k(l_k) of --candidates directions", KAPPA, tries=True
+    ),
+    "scaled": CreditEntry(
+        False,
+        2,
+        "delta_i/(sqrt(v) + 1e-8), v a running mean of mean_i(delta_i)^2",
+        PER_WEIGHT,
+        carries=1,
+    ),
+    "posterior": CreditEntry(
+        True,
+        1,
+        "y_j/(1 + n_j), y_j = (l_j - l_0)/sigma of --candidates directions, n_j a running mean of y^2",
+        RATE,
+        tries=True,
+        carries=1,
+    ),
 }
 
 RULES = {
@@ -160,7 +181,7 @@ RULES = {
 
 def forwards(credit: str, mask: str, candidates: int) -> int:
     """Forward passes over the batch in a step."""
-    drawn = candidates if credit == "candidates" else 0
+    drawn = candidates if CREDITS[credit].tries else 0
     return CREDITS[credit].forwards + drawn + MASKS[mask].forwards
 
 

@@ -16,6 +16,10 @@ A step evaluates the batch along ``evaluations``; with two sides
                  made at the anchor, along the D of that step: MeZO-SVRG (arXiv 2404.08080, algorithm 1)
     clipped      as mean, with |c| at most lr*100           QZO (arXiv 2505.13430)
     candidates   c_j = kappa*sigma*(l_j - l_0)/std_k(l_k)   FZOO (arXiv 2506.09034), l_j of the batch along D_j
+    scaled       c   = lr*mean_i(delta_i)/(2*sigma)/(sqrt(v) + 1e-8), v a running mean of the slope's square: MEAZO
+                 (arXiv 2605.03869), one number for the whole model
+    posterior    c_j = lr*y_j/(1 + n_j)/N, y_j = (l_j - l_0)/sigma, the mean of a Kalman filter over the N directions:
+                 BSZO (arXiv 2601.01452)
 
 c_i is the product of a credit a_i, which the functions below compute from the losses, and of a factor that is the same
 for all examples (``coefficients``). The user sets one number, ``--step``: the learning rate lr, or kappa. With kappa an
@@ -28,18 +32,23 @@ no input gives a NaN in an update.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from edgezo.zo.axes import forwards
+from edgezo.zo.axes import CREDITS, forwards
 from edgezo.zo.noise import exact_grid
 from edgezo.zo.presets import PRESETS
 from edgezo.zo.recipe import PLAIN, TWO_SIDED, Evaluation
 
 CREDIT_CLIP = 8.0  # in standard deviations; a lone outlier in a group of 64 already stands at 7.9
 LARGEST = 1e35  # the largest coefficient: a sum over a group stays finite in fp32
+_LARGEST_SLOPE = 1e17  # whose square is finite in fp32
+BETA2 = 0.999  # of the running mean of squared slopes: Adam's
+# (credit (K,), sigma, steps made before, the carried number) -> (credit (K,) fp64, the number for the next step)
+Carry = Callable[[np.ndarray, float, int, float], tuple[np.ndarray, float]]
 SLOPE_CLIP = 100.0  # QZO's C: the largest directional derivative that counts
 
 
@@ -68,6 +77,9 @@ class Estimator(NamedTuple):
     scale: Callable[[float, float, int], float]
     rated: bool = False  # the rule multiplies by the step, so coefficients are those of step 1
     slope_clip: float | None = None  # the largest directional derivative that counts
+    carry: Carry | None = (
+        None  # what makes the credit of a record, where steps take up numbers of the one before
+    )
 
     @staticmethod
     def of(chosen: Choices) -> Estimator:
@@ -84,6 +96,21 @@ class Estimator(NamedTuple):
             credit = credit * min(1.0, self.slope_clip / slope) if slope else credit
         coefficients = credit * self.scale(step, sigma, len(credit))
         return exact_grid(np.clip(coefficients, -LARGEST, LARGEST))
+
+    def recorded(
+        self, losses: np.ndarray, sigma: float, steps: int, before: np.ndarray | None
+    ) -> np.ndarray:
+        """The credit (K + n,) fp32 of a record: of ``losses`` (S, B), then n numbers for the next step.
+
+        ``before``: those of the step before, or None; ``steps``: so many were made before.
+        """
+        credit = self.credit(losses)
+        if self.carry is None:
+            return credit
+        credit, carried = self.carry(
+            credit, sigma, steps, 0.0 if before is None else float(before[0])
+        )
+        return np.append(credit, carried).astype(np.float32)
 
     def curvature(self, losses: np.ndarray, sigma: float) -> float:
         """|l+ + l- - 2 l0|/(2 sigma^2) of the batch's mean losses, ``losses`` (S, B): HiZOO (arXiv 2402.15173).
@@ -198,6 +225,55 @@ def candidate_credit(losses: np.ndarray) -> np.ndarray:
     return credit.astype(np.float32)
 
 
+def mean_differences(losses: np.ndarray) -> np.ndarray:
+    """l_j - l_0 of the batch's mean losses, (1 + N, B) losses, plain first -> (N,) fp32; not finite: 0."""
+    losses = np.asarray(losses, np.float64)
+    counted = losses[:, np.isfinite(losses[0])]
+    credit = np.zeros(len(losses) - 1)
+    if counted.shape[1]:
+        differences = counted[1:].mean(axis=1) - counted[0].mean()
+        credit = np.where(np.isfinite(differences), differences, 0.0)
+    return np.clip(credit, -LARGEST, LARGEST).astype(np.float32)
+
+
+def scale_by_slopes(
+    delta: np.ndarray, sigma: float, steps: int, v: float
+) -> tuple[np.ndarray, float]:
+    """MEAZO (arXiv 2605.03869): delta_i (B,) over 2*sigma and the root of v, and the new v.
+
+        v <- beta v + (1 - beta) mean_i(delta_i/(2 sigma))^2;  a_i = delta_i/(2 sigma)/(sqrt(v/(1 - beta^t)) + 1e-8)
+
+    v is one number, and it is in the records. beta is Adam's.
+    """
+    slopes = np.asarray(delta, np.float64) / (2 * sigma)
+    g = float(np.clip(slopes.mean(), -_LARGEST_SLOPE, _LARGEST_SLOPE))
+    v = float(np.float32(BETA2 * v + (1 - BETA2) * g * g))
+    scale = math.sqrt(v / (1 - BETA2 ** (steps + 1))) + 1e-8
+    return np.clip(slopes / scale, -LARGEST, LARGEST), v
+
+
+def filter_slopes(
+    differences: np.ndarray, sigma: float, steps: int, noise: float
+) -> tuple[np.ndarray, float]:
+    """BSZO (arXiv 2601.01452): the posterior mean of the gradient in the span of N directions, and the new noise.
+
+    The gradient's N coordinates are N(0, 1) before the step. Direction j observes its coordinate as y_j, with a noise
+    whose variance is a running mean of the squared residuals; a Kalman filter takes one observation after the other:
+
+        r = y_j - mean_j;  noise <- 0.9 noise + 0.1 r^2;  gain = var_j/(var_j + noise);  mean_j <- mean_j + gain r
+
+    The directions are independent, so its covariance stays diagonal, and each is observed once. From the paper's
+    abstract: the filter, the subspace, the residuals. The numbers 1, 0.9 and 0.1 and one observation each are ours.
+    """
+    means = np.zeros(len(differences))
+    noise = noise if steps else 1.0
+    for j, y in enumerate(np.asarray(differences, np.float64) / sigma):
+        y = float(np.clip(y, -_LARGEST_SLOPE, _LARGEST_SLOPE))
+        noise = 0.9 * noise + 0.1 * y * y
+        means[j] = y / (1 + noise)
+    return means, float(np.float32(noise))
+
+
 def _of_probe(step: float, sigma: float, count: int) -> float:
     """``step`` is kappa, a fraction of the probe."""
     return step * sigma
@@ -208,7 +284,13 @@ def _of_slope(step: float, sigma: float, count: int) -> float:
     return step / (2 * sigma * count)
 
 
+def _of_estimate(step: float, sigma: float, count: int) -> float:
+    """``step`` is a learning rate on a mean over directions, or over examples of one direction."""
+    return step / count
+
+
 _Scale = Callable[[float, float, int], float]
+CARRIES: dict[str, Carry] = {"scaled": scale_by_slopes, "posterior": filter_slopes}
 CREDIT_FUNCTIONS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], _Scale]] = {
     "group": (group_credit, _of_probe),
     "centred": (centred_credit, _of_probe),
@@ -219,13 +301,15 @@ CREDIT_FUNCTIONS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], _Scale]] =
     "clipped": (difference_credit, _of_slope),
     "svrg": (svrg_credit, _of_slope),
     "candidates": (candidate_credit, _of_probe),
+    "scaled": (difference_credit, _of_estimate),
+    "posterior": (mean_differences, _of_estimate),
 }
 
 
 def compose(credit: str, mask: str, rule: str, candidates: int) -> Estimator:
     """The estimator of these choices (``candidates``: how many directions ``credit`` candidates tries)."""
     evaluations = list(TWO_SIDED[: forwards(credit, "none", 0)])
-    if credit == "candidates":
+    if CREDITS[credit].tries:
         evaluations = [PLAIN, *(Evaluation(1, j) for j in range(candidates))]
     evaluations += [PLAIN] * (forwards(credit, mask, 0) - forwards(credit, "none", 0))
     function, scale = CREDIT_FUNCTIONS[credit]
@@ -235,6 +319,7 @@ def compose(credit: str, mask: str, rule: str, candidates: int) -> Estimator:
         scale,
         rated=rule != "sgd",
         slope_clip=SLOPE_CLIP if credit == "clipped" else None,
+        carry=CARRIES.get(credit),
     )
 
 

@@ -181,6 +181,24 @@ PRESETS = {
             0.05,
             note="the N directions share U and differ by r_j s_j^T, so one pass serves them all",
         ),
+        Preset(
+            "meazo",
+            "shared",
+            "scaled",
+            "MEAZO, arXiv 2605.03869",
+            1e-3,
+            note="the running mean is one number, and each record holds it; its weight 0.999 is Adam's",
+        ),
+        Preset(
+            "bszo",
+            "gaussian",
+            "posterior",
+            "BSZO, arXiv 2601.01452",
+            1e-3,
+            note="from the abstract: a Kalman filter over a step's directions, whose noise follows the residuals; its "
+            "constants, and that each direction is observed once, are ours; the directions differ by r_j s_j^T, so "
+            "that one pass serves all",
+        ),
         Preset("lezo", "shared", "mean", "LeZO, arXiv 2410.09823", 1e-4, mask="layers", keep=0.25),
         Preset(
             "hizoo",

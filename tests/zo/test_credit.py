@@ -62,8 +62,8 @@ def test_no_losses_give_a_credit_that_is_not_finite_or_above_the_clip(pair, name
         credit = chosen.credit(losses)
         coefficients = chosen.coefficients(credit, 0.1, 2e-3)
     assert np.isfinite(coefficients).all()
-    assert len(credit) == (1 if name == "candidates" else losses.shape[1])
-    if name == "candidates":
+    assert len(credit) == (1 if CREDITS[name].tries else losses.shape[1])
+    if CREDITS[name].tries:
         assert bad.all() <= (not credit.any())
     else:
         assert not credit[bad].any()
@@ -165,19 +165,20 @@ def test_the_linear_schedule_ends_at_zero_and_the_constant_one_does_not_move():
 
 
 def test_the_table_names_what_there_is():
-    from edgezo.zo import directions, masks, presets, rules
+    from edgezo.zo import axes, directions, masks, rules
 
-    assert set(presets.DIRECTIONS) == set(directions.DIRECTION_KINDS)
-    assert set(presets.RULES) == set(rules.UPDATE_RULES)
-    for name, mask in presets.MASKS.items():
+    assert set(axes.DIRECTIONS) == set(directions.DIRECTION_KINDS)
+    assert set(axes.RULES) == set(rules.UPDATE_RULES)
+    for name, mask in axes.MASKS.items():
         assert masks.mask_of(name, 0.5, 2e-3).name == name
         assert len(masks.mask_of(name, 0.5, 2e-3).states) == mask.state
-    for name, rule in presets.RULES.items():
-        assert len(rules.UPDATE_RULES[name].states) == rule.state
-    for name, credit in presets.CREDITS.items():
-        for mask in presets.MASKS:
+    for name, rule in axes.RULES.items():
+        kept = 0 if rule.looks_back else len(rules.UPDATE_RULES[name].states)
+        assert kept == rule.state
+    for name, credit in axes.CREDITS.items():
+        for mask in axes.MASKS:
             evaluations = compose(name, mask, "sgd", 5).evaluations
-            assert len(evaluations) == presets.forwards(name, mask, 5)
+            assert len(evaluations) == axes.forwards(name, mask, 5)
         assert {e.sign for e in compose(name, "none", "sgd", 5).evaluations} >= {1}
         assert credit.step
     assert all(name == preset_entry.name for name, preset_entry in PRESETS.items())

@@ -18,7 +18,7 @@ from edgezo.run.recipes import recipe_of
 from edgezo.weights.layouts import Dense
 from edgezo.weights.store import WeightStore
 from edgezo.zo import masks, rules
-from edgezo.zo.axes import CREDITS, RULES
+from edgezo.zo.axes import CREDITS, PER_WEIGHT, step_meaning
 from edgezo.zo.credit import Estimator
 from edgezo.zo.directions import DIRECTION_KINDS, on_grid, orthonormal
 from edgezo.zo.noise import Key
@@ -39,7 +39,13 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
     cfg = make_config(request)
     estimator = Estimator.of(cfg)
     rate = SLOPE_RATE if cfg.credit in ("raw", "mean", "clipped", "svrg") else KAPPA_RATE
-    rate = 0.01 if RULES[cfg.rule].step else rate / 10 if cfg.credit == "svrg" else rate
+    rate = (
+        0.01
+        if step_meaning(cfg.credit, cfg.rule) == PER_WEIGHT
+        else rate / 10
+        if cfg.credit == "svrg"
+        else rate
+    )
     cfg = replace(cfg, step=rate, sigma=1e-3, seed=seed)
     directions = DIRECTION_KINDS[cfg.directions]._replace(rank=4, refresh=20)
     mask = masks.mask_of(cfg.mask, cfg.keep, cfg.sigma)
@@ -70,7 +76,7 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
 
     masked = probed_of_quantized if cfg.mask == "quantized" else reference.masked
     many, start = CREDITS[cfg.credit].per_example, square()
-    sides, pull = len(estimator.evaluations), 0.0
+    sides, pull, carried = len(estimator.evaluations), 0.0, None
     anchor: list[Tensor] = []
     losses = np.empty((2 * sides, GROUP if many else 1))
     number = max(losses.shape[1], *((e.candidate or 0) + 1 for e in estimator.evaluations), 1)
@@ -93,7 +99,8 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
                     sum(float((p @ inputs.double()).square().sum()) for p in parts) / 2
                 )
         evaluated_losses = losses[: len(evaluated)]
-        credit = estimator.credit(evaluated_losses)
+        credit = carried = estimator.recorded(evaluated_losses, cfg.sigma, step, carried)
+        carried = carried[len(carried) - cfg.carried :]
         pull = float(credit.mean()) if cfg.is_anchor(step) else pull
         credit = with_pull(cfg, step, credit, pull)
         record = StepRecord(step, cfg.sigma, cfg.step, False, evaluated_losses, credit, (), scales)
@@ -134,6 +141,8 @@ OTHER_PACE = {
     "replayed-momentum": 0.99,
     "replayed-adam": 0.985,
     "adamezo": 0.985,
+    "meazo": 0.985,
+    "bszo": 0.985,
 }
 
 
