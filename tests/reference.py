@@ -89,7 +89,7 @@ def direction(
     epoch = Key(key.seed, key.step // refresh)
     if kind == "centred":
         return centred(key, target)[0]
-    if kind == "shared" or (
+    if kind in ("shared", "aligned", "cone") or (
         kind in ("lowrank-shared", "activation-shared", "subspace") and target.vector
     ):
         return noise.normals(key, target.id, noise.DENSE, every, cols).double()
@@ -158,6 +158,17 @@ def masked(
     """D_i as the mask shapes it, (rows, cols) float64; ``weights``: as the forward reads them."""
     directions = store.directions
     d = direction(directions.name, key, trainable.target, slot, directions.rank, directions.refresh)
+    if directions.name in ("aligned", "cone") and store.echo:
+        d = sum(
+            w * direction("shared", Key(key.seed, key.step - back), trainable.target, 0)
+            for back, w in enumerate(store.echo)
+            if w
+        )
+    if directions.name == "aligned-signs" and store.echo:  # D_i + b_i sum_j a_j D_j
+        leans, a = np.array(store.echo).reshape(2, -1)
+        last = Key(key.seed, key.step - 1)
+        g = [x * direction("signs", last, trainable.target, j) for j, x in enumerate(a)]
+        d = d + leans[slot] * torch.stack(g).sum(0)
     if trainable.basis is not None:  # A V^T
         a = noise.signs(
             key, trainable.target.id, noise.LEFT, slice(0, directions.rank), trainable.target.rows

@@ -140,9 +140,15 @@ class Probe:
 
         ``read``: x in the dtype in which guides are made from it.
         """
-        terms = range(self.directions.terms)
-        cols = [self.col_factor(trainable, read, k) for k in terms]
-        return [(self.col_products(x, cols[k]), self.row_factor(trainable, k)) for k in terms]
+        each = range(self.directions.terms)
+        cols = [self.col_factor(trainable, read, k) for k in each]
+        terms = [(self.col_products(x, cols[k]), self.row_factor(trainable, k)) for k in each]
+        if (leans := self.directions.leans) is not None:  # c * b_i * (g x), g = left right^T
+            left, right, _ = self.directions.leant_on(self.key, trainable.target)
+            side = mm(self.by_example, self._to_compute(leans[list(self.slots), None]))
+            product = mm(x.to(side.dtype), self._to_compute(right)).mul_(side)
+            terms.append((product, self._to_compute(left.T)))
+        return terms
 
     def sketch_basis(self, trainable: Trainable, x: Tensor) -> None:
         """One power iteration of a shared basis V on what a product reads, ``x`` (n, cols): add X^T (X V)."""

@@ -13,7 +13,8 @@ from typing import Any, Self
 import tomli_w
 
 from edgezo.machine.limits import MOST_READOUT_ROWS
-from edgezo.zo.axes import CREDITS, DIRECTIONS, forwards, mean_forwards
+from edgezo.plan.fields import DEFAULT_BATCH
+from edgezo.zo.axes import CREDITS, DIRECTIONS, ECHO_DEPTH, forwards, mean_forwards
 from edgezo.zo.parts import Trained, trained
 from edgezo.zo.presets import BACKWARD_PASSES, FIRST_ORDER
 
@@ -189,8 +190,12 @@ class RunConfig:
 
     @property
     def carries(self) -> int:
-        """How many of them the credit makes."""
-        return CREDITS[self.credit].carries if self.probing else 0
+        """How many of them the credit and the directions make."""
+        if not self.probing:
+            return 0
+        entry = DIRECTIONS[self.directions]
+        of_batch = 2 * (self.batch_size or DEFAULT_BATCH) if entry.per_example else 1 + ECHO_DEPTH
+        return CREDITS[self.credit].carries + (of_batch if entry.echoes else 0)
 
     @property
     def anchored(self) -> bool:

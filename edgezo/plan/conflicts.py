@@ -183,6 +183,23 @@ OF_DIRECTIONS = (
         ),
     ),
     Conflict(
+        lambda cfg: (
+            drawn(cfg).echoes
+            and (cfg.credit not in ("mean", "group") or cfg.mask != "none" or cfg.parts.weights)
+        ),
+        lambda cfg: (
+            f"--directions {cfg.directions} take up directions of past steps, each as a whole: they need --credit mean "
+            "or group, --mask none, and --train lowrank, norms or scales; --train full moves only the rows of an "
+            "embedding table that a step has used"
+        ),
+    ),
+    Conflict(
+        lambda cfg: drawn(cfg).echoes and RULES[cfg.rule].looks_back,
+        lambda cfg: (
+            f"--rule {cfg.rule} with --directions {cfg.directions}: both look back on past steps; use one of them"
+        ),
+    ),
+    Conflict(
         lambda cfg: drawn(cfg).summed and cfg.mask not in ("none", "layers", "block"),
         lambda cfg: (
             f"--mask {cfg.mask} with --directions {cfg.directions}: the mask shapes one factor of a direction, "
@@ -447,6 +464,12 @@ CANNOT_MEASURE_STEP = (
         lambda cfg: MASKS[cfg.mask].state or cfg.mask == "block",
         lambda cfg: (
             f"--mask {cfg.mask} changes the length of a step, so it cannot be estimated from perturbations"
+        ),
+    ),
+    Conflict(
+        lambda cfg: drawn(cfg).echoes,
+        lambda cfg: (
+            f"--directions {cfg.directions} follow the steps before, and the measurement has none"
         ),
     ),
     Conflict(

@@ -302,9 +302,14 @@ class Footprint(StoredFootprint):
         if cfg.parts.weights:
             sizes = [m.numel for m in shape.kinds]
             largest = max(*sizes, *(self._rows_in_use(t) * t.d_in for t in shape.tables))
-        copies = 3 + (2 if MASKS[cfg.mask].dense else 0) + (3 if cfg.directions == "centred" else 0)
+        copies = 3 + (2 if MASKS[cfg.mask].dense else 0) + self._past_noise()
         # Tiles of the forward are cut in the compute dtype: in fp32 they are up to twice as large.
         return copies * min(2 * TILE_BYTES, 4 * largest)
+
+    def _past_noise(self) -> int:
+        """Tiles of noise of earlier steps, beside that of the step."""
+        echoes = DIRECTIONS[self.cfg.directions].echoes
+        return 3 if self.cfg.directions == "centred" else int(echoes)
 
     def _expanded(self, precision: str, compute_bytes: int) -> list[Item]:
         """A tile of weights in the compute dtype, where they are stored in another one."""

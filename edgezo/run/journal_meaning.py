@@ -144,7 +144,7 @@ class Meaning:
             return f"it has {shown.format(*shapes)}, where the settings make {shown.format(*shape)}"
         if len(record.touched) not in (0, shape.lists if self.touches else 0):
             return f"it has touched tokens of {len(record.touched)} examples"
-        if record.skipped == bool(record.credit.any()):
+        if record.skipped == bool(record.credit[: shape.credits - cfg.carries].any()):
             return f"it is {'' if record.skipped else 'not '}marked as skipped, against its credits"
         least, most = (cfg.sigma, cfg.sigma)
         if cfg.step_auto:

@@ -19,6 +19,7 @@ from edgezo.plan.config import RunConfig
 from edgezo.plan.fields import GROUPS, flag
 from edgezo.run.journal import Journal
 from edgezo.run.journal_record import StepRecord
+from edgezo.zo.axes import DIRECTIONS
 from edgezo.zo.credit import Estimator
 from edgezo.zo.recipe import TWO_SIDED, Recipe
 
@@ -33,9 +34,10 @@ OF_UPDATE = (
 def recipe_of(cfg: RunConfig, record: StepRecord) -> Recipe:
     """The update that a journal record stands for. Its step is counted from the base."""
     estimator, credit = Estimator.of(cfg), record.credit
-    step, anchor, pull = cfg.since_base(record.step), None, 0.0
+    step, anchor, pull, echo = cfg.since_base(record.step), None, 0.0, None
     if cfg.carried:
         credit, last = credit[: -cfg.carried], credit[-cfg.carried :]
+        echo = last if DIRECTIONS[cfg.directions].echoes else None
     if cfg.anchored:
         # The last credit of the record is the anchor's mean, so that a record holds all that its step needs.
         anchor = step - record.step % cfg.refresh
@@ -53,6 +55,7 @@ def recipe_of(cfg: RunConfig, record: StepRecord) -> Recipe:
         None if record.scales is None else record.scales[0] * record.scales[1:],
         anchor,
         pull,
+        echo,
     )
 
 

@@ -23,6 +23,7 @@ from edgezo.machine.profiler import phase
 from edgezo.network.first_order import split_by_length
 from edgezo.network.perturb import Probe
 from edgezo.run.directory import save_snapshot
+from edgezo.run.echo import echo_of_step
 from edgezo.run.finetuner import Tuner
 from edgezo.run.journal_record import StepRecord
 from edgezo.run.recipes import recipe_of
@@ -56,15 +57,18 @@ class Stepper:
         if self._tuner is not None:
             previous = self.state.journal.record(step - 1) if step else None
             scales = self._tuner.scale_step(previous)
+        echo = echo_of_step(cfg, model.store, step, self.state.journal.record)
+        model.store.echo = tuple(echo.tolist())
         losses, short = self._losses_of_group(step, group, stride)
         credit = self._credit(step, losses, short, stride.sigma)
         if cfg.anchored:
             credit = np.append(credit, self._anchor_credit(step)).astype(np.float32)
+        credit = np.append(credit, echo)
         record = StepRecord(
             step,
             stride.sigma,
             step_size,
-            not bool(credit.any()),
+            not bool(credit[: len(credit) - cfg.carries].any()),
             losses,
             credit,
             self._touched(len(group)),
@@ -168,9 +172,10 @@ class Stepper:
 
     def _credit(self, step: int, losses: np.ndarray, short: list[int], sigma: float) -> np.ndarray:
         """Credit (B,) of the perturbed examples, 0 for the others; then what the next step takes up of the credit."""
-        estimator, carries = Estimator.of(self.state.cfg), self.state.cfg.carries
-        if carries:
-            before = self.state.journal.record(step - 1).credit[-carries:] if step else None
+        estimator = Estimator.of(self.state.cfg)
+        if estimator.carry is not None and self.perturbs:
+            last = self.state.cfg.carries
+            before = self.state.journal.record(step - 1).credit[-last:] if step else None
             return estimator.recorded(losses, sigma, step, before)
         if not short:
             return estimator.credit(losses)

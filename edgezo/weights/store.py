@@ -77,6 +77,8 @@ class WeightStore:
     # Mask `block`: the scale of each tensor's direction in the step being probed. An update takes the scales of its
     # step from the recipe.
     scales: Mapping[str, float] = field(default_factory=dict)
+    # What the directions of the step being probed take up of past ones (zo/echoes.py); (): nothing.
+    echo: tuple[float, ...] = ()
     # (first, stop) -> the recipes of steps [first, stop): for a replay, and for blocks that lack steps.
     history: Callable[[int, int], Iterable[Recipe]] | None = None
     recent: Recent = field(default_factory=Recent)  # steps that a rule looks back on
@@ -251,6 +253,12 @@ class WeightStore:
         """Place of each trained tensor in a recipe's scales: by name, wherever the tensors lie."""
         return {name: place for place, name in enumerate(sorted(self.trainables))}
 
+    def directions_of(self, recipe: Recipe) -> Directions:
+        """The directions as the step of a recipe had them."""
+        if recipe.echo is None:
+            return self.directions
+        return self.directions._replace(echo=tuple(recipe.echo.tolist()))
+
     def _weighted_sum(self, tile: Tile, theta: Tensor) -> tuple[Tensor, Tensor | None]:
         """sum_i c_i D_i, (n, cols) fp32, and U before the mask was applied (None without such a mask)."""
         trainable, recipe, coefficients, rows, member, _ = tile
@@ -264,7 +272,7 @@ class WeightStore:
 
         shaped = shape if self.mask.shapes(trainable) else None
         guides = recipe.guides.get(trainable.target.name)
-        g = self.directions.weighted_sum(
+        g = self.directions_of(recipe).weighted_sum(
             key, trainable.target, coefficients, rows, member, shaped, guides
         )
         return g, unmasked[0] if unmasked else None

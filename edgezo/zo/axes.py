@@ -17,6 +17,7 @@ class DirectionEntry(NamedTuple):
     text: str
     dense: bool = True  # a factor of the weight's size is made, tile by tile
     refreshed: bool = False  # its basis is drawn anew every --refresh steps
+    echoes: bool = False  # takes up directions of past steps: a record has the numbers
     summed: bool = False  # a sum of --rank products of two sign vectors
     guided: bool = False  # made from the inputs of a layer, so neither seed nor journal has it
 
@@ -67,6 +68,7 @@ KAPPA = "kappa: the fraction of the perturbation that one unit of credit moves t
 RATE = "learning rate of the gradient estimate"
 PER_WEIGHT = "about how far one step moves a weight"
 
+ECHO_DEPTH = 4  # past steps whose noise a direction takes up, where it is one for the batch
 DIRECTIONS = {
     "signs": DirectionEntry(True, "r_i s_i^T, no weight-sized noise", dense=False),
     "rank-signs": DirectionEntry(
@@ -89,6 +91,20 @@ DIRECTIONS = {
         False, "P Z Q^T, P and Q with orthonormal columns, Z of N(0,1)", dense=False, refreshed=True
     ),
     "centred": DirectionEntry(False, "around their own moving average, one for the batch"),
+    "aligned": DirectionEntry(
+        False, "z + ((s |g| - g.z)/|g|^2) g, z of N(0,1), g the last steps' estimate", echoes=True
+    ),
+    "cone": DirectionEntry(
+        False,
+        "sin(1.35) z + cos(1.35) sqrt(d) m/|m|, z of N(0,1), m of the last steps",
+        echoes=True,
+    ),
+    "aligned-signs": DirectionEntry(
+        True,
+        "D_i + ((s_i |g| - g.D_i)/|g|^2) g, D_i = r_i s_i^T, g the last step's estimate",
+        dense=False,
+        echoes=True,
+    ),
     "activation": DirectionEntry(
         True,
         "r_i v_i^T, v_i = X_i^T z_i/|X_i^T z_i| of the inputs X_i of example i to the layer",

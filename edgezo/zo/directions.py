@@ -11,6 +11,8 @@ A trained tensor is a matrix (rows, cols) or a vector (rows,). Example i of the 
     lowrank-strict   D_i = diag(r_i) A V^T / sqrt(k)        LO-GRZO with s = 1: every update lies in span V
     lowrank-shared   D   = A V^T / sqrt(k)                  LOZO, arXiv 2410.07698
     subspace         D   = sqrt(rows*cols)/k P Z Q^T        SubZero, arXiv 2410.08989
+    aligned, cone    D   = sum_k w_k z_k of past steps' z   DAP, arXiv 2510.19975; ConMeZO, arXiv 2511.02757 (echoes.py)
+    aligned-signs    D_i = r_i s_i^T + b_i g            the same for GRZO, g of the last step's directions
     centred          D   = m, their own moving average      ZO-AdaMU, arXiv 2312.15184
     activation       D_i = r_i v_i^T, |v_i| = 1             AGZO with a direction for each example
     activation-shared    D   = A V^T, V orthonormal         AGZO, arXiv 2601.17261
@@ -84,6 +86,9 @@ class Directions(NamedTuple):
     rank: int = 8  # k of the low-rank kinds
     refresh: int = 50  # V, P and Q are drawn anew every so many steps
     guided: bool = False  # made from the layer's inputs, so that no seed gives them again
+    # What a step's directions take up of past ones (echoes.py): w_k of this step's noise and that of the steps before
+    # it; of factored directions b_i, then the coefficients of g. (): nothing.
+    echo: tuple[float, ...] = ()
     summed: bool = False  # a sum of ``rank`` products r_ik s_ik^T
 
     @property
@@ -114,8 +119,34 @@ class Directions(NamedTuple):
             return self._low_rank(key, target, rows, basis)
         if kind == "centred":
             return centred(key, target, rows)[0]
+        if self.echo and not self.factored:
+            return self._echoed(key, target, rows)
         draw = noise.normals if kind == "normals" else noise.signs
         return draw(key, target.id, noise.DENSE, rows, target.cols).float()
+
+    def _echoed(self, key: Key, target: Target, rows: slice) -> Tensor:
+        """sum_k w_k z_k on ``rows``, (n, cols) fp32: noise of this step, and of those before it."""
+        total = torch.zeros(rows.stop - rows.start, target.cols)
+        for back, weight in enumerate(self.echo):
+            if weight:
+                then = Key(key.seed, key.step - back)
+                drawn = noise.normals(then, target.id, noise.DENSE, rows, target.cols)
+                total += drawn.mul_(weight)
+        return total
+
+    @property
+    def leans(self) -> Tensor | None:
+        """b_i (B,) fp32 of factored directions that lean on g; None where they do not."""
+        if not (self.echo and self.factored):
+            return None
+        return torch.tensor(self.echo[: len(self.echo) // 2])
+
+    def leant_on(self, key: Key, target: Target) -> ThinFactors:
+        """g = sum_j a_j r_j s_j^T of the last step's directions: (rows, B) with a_j, (cols, B)."""
+        last, slots = Key(key.seed, key.step - 1), range(len(self.echo) // 2)
+        a = torch.tensor(self.echo[len(slots) :])
+        left = self.row_signs(last, target, slots).T.float().mul_(a)
+        return ThinFactors(left, self.col_signs(last, target, slots).T.float(), 1.0)
 
     @property
     def of_rank(self) -> bool:
@@ -165,6 +196,8 @@ class Directions(NamedTuple):
         if self.dense is not None:
             # A vector is a (rows, 1) matrix: one row of U for each element.
             d = d * self.dense_rows(key, target, slice(0, target.rows)).T
+        if (leans := self.leans) is not None:
+            d = d + leans[list(slots), None] * self.leant_on(key, target).left.sum(1)
         return d
 
     def weighted_sum(
@@ -192,6 +225,12 @@ class Directions(NamedTuple):
         if self.dense is not None or mask_u is not None:
             u = self.dense_at(key, target, rows, guides).to(device)
             total = total * (u if mask_u is None else mask_u(u))
+        if (leans := self.leans) is not None:
+            # One number, from a sum whose order does not depend on the tile; a_j are on a grid as the coefficients are.
+            lean = float(coefficients.cpu().double() @ leans.double())
+            left, right, _ = self.leant_on(key, target)
+            g = left[rows] @ right.T if not target.vector else left[rows].sum(1, keepdim=True)
+            total = total + g.to(device).mul_(lean)
         return total
 
     def _outer(
@@ -338,6 +377,9 @@ DIRECTION_KINDS = {
         Directions("lowrank-shared", factored=False, dense="lowrank"),
         Directions("subspace", factored=False, dense="subspace"),
         Directions("centred", factored=False, dense="centred"),
+        Directions("aligned", factored=False, dense="normals"),
+        Directions("cone", factored=False, dense="normals"),
+        Directions("aligned-signs", factored=True, dense=None),
         Directions("activation", factored=True, dense=None, guided=True),
         Directions("activation-shared", factored=False, dense="lowrank", guided=True),
     )

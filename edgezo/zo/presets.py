@@ -92,6 +92,7 @@ GRZO = "GRZO, arXiv 2606.02857"
 MEZO = "MeZO, arXiv 2305.17333"
 LOZO = "LOZO, arXiv 2410.07698"
 SPARSE = "Sparse-MeZO, arXiv 2402.15751"
+DAP = "DAP, arXiv 2510.19975"
 TUNER = "ZO Fine-tuner, arXiv 2510.00419"
 SIGN_FACTORS = "both factors are signs, where the paper draws normals: their products are exact"
 LOW_BIT = (
@@ -180,6 +181,32 @@ PRESETS = {
             "FZOO, arXiv 2506.09034",
             0.05,
             note="the N directions share U and differ by r_j s_j^T, so one pass serves them all",
+        ),
+        Preset(
+            "zo-dap",
+            "aligned",
+            "mean",
+            DAP,
+            1e-4,
+            note="the estimate is that of the last 4 steps, made anew from their records, where the release draws a "
+            "batch for it",
+        ),
+        Preset(
+            "dap-grzo",
+            "aligned-signs",
+            "group",
+            f"{GRZO} on {DAP}",
+            0.1,
+            note="ours: each example's direction is aligned with the last step's estimate",
+        ),
+        Preset(
+            "conmezo",
+            "cone",
+            "mean",
+            "ConMeZO, arXiv 2511.02757",
+            1e-4,
+            note="the moving average is made anew from the records of the last 4 steps, where the paper keeps it; "
+            "there is no warm-up",
         ),
         Preset(
             "meazo",

@@ -13,6 +13,7 @@ from preset_trials import compared, finetuner_scales, presets, probed_of_quantiz
 from torch import Tensor
 
 from edgezo.plan.request import make_config
+from edgezo.run.echo import echo_of_step
 from edgezo.run.journal_record import StepRecord
 from edgezo.run.recipes import recipe_of
 from edgezo.weights.layouts import Dense
@@ -46,7 +47,8 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
         if cfg.credit == "svrg"
         else rate
     )
-    cfg = replace(cfg, step=rate, sigma=1e-3, seed=seed)
+    cfg = replace(cfg, step=rate, sigma=1e-3, seed=seed, batch_size=GROUP)
+    records: dict[int, StepRecord] = {}
     directions = DIRECTION_KINDS[cfg.directions]._replace(rank=4, refresh=20)
     mask = masks.mask_of(cfg.mask, cfg.keep, cfg.sigma)
     store = WeightStore(seed, 8, directions, mask=mask, rule=rules.UPDATE_RULES[cfg.rule])
@@ -83,6 +85,8 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
     for step in range(DESCENT):
         key, at = Key(seed, step), [r.values.double() for r in trainables]
         scales = finetuner_scales(cfg, store, step)
+        echo = echo_of_step(cfg, store, step, records.__getitem__)
+        store.echo = tuple(echo.tolist())
         along = [
             [masked(store, r, key, slot, a) for r, a in zip(trainables, at, strict=True)]
             for slot in range(number)
@@ -102,8 +106,9 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
         credit = carried = estimator.recorded(evaluated_losses, cfg.sigma, step, carried)
         carried = carried[len(carried) - cfg.carried :]
         pull = float(credit.mean()) if cfg.is_anchor(step) else pull
-        credit = with_pull(cfg, step, credit, pull)
+        credit = np.append(with_pull(cfg, step, credit, pull), echo).astype(np.float32)
         record = StepRecord(step, cfg.sigma, cfg.step, False, evaluated_losses, credit, (), scales)
+        records[step] = record
         store.apply([recipe_of(cfg, record)._replace(guides=guides)])
     return square(), start, sum(int(m.sum()) for m in moving)
 
@@ -143,6 +148,9 @@ OTHER_PACE = {
     "adamezo": 0.985,
     "meazo": 0.985,
     "bszo": 0.985,
+    "zo-dap": 0.97,
+    "dap-grzo": 0.99,
+    "conmezo": 0.97,
 }
 
 
