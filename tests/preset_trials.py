@@ -216,6 +216,7 @@ class Maker:
             refresh=cfg.refresh,
             evaluations=Estimator.of(cfg).evaluations,
             anchored=cfg.anchored,
+            decay_to=cfg.weight_decay_to,
         )
         return assemble(open_model(self.path), spec)
 

@@ -136,10 +136,7 @@ class Probe:
         return dots_by_example(x, cols, self.example, self.by_example, self.side)
 
     def sign_products(self, trainable: Trainable, x: Tensor, read: Tensor) -> list[Term]:
-        """What directions without a U add to the product of ``x`` (n, cols): a term for each r_ik s_ik^T.
-
-        ``read``: x in the dtype in which guides are made from it.
-        """
+        """What directions without a U add to a product of ``x`` (n, cols); guides are made from ``read``, x as well."""
         each = range(self.directions.terms)
         cols = [self.col_factor(trainable, read, k) for k in each]
         terms = [(self.col_products(x, cols[k]), self.row_factor(trainable, k)) for k in each]

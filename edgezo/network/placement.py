@@ -39,6 +39,10 @@ class StoredMatrix:
         """The checkpoint's values: rows of a table as they are asked for, any other matrix whole."""
         return StoredRows(self.source, self.name) if self.table else self._read()
 
+    def start_rows(self) -> Rows:
+        """The checkpoint's values, read as they are asked for; of GPT-2's Conv1D whole."""
+        return self._read() if self.transpose else StoredRows(self.source, self.name)
+
     def make(self, rows: slice | None = None) -> Layout:
         """The layout with its bytes, of all rows or of some."""
         # A dense store is read in its dtype, piece by piece; codes are made from the checkpoint's values.

@@ -34,6 +34,7 @@ BEFORE = {
     "max_cpu": None,
     "probe_reads": "five",
     "log_to": "none",
+    "weight_decay_to": "zero",
     "parent": None,
     "parent_steps": 0,
     "parent_sha256": None,
@@ -84,6 +85,7 @@ class RunConfig:
     sigma: float
     schedule: str
     weight_decay: float
+    weight_decay_to: str
     head_lr: float
     held_out: float | None
     seed: int

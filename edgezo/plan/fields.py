@@ -306,6 +306,13 @@ _RUN = (
         high=1,
     ),
     Field(
+        name="weight_decay_to",
+        kind="choice",
+        help="What perturbed weights shrink towards: zero, or the values that the base has.",
+        default="zero",
+        choices=("zero", "base"),
+    ),
+    Field(
         name="head_lr",
         kind="float",
         metavar="X",

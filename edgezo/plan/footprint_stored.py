@@ -202,12 +202,9 @@ class StoredFootprint:
         first += 0 if columns else BF16_STEP_BYTES
         if self.cfg.tries:
             first += CANDIDATE_BYTES * self.cfg.candidates
+        reason = "the model's modules, what loading them touches, packed panels"
         return [
-            Item(
-                "model code",
-                loaded,
-                "the model's modules, what loading them touches, packed panels",
-            ),
+            Item("model code", loaded, reason),
             Item("step code", first, "kernels and buffers that the first step uses", COMPUTE),
         ]
 
@@ -358,6 +355,9 @@ class StoredFootprint:
         if cfg.anchored and values:
             reason = f"--credit {cfg.credit}: another copy of {values:,} trained values, fp32"
             items.append(Item("anchor", 4 * values, reason))
+        if cfg.weight_decay_to == "base" and cfg.parts.vectors:
+            reason = "--weight-decay-to base: norm weights and biases as they were"
+            items.append(Item("start", 4 * self.trained_shape.vector_elements, reason))
         if n := RULES[cfg.rule].state:
             reason = f"--rule {cfg.rule}: {n} in fp32 for each of {values:,} trained values"
             if in_span(cfg.directions):  # coordinates, and which basis they are in

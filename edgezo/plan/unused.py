@@ -36,9 +36,17 @@ class Use(NamedTuple):
 USES = {
     "rank": Use(
         lambda cfg: (
-            cfg.parts.factors or cfg.parts.adapters or drawn(cfg).refreshed or one_basis(cfg)
+            cfg.parts.factors
+            or cfg.parts.adapters
+            or drawn(cfg).refreshed
+            or drawn(cfg).summed
+            or one_basis(cfg)
         ),
         "it is the rank of --train lowrank or lora, and of low-rank directions",
+    ),
+    "weight_decay_to": Use(
+        lambda cfg: cfg.weight_decay and cfg.probing and not cfg.backward,
+        "it says where --weight-decay pulls perturbed weights to; give that a share above 0",
     ),
     "keep": Use(
         lambda cfg: cfg.mask in ("sparse", "layers"), "only --mask sparse and layers use it"

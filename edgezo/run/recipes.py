@@ -26,7 +26,16 @@ from edgezo.zo.recipe import TWO_SIDED, Recipe
 # Settings that decide what a record does to the weights. Others of a run may be changed by hand in its config.toml.
 OF_UPDATE = (
     *(field.name for field in GROUPS["method"].fields if not field.free_on_resume),
-    *("precision", "batch_size", "step", "step_auto", "sigma", "weight_decay", "seed"),
+    *(
+        "precision",
+        "batch_size",
+        "step",
+        "step_auto",
+        "sigma",
+        "weight_decay",
+        "weight_decay_to",
+        "seed",
+    ),
     *("parent", "parent_steps"),
 )
 

@@ -5,8 +5,9 @@ Whatever is trained along directions is changed here alone: by ``apply`` at a st
 network/.) A step's recipe is a few numbers; from it and the run's seed every
 trained tensor theta is moved, tile by tile:
 
-    theta  <-  (1 - decay) * theta  -  rule(s * sum_i c_i D_i)                                 ``WeightStore.advance``
+    theta  <-  start + (1 - decay) * (theta - start)  -  rule(s * sum_i c_i D_i)               ``WeightStore.advance``
 
+    start  0, or with --weight-decay-to base what the base has: anchored decay, arXiv 2605.30148
     D_i    direction of example i, redrawn from its seed (zo/directions.py), as the mask shapes it (zo/masks.py)
     c_i    coefficient of example i, made from its losses (zo/credit.py); in the recipe (zo/recipe.py)
     s      scale that the mask gives the tensor in this step; 0: the tensor stays as it is
@@ -235,7 +236,7 @@ class WeightStore:
         elif recipe.pull:
             change = change + self._anchor_estimate(tile)
         if recipe.decay:
-            theta.mul_(1.0 - recipe.decay)
+            shrink(theta, recipe.decay, trainable.start(tile.rows))
         theta.sub_(change)
         if trainable.least is not None:
             theta.clamp_(min=trainable.least)
@@ -432,6 +433,15 @@ class WeightStore:
         """
         taken = {n: t.take_guides(turn_basis=learn) for n, t in self.trainables.items()}
         return {name: guides for name, guides in taken.items() if guides is not None}
+
+
+def shrink(theta: Tensor, decay: float, start: Tensor | None) -> None:
+    """theta <- start + (1 - decay) (theta - start), in place; ``start`` None is 0."""
+    if start is None:
+        theta.mul_(1.0 - decay)
+        return
+    start = start.to(theta.device, theta.dtype)
+    theta.sub_(start).mul_(1.0 - decay).add_(start)
 
 
 def _combination(coordinates: Tensor, basis: Tensor) -> Tensor:

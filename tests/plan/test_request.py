@@ -27,7 +27,7 @@ ORDER = (
     "model data task data_root template labels label_field max_mem_bytes steps for_s estimator directions mask credit "
     "rule train blocks states state_rows precision rounding residency device rank keep refresh candidates finetuner "
     "short_tokens short_lr batch_size micro_batch max_length objective max_new_tokens step step_auto sigma schedule "
-    "weight_decay head_lr "
+    "weight_decay weight_decay_to head_lr "
     "held_out seed eval_every eval_limit snapshot_every threads when max_temp max_cpu log_to profile out text_end "
     "written_at began_in speaker skip_bad_rows row_rules probe_reads parent parent_steps parent_sha256"
 ).split()
@@ -42,7 +42,7 @@ CANONICAL = (
     '"seed":0,"short_lr":0.0001,"short_tokens":null,"sigma":0.002,"skip_bad_rows":false,"snapshot_every":25,"speaker":null,"state_rows":null,'
     '"states":null,"step":0.1,'
     '"step_auto":false,"steps":400,"task":"sst2","template":null,"text_end":"yes","threads":null,"train":["lowrank",'
-    '"head","probe"],"weight_decay":0.0,"when":"always","written_at":null}'
+    '"head","probe"],"weight_decay":0.0,"weight_decay_to":"zero","when":"always","written_at":null}'
 )
 
 
