@@ -410,6 +410,10 @@ def published_step(
     if name == "eggroll":  # z-scored fitness; sum_i a_i A_i B_i^T/sqrt(r)
         a = (delta - delta.mean()) / delta.std()
         return theta - lr * sigma * _total([x * d for x, d in zip(a, directions, strict=True)])
+    if name == "vote":  # codes move by a grid step, which the caller knows; others by sigma
+        votes = _total([np.sign(x) * d for x, d in zip(delta, directions, strict=True)])
+        needed = NormalDist().inv_cdf(1 - lr / 2) * math.sqrt(b)
+        return theta - state.get("unit", sigma) * torch.sign(votes) * (votes.abs() >= needed)
     weighted = [x * d for x, d in zip(delta, directions, strict=True)]
     if (
         cfg.credit == "group"

@@ -53,6 +53,7 @@ NO_FILES = {
     *(
         "refresh",
         "candidates",
+        "samples",
         "short_tokens",
         "steps",
         "more_steps",

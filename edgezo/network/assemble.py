@@ -144,6 +144,7 @@ class _Builder:
         self.store = WeightStore(
             *(spec.seed, spec.rank, directions, self.device, mask, rule), spec.anchored
         )
+        self.store.vote_size = spec.sigma
         self.context = Context(spec.dtype, self.device)
         self.adapters = Adapters(spec.decay) if self.parts.adapters else None
         # No decay here: GRZO's update applies it.

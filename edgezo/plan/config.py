@@ -35,6 +35,7 @@ BEFORE = {
     "probe_reads": "five",
     "log_to": "none",
     "weight_decay_to": "zero",
+    "samples": 1,
     "parent": None,
     "parent_steps": 0,
     "parent_sha256": None,
@@ -72,6 +73,7 @@ class RunConfig:
     keep: float
     refresh: int
     candidates: int
+    samples: int
     finetuner: str | None
     short_tokens: int | None
     short_lr: float

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from edgezo.plan.config import RunConfig
 from edgezo.plan.data_fields import LOSS, OBJECTIVES
-from edgezo.plan.fields import UNROUNDED
+from edgezo.plan.fields import DEFAULT_BATCH, UNROUNDED
 from edgezo.zo.axes import CREDITS, DIRECTIONS, MASKS, PER_WEIGHT, RULES, DirectionEntry
 from edgezo.zo.parts import PARTS
 from edgezo.zo.presets import AUTO, FIRST_ORDER, PRESETS
@@ -192,6 +192,14 @@ OF_DIRECTIONS = (
             "or group, --mask none, and --train lowrank, norms or scales; --train full moves only the rows of an "
             "embedding table that a step has used"
         ),
+    ),
+    Conflict(
+        lambda cfg: (
+            "vote" in (cfg.credit, cfg.rule)
+            and ((cfg.credit, cfg.rule, cfg.mask) != ("vote", "vote", "none") or drawn(cfg).dense)
+        ),
+        "--credit vote and --rule vote belong together: votes of +-1 along sign vectors are counted; "
+        "they need --directions signs or rank-signs of rank 1, and --mask none",
     ),
     Conflict(
         lambda cfg: drawn(cfg).echoes and RULES[cfg.rule].looks_back,
@@ -382,6 +390,13 @@ GENERAL = (
         "use --residency host, or --device cpu",
     ),
     Conflict(
+        lambda cfg: (cfg.batch_size or DEFAULT_BATCH) % cfg.samples,
+        lambda cfg: (
+            f"--samples {cfg.samples} with --batch-size {cfg.batch_size or DEFAULT_BATCH}: a batch has each of its "
+            "rows so often, so its size has to be a multiple of that"
+        ),
+    ),
+    Conflict(
         lambda cfg: (
             cfg.micro_batch is not None and cfg.micro_batch > (cfg.batch_size or cfg.micro_batch)
         ),
@@ -419,6 +434,10 @@ NEEDS_MEMORY = (
     ),
 )
 CANNOT_REQUANTISE = (
+    Conflict(
+        lambda cfg: cfg.rule == "vote",
+        "--rule vote moves codes by whole steps of their grid, which re-quantising changes",
+    ),
     Conflict(
         _kept_state,
         lambda cfg: f"the state of {_kept_state(cfg)} would have to be rebuilt with the codes",

@@ -223,6 +223,16 @@ _METHOD = (
         high=256,
     ),
     Field(
+        name="samples",
+        kind="int",
+        metavar="N",
+        help="How often a batch has each of its rows, each time with another direction: --credit by-prompt compares "
+        "them.",
+        default=1,
+        low=1,
+        high=1024,
+    ),
+    Field(
         name="finetuner",
         kind="str",
         metavar="FILE",

@@ -205,8 +205,9 @@ class Stepper:
     def batch(self, step: int) -> list[Example]:
         """The examples of a step's batch. A run that goes on from another one takes up its order of rows."""
         examples, cfg = self.state.examples, self.state.cfg
-        at = cfg.since_base(step)
-        return [examples[i] for i in batch_indices(len(examples), cfg.batch_size, cfg.seed, at)]
+        at, rows = cfg.since_base(step), cfg.batch_size // cfg.samples
+        order = batch_indices(len(examples), rows, cfg.seed, at)
+        return [examples[i] for i in order for _ in range(cfg.samples)]
 
     def _group(self, step: int) -> list[Example]:
         """The step's batch; for an anchor the batches of all steps that will be compared with it."""

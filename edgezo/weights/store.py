@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +52,7 @@ from edgezo.zo.directions import Directions, Target, centred
 from edgezo.zo.masks import Mask
 from edgezo.zo.noise import Key
 from edgezo.zo.recipe import Recipe
-from edgezo.zo.rules import UPDATE_RULES, Rule
+from edgezo.zo.rules import UPDATE_RULES, Rule, votes_needed
 
 if TYPE_CHECKING:
     from edgezo.weights.residency import Residency
@@ -82,6 +83,7 @@ class WeightStore:
     echo: tuple[float, ...] = ()
     # (first, stop) -> the recipes of steps [first, stop): for a replay, and for blocks that lack steps.
     history: Callable[[int, int], Iterable[Recipe]] | None = None
+    vote_size: float = 0.0  # how far --rule vote moves a weight that is no code
     recent: Recent = field(default_factory=Recent)  # steps that a rule looks back on
 
     # -- what is trained ----------------------------------------------------------------------------------
@@ -297,6 +299,8 @@ class WeightStore:
         """rule(g) of some rows, whose state it changes."""
         if self.rule.name == "sgd":
             return g
+        if self.rule.name == "vote":
+            return self._elected(tile, g)
         trainable, recipe, rows = tile.trainable, tile.recipe, tile.rows
         state = tile.state
         if state is None:
@@ -307,6 +311,13 @@ class WeightStore:
         if self.directions.dense == "centred":
             change = change / self._centred_scale(tile)
         return change
+
+    def _elected(self, tile: Tile, g: Tensor) -> Tensor:
+        """The change that votes ``g`` (n, cols) are for: a grid step, or sigma, where enough agree (nano-egg)."""
+        needed = votes_needed(tile.recipe.rate, float(np.square(tile.recipe.coefficients).sum()))
+        unit = tile.trainable.layout.grid_step(tile.rows)
+        passed = (g.abs() >= needed) & (g != 0)
+        return g.sign() * passed * (self.vote_size if unit is None else unit)
 
     def _centred_scale(self, tile: Tile) -> Tensor:
         """sqrt(v + 1e-8) of ZO-AdaMU's rule (arXiv 2312.15184), (n, cols) fp32."""

@@ -45,6 +45,7 @@ class CreditEntry(NamedTuple):
     tries: bool = (
         False  # the whole batch along each of --candidates directions, beside a forward without any
     )
+    by_row: bool = False  # compares the --samples of one row with each other
     carries: int = 0  # numbers at the end of a record's credit, which the next step takes up
 
 
@@ -66,6 +67,7 @@ class RuleEntry(NamedTuple):
 
 KAPPA = "kappa: the fraction of the perturbation that one unit of credit moves the weights by"
 RATE = "learning rate of the gradient estimate"
+SHARE = "share of the weights that move in a step if losses tell nothing"
 PER_WEIGHT = "about how far one step moves a weight"
 
 ECHO_DEPTH = 4  # past steps whose noise a direction takes up, where it is one for the batch
@@ -139,6 +141,10 @@ MASKS = {
 CREDITS = {
     "group": CreditEntry(True, 2, "delta_i/std_j(delta_j)", KAPPA),
     "centred": CreditEntry(True, 2, "(delta_i - mean_j(delta_j))/std_j(delta_j)", KAPPA),
+    "by-prompt": CreditEntry(
+        True, 2, "delta_i/std(l of the same row's --samples, both sides)", KAPPA, by_row=True
+    ),
+    "vote": CreditEntry(True, 2, "sign(delta_i)", SHARE),
     "raw": CreditEntry(True, 2, "delta_i", RATE),
     "one-sided": CreditEntry(True, 1, "(l+_i - mean_j(l+_j))/std_j(l+_j)", KAPPA),
     "uniform": CreditEntry(True, 1, "1, whatever the losses are", KAPPA),
@@ -191,6 +197,10 @@ RULES = {
         remade=4,
     ),
     "sign": RuleEntry("sign(g)", 0, PER_WEIGHT),
+    "vote": RuleEntry(
+        "sign(g) where |g| passes a z-test at level --step, times one step of the codes' grid",
+        step=SHARE,
+    ),
     "centred": RuleEntry("g/sqrt(v + 1e-8), v of the parts that the direction is made of"),
 }
 

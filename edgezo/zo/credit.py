@@ -8,6 +8,8 @@ A step evaluates the batch along ``evaluations``; with two sides
 
     group        c_i = kappa*sigma*delta_i/std_j(delta_j)   GRZO, two-sided (arXiv 2606.02857, section 3)
     centred      c_i = kappa*sigma*(delta_i - mean_j(delta_j))/std_j(delta_j)    EGGROLL (arXiv 2511.16652): z-scores
+    by-prompt    c_i = kappa*sigma*delta_i/std(l of the same row's samples, both sides)
+    vote         c_i = sign(delta_i), for the rule of that name    nano-egg, int8 EGGROLL (arXiv 2511.16652)
     raw          c_i = lr*delta_i/(2*sigma*B)               GRZO without dividing by the spread
     one-sided    c_i = kappa*sigma*(l+_i - mean_j(l+_j))/std_j(l+_j)
     uniform      c_i = kappa*sigma                          an ablation: a random walk that no loss guides
@@ -34,6 +36,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -67,6 +70,9 @@ class Choices(Protocol):
     @property
     def candidates(self) -> int: ...
 
+    @property
+    def samples(self) -> int: ...
+
 
 class Estimator(NamedTuple):
     """What a step evaluates, and how its losses become coefficients."""
@@ -84,7 +90,9 @@ class Estimator(NamedTuple):
     @staticmethod
     def of(chosen: Choices) -> Estimator:
         """The estimator of a request."""
-        return compose(chosen.credit, chosen.mask, chosen.rule, chosen.candidates)
+        return compose(
+            *(chosen.credit, chosen.mask, chosen.rule, chosen.candidates), samples=chosen.samples
+        )
 
     def coefficients(self, credit: np.ndarray, step: float, sigma: float) -> np.ndarray:
         """c_i, (K,) fp32 on the exact grid (noise.exact_grid), of ``credit`` (K,)."""
@@ -156,6 +164,29 @@ def centred_credit(losses: np.ndarray) -> np.ndarray:
         centred = delta - delta.mean()
         credit[finite] = _over_spread(centred, centred)
     return credit.astype(np.float32)
+
+
+def vote_credit(losses: np.ndarray) -> np.ndarray:
+    """sign(delta_i): which side of its direction an example votes for; (2, B) losses -> (B,) fp32, not finite: 0."""
+    return np.sign(difference_credit(losses))
+
+
+def prompt_credit(losses: np.ndarray, samples: int = 1) -> np.ndarray:
+    """z-scores of l+_i less those of l-_i among the 2 * ``samples`` losses of one row; (2, B) losses -> (B,) fp32.
+
+    A row stands ``samples`` times in a batch, one after the other. Its mean cancels, and its spread divides: a row
+    that is hard and one that is easy count alike, and one whose samples all score the same gives zeros (EGGROLL's
+    fitness with groups of prompts, arXiv 2511.16652; GRPO's advantage). With one sample credits are signs, times 2.
+    """
+    losses = np.asarray(losses, np.float64)
+    finite = np.isfinite(losses).all(axis=0)
+    credit = np.zeros(losses.shape[1])
+    for start in range(0, len(credit), samples):
+        row = np.arange(start, min(start + samples, len(credit)))
+        row = row[finite[row]]
+        if len(row) and (spread := float(np.std(losses[:, row]))) > 0:
+            credit[row] = (losses[0, row] - losses[1, row]) / spread
+    return np.clip(credit, -CREDIT_CLIP, CREDIT_CLIP).astype(np.float32)
 
 
 def _over_spread(differences: np.ndarray, spread_of: np.ndarray) -> np.ndarray:
@@ -284,6 +315,11 @@ def _of_slope(step: float, sigma: float, count: int) -> float:
     return step / (2 * sigma * count)
 
 
+def _of_votes(step: float, sigma: float, count: int) -> float:
+    """Votes are counted; ``step`` is a share that the rule takes."""
+    return 1.0
+
+
 def _of_estimate(step: float, sigma: float, count: int) -> float:
     """``step`` is a learning rate on a mean over directions, or over examples of one direction."""
     return step / count
@@ -294,6 +330,8 @@ CARRIES: dict[str, Carry] = {"scaled": scale_by_slopes, "posterior": filter_slop
 CREDIT_FUNCTIONS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], _Scale]] = {
     "group": (group_credit, _of_probe),
     "centred": (centred_credit, _of_probe),
+    "by-prompt": (prompt_credit, _of_probe),
+    "vote": (vote_credit, _of_votes),
     "raw": (difference_credit, _of_slope),
     "one-sided": (one_sided_credit, _of_probe),
     "uniform": (uniform_credit, _of_probe),
@@ -306,13 +344,18 @@ CREDIT_FUNCTIONS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], _Scale]] =
 }
 
 
-def compose(credit: str, mask: str, rule: str, candidates: int) -> Estimator:
-    """The estimator of these choices (``candidates``: how many directions ``credit`` candidates tries)."""
+def compose(credit: str, mask: str, rule: str, candidates: int, *, samples: int = 1) -> Estimator:
+    """The estimator of these choices.
+
+    ``candidates``: how many directions a credit tries; ``samples``: how often a batch has each of its rows.
+    """
     evaluations = list(TWO_SIDED[: forwards(credit, "none", 0)])
     if CREDITS[credit].tries:
         evaluations = [PLAIN, *(Evaluation(1, j) for j in range(candidates))]
     evaluations += [PLAIN] * (forwards(credit, mask, 0) - forwards(credit, "none", 0))
     function, scale = CREDIT_FUNCTIONS[credit]
+    if CREDITS[credit].by_row:
+        function = partial(prompt_credit, samples=samples)
     return Estimator(
         tuple(evaluations),
         function,

@@ -21,6 +21,7 @@ from edgezo.zo.axes import (
     PER_WEIGHT,
     RATE,
     RULES,
+    SHARE,
     in_span,
     mean_forwards,
     step_meaning,
@@ -131,6 +132,18 @@ PRESETS = {
             note="factors are signs, where the paper draws normals, so that sums are exact; fitness is the difference "
             "of a pair of losses of one example, z-scored over the batch, where the paper scores a population on the "
             "same prompts; with --rank 1 the direction is that of `signs`",
+        ),
+        Preset(
+            "vote",
+            "signs",
+            "vote",
+            "nano-egg, arXiv 2511.16652",
+            1e-3,
+            rule="vote",
+            train=FULL,
+            rounding="stochastic",
+            note="for --precision int8: codes move by whole steps; norms, biases and weights that are no codes move by "
+            "sigma; factors are signs, where nano-egg draws int8 normals",
         ),
         Preset("mezo", "shared", "mean", MEZO, 1e-4),
         Preset("mezo-adam", "shared", "mean", f"{MEZO}, with Adam", 1e-3, rule="adam"),
@@ -436,4 +449,4 @@ def default_step(preset: Preset, credit: str, rule: str) -> float:
         return anchored.step * anchored.refresh / preset.refresh
     if step_meaning(preset.credit, preset.rule) == meaning:
         return preset.step
-    return {KAPPA: 0.1, RATE: 1e-4, PER_WEIGHT: 1e-3}[meaning]
+    return {KAPPA: 0.1, RATE: 1e-4, PER_WEIGHT: 1e-3, SHARE: 1e-3}[meaning]

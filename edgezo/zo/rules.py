@@ -8,6 +8,8 @@
                momentum and adam, whose m and v are made anew from the records of all steps
     adamezo    lr m/sqrt(v + 1e-8), m and v the sums of Adam over the last 16 steps        (arXiv 2605.00650)
     sign       lr sign(g)
+    vote       a grid step of the codes times sign(g) where |g| >= z sqrt(votes), z the two-sided quantile of lr, the
+               share of weights that would move if all losses were noise; sigma where weights are no codes    (nano-egg)
     centred    lr g/sqrt(v + 1e-8), v from the parts that ZO-AdaMU's direction is made of (directions.centred)
 
 State is a function of the base, the seed and the journal: a replay goes through the steps and rebuilds it bit by bit,
@@ -21,7 +23,9 @@ A skipped step leaves state and weights as they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from statistics import NormalDist
 from typing import NamedTuple
 
 from torch import Tensor
@@ -68,6 +72,13 @@ def _adamezo(state: Mapping[str, Tensor], g: Tensor, steps: int) -> Tensor:
     return first / (second + EPS).sqrt_()
 
 
+def votes_needed(share: float, voters: float) -> float:
+    """How large a sum of so many +-1 has to be to pass a two-sided z-test at level ``share``, in (0, 1]."""
+    if share <= 0:
+        return math.inf
+    return float(NormalDist().inv_cdf(1 - min(share, 1.0) / 2)) * math.sqrt(voters)
+
+
 UPDATE_RULES = {
     rule.name: rule
     for rule in (
@@ -78,6 +89,7 @@ UPDATE_RULES = {
         Rule("replayed-adam", ("first", "second"), _adam),
         Rule("adamezo", ("first", "second"), _adamezo),
         Rule("sign", (), lambda state, g, steps: g.sign()),
+        Rule("vote", (), lambda state, g, steps: g),  # its change is made in weights/store.py
         Rule("centred", (), lambda state, g, steps: g),
     )
 }

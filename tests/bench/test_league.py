@@ -180,3 +180,42 @@ def test_the_league_is_a_study_of_fifteen_methods_and_more() -> None:
     assert len(study.methods) >= 15 and len(study.rounds) == 4 and len(study.seeds) == 3
     assert {"sst2", "trec", "snips", "rte", "banking77", "clinc_oos", "squad"} == set(study.tasks)
     assert set(study.untouched) == {"tiny_shakespeare", "ag_news"}
+
+
+@pytest.mark.slow
+def test_a_small_league_from_its_file_to_its_page(tmp_path: Path, edgezo_json: Any) -> None:
+    import tomli_w
+    from conftest import make_model
+
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+        for split, count in (("train", 20), ("validation", 8)):
+            rows = [{"text": f"{name} {i}", "label": i % 2} for i in range(count)]
+            file = tmp_path / name / f"{split}.jsonl"
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = {"template": "{text} It was", "labels": "0=bad,1=good"}
+    given = {
+        "model": str(make_model(tmp_path / "model")),
+        "tasks": {"mine": {"data": f"{DATA_ROOT}/mine", **words}},
+        "forwards": 16,
+        "caps": ["4GB"],
+        "common": {"batch-size": 4, "device": "cpu", "train": "lowrank+head+probe"},
+        "methods": {"default": {}},
+        "untouched": {"other": {"data": f"{DATA_ROOT}/other", **words}},
+    }
+    study, out = tmp_path / "study.toml", tmp_path / "out"
+    study.write_text(tomli_w.dumps(given))
+    options = ("--data-root", tmp_path, "--threads", "1", "--out", out)
+    code, left = edgezo_json("bench", "accuracy", study, "--for", "0s", *options)
+    assert code == 0 and left["pending"] == 1 and not left["rows"]
+    code, result = edgezo_json("bench", "accuracy", study, *options)
+    assert code == 0 and result["pending"] == 0, result
+    (row,) = result["rows"]
+    assert "error" not in row and set(row["untouched"]["other"]) == {
+        "metric",
+        "before",
+        "after",
+        "lost",
+    }
+    assert "## Forgetting" in (out / "accuracy.md").read_text()
+    assert edgezo_json("bench", "accuracy", study, *options)[1] == result

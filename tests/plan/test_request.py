@@ -25,9 +25,9 @@ BASE = {"model": "m", "task": "sst2"}
 # The order of the settings in config.toml, and what a journal's header holds for BASE.
 ORDER = (
     "model data task data_root template labels label_field max_mem_bytes steps for_s estimator directions mask credit "
-    "rule train blocks states state_rows precision rounding residency device rank keep refresh candidates finetuner "
-    "short_tokens short_lr batch_size micro_batch max_length objective max_new_tokens step step_auto sigma schedule "
-    "weight_decay weight_decay_to head_lr "
+    "rule train blocks states state_rows precision rounding residency device rank keep refresh candidates samples "
+    "finetuner short_tokens short_lr batch_size micro_batch max_length objective max_new_tokens step step_auto sigma "
+    "schedule weight_decay weight_decay_to head_lr "
     "held_out seed eval_every eval_limit snapshot_every threads when max_temp max_cpu log_to profile out text_end "
     "written_at began_in speaker skip_bad_rows row_rules probe_reads parent parent_steps parent_sha256"
 ).split()
@@ -38,7 +38,7 @@ CANONICAL = (
     '"labels":null,"log_to":"none","mask":"none","max_cpu":null,"max_length":512,"max_mem_bytes":null,"max_new_tokens":null,"max_temp":null,'
     '"micro_batch":null,"model":"m","objective":"loss","out":null,"parent":null,"parent_sha256":null,"parent_steps":0,'
     '"precision":null,"probe_reads":"five","profile":false,'
-    '"rank":8,"refresh":50,"residency":null,"rounding":null,"row_rules":2,"rule":"sgd","schedule":"linear",'
+    '"rank":8,"refresh":50,"residency":null,"rounding":null,"row_rules":2,"rule":"sgd","samples":1,"schedule":"linear",'
     '"seed":0,"short_lr":0.0001,"short_tokens":null,"sigma":0.002,"skip_bad_rows":false,"snapshot_every":25,"speaker":null,"state_rows":null,'
     '"states":null,"step":0.1,'
     '"step_auto":false,"steps":400,"task":"sst2","template":null,"text_end":"yes","threads":null,"train":["lowrank",'

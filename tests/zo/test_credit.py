@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -17,10 +19,13 @@ from edgezo.zo.credit import (
     group_credit,
     one_sided_credit,
     preset,
+    prompt_credit,
     schedule,
     uniform_credit,
+    vote_credit,
 )
 from edgezo.zo.presets import PRESETS
+from edgezo.zo.rules import votes_needed
 
 values = st.floats(-100, 100, width=32)
 pairs = st.integers(2, 40).flatmap(
@@ -112,6 +117,30 @@ def test_one_sided_credit_is_the_losses_standard_score():
     np.testing.assert_allclose(one_sided_credit(losses), wanted, rtol=1e-6)
     assert not one_sided_credit(np.array([[3.0]], np.float32)).any()
     assert uniform_credit(losses).tolist() == [1, 1, 1, 0]
+
+
+def test_a_row_is_compared_with_its_own_samples_alone():
+    rng = np.random.default_rng(4)
+    losses = rng.normal(1.0, 0.2, (2, 6)).astype(np.float32)
+    losses[:, 3:] = 100 + 7 * losses[:, :3]  # the same row as the first one, but harder and wider
+    losses[0, 5] = np.nan
+    credit = prompt_credit(losses, samples=3)
+    first = losses[:, :3].astype(np.float64)
+    wanted = (first[0] - first[1]) / first.std()
+    np.testing.assert_allclose(credit[:3], wanted, rtol=1e-5)
+    z = (first - first.mean()) / first.std()  # z-scores of both sides, one less the other
+    np.testing.assert_allclose(credit[:3], z[0] - z[1], rtol=1e-5)
+    two = losses[:, 3:5].astype(np.float64)
+    np.testing.assert_allclose(credit[3:5], (two[0] - two[1]) / two.std(), rtol=1e-5)
+    assert credit[5] == 0
+    assert not prompt_credit(np.ones((2, 4), np.float32), samples=2).any()
+
+
+def test_an_example_votes_for_the_side_of_its_direction_that_is_better():
+    losses = np.array([[1.0, 2.0, 3.0, np.inf], [2.0, 1.0, 3.0, 1.0]], np.float32)
+    assert vote_credit(losses).tolist() == [-1, 1, 0, 0]
+    assert votes_needed(1.0, 16) == 0 and votes_needed(0.0, 16) == math.inf
+    assert votes_needed(0.05, 16) == pytest.approx(1.96 * 4, rel=1e-3)
 
 
 def test_candidates_are_weighed_by_the_batchs_loss_over_their_spread():

@@ -52,6 +52,7 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
     directions = DIRECTION_KINDS[cfg.directions]._replace(rank=4, refresh=20)
     mask = masks.mask_of(cfg.mask, cfg.keep, cfg.sigma)
     store = WeightStore(seed, 8, directions, mask=mask, rule=rules.UPDATE_RULES[cfg.rule])
+    store.vote_size = cfg.sigma
     generator = torch.Generator().manual_seed(seed)
     for block in range(BLOCKS):
         store.train(f"h.{block}.w", Dense(torch.randn(ROWS, COLS, generator=generator)))
@@ -148,6 +149,7 @@ OTHER_PACE = {
     "adamezo": 0.985,
     "meazo": 0.985,
     "bszo": 0.985,
+    "vote": 1.0,
     "zo-dap": 0.97,
     "dap-grzo": 0.99,
     "conmezo": 0.97,
