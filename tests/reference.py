@@ -407,7 +407,7 @@ def published_step(
     if name == "grzo-uniform":
         return theta - lr * sigma * _total(list(directions))
     delta = losses[0] - losses[1]
-    if name == "eggroll":  # z-scored fitness; sum_i a_i A_i B_i^T/sqrt(r)
+    if cfg.credit == "centred":  # EGGROLL, QES: z-scored fitness; sum_i a_i A_i B_i^T/sqrt(r)
         a = (delta - delta.mean()) / delta.std()
         return theta - lr * sigma * _total([x * d for x, d in zip(a, directions, strict=True)])
     if name == "vote":  # codes move by a grid step, which the caller knows; others by sigma

@@ -59,6 +59,7 @@ from edgezo.weights.disk import DiskTable
 from edgezo.weights.layouts import CPU, Dense, Int8, Layout, moved
 from edgezo.weights.store import WeightStore
 from edgezo.weights.trainable import Trainable
+from edgezo.zo.axes import ROUNDINGS
 from edgezo.zo.directions import DIRECTION_KINDS, orthonormal
 from edgezo.zo.masks import mask_of
 from edgezo.zo.noise import Key
@@ -334,7 +335,7 @@ class _Builder:
             return Matrix(layout, self.context)
         assert isinstance(layout, Dense | Int8 | DiskTable)
         trainable = self.store.train(name, layout, touched_offset=touched_offset, fixed_rows=fixed)
-        if isinstance(layout, Int8) and self.spec.rounding == "anchored":
+        if isinstance(layout, Int8) and ROUNDINGS[self.spec.rounding].requantised:
             trainable.open_base = self.matrices[name].rows
         if self.spec.decay_to == "base":
             trainable.open_start = self.matrices[name].start_rows

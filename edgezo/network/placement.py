@@ -10,6 +10,7 @@ import torch
 
 from edgezo.network.loader import block_number
 from edgezo.weights.layouts import DENSE_DTYPES, Int8, Layout, Rows, place, vacant
+from edgezo.zo.axes import ROUNDINGS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +50,7 @@ class StoredMatrix:
         dtype = DENSE_DTYPES.get(self.precision)
         if dtype is None and self.table and rows is None:
             # The largest tensor is never whole beside its codes.
-            plane = self.trained and self.rounding == "plane"
+            plane = self.trained and ROUNDINGS[self.rounding].plane
             return Int8.quantise(self.rows(), plane=plane)
         return place(self._read(dtype, rows), self.precision, **self.options)
 

@@ -3,61 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
 
 from edgezo.plan.config import RunConfig
 from edgezo.plan.data_fields import LOSS, OBJECTIVES
 from edgezo.plan.fields import DEFAULT_BATCH, UNROUNDED
-from edgezo.zo.axes import CREDITS, DIRECTIONS, MASKS, PER_WEIGHT, RULES, DirectionEntry
+from edgezo.plan.obstacles import (
+    SEEDED_MASKS,
+    Conflict,
+    cannot_measure_step,
+    cannot_requantise,
+    drawn,
+    messages,
+    needs_memory,
+    one_basis,
+)
+from edgezo.zo.axes import CREDITS, DIRECTIONS, MASKS, PER_WEIGHT, ROUNDINGS, RULES
 from edgezo.zo.parts import PARTS
-from edgezo.zo.presets import AUTO, FIRST_ORDER, PRESETS
-
-SEEDED_MASKS = ("none", "layers", "block")  # that depend neither on weights nor on a state
-MEASURED_CREDITS = (
-    "group",
-    "mean",
-)  # credits that --step auto has a formula for (run/auto_step.py)
-
-Condition = Callable[[RunConfig], object]
-Text = str | Callable[[RunConfig], str]  # a message, or what makes it
-
-
-class Conflict(NamedTuple):
-    """A message for every request of which ``when`` is true."""
-
-    when: Condition
-    text: Text
+from edgezo.zo.presets import FIRST_ORDER, PRESETS
 
 
 def conflicts(cfg: RunConfig, need_data: bool) -> list[str]:
     """What is wrong with a request. ``need_data``: a request without data is wrong too."""
     tables = (MISSING, MISSING_DATA if need_data else (), _of_estimator(cfg), GENERAL)
-    return [message for table in tables for message in _messages(table, cfg)]
-
-
-def needs_memory(cfg: RunConfig) -> str:
-    """Why full weights have to stay in memory, or ''."""
-    return next(_messages(NEEDS_MEMORY, cfg), "") if cfg.parts.weights else ""
-
-
-def cannot_requantise(cfg: RunConfig) -> str:
-    """Why int8 codes cannot be re-quantised from base and journal alone, or ''."""
-    return next(_messages(CANNOT_REQUANTISE, cfg), "")
-
-
-def cannot_measure_step(cfg: RunConfig) -> str:
-    """Why perturbations cannot tell the step of --step auto, or ''."""
-    return next(_messages(CANNOT_MEASURE_STEP, cfg), "")
-
-
-def _messages(table: Iterable[Conflict], cfg: RunConfig) -> Iterator[str]:
-    return (message(conflict.text, cfg) for conflict in table if conflict.when(cfg))
-
-
-def message(text: Text, cfg: RunConfig) -> str:
-    """The message of a table for this request."""
-    return text if isinstance(text, str) else text(cfg)
+    return [message for table in tables for message in messages(table, cfg)]
 
 
 def _of_estimator(cfg: RunConfig) -> tuple[Conflict, ...]:
@@ -82,21 +50,9 @@ def _credit(cfg: RunConfig) -> str:
     return f"--estimator {cfg.estimator}" if chosen else f"--credit {cfg.credit}"
 
 
-def _kept_state(cfg: RunConfig) -> str:
-    """The option by which a run keeps a state beside its weights, or ''."""
-    if RULES[cfg.rule].state:
-        return f"--rule {cfg.rule}"
-    return f"--mask {cfg.mask}" if MASKS[cfg.mask].state else ""
-
-
-def drawn(cfg: RunConfig) -> DirectionEntry:
-    """What the table says of the directions."""
-    return DIRECTIONS[cfg.directions]
-
-
-def one_basis(cfg: RunConfig) -> bool:
-    """Whether directions are made from the inputs of layers, one for the whole batch."""
-    return drawn(cfg).guided and not drawn(cfg).per_example
+def _requantises(cfg: RunConfig) -> bool:
+    """Whether codes are to be made anew from base and journal."""
+    return ROUNDINGS[cfg.rounding or ""].requantised
 
 
 def _of_batch() -> str:
@@ -366,19 +322,26 @@ GENERAL = (
         ),
     ),
     Conflict(
-        lambda cfg: (cfg.rounding, cfg.precision, cfg.mask) == ("plane", "int8", "quantized"),
-        "--mask quantized moves codes by whole steps of their grid; "
-        "--rounding plane has a finer one: use --rounding stochastic",
-    ),
-    Conflict(
-        lambda cfg: cfg.rounding == "anchored" and cfg.precision not in ("int8", *UNROUNDED),
-        "--rounding anchored re-quantises int8 codes from base and journal; it needs --precision int8",
-    ),
-    Conflict(
         lambda cfg: (
-            cfg.rounding == "anchored" and cfg.precision == "int8" and cannot_requantise(cfg)
+            (cfg.precision, cfg.mask) == ("int8", "quantized")
+            and ROUNDINGS[cfg.rounding or ""].plane
         ),
-        lambda cfg: f"--rounding anchored: {cannot_requantise(cfg)}; use --rounding stochastic",
+        lambda cfg: (
+            "--mask quantized moves codes by whole steps of their grid; "
+            f"--rounding {cfg.rounding} has a finer one: use --rounding stochastic"
+        ),
+    ),
+    Conflict(
+        lambda cfg: _requantises(cfg) and cfg.precision not in ("int8", *UNROUNDED),
+        lambda cfg: (
+            f"--rounding {cfg.rounding} re-quantises int8 codes from base and journal; it needs --precision int8"
+        ),
+    ),
+    Conflict(
+        lambda cfg: _requantises(cfg) and cfg.precision == "int8" and cannot_requantise(cfg),
+        lambda cfg: (
+            f"--rounding {cfg.rounding}: {cannot_requantise(cfg)}; use --rounding stochastic"
+        ),
     ),
     Conflict(
         lambda cfg: cfg.residency == "host" and cfg.device == "cpu",
@@ -402,99 +365,6 @@ GENERAL = (
         ),
         lambda cfg: (
             f"--micro-batch {cfg.micro_batch} is more than --batch-size {cfg.batch_size}, which it splits"
-        ),
-    ),
-)
-
-# ---------------------------------------------------------------------------------------------
-# Reasons why something cannot be done; the first that is true is given
-
-NEEDS_MEMORY = (
-    Conflict(
-        _kept_state,
-        lambda cfg: f"the state of {_kept_state(cfg)} is kept beside the weights, in memory",
-    ),
-    Conflict(
-        lambda cfg: cfg.mask == "block",
-        "--mask block needs mean and variance of every trained tensor at every step",
-    ),
-    Conflict(
-        lambda cfg: drawn(cfg).guided,
-        lambda cfg: (
-            f"a block outside memory takes its updates later, from seeds, and --directions {cfg.directions} have none"
-        ),
-    ),
-    Conflict(
-        lambda cfg: cfg.mask == "sparse",
-        "--mask sparse reads the base's weights once more for its thresholds",
-    ),
-    Conflict(
-        lambda cfg: cfg.precision == "int8",
-        "int8 codes that are trained have to stay in memory; use --precision bf16",
-    ),
-)
-CANNOT_REQUANTISE = (
-    Conflict(
-        lambda cfg: cfg.rule == "vote",
-        "--rule vote moves codes by whole steps of their grid, which re-quantising changes",
-    ),
-    Conflict(
-        _kept_state,
-        lambda cfg: f"the state of {_kept_state(cfg)} would have to be rebuilt with the codes",
-    ),
-    Conflict(
-        lambda cfg: RULES[cfg.rule].looks_back,
-        lambda cfg: (
-            f"every step that is replayed would take --rule {cfg.rule} through all before it"
-        ),
-    ),
-    Conflict(
-        lambda cfg: drawn(cfg).guided,
-        lambda cfg: f"--directions {cfg.directions} are not in the journal",
-    ),
-    Conflict(
-        lambda cfg: cfg.mask in ("sparse", "quantized"),
-        lambda cfg: (
-            f"what --mask {cfg.mask} keeps of a direction depends on the codes of that step"
-        ),
-    ),
-)
-CANNOT_MEASURE_STEP = (
-    Conflict(
-        lambda cfg: cfg.backward or cfg.estimator == AUTO,
-        lambda cfg: (
-            f"--estimator {cfg.estimator} has a learning rate for gradients, "
-            "which cannot be estimated from perturbations"
-        ),
-    ),
-    Conflict(
-        lambda cfg: cfg.credit not in MEASURED_CREDITS,
-        lambda cfg: (
-            f"there is no formula for the step of --credit {cfg.credit} (there is for {' and '.join(MEASURED_CREDITS)})"
-        ),
-    ),
-    Conflict(
-        lambda cfg: cfg.rule != "sgd",
-        lambda cfg: (
-            f"--rule {cfg.rule} changes the length of a step, so it cannot be estimated from perturbations"
-        ),
-    ),
-    Conflict(
-        lambda cfg: MASKS[cfg.mask].state or cfg.mask == "block",
-        lambda cfg: (
-            f"--mask {cfg.mask} changes the length of a step, so it cannot be estimated from perturbations"
-        ),
-    ),
-    Conflict(
-        lambda cfg: drawn(cfg).echoes,
-        lambda cfg: (
-            f"--directions {cfg.directions} follow the steps before, and the measurement has none"
-        ),
-    ),
-    Conflict(
-        lambda cfg: drawn(cfg).guided,
-        lambda cfg: (
-            f"--directions {cfg.directions} are made for each row, and the measurement needs one direction for all rows"
         ),
     ),
 )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from edgezo.plan.data_fields import DATA, PREDICTION
 from edgezo.plan.field import DEFAULT_PRESET, Field
-from edgezo.zo.axes import CREDITS, DIRECTIONS, MASKS, RULES
+from edgezo.zo.axes import CREDITS, DIRECTIONS, MASKS, ROUNDINGS, RULES
 from edgezo.zo.parts import PARTS
 from edgezo.zo.presets import AUTO, ESTIMATORS
 
@@ -184,7 +184,7 @@ _METHOD = (
         help="How --train full keeps steps that are smaller than the rounding of a weight.",
         default_text="plane; with int8 anchored",
         example="stochastic",
-        choices=("plane", "stochastic", "anchored"),
+        choices=tuple(ROUNDINGS)[1:],
     ),
     Field(
         name="rank",

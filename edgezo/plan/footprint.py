@@ -51,7 +51,7 @@ from edgezo.plan.calibration import (
 from edgezo.plan.data_fields import LOSS
 from edgezo.plan.footprint_stored import StoredFootprint, rounding_of
 from edgezo.plan.shapes import BYTES_PER_WEIGHT, MatrixShape
-from edgezo.zo.axes import DIRECTIONS, MASKS, RULES
+from edgezo.zo.axes import DIRECTIONS, MASKS, ROUNDINGS, RULES
 
 
 def _numbers_of_rows(n: int) -> int:
@@ -441,7 +441,7 @@ class Footprint(StoredFootprint):
     def _update(self, precision: str, micro_batch: int, on_disk: int) -> Item:
         size = self._update_tiles(precision)
         reason = "weights, direction and change of one tile, in fp32"
-        if rounding_of(self.cfg, precision)[0] == "anchored":
+        if ROUNDINGS[rounding_of(self.cfg, precision)[0] or ""].requantised:
             # A matrix as the base has it, beside a tile that is made from it (QUANTISE_BYTES).
             size = max(size, self._largest_base() + REQUANTISE_TILES * TILE_BYTES)
             reason += "; or a matrix of the base, and a tile that is replayed and quantised"

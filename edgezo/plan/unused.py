@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from edgezo.plan.config import RunConfig
-from edgezo.plan.conflicts import Condition, Text, drawn, message, one_basis, train_option
+from edgezo.plan.conflicts import train_option
 from edgezo.plan.fields import OF_PRESET, flag
+from edgezo.plan.obstacles import Condition, Text, drawn, message, one_basis
 from edgezo.zo.presets import AUTO
 
 

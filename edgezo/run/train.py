@@ -45,6 +45,7 @@ from edgezo.run.start import Start, started
 from edgezo.run.step import Stepper
 from edgezo.run.summary import losses_of_step, peaks, summarise
 from edgezo.run.watching import watching
+from edgezo.zo.axes import ROUNDINGS
 from edgezo.zo.credit import schedule
 
 SIGNAL_STEPS = 20  # a score that has told nothing in so many first steps ends the run
@@ -387,7 +388,7 @@ class Training:
         """Save, re-quantise what is re-quantised at the end, and write blocks that are elsewhere."""
         state, store = self.state, self.state.model.store
         self.stepper.save(steps)
-        if state.cfg.rounding == "anchored":
+        if ROUNDINGS[state.cfg.rounding or ""].requantised:
             with phase("update"), state.memory.short("the last re-quantisation"):
                 with state.model.heap.updating():
                     store.finish(state.cfg.since_base(steps))

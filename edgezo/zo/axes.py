@@ -10,6 +10,13 @@ import math
 from typing import NamedTuple
 
 
+class RoundingEntry(NamedTuple):
+    """What the plan and the stores need to know of a choice of --rounding."""
+
+    plane: bool = False  # 8 more bits beside each weight keep what rounding takes away
+    requantised: bool = False  # int8 codes are made anew from base and journal, now and then
+
+
 class DirectionEntry(NamedTuple):
     """What the plan and the conflicts need to know of a choice of --directions."""
 
@@ -71,6 +78,13 @@ SHARE = "share of the weights that move in a step if losses tell nothing"
 PER_WEIGHT = "about how far one step moves a weight"
 
 ECHO_DEPTH = 4  # past steps whose noise a direction takes up, where it is one for the batch
+ROUNDINGS = {
+    "": RoundingEntry(),  # nothing is rounded, or it is not decided yet
+    "plane": RoundingEntry(plane=True),
+    "stochastic": RoundingEntry(),
+    "anchored": RoundingEntry(requantised=True),
+    "feedback": RoundingEntry(plane=True, requantised=True),
+}
 DIRECTIONS = {
     "signs": DirectionEntry(True, "r_i s_i^T, no weight-sized noise", dense=False),
     "rank-signs": DirectionEntry(

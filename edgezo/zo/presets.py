@@ -20,6 +20,7 @@ from edgezo.zo.axes import (
     MASKS,
     PER_WEIGHT,
     RATE,
+    ROUNDINGS,
     RULES,
     SHARE,
     in_span,
@@ -144,6 +145,17 @@ PRESETS = {
             rounding="stochastic",
             note="for --precision int8: codes move by whole steps; norms, biases and weights that are no codes move by "
             "sigma; factors are signs, where nano-egg draws int8 normals",
+        ),
+        Preset(
+            "qes",
+            "signs",
+            "centred",
+            "QES, arXiv 2602.03120",
+            0.1,
+            train=FULL,
+            rounding="feedback",
+            note="for --precision int8: what rounding takes from a code is kept in 8 bits, and made anew from base and "
+            "journal now and then, exactly, where QES replays the last seeds; perturbations are not rounded to codes",
         ),
         Preset("mezo", "shared", "mean", MEZO, 1e-4),
         Preset("mezo-adam", "shared", "mean", f"{MEZO}, with Adam", 1e-3, rule="adam"),
@@ -438,6 +450,13 @@ FIRST_ORDER = {
 }
 AUTO = "auto"
 ESTIMATORS = (*PRESETS, *FIRST_ORDER)
+
+
+def usual_codes(estimator: str) -> str:
+    """How int8 codes that are trained keep small steps, where they can be re-quantised."""
+    preset = PRESETS.get(estimator)
+    rounding = None if preset is None else preset.rounding
+    return rounding if rounding and ROUNDINGS[rounding].requantised else "anchored"
 
 
 def default_step(preset: Preset, credit: str, rule: str) -> float:
