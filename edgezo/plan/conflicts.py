@@ -17,7 +17,7 @@ from edgezo.plan.obstacles import (
     needs_memory,
     one_basis,
 )
-from edgezo.zo.axes import CREDITS, DIRECTIONS, MASKS, PER_WEIGHT, ROUNDINGS, RULES
+from edgezo.zo.axes import CREDITS, DIRECTIONS, MASKS, PER_WEIGHT, ROUNDINGS, RULES, in_span
 from edgezo.zo.parts import PARTS
 from edgezo.zo.presets import FIRST_ORDER, PRESETS
 
@@ -156,6 +156,14 @@ OF_DIRECTIONS = (
         ),
         "--credit vote and --rule vote belong together: votes of +-1 along sign vectors are counted; "
         "they need --directions signs or rank-signs of rank 1, and --mask none",
+    ),
+    Conflict(
+        lambda cfg: (
+            cfg.rule == "orthogonal"
+            and not (in_span(cfg.directions) and cfg.mask in ("none", "layers"))
+        ),
+        "--rule orthogonal works in the coordinates of a low-rank basis: it needs --directions lowrank-strict or "
+        "lowrank-shared, and --mask none or layers",
     ),
     Conflict(
         lambda cfg: drawn(cfg).echoes and RULES[cfg.rule].looks_back,

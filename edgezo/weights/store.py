@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgezo.weights.inverse_roots import InverseRoots
 from edgezo.weights.layouts import CPU, Dense, Int8, Layout, TrainedLayout
 from edgezo.weights.recent import Recent, is_live
 from edgezo.weights.requantise import (
@@ -45,7 +46,13 @@ from edgezo.weights.requantise import (
     requantise_due,
     split_where_due,
 )
-from edgezo.weights.tile import Tile, member_of, moves_by_example, tile_rows, touched_tiles
+from edgezo.weights.tile import (
+    Tile,
+    member_of,
+    moves_by_example,
+    tile_rows,
+    touched_tiles,
+)
 from edgezo.weights.trainable import Trainable
 from edgezo.zo import noise
 from edgezo.zo.directions import Directions, Target, centred
@@ -83,6 +90,7 @@ class WeightStore:
     echo: tuple[float, ...] = ()
     # (first, stop) -> the recipes of steps [first, stop): for a replay, and for blocks that lack steps.
     history: Callable[[int, int], Iterable[Recipe]] | None = None
+    roots: InverseRoots = field(default_factory=InverseRoots)  # of --rule orthogonal
     vote_size: float = 0.0  # how far --rule vote moves a weight that is no code
     recent: Recent = field(default_factory=Recent)  # steps that a rule looks back on
 
@@ -225,7 +233,9 @@ class WeightStore:
         if scale == 0.0:
             return False
         unmasked = None
-        if self._in_span(trainable):
+        if self.rule.name == "orthogonal" and not trainable.target.vector:
+            change = self._orthogonal_change(tile)
+        elif self._in_span(trainable):
             change = self._change_in_basis(tile, scale)
         else:
             g, unmasked = self._weighted_sum(tile, theta)
@@ -359,6 +369,16 @@ class WeightStore:
         g = d.weighted_coordinates(key, target, coefficients, rows, member)
         change = self._ruled(tile, g if scale == 1.0 else g * scale)
         return _combination(change, basis.T.to(self.device)).mul_(d.rank**-0.5)
+
+    def _orthogonal_change(self, tile: Tile) -> Tensor:
+        """lr sqrt(rows) msign(N) V^T/sqrt(k) on the rows of a tile, (n, cols) fp32 (ZO-Muon, arXiv 2602.17155)."""
+        trainable, recipe, coefficients, rows, member, _ = tile
+        d, key, target = self.directions, Key(self.seed, recipe.step), trainable.target
+        root, moved = self.roots.of(tile, d, key)
+        n = d.weighted_coordinates(key, target, coefficients, rows, member)
+        basis = d.basis(key, target).T.to(self.device)
+        size = recipe.rate * (moved / d.rank) ** 0.5
+        return _combination(_combination(n, root), basis).mul_(size)
 
     # -- the anchor of SVRG ---------------------------------------------------------------------------------
 

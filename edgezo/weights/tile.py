@@ -88,3 +88,13 @@ def touched_tiles(trainable: Trainable, recipe: Recipe, coefficients: Tensor) ->
         numbers = torch.from_numpy(rows.astype(np.int64)).to(device)
         member = membership(by_direction, rows, device)
         yield Tile(trainable, recipe, coefficients, numbers, member)
+
+
+def moved_tiles(trainable: Trainable, recipe: Recipe, coefficients: Tensor) -> Iterator[Tile]:
+    """Tiles of all rows that a step moves."""
+    if moves_by_example(trainable):
+        yield from touched_tiles(trainable, recipe, coefficients)
+        return
+    for rows in tile_rows(trainable):
+        member = member_of(trainable, recipe, rows, coefficients.device)
+        yield Tile(trainable, recipe, coefficients, rows, member)

@@ -215,6 +215,11 @@ RULES = {
         "sign(g) where |g| passes a z-test at level --step, times one step of the codes' grid",
         step=SHARE,
     ),
+    "orthogonal": RuleEntry(
+        "sqrt(rows) msign(N) V^T/sqrt(rank) of g = N V^T/sqrt(rank); of a vector sign(g)",
+        step=PER_WEIGHT,
+        remade=1,
+    ),
     "centred": RuleEntry("g/sqrt(v + 1e-8), v of the parts that the direction is made of"),
 }
 

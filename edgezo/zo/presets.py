@@ -295,6 +295,17 @@ PRESETS = {
             note=SIGN_FACTORS,
         ),
         Preset(
+            "zo-muon",
+            "lowrank-strict",
+            "candidates",
+            "ZO-Muon, arXiv 2602.17155",
+            1e-4,
+            rule="orthogonal",
+            train=FULL,
+            note="the basis is of signs, where the paper decomposes normals, and is on the side of the inputs; vectors "
+            "move by their sign; a step is the same for matrices of all sizes",
+        ),
+        Preset(
             "subzero",
             "subspace",
             "mean",

@@ -10,6 +10,7 @@
     sign       lr sign(g)
     vote       a grid step of the codes times sign(g) where |g| >= z sqrt(votes), z the two-sided quantile of lr, the
                share of weights that would move if all losses were noise; sigma where weights are no codes    (nano-egg)
+    orthogonal lr sqrt(rows) msign(N) V^T/sqrt(k), N the coordinates of g in a low-rank basis V     (orthogonal.py)
     centred    lr g/sqrt(v + 1e-8), v from the parts that ZO-AdaMU's direction is made of (directions.centred)
 
 State is a function of the base, the seed and the journal: a replay goes through the steps and rebuilds it bit by bit,
@@ -90,6 +91,7 @@ UPDATE_RULES = {
         Rule("adamezo", ("first", "second"), _adamezo),
         Rule("sign", (), lambda state, g, steps: g.sign()),
         Rule("vote", (), lambda state, g, steps: g),  # its change is made in weights/store.py
+        Rule("orthogonal", (), lambda state, g, steps: g.sign()),  # of matrices: weights/store.py
         Rule("centred", (), lambda state, g, steps: g),
     )
 }

@@ -150,6 +150,7 @@ OTHER_PACE = {
     "meazo": 0.985,
     "bszo": 0.985,
     "vote": 1.0,
+    "zo-muon": 0.99,
     "zo-dap": 0.97,
     "dap-grzo": 0.99,
     "conmezo": 0.97,
