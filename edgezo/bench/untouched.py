@@ -57,7 +57,8 @@ class Untouched:
             except EdgezoError as problem:
                 self.note(f"{run.name}: what it forgets is not known: {problem}")
                 return {}
-        return json.loads(kept.read_text())  # type: ignore[no-any-return]
+        figures: Figures = json.loads(kept.read_text())
+        return figures
 
     def _evaluate_run(self, run: Path, kept: Path) -> None:
         before, copy = self._base(), self.folder / f"{run.name}-model"

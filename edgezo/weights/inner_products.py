@@ -17,7 +17,7 @@ from edgezo.zo import noise
 from edgezo.zo.directions import Directions, Target
 from edgezo.zo.noise import Key
 
-_GRID = 2.0**12
+_NORMAL_STEPS = 2.0**12
 
 
 def of_normals(targets: Iterable[Target], seed: int, steps: Sequence[int]) -> np.ndarray:
@@ -27,7 +27,7 @@ def of_normals(targets: Iterable[Target], seed: int, steps: Sequence[int]) -> np
         for rows in tiles(target.rows, target.cols, 16 * len(steps)):
             drawn = torch.stack([_whole(target, Key(seed, step), rows) for step in steps])
             total += drawn @ drawn.T
-    return (total / _GRID**2).numpy()
+    return (total / _NORMAL_STEPS**2).numpy()
 
 
 def _whole(target: Target, key: Key, rows: slice) -> Tensor:
@@ -35,7 +35,7 @@ def _whole(target: Target, key: Key, rows: slice) -> Tensor:
     if key.step < 0:
         return torch.zeros((rows.stop - rows.start) * target.cols, dtype=torch.float64)
     drawn = noise.normals(key, target.id, noise.DENSE, rows, target.cols)
-    return drawn.mul_(_GRID).round_().double().flatten()
+    return drawn.mul_(_NORMAL_STEPS).round_().double().flatten()
 
 
 def of_signs(

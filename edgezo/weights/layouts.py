@@ -386,7 +386,7 @@ def place(
     """
     match _stored_as(precision, weight.shape[0], table):
         case "int8":
-            return Int8.quantise(weight, plane=trained and ROUNDINGS[rounding].plane)
+            return Int8.quantise(weight, plane=trained and ROUNDINGS[rounding or ""].plane)
         case "int4":
             return Int4.quantise(weight)
         case dense:
@@ -413,7 +413,7 @@ def vacant(
         case "int8":
             low = (
                 empty(rows, cols, dtype=torch.int8)
-                if trained and ROUNDINGS[rounding].plane
+                if trained and ROUNDINGS[rounding or ""].plane
                 else None
             )
             return Int8(empty(rows, cols, dtype=torch.int8), empty(rows, 1), low)

@@ -31,7 +31,7 @@ from edgezo.zo.noise import Key, exact_grid
 
 ANGLE = 1.35  # of the cone, in radians
 KEPT = 0.9  # of ConMeZO's moving average, from step to step
-_ALIGNMENT = noise.tensor_id("alignment")
+_ALIGNMENT_NOISE = noise.tensor_id("alignment")
 
 
 class PastStep(NamedTuple):
@@ -45,7 +45,7 @@ class PastStep(NamedTuple):
 
 def signs_of(key: Key, count: int) -> np.ndarray:
     """s of so many directions, (count,) of +-1."""
-    drawn = noise.signs(key, _ALIGNMENT, noise.CHOICE, slice(0, 1), count)[0]
+    drawn = noise.signs(key, _ALIGNMENT_NOISE, noise.CHOICE, slice(0, 1), count)[0]
     return drawn.numpy().astype(np.float64)
 
 

@@ -15,13 +15,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LEVELS = 2.0**15
+COORDINATE_LEVELS = 2.0**15
 ITERATIONS = 24  # singular values above 1e-3 of the norm become 1 to fp32's precision; smaller ones grow towards it
 
 
 def whole_coordinates(n: Tensor, most: float) -> Tensor:
     """Coordinates (n, k) in units of ``most``/2**15, rounded, fp64; ``most`` bounds their size and is above 0."""
-    return n.double().mul_(LEVELS / most).round_()
+    return n.double().mul_(COORDINATE_LEVELS / most).round_()
 
 
 def inverse_root(gram: Tensor, most: float) -> Tensor:
@@ -35,7 +35,7 @@ def inverse_root(gram: Tensor, most: float) -> Tensor:
     for _ in range(ITERATIONS):
         square = _product(m.T, _product(gram, m))
         m = _product(m, 1.5 * torch.eye(k, dtype=torch.float64) - 0.5 * square)
-    return (m * (LEVELS / most / norm)).float()
+    return (m * (COORDINATE_LEVELS / most / norm)).float()
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
