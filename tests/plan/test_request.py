@@ -28,8 +28,8 @@ ORDER = (
     "rule train blocks states state_rows precision rounding residency device engine provider rank keep refresh "
     "candidates samples finetuner short_tokens short_lr batch_size micro_batch max_length objective max_new_tokens "
     "step step_auto sigma schedule weight_decay weight_decay_to head_lr held_out seed eval_every eval_limit "
-    "snapshot_every threads when max_temp max_cpu log_to profile out text_end written_at began_in speaker skip_bad_rows row_rules "
-    "probe_reads parent parent_steps parent_sha256"
+    "snapshot_every threads when max_temp max_cpu log_to profile out text_end written_at began_in speaker "
+    "skip_bad_rows row_rules probe_reads parent parent_steps parent_sha256"
 ).split()
 CANONICAL = (
     '{"batch_size":null,"began_in":null,"blocks":"all","candidates":8,"credit":"group","data":null,"data_root":null,'
