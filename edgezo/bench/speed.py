@@ -285,7 +285,7 @@ def bookkeeping(
     """
     losses = np.ones((max(2, cfg.passes), size), np.float32)
     losses[0] += np.arange(size, dtype=np.float32)
-    credit = Estimator.of(cfg).credit(losses) if cfg.probing else losses[0]
+    credit = Estimator.of(cfg).recorded(losses, cfg.sigma, 0, None) if cfg.probing else losses[0]
     guard = Guard(1 << 60, 0)
     progress = terminal(Console(file=io.StringIO(), force_terminal=True))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from edgezo.plan.config import RunConfig
-from edgezo.plan.conflicts import Conflict, message, train_option
+from edgezo.plan.conflicts import train_option
 from edgezo.plan.data_fields import LOSS
 from edgezo.plan.fields import flag
-from edgezo.zo.presets import AUTO, forwards
+from edgezo.plan.obstacles import Conflict, messages
+from edgezo.zo.axes import forwards
+from edgezo.zo.presets import AUTO
 
 ONNX_PARTS = ("lowrank", "head", "probe")  # of --train
 ONNX_PRECISIONS = ("fp32", "int8", "int4")
@@ -21,7 +23,7 @@ def engine_conflicts(cfg: RunConfig) -> list[str]:
             for name in ("provider",)
             if getattr(cfg, name) != "cpu"
         ]
-    return [message(entry.text, cfg) for entry in OF_ONNX if entry.when(cfg)]
+    return list(messages(OF_ONNX, cfg))
 
 
 def _other_parts(cfg: RunConfig) -> str:
@@ -62,12 +64,20 @@ OF_ONNX = (
     ),
     Conflict(
         lambda cfg: (
-            cfg.probing and (forwards(cfg.credit, "none", cfg.candidates) != 2 or cfg.anchored)
+            cfg.probing and (forwards(cfg.credit, "none", cfg.candidates) != 2 or cfg.carried > 0)
         ),
         lambda cfg: (
             f"--engine onnx evaluates two sides in a step, and --credit {cfg.credit} others: give --credit group or "
             f"raw, or {_TORCH_DOES}"
         ),
+    ),
+    Conflict(
+        lambda cfg: cfg.samples > 1,
+        f"--engine onnx has each row once in a batch: leave out --samples, or {_TORCH_DOES}",
+    ),
+    Conflict(
+        lambda cfg: cfg.weight_decay_to == "base",
+        f"--engine onnx decays towards zero only: leave out --weight-decay-to, or {_TORCH_DOES}",
     ),
     Conflict(
         lambda cfg: cfg.step_auto,

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from edgezo.plan.data_fields import DATA, PREDICTION
 from edgezo.plan.field import DEFAULT_PRESET, Field
+from edgezo.zo.axes import CREDITS, DIRECTIONS, MASKS, ROUNDINGS, RULES
 from edgezo.zo.parts import PARTS
-from edgezo.zo.presets import AUTO, CREDITS, DIRECTIONS, ESTIMATORS, MASKS, RULES
+from edgezo.zo.presets import AUTO, ESTIMATORS
 
 QUANTIZED = ("int8", "int4")
 # Precisions in which --rounding has nothing to do, each with the reason.
@@ -203,7 +204,7 @@ _METHOD = (
         help="How --train full keeps steps that are smaller than the rounding of a weight.",
         default_text="plane; with int8 anchored",
         example="stochastic",
-        choices=("plane", "stochastic", "anchored"),
+        choices=tuple(ROUNDINGS)[1:],
     ),
     Field(
         name="rank",
@@ -240,6 +241,16 @@ _METHOD = (
         default=8,
         low=1,
         high=256,
+    ),
+    Field(
+        name="samples",
+        kind="int",
+        metavar="N",
+        help="How often a batch has each of its rows, each time with another direction: --credit by-prompt compares "
+        "them.",
+        default=1,
+        low=1,
+        high=1024,
     ),
     Field(
         name="finetuner",
@@ -323,6 +334,13 @@ _RUN = (
         default=0.0,
         low=0,
         high=1,
+    ),
+    Field(
+        name="weight_decay_to",
+        kind="choice",
+        help="What perturbed weights shrink towards: zero, or the values that the base has.",
+        default="zero",
+        choices=("zero", "base"),
     ),
     Field(
         name="head_lr",

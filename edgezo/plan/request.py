@@ -30,6 +30,7 @@ from edgezo.plan.fields import (
     flags,
 )
 from edgezo.plan.unused import without_effect
+from edgezo.zo.axes import ROUNDINGS
 from edgezo.zo.parts import trained, without_exact
 from edgezo.zo.presets import FIRST_ORDER, PRESETS, default_step
 
@@ -116,7 +117,8 @@ def _fill_from_preset(values: dict[str, Any]) -> None:
         # A credit or rule that is chosen by hand may mean something else by a step.
         values["step"] = default_step(preset, values["credit"], values["rule"])
     if values["rounding"] is None and trained(tuple(values["train"])).weights:
-        if values["precision"] not in UNROUNDED:
+        codes = values["precision"] == "int8" or not ROUNDINGS[preset.rounding or ""].requantised
+        if values["precision"] not in UNROUNDED and codes:
             values["rounding"] = preset.rounding
 
 

@@ -86,7 +86,8 @@ class Opening(NamedTuple):
                 f"{then}{cfg.estimator} on {' and '.join(perturbed)} by forward passes alone"
             )
         where = f" of the last {cfg.blocks} blocks" if self.plan.first_trained else ""
-        return f"{', '.join(parts)}{where}; {cfg.batch_size} rows a step"
+        rows = f"{cfg.batch_size} rows a step"
+        return f"{', '.join(parts)}{where}; {rows}. Why: {self.plan.reason_of('method')}"
 
     def _memory(self) -> str:
         plan = self.plan

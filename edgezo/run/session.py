@@ -325,6 +325,7 @@ def _spec_of(planned: Planned, device: torch.device, away: Medium | None) -> Mod
         evaluations=Estimator.of(cfg).evaluations,
         anchored=cfg.anchored,
         decay=cfg.weight_decay,
+        decay_to=cfg.weight_decay_to,
         mixed=cfg.mixed,
         first_trained=planned.plan.first_trained,
     )

@@ -54,7 +54,6 @@ from edgezo.run.state import RunState
 from edgezo.run.states_pass import Report, states_of_run
 from edgezo.run.stopping import StopRequest
 from edgezo.run.summary import save_profile
-from edgezo.zo.presets import AUTO
 
 
 class Start(NamedTuple):
@@ -165,8 +164,6 @@ def _plan(
         progress.note(text)
     base = meter.mark("base")
     planned = (settle_again if resume else settle)(opened, computer, base.rss_bytes)
-    if cfg.estimator == AUTO:
-        progress.note(next(d.reason for d in planned.plan.decisions if d.name == "estimator"))
     progress.opening(opening_of(planned))
     return planned
 
