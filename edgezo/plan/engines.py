@@ -7,10 +7,10 @@ from edgezo.plan.conflicts import train_option
 from edgezo.plan.data_fields import LOSS
 from edgezo.plan.fields import flag
 from edgezo.plan.obstacles import Conflict, messages
-from edgezo.zo.axes import forwards
 from edgezo.zo.presets import AUTO
 
 ONNX_PARTS = ("lowrank", "head", "probe")  # of --train
+ONNX_CREDITS = ("group", "raw")
 ONNX_PRECISIONS = ("fp32", "int8", "int4")
 _TORCH_DOES = "use --engine torch"
 
@@ -63,12 +63,10 @@ OF_ONNX = (
         ),
     ),
     Conflict(
+        lambda cfg: cfg.probing and (cfg.credit not in ONNX_CREDITS or cfg.carried > 0),
         lambda cfg: (
-            cfg.probing and (forwards(cfg.credit, "none", cfg.candidates) != 2 or cfg.carried > 0)
-        ),
-        lambda cfg: (
-            f"--engine onnx evaluates two sides in a step, and --credit {cfg.credit} others: give --credit group or "
-            f"raw, or {_TORCH_DOES}"
+            f"--engine onnx compares the two sides of each example, which --credit {cfg.credit} does not: give --credit "
+            f"group or raw, or {_TORCH_DOES}"
         ),
     ),
     Conflict(
