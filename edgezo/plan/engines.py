@@ -65,8 +65,8 @@ OF_ONNX = (
     Conflict(
         lambda cfg: cfg.probing and (cfg.credit not in ONNX_CREDITS or cfg.carried > 0),
         lambda cfg: (
-            f"--engine onnx compares the two sides of each example, which --credit {cfg.credit} does not: give --credit "
-            f"group or raw, or {_TORCH_DOES}"
+            f"--engine onnx compares the two sides of each example, and --credit {cfg.credit} does not: give "
+            f"--credit group or raw, or {_TORCH_DOES}"
         ),
     ),
     Conflict(
