@@ -250,6 +250,7 @@ def _onnx_plan(
     trained = [PARTS[name].reason.format(rank=cfg.rank) for name in cfg.train]
     decisions = (
         Decision("engine", "onnx", f"as given: {sizes.name} holds graphs of onnxruntime"),
+        Decision("method", cfg.estimator, "this engine trains by forward passes alone"),
         Decision("max_mem_bytes", cap, reason),
         Decision("precision", sizes.precision, "that of the graphs (edgezo export --dtype)"),
         Decision("batch_size", cfg.batch_size, "as given, or the default"),

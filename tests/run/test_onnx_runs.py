@@ -78,7 +78,7 @@ def test_a_process_without_torch_trains_evaluates_and_replays(
     options = [
         str(part).replace("_", "-") if i % 2 == 0 else part for i, part in enumerate(options)
     ]
-    summary = edgezo("finetune", *options, "--max-mem", "2GB", "--quiet")
+    summary = edgezo("finetune", *options, "--max-mem", "2GB")
     assert summary["engine"] == "onnx" and summary["steps"] == 3 and summary["probe"]["used"]
     assert edgezo("eval", "--model", out)["loss"] > 0
     replayed = edgezo("replay", out, "--out", tmp_path / "again")
