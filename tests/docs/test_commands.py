@@ -32,7 +32,8 @@ MODEL, DATA = "my-model", "rows.jsonl"  # of the workspace, under names that the
 KEPT = frozenset(
     "--template --labels --label-field --objective --max-new-tokens --train --estimator --precision --rounding "
     "--step --sigma --format --dtype --out --resume --show-batch --profile --finetuner --methods --seed --to "
-    "--temperature --top-p --system --when --yes --ask --skip-bad-rows --probe-reads".split()
+    "--temperature --top-p --system --when --yes --ask --skip-bad-rows --probe-reads "
+    "--engine --trainable".split()
 )
 # Others, and what is run in place of their value; None leaves the option out.
 REPLACED: dict[str, str | None] = {
@@ -50,6 +51,8 @@ REPLACED: dict[str, str | None] = {
     "--device": "cpu",
     "--data-root": None,
     "--max-cpu": "100",
+    "--batch-size": "4",
+    "--max-length": "48",
 }
 # What makes a command small where the page does not say it.
 ADDED: dict[str, dict[str, str]] = {
@@ -163,6 +166,11 @@ def made(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert run("finetune", *label, *small, "--steps", 2, *one) == 0
         writer = ("--model", MODEL, "--data", DATA, "--train", "lowrank", "--out", "runs/writer")
         assert run("finetune", *writer, *small, "--steps", 2, "--eval-limit", 8) == 0
+        graphs = ("--format", "onnx", "--trainable", "--dtype", "fp32", "--out", "graphs")
+        assert run("export", MODEL, *graphs) == 0
+        on_graphs = ("--engine", "onnx", "--model", "graphs", *label[2:], "--train", "lowrank")
+        board = ("--steps", 2, "--eval-limit", 8, "--out", "runs/board")
+        assert run("finetune", *on_graphs, *small, *board) == 0
         meta = ("--steps", 1, "--restart", 1, "--batch-size", 2, "--out", "my.safetensors")
         assert run("meta-train", *label, *meta, "--max-mem", "8GB") == 0
         run_script(["benchmarks/preferences.py", "--out", "prefs.jsonl"])
