@@ -23,7 +23,6 @@ from edgezo.machine.files import atomic_path
 from edgezo.machine.limits import PASS_SHARE, PASS_TOKENS
 from edgezo.machine.process_memory import malloc_trim, rss_bytes
 from edgezo.network.onnx_engine import OnnxModel
-from edgezo.plan.blocks import LEAST_STATE_ROWS
 from edgezo.run.directory import RunFiles, run_id
 from edgezo.run.journal import Journal
 from edgezo.run.onnx_session import OnnxPlanned
@@ -148,7 +147,7 @@ class _Pass:
 
     def _pass(self, wanted: int, limit_s: float) -> int:
         dataset = self.planned.opened.dataset
-        least, rows = min(LEAST_STATE_ROWS, wanted), 0
+        least, rows = min(self.planned.cfg.batch_size, wanted), 0
         total = len(dataset.validation) + wanted
         begun_s, first = now_s(), self.planned.plan.first_trained
         shown = False
