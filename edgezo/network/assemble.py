@@ -56,7 +56,8 @@ from edgezo.network.perturb import (
 from edgezo.network.placement import BlocksElsewhere, StoredMatrix
 from edgezo.network.rotary import rotate_by_row
 from edgezo.weights.disk import DiskTable
-from edgezo.weights.layouts import CPU, Dense, Int8, Layout, moved
+from edgezo.machine.philox import CPU
+from edgezo.weights.layouts import Dense, Int8, Layout, moved
 from edgezo.weights.store import WeightStore
 from edgezo.weights.trainable import Trainable
 from edgezo.zo.directions import DIRECTION_KINDS, orthonormal

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from edgezo.weights.layouts import CPU
+from edgezo.machine.philox import CPU
 from edgezo.zo import noise
 from edgezo.zo.noise import Key
 from edgezo.zo.rules import BETA1, BETA2, EPS

@@ -23,7 +23,7 @@ from edgezo.data.trees import Tree
 from edgezo.machine import kernels
 from edgezo.machine.limits import PADDED_TOKENS, SCORE_COPIES, TILE_BYTES
 from edgezo.machine.matmul import compiled
-from edgezo.weights.layouts import CPU
+from edgezo.machine.philox import CPU
 
 ATTENTION = "edgezo_packed"
 LENGTH_STEP = 64  # softcapped products are padded to a multiple of so many tokens

@@ -41,7 +41,8 @@ from edgezo.machine.matmul import (
     thin_product,
 )
 from edgezo.network.fused import Norm
-from edgezo.weights.layouts import CPU, Layout
+from edgezo.machine.philox import CPU
+from edgezo.weights.layouts import Layout
 from edgezo.weights.trainable import Trainable
 from edgezo.zo.directions import Directions, on_grid
 from edgezo.zo.masks import Mask
@@ -113,14 +114,18 @@ class Probe:
 
     def row_factor(self, trainable: Trainable) -> Tensor:
         """r_i times the tensor's scale, (b, rows)."""
-        r = self._to_compute(self.directions.row_signs(self.key, trainable.target, self.slots))
+        target = trainable.target
+        r = self._to_compute(
+            self.directions.row_signs(self.key, target, self.slots, self.device)
+        )
         scale = self.scale(trainable)
         return r if scale == 1.0 else r * scale
 
     def col_factor(self, trainable: Trainable, x: Tensor | None = None) -> Tensor:
         """s_i, (b, cols); with guides v_i, made from ``x`` (n, cols), which the tensor's product reads, and kept."""
         if trainable.guides is None or x is None:
-            s = self.directions.col_signs(self.key, trainable.target, self.slots)
+            target = trainable.target
+            s = self.directions.col_signs(self.key, target, self.slots, self.device)
             return self._to_compute(s)
         n = len(self.token_signs[0])
         assert n * len(self.signs) == len(x)
@@ -172,9 +177,9 @@ class Probe:
 
     def dense_rows(self, trainable: Trainable, rows: slice | Tensor) -> Tensor:
         """Rows of U after the mask, (k, cols)."""
-        u = self.directions.dense_at(self.key, trainable.target, rows, trainable.basis)
+        target, basis = trainable.target, trainable.basis
+        u = self.directions.dense_rows(self.key, target, rows, basis, self.device)
         if self.mask.shapes(trainable):
-            u = u.to(self.by_example.device)
 
             def weights() -> Tensor:
                 return trainable.layout.expand(rows, torch.empty_like(u))
@@ -184,14 +189,16 @@ class Probe:
 
     def thin_factors(self, trainable: Trainable) -> tuple[Tensor, Tensor]:
         """(left, right) of U = left @ right^T, (rows, k) and (cols, k)."""
-        left, right, scale = self.directions.factors(self.key, trainable.target, trainable.basis)
+        target, basis = trainable.target, trainable.basis
+        left, right, scale = self.directions.factors(self.key, target, basis, self.device)
         return self._scaled(trainable, left * scale), self._to_compute(right)
 
     def vector(self, trainable: Trainable) -> Tensor:
         """D_i of a vector, (b, rows)."""
         target = trainable.target
         if not self.mask.shapes(trainable):
-            d = self._to_compute(self.directions.vectors(self.key, target, self.slots))
+            made = self.directions.vectors(self.key, target, self.slots, self.device)
+            d = self._to_compute(made)
             scale = self.scale(trainable)
             return d if scale == 1.0 else d * scale
         u = self.dense_rows(trainable, slice(0, target.rows)).T
@@ -204,9 +211,14 @@ class Probe:
         scale = 1.0 if self.directions.factored else self.scale(trainable)
         return self._to_compute(u if scale == 1.0 else u * scale)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens are, and where their noise is made."""
+        return self.by_example.device
+
     def _to_compute(self, noise: Tensor) -> Tensor:
-        """Noise on the device in the compute dtype: moved as it was made (signs are bytes), and only then widened."""
-        return noise.to(self.by_example.device).to(self.by_example.dtype)
+        """Noise in the compute dtype."""
+        return noise.to(self.by_example.dtype)
 
 
 EXPANDED = "expand"  # the buffer of a tile in the compute dtype

@@ -35,7 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgezo.weights.layouts import CPU, Dense, Int8, Layout, TrainedLayout
+from edgezo.machine.philox import CPU
+from edgezo.weights.layouts import Dense, Int8, Layout, TrainedLayout
 from edgezo.weights.requantise import (
     ReplayedMatrix,
     last_requantised,
@@ -266,8 +267,7 @@ class WeightStore:
     def _centred_scale(self, tile: Tile) -> Tensor:
         """sqrt(v + 1e-8) of ZO-AdaMU's rule (arXiv 2312.15184), (n, cols) fp32."""
         key, target, rows = Key(self.seed, tile.recipe.step), tile.trainable.target, tile.rows
-        runs = [rows] if isinstance(rows, slice) else [slice(r, r + 1) for r in rows.tolist()]
-        v = torch.cat([centred(key, target, run)[1] for run in runs]).to(self.device)
+        v = centred(key, target, rows, self.device)[1]
         return v.add_(1e-8).sqrt_()
 
     def _learn_curvature(self, tile: Tile, unmasked: Tensor) -> None:
@@ -292,17 +292,17 @@ class WeightStore:
         """
         trainable, recipe, coefficients, rows, member = tile
         key, target, d = Key(self.seed, recipe.step), trainable.target, self.directions
-        basis, epoch = d.basis(key, target), recipe.step // d.refresh
+        basis, epoch = d.basis(key, target, self.device), recipe.step // d.refresh
         last = int(trainable.state["epoch"][rows][0])
         if last != epoch:
-            turn = d.basis(Key(self.seed, last * d.refresh), target).T @ basis / target.cols
-            turn = turn.to(self.device)
+            before = d.basis(Key(self.seed, last * d.refresh), target, self.device)
+            turn = before.T @ basis / target.cols
             for name in self.rule.states:
                 trainable.state[name][rows] = _combination(trainable.state[name][rows], turn)
             trainable.state["epoch"][rows] = epoch
         g = d.weighted_coordinates(key, target, coefficients, rows, member)
         change = self._ruled(tile, g if scale == 1.0 else g * scale)
-        return _combination(change, basis.T.to(self.device)).mul_(d.rank**-0.5)
+        return _combination(change, basis.T).mul_(d.rank**-0.5)
 
     # -- the anchor of SVRG ---------------------------------------------------------------------------------
 

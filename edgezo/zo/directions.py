@@ -32,6 +32,7 @@ U is of N(0,1).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgezo.machine.philox import CPU
 from edgezo.zo import noise
 from edgezo.zo.noise import Key
 
@@ -84,76 +86,98 @@ class Directions(NamedTuple):
     refresh: int = 50  # V, P and Q are drawn anew every so many steps
     guided: bool = False  # made from the layer's inputs, so that no seed gives them again
 
-    def row_signs(self, key: Key, target: Target, slots: Sequence[int]) -> Tensor:
+    def row_signs(
+        self, key: Key, target: Target, slots: Sequence[int], device: torch.device = CPU
+    ) -> Tensor:
         """r_i of the examples in ``slots``, (len(slots), rows) int8."""
-        return _of_slots(key, target.id, noise.ROW, slots, target.rows)
+        return _of_slots(key, target.id, noise.ROW, slots, target.rows, device)
 
-    def col_signs(self, key: Key, target: Target, slots: Sequence[int]) -> Tensor:
+    def col_signs(
+        self, key: Key, target: Target, slots: Sequence[int], device: torch.device = CPU
+    ) -> Tensor:
         """s_i of the examples in ``slots``, (len(slots), cols) int8."""
         if self.strict:
-            return torch.ones(len(slots), target.cols, dtype=torch.int8)
-        return _of_slots(key, target.id, noise.COLUMN, slots, target.cols)
+            return torch.ones(len(slots), target.cols, dtype=torch.int8, device=device)
+        return _of_slots(key, target.id, noise.COLUMN, slots, target.cols, device)
 
     def dense_rows(
-        self, key: Key, target: Target, rows: slice, basis: Tensor | None = None
+        self,
+        key: Key,
+        target: Target,
+        rows: slice | Tensor,
+        basis: Tensor | None = None,
+        device: torch.device = CPU,
     ) -> Tensor:
-        """Rows of U, (n, cols) fp32. ``basis``: as in ``factors``."""
+        """Rows of U in any order, (n, cols) fp32; ones where there is no U. ``basis``: as in ``factors``."""
+        if self.dense is None:
+            return torch.ones(count_of(rows), target.cols, device=device)
         kind = "normals" if target.vector and self.of_rank else self.dense
         if self.of_rank and not target.vector:
-            return self._low_rank(key, target, rows, basis)
+            return self._low_rank(key, target, rows, basis, device)
         if kind == "centred":
-            return centred(key, target, rows)[0]
+            return centred(key, target, rows, device)[0]
         draw = noise.normals if kind == "normals" else noise.signs
-        return draw(key, target.id, noise.DENSE, rows, target.cols).float()
+        return draw(key, target.id, noise.DENSE, rows, target.cols, device).float()
 
     @property
     def of_rank(self) -> bool:
         """Whether a matrix's U is a product of thin factors."""
         return self.dense in ("lowrank", "subspace")
 
-    def basis(self, key: Key, target: Target) -> Tensor:
+    def basis(self, key: Key, target: Target, device: torch.device = CPU) -> Tensor:
         """V, (cols, k) fp32 signs: updates along strict and shared low-rank directions lie in its span."""
         epoch = Key(key.seed, key.step // self.refresh)
         rank = slice(0, self.rank)
-        return noise.signs(epoch, target.id, noise.SPAN, rank, target.cols).T.float()
+        return noise.signs(epoch, target.id, noise.SPAN, rank, target.cols, device).T.float()
 
-    def coordinates(self, key: Key, target: Target) -> Tensor:
+    def coordinates(self, key: Key, target: Target, device: torch.device = CPU) -> Tensor:
         """A, (rows, k) fp32 signs, drawn every step."""
         rank = slice(0, self.rank)
-        return noise.signs(key, target.id, noise.LEFT, rank, target.rows).T.float()
+        return noise.signs(key, target.id, noise.LEFT, rank, target.rows, device).T.float()
 
-    def factors(self, key: Key, target: Target, basis: Tensor | None = None) -> ThinFactors:
+    def factors(
+        self, key: Key, target: Target, basis: Tensor | None = None, device: torch.device = CPU
+    ) -> ThinFactors:
         """U of a low-rank kind. ``basis``: V^T (k, cols) of a guided direction; None where V is drawn."""
         if basis is not None:
-            left = self.coordinates(key, target)[:, : len(basis)].to(basis.device)
+            left = self.coordinates(key, target, basis.device)[:, : len(basis)]
             return ThinFactors(left, basis.float().T, 1.0)
         if self.dense == "lowrank":
-            left, right = self.coordinates(key, target), self.basis(key, target)
+            left = self.coordinates(key, target, device)
+            right = self.basis(key, target, device)
             return ThinFactors(left, right, self.rank**-0.5)
         rank = min(self.rank, target.rows, target.cols)
         epoch = Key(key.seed, key.step // self.refresh)
-        p = _dealt(epoch, target.id, noise.SPAN, target.rows, rank)
-        q = _dealt(epoch, target.id, noise.BASIS, target.cols, rank)
-        z = noise.normals(key, target.id, noise.LEFT, slice(0, rank), rank)
+        p = _dealt(epoch, target.id, noise.SPAN, target.rows, rank, device)
+        q = _dealt(epoch, target.id, noise.BASIS, target.cols, rank, device)
+        z = noise.normals(key, target.id, noise.LEFT, slice(0, rank), rank, device)
         # Rows of P and Q have one entry each, so neither product sums anything and rounding depends on no order.
         return ThinFactors(p @ z, q, 1.0)
 
     def _low_rank(
-        self, key: Key, target: Target, rows: slice | Tensor, basis: Tensor | None
+        self,
+        key: Key,
+        target: Target,
+        rows: slice | Tensor,
+        basis: Tensor | None,
+        device: torch.device,
     ) -> Tensor:
-        left, right, scale = self.factors(key, target, basis)
+        left, right, scale = self.factors(key, target, basis, device)
         if isinstance(rows, Tensor):
             rows = rows.to(left.device)
         return (left[rows] @ right.T).mul_(scale)
 
-    def vectors(self, key: Key, target: Target, slots: Sequence[int]) -> Tensor:
+    def vectors(
+        self, key: Key, target: Target, slots: Sequence[int], device: torch.device = CPU
+    ) -> Tensor:
         """D_i of a vector target, (len(slots), rows) fp32."""
-        d = torch.ones(len(slots), target.rows)
         if self.factored:
-            d = self.row_signs(key, target, slots).float()
+            d = self.row_signs(key, target, slots, device).float()
+        else:
+            d = torch.ones(len(slots), target.rows, device=device)
         if self.dense is not None:
             # A vector is a (rows, 1) matrix: one row of U for each element.
-            d = d * self.dense_rows(key, target, slice(0, target.rows)).T
+            d = d * self.dense_rows(key, target, slice(0, target.rows), device=device).T
         return d
 
     def weighted_sum(
@@ -174,12 +198,10 @@ class Directions(NamedTuple):
         Sums of signs times coefficients of the exact grid have no rounding, so the result does not depend on the
         tile, the device or the order in which a matrix product adds.
         """
-        n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
-        device = coefficients.device
         total = self._outer(key, target, coefficients, rows, member, guides)
-        total = total.expand(n, target.cols)
+        total = total.expand(count_of(rows), target.cols)
         if self.dense is not None or mask_u is not None:
-            u = self.dense_at(key, target, rows, guides).to(device)
+            u = self.dense_rows(key, target, rows, guides, coefficients.device)
             total = total * (u if mask_u is None else mask_u(u))
         return total
 
@@ -198,7 +220,7 @@ class Directions(NamedTuple):
                 return coefficients.sum().reshape(1, 1)
             return (coefficients[:, None] * member).sum(0)[:, None]
         slots, device = range(len(coefficients)), coefficients.device
-        left = self.row_signs(key, target, slots).to(device)[:, rows].float()  # (B, n)
+        left = self.row_signs(key, target, slots, device)[:, rows].float()  # (B, n)
         if member is not None:
             left = left * member
         left = left * coefficients[:, None]
@@ -206,7 +228,7 @@ class Directions(NamedTuple):
             return _exact_product(left.T, guides)
         if target.vector or self.strict:
             return left.sum(0)[:, None]
-        return left.T @ self.col_signs(key, target, slots).to(device).float()
+        return left.T @ self.col_signs(key, target, slots, device).float()
 
     def weighted_coordinates(
         self,
@@ -218,21 +240,12 @@ class Directions(NamedTuple):
     ) -> Tensor:
         """Coordinates of ``weighted_sum`` in ``basis``, (n, k) fp32, for strict and shared low-rank directions."""
         total = self._outer(key, target, coefficients, rows, member)
-        return total * self.coordinates(key, target).to(total.device)[rows]
+        return total * self.coordinates(key, target, total.device)[rows]
 
-    def dense_at(
-        self, key: Key, target: Target, rows: slice | Tensor, basis: Tensor | None = None
-    ) -> Tensor:
-        """Rows of U in any order, (n, cols) fp32; ones where there is no U."""
-        if self.dense is None:
-            n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
-            return torch.ones(n, target.cols)
-        if isinstance(rows, slice):
-            return self.dense_rows(key, target, rows, basis)
-        if self.of_rank and not target.vector:
-            return self._low_rank(key, target, rows, basis)
-        single = [self.dense_rows(key, target, slice(r, r + 1)) for r in rows.tolist()]
-        return torch.cat(single) if single else torch.zeros(0, target.cols)
+
+def count_of(rows: slice | Tensor) -> int:
+    """How many rows."""
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
 def _exact_product(left: Tensor, guides: Tensor) -> Tensor:
@@ -262,40 +275,60 @@ def on_grid(v: Tensor) -> Tensor:
     return torch.nan_to_num(v, 0.0, 0.0, 0.0).mul_(_GRID).round_().div_(_GRID)
 
 
-def _of_slots(key: Key, tensor: int, stream: int, slots: Sequence[int], width: int) -> Tensor:
+def _of_slots(
+    key: Key,
+    tensor: int,
+    stream: int,
+    slots: Sequence[int],
+    width: int,
+    device: torch.device = CPU,
+) -> Tensor:
     """(len(slots), width) int8: the signs of these slots."""
-    last = max(slots) + 1
-    table = noise.signs(key, tensor, stream, slice(0, last), width)
-    return table if list(slots) == list(range(last)) else table[list(slots)]
+    first, last = min(slots), max(slots) + 1
+    table = noise.signs(key, tensor, stream, slice(first, last), width, device)
+    if list(slots) == list(range(first, last)):
+        return table
+    return table[_places(tuple(slot - first for slot in slots), device)]
 
 
-def _dealt(key: Key, tensor: int, stream: int, size: int, rank: int) -> Tensor:
+@functools.lru_cache(maxsize=4)  # those of one micro-batch are asked for by each tensor
+def _places(places: tuple[int, ...], device: torch.device) -> Tensor:
+    """``places`` as (n,) int64 on ``device``."""
+    return torch.tensor(places).to(device)
+
+
+def _dealt(
+    key: Key, tensor: int, stream: int, size: int, rank: int, device: torch.device
+) -> Tensor:
     """(size, rank) fp32 with one entry in each row, and orthogonal columns of length sqrt(size/rank)."""
-    order = noise.permutation(key, tensor, stream, size)
-    column = np.empty(size, np.int64)
-    column[order] = np.arange(size) % rank
-    sign = noise.signs(key, tensor, noise.CHOICE + stream, slice(0, 1), size)[0].float()
-    count = np.bincount(column, minlength=rank)[column]
-    length = torch.from_numpy(np.sqrt(size / (rank * count)).astype(np.float32))
-    matrix = torch.zeros(size, rank)
-    matrix[torch.arange(size), torch.from_numpy(column)] = sign * length
+    place = torch.arange(size, device=device)
+    column = torch.empty_like(place)
+    column[noise.order_on(key, tensor, stream, size, device)] = place % rank
+    sign = noise.signs(key, tensor, noise.CHOICE + stream, slice(0, 1), size, device)[0].float()
+    few, more = size // rank, size % rank  # the first ``more`` columns have one row more
+    lengths = [float(np.float32(np.sqrt(size / (rank * n)))) for n in (few + 1, few)]
+    length = torch.where(column < more, *lengths)
+    matrix = torch.zeros(size, rank, device=device)
+    matrix[place, column] = sign * length
     return matrix
 
 
-def centred(key: Key, target: Target, rows: slice) -> tuple[Tensor, Tensor]:
+def centred(
+    key: Key, target: Target, rows: slice | Tensor, device: torch.device = CPU
+) -> tuple[Tensor, Tensor]:
     """ZO-AdaMU's (m, v) of a step on ``rows``, each (n, cols) fp32 (arXiv 2312.15184), from the last steps' seeds.
 
         z1 ~ N(0, a)    z2 ~ N(m, 1 - a)    m <- (1-b) z1 + b z2    v <- (1-b) z1^2 + b z2^2
 
     with variances a = FRESH and 1 - a, and b = KEPT. Steps more than ``_MEMORY_STEPS`` ago no longer show in m.
     """
-    n = rows.stop - rows.start
-    m = torch.zeros(n, target.cols)
+    m = torch.zeros(count_of(rows), target.cols, device=device)
     v = m
     for step in range(max(0, key.step + 1 - _MEMORY_STEPS), key.step + 1):
         then = Key(key.seed, step)
-        z1 = noise.normals(then, target.id, noise.DENSE, rows, target.cols).mul_(FRESH**0.5)
-        z2 = noise.normals(then, target.id, noise.CENTRE, rows, target.cols)
+        z1 = noise.normals(then, target.id, noise.DENSE, rows, target.cols, device)
+        z1 = z1.mul_(FRESH**0.5)
+        z2 = noise.normals(then, target.id, noise.CENTRE, rows, target.cols, device)
         z2 = z2.mul_((1 - FRESH) ** 0.5).add_(m)
         v = z1.square().mul_(1 - KEPT).add_(z2.square().mul_(KEPT))
         m = z1.mul_(1 - KEPT).add_(z2.mul_(KEPT))

@@ -7,10 +7,12 @@ numbers: as easy as 1, 2, 3", SC 2011) gives at an address; none is drawn from a
     counter = (block, stream, step, layout version)         one block = 4 words of 64 bits
 
 so the same bits come back on every device, for every dtype, thread count and tile size, and a slice equals the
-slice of the whole. kernels.c generates the words, or numpy's ``Philox`` (its stream is covered by numpy's
-compatibility guarantee); ``tests/reference.py`` has the ten rounds in plain Python.
+slice of the whole. On a CPU kernels.c generates the words, or numpy's ``Philox`` (its stream is covered by numpy's
+compatibility guarantee). Any other device makes its noise itself, so that nothing is copied there: ``_MAKERS`` says
+how. ``tests/reference.py`` has the ten rounds in plain Python.
 
-Matrices are addressed row by row. Each row starts with a new block, so any tile of rows can be generated alone.
+Matrices are addressed row by row. Each row starts with a new block, so any tile of rows can be generated alone, and so
+can rows in any order.
 
     signs     one bit an element      ->  -1 or +1
     normals   16 bits an element      ->  N(0, 1) quantised to 65,536 equally probable levels, variance exactly 1
@@ -24,7 +26,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from statistics import NormalDist
 from typing import NamedTuple
@@ -33,7 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgezo.machine import kernels
+from edgezo.machine import gpu_kernels, kernels, philox
+from edgezo.machine.philox import CPU
 
 _LAYOUT_VERSION = 1  # in the counter: a change of how matrices are addressed would change every bit
 _BLOCK_BITS = 256
@@ -58,14 +61,14 @@ def tensor_id(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
-def _address(key: Key, tensor: int, stream: int) -> tuple[int, ...]:
+def address_of(key: Key, tensor: int, stream: int) -> tuple[int, ...]:
     """Philox's key (2 words), then its counter without the block (3 words)."""
     return key.seed & _U64, tensor & _U64, stream, key.step, _LAYOUT_VERSION
 
 
-def words(key: Key, tensor: int, stream: int, block: int, n_blocks: int) -> np.ndarray:
+def _words(address: tuple[int, ...], block: int, n_blocks: int) -> np.ndarray:
     """Words ``4*block`` to ``4*(block + n_blocks) - 1`` of a stream, (4*n_blocks,) uint64, little-endian."""
-    seed, name, *counter = _address(key, tensor, stream)
+    seed, name, *counter = address
     generator = np.random.Philox(
         key=np.array([seed, name], dtype=np.uint64),
         counter=np.array([block, *counter], dtype=np.uint64),
@@ -75,12 +78,12 @@ def words(key: Key, tensor: int, stream: int, block: int, n_blocks: int) -> np.n
 
 
 def _row_words(
-    key: Key, tensor: int, stream: int, rows: slice, width_bits: int
+    address: tuple[int, ...], rows: slice, width_bits: int
 ) -> tuple[np.ndarray, int]:
     """(n, words of a row) for the ``rows`` of a matrix whose rows take ``width_bits``; and n."""
     blocks = -(-width_bits // _BLOCK_BITS)
     count = rows.stop - rows.start
-    raw = words(key, tensor, stream, rows.start * blocks, count * blocks)
+    raw = _words(address, rows.start * blocks, count * blocks)
     return raw.reshape(count, 4 * blocks), count
 
 
@@ -130,38 +133,47 @@ def _in_parts(rows: slice, width: int, fill: Callable[[slice, slice], None]) -> 
     list(_pool(threads).map(run, [places[i : i + size] for i in range(0, len(places), size)]))
 
 
-def signs(key: Key, tensor: int, stream: int, rows: slice, width: int) -> Tensor:
-    """``rows`` of a matrix of independent fair signs, (n, width) int8."""
-    generated = kernels.noise(_address(key, tensor, stream), _sign_table(), rows, width)
-    if generated is not None:
-        return generated
-    made = np.empty((rows.stop - rows.start, 32 * -(-width // _BLOCK_BITS)), np.uint64)
-
-    def fill(part: slice, place: slice) -> None:
-        raw, count = _row_words(key, tensor, stream, part, width)
-        _sign_table().take(raw.view(np.uint8).reshape(count, -1), out=made[place], mode="clip")
-
-    _in_parts(rows, width, fill)
-    return torch.from_numpy(made.view(np.int8))[:, :width]
-
-
 @functools.cache
 def _uniform_table() -> np.ndarray:
     """(65536,) fp32: (k + 1/2)/65536."""
     return (np.arange(65536, dtype=np.float32) + np.float32(0.5)) / np.float32(65536)
 
 
-def _levels(
-    key: Key, tensor: int, stream: int, rows: slice, width: int, table: np.ndarray
+Table = Callable[[], np.ndarray]
+# (table, address, rows of the matrix, its width, device) -> (n, width) int8 signs or fp32 levels
+Maker = Callable[[Table, tuple[int, ...], slice | Tensor, int, torch.device], Tensor]
+
+
+def _on_cpu(
+    table: Table, address: tuple[int, ...], rows: slice | Tensor, width: int, device: torch.device
 ) -> Tensor:
-    """(n, width) fp32: for each element the value of ``table`` (65536,) that its 16 bits number."""
-    generated = kernels.noise(_address(key, tensor, stream), table, rows, width)
-    if generated is not None:
-        return generated
+    """Noise made by the C kernels or by numpy."""
+    if isinstance(rows, Tensor):
+        runs = [slice(row, row + 1) for row in rows.tolist()] or [slice(0, 0)]
+        return torch.cat([_on_cpu(table, address, run, width, device) for run in runs])
+    made = kernels.noise(address, table(), rows, width)
+    if made is not None:
+        return made
+    draw = _numpy_signs if table is _sign_table else _numpy_levels
+    return draw(table(), address, rows, width)
+
+
+def _numpy_signs(table: np.ndarray, address: tuple[int, ...], rows: slice, width: int) -> Tensor:
+    made = np.empty((rows.stop - rows.start, 32 * -(-width // _BLOCK_BITS)), np.uint64)
+
+    def fill(part: slice, place: slice) -> None:
+        raw, count = _row_words(address, part, width)
+        table.take(raw.view(np.uint8).reshape(count, -1), out=made[place], mode="clip")
+
+    _in_parts(rows, width, fill)
+    return torch.from_numpy(made.view(np.int8))[:, :width]
+
+
+def _numpy_levels(table: np.ndarray, address: tuple[int, ...], rows: slice, width: int) -> Tensor:
     made = np.empty((rows.stop - rows.start, width), np.float32)
 
     def fill(part: slice, place: slice) -> None:
-        raw, count = _row_words(key, tensor, stream, part, 16 * width)
+        raw, count = _row_words(address, part, 16 * width)
         codes = raw.view("<u2").reshape(count, -1)[:, :width]
         table.take(codes, out=made[place], mode="clip")
 
@@ -169,28 +181,98 @@ def _levels(
     return torch.from_numpy(made)
 
 
-def normals(key: Key, tensor: int, stream: int, rows: slice, width: int) -> Tensor:
-    """``rows`` of a matrix of independent standard normals, (n, width) fp32."""
-    return _levels(key, tensor, stream, rows, width, _normal_table())
+@functools.cache
+def _table_on(table: Table, device: torch.device) -> Tensor:
+    """A table on a device: (256,) int64 or (65536,) fp32."""
+    values = table()
+    values = values.view(np.int64) if values.dtype == np.uint64 else values
+    return torch.from_numpy(values.copy()).to(device)
 
 
-def uniform(key: Key, tensor: int, stream: int, rows: slice, width: int) -> Tensor:
-    """``rows`` of a matrix of uniforms in (0, 1), (n, width) fp32, all of them multiples of 2**-17."""
-    return _levels(key, tensor, stream, rows, width, _uniform_table())
+def _by_torch(
+    table: Table, address: tuple[int, ...], rows: slice | Tensor, width: int, device: torch.device
+) -> Tensor:
+    """Noise made on ``device`` by torch's integer operations."""
+    return philox.noise_of(address, _table_on(table, device), rows, width)
 
 
-def uniform_at(key: Key, tensor: int, stream: int, rows: slice | Tensor, width: int) -> Tensor:
-    """``uniform`` of rows in any order: a slice, or (n,) numbers."""
-    if isinstance(rows, slice):
-        return uniform(key, tensor, stream, rows, width)
-    single = [uniform(key, tensor, stream, slice(r, r + 1), width) for r in rows.tolist()]
-    return torch.cat(single) if single else torch.zeros(0, width)
+def _by_triton(
+    table: Table, address: tuple[int, ...], rows: slice | Tensor, width: int, device: torch.device
+) -> Tensor:
+    """Noise made on ``device`` by a Triton kernel, by torch where Triton is not installed."""
+    if not gpu_kernels.usable(device):
+        return _by_torch(table, address, rows, width, device)
+    return gpu_kernels.noise_of(address, _table_on(table, device), rows, width)
+
+
+# How noise is made, by kind of device; by ``_by_torch`` on a kind that is not named.
+_MAKERS: Mapping[str, Maker] = {"cpu": _on_cpu, "cuda": _by_triton}
+
+
+def _draw(
+    table: Table,
+    key: Key,
+    tensor: int,
+    stream: int,
+    rows: slice | Tensor,
+    width: int,
+    device: torch.device,
+) -> Tensor:
+    make = _MAKERS.get(device.type, _by_torch)
+    return make(table, address_of(key, tensor, stream), rows, width, device)
+
+
+def signs(
+    key: Key,
+    tensor: int,
+    stream: int,
+    rows: slice | Tensor,
+    width: int,
+    device: torch.device = CPU,
+) -> Tensor:
+    """``rows`` of a matrix of independent fair signs, (n, width) int8: consecutive ones, or (n,) int64 numbers."""
+    return _draw(_sign_table, key, tensor, stream, rows, width, device)
+
+
+def normals(
+    key: Key,
+    tensor: int,
+    stream: int,
+    rows: slice | Tensor,
+    width: int,
+    device: torch.device = CPU,
+) -> Tensor:
+    """``rows`` of a matrix of independent standard normals, (n, width) fp32; ``rows`` as in ``signs``."""
+    return _draw(_normal_table, key, tensor, stream, rows, width, device)
+
+
+def uniform(
+    key: Key,
+    tensor: int,
+    stream: int,
+    rows: slice | Tensor,
+    width: int,
+    device: torch.device = CPU,
+) -> Tensor:
+    """``rows`` of a matrix of uniforms in (0, 1), (n, width) fp32, multiples of 2**-17; ``rows`` as in ``signs``."""
+    return _draw(_uniform_table, key, tensor, stream, rows, width, device)
 
 
 def permutation(key: Key, tensor: int, stream: int, size: int) -> np.ndarray:
-    """A random order of ``range(size)``, (size,) int64."""
-    drawn = words(key, tensor, stream, 0, -(-size // 4))[:size]
+    """A random order of ``range(size)``, (size,) int64: that of ``order_on``."""
+    drawn = _words(address_of(key, tensor, stream), 0, -(-size // 4))[:size]
     return np.argsort(drawn, kind="stable")
+
+
+def order_on(
+    key: Key, tensor: int, stream: int, size: int, device: torch.device = CPU
+) -> Tensor:
+    """``permutation`` as (size,) int64 on ``device``, where it is made."""
+    if device.type == "cpu":
+        return torch.from_numpy(permutation(key, tensor, stream, size))
+    blocks = torch.arange(-(-size // 4), device=device)
+    drawn = philox.words_of(address_of(key, tensor, stream), blocks).reshape(-1)[:size]
+    return torch.argsort(drawn ^ torch.iinfo(torch.int64).min, stable=True)  # as unsigned numbers
 
 
 def exact_grid(coefficients: np.ndarray) -> np.ndarray:
