@@ -58,6 +58,11 @@ def words_of(address: tuple[int, ...], blocks: Tensor) -> Tensor:
     return torch.stack([c0, c1, c2, c3], 1)
 
 
+def count_of(rows: slice | Tensor) -> int:
+    """How many rows."""
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
 def row_numbers(rows: slice | Tensor, device: torch.device) -> Tensor:
     """(n,) int64 numbers of ``rows`` on ``device``."""
     if isinstance(rows, slice):
@@ -65,9 +70,7 @@ def row_numbers(rows: slice | Tensor, device: torch.device) -> Tensor:
     return rows.to(device)
 
 
-def noise_of(
-    address: tuple[int, ...], table: Tensor, rows: slice | Tensor, width: int
-) -> Tensor:
+def noise_of(address: tuple[int, ...], table: Tensor, rows: slice | Tensor, width: int) -> Tensor:
     """Rows of a matrix of noise, (n, width) on the device of ``table``.
 
     ``table``: (256,) int64, the eight signs of each byte, gives int8; (65536,) fp32 gives its values. ``rows``:

@@ -20,7 +20,8 @@ from torch import Tensor
 from edgezo.data.batches import Batch
 from edgezo.machine.limits import head_rows, states_at_once
 from edgezo.network.exact_head import ExactHead
-from edgezo.network.perturb import PerturbedHead, Probe
+from edgezo.network.perturb import PerturbedHead
+from edgezo.network.probe import Probe
 
 
 @dataclass

@@ -24,7 +24,8 @@ from edgezo.network.cut import Cut
 from edgezo.network.exact_head import ExactHead
 from edgezo.network.first_order import Adapters, LearnedFactors
 from edgezo.network.losses import Scorer
-from edgezo.network.perturb import Context, Probe
+from edgezo.network.perturb import Context
+from edgezo.network.probe import Probe
 from edgezo.network.readout import Readout, ReadoutWeights, Taps
 from edgezo.weights.saved import Saved, saved_tensors
 from edgezo.weights.store import WeightStore
@@ -327,18 +328,19 @@ class Model:
         One array for all examples where every direction is tried on every example.
         """
         group = 1 if self.candidates else group
-        pairs, self.context.touched = self.context.touched, []
-        if not pairs:
+        touched, self.context.touched = self.context.touched, []
+        if not touched:
             return ()
+        pairs = [one.pairs() for one in touched]
         slot = np.concatenate([s for s, _ in pairs])
         rows = np.concatenate([r for _, r in pairs])
-        touched = []
+        by_example = []
         for example in range(group):
             rows_of_example = np.unique(rows[slot == example])
             if self.label_rows is not None:
                 rows_of_example = np.union1d(rows_of_example, self.label_rows)
-            touched.append(rows_of_example)
-        return tuple(touched)
+            by_example.append(rows_of_example)
+        return tuple(by_example)
 
     # -- what is saved ------------------------------------------------------------------------------------
 

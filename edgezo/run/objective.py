@@ -36,7 +36,7 @@ from edgezo.zo.presets import DIRECTIONS
 
 if TYPE_CHECKING:
     from edgezo.network.model import Model
-    from edgezo.network.perturb import Probe
+    from edgezo.network.probe import Probe
     from edgezo.plan.config import RunConfig
 
 Score = Callable[[str, Fields], float]

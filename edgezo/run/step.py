@@ -21,7 +21,7 @@ from edgezo.data.token_stats import TokenStats
 from edgezo.machine.clock import now_s
 from edgezo.machine.profiler import phase
 from edgezo.network.first_order import split_by_length
-from edgezo.network.perturb import Probe
+from edgezo.network.probe import Probe
 from edgezo.run.directory import save_snapshot
 from edgezo.run.finetuner import Tuner
 from edgezo.run.journal_record import StepRecord

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from edgezo.machine.philox import CPU
+from edgezo.weights.fused_update import fusible, update_by_kernel
 from edgezo.weights.layouts import Dense, Int8, Layout, TrainedLayout
 from edgezo.weights.requantise import (
     ReplayedMatrix,
@@ -157,6 +158,10 @@ class WeightStore:
         coefficients = [torch.from_numpy(r.coefficients).to(self.device) for r in live]
         for trainable in trainables if live else ():
             layout = trainable.layout
+            if fusible(self, trainable):
+                for recipe, c in zip(live, coefficients, strict=True):
+                    update_by_kernel(self, trainable, recipe, c)
+                continue
             if moves_by_example(trainable):
                 for recipe, c in zip(live, coefficients, strict=True):
                     for tile in touched_tiles(trainable, recipe, c):

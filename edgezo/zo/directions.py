@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgezo.machine.philox import CPU
+from edgezo.machine.philox import CPU, count_of
 from edgezo.zo import noise
 from edgezo.zo.noise import Key
 
@@ -243,11 +243,6 @@ class Directions(NamedTuple):
         return total * self.coordinates(key, target, total.device)[rows]
 
 
-def count_of(rows: slice | Tensor) -> int:
-    """How many rows."""
-    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
-
-
 def _exact_product(left: Tensor, guides: Tensor) -> Tensor:
     """left (n, B) @ guides (B, cols) in fp32, the same from any order of adding.
 
@@ -288,11 +283,11 @@ def _of_slots(
     table = noise.signs(key, tensor, stream, slice(first, last), width, device)
     if list(slots) == list(range(first, last)):
         return table
-    return table[_places(tuple(slot - first for slot in slots), device)]
+    return table[places_of(tuple(slot - first for slot in slots), device)]
 
 
 @functools.lru_cache(maxsize=4)  # those of one micro-batch are asked for by each tensor
-def _places(places: tuple[int, ...], device: torch.device) -> Tensor:
+def places_of(places: tuple[int, ...], device: torch.device) -> Tensor:
     """``places`` as (n,) int64 on ``device``."""
     return torch.tensor(places).to(device)
 
@@ -307,7 +302,7 @@ def _dealt(
     sign = noise.signs(key, tensor, noise.CHOICE + stream, slice(0, 1), size, device)[0].float()
     few, more = size // rank, size % rank  # the first ``more`` columns have one row more
     lengths = [float(np.float32(np.sqrt(size / (rank * n)))) for n in (few + 1, few)]
-    length = torch.where(column < more, *lengths)
+    length = torch.where(column < more, lengths[0], lengths[1])
     matrix = torch.zeros(size, rank, device=device)
     matrix[place, column] = sign * length
     return matrix

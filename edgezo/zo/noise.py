@@ -77,9 +77,7 @@ def _words(address: tuple[int, ...], block: int, n_blocks: int) -> np.ndarray:
     return raw.astype("<u8", copy=False)
 
 
-def _row_words(
-    address: tuple[int, ...], rows: slice, width_bits: int
-) -> tuple[np.ndarray, int]:
+def _row_words(address: tuple[int, ...], rows: slice, width_bits: int) -> tuple[np.ndarray, int]:
     """(n, words of a row) for the ``rows`` of a matrix whose rows take ``width_bits``; and n."""
     blocks = -(-width_bits // _BLOCK_BITS)
     count = rows.stop - rows.start
@@ -189,6 +187,11 @@ def _table_on(table: Table, device: torch.device) -> Tensor:
     return torch.from_numpy(values.copy()).to(device)
 
 
+def normals_on(device: torch.device) -> Tensor:
+    """(65536,) fp32 on ``device``: the levels that normals take, by their codes."""
+    return _table_on(_normal_table, device)
+
+
 def _by_torch(
     table: Table, address: tuple[int, ...], rows: slice | Tensor, width: int, device: torch.device
 ) -> Tensor:
@@ -264,9 +267,7 @@ def permutation(key: Key, tensor: int, stream: int, size: int) -> np.ndarray:
     return np.argsort(drawn, kind="stable")
 
 
-def order_on(
-    key: Key, tensor: int, stream: int, size: int, device: torch.device = CPU
-) -> Tensor:
+def order_on(key: Key, tensor: int, stream: int, size: int, device: torch.device = CPU) -> Tensor:
     """``permutation`` as (size,) int64 on ``device``, where it is made."""
     if device.type == "cpu":
         return torch.from_numpy(permutation(key, tensor, stream, size))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 import pytest
 import torch
@@ -22,8 +21,6 @@ addresses = st.tuples(
     st.integers(0, 11),  # stream
 )
 DRAWS = (noise.signs, noise.normals, noise.uniform)
-
-
 
 
 def as_a_device(draw, *address):
