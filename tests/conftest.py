@@ -25,7 +25,7 @@ os.environ.pop(
     "COLUMNS", None
 )  # which the processes of pytest-xdist are given: output is as wide as in a pipe
 
-# Triton runs the kernels of a GPU in Python where there is none (test_gpu_kernels.py). It reads this when it is imported.
+# Where there is no GPU Triton runs its kernels in Python (test_gpu_kernels.py). It reads this when it is imported.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -24,6 +24,7 @@ from edgezo.machine import kernels
 from edgezo.machine.limits import PADDED_TOKENS, SCORE_COPIES, TILE_BYTES
 from edgezo.machine.matmul import compiled
 from edgezo.machine.philox import CPU
+from edgezo.machine.transfers import uploaded
 
 ATTENTION = "edgezo_packed"
 LENGTH_STEP = 64  # softcapped products are padded to a multiple of so many tokens
@@ -60,7 +61,7 @@ class Branches:
         seen[m:, 0] = True
         at, depths = (np.zeros(size, dtype=np.int64) for size in seen.shape)
         at[:m], depths[:n] = tree.depths[tree.trunk :], tree.depths
-        tensors = (torch.from_numpy(part).to(device) for part in (seen, at, depths))
+        tensors = (uploaded(torch.from_numpy(part), device) for part in (seen, at, depths))
         return Branches(slice(start, start + n), slice(start + tree.trunk, start + n), *tensors)
 
     def mask(self, window: int | None) -> Tensor:
@@ -102,7 +103,7 @@ class Trunks:
         pairs = zip(starts[:-1], lengths, strict=True)
         index = torch.cat([torch.arange(start, start + n) for start, n in pairs])
         ends = torch.tensor([0, *lengths]).cumsum(0)
-        return Trunks(index.to(device), ends, max(lengths))
+        return Trunks(uploaded(index, device), ends, max(lengths))
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,9 @@ def _group(
     begin = torch.tensor([starts[m] for m in members])[:, None]
     column = torch.arange(int(length.max()))[None]
     valid = column < length
-    index = (begin + torch.where(valid, column, 0)).to(device)
-    row, column = (at.to(device) for at in valid.nonzero(as_tuple=True))
-    return Group(index, valid.to(device), (row, column), bool(valid.all()))
+    index = uploaded(begin + torch.where(valid, column, 0), device)
+    row, column = (uploaded(at, device) for at in valid.nonzero(as_tuple=True))
+    return Group(index, uploaded(valid, device), (row, column), bool(valid.all()))
 
 
 class Kept(Protocol):

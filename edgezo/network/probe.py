@@ -17,6 +17,7 @@ from torch import Tensor
 from edgezo.machine import gpu_kernels
 from edgezo.machine.gpu_kernels import SignRows
 from edgezo.machine.matmul import ByExample, Signed, Term, along, dots_by_example, mm
+from edgezo.machine.transfers import uploaded
 from edgezo.weights.trainable import Trainable
 from edgezo.zo.directions import Directions, on_grid, places_of
 from edgezo.zo.masks import Mask
@@ -45,11 +46,12 @@ class Probe:
         signs: Sequence[int] = (1, -1),
         owners: Sequence[int] | None = None,  # slots of the examples; () if they share directions
         scales: Mapping[str, float] = NO_SCALES,  # by tensor, where a finetuner gives them
+        example_here: Tensor | None = None,  # ``example`` on the CPU, where it is at hand
     ):
         self.directions, self.key, self.sigma, self.slots = directions, key, sigma, tuple(slots)
         self.mask, self.signs = mask or Mask(), tuple(signs)
         self.owners = self.slots if owners is None else tuple(owners)
-        self.scales = scales
+        self.scales, self._example_here = scales, example_here
         self.example, self.side = example, side * sigma
         one_hot = F.one_hot(example, len(self.slots)).to(side.dtype)
         self.by_example = one_hot.mul_(self.side[:, None])  # C (n, b)
@@ -145,7 +147,7 @@ class Probe:
         A token is known by its example and its place there, so a group may be split in any way.
         """
         n = len(self.example) // len(self.signs)
-        example = self.example[:n].cpu()
+        example = (self.example if self._example_here is None else self._example_here)[:n].cpu()
         order = torch.argsort(example, stable=True)
         counts = torch.bincount(example, minlength=len(self.slots))
         place = torch.empty_like(order)
@@ -155,7 +157,7 @@ class Probe:
         z = torch.zeros(len(self.slots), n, dtype=torch.int8)
         slot = torch.tensor(self.slots)[example]
         z[example, torch.arange(n)] = table[place, slot]
-        return self._to_compute(z)
+        return self._to_compute(uploaded(z, self.device))
 
     def has_dense_factor(self, trainable: Trainable) -> bool:
         """Whether the direction has a factor U of the weight's size."""

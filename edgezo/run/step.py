@@ -10,7 +10,7 @@ gradient of its own (the exact head, LoRA's matrices) changes in its ``update``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -45,6 +45,8 @@ class Stepper:
     """Makes the steps of one run."""
 
     state: RunState
+    # What the learned parts asked of the gradients of the step that is being made.
+    _known: dict[str, np.ndarray] = field(default_factory=dict)
 
     # -- a step -------------------------------------------------------------------------------------------
 
@@ -76,7 +78,8 @@ class Stepper:
             model.store.apply([recipe_of(cfg, record)._replace(guides=guides)])
             for name, part in model.learned.items():
                 # Parts with a learning rate follow the schedule of the step.
-                part.update(cfg.rates[name] * step_size / (cfg.step * stride.factor))
+                rate = cfg.rates[name] * step_size / (cfg.step * stride.factor)
+                part.update(rate, self._known.get(name))
         if model.needs_snapshots and (step + 1) % cfg.snapshot_every == 0:
             self.save(step + 1)
         return record
@@ -91,18 +94,24 @@ class Stepper:
         losses = np.full((lines, len(group)), np.nan, np.float32)
         short, parts = self._parts(group)
         begun_s = now_s()
+        queued: list[tuple[slice, tuple[int, ...], Tensor]] = []
         try:
             for batch, perturbed in parts:
                 self.check_room("the next micro-batch")
                 with phase("forward"), self.state.memory.short("a micro-batch"):
                     of_batch = self._losses_of_batch(batch, group, step, perturbed, stride.sigma)
-                    losses[: sides if compared else lines, batch.slots] = of_batch.numpy()
+                    first = slice(0, sides if compared else lines)
+                    queued.append((first, batch.slots, of_batch))
                     if compared:
                         with model.store.at_anchor():
                             of_batch = self._losses_of_batch(
                                 batch, group, step, perturbed, stride.sigma
                             )
-                            losses[sides:, batch.slots] = of_batch.numpy()
+                            queued.append((slice(sides, lines), batch.slots, of_batch))
+            with phase("forward"):
+                read, self._known = model.read([of_batch for _, _, of_batch in queued])
+            for (of_side, slots, _), values in zip(queued, read, strict=True):
+                losses[of_side, slots] = values
         except BaseException:
             model.store.take_guides(learn=False)
             model.forget()  # half a step's gradient must not leak into a saved state
@@ -126,7 +135,8 @@ class Stepper:
         learn = 1.0 / (sides * len(group)) if self.state.model.learned else 0.0
         cfg = self.state.cfg
         key = Key(cfg.seed, cfg.since_base(step)) if perturbed else None
-        return self.losses(batch, [group[slot] for slot in batch.slots], key, sigma, learn)
+        examples = [group[slot] for slot in batch.slots]
+        return self.losses(batch, examples, key, sigma, learn, wait=False)
 
     def losses(
         self,
@@ -135,8 +145,12 @@ class Stepper:
         key: Key | None,
         sigma: float,
         learn: float = 0.0,
+        *,
+        wait: bool = True,
     ) -> Tensor:
         """Losses of a micro-batch, (sides, b) fp32. With an objective they are minus its scores.
+
+        Without ``wait`` they may still be computed on the model's device.
 
         ``key`` and ``sigma`` are those of the perturbation; without a key there is none, and one side.
         ``learn`` is an example's weight in the gradient of the exactly trained parts; 0 computes no gradient.
@@ -149,7 +163,7 @@ class Stepper:
 
         if judge is not None and judge.score is not None:
             return judge.losses(model, batch, examples, probe, sides)
-        return model.losses(batch, probe(batch), sides=sides, learn=learn)[0]
+        return model.losses(batch, probe(batch), sides=sides, learn=learn, wait=wait)[0]
 
     @phase("forward")
     def plain_forward(self, batch: Batch) -> None:

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from edgezo.machine.philox import CPU
+from edgezo.machine.transfers import uploaded
 from edgezo.weights.fused_update import fusible, update_by_kernel
 from edgezo.weights.layouts import Dense, Int8, Layout, TrainedLayout
 from edgezo.weights.requantise import (
@@ -155,7 +156,7 @@ class WeightStore:
     def _update(self, trainables: Sequence[Trainable], recipes: Sequence[Recipe]) -> None:
         """Take ``trainables`` through the steps of ``recipes``. Each tile is read once and written once."""
         live = [r for r in recipes if r.decay or np.any(r.coefficients) or r.anchor is not None]
-        coefficients = [torch.from_numpy(r.coefficients).to(self.device) for r in live]
+        coefficients = [uploaded(torch.from_numpy(r.coefficients), self.device) for r in live]
         for trainable in trainables if live else ():
             layout = trainable.layout
             if fusible(self, trainable):

@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 from edgezo.machine.philox import CPU, count_of
+from edgezo.machine.transfers import uploaded
 from edgezo.zo import noise
 from edgezo.zo.noise import Key
 
@@ -289,7 +290,7 @@ def _of_slots(
 @functools.lru_cache(maxsize=4)  # those of one micro-batch are asked for by each tensor
 def places_of(places: tuple[int, ...], device: torch.device) -> Tensor:
     """``places`` as (n,) int64 on ``device``."""
-    return torch.tensor(places).to(device)
+    return uploaded(torch.tensor(places), device)
 
 
 def _dealt(

@@ -208,8 +208,8 @@ class Flipped(Directions):
         signs = super().row_signs(key, target, *where)
         return -signs if target.name == self.flipped else signs
 
-    def dense_rows(self, key: Key, target: Target, *where: Any) -> Tensor:
-        u = super().dense_rows(key, target, *where)
+    def dense_rows(self, key: Key, target: Target, *rows: Any, **where: Any) -> Tensor:
+        u = super().dense_rows(key, target, *rows, **where)
         return -u if target.name == self.flipped and not self.factored else u
 
 
