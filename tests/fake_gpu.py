@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -35,6 +33,23 @@ WAITING = {
     aten.equal.default,
     aten.repeat_interleave.Tensor,
 }
+
+
+def mapped(kind: type, change: Callable[[Any], Any], x: Any) -> Any:
+    """``x`` with ``change`` made to all of a kind in it: in tuples, lists and dictionaries."""
+    if isinstance(x, kind):
+        return change(x)
+    if isinstance(x, tuple | list):
+        values = [mapped(kind, change, y) for y in x]
+        return type(x)(*values) if hasattr(x, "_fields") else type(x)(values)
+    return {k: mapped(kind, change, v) for k, v in x.items()} if isinstance(x, dict) else x
+
+
+def all_of(kind: type, x: Any) -> list[Any]:
+    """All of a kind in ``x``."""
+    seen: list[Any] = []
+    mapped(kind, seen.append, x)
+    return seen
 
 
 class There(Tensor):
@@ -76,8 +91,7 @@ class _Functions(TorchFunctionMode):
         if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[0], There):
             return FakeGpu.current.index(func, *args)
         # Which GPU "cuda" is, PyTorch would ask of a library that is not there.
-        args = tree_map_only(torch.device, _numbered, args)
-        kwargs = tree_map_only(torch.device, _numbered, kwargs)
+        args, kwargs = mapped(torch.device, _numbered, (args, kwargs))
         if func is Tensor.to:
             args = tuple(CUDA if isinstance(a, str) and a == "cuda" else a for a in args)
         if isinstance(kwargs.get("device"), str) and kwargs["device"] == "cuda":
@@ -92,6 +106,11 @@ class _Functions(TorchFunctionMode):
                 raise
         with torch._C.DisableTorchFunction():
             return FakeGpu.current.run(func, args, kwargs)
+
+
+def _here(x: Any) -> Any:
+    """``x`` with the CPU tensors that lie behind those there."""
+    return mapped(There, lambda t: t.here, x)
 
 
 def _numbered(device: torch.device) -> torch.device:
@@ -144,8 +163,8 @@ class FakeGpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        flat, _ = tree_flatten((args, kwargs))
-        there = [a for a in flat if isinstance(a, There)]
+        tensors = all_of(Tensor, (args, kwargs))
+        there = [a for a in tensors if isinstance(a, There)]
         device = kwargs.get("device")
         to_gpu = device is not None and torch.device(device).type == "cuda"
         if not there and not to_gpu:
@@ -160,23 +179,21 @@ class FakeGpu(TorchDispatchMode):
             self.waits.append(f"copy of {[tuple(t.shape) for t in there]} from the GPU")
         if to_gpu and func is aten._to_copy.default and not there:
             self.uploads.append(args[0].nbytes)
-        self._check_devices(func, args, flat, there)
+        self._check_devices(func, tensors, there)
         if to_gpu:
             kwargs["device"] = torch.device("cpu")
         kwargs.pop("pin_memory", None)
         if leaves:
-            return func(*tree_map_only(There, lambda t: t.here, args), **kwargs)
+            return func(*_here(args), **kwargs)
         return self.run(func, args, kwargs)
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """``func`` on what lies here of its arguments; its results are there."""
-        flat, _ = tree_flatten((args, kwargs))
-        before = {id(t.here): t for t in flat if isinstance(t, There)}
+        before = {id(t.here): t for t in all_of(There, (args, kwargs))}
         copied = func in (aten.copy_.default, Tensor.copy_)
         if copied and isinstance(args[0], There) and not isinstance(args[1], There):
             self.uploads.append(args[1].nbytes)
-        here = tree_map_only(There, lambda t: t.here, (args, kwargs))
-        made = func(*here[0], **here[1])
+        made = func(*_here(args), **_here(kwargs))
         if copied and not isinstance(args[0], There):
             self.waits.append("copy into a CPU tensor")
             return args[0]
@@ -186,20 +203,16 @@ class FakeGpu(TorchDispatchMode):
         def back(t: Tensor) -> Tensor:
             return before[id(t)] if id(t) in before else self.wrap(t)
 
-        made_of, spec = tree_flatten(made)
-        return tree_unflatten([back(x) if isinstance(x, Tensor) else x for x in made_of], spec)
+        return mapped(Tensor, back, made)
 
     def index(self, func: Any, there: There, index: Any, *value: Any) -> Any:
         """``there[index]``, or ``there[index] = value``."""
-        flat, _ = tree_flatten(index)
-        for i in flat:
-            if isinstance(i, Tensor) and i.dtype is torch.bool:
-                self.waits.append("index of a mask")
+        if any(i.dtype is torch.bool for i in all_of(Tensor, index)):
+            self.waits.append("index of a mask")
         if any(isinstance(v, Tensor) and v.dim() and not isinstance(v, There) for v in value):
             raise RuntimeError("a tensor on the CPU is written there")
         with torch._C.DisableTorchFunction():
-            unwrapped = tree_map_only(There, lambda t: t.here, (index, *value))
-            made = func(there.here, *unwrapped)
+            made = func(there.here, *_here((index, *value)))
         return self.wrap(made) if isinstance(made, Tensor) else made
 
     def _check_devices(self, func: Any, args: Any, flat: list[Any], there: list[There]) -> None:
@@ -207,7 +220,9 @@ class FakeGpu(TorchDispatchMode):
             return
         for a in flat:
             if there and isinstance(a, Tensor) and not isinstance(a, There) and a.dim():
-                raise RuntimeError(f"{func}: a tensor {tuple(a.shape)} on the CPU among those there")
+                raise RuntimeError(
+                    f"{func}: a tensor {tuple(a.shape)} on the CPU among those there"
+                )
 
     # -- what torch.cuda says -----------------------------------------------------------------------------
 
@@ -269,10 +284,3 @@ class _Stream:
         return _Event()
 
     def synchronize(self) -> None: ...
-
-
-@pytest.fixture
-def fake_gpu() -> Iterator[FakeGpu]:
-    """A fake GPU with memory for any test."""
-    with FakeGpu().installed() as gpu:
-        yield gpu

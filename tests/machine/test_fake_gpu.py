@@ -11,8 +11,10 @@ import torch
 from conftest import Bench, make_model
 from fake_gpu import FakeGpu, There
 
+from edgezo.errors import BudgetExceeded
 from edgezo.machine import hardware
 from edgezo.machine.hardware import Gpu
+from edgezo.network.model import Model
 from edgezo.plan.request import make_config
 from edgezo.run.step import Stepper
 from edgezo.run.train import finetune
@@ -73,3 +75,51 @@ def test_a_step_waits_once_and_copies_no_noise(deep, tmp_path, gpu, monkeypatch)
     for waits, uploads in steps:
         assert len(waits) == 1, waits
         assert max(uploads) < 4000
+
+
+@pytest.mark.parametrize("kind", ["completion", "choice"])
+def test_losses_are_added_up_there(deep, tmp_path, gpu, monkeypatch, kind):
+    steps = watched(gpu, monkeypatch)
+    request = {"train": "lowrank+head", "precision": "fp32", "steps": 2, "batch_size": 4}
+    there = run_of(deep, tmp_path / "gpu", kind, **request)
+    assert all(len(waits) == 1 for waits, _ in steps)
+    here = run_of(deep, tmp_path / "cpu", kind, **request, device="cpu")
+    for name in ("loss_first", "loss_last"):
+        assert there[name] == pytest.approx(here[name], rel=2e-5)
+
+
+def test_at_the_cap_the_micro_batch_shrinks_and_the_bits_stay(deep, tmp_path, gpu):
+    """The allocator refuses what would cross the cap; the run goes on with less at once."""
+    request = {"train": "lowrank+head", "precision": "fp32", "steps": 2, "batch_size": 4}
+    whole = run_of(deep, tmp_path / "whole", **request, micro_batch=1)
+    with pytest.MonkeyPatch.context() as patch:
+        _less_than_planned(patch, gpu, room=2)
+        shrunk = run_of(deep, tmp_path / "run", **request, micro_batch=4)
+    assert shrunk["micro_batch"] in (1, 2)
+    assert shrunk["trained_sha256"] == whole["trained_sha256"]
+    assert shrunk["cuda_peak_bytes"] <= shrunk["max_mem_bytes"]
+
+
+def test_where_nothing_fits_the_state_is_saved_and_others_are_named(deep, tmp_path, gpu):
+    request = {"train": "lowrank", "precision": "fp32", "steps": 3, "batch_size": 2}
+    for others_bytes, text in ((0, "a larger --max-mem"), (CARD.total_bytes, "other programs")):
+        gpu.others_bytes = 0
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(BudgetExceeded, match=text):
+            _less_than_planned(patch, gpu, room=0, others_bytes=others_bytes)
+            run_of(deep, tmp_path / str(others_bytes), **request, micro_batch=1)
+
+
+def _less_than_planned(
+    patch: pytest.MonkeyPatch, gpu: FakeGpu, room: int, others_bytes: int = 0
+) -> None:
+    """Let forwards over more than ``room`` examples ask for more than the GPU may reserve."""
+    real = Model.losses
+
+    def losses(self: Model, batch: Any, *args: Any, **more: Any) -> Any:
+        if len(batch.slots) > room:
+            gpu.others_bytes = others_bytes
+            torch.empty(gpu.may_reserve_bytes // 1000, dtype=torch.uint8, device="cuda")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0")
+        return real(self, batch, *args, **more)
+
+    patch.setattr(Model, "losses", losses)
