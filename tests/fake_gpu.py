@@ -215,11 +215,10 @@ class FakeGpu(TorchDispatchMode):
             made = func(there.here, *_here((index, *value)))
         return self.wrap(made) if isinstance(made, Tensor) else made
 
-    def _check_devices(self, func: Any, args: Any, flat: list[Any], there: list[There]) -> None:
-        if func is aten.copy_.default:
-            return
-        for a in flat:
-            if there and isinstance(a, Tensor) and not isinstance(a, There) and a.dim():
+    @staticmethod
+    def _check_devices(func: Any, tensors: list[Tensor], there: list[There]) -> None:
+        for a in tensors if there and func is not aten.copy_.default else ():
+            if not isinstance(a, There) and a.dim():
                 raise RuntimeError(
                     f"{func}: a tensor {tuple(a.shape)} on the CPU among those there"
                 )
