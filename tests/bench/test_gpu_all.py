@@ -1,4 +1,4 @@
-"""``benchmarks/gpu.py all`` goes through every section: here on a CPU, with tiny shapes. Its figures are a GPU's matter."""
+"""``benchmarks/gpu.py all`` goes through its sections: here on a CPU, with tiny shapes. Its figures are a GPU's."""
 
 from __future__ import annotations
 
