@@ -127,6 +127,9 @@ class FakeGpu(TorchDispatchMode):
         self.limit_bytes, self.others_bytes = limit_bytes, others_bytes
         self.context_bytes = context_bytes
         self.may_reserve_bytes = limit_bytes
+        self.at_most_bytes = (
+            limit_bytes  # what a test lets this process reserve, whatever it asks for
+        )
         self.live: dict[int, list[int]] = {}  # storage -> [wrappers, bytes]
         self.live_bytes = self.peak_bytes = self.reserved_bytes = self.peak_reserved_bytes = 0
         self.waits: list[str] = []
@@ -146,7 +149,8 @@ class FakeGpu(TorchDispatchMode):
             weakref.finalize(made, self._release, key)
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         if self.live_bytes > self.reserved_bytes:
-            if self.live_bytes > self.may_reserve_bytes:
+            free_bytes = self.limit_bytes - self.others_bytes - self.context_bytes
+            if self.live_bytes > min(self.may_reserve_bytes, self.at_most_bytes, free_bytes):
                 raise torch.OutOfMemoryError(
                     f"CUDA out of memory. Tried to allocate {size / 2**20:.2f} MiB. GPU 0"
                 )

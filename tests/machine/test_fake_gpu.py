@@ -13,11 +13,12 @@ from fake_gpu import FakeGpu, There
 
 from edgezo.errors import BudgetExceeded
 from edgezo.machine import hardware
+from edgezo.machine.gpu_figures import REFERENCE_CARD
 from edgezo.machine.hardware import Gpu
-from edgezo.network.model import Model
 from edgezo.plan.request import make_config
 from edgezo.run.step import Stepper
 from edgezo.run.train import finetune
+from edgezo.weights import ram
 from edgezo.zo import noise
 
 MB = 1_000_000
@@ -88,38 +89,74 @@ def test_losses_are_added_up_there(deep, tmp_path, gpu, monkeypatch, kind):
         assert there[name] == pytest.approx(here[name], rel=2e-5)
 
 
-def test_at_the_cap_the_micro_batch_shrinks_and_the_bits_stay(deep, tmp_path, gpu):
-    """The allocator refuses what would cross the cap; the run goes on with less at once."""
-    request = {"train": "lowrank+head", "precision": "fp32", "steps": 2, "batch_size": 4}
-    whole = run_of(deep, tmp_path / "whole", **request, micro_batch=2)
-    with pytest.MonkeyPatch.context() as patch:
-        _less_than_planned(patch, gpu, room=2)
-        shrunk = run_of(deep, tmp_path / "run", **request, micro_batch=4)
+# ---------------------------------------------------------------------------------------------
+# The allocator's limit
+
+REQUEST = {"train": "lowrank", "precision": "fp32", "steps": 3, "batch_size": 4, "seed": 3}
+WITH_ROOM: dict[int, dict[str, Any]] = {}  # summaries by micro-batch, each made once
+
+
+def _reserved(gpu: FakeGpu, deep: Bench, out: Path, micro_batch: int) -> tuple[int, dict[str, Any]]:
+    """What a run with room reserves at most, and its summary."""
+    if micro_batch not in WITH_ROOM:
+        WITH_ROOM[micro_batch] = run_of(deep, out, **REQUEST, micro_batch=micro_batch)
+    summary = WITH_ROOM[micro_batch]
+    return summary["cuda_peak_reserved_bytes"], summary
+
+
+def test_a_cap_is_what_is_reserved_with_the_context(deep, tmp_path, gpu):
+    reserved, summary = _reserved(gpu, deep, tmp_path / "run", 4)
+    assert summary["cuda_peak_bytes"] == reserved + summary["cuda_context_bytes"]
+    assert summary["cuda_peak_bytes"] <= summary["planned_peak_bytes"] <= summary["max_mem_bytes"]
+    assert REFERENCE_CARD.context_bytes <= summary["cuda_context_bytes"]
+
+
+def test_where_the_allocator_refuses_the_micro_batch_shrinks(deep, tmp_path, gpu):
+    most, _ = _reserved(gpu, deep, tmp_path / "four", 4)
+    less, whole = _reserved(gpu, deep, tmp_path / "two", 2)
+    assert less < most
+    gpu.at_most_bytes = (less + most) // 2
+    shrunk = run_of(deep, tmp_path / "run", **REQUEST, micro_batch=4)
     assert shrunk["micro_batch"] == 2
+    assert shrunk["cuda_peak_reserved_bytes"] <= gpu.at_most_bytes
     assert shrunk["trained_sha256"] == whole["trained_sha256"]
-    assert shrunk["cuda_peak_bytes"] <= shrunk["max_mem_bytes"]
 
 
-def test_where_nothing_fits_the_state_is_saved_and_others_are_named(deep, tmp_path, gpu):
-    request = {"train": "lowrank", "precision": "fp32", "steps": 3, "batch_size": 2}
-    for others_bytes, text in ((0, "a larger --max-mem"), (CARD.total_bytes, "other programs")):
-        gpu.others_bytes = 0
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(BudgetExceeded, match=text):
-            _less_than_planned(patch, gpu, room=0, others_bytes=others_bytes)
-            run_of(deep, tmp_path / str(others_bytes), **request, micro_batch=1)
+@pytest.mark.parametrize("others", [False, True], ids=["the cap", "other programs"])
+def test_where_not_one_example_fits_the_state_is_saved(deep, tmp_path, gpu, monkeypatch, others):
+    _, whole = _reserved(gpu, deep, tmp_path / "whole", 1)
+    real = Stepper.step
+
+    def step(self: Stepper, number: int, *args: Any) -> Any:
+        if number == 2:  # from here on there is no room for anything
+            if others:
+                gpu.others_bytes = gpu.limit_bytes - gpu.context_bytes - gpu.live_bytes
+            else:
+                gpu.at_most_bytes = gpu.live_bytes
+        return real(self, number, *args)
+
+    monkeypatch.setattr(Stepper, "step", step)
+    text = "other programs" if others else "a larger --max-mem"
+    with pytest.raises(BudgetExceeded, match=text):
+        run_of(deep, tmp_path / "run", **REQUEST, micro_batch=1)
+    monkeypatch.setattr(Stepper, "step", real)
+    gpu.others_bytes, gpu.at_most_bytes = 0, gpu.limit_bytes
+    settings = deep.settings(out=str(tmp_path / "run"), **REQUEST, micro_batch=1, device="cuda")
+    more = {"max_mem_bytes": 4000 * MB, "eval_limit": 2}
+    resumed = finetune(make_config(settings | more), resume=True)
+    assert resumed["trained_sha256"] == whole["trained_sha256"]
 
 
-def _less_than_planned(
-    patch: pytest.MonkeyPatch, gpu: FakeGpu, room: int, others_bytes: int = 0
-) -> None:
-    """Let forwards over more than ``room`` examples ask for more than the GPU may reserve."""
-    real = Model.losses
+def test_blocks_in_the_ram_have_the_bits_of_a_run_without(deep, tmp_path, gpu, monkeypatch):
+    monkeypatch.setattr(ram.HostBuffer, "reserve", _reserve)
+    request = {**REQUEST, "train": "full", "micro_batch": 2}
+    whole = run_of(deep, tmp_path / "whole", **request)
+    parted = run_of(deep, tmp_path / "parted", **request, residency="host")
+    assert parted["residency"] == "host" and parted["host_read_bytes"] > 0
+    assert parted["trained_sha256"] == whole["trained_sha256"]
+    assert parted["cuda_peak_allocated_bytes"] < whole["cuda_peak_allocated_bytes"]
 
-    def losses(self: Model, batch: Any, *args: Any, **more: Any) -> Any:
-        if len(batch.slots) > room:
-            gpu.others_bytes = others_bytes
-            torch.empty(gpu.may_reserve_bytes // 1000, dtype=torch.uint8, device="cuda")
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0")
-        return real(self, batch, *args, **more)
 
-    patch.setattr(Model, "losses", losses)
+def _reserve(self: ram.HostBuffer) -> None:
+    self._data = torch.empty(self.data_bytes, dtype=torch.uint8)
+    self._pinned = False
