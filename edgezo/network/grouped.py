@@ -17,7 +17,7 @@ from edgezo.machine.transfers import uploaded
 class Groups(NamedTuple):
     """Which values belong to each of n groups, on the device of the values."""
 
-    index: Tensor  # (n, most) int64 into the values; padding repeats value 0
+    places: Tensor  # (n, most) int64 into the values; padding repeats value 0
     inside: Tensor  # (n, most) bool: no padding
 
     @staticmethod
@@ -35,8 +35,8 @@ class Groups(NamedTuple):
     def rows(self, values: Tensor, padding: float) -> Tensor:
         """(n, most): the values (m,) of each group."""
         if not len(values):
-            return torch.full(self.index.shape, padding, device=values.device)
-        return torch.where(self.inside, values[self.index], padding)
+            return torch.full(self.places.shape, padding, device=values.device)
+        return torch.where(self.inside, values[self.places], padding)
 
     def sums(self, values: Tensor) -> Tensor:
         """(n,): the sum of each group."""
@@ -47,7 +47,7 @@ class Groups(NamedTuple):
         values = torch.zeros(m, device=rows.device)
         # Padding adds a zero to value 0, which no order changes.
         return values.index_put_(
-            (self.index,), torch.where(self.inside, rows, 0.0), accumulate=True
+            (self.places,), torch.where(self.inside, rows, 0.0), accumulate=True
         )
 
 

@@ -228,7 +228,7 @@ class Model:
         finally:
             self.context.probe = None
 
-    def read(self, losses: Sequence[Tensor]) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    def read(self, losses: Sequence[Tensor]) -> tuple[list[np.ndarray], dict[str, list[float]]]:
         """The losses of micro-batches as fp32 arrays of their shapes, and what each learned part asks (``Learned``).
 
         One copy from the device brings all of it: nothing else in a step waits.
@@ -240,7 +240,8 @@ class Model:
         read = torch.cat([piece.to(pieces[0].device) for piece in pieces]).cpu().numpy()
         parts = np.split(read, np.cumsum([len(piece) for piece in pieces])[:-1])
         shaped = [part.reshape(one.shape) for part, one in zip(parts, losses, strict=False)]
-        return shaped, dict(zip(asked, parts[len(losses) :], strict=True))
+        answers = [part.tolist() for part in parts[len(losses) :]]
+        return shaped, dict(zip(asked, answers, strict=True))
 
     @torch.no_grad()
     def states_at_cut(self, batch: Batch) -> Tensor:

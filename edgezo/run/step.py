@@ -46,7 +46,7 @@ class Stepper:
 
     state: RunState
     # What the learned parts asked of the gradients of the step that is being made.
-    _known: dict[str, np.ndarray] = field(default_factory=dict)
+    _known: dict[str, list[float]] = field(default_factory=dict)
 
     # -- a step -------------------------------------------------------------------------------------------
 
