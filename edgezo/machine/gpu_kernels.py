@@ -23,7 +23,7 @@ _ROWS, _EXAMPLES = (
     32,
     16,
 )  # rows of a program of an update; examples that it sums at once, at least 16 for tl.dot
-_ELEMENTS = 1024  # of a program that works element by element
+_ELEMENTS_AT_ONCE = 1024  # of a program that works element by element
 _LEAST_CAPABILITY = (7, 0)  # of a GPU that Triton compiles for
 DENSE_KINDS = {None: 0, "signs": 1, "normals": 2}  # NONE, SIGNS and NORMALS of triton_kernels.py
 
@@ -232,23 +232,27 @@ def update(values: Tensor, low: Tensor | None, rows: slice, step: Update) -> Non
 
 def expand_int8(codes: Tensor, scale: Tensor, out: Tensor) -> None:
     n, cols = codes.shape
-    grid = (n, _over(cols, _ELEMENTS))
-    _launch("expand_int8", grid, codes, scale, _bits(out), cols, BF16=_is_bf16(out), N=_ELEMENTS)
+    grid = (n, _over(cols, _ELEMENTS_AT_ONCE))
+    _launch(
+        "expand_int8", grid, codes, scale, _bits(out), cols, BF16=_is_bf16(out), N=_ELEMENTS_AT_ONCE
+    )
 
 
 def expand_int4(packed: Tensor, nibble: int, scale: Tensor, shift: Tensor, out: Tensor) -> None:
     (n, cols), groups = out.shape, scale.shape[1]
     _launch(
         "expand_int4",
-        (n, _over(cols, _ELEMENTS)),
+        (n, _over(cols, _ELEMENTS_AT_ONCE)),
         *(packed, scale, shift, _bits(out), cols, cols // groups),
         NIBBLE=nibble,
         BF16=_is_bf16(out),
-        N=_ELEMENTS,
+        N=_ELEMENTS_AT_ONCE,
     )
 
 
 def plane(what: str, *parts: Tensor) -> None:
     """ "read", "write" or "snap" a low-order plane: kernels.read_plane and its like."""
     n = parts[0].numel()
-    _launch(f"{what}_plane", (_over(n, _ELEMENTS),), *map(_bits, parts), n, N=_ELEMENTS)
+    _launch(
+        f"{what}_plane", (_over(n, _ELEMENTS_AT_ONCE),), *map(_bits, parts), n, N=_ELEMENTS_AT_ONCE
+    )

@@ -16,7 +16,7 @@ ROUNDS = 10
 MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157
 INCREMENTS = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B  # of the key, from one round to the next
 SIGN_BLOCK, LEVEL_BLOCK = 256, 16  # elements of a row that one block of 4 words makes
-_PART_ELEMENTS = 1 << 20  # made at once: temporaries are a few bytes an element
+_MADE_AT_ONCE = 1 << 20  # made at once: temporaries are a few bytes an element
 _HALF = (1 << 32) - 1
 
 
@@ -94,6 +94,6 @@ def noise_of(address: tuple[int, ...], table: Tensor, rows: slice | Tensor, widt
 
 def _parts(rows: int, width: int) -> Iterator[slice]:
     """Consecutive slices of rows that are made at once."""
-    step = max(1, _PART_ELEMENTS // max(1, width))
+    step = max(1, _MADE_AT_ONCE // max(1, width))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 NONE, SIGNS, NORMALS = (tl.constexpr(kind) for kind in range(3))  # of a dense factor U
-_BLOCK = tl.constexpr(256)  # signs of a block of noise
+_BLOCK_SIGNS = tl.constexpr(256)  # signs of a block of noise
 _FIRST = tl.constexpr(0xD2E7470EE14C6C93)
 _SECOND = tl.constexpr(0xCA5A826395121157)
 _FIRST_STEP = tl.constexpr(0x9E3779B97F4A7C15)
@@ -112,7 +112,7 @@ def noise_kernel(
         at = column[:, None] * 16 + tl.arange(0, 16)[None, :]
         value = tl.load(table + _codes(words, N))
     else:
-        at = column[:, None] * _BLOCK + tl.arange(0, 256)[None, :]
+        at = column[:, None] * _BLOCK_SIGNS + tl.arange(0, 256)[None, :]
         value = 1 - (_minus(words, N) >> 30).to(tl.int8)
     tl.store(out + row[:, None] * width + at, value, mask=inside[:, None] & (at < width))
 
@@ -207,7 +207,7 @@ def signed_dots_kernel(
     for column in range(blocks):
         block = (slot * blocks + column).to(tl.uint64)
         words = _words(block, stream, seed_0, seed_1, name_0, name_1, step_0, step_1, N)
-        at = column * _BLOCK + tl.arange(0, 256)
+        at = column * _BLOCK_SIGNS + tl.arange(0, 256)
         place = token.to(tl.int64)[:, None] * stride + at[None, :]
         value = _get(x, place, inside[:, None] & (at < d)[None, :], BF16)
         total += tl.sum(_times_signs(value, _minus(words, N)), 1)
@@ -224,7 +224,7 @@ def add_signed_kernel(
     """y (n, m) = [y +] left @ right [+ scale * weight * r_i], rounded once; N tokens, 256 columns a program."""
     token = tl.program_id(0) * N + tl.arange(0, N)
     column = tl.program_id(1)
-    at = column * _BLOCK + tl.arange(0, 256)
+    at = column * _BLOCK_SIGNS + tl.arange(0, 256)
     inside = (token < n)[:, None] & (at < m)[None, :]
     place = token.to(tl.int64)[:, None] * stride + at[None, :]
     if READ:
@@ -319,7 +319,7 @@ def update_kernel(
     if SCALED:
         g = g * scale
     rows = row + tl.arange(0, ROWS)
-    at = column * _BLOCK + tl.arange(0, 256)
+    at = column * _BLOCK_SIGNS + tl.arange(0, 256)
     inside = ((rows >= first) & (rows < first + n))[:, None] & (at < cols)[None, :]
     place = rows.to(tl.int64)[:, None] * cols + at[None, :]
     if PLANE:

@@ -51,6 +51,7 @@ class Branches:
     seen: Tensor  # (M, T) bool: whom the tokens behind the trunk look at; the padding looks at the first token
     at: Tensor  # (M,) int64: their positions
     depths: Tensor  # (T,) int64: positions of all
+    depths_here: Tensor  # ``depths`` on the CPU
 
     @staticmethod
     def of(tree: Tree, start: int, device: torch.device) -> Branches:
@@ -61,8 +62,10 @@ class Branches:
         seen[m:, 0] = True
         at, depths = (np.zeros(size, dtype=np.int64) for size in seen.shape)
         at[:m], depths[:n] = tree.depths[tree.trunk :], tree.depths
-        tensors = (uploaded(torch.from_numpy(part), device) for part in (seen, at, depths))
-        return Branches(slice(start, start + n), slice(start + tree.trunk, start + n), *tensors)
+        here = [torch.from_numpy(part) for part in (seen, at, depths)]
+        there = (uploaded(part, device) for part in here)
+        whole, behind = slice(start, start + n), slice(start + tree.trunk, start + n)
+        return Branches(whole, behind, *there, here[-1])
 
     def mask(self, window: int | None) -> Tensor:
         """Which tokens each token behind the trunk looks at, (1, 1, M, T) bool."""
@@ -160,7 +163,7 @@ class Packing:
         positions = torch.cat([torch.arange(length) for length in self.lengths])
         for branches in self.branches:
             length = branches.whole.stop - branches.whole.start
-            positions[branches.whole] = branches.depths[:length].cpu()
+            positions[branches.whole] = branches.depths_here[:length]
         return positions
 
 

@@ -6,23 +6,36 @@ tile, as on a CPU. The bits are equal either way.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from edgezo.machine import gpu_kernels
 from edgezo.weights.layouts import Dense
+from edgezo.weights.trainable import Trainable
 from edgezo.zo import noise
+from edgezo.zo.directions import Directions
+from edgezo.zo.masks import Mask
 from edgezo.zo.noise import Key
-
-if TYPE_CHECKING:
-    from edgezo.weights.store import WeightStore
-    from edgezo.weights.trainable import Trainable
-    from edgezo.zo.recipe import Recipe
+from edgezo.zo.recipe import Recipe
+from edgezo.zo.rules import Rule
 
 
-def fusible(store: WeightStore, trainable: Trainable) -> bool:
+class Updates(Protocol):
+    """What these updates ask of the weight store (store.py)."""
+
+    seed: int
+    directions: Directions
+    device: torch.device
+    mask: Mask
+    rule: Rule
+    anchored: bool
+
+    def scale(self, trainable: Trainable, recipe: Recipe) -> float: ...
+
+
+def fusible(store: Updates, trainable: Trainable) -> bool:
     """Whether one kernel makes the whole update of a tensor."""
     layout, directions = trainable.layout, store.directions
     if not isinstance(layout, Dense) or not gpu_kernels.takes(layout.values):
@@ -39,7 +52,7 @@ def fusible(store: WeightStore, trainable: Trainable) -> bool:
 
 
 def update_by_kernel(
-    store: WeightStore, trainable: Trainable, recipe: Recipe, coefficients: Tensor
+    store: Updates, trainable: Trainable, recipe: Recipe, coefficients: Tensor
 ) -> None:
     """Take a tensor that is ``fusible`` through one step."""
     scale = store.scale(trainable, recipe)

@@ -60,7 +60,7 @@ def test_a_matrix_that_is_made_in_parts_is_that_of_one_part(monkeypatch):
     for draw in DRAWS:
         whole = as_a_device(draw, *address)
         with monkeypatch.context() as patch:
-            patch.setattr(philox, "_PART_ELEMENTS", 1000)
+            patch.setattr(philox, "_MADE_AT_ONCE", 1000)
             assert torch.equal(as_a_device(draw, *address), whole)
 
 
