@@ -63,9 +63,9 @@ class Branches:
         at, depths = (np.zeros(size, dtype=np.int64) for size in seen.shape)
         at[:m], depths[:n] = tree.depths[tree.trunk :], tree.depths
         here = [torch.from_numpy(part) for part in (seen, at, depths)]
-        there = (uploaded(part, device) for part in here)
+        seen_there, at_there, depths_there = (uploaded(part, device) for part in here)
         whole, behind = slice(start, start + n), slice(start + tree.trunk, start + n)
-        return Branches(whole, behind, *there, here[-1])
+        return Branches(whole, behind, seen_there, at_there, depths_there, here[-1])
 
     def mask(self, window: int | None) -> Tensor:
         """Which tokens each token behind the trunk looks at, (1, 1, M, T) bool."""
