@@ -131,6 +131,10 @@ class CudaMemory:
     def peak_bytes(self) -> int:
         return self.context_bytes + torch.cuda.max_memory_reserved()
 
+    def free_bytes(self) -> int:
+        """What no program holds of the GPU."""
+        return torch.cuda.mem_get_info()[0]
+
     def trim(self) -> None:
         torch.cuda.empty_cache()
 
@@ -144,7 +148,7 @@ class CudaMemory:
             traceback.clear_frames(problem.__traceback__)
             wanted = str(problem).partition(". ")[0]
         torch.cuda.empty_cache()
-        free_bytes = torch.cuda.mem_get_info()[0]
+        free_bytes = self.free_bytes()
         if self.held_bytes() + free_bytes < self.cap_bytes:
             raise BudgetExceeded(
                 f"stopped: {item} found the GPU full ({wanted}). This run holds {format_bytes(self.held_bytes())} of "
