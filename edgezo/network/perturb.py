@@ -146,7 +146,7 @@ class Matrix:
         probe.sketch_basis(self.trained, x)
         if probe.has_dense_factor(self.trained):
             return []
-        return [probe.sign_term(self.trained, x)]
+        return probe.sign_products(self.trained, x, x)
 
 
 def _add_dense_term(y: Tensor, turned: Tensor, u: Tensor, by_example: Tensor, r: Tensor) -> None:
@@ -244,7 +244,7 @@ class PerturbedLinear(nn.Module):
             u = probe.dense_rows(factor, every_row)
             return [*terms, (vx * probe.side[:, None], u.T)]
         if not probe.has_dense_factor(factor):
-            return [*terms, probe.sign_term(factor, vx)]
+            return [*terms, *probe.sign_products(factor, vx, vx.to(y.dtype))]
         u = probe.dense_rows(factor, every_row)
         turned = vx.to(y.dtype) * probe.col_factor(factor)[probe.example]
         _add_dense_term(y, turned, u, probe.by_example, probe.row_factor(factor))
@@ -271,8 +271,9 @@ class PerturbedHead(nn.Module):
             if not probe.directions.factored:
                 addmm_(y, hidden * probe.side[:, None], probe.dense_rows(trained, rows).T)
             elif not probe.has_dense_factor(trained):
-                products = mm(hidden, probe.col_factor(trained).T).mul_(probe.by_example)
-                addmm_(y, products, probe.row_factor(trained)[:, rows])
+                for k in range(probe.directions.terms):
+                    s, r = probe.col_factor(trained, term=k), probe.row_factor(trained, k)
+                    addmm_(y, mm(hidden, s.T).mul_(probe.by_example), r[:, rows])
             else:
                 turned = hidden * probe.col_factor(trained)[probe.example]
                 u, r = probe.dense_rows(trained, rows), probe.row_factor(trained)[:, rows]
@@ -311,6 +312,9 @@ class PerturbedEmbedding(nn.Embedding):
         if probe.directions.factored:
             r = probe.row_factor(trained)[:, ids].T.mul(probe.by_example)  # (n, b): c * r_i[token]
             change = mm(r, probe.col_factor(trained))
+            for k in range(1, probe.directions.terms):
+                r = probe.row_factor(trained, k)[:, ids].T.mul(probe.by_example)
+                addmm_(change, r, probe.col_factor(trained, term=k))
         else:
             change = probe.side[:, None].expand(out.shape)
         if not probe.has_dense_factor(trained):

@@ -87,19 +87,18 @@ class Probe:
         for number, sign in enumerate(self.signs):
             yield slice(number * size, (number + 1) * size), sign
 
-    def row_factor(self, trainable: Trainable) -> Tensor:
-        """r_i times the tensor's scale, (b, rows)."""
-        target = trainable.target
-        r = self._to_compute(self.directions.row_signs(self.key, target, self.slots, self.device))
-        scale = self.scale(trainable)
+    def row_factor(self, trainable: Trainable, term: int = 0) -> Tensor:
+        """r_ik, k = ``term``, times the tensor's scale, over the root of the number of terms: (b, rows)."""
+        d, target = self.directions, trainable.target
+        r = self._to_compute(d.row_signs(self.key, target, self.slots, self.device, term))
+        scale = self.scale(trainable) * d.terms**-0.5
         return r if scale == 1.0 else r * scale
 
-    def col_factor(self, trainable: Trainable, x: Tensor | None = None) -> Tensor:
-        """s_i, (b, cols); with guides v_i, made from ``x`` (n, cols), which the tensor's product reads, and kept."""
+    def col_factor(self, trainable: Trainable, x: Tensor | None = None, term: int = 0) -> Tensor:
+        """s_ik, k = ``term``, (b, cols); with guides v_i, made from ``x`` (n, cols) that a product reads, and kept."""
         if trainable.guides is None or x is None:
-            target = trainable.target
-            s = self.directions.col_signs(self.key, target, self.slots, self.device)
-            return self._to_compute(s)
+            d, target = self.directions, trainable.target
+            return self._to_compute(d.col_signs(self.key, target, self.slots, self.device, term))
         n = len(self.token_signs[0])
         assert n * len(self.signs) == len(x)
         v = sum(along(self.token_signs, x[part]) for part, _ in self.parts(len(x)))
@@ -108,19 +107,32 @@ class Probe:
         trainable.guides.update(zip(self.slots, v, strict=True))
         return v
 
-    def sign_term(self, trainable: Trainable, x: Tensor) -> Term | Signed:
-        """c * r_i * (s_i . x), of rank b: its factors, or on a GPU its left factor and how its right one is made."""
+    def sign_products(self, trainable: Trainable, x: Tensor, read: Tensor) -> list[Term | Signed]:
+        """What directions without a U add to a product of ``x`` (n, cols); guides are made from ``read``, x as well.
+
+        On a GPU the kernels draw r_i and s_i where they need them.
+        """
         if self._draws_in_kernels(trainable, x):
             drawn = self._drawn(trainable, COLUMN, trainable.target.cols)
             values = gpu_kernels.signed_dots(x, self.example, self.side, drawn)
             rows = self._drawn(trainable, ROW, trainable.target.rows)
-            return Signed(values, self.example, rows._replace(scale=self.scale(trainable)))
-        s = self.col_factor(trainable, x.to(self.by_example.dtype))
-        return self.col_products(x, s), self.row_factor(trainable)
+            return [Signed(values, self.example, rows._replace(scale=self.scale(trainable)))]
+        each = range(self.directions.terms)
+        cols = [self.col_factor(trainable, read, k) for k in each]
+        terms: list[Term | Signed] = [
+            (self.col_products(x, cols[k]), self.row_factor(trainable, k)) for k in each
+        ]
+        if (leans := self.directions.leans) is not None:  # c * b_i * (g x), g = left right^T
+            left, right, _ = self.directions.leant_on(self.key, trainable.target, self.device)
+            side = mm(self.by_example, self._to_compute(leans[list(self.slots), None]))
+            product = mm(x.to(side.dtype), self._to_compute(right)).mul_(side)
+            terms.append((product, self._to_compute(left.T)))
+        return terms
 
     def _draws_in_kernels(self, trainable: Trainable, x: Tensor) -> bool:
         """Whether the products with r_i and s_i are made by kernels that draw them."""
-        drawn = trainable.guides is None and not self.directions.strict
+        d = self.directions
+        drawn = trainable.guides is None and not d.strict and d.terms == 1 and d.leans is None
         return drawn and gpu_kernels.takes(x, self.example)
 
     def _drawn(self, trainable: Trainable, stream: int, width: int) -> SignRows:
@@ -209,5 +221,5 @@ class Probe:
         return self.by_example.device
 
     def _to_compute(self, noise: Tensor) -> Tensor:
-        """Noise in the compute dtype."""
-        return noise.to(self.by_example.dtype)
+        """Noise on the device in the compute dtype."""
+        return noise.to(self.device).to(self.by_example.dtype)

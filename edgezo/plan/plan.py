@@ -71,6 +71,10 @@ class Plan:
         """What a run takes while ``phase`` (load, forward, update or fit) lasts."""
         return phase_bytes(self.items, phase)
 
+    def reason_of(self, name: str) -> str:
+        """Why a decision was made, by its name."""
+        return next(decision.reason for decision in self.decisions if decision.name == name)
+
     @property
     def tile_bytes(self) -> int:
         """The largest tile of weights in the compute dtype; 0 where they are stored in it."""

@@ -32,6 +32,7 @@ from edgezo.plan.footprint import Footprint
 from edgezo.plan.footprint_backward import BackwardFootprint, MixedFootprint
 from edgezo.plan.footprint_gpu import CudaFootprint
 from edgezo.plan.footprint_stored import rounding_of
+from edgezo.plan.method import FIRST_ORDER_STEPS
 from edgezo.plan.plan import Plan, PlanDoesNotFit
 from edgezo.plan.reasons import decisions, flags_of, groups, ram_refusal, refusal
 from edgezo.plan.request import as_estimator
@@ -48,9 +49,6 @@ Counted = Callable[..., Footprint]
 BACKWARD: dict[str, type[Footprint]] = {"lora": BackwardFootprint, "addax": MixedFootprint}
 # What --estimator auto takes where it fits and has the time, and what it takes otherwise.
 FIRST_CHOICE, LAST_CHOICE = "lora", DEFAULT_PRESET
-# In fewer steps a linear probe on label words does as well or better
-# (benchmarks/log/2026-11-23-is-first-order-lora-worth-it-in-few-steps.md).
-FIRST_ORDER_STEPS = 100
 
 
 def make_plan(
@@ -276,9 +274,8 @@ def _no_gradient(cfg: RunConfig, machine: Machine) -> str:
 
 
 def _because(plan: Plan, why: str) -> Plan:
-    """The plan with the reason of auto before that of the estimator."""
+    """The plan with the reason of auto in place of the method's."""
     made = tuple(
-        replace(d, reason=f"auto: {why}. {d.reason}") if d.name == "estimator" else d
-        for d in plan.decisions
+        replace(d, reason=f"auto: {why}") if d.name == "method" else d for d in plan.decisions
     )
     return replace(plan, decisions=made)

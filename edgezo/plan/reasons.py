@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from edgezo.errors import UsageError
 from edgezo.plan.budget import budget, choose_device, mb
 from edgezo.plan.calibration import CALLING
 from edgezo.plan.choices import (
@@ -19,21 +18,19 @@ from edgezo.plan.choices import (
     least_in_memory,
     micro_batches,
     moved_bytes,
-    options,
     precisions,
 )
-from edgezo.plan.config import Batched, RunConfig
+from edgezo.plan.config import RunConfig
 from edgezo.plan.field import DEFAULT_PRESET
 from edgezo.plan.fields import DEFAULT_BATCH
 from edgezo.plan.footprint import Footprint
-from edgezo.plan.footprint_backward import BackwardFootprint
-from edgezo.plan.footprint_gpu import CudaFootprint
 from edgezo.plan.footprint_stored import rounding_of
+from edgezo.plan.method import LoraBeside, estimator_reason, method
 from edgezo.plan.plan import Decision, PlanDoesNotFit
-from edgezo.plan.request import as_estimator
 from edgezo.plan.shapes import MatrixShape, ModelShape
+from edgezo.zo.axes import ROUNDINGS
 from edgezo.zo.parts import PARTS
-from edgezo.zo.presets import FIRST_ORDER, PRESETS, step_meaning
+from edgezo.zo.presets import PRESETS
 
 
 def decisions(choice: Choice) -> tuple[Decision, ...]:
@@ -42,12 +39,14 @@ def decisions(choice: Choice) -> tuple[Decision, ...]:
     cfg, precision = footprint.cfg, option.precision
     compute, compute_reason = footprint.compute_dtype(precision)
     rounding, rounding_reason = rounding_of(cfg, precision)
+    lora = LoraBeside.of(footprint, choice.cap_bytes)
     made = [
+        method(cfg, footprint.tokens, lora),
         Decision("device", choice.device, choose_device(request, choice.machine)[1]),
         Decision("max_mem_bytes", choice.cap_bytes, budget(request, choice.machine)[1]),
         Decision("precision", precision, _precision_reason(footprint, precision)),
         Decision("compute_dtype", compute, compute_reason),
-        Decision("estimator", cfg.estimator, _estimator_reason(cfg)),
+        Decision("estimator", cfg.estimator, estimator_reason(cfg)),
         Decision("train", "+".join(cfg.train), _trained_reason(cfg)),
         Decision("batch_size", cfg.batch_size, _batch_reason(request)),
         Decision("micro_batch", option.micro_batch, _micro_batch_reason(footprint, option)),
@@ -62,7 +61,7 @@ def decisions(choice: Choice) -> tuple[Decision, ...]:
         reason = _short_tokens_reason(footprint, cfg.short_tokens)
         made.append(Decision("short_tokens", cfg.short_tokens, reason))
     if not cfg.parts.adapters:
-        made.append(_first_order(footprint, choice.cap_bytes))
+        made.append(lora.decision())
     if rounding is not None:
         made.append(Decision("rounding", rounding, rounding_reason))
     return tuple(made)
@@ -133,18 +132,6 @@ def _residency_reason(footprint: Footprint, option: Option) -> str:
 # The method
 
 
-def _estimator_reason(cfg: RunConfig) -> str:
-    """The estimator's choices on the axes, and what --step means with them."""
-    if (first_order := FIRST_ORDER.get(cfg.estimator)) is not None:
-        return f"{first_order.equation}; --step {cfg.step:g} is the {first_order.step_meaning}"
-    axes = [f"{cfg.directions} directions", f"{cfg.credit} credit", f"rule {cfg.rule}"]
-    if cfg.mask != "none":
-        axes.insert(1, f"mask {cfg.mask}")
-    step = "--step auto begins from" if cfg.step_auto else "--step"
-    meaning = step_meaning(cfg.credit, cfg.rule)
-    return f"{', '.join(axes)}; {step} {cfg.step:g}{', ' if cfg.step_auto else ' is '}{meaning}"
-
-
 def _trained_reason(cfg: RunConfig) -> str:
     return "; ".join(PARTS[part].reason.format(rank=cfg.rank) for part in cfg.train)
 
@@ -157,46 +144,6 @@ def _short_tokens_reason(footprint: Footprint, short_tokens: int) -> str:
     if tokens.known and tokens.mean > short_tokens:
         return "most examples are longer, and perturbed"
     return "longer examples are perturbed"
-
-
-def _first_order(footprint: Footprint, cap: int) -> Decision:
-    """What first-order LoRA would take. Where it fits it reaches a higher accuracy, and the user should know."""
-    usual = mb(footprint.first_order_bytes())
-    what = f"bf16 base, AdamW, {footprint.cfg.batch_size} examples at once"
-    stock = f"with stock peft and PyTorch ({what}) about {usual}"
-    other = _as_lora(footprint)
-    if other is None:
-        return Decision(
-            "first-order LoRA", f"about {usual}", f"with stock peft and PyTorch ({what})"
-        )
-    sizes = [(o, other.needed_bytes(*o)) for o in options(other.cfg, other.shape.layers)]
-    fits = next(((option, size) for option, size in sizes if size <= cap), None)
-    if fits is None:
-        least = min(size for _, size in sizes)
-        reason = f"--estimator lora, a block at a time, does not fit; {stock}"
-        return Decision("first-order LoRA", mb(least), reason)
-    option, size = fits
-    reason = (
-        f"fits with --estimator lora, a block at a time in {option.precision}, and given time reaches a higher "
-        f"accuracy; {stock}"
-    )
-    return Decision("first-order LoRA", mb(size), reason)
-
-
-def _as_lora(footprint: Footprint) -> BackwardFootprint | None:
-    """The request with --estimator lora in memory; None where that is no request, or for a GPU."""
-    if isinstance(footprint, CudaFootprint):
-        return None
-    asked = replace(footprint.cfg, device="cpu", residency="resident")
-    try:
-        cfg = Batched.of(as_estimator(asked, "lora"))
-    except UsageError:
-        return None
-    known = (
-        *("shape", "tokens", "bf16_fast", "c_kernels", "base_bytes", "source_bytes", "caller"),
-        *("frozen_blocks", "above_cut", "below"),
-    )
-    return BackwardFootprint(cfg=cfg, **{name: getattr(footprint, name) for name in known})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -301,7 +248,7 @@ def _alternatives(footprint: Footprint) -> Iterator[tuple[str, Footprint]]:
     if cfg.parts.weights:
         train = PRESETS[DEFAULT_PRESET].train
         yield f"--train {'+'.join(train)}", changed(train=train, rounding=None, precision=None)
-        if rounding_of(cfg, cfg.precision or "bf16")[0] == "plane":
+        if ROUNDINGS[rounding_of(cfg, cfg.precision or "bf16")[0] or ""].plane:
             yield "--rounding stochastic", changed(rounding="stochastic")
     elif cfg.precision is not None:
         for precision in PRECISIONS_TRIED:

@@ -31,14 +31,15 @@ from edgezo.machine.limits import PASS_SHARE, PASS_TOKENS
 from edgezo.machine.process_memory import malloc_trim
 from edgezo.machine.profiler import phase
 from edgezo.plan.blocks import LEAST_STATE_ROWS
-from edgezo.run.directory import RunFiles, run_id, temporary_overlay
+from edgezo.run.directory import RunFiles, run_id
 from edgezo.run.journal import Journal
 from edgezo.run.manners import Manners
 from edgezo.run.progress import RunProgress
 from edgezo.run.session import Loaded, Planned, load_model
 from edgezo.run.short_memory import guard_of
-from edgezo.run.state import StopRequest
+from edgezo.run.snapshots import temporary_overlay
 from edgezo.run.states_cache import make_room, states_folder
+from edgezo.run.stopping import StopRequest
 from edgezo.weights.kept_states import STATE_FORMS, StateForm, StatesFile, digests_of
 from edgezo.weights.layouts import DENSE_DTYPES
 from edgezo.weights.saved import write_saved

@@ -6,6 +6,7 @@ tile, as on a CPU. The bits are equal either way.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -35,13 +36,14 @@ class Updates(Protocol):
     def scale(self, trainable: Trainable, recipe: Recipe) -> float: ...
 
 
-def fusible(store: Updates, trainable: Trainable) -> bool:
-    """Whether one kernel makes the whole update of a tensor."""
+def fusible(store: Updates, trainable: Trainable, recipes: Sequence[Recipe]) -> bool:
+    """Whether one kernel makes the whole update of a tensor, in each of some steps."""
     layout, directions = trainable.layout, store.directions
     if not isinstance(layout, Dense) or not gpu_kernels.takes(layout.values):
         return False
     whole = trainable.touched_offset is None and trainable.fixed_rows is None
     drawn = directions.dense in gpu_kernels.DENSE_KINDS and not directions.strict
+    drawn = drawn and directions.terms == 1 and all(r.echo is None for r in recipes)
     as_stored = layout.values.dtype is torch.float32 or (
         layout.values.dtype is torch.bfloat16 and layout.low is not None
     )

@@ -42,10 +42,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
 
 def _made_there(*address: Any) -> torch.Tensor:
     """Noise as a GPU makes it (test_noise_on_devices.py has its bits), with no copy; faster than by torch."""
-    table, where, rows, width, _ = address
+    *where, rows, width, _ = address
     rows = rows.here if isinstance(rows, There) else rows
     with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction():
-        made = noise._on_cpu(table, where, rows, width, noise.CPU)
+        made = noise._on_cpu(*where, rows, width, noise.CPU)
     return FakeGpu.current.wrap(made)
 
 

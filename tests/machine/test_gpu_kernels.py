@@ -57,13 +57,13 @@ def test_noise_has_the_bits_of_the_cpu(seed, step, tensor, stream, start, count,
     key, rows = Key(seed, step), slice(start, start + count)
     address = noise.address_of(key, tensor, stream)
     assert torch.equal(
-        made(noise._sign_table, address, rows, width),
+        made(noise.sign_table, address, rows, width),
         noise.signs(key, tensor, stream, rows, width),
     )
     width = -(-width // 8)
     for table, draw in (
-        (noise._normal_table, noise.normals),
-        (noise._uniform_table, noise.uniform),
+        (noise.normal_table, noise.normals),
+        (noise.uniform_table, noise.uniform),
     ):
         wanted = draw(key, tensor, stream, rows, width)
         assert torch.equal(made(table, address, rows, width), wanted)
@@ -72,7 +72,7 @@ def test_noise_has_the_bits_of_the_cpu(seed, step, tensor, stream, start, count,
 def test_rows_in_any_order_are_those_rows():
     address, rows = noise.address_of(KEY, 5, noise.DENSE), torch.tensor([70000, 3, 9])
     wanted = noise.signs(KEY, 5, noise.DENSE, rows, 257)
-    assert torch.equal(made(noise._sign_table, address, rows, 257), wanted)
+    assert torch.equal(made(noise.sign_table, address, rows, 257), wanted)
 
 
 # ------------------------------------------------------------------------------- the forward
@@ -222,6 +222,6 @@ def test_updates_have_the_bits_of_the_cpu(directions, precision, monkeypatch):
     wanted = saved_tensors(_updated(directions, precision, cols, recipes))
     monkeypatch.setattr(gpu_kernels, "usable", lambda device: True)
     store = _updated(directions, precision, cols, recipes)
-    assert fusible(store, store.trainables["w"])
+    assert fusible(store, store.trainables["w"], recipes)
     for one, other in zip(saved_tensors(store), wanted, strict=True):
         assert list(map(bytes, one.bytes())) == list(map(bytes, other.bytes()))

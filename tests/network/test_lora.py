@@ -234,7 +234,7 @@ def test_a_run_of_auto_is_a_run_of_what_it_chose(bench, edgezo_json, tmp_path):
     reasons = {
         d["name"]: d["reason"] for d in json.loads((run / "plan.json").read_text())["decisions"]
     }
-    assert "auto: first-order, and fits" in reasons["estimator"]
+    assert "auto: first-order, and fits" in reasons["method"]
     code, again = edgezo_json("finetune", "--resume", "--out", run)
     assert code == 0 and again == summary
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -22,8 +23,9 @@ from edgezo.plan.choices import PRECISIONS_TRIED
 from edgezo.plan.config import Batched, RunConfig
 from edgezo.plan.footprint import Footprint
 from edgezo.plan.footprint_stored import ITEMS_OF_PART
+from edgezo.plan.method import FIRST_ORDER_STEPS
 from edgezo.plan.plan import Decision, Plan, PlanDoesNotFit
-from edgezo.plan.planner import FIRST_ORDER_STEPS, make_plan
+from edgezo.plan.planner import make_plan
 from edgezo.plan.reasons import TENSORS_OF_PART
 from edgezo.plan.request import make_config
 from edgezo.plan.shapes import MatrixShape, ModelShape, Shape
@@ -530,10 +532,39 @@ def test_first_order_lora_is_named_where_it_fits():
     assert wide.value == mb(needed)
 
 
+@pytest.mark.parametrize(
+    ("asked", "name", "why"),
+    [
+        (
+            {},
+            "linear probe + grzo",
+            "in 100 steps or more --estimator lora does better, and it fits",
+        ),
+        (
+            {"max_mem_bytes": 590 * MB},
+            "linear probe + grzo",
+            "lora would learn more in a step, but needs",
+        ),
+        ({"train": "lowrank"}, "grzo", "forward passes alone take the least memory"),
+        ({"estimator": "lozo"}, "lozo", "as --estimator lozo asks"),
+        ({"estimator": "lora"}, "lora", "a gradient learns more in a step"),
+        ({"objective": "accuracy"}, "grzo", "a score of predictions (accuracy) has no gradient"),
+    ],
+)
+def test_a_plan_says_in_one_sentence_why_a_method(
+    asked: dict[str, Any], name: str, why: str
+) -> None:
+    planned = plan(**{"max_mem_bytes": 900 * MB, **asked})
+    decision = next(d for d in planned.decisions if d.name == "method")
+    assert decision.value == name
+    assert why in decision.reason and decision.reason == planned.reason_of("method")
+    assert ". " not in decision.reason  # one sentence
+
+
 def test_auto_takes_first_order_lora_where_it_fits_and_says_why():
     def chosen(machine: object = MACHINE, **asked: object) -> tuple[str, str, RunConfig]:
         planned = plan(machine=machine, estimator="auto", **asked)
-        reason = next(d.reason for d in planned.decisions if d.name == "estimator")
+        reason = planned.reason_of("method")
         return planned.estimator, reason, planned.settle(request(estimator="auto", **asked))
 
     estimator, reason, settled = chosen(max_mem_bytes=900 * MB)

@@ -60,6 +60,7 @@ REQUESTS: dict[str, tuple[dict[str, Any], list[str]]] = {
         [
             "a linear probe in closed form (or the head",
             "then grzo on low-rank factors",
+            "Why: of all methods a linear probe does best in few steps",
             "3 steps of",
         ],
     ),
