@@ -31,7 +31,7 @@ def as_a_device(draw, *address):
 
 
 @given(addresses, st.integers(0, 3000), st.integers(0, 9), st.integers(1, 600))
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_torch_makes_the_bits_of_the_cpu(address, start, count, width):
     (seed, step, tensor, stream), rows = address, slice(start, start + count)
     for draw in DRAWS:
@@ -41,7 +41,7 @@ def test_torch_makes_the_bits_of_the_cpu(address, start, count, width):
 
 
 @given(addresses, st.lists(st.integers(0, 2**20), max_size=6), st.integers(1, 300))
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 def test_rows_in_any_order_are_those_rows(address, numbers, width):
     seed, step, tensor, stream = address
     rows = torch.tensor(numbers, dtype=torch.int64)
@@ -65,7 +65,7 @@ def test_a_matrix_that_is_made_in_parts_is_that_of_one_part(monkeypatch):
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(1, 2000))
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 def test_a_random_order_is_that_of_the_cpu(seed, size):
     blocks = torch.arange(-(-size // 4))
     raw = philox.words_of(noise.address_of(Key(seed, 1), 2, noise.SPAN), blocks)
