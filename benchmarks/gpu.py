@@ -1,8 +1,10 @@
 """Do plans hold on a GPU, what does a step cost there, and can models be trained that do not fit?
 
+    python benchmarks/gpu.py all --out DIR
     python benchmarks/gpu.py grid --out DIR --tokenizer MODEL_OR_CARD
     python benchmarks/gpu.py host --out DIR --tokenizer MODEL_OR_CARD --layers 40
 
+``all``: every figure for a GPU, in at most 8 minutes (gpu_all.py); with ``--rehearse`` on a CPU, with tiny shapes.
 ``grid``: planned and measured peaks, with random weights of published shapes (NAME:LAYERS has fewer blocks). ``host``:
 every weight of a model is trained whose weights are three times the cap, beside the same run with all of them on the
 GPU, twice.
@@ -15,6 +17,7 @@ import gc
 import json
 from pathlib import Path
 
+import gpu_all
 import random_models
 import torch
 
@@ -27,7 +30,8 @@ MB = 1e6
 def run(out: Path, model: Path, rows: Path, **settings: object) -> dict:
     """The summary of a run in this process, whose peaks are measured from its start."""
     gc.collect()
-    torch.cuda.empty_cache()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     request = {"model": str(model), "data": str(rows), "out": str(out), "eval_limit": 20}
     if rows.name.startswith("text"):
         texts = [{"text": json.loads(line)["text"]} for line in rows.read_text().splitlines()]
@@ -137,7 +141,10 @@ def host(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["grid", "host"])
+    parser.add_argument("what", choices=["all", "grid", "host"])
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, with tiny shapes")
+    parser.add_argument("--only", nargs="+", help="sections of all: noise, step, peak, ...")
+    parser.add_argument("--rows", type=Path, help="labelled rows in place of random ones")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokenizer", default=random_models.TOKENIZER)
     parser.add_argument(
@@ -153,6 +160,8 @@ def main() -> None:
     args = parser.parse_args()
     random_models.TOKENIZER = args.tokenizer
     (args.out / "runs").mkdir(parents=True, exist_ok=True)
+    if args.what == "all":
+        raise SystemExit(gpu_all.measure_all(args, run))
     {"grid": grid, "host": host}[args.what](args)
 
 

@@ -36,6 +36,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "smollm2-135m-instruct": _decoder("llama", 576, 1536, 30, 9, 3),
     "smollm2-360m-instruct": _decoder("llama", 960, 2560, 32, 15, 5),
     "smollm2-1.7b": _decoder("llama", 2048, 8192, 24, 32, 32),
+    "llama-3-8b": _decoder(
+        "llama", 4096, 14336, 32, 32, 8, vocab_size=128256, tie_word_embeddings=False
+    ),
     "qwen2.5-0.5b": _decoder("qwen2", 896, 4864, 24, 14, 2, **QWEN_WORDS),
     "qwen2.5-1.5b": _decoder("qwen2", 1536, 8960, 28, 12, 2, **QWEN_WORDS),
     "qwen3-0.6b": _decoder("qwen3", 1024, 3072, 28, 16, 8, head_dim=128, **QWEN_WORDS),
@@ -67,10 +70,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(name: str, layers: int | None, folder: Path) -> Path:
+def add_rehearsal(tokenizer: str) -> None:
+    """A tiny shape, "rehearsal", with the vocabulary of a tokenizer."""
+    from edgezo.network import cards, loader
+
+    words = len(loader.load_tokenizer(cards.resolve(tokenizer)))
+    CONFIGS["rehearsal"] = _decoder("llama", 64, 128, 2, 4, 2, vocab_size=words)
+
+
+def make_model(name: str, layers: int | None, folder: Path, *, alike: bool = False) -> Path:
     """A directory with random bf16 weights of the shape ``name``, one shard a block, and a real tokenizer.
 
     With ``layers`` it has fewer blocks than published: its activations are as large, and its forward is faster.
+    ``alike``: matrices of one shape have the same values, which is faster.
     """
     made = folder / f"{name}-{layers or 'all'}"
     if (made / "done").exists():
@@ -89,12 +101,17 @@ def make_model(name: str, layers: int | None, folder: Path) -> Path:
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(0)
+    made_before: dict[torch.Size, torch.Tensor] = {}
     shards: dict[str, dict[str, torch.Tensor]] = {}
     index = {}
     for key, parameter in dict(module.named_parameters()).items():
         block = [word for word in key.split(".") if word.isdecimal()]
         part = block[0] if block else key.split(".")[-2]
-        drawn = torch.randn(parameter.shape, generator=generator).mul_(0.02)
+        known = made_before.get(parameter.shape) if alike else None
+        if known is None:
+            known = torch.randn(parameter.shape, generator=generator).mul_(0.02)
+            made_before[parameter.shape] = known.bfloat16() if alike else known
+        drawn = known.clone() if alike else known
         if parameter.dim() == 1 and key.endswith("weight") and "gemma" not in name:
             drawn.add_(1.0)
         shards.setdefault(part, {})[key] = drawn.bfloat16()
@@ -173,6 +190,17 @@ def single_words() -> tuple[str, ...]:
         text for text in texts if text[:1] == " " and text[1:].isascii() and text[1:].isalpha()
     ]
     return tuple(word for word in words if len(tokenizer(word)["input_ids"]) == 1)
+
+
+def make_texts(tokens: int, folder: Path, count: int = 64) -> Path:
+    """A file of texts that are longer than ``tokens`` tokens."""
+    file = folder / f"long-{tokens}.jsonl"
+    draw = random.Random(0)
+    texts = (
+        " ".join(draw.choices("warm cold bright dull".split(), k=2 * tokens)) for _ in range(count)
+    )
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return file
 
 
 def make_rows(tokens: int, kind: str, folder: Path, count: int = 200) -> Path:

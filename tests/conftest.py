@@ -26,6 +26,10 @@ os.environ.pop(
     "COLUMNS", None
 )  # which the processes of pytest-xdist are given: output is as wide as in a pipe
 
+# Where there is no GPU Triton runs its kernels in Python (test_gpu_kernels.py). It reads this when it is imported.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The long runs of the fuzz lane (tests/fuzz/lane.py) and of kills and full disks (test_every_write.py)."""

@@ -258,7 +258,7 @@ def settle(trial: Trial) -> None:
 def probed_of_quantized(store: Any, trainable: Any, key: Key, slot: int, weights: Tensor) -> Tensor:
     """D_i with U rounded as the probe rounds it."""
     every = slice(0, trainable.target.rows)
-    u = store.directions.dense_at(key, trainable.target, every)
+    u = store.directions.dense_rows(key, trainable.target, every)
     rounded = store.mask.shape(u, key, trainable, every, lambda: weights.float(), probing=True)
     d = reference.direction(store.directions.name, key, trainable.target, slot)
     return d / u.double() * rounded.double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -20,14 +21,48 @@ SLOW = 0.5  # bf16 products at less than this share of fp32's rate are slow
 
 
 @click.command()
+@click.option(
+    "--calibrate",
+    is_flag=True,
+    help="Measure the GPU for plans: driver's context, workspace, rates. Takes a minute; kept in the cache.",
+)
 @json_option
-def doctor(as_json: bool) -> int:
+def doctor(calibrate: bool, as_json: bool) -> int:
     """Check this machine and what is installed: versions, speed, memory, disks. Exits with 1 if there is a problem."""
+    if calibrate:
+        return _calibrate(as_json)
     findings = list(_findings())
     problems = sum(finding.level == "problem" for finding in findings)
     payload = {"problems": problems, "findings": [finding.to_dict() for finding in findings]}
     emit(as_json, payload, _table(findings, problems))
     return int(problems > 0)
+
+
+def _calibrate(as_json: bool) -> int:
+    """Measure the GPU and keep its figures. Raises EdgezoError where there is none that PyTorch can use."""
+    from edgezo.errors import EdgezoError
+    from edgezo.machine.gpu_figures import keep
+    from edgezo.machine.hardware import machine
+
+    here = machine()
+    if here.gpu is None:
+        about = next(note for note in here.notes if note.startswith("GPU: "))[5:]
+        raise EdgezoError(
+            f"there is no GPU to measure: {about}.\n"
+            "--calibrate is for machines with an NVIDIA GPU and a PyTorch that is built for CUDA; without one plans "
+            "count with this machine's memory, which needs no calibration."
+        )
+    from edgezo.machine.gpu_calibration import calibrated
+
+    figures = calibrated(here.gpu)
+    file = keep(figures)
+    text = (
+        f"{figures.card}: context {format_bytes(figures.context_bytes)}, workspace "
+        f"{format_bytes(figures.workspace_bytes)}, {figures.flops_s / 1e12:.3g} TFLOP/s in bf16, "
+        f"{format_bytes(round(figures.copy_bytes_s))} a second from the RAM. Kept in {file}"
+    )
+    emit(as_json, {"figures": asdict(figures), "file": str(file)}, text)
+    return 0
 
 
 def _findings() -> Iterator[Finding]:

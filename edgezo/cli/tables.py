@@ -59,7 +59,10 @@ def plan_table(plan: Plan, largest: Plan | None = None, steps: int | None = None
     if largest is not None:
         what = f"{largest.model} in {largest.precision}: the largest card that fits, for rows of --max-length tokens"
         items.add_row("largest", format_bytes(largest.planned_peak_bytes), "", what)
-    basis = {"cpu": "this machine's clock and vector width", "cuda": "a few steps on an H100"}
+    basis = {
+        "cpu": "this machine's clock and vector width",
+        "cuda": "the GPU's figures (edgezo doctor)",
+    }
     all_steps = f"; {steps:,} steps: about {duration(steps * plan.step_s)}" if steps else ""
     what = f"an estimate from {basis[plan.device]}{all_steps}"
     items.add_row("step", seconds(plan.step_s), "", what)

@@ -18,8 +18,9 @@ import torch
 
 from edgezo.errors import BudgetExceeded
 from edgezo.machine import kernels
+from edgezo.machine.gpu_figures import REFERENCE_CARD
 from edgezo.machine.hardware import Gpu, Machine, format_bytes
-from edgezo.machine.limits import CONTEXT_BYTES, GUARD_MARGIN_BYTES
+from edgezo.machine.limits import GUARD_MARGIN_BYTES
 from edgezo.machine.process_memory import malloc_trim, peak_rss_bytes, rss_bytes
 
 
@@ -94,6 +95,10 @@ class CudaMemory:
     def __init__(self, cap_bytes: int, gpu: Gpu | None):
         global _free_before_bytes
         self.cap_bytes = cap_bytes
+        # At least so much is kept for the context: as planned, even where it has been smaller so far.
+        self.least_context_bytes = (
+            gpu.figures if gpu is not None else REFERENCE_CARD
+        ).context_bytes
         if not torch.cuda.is_initialized():
             _free_before_bytes = gpu.available_bytes if gpu is not None else None
             _grow_by_pages()
@@ -111,21 +116,24 @@ class CudaMemory:
 
     def measure_context(self) -> None:
         self.trim()
-        self.context_bytes = max(self.context_bytes, _context_bytes())
+        self.context_bytes = max(self.context_bytes, _context_bytes(self.least_context_bytes))
         total_bytes = torch.cuda.mem_get_info()[1]
         room_bytes = self.cap_bytes - self._kept_bytes
         torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, room_bytes / total_bytes)))
 
     @property
     def _kept_bytes(self) -> int:
-        """Bytes kept for the context: at least as many as planned, even where it has been smaller so far."""
-        return max(self.context_bytes, CONTEXT_BYTES)
+        return max(self.context_bytes, self.least_context_bytes)
 
     def held_bytes(self) -> int:
         return self._kept_bytes + torch.cuda.memory_reserved()
 
     def peak_bytes(self) -> int:
         return self.context_bytes + torch.cuda.max_memory_reserved()
+
+    def free_bytes(self) -> int:
+        """What no program holds of the GPU."""
+        return torch.cuda.mem_get_info()[0]
 
     def trim(self) -> None:
         torch.cuda.empty_cache()
@@ -140,6 +148,13 @@ class CudaMemory:
             traceback.clear_frames(problem.__traceback__)
             wanted = str(problem).partition(". ")[0]
         torch.cuda.empty_cache()
+        free_bytes = self.free_bytes()
+        if self.held_bytes() + free_bytes < self.cap_bytes:
+            raise BudgetExceeded(
+                f"stopped: {item} found the GPU full ({wanted}). This run holds {format_bytes(self.held_bytes())} of "
+                f"its --max-mem {format_bytes(self.cap_bytes)}, and other programs have left "
+                f"{format_bytes(free_bytes)}. Close them, or go on with --resume and a smaller --max-mem."
+            )
         raise BudgetExceeded(
             f"stopped before --max-mem {format_bytes(self.cap_bytes)} of the GPU was crossed by {item}: "
             f"{wanted}. Go on with --resume and a larger --max-mem."
@@ -159,13 +174,13 @@ class CudaMemory:
 _free_before_bytes: int | None = None
 
 
-def _context_bytes() -> int:
+def _context_bytes(planned_bytes: int) -> int:
     """Bytes that the driver keeps for this process; the planned number where other processes obscure it."""
     if _free_before_bytes is None:
-        return CONTEXT_BYTES
+        return planned_bytes
     free_bytes = torch.cuda.mem_get_info()[0]
     context_bytes = _free_before_bytes - free_bytes - torch.cuda.memory_reserved()
-    return context_bytes if 0 < context_bytes < 2 * CONTEXT_BYTES else CONTEXT_BYTES
+    return context_bytes if 0 < context_bytes < 2 * planned_bytes else planned_bytes
 
 
 def _grow_by_pages() -> None:
@@ -185,4 +200,8 @@ def open_memory(device: str, cap_bytes: int, machine: Machine) -> Memory:
 def confirmed(machine: Machine) -> Machine:
     """``machine`` without a GPU or C kernels that turn out, now that PyTorch is imported, not to be usable."""
     gpu = machine.gpu if torch.cuda.is_available() else None
+    if gpu is not None and torch.cuda.is_initialized():
+        # What this process holds there already is not taken by others.
+        held_bytes = torch.cuda.memory_reserved() + _context_bytes(gpu.figures.context_bytes)
+        gpu = replace(gpu, available_bytes=min(gpu.total_bytes, gpu.available_bytes + held_bytes))
     return replace(machine, gpu=gpu, c_kernels=kernels.loaded())

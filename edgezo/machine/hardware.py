@@ -15,13 +15,14 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 
 import psutil
 
 from edgezo.errors import UsageError
+from edgezo.machine.gpu_figures import REFERENCE_CARD, GpuFigures, figures_of
 
 ROOT = Path("/")
 
@@ -100,8 +101,9 @@ class Gpu:
     index: int
     name: str
     total_bytes: int
-    available_bytes: int  # free at this moment
+    available_bytes: int  # free at this moment: what the display and other programs hold is not
     uuid: str
+    figures: GpuFigures = REFERENCE_CARD  # what its plans count with
 
 
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
@@ -223,11 +225,20 @@ def _usable_gpu() -> tuple[Gpu | None, str]:
     gpus = nvidia_gpus()
     if not gpus:
         return None, "GPU: nvidia-smi shows none to this process"
-    gpu = gpus[0]
+    gpu = replace(gpus[0], figures=figures_of(gpus[0].name))
     if not torch_has_cuda():
         return None, f"GPU: {gpu.name}, not used: the installed PyTorch is for CPUs only"
     free, total = format_bytes(gpu.available_bytes), format_bytes(gpu.total_bytes)
-    return gpu, f"GPU: {gpu.name}, {free} of its {total} free"
+    return gpu, f"GPU: {gpu.name}, {free} of its {total} free; planned with {planned_with(gpu)}"
+
+
+def planned_with(gpu: Gpu) -> str:
+    """Where the figures of plans for a card come from, in words."""
+    if gpu.figures.of(gpu.name):
+        return f"its own figures ({gpu.figures.source})"
+    return (
+        f"those of another card ({gpu.figures.card}): edgezo doctor --calibrate measures this one"
+    )
 
 
 def mps_limit_bytes() -> int:

@@ -1,5 +1,7 @@
 """Loops in C for a CPU (kernels.c): norms, gates, attention, thin products, codes, noise, checksums.
 
+Codes and planes on a GPU go on to its kernels (gpu_kernels.py).
+
 The package's build compiles the file where it finds GCC (scripts/build_kernels.py). Without the library, or with
 ``EDGEZO_KERNELS=0``, everything runs on torch, numpy and zlib alone, slower: a function here then returns None or
 False, or does with them what it says. Noise, codes, updates and checksums have the same bits either way. A forward is
@@ -19,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from edgezo.machine import gpu_kernels
 from edgezo.machine.kernel_library import SIGNATURES as _SIGNATURES  # noqa: F401 (the tests ask it)
 from edgezo.machine.kernel_library import crc32 as crc32  # beside the others
 from edgezo.machine.kernel_library import draw_noise, folds, sums_of_rows, threads_for
@@ -60,7 +63,7 @@ def _reachable(*tensors: Tensor) -> bool:
     """Whether there is a library, the tensors lie in CPU memory, and none of them needs a gradient."""
     tracked = torch.is_grad_enabled()
     return loaded() and not any(
-        t.is_cuda or t.is_meta or (tracked and t.requires_grad) for t in tensors
+        t.device.type != "cpu" or (tracked and t.requires_grad) for t in tensors
     )
 
 
@@ -78,6 +81,11 @@ def _floats(*tensors: Tensor) -> bool:
     """Whether the tensors are all fp32 or all bf16."""
     (dtype, *others) = {t.dtype for t in tensors}
     return not others and dtype in (torch.float32, torch.bfloat16)
+
+
+def _on_gpu(*tensors: Tensor) -> bool:
+    """Whether the tensors go on to the kernels of a GPU."""
+    return gpu_kernels.takes(*tensors)
 
 
 def _threads(elements: int) -> int:
@@ -257,6 +265,9 @@ def add_thin(
 
 def expand_int8(codes: Tensor, scale: Tensor, out: Tensor) -> bool:
     """out (n, cols) = codes (n, cols) * scale (n, 1); False where no kernel takes these tensors."""
+    if _on_gpu(codes, scale, out) and _floats(out):
+        gpu_kernels.expand_int8(codes, scale, out)
+        return True
     if not usable(codes, scale) or not takes(out):
         return False
     shape = (*codes.shape, _bf16(out), _threads(out.numel()))
@@ -270,6 +281,9 @@ def expand_int4(packed: Tensor, nibble: int, scale: Tensor, shift: Tensor, out: 
     A code is the four bits of packed (n, cols) from bit ``nibble`` (0 or 4) on. False where no kernel takes these
     tensors.
     """
+    if _on_gpu(packed, scale, shift, out) and _floats(out):
+        gpu_kernels.expand_int4(packed, nibble, scale, shift, out)
+        return True
     if not usable(packed, scale, shift) or not takes(out):
         return False
     (n, cols), groups = out.shape, scale.shape[1]
@@ -296,6 +310,9 @@ def snap_plane(values: Tensor) -> bool:
 
 def _plane(what: str, *parts: Tensor) -> bool:
     """Call edgezo_<what>_plane on tensors that all have the same number of elements."""
+    if _on_gpu(*parts):
+        gpu_kernels.plane(what, *parts)
+        return True
     if not usable(*parts):
         return False
     n = parts[0].numel()

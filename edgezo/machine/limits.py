@@ -26,9 +26,6 @@ GUARD_MARGIN_BYTES = 8 << 20  # process_memory.Guard keeps so much of the cap fr
 # (process_memory.Heap).
 REUSED_BYTES = 40 * MB
 
-# What the driver keeps for this process with the kernels of a run, cuBLAS's among them (calibrated on one H100).
-CONTEXT_BYTES = 742 * MB
-
 # -- products and codes ---------------------------------------------------------------------------------
 
 PRODUCT_ROWS = (16, 64, 128, 256, 512, 1024, 2048)  # rows of a bf16 product's pieces (matmul.py)

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from edgezo.machine import kernels
+from edgezo.machine import gpu_kernels, kernels
+from edgezo.machine.gpu_kernels import SignRows
 from edgezo.machine.limits import PANEL, PRODUCT_ROWS, THIN
 
 # One more product costs about as much as this many rows, since it lays out the weight anew.
@@ -88,6 +89,14 @@ class ByExample(NamedTuple):
     example: Tensor  # (n,) int64
 
 
+class Signed(NamedTuple):
+    """A left factor (n, b) as in ``ByExample``, with the right factor (b, m) of signs that a GPU makes as it adds."""
+
+    values: Tensor  # (n,) fp32
+    example: Tensor  # (n,) int64
+    drawn: SignRows
+
+
 Term = tuple[Tensor | ByExample, Tensor]  # left (n, k), right (k, m)
 
 
@@ -116,8 +125,46 @@ def dots_by_example(
     return ByExample(values.mul_(side), example)
 
 
-def add_thin(y: Tensor, terms: Sequence[Term]) -> None:
+def fill_thin(y: Tensor, terms: Sequence[Term | Signed]) -> None:
+    """y (n, m) = the sum of the terms, on a device that has kernels for them (gpu_kernels.usable)."""
+    _by_gpu(y, terms, read=False)
+
+
+def _by_gpu(y: Tensor, terms: Sequence[Term | Signed], *, read: bool) -> None:
+    """y (n, m) [+]= the sum of the terms, by the kernels of a GPU: rounded once for each ``Signed``, once at least."""
+    signed = [term for term in terms if isinstance(term, Signed)]
+    dense = [term for term in terms if not isinstance(term, Signed)]
+    left, right = y.new_empty(len(y), 0), y.new_empty(0, y.shape[1])
+    if dense:
+        left, right = (_joined([_tensor(p[side]) for p in dense], 1 - side) for side in (0, 1))
+    if len(right) > THIN:
+        mm(left.to(y.dtype), right.to(y.dtype), y) if not read else addmm_(
+            y, left.to(y.dtype), right.to(y.dtype)
+        )
+        left, right, read = left[:, :0], right[:0], True
+        if not signed:
+            return
+    left, right = left.float().contiguous(), right.float().contiguous()
+    gpu_kernels.add_signed(y, left, right, *(signed[0] if signed else ()), read=read)
+    for term in signed[1:]:
+        gpu_kernels.add_signed(y, left[:, :0].contiguous(), right[:0], *term)
+
+
+def _tensor(factor: Tensor | ByExample) -> Tensor:
+    assert isinstance(factor, Tensor)  # a GPU makes no ByExample
+    return factor
+
+
+def add_thin(y: Tensor, terms: Sequence[Term | Signed]) -> None:
     """y (n, m) += the sum of left @ right over the terms, rounded once; once more for each ``ByExample`` but one."""
+    if terms and gpu_kernels.takes(y):
+        _by_gpu(y, terms, read=True)
+    else:
+        _by_cpu(y, [term for term in terms if not isinstance(term, Signed)])
+
+
+def _by_cpu(y: Tensor, terms: Sequence[Term]) -> None:
+    """``add_thin`` by kernels.c or by torch."""
     by_example = [(left, right) for left, right in terms if isinstance(left, ByExample)]
     dense = [(left, right) for left, right in terms if isinstance(left, Tensor)]
     lefts, rights = [left for left, _ in dense], [right for _, right in dense]
@@ -144,7 +191,7 @@ def _joined(parts: Sequence[Tensor], axis: int) -> Tensor:
 
 def compiled(x: Tensor) -> bool:
     """Whether a kernel is compiled for each shape of a product of such a tensor."""
-    return x.dtype is torch.bfloat16 and not x.is_cuda
+    return x.dtype is torch.bfloat16 and x.device.type == "cpu"
 
 
 def pieces(n: int) -> Iterator[tuple[int, int]]:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine import kernels
+from edgezo.machine.philox import CPU
 from edgezo.network import loader, packing
 from edgezo.network.cut import Cut, Half, Halves, leave_out
 from edgezo.network.exact_head import ExactHead
@@ -56,7 +57,7 @@ from edgezo.network.perturb import (
 from edgezo.network.placement import BlocksElsewhere, StoredMatrix
 from edgezo.network.rotary import rotate_by_row
 from edgezo.weights.disk import DiskTable
-from edgezo.weights.layouts import CPU, Dense, Int8, Layout, moved
+from edgezo.weights.layouts import Dense, Int8, Layout, moved
 from edgezo.weights.store import WeightStore
 from edgezo.weights.trainable import Trainable
 from edgezo.zo.axes import ROUNDINGS

@@ -15,13 +15,14 @@ No seed can rebuild its state, so a run keeps it in snapshots.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from edgezo.machine.philox import CPU
 from edgezo.network.plain_losses import VOCABULARY_PACE
-from edgezo.weights.layouts import CPU
 from edgezo.zo import noise
 from edgezo.zo.noise import Key
 from edgezo.zo.rules import BETA1, BETA2, EPS
@@ -78,15 +79,22 @@ class ExactHead:
         self.gradient.zero_()
         self._norms = []
 
-    def update(self, rate: float) -> None:
+    def asks(self) -> Tensor:
+        """(2,) fp32: whether the gradient is finite, and the mean size of the features, which the first step needs."""
+        finite = torch.isfinite(self.gradient).all().float()
+        sized = not self.reach and bool(self._norms)
+        return torch.stack([finite, torch.cat(self._norms).mean() if sized else finite])
+
+    def update(self, rate: float, known: Sequence[float] | None = None) -> None:
         """Take one Adam step along the added gradient and clear it. A gradient that is not finite moves nothing.
 
         ``rate`` times ``pace`` is about how far a score may move in one step, or Adam's rate where no position was
         scored.
         """
-        if bool(torch.isfinite(self.gradient).all()):
+        finite, reach = self.asks().tolist() if known is None else known
+        if finite:
             if not self.reach:
-                self.reach = float(torch.cat(self._norms).mean()) if self._norms else 1.0
+                self.reach = float(reach) if self._norms else 1.0
             lr = rate * self.pace / max(self.reach, EPS)
             self.steps += 1
             self.first.lerp_(self.gradient, 1 - BETA1)

@@ -219,10 +219,15 @@ class AdamW:
         for _, _, gradient in self._gradients():
             gradient.zero_()
 
+    def asks(self) -> Tensor:
+        """(1,) fp32: whether the gradient is finite."""
+        finite = [torch.isfinite(gradient).all() for _, _, gradient in self._gradients()]
+        return torch.stack(finite).all().float().reshape(1)
+
     @torch.no_grad()
-    def update(self, rate: float) -> None:
+    def update(self, rate: float, known: Sequence[float] | None = None) -> None:
         """Take one AdamW step along the added gradient and clear it. A gradient that is not finite moves nothing."""
-        if all(bool(torch.isfinite(gradient).all()) for _, _, gradient in self._gradients()):
+        if (self.asks().tolist() if known is None else known)[0]:
             self.steps += 1
             size = rate / (1 - BETA1**self.steps)
             for name, value, gradient in self._gradients():
@@ -275,10 +280,16 @@ class Adapters(AdamW):
 class LearnedFactors(AdamW):
     """Addax's low-rank factors, which belong to the store: it saves their values, and this their moments."""
 
-    def update(self, rate: float) -> None:
+    def asks(self) -> Tensor:
+        """(2,) fp32: whether the gradient is finite, and whether it is anything but zero."""
+        moved = [gradient.any() for _, _, gradient in self._gradients()]
+        return torch.cat([super().asks(), torch.stack(moved).any().float().reshape(1)])
+
+    def update(self, rate: float, known: Sequence[float] | None = None) -> None:
         """Take one AdamW step. No step where no example was short: momentum alone would move the factors."""
-        if any(bool(gradient.any()) for _, _, gradient in self._gradients()):
-            super().update(rate)
+        known = self.asks().tolist() if known is None else known
+        if known[1]:
+            super().update(rate, known)
 
     def trained(self) -> dict[str, Tensor]:
         """Nothing: the store saves the factors."""

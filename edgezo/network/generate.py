@@ -22,7 +22,7 @@ from edgezo.network.key_values import KeyValues
 
 if TYPE_CHECKING:
     from edgezo.network.model import Model
-    from edgezo.network.perturb import Probe
+    from edgezo.network.probe import Probe
 
 
 def generate(

@@ -19,8 +19,11 @@ from torch import Tensor
 
 from edgezo.data.batches import Batch
 from edgezo.machine.limits import head_rows, states_at_once
+from edgezo.machine.transfers import uploaded
 from edgezo.network.exact_head import ExactHead
-from edgezo.network.perturb import PerturbedHead, Probe
+from edgezo.network.grouped import Groups, choice
+from edgezo.network.perturb import PerturbedHead
+from edgezo.network.probe import Probe
 
 
 @dataclass
@@ -55,21 +58,60 @@ class Scorer:
             batch.score_ids
         ):  # prompts alone: only their states are read
             return torch.full((sides, b), torch.nan), torch.full((sides, b), -1)
-        ids = batch.score_ids.repeat(sides).to(hidden.device)
-        state = _of_sides(batch.score_state, len(batch.score_index), sides).to(hidden.device)
+        ids = batch.score_ids.repeat(sides)
+        state = _of_sides(batch.score_state, len(batch.score_index), sides)
         nll_of, gradient_of = self._vocabulary(hidden, state, ids, probe)
-        # Added up on the CPU: these are a few numbers, and a GPU adds to one place in any order.
-        nll = nll_of().cpu()
+        added_up = self._added_up if hidden.device.type == "cpu" else self._added_up_there
+        losses, predicted, of_token = added_up(nll_of(), batch, sides)
+        if learn and (self.exact is not None or d_hidden is not None):
+            gradient_of(of_token(learn), d_hidden)
+        return losses, predicted
+
+    def _added_up(
+        self, nll: Tensor, batch: Batch, sides: int
+    ) -> tuple[Tensor, Tensor, Callable[[float], Tensor]]:
+        """Losses and predictions (sides, b), and each token's weight in the losses' sum, whose weight is given.
+
+        ``nll`` is (sides*P,).
+        """
         mean, count, token, option = self._option_means(nll, batch, sides)
         if self.kind == "choice":
             losses, predicted, weight = self._choice(-mean, batch, sides)
         else:
             losses, weight = mean.view(sides, -1), torch.ones(len(mean))
             predicted = torch.full(losses.shape, -1)
-        if learn and (self.exact is not None or d_hidden is not None):
-            of_token = torch.zeros(len(nll)).index_add_(0, token, (weight / count)[option] * learn)
-            gradient_of(of_token.to(hidden.device), d_hidden)
-        return losses, predicted
+        return (
+            losses,
+            predicted,
+            lambda learn: torch.zeros(len(nll)).index_add_(
+                0, token, (weight / count)[option] * learn
+            ),
+        )
+
+    def _added_up_there(
+        self, nll: Tensor, batch: Batch, sides: int
+    ) -> tuple[Tensor, Tensor, Callable[[float], Tensor]]:
+        """What ``_added_up`` gives, on a GPU, which is not waited for (grouped.py)."""
+        device, n = nll.device, sides * len(batch.option_example)
+        token = _of_sides(batch.part_token, len(batch.score_ids), sides)
+        option = _of_sides(batch.part_option, len(batch.option_example), sides)
+        count = uploaded(torch.bincount(option, minlength=n).clamp(min=1), device)
+        token_there, option_there = uploaded(token, device), uploaded(option, device)
+        mean = Groups.of(option, n, device).sums(nll[token_there]) / count
+        if self.kind == "choice":
+            example = _of_sides(batch.option_example, len(batch.labels), sides)
+            right = uploaded(batch.labels.repeat(sides), device)
+            options = Groups.of(example, sides * len(batch.labels), device)
+            losses, predicted, weight = choice(-mean, options, right, n)
+            losses, predicted = losses.view(sides, -1), predicted.view(sides, -1)
+        else:
+            losses, weight = mean.view(sides, -1), torch.ones(n, device=device)
+            predicted = torch.full(losses.shape, -1, device=device)
+
+        def of_token(learn: float) -> Tensor:
+            return Groups.of(token, len(nll), device).sums((weight / count)[option_there] * learn)
+
+        return losses, predicted, of_token
 
     def _labels(
         self,
@@ -82,7 +124,7 @@ class Scorer:
     ) -> tuple[Tensor, Tensor]:
         features = self._features(hidden)
         capped = self.label_logits(hidden, probe, features)
-        labels = batch.labels.repeat(sides).to(hidden.device)
+        labels = uploaded(batch.labels.repeat(sides), hidden.device)
         losses = F.cross_entropy(capped, labels, reduction="none")
         if learn and (features is not None or d_hidden is not None):
             error = torch.softmax(capped, -1) - F.one_hot(labels, capped.shape[1])
@@ -107,8 +149,7 @@ class Scorer:
         """
         if self.kind == "label":
             return self.label_logits(hidden, None, self._features(hidden)).cpu()
-        ids, state = (t.to(hidden.device) for t in (batch.score_ids, batch.score_state))
-        nll_of, _ = self._vocabulary(hidden, state, ids, None)
+        nll_of, _ = self._vocabulary(hidden, batch.score_state, batch.score_ids, None)
         return -self._option_means(nll_of().cpu(), batch)[0]
 
     @staticmethod
@@ -148,39 +189,43 @@ class Scorer:
         """Two passes over tiles of the vocabulary: the negative log-likelihoods (m,) of the tokens ``ids`` (m,), then
         the gradient of their weighted sum.
 
-        ``state`` (m,) says which of the states each token follows; ascending, and no token twice behind one state.
+        ``state`` (m,) says which of the states each token follows; ascending, and no token twice behind one state. Both
+        are on the CPU.
         """
         features = self._features(hidden)
         lse = torch.full((len(hidden),), float("-inf"), device=hidden.device)
         target = torch.zeros(len(ids), device=hidden.device)
-        ends = torch.searchsorted(state.cpu(), torch.arange(len(hidden) + 1)).tolist()
+        ends = torch.searchsorted(state, torch.arange(len(hidden) + 1)).tolist()
+        state_there, ids_there = uploaded(state, hidden.device), uploaded(ids, hidden.device)
 
-        def inside(rows: slice, chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
-            """Tokens behind a chunk of the states in a tile of the vocabulary: which, and where in the tile."""
-            first = ends[chunk.start]
-            of_chunk = ids[first : ends[chunk.stop]] - rows.start
-            which = ((of_chunk >= 0) & (of_chunk < rows.stop - rows.start)).nonzero()[:, 0]
-            return which + first, state[which + first] - chunk.start, of_chunk[which]
+        def behind(rows: slice, chunk: slice) -> tuple[slice, Tensor, tuple[Tensor, Tensor]]:
+            """Tokens behind a chunk of the states: which, whether each is in a tile of the vocabulary, and where."""
+            part = slice(ends[chunk.start], ends[chunk.stop])
+            column, n = ids_there[part] - rows.start, rows.stop - rows.start
+            inside = (column >= 0) & (column < n)
+            return part, inside, (state_there[part] - chunk.start, column.clamp_(0, n - 1))
 
         def nll() -> Tensor:
             for rows, chunk, logits in self._pieces(hidden, features, probe):
-                which, line, column = inside(rows, chunk)
-                target[which] = logits[line, column]
+                part, inside, place = behind(rows, chunk)
+                target[part] = torch.where(inside, logits[place], target[part])
                 most = logits.amax(-1, keepdim=True)
                 summed = logits.sub_(most).exp_().sum(-1).log_().add_(most[:, 0])
                 lse[chunk] = torch.logaddexp(lse[chunk], summed)
-            return lse[state] - target
+            return lse[state_there] - target
 
         def gradient(weight: Tensor, d_hidden: Tensor | None) -> None:
-            weight = torch.where(torch.isfinite(lse[state] - target), weight, 0.0)
-            # On the CPU, which adds in one order.
-            of_state = torch.zeros(len(hidden)).index_add_(0, state.cpu(), weight.cpu())
-            of_state = of_state.to(hidden.device)
+            weight = torch.where(torch.isfinite(lse[state_there] - target), weight, 0.0)
+            if weight.device.type == "cpu":
+                of_state = torch.zeros(len(hidden)).index_add_(0, state, weight)
+            else:  # a GPU adds to one place in any order
+                of_state = Groups.of(state, len(hidden), hidden.device).sums(weight)
             for rows, chunk, logits in self._pieces(hidden, features, probe):
                 slope = self._slope(logits)
                 error = logits.sub_(lse[chunk][:, None]).exp_().mul_(of_state[chunk][:, None])
-                which, line, column = inside(rows, chunk)
-                error[line, column] -= weight[which]
+                part, inside, place = behind(rows, chunk)
+                # -0.0 leaves any number as it is.
+                error.index_put_(place, torch.where(inside, -weight[part], -0.0), accumulate=True)
                 error.mul_(slope)
                 if self.exact is not None and features is not None:
                     self.exact.learn(rows, error, features[chunk])

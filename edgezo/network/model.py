@@ -19,12 +19,14 @@ from edgezo.data.packed import PackedExamples
 from edgezo.data.trees import Tree
 from edgezo.errors import EdgezoError
 from edgezo.machine.process_memory import Heap
+from edgezo.machine.transfers import uploaded
 from edgezo.network import packing
 from edgezo.network.cut import Cut
 from edgezo.network.exact_head import ExactHead
 from edgezo.network.first_order import Adapters, LearnedFactors
 from edgezo.network.losses import Scorer
-from edgezo.network.perturb import Context, Probe
+from edgezo.network.perturb import Context
+from edgezo.network.probe import Probe
 from edgezo.network.readout import Readout, ReadoutWeights, Taps
 from edgezo.weights.saved import Saved, saved_tensors
 from edgezo.weights.store import WeightStore
@@ -42,8 +44,12 @@ class Learned(Protocol):
         """Drop the gradient that this step has added up."""
         ...
 
-    def update(self, rate: float) -> None:
-        """Take one step along the gradient, and clear it."""
+    def asks(self) -> Tensor:
+        """(k,) fp32: what ``update`` has to know of the gradient, where the gradient is."""
+        ...
+
+    def update(self, rate: float, known: Sequence[float] | None = None) -> None:
+        """Take one step along the gradient, and clear it. ``known``: what ``asks`` gave; None: it is read here."""
         ...
 
     def trained(self) -> dict[str, Tensor]:
@@ -172,19 +178,28 @@ class Model:
             key,
             sigma,
             range(candidates) if candidates else batch.slots,
-            torch.cat(directions).to(device),
+            uploaded(torch.cat(directions), device),
             torch.cat([ones * e.sign for e in self.evaluations]),
             mask=self.store.mask,
             signs=[e.sign for e in self.evaluations],
             owners=() if candidates else None,
             scales=self.store.scales,
+            example_here=torch.cat(directions),
         )
 
     @torch.no_grad()
     def losses(
-        self, batch: Batch, probe: Probe | None = None, *, sides: int = 1, learn: float = 0.0
+        self,
+        batch: Batch,
+        probe: Probe | None = None,
+        *,
+        sides: int = 1,
+        learn: float = 0.0,
+        wait: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Losses (sides, b) fp32 and predictions (sides, b) int64 of a packed batch, on the CPU.
+
+        Without ``wait`` they stay on the model's device, which goes on computing them (``read``).
 
         With a probe ``sides`` are its evaluations: the + side of every row, then the - side. ``learn`` is the weight of
         these losses in the gradients that are added up (``Scorer``); without a probe the gradient also goes back
@@ -203,15 +218,30 @@ class Model:
                 )
             if self.readout is not None:
                 losses, predicted = self.readout(batch.labels, sides)
-                return losses.cpu(), predicted.cpu()
+                return (losses.cpu(), predicted.cpu()) if wait else (losses, predicted)
             d_hidden = torch.zeros(hidden.shape, device=hidden.device) if tracked else None
             states = hidden.detach()
             losses, predicted = self.scorer(states, batch, probe, sides, learn, d_hidden)
             if d_hidden is not None:
                 hidden.backward(d_hidden.to(hidden.dtype))
-            return losses.cpu(), predicted.cpu()
+            return (losses.cpu(), predicted.cpu()) if wait else (losses, predicted)
         finally:
             self.context.probe = None
+
+    def read(self, losses: Sequence[Tensor]) -> tuple[list[np.ndarray], dict[str, list[float]]]:
+        """The losses of micro-batches as fp32 arrays of their shapes, and what each learned part asks (``Learned``).
+
+        One copy from the device brings all of it: nothing else in a step waits.
+        """
+        asked = {name: part.asks() for name, part in self.learned.items()}
+        pieces = [piece.reshape(-1).float() for piece in (*losses, *asked.values())]
+        if not pieces:
+            return [], {}
+        read = torch.cat([piece.to(pieces[0].device) for piece in pieces]).cpu().numpy()
+        parts = np.split(read, np.cumsum([len(piece) for piece in pieces])[:-1])
+        shaped = [part.reshape(one.shape) for part, one in zip(parts, losses, strict=False)]
+        answers = [part.tolist() for part in parts[len(losses) :]]
+        return shaped, dict(zip(asked, answers, strict=True))
 
     @torch.no_grad()
     def states_at_cut(self, batch: Batch) -> Tensor:
@@ -291,7 +321,7 @@ class Model:
         plan = packing.Packing.of(lengths, device, trees)
         self.context.probe = probe
         self.heap.expect(len(ids))
-        index = index.to(device)
+        index = uploaded(index, device)
         for taps in self._taps():
             taps.index = index
         with nullcontext() if at_cut is None or self.cut is None else self.cut.above(at_cut):
@@ -317,7 +347,9 @@ class Model:
         options = {} if self.masked else {"use_cache": False}
         with packing.packed(plan, kept):
             hidden: Tensor = self.module.base_model(  # type: ignore[operator]
-                input_ids=ids[None].to(device), position_ids=positions[None].to(device), **options
+                input_ids=uploaded(ids[None], device),
+                position_ids=uploaded(positions[None], device),
+                **options,
             )[0][0]
         return hidden
 
@@ -327,18 +359,19 @@ class Model:
         One array for all examples where every direction is tried on every example.
         """
         group = 1 if self.candidates else group
-        pairs, self.context.touched = self.context.touched, []
-        if not pairs:
+        touched, self.context.touched = self.context.touched, []
+        if not touched:
             return ()
+        pairs = [one.pairs() for one in touched]
         slot = np.concatenate([s for s, _ in pairs])
         rows = np.concatenate([r for _, r in pairs])
-        touched = []
+        by_example = []
         for example in range(group):
             rows_of_example = np.unique(rows[slot == example])
             if self.label_rows is not None:
                 rows_of_example = np.union1d(rows_of_example, self.label_rows)
-            touched.append(rows_of_example)
-        return tuple(touched)
+            by_example.append(rows_of_example)
+        return tuple(by_example)
 
     # -- what is saved ------------------------------------------------------------------------------------
 

@@ -23,7 +23,8 @@ from edgezo.data.trees import Tree
 from edgezo.machine import kernels
 from edgezo.machine.limits import PADDED_TOKENS, SCORE_COPIES, TILE_BYTES
 from edgezo.machine.matmul import compiled
-from edgezo.weights.layouts import CPU
+from edgezo.machine.philox import CPU
+from edgezo.machine.transfers import uploaded
 
 ATTENTION = "edgezo_packed"
 LENGTH_STEP = 64  # softcapped products are padded to a multiple of so many tokens
@@ -50,6 +51,7 @@ class Branches:
     seen: Tensor  # (M, T) bool: whom the tokens behind the trunk look at; the padding looks at the first token
     at: Tensor  # (M,) int64: their positions
     depths: Tensor  # (T,) int64: positions of all
+    depths_here: Tensor  # ``depths`` on the CPU
 
     @staticmethod
     def of(tree: Tree, start: int, device: torch.device) -> Branches:
@@ -60,8 +62,10 @@ class Branches:
         seen[m:, 0] = True
         at, depths = (np.zeros(size, dtype=np.int64) for size in seen.shape)
         at[:m], depths[:n] = tree.depths[tree.trunk :], tree.depths
-        tensors = (torch.from_numpy(part).to(device) for part in (seen, at, depths))
-        return Branches(slice(start, start + n), slice(start + tree.trunk, start + n), *tensors)
+        here = [torch.from_numpy(part) for part in (seen, at, depths)]
+        seen_there, at_there, depths_there = (uploaded(part, device) for part in here)
+        whole, behind = slice(start, start + n), slice(start + tree.trunk, start + n)
+        return Branches(whole, behind, seen_there, at_there, depths_there, here[-1])
 
     def mask(self, window: int | None) -> Tensor:
         """Which tokens each token behind the trunk looks at, (1, 1, M, T) bool."""
@@ -102,7 +106,7 @@ class Trunks:
         pairs = zip(starts[:-1], lengths, strict=True)
         index = torch.cat([torch.arange(start, start + n) for start, n in pairs])
         ends = torch.tensor([0, *lengths]).cumsum(0)
-        return Trunks(index.to(device), ends, max(lengths))
+        return Trunks(uploaded(index, device), ends, max(lengths))
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ class Packing:
         positions = torch.cat([torch.arange(length) for length in self.lengths])
         for branches in self.branches:
             length = branches.whole.stop - branches.whole.start
-            positions[branches.whole] = branches.depths[:length].cpu()
+            positions[branches.whole] = branches.depths_here[:length]
         return positions
 
 
@@ -170,9 +174,9 @@ def _group(
     begin = torch.tensor([starts[m] for m in members])[:, None]
     column = torch.arange(int(length.max()))[None]
     valid = column < length
-    index = (begin + torch.where(valid, column, 0)).to(device)
-    row, column = (at.to(device) for at in valid.nonzero(as_tuple=True))
-    return Group(index, valid.to(device), (row, column), bool(valid.all()))
+    index = uploaded(begin + torch.where(valid, column, 0), device)
+    row, column = (uploaded(at, device) for at in valid.nonzero(as_tuple=True))
+    return Group(index, uploaded(valid, device), (row, column), bool(valid.all()))
 
 
 class Kept(Protocol):

@@ -18,208 +18,47 @@ scales or offsets its embedding (Gemma, OPT) keeps doing so through ``super()``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from types import MappingProxyType
-from typing import TypeGuard
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgezo.machine import gpu_kernels
 from edgezo.machine.limits import TILE_BYTES, tiles
 from edgezo.machine.matmul import (
-    ByExample,
+    Signed,
     Term,
     add_thin,
     addmm_,
-    along,
-    dots_by_example,
+    fill_thin,
     mm,
     thin_product,
 )
+from edgezo.machine.philox import CPU
 from edgezo.network.fused import Norm
-from edgezo.weights.layouts import CPU, Layout
+from edgezo.network.probe import Probe
+from edgezo.weights.layouts import Layout
 from edgezo.weights.trainable import Trainable
-from edgezo.zo.directions import Directions, on_grid
-from edgezo.zo.masks import Mask
-from edgezo.zo.noise import COLUMN, Key, signs, tensor_id
 
-TOKENS = tensor_id("tokens of an example")
-# Width of the table of token signs, so that fixed, so that a sign does not change with the number of examples.
-MOST_SLOTS = 1024
 DENSE_TERM_PIECES = 4  # a dense term is added in pieces of this share of a tile
-NO_SCALES: Mapping[str, float] = MappingProxyType({})
 
 
-class Probe:
-    """How the tokens of one packed forward are perturbed: along which directions, how far and on which side."""
+class Touched(NamedTuple):
+    """Rows of an embedding table that the tokens of one forward used."""
 
-    def __init__(
-        self,
-        directions: Directions,
-        key: Key,
-        sigma: float,
-        slots: Sequence[int],  # (b,) slots of the directions in this micro-batch
-        example: Tensor,  # (n,) int64 index into slots of each token
-        side: Tensor,  # (n,) compute dtype, +1, -1 or 0
-        *,
-        mask: Mask | None = None,
-        # One sign for each evaluation; the tokens of one evaluation follow those of the one before it.
-        signs: Sequence[int] = (1, -1),
-        owners: Sequence[int] | None = None,  # slots of the examples; () if they share directions
-        scales: Mapping[str, float] = NO_SCALES,  # by tensor, where a finetuner gives them
-    ):
-        self.directions, self.key, self.sigma, self.slots = directions, key, sigma, tuple(slots)
-        self.mask, self.signs = mask or Mask(), tuple(signs)
-        self.owners = self.slots if owners is None else tuple(owners)
-        self.scales = scales
-        self.example, self.side = example, side * sigma
-        one_hot = F.one_hot(example, len(self.slots)).to(side.dtype)
-        self.by_example = one_hot.mul_(self.side[:, None])  # C (n, b)
+    owners: tuple[int, ...]  # slots of the examples; () if they share directions
+    example: Tensor  # (n,) int64, index into ``owners``
+    rows: Tensor  # (n,) int64, as ``Recipe.touched`` numbers them
 
-    def at(self, index: Tensor) -> Probe:
-        """This probe for the tokens ``index`` (m,) alone."""
-        sign = torch.sign(self.side[index])
-        return Probe(
-            self.directions,
-            self.key,
-            self.sigma,
-            self.slots,
-            self.example[index],
-            sign,
-            mask=self.mask,
-            signs=self.signs,
-            owners=self.owners,
-            scales=self.scales,
-        )
-
-    def scale(self, trainable: Trainable) -> float:
-        """What the tensor's direction is multiplied by."""
-        from_finetuner = self.scales.get(trainable.target.name, 1.0)
-        return self.mask.scale(self.key, trainable, from_finetuner)
-
-    def moves(self, trainable: Trainable | None) -> TypeGuard[Trainable]:
-        """Whether the tensor is trained, and perturbed in this step."""
-        return trainable is not None and self.scale(trainable) != 0.0
-
-    def parts(self, n: int) -> Iterator[tuple[slice, int]]:
-        """The tokens of each evaluation, and its sign."""
-        size = n // len(self.signs)
-        for number, sign in enumerate(self.signs):
-            yield slice(number * size, (number + 1) * size), sign
-
-    def row_factor(self, trainable: Trainable, term: int = 0) -> Tensor:
-        """r_ik, k = ``term``, times the tensor's scale, over the root of the number of terms: (b, rows)."""
-        drawn = self.directions.row_signs(self.key, trainable.target, self.slots, term)
-        r = self._to_compute(drawn)
-        scale = self.scale(trainable) * self.directions.terms**-0.5
-        return r if scale == 1.0 else r * scale
-
-    def col_factor(self, trainable: Trainable, x: Tensor | None = None, term: int = 0) -> Tensor:
-        """s_ik, k = ``term``, (b, cols); with guides v_i, made from ``x`` (n, cols) that a product reads, and kept."""
-        if trainable.guides is None or x is None:
-            s = self.directions.col_signs(self.key, trainable.target, self.slots, term)
-            return self._to_compute(s)
-        n = len(self.token_signs[0])
-        assert n * len(self.signs) == len(x)
-        v = sum(along(self.token_signs, x[part]) for part, _ in self.parts(len(x)))
-        assert isinstance(v, Tensor)
-        v = on_grid(v / v.norm(dim=1, keepdim=True)).to(x.dtype)
-        trainable.guides.update(zip(self.slots, v, strict=True))
-        return v
-
-    def col_products(self, x: Tensor, cols: Tensor) -> Tensor | ByExample:
-        """c * (s_i . x) of each token, s_i = cols[i], as a left factor (n, b)."""
-        return dots_by_example(x, cols, self.example, self.by_example, self.side)
-
-    def sign_products(self, trainable: Trainable, x: Tensor, read: Tensor) -> list[Term]:
-        """What directions without a U add to a product of ``x`` (n, cols); guides are made from ``read``, x as well."""
-        each = range(self.directions.terms)
-        cols = [self.col_factor(trainable, read, k) for k in each]
-        terms = [(self.col_products(x, cols[k]), self.row_factor(trainable, k)) for k in each]
-        if (leans := self.directions.leans) is not None:  # c * b_i * (g x), g = left right^T
-            left, right, _ = self.directions.leant_on(self.key, trainable.target)
-            side = mm(self.by_example, self._to_compute(leans[list(self.slots), None]))
-            product = mm(x.to(side.dtype), self._to_compute(right)).mul_(side)
-            terms.append((product, self._to_compute(left.T)))
-        return terms
-
-    def sketch_basis(self, trainable: Trainable, x: Tensor) -> None:
-        """One power iteration of a shared basis V on what a product reads, ``x`` (n, cols): add X^T (X V)."""
-        if trainable.basis is None:
-            return
-        read = sum(x[part] for part, _ in self.parts(len(x)))
-        assert isinstance(read, Tensor)
-        more = along(read.T, mm(read, trainable.basis.T))
-        trainable.sketch = more if trainable.sketch is None else trainable.sketch + more
-
-    @cached_property
-    def token_signs(self) -> Tensor:
-        """z (b, n/sides) in the compute dtype: a sign for each token of example i in row i, 0 for other tokens.
-
-        A token is known by its example and its place there, so a group may be split in any way.
-        """
-        n = len(self.example) // len(self.signs)
-        example = self.example[:n].cpu()
-        order = torch.argsort(example, stable=True)
-        counts = torch.bincount(example, minlength=len(self.slots))
-        place = torch.empty_like(order)
-        place[order] = torch.arange(n) - (counts.cumsum(0) - counts)[example[order]]
-        longest = int(counts.max())
-        table = signs(self.key, TOKENS, COLUMN, slice(0, longest), MOST_SLOTS)
-        z = torch.zeros(len(self.slots), n, dtype=torch.int8)
-        slot = torch.tensor(self.slots)[example]
-        z[example, torch.arange(n)] = table[place, slot]
-        return self._to_compute(z)
-
-    def has_dense_factor(self, trainable: Trainable) -> bool:
-        """Whether the direction has a factor U of the weight's size."""
-        return self.directions.dense is not None or self.mask.shapes(trainable)
-
-    def has_thin_factors(self, trainable: Trainable) -> bool:
-        """Whether U is a product of thin factors, which need not be multiplied out."""
-        return self.directions.of_rank and not self.mask.shapes(trainable)
-
-    def dense_rows(self, trainable: Trainable, rows: slice | Tensor) -> Tensor:
-        """Rows of U after the mask, (k, cols)."""
-        u = self.directions.dense_at(self.key, trainable.target, rows, trainable.basis)
-        if self.mask.shapes(trainable):
-            u = u.to(self.by_example.device)
-
-            def weights() -> Tensor:
-                return trainable.layout.expand(rows, torch.empty_like(u))
-
-            u = self.mask.shape(u, self.key, trainable, rows, weights, probing=True)
-        return self._scaled(trainable, u)
-
-    def thin_factors(self, trainable: Trainable) -> tuple[Tensor, Tensor]:
-        """(left, right) of U = left @ right^T, (rows, k) and (cols, k)."""
-        left, right, scale = self.directions.factors(self.key, trainable.target, trainable.basis)
-        return self._scaled(trainable, left * scale), self._to_compute(right)
-
-    def vector(self, trainable: Trainable) -> Tensor:
-        """D_i of a vector, (b, rows)."""
-        target = trainable.target
-        if not self.mask.shapes(trainable):
-            d = self._to_compute(self.directions.vectors(self.key, target, self.slots))
-            scale = self.scale(trainable)
-            return d if scale == 1.0 else d * scale
-        u = self.dense_rows(trainable, slice(0, target.rows)).T
-        if self.directions.factored:
-            return u * self.row_factor(trainable)
-        return u.expand(len(self.slots), -1)
-
-    def _scaled(self, trainable: Trainable, u: Tensor) -> Tensor:
-        """U in the compute dtype, times the tensor's scale unless r_i has it."""
-        scale = 1.0 if self.directions.factored else self.scale(trainable)
-        return self._to_compute(u if scale == 1.0 else u * scale)
-
-    def _to_compute(self, noise: Tensor) -> Tensor:
-        """Noise on the device in the compute dtype: moved as it was made (signs are bytes), and only then widened."""
-        return noise.to(self.by_example.device).to(self.by_example.dtype)
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """(slot, row) of each token, (n,) int64. Waits for the device."""
+        rows = self.rows.cpu().numpy()
+        slot = np.zeros_like(rows)
+        if self.owners:
+            slot = np.array(self.owners)[self.example.cpu().numpy()]
+        return slot, rows
 
 
 EXPANDED = "expand"  # the buffer of a tile in the compute dtype
@@ -233,7 +72,7 @@ class Context:
     device: torch.device = CPU
     probe: Probe | None = None
     scratch: dict[str, Tensor] = field(default_factory=dict)
-    touched: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # (slot, row) pairs
+    touched: list[Touched] = field(default_factory=list)  # since they were last taken
 
     def buffer(self, name: str, rows: int, cols: int) -> Tensor:
         """A reused (rows, cols) tile of the compute dtype."""
@@ -248,13 +87,10 @@ class Context:
         self.buffer(EXPANDED, 1, n_bytes // self.dtype.itemsize)
 
     def note_touched(self, ids: Tensor, offset: int) -> None:
-        """Remember which rows of an embedding table each example used."""
+        """Remember which rows of an embedding table each example used; nothing waits for the device here."""
         assert self.probe is not None
-        ids = ids.cpu()  # of all sides: where sides write text, their tokens differ
-        slot = torch.zeros_like(ids)
-        if self.probe.owners:
-            slot = torch.tensor(self.probe.owners)[self.probe.example.cpu()]
-        self.touched.append((slot.numpy(), ids.numpy() + offset))
+        # Of all sides: where sides write text, their tokens differ.
+        self.touched.append(Touched(self.probe.owners, self.probe.example, ids + offset))
 
 
 @dataclass
@@ -302,7 +138,7 @@ class Matrix:
         turned = x * probe.col_factor(trained)[probe.example]
         _add_dense_term(out, turned, u, probe.by_example, probe.row_factor(trained)[:, rows])
 
-    def sign_terms(self, x: Tensor) -> list[Term]:
+    def sign_terms(self, x: Tensor) -> list[Term | Signed]:
         """The product of rank b, as its factors ((n, b), (b, rows)), that directions without a U add."""
         probe = self.context.probe
         if probe is None or not probe.moves(self.trained):
@@ -343,6 +179,8 @@ class PerturbedLinear(nn.Module):
         x = x.reshape(-1, shape[-1])
         rows, cols = self.matrix.layout.shape
         y = torch.empty(len(x), rows, dtype=self.context.dtype, device=x.device)
+        if self._fills_first(x):
+            return self._filled(x, y).view(*shape[:-1], rows)
         for tile in tiles(rows, cols, y.element_size()):
             self.matrix.product(x, tile, y[:, tile])
         terms = self.matrix.sign_terms(x)
@@ -364,12 +202,41 @@ class PerturbedLinear(nn.Module):
         add_thin(y, terms)
         return y.view(*shape[:-1], rows)
 
-    def _factor_terms(self, x: Tensor, y: Tensor) -> list[Term]:
+    def _fills_first(self, x: Tensor) -> bool:
+        """Whether the thin terms are written first, so that W x is added to them: on a GPU a pass over y less."""
+        probe = self.context.probe
+        if self.trained_gain is not None or not gpu_kernels.takes(x):
+            return False
+        trained = (self.matrix.trained, self.trained_factor)
+        return probe is None or not any(
+            probe.moves(t) and probe.has_dense_factor(t) for t in trained
+        )
+
+    def _filled(self, x: Tensor, y: Tensor) -> Tensor:
+        """W x and all thin terms in ``y`` (n, rows), which has any values."""
+        probe, terms = self.context.probe, self.matrix.sign_terms(x)
+        if self.trained_factor is not None:
+            terms += self._factor_terms(x, y)
+        bias = self.frozen_bias
+        if self.trained_bias is not None:
+            bias = self.trained_bias.values[:, 0]
+            if probe is not None and probe.moves(self.trained_bias):
+                terms.append((probe.by_example, probe.vector(self.trained_bias)))
+        if bias is not None:
+            terms.append((x.new_ones(len(x), 1), bias[None]))
+        if terms:
+            fill_thin(y, terms)
+        for tile in tiles(*self.matrix.layout.shape, y.element_size()):
+            w = self.matrix.tile(tile)
+            addmm_(y[:, tile], x, w.T) if terms else mm(x, w.T, y[:, tile])
+        return y
+
+    def _factor_terms(self, x: Tensor, y: Tensor) -> list[Term | Signed]:
         """A (V x) and its perturbation, as factors of what is added to ``y``; a dense factor's part is added here."""
         factor, probe = self.trained_factor, self.context.probe
         assert factor is not None and self.basis is not None
         vx = thin_product(x, self.basis)  # (n, rank)
-        terms: list[Term] = [(vx, factor.values.T)]
+        terms: list[Term | Signed] = [(vx, factor.values.T)]
         if probe is None or not probe.moves(factor):
             return terms
         every_row = slice(0, factor.target.rows)
@@ -450,10 +317,14 @@ class PerturbedEmbedding(nn.Embedding):
                 addmm_(change, r, probe.col_factor(trained, term=k))
         else:
             change = probe.side[:, None].expand(out.shape)
-        if probe.has_dense_factor(trained):
+        if not probe.has_dense_factor(trained):
+            out.add_(change)
+        elif ids.device.type == "cpu":
             unique, inverse = torch.unique(ids, return_inverse=True)
-            change = change * probe.dense_rows(trained, unique)[inverse]
-        out.add_(change)
+            out.add_(change * probe.dense_rows(trained, unique)[inverse])
+        else:  # how many different tokens there are, only waiting for the device would tell
+            for part in tiles(*out.shape):
+                out[part].add_(change[part] * probe.dense_rows(trained, ids[part]))
 
 
 class PerturbedNorm(nn.Module):

@@ -55,10 +55,16 @@ def portable(cfg: RunConfig, machine: Machine) -> RunConfig:
 
 def budget(cfg: RunConfig, machine: Machine) -> tuple[int, str]:
     """(bytes, reason) of the request's cap: of the RAM, or of the GPU's memory where the GPU computes."""
-    if cfg.max_mem_bytes is not None:
-        return cfg.max_mem_bytes, "as given"
-    on_gpu = choose_device(cfg, machine)[0] == "cuda"
-    return default_budget(machine.gpu if on_gpu and machine.gpu is not None else machine)
+    on_gpu = machine.gpu is not None and choose_device(cfg, machine)[0] == "cuda"
+    if cfg.max_mem_bytes is None:
+        return default_budget(machine.gpu if on_gpu and machine.gpu is not None else machine)
+    if on_gpu and machine.gpu is not None and cfg.max_mem_bytes > machine.gpu.available_bytes:
+        free_bytes, total_bytes = machine.gpu.available_bytes, machine.gpu.total_bytes
+        return free_bytes, (
+            f"{mb(cfg.max_mem_bytes)} were given, but {mb(total_bytes - free_bytes)} of the GPU's {mb(total_bytes)} "
+            "are not free: the display and other programs hold them"
+        )
+    return cfg.max_mem_bytes, "as given"
 
 
 def mb(n_bytes: int) -> str:

@@ -140,13 +140,10 @@ MLP_KEPT = {True: 7, False: 6}
 UNUSED_SHARE = 0.06
 
 # ---------------------------------------------------------------------------------------------
-# A GPU (measured on one, an H100)
+# A GPU (measured on one, an H100; what depends on the card itself is in machine/gpu_figures.py)
 
-# With blocks in the RAM: the queues of two more streams, and the share of the locked RAM that its page tables take.
-COPYING_BYTES = 72 * MB
+# With blocks in the RAM: the share of the locked RAM that its page tables take on the card.
 LOCKED_SHARE = 1 / 500
-# What cuBLAS takes inside the allocator.
-WORKSPACE_BYTES = 33 * MB
 # The last page of the segment for large blocks and of that for small ones (calibrated).
 GPU_SLACK_BYTES = 38 << 20
 # Holes between temporaries, as shares of them: the second where nothing else counts (calibrated).

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgezo.machine.limits import CONTEXT_BYTES, PAGE_BYTES, SLOTS, TILE_BYTES
+from edgezo.machine.gpu_figures import REFERENCE_CARD, GpuFigures
+from edgezo.machine.limits import PAGE_BYTES, SLOTS, TILE_BYTES
 from edgezo.plan.calibration import (
     ACTIVATIONS,
-    COPYING_BYTES,
     GPU_LOGITS_BYTES,
     GPU_SLACK_BYTES,
     HIDDEN_COPIES,
@@ -24,7 +24,6 @@ from edgezo.plan.calibration import (
     MLP_COPIES,
     QUERY_COPIES,
     ROUNDING_BYTES,
-    WORKSPACE_BYTES,
     Item,
 )
 from edgezo.plan.footprint import Footprint
@@ -36,6 +35,7 @@ class CudaFootprint(Footprint):
     """A request on a GPU. Blocks that have no room there lie in the RAM (``on_disk`` counts them)."""
 
     elsewhere = "host"
+    gpu: GpuFigures = REFERENCE_CARD
 
     def compute_dtype(self, precision: str) -> tuple[str, str]:
         if precision == "fp32":
@@ -59,7 +59,7 @@ class CudaFootprint(Footprint):
 
     def _base(self) -> Item:
         reason = "the driver's, for this process and the kernels that it loads"
-        return Item("CUDA context", CONTEXT_BYTES, reason)
+        return Item("CUDA context", self.gpu.context_bytes, reason)
 
     def items(self, precision: str, micro_batch: int, on_disk: int = 0) -> tuple[Item, ...]:
         """Every item, with the last ``on_disk`` blocks in the RAM."""
@@ -68,7 +68,7 @@ class CudaFootprint(Footprint):
             self._base(),
             *self._weights(precision, on_disk),
             *self._trained(compute_bytes),
-            Item("cuBLAS workspace", WORKSPACE_BYTES, "taken at the first matrix product"),
+            Item("cuBLAS workspace", self.gpu.workspace_bytes, "taken at the first matrix product"),
             self._slack(micro_batch, compute_bytes),
             *self._forward(precision, micro_batch, compute_bytes),
             *self._updating(precision, micro_batch, compute_bytes, on_disk),
@@ -78,7 +78,7 @@ class CudaFootprint(Footprint):
     def _copying(self, precision: str, on_disk: int) -> list[Item]:
         if not on_disk:
             return []
-        size = COPYING_BYTES + int(LOCKED_SHARE * self.host_bytes(precision, on_disk))
+        size = self.gpu.copying_bytes + int(LOCKED_SHARE * self.host_bytes(precision, on_disk))
         return [Item("copying", size, "two streams, and page tables of the locked RAM")]
 
     def most_tokens(self, precision: str) -> int | None:

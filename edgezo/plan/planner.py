@@ -7,8 +7,9 @@ a request takes is counted in footprint.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from edgezo.data.token_stats import TokenStats
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from edgezo.machine.hardware import Machine
     from edgezo.plan.shapes import NamedShape, Shape
 
+Counted = Callable[..., Footprint]
 # Footprints of estimators with a backward pass.
 BACKWARD: dict[str, type[Footprint]] = {"lora": BackwardFootprint, "addax": MixedFootprint}
 # What --estimator auto takes where it fits and has the time, and what it takes otherwise.
@@ -116,7 +118,9 @@ def _choose(
     model = ModelShape.of(shape, cfg.model.rstrip("/").rsplit("/", 1)[-1])
     batched = Batched.of(cfg, batch_size=batch_size_of(cfg))
     known |= {"bf16_fast": machine.bf16_fast, "c_kernels": machine.c_kernels}
-    counted = CudaFootprint if device == "cuda" else BACKWARD.get(cfg.estimator, Footprint)
+    counted: Counted = BACKWARD.get(cfg.estimator, Footprint)
+    if device == "cuda" and machine.gpu is not None:
+        counted = partial(CudaFootprint, gpu=machine.gpu.figures)
     decided, footprint, needs = _blocks_that_fit(
         counted, model, batched, tokens, device, cap, states_room_bytes, known
     )
@@ -142,7 +146,7 @@ def _choose(
 
 
 def _blocks_that_fit(
-    counted: type[Footprint],
+    counted: Counted,
     model: ModelShape,
     cfg: Batched,
     tokens: TokenStats,
@@ -167,7 +171,7 @@ def _blocks_that_fit(
 
 
 def _with_blocks(
-    counted: type[Footprint],
+    counted: Counted,
     model: ModelShape,
     decided: Blocks,
     tokens: TokenStats,

@@ -10,9 +10,6 @@ from edgezo.plan.data_fields import LOSS
 from edgezo.plan.footprint_gpu import CudaFootprint
 
 SHARE_OF_PEAK = 0.4  # of the machine's estimated speed that a whole step reaches
-# On a GPU: seconds that a step takes for each block, however small (noise is made on the CPU); how many operations a
-# second it computes, and how many bytes a second it copies from the RAM (roughly, by three short runs on an H100).
-GPU_BLOCK_S, GPU_FLOPS_S, GPU_COPY_BYTES_S = 1.2e-2, 2e14, 2e10
 
 
 def step_s(choice: Choice) -> float:
@@ -45,9 +42,10 @@ def _seconds(choice: Choice, operations: float, passes: int) -> float:
     footprint, option = choice.footprint, choice.option
     cfg = footprint.cfg
     if isinstance(footprint, CudaFootprint):
-        launching_s = passes * footprint.shape.layers * GPU_BLOCK_S
+        gpu = footprint.gpu
+        launching_s = passes * footprint.shape.layers * gpu.block_s
         copied_bytes = passes * moved_bytes(footprint, option)
-        return launching_s + operations / GPU_FLOPS_S + copied_bytes / GPU_COPY_BYTES_S
+        return launching_s + operations / gpu.flops_s + copied_bytes / gpu.copy_bytes_s
     machine = choice.machine
     low = footprint.compute_dtype(option.precision)[0] == "bf16"
     speed = (machine.bf16_flops_s if low else machine.flops_s) * SHARE_OF_PEAK

@@ -37,7 +37,7 @@ from edgezo.zo.axes import DIRECTIONS
 
 if TYPE_CHECKING:
     from edgezo.network.model import Model
-    from edgezo.network.perturb import Probe
+    from edgezo.network.probe import Probe
     from edgezo.plan.config import RunConfig
     from edgezo.run.journal_record import StepRecord
 

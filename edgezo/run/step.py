@@ -10,7 +10,7 @@ gradient of its own (the exact head, LoRA's matrices) changes in its ``update``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -21,7 +21,7 @@ from edgezo.data.token_stats import TokenStats
 from edgezo.machine.clock import now_s
 from edgezo.machine.profiler import phase
 from edgezo.network.first_order import split_by_length
-from edgezo.network.perturb import Probe
+from edgezo.network.probe import Probe
 from edgezo.run.echo import echo_of_step
 from edgezo.run.finetuner import Tuner
 from edgezo.run.journal_record import StepRecord
@@ -46,6 +46,8 @@ class Stepper:
     """Makes the steps of one run."""
 
     state: RunState
+    # What the learned parts asked of the gradients of the step that is being made.
+    _known: dict[str, list[float]] = field(default_factory=dict)
 
     # -- a step -------------------------------------------------------------------------------------------
 
@@ -80,7 +82,8 @@ class Stepper:
             model.store.apply([recipe_of(cfg, record)._replace(guides=guides)])
             for name, part in model.learned.items():
                 # Parts with a learning rate follow the schedule of the step.
-                part.update(cfg.rates[name] * step_size / (cfg.step * stride.factor))
+                rate = cfg.rates[name] * step_size / (cfg.step * stride.factor)
+                part.update(rate, self._known.get(name))
         if model.needs_snapshots and (step + 1) % cfg.snapshot_every == 0:
             self.save(step + 1)
         return record
@@ -95,18 +98,24 @@ class Stepper:
         losses = np.full((lines, len(group)), np.nan, np.float32)
         short, parts = self._parts(group)
         begun_s = now_s()
+        queued: list[tuple[slice, tuple[int, ...], Tensor]] = []
         try:
             for batch, perturbed in parts:
                 self.check_room("the next micro-batch")
                 with phase("forward"), self.state.memory.short("a micro-batch"):
                     of_batch = self._losses_of_batch(batch, group, step, perturbed, stride.sigma)
-                    losses[: sides if compared else lines, batch.slots] = of_batch.numpy()
+                    first = slice(0, sides if compared else lines)
+                    queued.append((first, batch.slots, of_batch))
                     if compared:
                         with model.store.at_anchor():
                             of_batch = self._losses_of_batch(
                                 batch, group, step, perturbed, stride.sigma
                             )
-                            losses[sides:, batch.slots] = of_batch.numpy()
+                            queued.append((slice(sides, lines), batch.slots, of_batch))
+            with phase("forward"):
+                read, self._known = model.read([of_batch for _, _, of_batch in queued])
+            for (of_side, slots, _), values in zip(queued, read, strict=True):
+                losses[of_side, slots] = values
         except BaseException:
             model.store.take_guides(learn=False)
             model.forget()  # half a step's gradient must not leak into a saved state
@@ -130,7 +139,8 @@ class Stepper:
         learn = 1.0 / (sides * len(group)) if self.state.model.learned else 0.0
         cfg = self.state.cfg
         key = Key(cfg.seed, cfg.since_base(step)) if perturbed else None
-        return self.losses(batch, [group[slot] for slot in batch.slots], key, sigma, learn)
+        examples = [group[slot] for slot in batch.slots]
+        return self.losses(batch, examples, key, sigma, learn, wait=False)
 
     def losses(
         self,
@@ -139,8 +149,12 @@ class Stepper:
         key: Key | None,
         sigma: float,
         learn: float = 0.0,
+        *,
+        wait: bool = True,
     ) -> Tensor:
         """Losses of a micro-batch, (sides, b) fp32. With an objective they are minus its scores.
+
+        Without ``wait`` they may still be computed on the model's device.
 
         ``key`` and ``sigma`` are those of the perturbation; without a key there is none, and one side.
         ``learn`` is an example's weight in the gradient of the exactly trained parts; 0 computes no gradient.
@@ -153,7 +167,7 @@ class Stepper:
 
         if judge is not None and judge.score is not None:
             return judge.losses(model, batch, examples, probe, sides)
-        return model.losses(batch, probe(batch), sides=sides, learn=learn)[0]
+        return model.losses(batch, probe(batch), sides=sides, learn=learn, wait=wait)[0]
 
     @phase("forward")
     def plain_forward(self, batch: Batch) -> None:

@@ -21,7 +21,6 @@ from edgezo.zo import noise
 from edgezo.zo.axes import ROUNDINGS
 from edgezo.zo.noise import Key
 
-CPU = torch.device("cpu")
 DENSE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # A row that has outgrown its scale is given a scale this much wider than it needs, so that it can grow a little more.
@@ -157,8 +156,7 @@ class Dense:
             ulp = self._ulp(high)
             return high.addcmul_(self._low_codes(values, high, ulp), ulp, value=1 / 256)
         ulp = self._ulp(values)
-        dither = noise.uniform_at(key, tensor, noise.ROUNDING, rows, self.shape[1])
-        dither = dither.to(values.device)
+        dither = noise.uniform(key, tensor, noise.ROUNDING, rows, self.shape[1], values.device)
         # Compared, not added: values / ulp + dither would round, and lift values that lie on the grid.
         steps = values / ulp
         below = torch.floor(steps)
@@ -280,8 +278,8 @@ class Int8:
             return codes.add_(_below(steps, codes), alpha=1 / 256).mul_(scale)
         # The remainder is measured from the grid as ``read`` gives it: it is 0 of a value that lies on the grid.
         remainder = values.sub(codes * scale).div_(scale)
-        dither = noise.uniform_at(key, tensor, noise.ROUNDING, rows, self.shape[1])
-        up = remainder.abs() > dither.to(values.device)
+        dither = noise.uniform(key, tensor, noise.ROUNDING, rows, self.shape[1], values.device)
+        up = remainder.abs() > dither
         codes.add_(remainder.sign_().mul_(up)).clamp_(-MOST_CODE, MOST_CODE)
         return codes.mul_(scale)
 

@@ -37,8 +37,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgezo.machine.philox import CPU
+from edgezo.machine.transfers import uploaded
+from edgezo.weights.fused_update import fusible, update_by_kernel
 from edgezo.weights.inverse_roots import InverseRoots
-from edgezo.weights.layouts import CPU, Dense, Int8, Layout, TrainedLayout
+from edgezo.weights.layouts import Dense, Int8, Layout, TrainedLayout
 from edgezo.weights.recent import Recent, is_live
 from edgezo.weights.requantise import (
     ReplayedMatrix,
@@ -170,9 +173,13 @@ class WeightStore:
         """Take ``trainables`` through the steps of ``recipes``. Each tile is read once and written once."""
         live = [r for r in recipes if is_live(r)]
         past = self._looked_back_on(recipes)
-        coefficients = [torch.from_numpy(r.coefficients).to(self.device) for r in live]
+        coefficients = [uploaded(torch.from_numpy(r.coefficients), self.device) for r in live]
         for trainable in trainables if live else ():
             layout = trainable.layout
+            if fusible(self, trainable, live):
+                for recipe, c in zip(live, coefficients, strict=True):
+                    update_by_kernel(self, trainable, recipe, c)
+                continue
             if moves_by_example(trainable):
                 for recipe, c in zip(live, coefficients, strict=True):
                     for tile in touched_tiles(trainable, recipe, c):
@@ -332,8 +339,7 @@ class WeightStore:
     def _centred_scale(self, tile: Tile) -> Tensor:
         """sqrt(v + 1e-8) of ZO-AdaMU's rule (arXiv 2312.15184), (n, cols) fp32."""
         key, target, rows = Key(self.seed, tile.recipe.step), tile.trainable.target, tile.rows
-        runs = [rows] if isinstance(rows, slice) else [slice(r, r + 1) for r in rows.tolist()]
-        v = torch.cat([centred(key, target, run)[1] for run in runs]).to(self.device)
+        v = centred(key, target, rows, self.device)[1]
         return v.add_(1e-8).sqrt_()
 
     def _learn_curvature(self, tile: Tile, unmasked: Tensor) -> None:
@@ -358,17 +364,17 @@ class WeightStore:
         """
         trainable, recipe, coefficients, rows, member, _ = tile
         key, target, d = Key(self.seed, recipe.step), trainable.target, self.directions
-        basis, epoch = d.basis(key, target), recipe.step // d.refresh
+        basis, epoch = d.basis(key, target, self.device), recipe.step // d.refresh
         last = int(trainable.state["epoch"][rows][0])
         if last != epoch:
-            turn = d.basis(Key(self.seed, last * d.refresh), target).T @ basis / target.cols
-            turn = turn.to(self.device)
+            before = d.basis(Key(self.seed, last * d.refresh), target, self.device)
+            turn = before.T @ basis / target.cols
             for name in self.rule.states:
                 trainable.state[name][rows] = _combination(trainable.state[name][rows], turn)
             trainable.state["epoch"][rows] = epoch
         g = d.weighted_coordinates(key, target, coefficients, rows, member)
         change = self._ruled(tile, g if scale == 1.0 else g * scale)
-        return _combination(change, basis.T.to(self.device)).mul_(d.rank**-0.5)
+        return _combination(change, basis.T).mul_(d.rank**-0.5)
 
     def _orthogonal_change(self, tile: Tile) -> Tensor:
         """lr sqrt(rows) msign(N) V^T/sqrt(k) on the rows of a tile, (n, cols) fp32 (ZO-Muon, arXiv 2602.17155)."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from edgezo.machine.limits import tiles
+from edgezo.machine.transfers import uploaded
 from edgezo.weights.trainable import Trainable
 from edgezo.zo.recipe import Recipe
 
@@ -64,7 +65,7 @@ def membership(
         place = np.searchsorted(rows, moved)
         place = place[place < len(rows)]  # rows behind the last one are at the end of ``moved``
         line[place[rows[place] == moved[: len(place)]]] = 1.0
-    return torch.from_numpy(member).to(device)
+    return uploaded(torch.from_numpy(member), device)
 
 
 def member_of(
@@ -85,7 +86,7 @@ def touched_tiles(trainable: Trainable, recipe: Recipe, coefficients: Tensor) ->
     touched = union_of(by_direction)
     for part in tiles(len(touched), trainable.target.cols):
         rows = touched[part]
-        numbers = torch.from_numpy(rows.astype(np.int64)).to(device)
+        numbers = uploaded(torch.from_numpy(rows.astype(np.int64)), device)
         member = membership(by_direction, rows, device)
         yield Tile(trainable, recipe, coefficients, numbers, member)
 

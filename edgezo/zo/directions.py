@@ -35,6 +35,7 @@ U is of N(0,1). In ``rank-signs`` a vector's direction is r_i1 alone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -42,6 +43,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgezo.machine.philox import CPU, count_of
+from edgezo.machine.transfers import uploaded
 from edgezo.zo import noise
 from edgezo.zo.noise import Key
 
@@ -96,41 +99,66 @@ class Directions(NamedTuple):
         """How many products r_ik s_ik^T a direction of a matrix is the sum of; it is divided by the root of that."""
         return self.rank if self.summed else 1
 
-    def row_signs(self, key: Key, target: Target, slots: Sequence[int], term: int = 0) -> Tensor:
+    def row_signs(
+        self,
+        key: Key,
+        target: Target,
+        slots: Sequence[int],
+        device: torch.device = CPU,
+        term: int = 0,
+    ) -> Tensor:
         """r_ik of the examples in ``slots``, k = ``term``, (len(slots), rows) int8."""
-        return _of_slots(key, target.id, noise.ROW, self._places(slots, term), target.rows)
+        places = self._places(slots, term)
+        return _of_slots(key, target.id, noise.ROW, places, target.rows, device)
 
-    def col_signs(self, key: Key, target: Target, slots: Sequence[int], term: int = 0) -> Tensor:
+    def col_signs(
+        self,
+        key: Key,
+        target: Target,
+        slots: Sequence[int],
+        device: torch.device = CPU,
+        term: int = 0,
+    ) -> Tensor:
         """s_ik of the examples in ``slots``, k = ``term``, (len(slots), cols) int8."""
         if self.strict:
-            return torch.ones(len(slots), target.cols, dtype=torch.int8)
-        return _of_slots(key, target.id, noise.COLUMN, self._places(slots, term), target.cols)
+            return torch.ones(len(slots), target.cols, dtype=torch.int8, device=device)
+        places = self._places(slots, term)
+        return _of_slots(key, target.id, noise.COLUMN, places, target.cols, device)
 
     def _places(self, slots: Sequence[int], term: int) -> Sequence[int]:
         """Rows of the table of sign vectors: an example has ``terms`` of them, one after the other."""
         return slots if self.terms == 1 else [slot * self.terms + term for slot in slots]
 
     def dense_rows(
-        self, key: Key, target: Target, rows: slice, basis: Tensor | None = None
+        self,
+        key: Key,
+        target: Target,
+        rows: slice | Tensor,
+        basis: Tensor | None = None,
+        device: torch.device = CPU,
     ) -> Tensor:
-        """Rows of U, (n, cols) fp32. ``basis``: as in ``factors``."""
+        """Rows of U in any order, (n, cols) fp32; ones where there is no U. ``basis``: as in ``factors``."""
+        if self.dense is None:
+            return torch.ones(count_of(rows), target.cols, device=device)
         kind = "normals" if target.vector and self.of_rank else self.dense
         if self.of_rank and not target.vector:
-            return self._low_rank(key, target, rows, basis)
+            return self._low_rank(key, target, rows, basis, device)
         if kind == "centred":
-            return centred(key, target, rows)[0]
+            return centred(key, target, rows, device)[0]
         if self.echo and not self.factored:
-            return self._echoed(key, target, rows)
+            return self._echoed(key, target, rows, device)
         draw = noise.normals if kind == "normals" else noise.signs
-        return draw(key, target.id, noise.DENSE, rows, target.cols).float()
+        return draw(key, target.id, noise.DENSE, rows, target.cols, device).float()
 
-    def _echoed(self, key: Key, target: Target, rows: slice) -> Tensor:
+    def _echoed(
+        self, key: Key, target: Target, rows: slice | Tensor, device: torch.device
+    ) -> Tensor:
         """sum_k w_k z_k on ``rows``, (n, cols) fp32: noise of this step, and of those before it."""
-        total = torch.zeros(rows.stop - rows.start, target.cols)
+        total = torch.zeros(count_of(rows), target.cols, device=device)
         for back, weight in enumerate(self.echo):
             if weight:
                 then = Key(key.seed, key.step - back)
-                drawn = noise.normals(then, target.id, noise.DENSE, rows, target.cols)
+                drawn = noise.normals(then, target.id, noise.DENSE, rows, target.cols, device)
                 total += drawn.mul_(weight)
         return total
 
@@ -141,63 +169,76 @@ class Directions(NamedTuple):
             return None
         return torch.tensor(self.echo[: len(self.echo) // 2])
 
-    def leant_on(self, key: Key, target: Target) -> ThinFactors:
+    def leant_on(self, key: Key, target: Target, device: torch.device = CPU) -> ThinFactors:
         """g = sum_j a_j r_j s_j^T of the last step's directions: (rows, B) with a_j, (cols, B)."""
         last, slots = Key(key.seed, key.step - 1), range(len(self.echo) // 2)
-        a = torch.tensor(self.echo[len(slots) :])
-        left = self.row_signs(last, target, slots).T.float().mul_(a)
-        return ThinFactors(left, self.col_signs(last, target, slots).T.float(), 1.0)
+        a = torch.tensor(self.echo[len(slots) :]).to(device)
+        left = self.row_signs(last, target, slots, device).T.float().mul_(a)
+        right = self.col_signs(last, target, slots, device).T.float()
+        return ThinFactors(left, right, 1.0)
 
     @property
     def of_rank(self) -> bool:
         """Whether a matrix's U is a product of thin factors."""
         return self.dense in ("lowrank", "subspace")
 
-    def basis(self, key: Key, target: Target) -> Tensor:
+    def basis(self, key: Key, target: Target, device: torch.device = CPU) -> Tensor:
         """V, (cols, k) fp32 signs: updates along strict and shared low-rank directions lie in its span."""
         epoch = Key(key.seed, key.step // self.refresh)
         rank = slice(0, self.rank)
-        return noise.signs(epoch, target.id, noise.SPAN, rank, target.cols).T.float()
+        return noise.signs(epoch, target.id, noise.SPAN, rank, target.cols, device).T.float()
 
-    def coordinates(self, key: Key, target: Target) -> Tensor:
+    def coordinates(self, key: Key, target: Target, device: torch.device = CPU) -> Tensor:
         """A, (rows, k) fp32 signs, drawn every step."""
         rank = slice(0, self.rank)
-        return noise.signs(key, target.id, noise.LEFT, rank, target.rows).T.float()
+        return noise.signs(key, target.id, noise.LEFT, rank, target.rows, device).T.float()
 
-    def factors(self, key: Key, target: Target, basis: Tensor | None = None) -> ThinFactors:
+    def factors(
+        self, key: Key, target: Target, basis: Tensor | None = None, device: torch.device = CPU
+    ) -> ThinFactors:
         """U of a low-rank kind. ``basis``: V^T (k, cols) of a guided direction; None where V is drawn."""
         if basis is not None:
-            left = self.coordinates(key, target)[:, : len(basis)].to(basis.device)
+            left = self.coordinates(key, target, basis.device)[:, : len(basis)]
             return ThinFactors(left, basis.float().T, 1.0)
         if self.dense == "lowrank":
-            left, right = self.coordinates(key, target), self.basis(key, target)
+            left = self.coordinates(key, target, device)
+            right = self.basis(key, target, device)
             return ThinFactors(left, right, self.rank**-0.5)
         rank = min(self.rank, target.rows, target.cols)
         epoch = Key(key.seed, key.step // self.refresh)
-        p = _dealt(epoch, target.id, noise.SPAN, target.rows, rank)
-        q = _dealt(epoch, target.id, noise.BASIS, target.cols, rank)
-        z = noise.normals(key, target.id, noise.LEFT, slice(0, rank), rank)
+        p = _dealt(epoch, target.id, noise.SPAN, target.rows, rank, device)
+        q = _dealt(epoch, target.id, noise.BASIS, target.cols, rank, device)
+        z = noise.normals(key, target.id, noise.LEFT, slice(0, rank), rank, device)
         # Rows of P and Q have one entry each, so neither product sums anything and rounding depends on no order.
         return ThinFactors(p @ z, q, 1.0)
 
     def _low_rank(
-        self, key: Key, target: Target, rows: slice | Tensor, basis: Tensor | None
+        self,
+        key: Key,
+        target: Target,
+        rows: slice | Tensor,
+        basis: Tensor | None,
+        device: torch.device,
     ) -> Tensor:
-        left, right, scale = self.factors(key, target, basis)
+        left, right, scale = self.factors(key, target, basis, device)
         if isinstance(rows, Tensor):
             rows = rows.to(left.device)
         return (left[rows] @ right.T).mul_(scale)
 
-    def vectors(self, key: Key, target: Target, slots: Sequence[int]) -> Tensor:
+    def vectors(
+        self, key: Key, target: Target, slots: Sequence[int], device: torch.device = CPU
+    ) -> Tensor:
         """D_i of a vector target, (len(slots), rows) fp32."""
-        d = torch.ones(len(slots), target.rows)
         if self.factored:
-            d = self.row_signs(key, target, slots).float()
+            d = self.row_signs(key, target, slots, device).float()
+        else:
+            d = torch.ones(len(slots), target.rows, device=device)
         if self.dense is not None:
             # A vector is a (rows, 1) matrix: one row of U for each element.
-            d = d * self.dense_rows(key, target, slice(0, target.rows)).T
+            d = d * self.dense_rows(key, target, slice(0, target.rows), device=device).T
         if (leans := self.leans) is not None:
-            d = d + leans[list(slots), None] * self.leant_on(key, target).left.sum(1)
+            left = self.leant_on(key, target, device).left
+            d = d + leans[list(slots), None].to(device) * left.sum(1)
         return d
 
     def weighted_sum(
@@ -218,19 +259,17 @@ class Directions(NamedTuple):
         Sums of signs times coefficients of the exact grid have no rounding, so the result does not depend on the
         tile, the device or the order in which a matrix product adds.
         """
-        n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
-        device = coefficients.device
         total = self._outer(key, target, coefficients, rows, member, guides)
-        total = total.expand(n, target.cols)
+        total = total.expand(count_of(rows), target.cols)
         if self.dense is not None or mask_u is not None:
-            u = self.dense_at(key, target, rows, guides).to(device)
+            u = self.dense_rows(key, target, rows, guides, coefficients.device)
             total = total * (u if mask_u is None else mask_u(u))
         if (leans := self.leans) is not None:
             # One number, from a sum whose order does not depend on the tile; a_j are on a grid as the coefficients are.
             lean = float(coefficients.cpu().double() @ leans.double())
-            left, right, _ = self.leant_on(key, target)
+            left, right, _ = self.leant_on(key, target, coefficients.device)
             g = left[rows] @ right.T if not target.vector else left[rows].sum(1, keepdim=True)
-            total = total + g.to(device).mul_(lean)
+            total = total + g.mul_(lean)
         return total
 
     def _outer(
@@ -251,7 +290,7 @@ class Directions(NamedTuple):
 
         def left_factor(term: int) -> Tensor:
             """c_i r_ik on ``rows``, (B, n)."""
-            left = self.row_signs(key, target, slots, term).to(device)[:, rows].float()
+            left = self.row_signs(key, target, slots, device, term)[:, rows].float()
             if member is not None:
                 left = left * member
             return left * coefficients[:, None]
@@ -262,7 +301,7 @@ class Directions(NamedTuple):
             return left_factor(0).sum(0)[:, None]
 
         def product(term: int) -> Tensor:
-            cols = self.col_signs(key, target, slots, term).to(device).float()
+            cols = self.col_signs(key, target, slots, device, term).float()
             return left_factor(term).T @ cols
 
         total = product(0)
@@ -280,21 +319,7 @@ class Directions(NamedTuple):
     ) -> Tensor:
         """Coordinates of ``weighted_sum`` in ``basis``, (n, k) fp32, for strict and shared low-rank directions."""
         total = self._outer(key, target, coefficients, rows, member)
-        return total * self.coordinates(key, target).to(total.device)[rows]
-
-    def dense_at(
-        self, key: Key, target: Target, rows: slice | Tensor, basis: Tensor | None = None
-    ) -> Tensor:
-        """Rows of U in any order, (n, cols) fp32; ones where there is no U."""
-        if self.dense is None:
-            n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
-            return torch.ones(n, target.cols)
-        if isinstance(rows, slice):
-            return self.dense_rows(key, target, rows, basis)
-        if self.of_rank and not target.vector:
-            return self._low_rank(key, target, rows, basis)
-        single = [self.dense_rows(key, target, slice(r, r + 1)) for r in rows.tolist()]
-        return torch.cat(single) if single else torch.zeros(0, target.cols)
+        return total * self.coordinates(key, target, total.device)[rows]
 
 
 def _exact_product(left: Tensor, guides: Tensor) -> Tensor:
@@ -324,40 +349,60 @@ def on_grid(v: Tensor) -> Tensor:
     return torch.nan_to_num(v, 0.0, 0.0, 0.0).mul_(_GRID).round_().div_(_GRID)
 
 
-def _of_slots(key: Key, tensor: int, stream: int, slots: Sequence[int], width: int) -> Tensor:
+def _of_slots(
+    key: Key,
+    tensor: int,
+    stream: int,
+    slots: Sequence[int],
+    width: int,
+    device: torch.device = CPU,
+) -> Tensor:
     """(len(slots), width) int8: the signs of these slots."""
-    last = max(slots) + 1
-    table = noise.signs(key, tensor, stream, slice(0, last), width)
-    return table if list(slots) == list(range(last)) else table[list(slots)]
+    first, last = min(slots), max(slots) + 1
+    table = noise.signs(key, tensor, stream, slice(first, last), width, device)
+    if list(slots) == list(range(first, last)):
+        return table
+    return table[places_of(tuple(slot - first for slot in slots), device)]
 
 
-def _dealt(key: Key, tensor: int, stream: int, size: int, rank: int) -> Tensor:
+@functools.lru_cache(maxsize=4)  # those of one micro-batch are asked for by each tensor
+def places_of(places: tuple[int, ...], device: torch.device) -> Tensor:
+    """``places`` as (n,) int64 on ``device``."""
+    return uploaded(torch.tensor(places), device)
+
+
+def _dealt(
+    key: Key, tensor: int, stream: int, size: int, rank: int, device: torch.device
+) -> Tensor:
     """(size, rank) fp32 with one entry in each row, and orthogonal columns of length sqrt(size/rank)."""
-    order = noise.permutation(key, tensor, stream, size)
-    column = np.empty(size, np.int64)
-    column[order] = np.arange(size) % rank
-    sign = noise.signs(key, tensor, noise.CHOICE + stream, slice(0, 1), size)[0].float()
-    count = np.bincount(column, minlength=rank)[column]
-    length = torch.from_numpy(np.sqrt(size / (rank * count)).astype(np.float32))
-    matrix = torch.zeros(size, rank)
-    matrix[torch.arange(size), torch.from_numpy(column)] = sign * length
+    place = torch.arange(size, device=device)
+    column = torch.empty_like(place)
+    column[noise.order_on(key, tensor, stream, size, device)] = place % rank
+    sign = noise.signs(key, tensor, noise.CHOICE + stream, slice(0, 1), size, device)[0].float()
+    few, more = size // rank, size % rank  # the first ``more`` columns have one row more
+    lengths = [float(np.float32(np.sqrt(size / (rank * n)))) for n in (few + 1, few)]
+    length = torch.where(column < more, lengths[0], lengths[1])
+    matrix = torch.zeros(size, rank, device=device)
+    matrix[place, column] = sign * length
     return matrix
 
 
-def centred(key: Key, target: Target, rows: slice) -> tuple[Tensor, Tensor]:
+def centred(
+    key: Key, target: Target, rows: slice | Tensor, device: torch.device = CPU
+) -> tuple[Tensor, Tensor]:
     """ZO-AdaMU's (m, v) of a step on ``rows``, each (n, cols) fp32 (arXiv 2312.15184), from the last steps' seeds.
 
         z1 ~ N(0, a)    z2 ~ N(m, 1 - a)    m <- (1-b) z1 + b z2    v <- (1-b) z1^2 + b z2^2
 
     with variances a = FRESH and 1 - a, and b = KEPT. Steps more than ``_MEMORY_STEPS`` ago no longer show in m.
     """
-    n = rows.stop - rows.start
-    m = torch.zeros(n, target.cols)
+    m = torch.zeros(count_of(rows), target.cols, device=device)
     v = m
     for step in range(max(0, key.step + 1 - _MEMORY_STEPS), key.step + 1):
         then = Key(key.seed, step)
-        z1 = noise.normals(then, target.id, noise.DENSE, rows, target.cols).mul_(FRESH**0.5)
-        z2 = noise.normals(then, target.id, noise.CENTRE, rows, target.cols)
+        z1 = noise.normals(then, target.id, noise.DENSE, rows, target.cols, device)
+        z1 = z1.mul_(FRESH**0.5)
+        z2 = noise.normals(then, target.id, noise.CENTRE, rows, target.cols, device)
         z2 = z2.mul_((1 - FRESH) ** 0.5).add_(m)
         v = z1.square().mul_(1 - KEPT).add_(z2.square().mul_(KEPT))
         m = z1.mul_(1 - KEPT).add_(z2.mul_(KEPT))

@@ -256,8 +256,9 @@ class Quantized(Mask):
             room = MOST_CODE - (weights() / scale).round_().abs_()
         whole = u / step
         below = torch.floor(whole)
-        dither = noise.uniform_at(key, trainable.target.id, stream, rows, trainable.target.cols)
-        below.add_(dither.to(u.device) < whole.sub_(below))
+        target = trainable.target
+        dither = noise.uniform(key, target.id, stream, rows, target.cols, u.device)
+        below.add_(dither < whole.sub_(below))
         if room is not None:
             below = torch.minimum(torch.maximum(below, -room), room)
         return below.mul_(step)

@@ -3,15 +3,22 @@
 signs     one bit an element      ->  -1 or +1
 normals   16 bits an element      ->  N(0, 1) quantised to 65,536 equally probable levels, variance exactly 1
 uniform   16 bits an element      ->  (k + 1/2) / 65,536
+
+A CPU makes it with kernels.c or numpy. Any other device makes its noise itself, so that nothing is copied there:
+``_MAKERS`` says how. The bits are equal everywhere. Rows may be asked for in any order.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from edgezo.machine import kernels
+from edgezo.machine import gpu_kernels, kernels, philox
+from edgezo.machine.philox import CPU
 from edgezo.zo.bits import (
     BASIS,
     CENTRE,
@@ -52,50 +59,143 @@ __all__ = [
     "SPAN",
     "UPDATE_GRID",
     "Key",
+    "address_of",
     "exact_grid",
     "normals",
+    "normals_on",
+    "order_on",
     "permutation",
     "signs",
     "tensor_id",
     "uniform",
-    "uniform_at",
     "words",
 ]
 
 
-def signs(key: Key, tensor: int, stream: int, rows: slice, width: int) -> Tensor:
-    """``rows`` of a matrix of independent fair signs, (n, width) int8."""
-    generated = kernels.noise(address_of(key, tensor, stream), sign_table(), rows, width)
-    if generated is not None:
-        return generated
-    made = signs_by_numpy(key, tensor, stream, rows, width, torch.get_num_threads())
-    return torch.from_numpy(made)
+Table = Callable[[], np.ndarray]
+# (table, key, tensor, stream, rows of the matrix, its width, device) -> (n, width) int8 signs or fp32 levels
+Maker = Callable[[Table, Key, int, int, slice | Tensor, int, torch.device], Tensor]
 
 
-def _levels(
-    key: Key, tensor: int, stream: int, rows: slice, width: int, table: np.ndarray
+def _on_cpu(
+    table: Table,
+    key: Key,
+    tensor: int,
+    stream: int,
+    rows: slice | Tensor,
+    width: int,
+    device: torch.device,
 ) -> Tensor:
-    """(n, width) fp32: for each element the value of ``table`` (65536,) that its 16 bits number."""
-    generated = kernels.noise(address_of(key, tensor, stream), table, rows, width)
-    if generated is not None:
-        return generated
-    threads = torch.get_num_threads()
-    return torch.from_numpy(levels_by_numpy(key, tensor, stream, rows, width, table, threads))
+    """Noise made by the C kernels or by numpy."""
+    if isinstance(rows, Tensor):
+        runs = [slice(row, row + 1) for row in rows.tolist()] or [slice(0, 0)]
+        return torch.cat([_on_cpu(table, key, tensor, stream, run, width, device) for run in runs])
+    made = kernels.noise(address_of(key, tensor, stream), table(), rows, width)
+    if made is not None:
+        return made
+    address, threads = (key, tensor, stream, rows, width), torch.get_num_threads()
+    if table is sign_table:
+        return torch.from_numpy(signs_by_numpy(*address, threads))
+    return torch.from_numpy(levels_by_numpy(*address, table(), threads))
 
 
-def normals(key: Key, tensor: int, stream: int, rows: slice, width: int) -> Tensor:
-    """``rows`` of a matrix of independent standard normals, (n, width) fp32."""
-    return _levels(key, tensor, stream, rows, width, normal_table())
+@functools.cache
+def _table_on(table: Table, device: torch.device) -> Tensor:
+    """A table on a device: (256,) int64 or (65536,) fp32."""
+    values = table()
+    values = values.view(np.int64) if values.dtype == np.uint64 else values
+    return torch.from_numpy(values.copy()).to(device)
 
 
-def uniform(key: Key, tensor: int, stream: int, rows: slice, width: int) -> Tensor:
-    """``rows`` of a matrix of uniforms in (0, 1), (n, width) fp32, all of them multiples of 2**-17."""
-    return _levels(key, tensor, stream, rows, width, uniform_table())
+def normals_on(device: torch.device) -> Tensor:
+    """(65536,) fp32 on ``device``: the levels that normals take, by their codes."""
+    return _table_on(normal_table, device)
 
 
-def uniform_at(key: Key, tensor: int, stream: int, rows: slice | Tensor, width: int) -> Tensor:
-    """``uniform`` of rows in any order: a slice, or (n,) numbers."""
-    if isinstance(rows, slice):
-        return uniform(key, tensor, stream, rows, width)
-    single = [uniform(key, tensor, stream, slice(r, r + 1), width) for r in rows.tolist()]
-    return torch.cat(single) if single else torch.zeros(0, width)
+def _by_torch(
+    table: Table,
+    key: Key,
+    tensor: int,
+    stream: int,
+    rows: slice | Tensor,
+    width: int,
+    device: torch.device,
+) -> Tensor:
+    """Noise made on ``device`` by torch's integer operations."""
+    return philox.noise_of(address_of(key, tensor, stream), _table_on(table, device), rows, width)
+
+
+def _by_triton(
+    table: Table,
+    key: Key,
+    tensor: int,
+    stream: int,
+    rows: slice | Tensor,
+    width: int,
+    device: torch.device,
+) -> Tensor:
+    """Noise made on ``device`` by a Triton kernel, by torch where Triton is not installed."""
+    make = gpu_kernels.noise_of if gpu_kernels.usable(device) else philox.noise_of
+    return make(address_of(key, tensor, stream), _table_on(table, device), rows, width)
+
+
+# How noise is made, by kind of device; by ``_by_torch`` on a kind that is not named.
+_MAKERS: Mapping[str, Maker] = {"cpu": _on_cpu, "cuda": _by_triton}
+
+
+def _draw(
+    table: Table,
+    key: Key,
+    tensor: int,
+    stream: int,
+    rows: slice | Tensor,
+    width: int,
+    device: torch.device,
+) -> Tensor:
+    make = _MAKERS.get(device.type, _by_torch)
+    return make(table, key, tensor, stream, rows, width, device)
+
+
+def signs(
+    key: Key,
+    tensor: int,
+    stream: int,
+    rows: slice | Tensor,
+    width: int,
+    device: torch.device = CPU,
+) -> Tensor:
+    """``rows`` of a matrix of independent fair signs, (n, width) int8: consecutive ones, or (n,) int64 numbers."""
+    return _draw(sign_table, key, tensor, stream, rows, width, device)
+
+
+def normals(
+    key: Key,
+    tensor: int,
+    stream: int,
+    rows: slice | Tensor,
+    width: int,
+    device: torch.device = CPU,
+) -> Tensor:
+    """``rows`` of a matrix of independent standard normals, (n, width) fp32; ``rows`` as in ``signs``."""
+    return _draw(normal_table, key, tensor, stream, rows, width, device)
+
+
+def uniform(
+    key: Key,
+    tensor: int,
+    stream: int,
+    rows: slice | Tensor,
+    width: int,
+    device: torch.device = CPU,
+) -> Tensor:
+    """``rows`` of a matrix of uniforms in (0, 1), (n, width) fp32, multiples of 2**-17; ``rows`` as in ``signs``."""
+    return _draw(uniform_table, key, tensor, stream, rows, width, device)
+
+
+def order_on(key: Key, tensor: int, stream: int, size: int, device: torch.device = CPU) -> Tensor:
+    """``permutation`` as (size,) int64 on ``device``, where it is made."""
+    if device.type == "cpu":
+        return torch.from_numpy(permutation(key, tensor, stream, size))
+    blocks = torch.arange(-(-size // 4), device=device)
+    drawn = philox.words_of(address_of(key, tensor, stream), blocks).reshape(-1)[:size]
+    return torch.argsort(drawn ^ torch.iinfo(torch.int64).min, stable=True)  # as unsigned numbers

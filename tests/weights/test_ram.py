@@ -174,6 +174,9 @@ class _Short(ProcessMemory):
     cap_bytes = 10**9
     short = CudaMemory.short  # type: ignore[assignment]
 
+    def free_bytes(self) -> int:
+        return self.cap_bytes
+
 
 def _refuse(patch: pytest.MonkeyPatch, room: int, after: int) -> None:
     """Let forwards over more than ``room`` examples run out of memory, from call ``after`` on."""

@@ -402,7 +402,7 @@ def test_every_weight_that_is_probed_is_a_code_times_its_scale(name: str, maker:
             continue
         steps = torch.zeros(layout.shape)
         for probing in (True, False):
-            u = store.directions.dense_at(Key(SEED, 1), trainable.target, every)
+            u = store.directions.dense_rows(Key(SEED, 1), trainable.target, every)
             shaped = store.mask.shape(
                 u, Key(SEED, 1), trainable, every, lambda stored=layout: stored.read(slice(0, stored.shape[0])),
                 probing=probing,
@@ -421,7 +421,7 @@ def test_both_roundings_on_the_grid_are_unbiased_and_independent(maker: Maker) -
     trainable = next(r for r in store.trainables.values() if isinstance(r.layout, Int8))
     layout, every, tries = trainable.layout, slice(0, trainable.target.rows), 300
     assert isinstance(layout, Int8)
-    u = store.directions.dense_at(Key(SEED, 1), trainable.target, every)
+    u = store.directions.dense_rows(Key(SEED, 1), trainable.target, every)
     width = layout.scale / SIGMA
     errors, crossed = torch.zeros(2, *layout.shape), 0.0
     inside = layout.codes.abs() + (u / width).abs() + 1 < MOST_CODE

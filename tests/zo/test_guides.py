@@ -15,7 +15,8 @@ from torch import Tensor
 from edgezo.data.batches import collate
 from edgezo.errors import BudgetExceeded, UsageError
 from edgezo.network.model import Model
-from edgezo.network.perturb import MOST_SLOTS, TOKENS, PerturbedLinear
+from edgezo.network.perturb import PerturbedLinear
+from edgezo.network.probe import MOST_SLOTS, TOKENS
 from edgezo.plan.request import make_config
 from edgezo.run.train import finetune
 from edgezo.zo import noise

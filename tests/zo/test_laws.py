@@ -6,7 +6,6 @@ in workshop.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -205,14 +204,12 @@ class Flipped(Directions):
 
     flipped: str
 
-    def row_signs(self, key: Key, target: Target, slots: Sequence[int], term: int = 0) -> Tensor:
-        signs = super().row_signs(key, target, slots, term)
+    def row_signs(self, key: Key, target: Target, *where: Any) -> Tensor:
+        signs = super().row_signs(key, target, *where)
         return -signs if target.name == self.flipped else signs
 
-    def dense_rows(
-        self, key: Key, target: Target, rows: slice, basis: Tensor | None = None
-    ) -> Tensor:
-        u = super().dense_rows(key, target, rows, basis)
+    def dense_rows(self, key: Key, target: Target, *rows: Any, **where: Any) -> Tensor:
+        u = super().dense_rows(key, target, *rows, **where)
         return -u if target.name == self.flipped and not self.factored else u
 
 
