@@ -1,0 +1,467 @@
+"""The server of a fleet: a run whose rows lie on devices that come and go, and never leave them.
+
+    group of step t    rows of all devices, numbered device by device: batch_indices(rows of the fleet, B, seed, t)
+    slice              the slots of the group whose rows a device has; it computes their losses (fleet_messages.py)
+    record             losses of all slices together, credit, step size; appended to the journal, then sent to devices
+
+The server has the journal, with the identity of the base in its header. It has no model, and sees no row: only how many
+a device has. Device names with the numbers of their rows are kept beside the journal, so that a server that is started
+again goes on. Where the rows of one data set are divided among devices in their order, the journal is that of
+``edgezo finetune`` over all of them with the same micro-batches.
+
+A device that answers anything but the losses it was asked for is refused by name, and its slice is computed by others,
+with rows of theirs. Where nobody can, the losses are NaN: those examples move nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from edgezo import __version__
+from edgezo.data.batches import batch_indices
+from edgezo.errors import UsageError
+from edgezo.machine.clock import now_s
+from edgezo.machine.files import atomic_write, to_json
+from edgezo.machine.foreign import clip
+from edgezo.plan.config import RunConfig
+from edgezo.plan.data_fields import LOSS
+from edgezo.plan.fields import DEFAULT_BATCH, FREE_ON_RESUME
+from edgezo.run.fleet_messages import (
+    Order,
+    DeviceReport,
+    Tally,
+    losses_problem,
+    outlying,
+    read_report,
+)
+from edgezo.run.journal import Journal
+from edgezo.run.journal_record import StepRecord
+from edgezo.zo.credit import Estimator, schedule
+
+MOST_RECORDS_BYTES = 1 << 20  # of an order
+MOST_NAME, MOST_ROWS = 100, 1 << 31
+GLANCE_S = 2.0  # that a device which has been silent is waited for
+
+
+class Transport(Protocol):
+    """What carries messages to devices. Its numbers of devices are those of its connections."""
+
+    def nodes(self) -> Sequence[int]:
+        """The devices that are connected now."""
+        ...
+
+    def exchange(self, messages: Mapping[int, bytes], wait_s: float) -> Mapping[int, bytes]:
+        """Send, and return the answers that come within ``wait_s``."""
+        ...
+
+    def rest(self) -> None:
+        """Wait a little for devices to come."""
+        ...
+
+
+class Rules(NamedTuple):
+    """What a server asks of its devices."""
+
+    devices: int = 1  # that a new fleet waits for; their rows are numbered by their names
+    patience_s: float = 60.0  # that a slice waits for the device that has its rows
+    most_refusals: int = 3  # of answers of a device, before it is asked no more
+    # An example counts if its losses differ by at most so many times the group's median difference; None: always.
+    most_times_median: float | None = None
+
+
+@dataclass
+class Member:
+    """A device that has been with the fleet."""
+
+    name: str
+    first: int  # number of its first row in the fleet
+    rows: int
+    node: int | None = None  # None: it is not there
+    steps: int = 0  # records that it has
+    refusals: int = 0
+    state: tuple[int, int] = (0, 0)  # steps, and the hash of its trained state after them
+
+
+class DeviceRefused(Exception):
+    """Why an answer of a device, or the device itself, cannot be used."""
+
+
+def check_divisible(cfg: RunConfig) -> None:
+    """Raise UsageError for settings whose steps need more than losses, or rows that nobody has."""
+    parts = cfg.parts
+    learned = cfg.backward or parts.head or parts.readout
+    problems = {
+        "--train lowrank": learned and "a gradient or a linear probe needs rows",
+        "--steps N": cfg.steps is None and "the time of a server is not that of devices",
+        "--step N": cfg.step_auto and "--step auto measures with the rows at hand",
+        "--mask none": cfg.finetuner is not None and "a finetuner's scales need a model",
+        "--estimator grzo": cfg.anchored and "an anchor's batches would go to every device",
+        "--objective loss": cfg.objective != LOSS and "scores are no losses",
+        "no --from": cfg.parent is not None and "devices have no earlier run",
+    }
+    wrong = [f"{why}: give {way}" for way, why in problems.items() if why]
+    if wrong:
+        raise UsageError([f"a fleet cannot train so: {text}" for text in wrong])
+
+
+def identity(header: Mapping[str, Any], free: Sequence[str] = FREE_ON_RESUME) -> dict[str, Any]:
+    """What all devices of a fleet have alike, of a journal's header: version, base, task and settings; not the rows."""
+    config = {name: value for name, value in header["config"].items() if name not in free}
+    alike = {name: header[name] for name in ("content_hash", "dataset")}
+    return {"version": __version__, **alike, "config": config}
+
+
+def free_settings(cfg: RunConfig) -> tuple[str, ...]:
+    """Settings that a device may have otherwise. Low-rank factors are fp32 beside a base of any precision."""
+    only_factors = cfg.parts.factors and not (cfg.parts.weights or cfg.parts.vectors)
+    return (*FREE_ON_RESUME, "precision") if only_factors else FREE_ON_RESUME
+
+
+def differing(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The names of what two identities have differently, settings by their own names."""
+    names = [name for name in first if name != "config" and first[name] != other.get(name)]
+    one, two = first["config"], other.get("config")
+    if not isinstance(two, Mapping):
+        return [*names, "config"]
+    return [*names, *sorted(n for n in {*one, *two} if one.get(n) != two.get(n))]
+
+
+@dataclass
+class Fleet:
+    """The server's side of one run."""
+
+    journal: Journal
+    book: Path  # JSON: each device's first row and its rows, by name
+    rules: Rules = field(default_factory=Rules)
+    note: Callable[[str], None] = print
+    clock: Callable[[], float] = now_s
+    members: dict[str, Member] = field(default_factory=dict)
+    tally: Tally = field(default_factory=Tally)
+    sent_bytes: int = 0  # of orders and reports, without the transport's framing
+    received_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.cfg = self.journal.settings
+        check_divisible(self.cfg)
+        self.evaluations = len(Estimator.of(self.cfg).evaluations)
+        self.batch_size = self.cfg.batch_size or DEFAULT_BATCH
+        for step in range(self.journal.next_step):
+            self.tally.add(self.journal.encoded(step))
+        self._met: set[int] = set()
+        self._silent: set[int] = set()
+        if self.book.exists():
+            for name, (first, rows) in json.loads(self.book.read_text()).items():
+                self.members[name] = Member(name, first, rows)
+
+    # -- the run ------------------------------------------------------------------------------------------
+
+    def run(self, transport: Transport) -> None:
+        """Make the steps that the journal lacks, and bring all devices that are there to its end."""
+        steps = self.cfg.steps or 0
+        self.gather(transport)
+        while self.journal.next_step < steps:
+            self.step(transport)
+        self.journal.sync()
+        self._meet(transport)
+        self._catch_up(transport, least_bytes=0)
+
+    def gather(self, transport: Transport) -> None:
+        """Wait for the devices that a new fleet begins with."""
+        while not self.members:
+            reports = self._greet(transport)
+            while len(reports) < self.rules.devices:
+                transport.rest()
+                reports |= self._greet(transport)
+                there = set(transport.nodes())
+                reports = {node: report for node, report in reports.items() if node in there}
+            self._enter(reports)
+
+    def step(self, transport: Transport) -> StepRecord:
+        """One step: ask, gather, append."""
+        step, cfg = self.journal.next_step, self.cfg
+        losses = self._losses(transport, step)
+        if self.rules.most_times_median is not None:
+            out = outlying(losses, self.rules.most_times_median)
+            losses[:, out] = np.nan
+            if len(out):
+                self.note(f"step {step}: {len(out)} examples are left out, far from the median")
+        credit = Estimator.of(cfg).credit(losses)
+        size = cfg.step * schedule(cfg.schedule, min(1.0, step / (cfg.steps or 1)))
+        record = StepRecord(step, cfg.sigma, size, not bool(credit.any()), losses, credit)
+        self.journal.append(record)
+        self.tally.add(self.journal.encoded(step))
+        return record
+
+    @property
+    def rows(self) -> int:
+        """Rows of all devices together."""
+        return sum(member.rows for member in self.members.values())
+
+    def present(self) -> list[Member]:
+        """The devices that can be asked, by the numbers of their rows."""
+        there = [m for m in self.members.values() if m.node is not None]
+        return sorted(there, key=lambda member: member.first)
+
+    # -- who is there -------------------------------------------------------------------------------------
+
+    def _meet(self, transport: Transport) -> None:
+        """Take in who has come, and who has gone."""
+        self._enter(self._greet(transport))
+
+    def _greet(self, transport: Transport) -> dict[int, DeviceReport]:
+        """Ask the devices that are new who they are; the reports of those that can be of this fleet."""
+        there = set(transport.nodes())
+        for member in self.members.values():
+            if member.node not in there:
+                member.node = None
+        self._met &= there
+        self._silent &= there
+        hello = Order(self.journal.run, 0, 0, self.journal.head_bytes()).encoded()
+        reports: dict[int, DeviceReport] = {}
+        for nodes, wait_s in (
+            (there - self._met - self._silent, self.rules.patience_s),
+            (self._silent, GLANCE_S),
+        ):
+            if not nodes:
+                continue
+            answers = self._exchange(transport, dict.fromkeys(sorted(nodes), hello), wait_s)
+            self._silent = (self._silent | nodes) - answers.keys()
+            self._met |= answers.keys()
+            for node, data in answers.items():
+                try:
+                    reports[node] = self._introduced(data)
+                except (DeviceRefused, ValueError) as problem:
+                    self.note(f"device at connection {node} is refused: {problem}")
+        return reports
+
+    def _introduced(self, data: bytes) -> DeviceReport:
+        """The report of a device that can be of this fleet. Raises DeviceRefused, ValueError."""
+        report = read_report(data)
+        name, rows = report.text.get("name"), report.text.get("rows")
+        if not (isinstance(name, str) and name.isprintable() and 0 < len(name) <= MOST_NAME):
+            raise DeviceRefused("it gives no name")
+        if "problem" in report.text:
+            raise DeviceRefused(f"{name}: {clip(str(report.text['problem']), 600)}")
+        if type(rows) is not int or not 0 < rows < MOST_ROWS:
+            raise DeviceRefused(f"{name} has no number of rows")
+        mine = identity(self.journal.header, free_settings(self.cfg))
+        if names := differing(mine, report.text):
+            raise DeviceRefused(f"{name} differs from this fleet in {clip(', '.join(names), 600)}")
+        known = self.members.get(name)
+        if known is not None and known.rows != rows:
+            raise DeviceRefused(f"{name} has {rows} rows, and had {known.rows}")
+        if known is not None and known.refusals >= self.rules.most_refusals:
+            raise DeviceRefused(f"{name} was refused {known.refusals} times")
+        self._check_journal(report)
+        return report
+
+    def _check_journal(self, report: DeviceReport) -> None:
+        """Raise DeviceRefused unless the journal of a device is the beginning of this one."""
+        if report.run != self.journal.run:
+            raise DeviceRefused("its journal is of another run")
+        if report.steps > len(self.tally):
+            raise DeviceRefused(f"it has {report.steps} steps, and this journal {len(self.tally)}")
+        if report.journal != self.tally.after(report.steps):
+            raise DeviceRefused(f"its first {report.steps} records are not those of this journal")
+
+    def _enter(self, reports: Mapping[int, DeviceReport]) -> None:
+        """Make members of the devices that have introduced themselves. Rows of new ones are numbered by their names."""
+        for node, report in sorted(reports.items(), key=lambda item: str(item[1].text["name"])):
+            name = str(report.text["name"])
+            if name not in self.members:
+                self.members[name] = Member(name, self.rows, report.text["rows"])
+                numbers = {m.name: [m.first, m.rows] for m in self.members.values()}
+                atomic_write(self.book, to_json(numbers).encode())
+            member = self.members[name]
+            member.node, member.steps = node, report.steps
+            self.note(f"{name} is here, after step {report.steps}, with {member.rows} rows")
+
+    # -- a step -------------------------------------------------------------------------------------------
+
+    def _losses(self, transport: Transport, step: int) -> np.ndarray:
+        """Losses (S, B) fp32 of the step's group; NaN where no device has given any."""
+        cfg = self.cfg
+        losses = np.full((self.evaluations, self.batch_size), np.nan, np.float32)
+        self._meet(transport)
+        group = batch_indices(self.rows, self.batch_size, cfg.seed, cfg.since_base(step))
+        missing, begun_s = dict(enumerate(group)), self.clock()
+        tried: dict[int, set[str]] = {slot: set() for slot in missing}
+        rested = False
+        while missing:
+            patient = self.clock() - begun_s < self.rules.patience_s
+            slices, waits = self._slices(missing, tried, patient)
+            if slices:
+                for slot in self._ask(transport, step, slices, losses):
+                    del missing[slot]
+                patient = self.clock() - begun_s < self.rules.patience_s
+                for name, pairs in slices.items():
+                    if self.members[name].node is not None or not patient:
+                        for slot in pairs.keys() & missing.keys():
+                            tried[slot].add(name)
+            elif self.present() and not waits:
+                self.note(f"step {step}: {len(missing)} examples are left out, nobody has losses")
+                break
+            else:
+                if not rested:
+                    self.note(f"step {step} waits for the devices of {len(missing)} examples")
+                rested = True
+                transport.rest()
+            self._meet(transport)
+        return losses
+
+    def _slices(
+        self, missing: Mapping[int, int], tried: Mapping[int, set[str]], patient: bool
+    ) -> tuple[dict[str, dict[int, int]], bool]:
+        """Who computes which slots with which of its rows; and whether others still wait for their device."""
+        there, waits = self.present(), False
+        slices: dict[str, dict[int, int]] = {}
+        for slot, row in missing.items():
+            owner = self._owner(row)
+            taker: Member | None = owner
+            if owner.name in tried[slot] or owner.node is None:
+                able = [member for member in there if member.name not in tried[slot]]
+                taker = able[slot % len(able)] if able else None
+                if patient and owner.node is None and owner.refusals < self.rules.most_refusals:
+                    taker, waits = None, True
+            if taker is not None:
+                slices.setdefault(taker.name, {})[slot] = (row - taker.first) % taker.rows
+        return slices, waits
+
+    def _owner(self, row: int) -> Member:
+        return next(m for m in self.members.values() if m.first <= row < m.first + m.rows)
+
+    def _ask(
+        self,
+        transport: Transport,
+        step: int,
+        slices: Mapping[str, Mapping[int, int]],
+        losses: np.ndarray,
+    ) -> list[int]:
+        """Ask for the losses of slices, and write them into ``losses``; the slots that are done."""
+        self._catch_up(transport, MOST_RECORDS_BYTES)
+        orders = {}
+        for name, pairs in slices.items():
+            member = self.members[name]
+            if member.node is not None:
+                orders[name] = self._order(member, step, [*pairs], [*pairs.values()])
+        reports = self._answers(transport, orders)
+        self._check_states()
+        done: list[int] = []
+        for name, report in reports.items():
+            if self.members[name].node is None:
+                continue
+            slots = [*slices[name]]
+            if problem := losses_problem(report.losses, self.evaluations, len(slots)):
+                self._refuse(self.members[name], problem)
+            else:
+                losses[:, slots] = report.losses
+                done += slots
+        return done
+
+    def _order(
+        self, member: Member, step: int, slots: Sequence[int] = (), rows: Sequence[int] = ()
+    ) -> Order:
+        """An order with the records that a device lacks, as many as an order may hold."""
+        records: list[bytes] = []
+        size = 0
+        for at in range(member.steps, self.journal.next_step):
+            if size > MOST_RECORDS_BYTES:
+                break
+            records.append(self.journal.encoded(at))
+            size += len(records[-1])
+        return Order(self.journal.run, step, member.steps, b"", records, slots, rows)
+
+    def _answers(
+        self, transport: Transport, orders: Mapping[str, Order]
+    ) -> dict[str, DeviceReport]:
+        """The reports of devices that have taken the records of their orders in."""
+        nodes = {name: self.members[name].node for name in orders}
+        messages = {
+            node: orders[name].encoded() for name, node in nodes.items() if node is not None
+        }
+        answers = self._exchange(transport, messages, self.rules.patience_s)
+        reports: dict[str, DeviceReport] = {}
+        for name, order in orders.items():
+            member = self.members[name]
+            data = answers.get(member.node) if member.node is not None else None
+            if data is None:
+                if member.node is not None:
+                    self._silent.add(member.node)
+                    self._met.discard(member.node)
+                member.node = None
+                self.note(f"{name} does not answer")
+                continue
+            try:
+                report = read_report(data)
+                if "problem" in report.text:
+                    raise DeviceRefused(clip(str(report.text["problem"]), 600))
+                self._check_journal(report)
+                if report.steps != order.first + len(order.records):
+                    raise DeviceRefused(f"it is after step {report.steps}, with other records")
+            except (DeviceRefused, ValueError) as problem:
+                self._refuse(member, str(problem))
+                continue
+            member.steps, member.state = report.steps, (report.steps, report.state)
+            reports[name] = report
+        return reports
+
+    def _catch_up(self, transport: Transport, least_bytes: int) -> None:
+        """Send records to the devices that lack more than ``least_bytes`` of them."""
+        while True:
+            orders = {}
+            for member in self.present():
+                order = self._order(member, self.journal.next_step)
+                if sum(map(len, order.records)) > least_bytes:
+                    orders[member.name] = order
+            if not orders:
+                return
+            self._answers(transport, orders)
+
+    def _check_states(self) -> None:
+        """Refuse the devices whose trained state differs from that of most, after the same step."""
+        by_step: dict[int, list[Member]] = {}
+        for member in self.present():
+            steps, state = member.state
+            if state:
+                by_step.setdefault(steps, []).append(member)
+        for members in by_step.values():
+            usual = Counter(member.state[1] for member in members).most_common(1)[0][0]
+            for member in members:
+                if member.state[1] != usual:
+                    member.refusals = self.rules.most_refusals - 1
+                    self._refuse(member, "its weights differ from those of the other devices")
+
+    def _refuse(self, member: Member, why: str) -> None:
+        """Do not use an answer; a device that has given too many of them is asked no more."""
+        member.refusals += 1
+        out = member.refusals >= self.rules.most_refusals
+        self.note(
+            f"{member.name} is refused ({member.refusals} of {self.rules.most_refusals}): {why}"
+        )
+        if out:
+            member.node = None
+        elif member.node is not None:
+            self._met.discard(member.node)  # it is asked again who it is, and what it has
+
+    def _exchange(
+        self, transport: Transport, messages: Mapping[int, bytes], wait_s: float
+    ) -> Mapping[int, bytes]:
+        if not messages:
+            return {}
+        answers = transport.exchange(messages, wait_s)
+        self.sent_bytes += sum(map(len, messages.values()))
+        self.received_bytes += sum(map(len, answers.values()))
+        return answers
+
+
+def settings_alike(header: Mapping[str, Any], cfg: RunConfig) -> Mapping[str, Any]:
+    """The settings of a fleet that a device takes over from its journal's header."""
+    free = free_settings(cfg)
+    return {name: value for name, value in header["config"].items() if name not in free}
