@@ -110,6 +110,11 @@ class Device:
                 losses[:, part] = stepper.losses(batch, examples, key, cfg.sigma).numpy()
         return losses
 
+    def trained_sha256(self) -> str:
+        """SHA-256 (hex) of all that is trained, as in the summary of a run."""
+        assert self._state is not None
+        return saved_sha256(self._state.model.saved())
+
     # -- orders -------------------------------------------------------------------------------------------
 
     def _report(self, order: Order) -> DeviceReport:
@@ -125,7 +130,7 @@ class Device:
         steps = len(self._tally)
         text = self._introduction if order.header else {}
         hashed = order.records and not steps % state.cfg.snapshot_every
-        state_hash = int(saved_sha256(state.model.saved())[:16], 16) if hashed else 0
+        state_hash = int(self.trained_sha256()[:16], 16) if hashed else 0
         where = (state.journal.run, steps, self._tally.after(steps))
         return DeviceReport(*where, state_hash, losses, text)
 

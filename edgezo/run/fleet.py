@@ -34,8 +34,8 @@ from edgezo.plan.config import RunConfig
 from edgezo.plan.data_fields import LOSS
 from edgezo.plan.fields import DEFAULT_BATCH, FREE_ON_RESUME
 from edgezo.run.fleet_messages import (
-    Order,
     DeviceReport,
+    Order,
     Tally,
     losses_problem,
     outlying,
@@ -47,7 +47,10 @@ from edgezo.zo.credit import Estimator, schedule
 
 MOST_RECORDS_BYTES = 1 << 20  # of an order
 MOST_NAME, MOST_ROWS = 100, 1 << 31
-GLANCE_S = 2.0  # that a device which has been silent is waited for
+GLANCE_S, GLANCE_EVERY_S = (
+    10.0,
+    15.0,
+)  # that a device which has been silent is waited for, and how often
 
 
 class Transport(Protocol):
@@ -86,6 +89,7 @@ class Member:
     node: int | None = None  # None: it is not there
     steps: int = 0  # records that it has
     refusals: int = 0
+    silences: int = 0  # orders in a row that it has let the time pass for
     state: tuple[int, int] = (0, 0)  # steps, and the hash of its trained state after them
 
 
@@ -155,7 +159,7 @@ class Fleet:
         for step in range(self.journal.next_step):
             self.tally.add(self.journal.encoded(step))
         self._met: set[int] = set()
-        self._silent: set[int] = set()
+        self._silent: dict[int, float] = {}  # connections, and when they were asked last
         if self.book.exists():
             for name, (first, rows) in json.loads(self.book.read_text()).items():
                 self.members[name] = Member(name, first, rows)
@@ -222,17 +226,20 @@ class Fleet:
             if member.node not in there:
                 member.node = None
         self._met &= there
-        self._silent &= there
+        self._silent = {node: at_s for node, at_s in self._silent.items() if node in there}
         hello = Order(self.journal.run, 0, 0, self.journal.head_bytes()).encoded()
         reports: dict[int, DeviceReport] = {}
+        now = self.clock()
+        again = {n for n, at_s in self._silent.items() if now - at_s >= GLANCE_EVERY_S}
         for nodes, wait_s in (
-            (there - self._met - self._silent, self.rules.patience_s),
-            (self._silent, GLANCE_S),
+            (there - self._met - self._silent.keys(), self.rules.patience_s),
+            (again, GLANCE_S),
         ):
-            if not nodes:
-                continue
             answers = self._exchange(transport, dict.fromkeys(sorted(nodes), hello), wait_s)
-            self._silent = (self._silent | nodes) - answers.keys()
+            for node in nodes:
+                self._silent[node] = self.clock()
+            for node in answers:
+                del self._silent[node]
             self._met |= answers.keys()
             for node, data in answers.items():
                 try:
@@ -257,8 +264,8 @@ class Fleet:
         known = self.members.get(name)
         if known is not None and known.rows != rows:
             raise DeviceRefused(f"{name} has {rows} rows, and had {known.rows}")
-        if known is not None and known.refusals >= self.rules.most_refusals:
-            raise DeviceRefused(f"{name} was refused {known.refusals} times")
+        if known is not None and self._is_out(known):
+            raise DeviceRefused(f"{name} is asked no more")
         self._check_journal(report)
         return report
 
@@ -328,7 +335,7 @@ class Fleet:
             if owner.name in tried[slot] or owner.node is None:
                 able = [member for member in there if member.name not in tried[slot]]
                 taker = able[slot % len(able)] if able else None
-                if patient and owner.node is None and owner.refusals < self.rules.most_refusals:
+                if patient and owner.node is None and not self._is_out(owner):
                     taker, waits = None, True
             if taker is not None:
                 slices.setdefault(taker.name, {})[slot] = (row - taker.first) % taker.rows
@@ -386,17 +393,15 @@ class Fleet:
         messages = {
             node: orders[name].encoded() for name, node in nodes.items() if node is not None
         }
+        begun_s = self.clock()
         answers = self._exchange(transport, messages, self.rules.patience_s)
+        in_time = self.clock() - begun_s < self.rules.patience_s
         reports: dict[str, DeviceReport] = {}
         for name, order in orders.items():
             member = self.members[name]
             data = answers.get(member.node) if member.node is not None else None
             if data is None:
-                if member.node is not None:
-                    self._silent.add(member.node)
-                    self._met.discard(member.node)
-                member.node = None
-                self.note(f"{name} does not answer")
+                self._lose(member, in_time)
                 continue
             try:
                 report = read_report(data)
@@ -409,6 +414,7 @@ class Fleet:
                 self._refuse(member, str(problem))
                 continue
             member.steps, member.state = report.steps, (report.steps, report.state)
+            member.silences = 0
             reports[name] = report
         return reports
 
@@ -438,14 +444,26 @@ class Fleet:
                     member.refusals = self.rules.most_refusals - 1
                     self._refuse(member, "its weights differ from those of the other devices")
 
+    def _is_out(self, member: Member) -> bool:
+        """Whether a device is asked no more, until the server is started again."""
+        return max(member.refusals, member.silences) >= self.rules.most_refusals
+
+    def _lose(self, member: Member, in_time: bool) -> None:
+        """A device has not answered; ``in_time``: its connection said so, as where its process has ended."""
+        if member.node is not None:
+            self._silent[member.node] = self.clock()
+            self._met.discard(member.node)
+        member.node = None
+        member.silences += not in_time
+        self.note(f"{member.name} does not answer")
+
     def _refuse(self, member: Member, why: str) -> None:
         """Do not use an answer; a device that has given too many of them is asked no more."""
         member.refusals += 1
-        out = member.refusals >= self.rules.most_refusals
         self.note(
             f"{member.name} is refused ({member.refusals} of {self.rules.most_refusals}): {why}"
         )
-        if out:
+        if self._is_out(member):
             member.node = None
         elif member.node is not None:
             self._met.discard(member.node)  # it is asked again who it is, and what it has

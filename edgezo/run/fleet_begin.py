@@ -1,4 +1,4 @@
-"""The beginning of a fleet: a directory with a journal that has a header and no records, which a server goes on with."""
+"""The beginning of a fleet: a directory whose journal has a header and no records, for a server to go on with."""
 
 from __future__ import annotations
 
