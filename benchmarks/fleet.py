@@ -1,11 +1,11 @@
 """Fleets of 10 to 1,000,000 devices on paper: edgezo's directions, credits and records, with a model small enough.
 
-    python benchmarks/fleet.py stability [--steps 400] [--seeds 3]     staleness, drop-out, group size, credit, liars, noise
-    python benchmarks/fleet.py population [--each 1]                     seconds a step, bytes of a device and day
+    python benchmarks/fleet.py stability [--steps 400] [--seeds 3] accuracy by staleness, drop-out, credit, lies, noise
+    python benchmarks/fleet.py population [--each 1]                 seconds a step, bytes of a device and day
 
-The model is tanh(W1 x), then softmax(W2 h): 16 inputs, 32 hidden values, 8 classes of overlapping clouds; 768 weights. Each
-device has rows mostly of one class. Directions are ``signs`` (edgezo/zo/directions.py), credits and coefficients those of
-edgezo/zo/credit.py, and what is left out by the median is what a server leaves out (edgezo/run/fleet_messages.py).
+The model is tanh(W1 x), then softmax(W2 h): 16 inputs, 32 hidden values, 8 classes of overlapping clouds; 768 weights.
+Each device has rows mostly of one class. Directions are ``signs`` (edgezo/zo/directions.py), credits and coefficients
+those of edgezo/zo/credit.py; what the median leaves out is what a server leaves out (edgezo/run/fleet_messages.py).
 
 Devices: speed log-normal (the slowest 5 % are 10 times slower than the fastest 5 %); 5 to 20 % of all are there,
 by the hour of the day, and 8 % of those asked never answer: what Bonawitz et al. report (arXiv 1902.01046: drop-out

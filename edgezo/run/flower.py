@@ -1,9 +1,9 @@
 """A fleet over Flower (flwr): its messages travel as one bytes field of a ``ConfigRecord``.
 
-Flower starts a process of the ClientApp for each message, in both of its isolation modes (``flwr-clientapp``, flwr 1.42).
-Loading a model each time would take longer than a step, so the ClientApp is a relay: the model stays in a process that
-listens on a Unix socket (``scripts/fleet/device.py``), whose path is ``device`` in the node's configuration. The
-ServerApp is one process for the whole run. It needs ``directory`` in the run's configuration, which
+Flower starts a process of the ClientApp for each message, in both of its isolation modes (``flwr-clientapp`` of flwr
+1.42). Loading a model each time would take longer than a step, so the ClientApp is a relay: the model stays in a
+process that listens on a Unix socket (``scripts/fleet/device.py``), whose path is ``device`` in the node's
+configuration. The ServerApp is one process for the whole run. It needs ``directory`` in the run's configuration, which
 ``scripts/fleet/begin.py`` has made, and takes the fields of ``Rules``.
 """
 
