@@ -190,8 +190,8 @@ def best_step(trial: Trial, grid: Sequence[float], steps: int, seeds: int) -> Tr
     return replace(trial, step=max(scored)[1])
 
 
-KAPPAS = (0.03, 0.1, 0.3, 1.0, 3.0)
-RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+KAPPAS = (0.1, 0.3, 1.0, 3.0)
+RATES = (0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 def stability(steps: int, seeds: int) -> None:
@@ -225,7 +225,7 @@ def stability(steps: int, seeds: int) -> None:
             shown(f"{credit}, B 64, {drop:.0%}", replace(best[credit, 64], drop=drop), steps, seeds)
     table("liars")
     for lie in LIES:
-        for liars in (0.02, 0.1, 0.3, 0.45):
+        for liars in (0.02, 0.1, 0.3):
             for credit, bound in (("group", None), ("group", 10.0), ("mean", None), ("mean", 10.0)):
                 trial = replace(best[credit, 64], liars=liars, lie=lie, bound=bound)
                 name = f"{lie}, {liars:.0%}, {credit}" + (", median x 10" if bound else "")

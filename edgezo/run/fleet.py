@@ -46,7 +46,7 @@ from edgezo.run.journal_record import StepRecord
 from edgezo.zo.credit import Estimator, schedule
 
 MOST_RECORDS_BYTES = 1 << 20  # of an order
-MOST_NAME, MOST_ROWS = 100, 1 << 31
+MOST_NAME = 100  # characters
 GLANCE_S, GLANCE_EVERY_S = (
     10.0,
     15.0,
@@ -75,6 +75,7 @@ class Rules(NamedTuple):
     devices: int = 1  # that a new fleet waits for; their rows are numbered by their names
     patience_s: float = 60.0  # that a slice waits for the device that has its rows
     most_refusals: int = 3  # of answers of a device, before it is asked no more
+    most_rows: int = 1_000_000  # of a device: who claims many gets many slots of every group
     # An example counts if its losses differ by at most so many times the group's median difference; None: always.
     most_times_median: float | None = None
 
@@ -256,8 +257,8 @@ class Fleet:
             raise DeviceRefused("it gives no name")
         if "problem" in report.text:
             raise DeviceRefused(f"{name}: {clip(str(report.text['problem']), 600)}")
-        if type(rows) is not int or not 0 < rows < MOST_ROWS:
-            raise DeviceRefused(f"{name} has no number of rows")
+        if type(rows) is not int or not 0 < rows <= self.rules.most_rows:
+            raise DeviceRefused(f"{name} has no number of rows from 1 to {self.rules.most_rows}")
         mine = identity(self.journal.header, free_settings(self.cfg))
         if names := differing(mine, report.text):
             raise DeviceRefused(f"{name} differs from this fleet in {clip(', '.join(names), 600)}")

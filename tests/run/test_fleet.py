@@ -329,6 +329,7 @@ def test_where_nobody_has_losses_the_examples_move_nothing(begun: Path) -> None:
         ({"dataset": {}}, "dataset"),
         ({"rows": 0}, "no number of rows"),
         ({"rows": True}, "no number of rows"),
+        ({"rows": 1_000_001}, "no number of rows"),
         ({"name": ""}, "no name"),
         ({"name": ["cleo"]}, "no name"),
         ({"problem": "its disk is full"}, "its disk is full"),
