@@ -15,6 +15,7 @@ fi
 export PATH="$programs:$PATH" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=1
 export FLWR_TELEMETRY_ENABLED=0 FLWR_HOME="$folder/flower"
 names=(anna bert cleo dora)
+port=9190 # of the SuperLink; those of the SuperNodes follow
 sockets="$(mktemp -d)" # a socket's path has to be short
 started=()
 stop() {
@@ -28,23 +29,26 @@ echo "== Settings and rows in $folder"
 "$python" scripts/fleet/demo_files.py "$folder" --model "${MODEL:-smollm2-135m-instruct}" --steps "${STEPS:-6}"
 "$python" scripts/fleet/begin.py "$folder/server.toml"
 mkdir -p "$FLWR_HOME"
-printf '[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:9093"\ninsecure = true\n' \
+printf '[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:%s"\ninsecure = true\n' "$port" \
     > "$FLWR_HOME/config.toml"
 
 echo "== A SuperLink, four SuperNodes and the processes of four devices; their output is in $folder/*.log"
-flower-superlink --insecure --disable-runtime-dependency-installation > "$folder/superlink.log" 2>&1 &
+flower-superlink --insecure --port "$port" --disable-runtime-dependency-installation > "$folder/superlink.log" 2>&1 &
 started+=($!)
-port=9200
+until (: < "/dev/tcp/127.0.0.1/$port") 2> /dev/null; do
+    kill -0 "${started[0]}" || { tail "$folder/superlink.log" >&2; exit 1; }
+    sleep 1
+done
+node_port="$port"
 for name in "${names[@]}"; do
     "$python" scripts/fleet/device.py "$folder/$name.toml" --name "$name" --socket "$sockets/$name" \
         > "$folder/$name.log" 2>&1 &
     started+=($!)
-    flower-supernode --insecure --superlink 127.0.0.1:9092 --port "$port" \
+    node_port=$((node_port + 1))
+    flower-supernode --insecure --superlink "127.0.0.1:$port" --port "$node_port" \
         --node-config "device=\"$sockets/$name\"" > "$folder/$name.supernode.log" 2>&1 &
     started+=($!)
-    port=$((port + 1))
 done
-sleep 5
 
 echo "== ${STEPS:-6} steps over Flower"
 begun=$SECONDS

@@ -26,14 +26,14 @@ from edgezo.plan.request import make_config
 from edgezo.run.claims import prepare
 from edgezo.run.clock import TimeBox
 from edgezo.run.directory import Overlay, RunFiles, run_id
-from edgezo.run.fleet import (
+from edgezo.run.fleet_messages import NOTHING, DeviceReport, Order, Tally, read_order
+from edgezo.run.fleet_settings import (
     check_divisible,
     differing,
     free_settings,
     identity,
     settings_alike,
 )
-from edgezo.run.fleet_messages import NOTHING, DeviceReport, Order, Tally, read_order
 from edgezo.run.journal import Journal, open_journal
 from edgezo.run.journal_header import check_base
 from edgezo.run.manners import Manners

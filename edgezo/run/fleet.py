@@ -20,19 +20,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from edgezo import __version__
 from edgezo.data.batches import batch_indices
-from edgezo.errors import UsageError
+from edgezo.errors import EdgezoError
 from edgezo.machine.clock import now_s
 from edgezo.machine.files import atomic_write, to_json
 from edgezo.machine.foreign import clip
-from edgezo.plan.config import RunConfig
-from edgezo.plan.data_fields import LOSS
-from edgezo.plan.fields import DEFAULT_BATCH, FREE_ON_RESUME
+from edgezo.plan.fields import DEFAULT_BATCH
 from edgezo.run.fleet_messages import (
     DeviceReport,
     Order,
@@ -41,6 +38,7 @@ from edgezo.run.fleet_messages import (
     outlying,
     read_report,
 )
+from edgezo.run.fleet_settings import check_divisible, differing, free_settings, identity
 from edgezo.run.journal import Journal
 from edgezo.run.journal_record import StepRecord
 from edgezo.zo.credit import Estimator, schedule
@@ -98,46 +96,6 @@ class DeviceRefused(Exception):
     """Why an answer of a device, or the device itself, cannot be used."""
 
 
-def check_divisible(cfg: RunConfig) -> None:
-    """Raise UsageError for settings whose steps need more than losses, or rows that nobody has."""
-    parts = cfg.parts
-    learned = cfg.backward or parts.head or parts.readout
-    problems = {
-        "--train lowrank": learned and "a gradient or a linear probe needs rows",
-        "--steps N": cfg.steps is None and "the time of a server is not that of devices",
-        "--step N": cfg.step_auto and "--step auto measures with the rows at hand",
-        "--mask none": cfg.finetuner is not None and "a finetuner's scales need a model",
-        "--estimator grzo": cfg.anchored and "an anchor's batches would go to every device",
-        "--objective loss": cfg.objective != LOSS and "scores are no losses",
-        "no --from": cfg.parent is not None and "devices have no earlier run",
-    }
-    wrong = [f"{why}: give {way}" for way, why in problems.items() if why]
-    if wrong:
-        raise UsageError([f"a fleet cannot train so: {text}" for text in wrong])
-
-
-def identity(header: Mapping[str, Any], free: Sequence[str] = FREE_ON_RESUME) -> dict[str, Any]:
-    """What all devices of a fleet have alike, of a journal's header: version, base, task and settings; not the rows."""
-    config = {name: value for name, value in header["config"].items() if name not in free}
-    alike = {name: header[name] for name in ("content_hash", "dataset")}
-    return {"version": __version__, **alike, "config": config}
-
-
-def free_settings(cfg: RunConfig) -> tuple[str, ...]:
-    """Settings that a device may have otherwise. Low-rank factors are fp32 beside a base of any precision."""
-    only_factors = cfg.parts.factors and not (cfg.parts.weights or cfg.parts.vectors)
-    return (*FREE_ON_RESUME, "precision") if only_factors else FREE_ON_RESUME
-
-
-def differing(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The names of what two identities have differently, settings by their own names."""
-    names = [name for name in first if name != "config" and first[name] != other.get(name)]
-    one, two = first["config"], other.get("config")
-    if not isinstance(two, Mapping):
-        return [*names, "config"]
-    return [*names, *sorted(n for n in {*one, *two} if one.get(n) != two.get(n))]
-
-
 @dataclass
 class Fleet:
     """The server's side of one run."""
@@ -162,8 +120,7 @@ class Fleet:
         self._met: set[int] = set()
         self._silent: dict[int, float] = {}  # connections, and when they were asked last
         if self.book.exists():
-            for name, (first, rows) in json.loads(self.book.read_text()).items():
-                self.members[name] = Member(name, first, rows)
+            self.members = _read_book(self.book)
 
     # -- the run ------------------------------------------------------------------------------------------
 
@@ -173,7 +130,6 @@ class Fleet:
         self.gather(transport)
         while self.journal.next_step < steps:
             self.step(transport)
-        self.journal.sync()
         self._meet(transport)
         self._catch_up(transport, least_bytes=0)
 
@@ -201,6 +157,7 @@ class Fleet:
         size = cfg.step * schedule(cfg.schedule, min(1.0, step / (cfg.steps or 1)))
         record = StepRecord(step, cfg.sigma, size, not bool(credit.any()), losses, credit)
         self.journal.append(record)
+        self.journal.sync()  # or devices could have a record that a power loss has taken from here
         self.tally.add(self.journal.encoded(step))
         return record
 
@@ -281,15 +238,19 @@ class Fleet:
 
     def _enter(self, reports: Mapping[int, DeviceReport]) -> None:
         """Make members of the devices that have introduced themselves. Rows of new ones are numbered by their names."""
-        for node, report in sorted(reports.items(), key=lambda item: str(item[1].text["name"])):
+        arrived = sorted(reports.items(), key=lambda item: str(item[1].text["name"]))
+        known = len(self.members)
+        for _, report in arrived:
             name = str(report.text["name"])
             if name not in self.members:
                 self.members[name] = Member(name, self.rows, report.text["rows"])
-                numbers = {m.name: [m.first, m.rows] for m in self.members.values()}
-                atomic_write(self.book, to_json(numbers).encode())
-            member = self.members[name]
+        if len(self.members) > known:  # before anything is asked of them
+            numbers = {member.name: [member.first, member.rows] for member in self.members.values()}
+            atomic_write(self.book, to_json(numbers).encode())
+        for node, report in arrived:
+            member = self.members[str(report.text["name"])]
             member.node, member.steps = node, report.steps
-            self.note(f"{name} is here, after step {report.steps}, with {member.rows} rows")
+            self.note(f"{member.name} is here, after step {report.steps}, with {member.rows} rows")
 
     # -- a step -------------------------------------------------------------------------------------------
 
@@ -480,7 +441,18 @@ class Fleet:
         return answers
 
 
-def settings_alike(header: Mapping[str, Any], cfg: RunConfig) -> Mapping[str, Any]:
-    """The settings of a fleet that a device takes over from its journal's header."""
-    free = free_settings(cfg)
-    return {name: value for name, value in header["config"].items() if name not in free}
+def _read_book(book: Path) -> dict[str, Member]:
+    """The devices that a server has written down. Raises EdgezoError for any other text."""
+    members: dict[str, Member] = {}
+    rows_so_far = 0
+    try:
+        for name, (first, rows) in json.loads(book.read_text(encoding="utf-8")).items():
+            if first != rows_so_far or type(rows) is not int or rows < 1:
+                raise ValueError(f"the rows of {name} are not numbered after those before")
+            members[name] = Member(name, first, rows)
+            rows_so_far += rows
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as problem:
+        raise EdgezoError(
+            f"{book} is not what a fleet's server has written ({problem}). Restore it from a copy."
+        ) from problem
+    return members

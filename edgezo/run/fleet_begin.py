@@ -12,7 +12,7 @@ from edgezo.machine.process_memory import Meter
 from edgezo.plan.config import RunConfig
 from edgezo.run.claims import prepare
 from edgezo.run.directory import RunFiles
-from edgezo.run.fleet import check_divisible
+from edgezo.run.fleet_settings import check_divisible
 from edgezo.run.journal import create_journal
 from edgezo.run.recipes import journal_is_shaped
 from edgezo.run.session import header_of, open_request, settle

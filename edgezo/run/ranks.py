@@ -34,7 +34,7 @@ from edgezo.machine.links import Links, linked, rank_and_size
 from edgezo.network.model import Model
 from edgezo.plan.config import RunConfig
 from edgezo.plan.fields import FREE_ON_RESUME
-from edgezo.run.fleet import differing
+from edgezo.run.fleet_settings import differing
 from edgezo.run.journal import Journal
 from edgezo.run.session import Planned
 

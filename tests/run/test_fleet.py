@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from conftest import Bench, write_rows
 
-from edgezo.errors import UsageError
+from edgezo.errors import EdgezoError, UsageError
 from edgezo.plan.request import make_config
 from edgezo.run.device import Device
-from edgezo.run.fleet import Fleet, Rules, free_settings, identity
+from edgezo.run.fleet import Fleet, Rules
 from edgezo.run.fleet_begin import BOOK, begin_fleet
 from edgezo.run.fleet_messages import NOTHING, DeviceReport, Order, Tally, read_order
+from edgezo.run.fleet_settings import free_settings, identity
 from edgezo.run.journal import open_journal
 from edgezo.run.recipes import recipe_of
 from edgezo.run.train import finetune
@@ -449,3 +450,12 @@ def test_what_needs_more_than_losses_is_refused_with_the_way_out(
     with pytest.raises(UsageError, match=way):
         begin_fleet(make_config(wanted))
     assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"anna": 3}', '{"anna": [5, 10]}', '{"anna": [0, "a"]}']
+)
+def test_a_book_of_devices_that_was_changed_is_refused(text: str, begun: Path) -> None:
+    (begun / BOOK).write_text(text)
+    with pytest.raises(EdgezoError, match="Restore it from a copy"):
+        serve(begun, Wires({}))
