@@ -15,8 +15,8 @@ from pathlib import Path
 
 from edgezo.errors import EdgezoError, UsageError
 
-_SIZE = struct.Struct("<Q")
-MOST_BYTES = 1 << 26  # of a request or an answer
+_MESSAGE_SIZE = struct.Struct("<Q")
+MOST_MESSAGE_BYTES = 1 << 26  # of a request or an answer
 MOST_PATH_BYTES = 100  # of a socket's path; the kernels allow 103 to 107
 WAITING = 8  # connections
 
@@ -26,7 +26,7 @@ def ask(path: Path, request: bytes) -> bytes:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
             link.connect(str(path))
-            link.sendall(_SIZE.pack(len(request)) + request)
+            link.sendall(_MESSAGE_SIZE.pack(len(request)) + request)
             return _received(link)
     except OSError as error:
         raise EdgezoError(
@@ -63,7 +63,7 @@ def listen(path: Path, answer: Callable[[bytes], bytes], goes_on: Callable[[], b
                 # Who asked may be gone, or send what is no request: the next one is answered all the same.
                 with link, contextlib.suppress(OSError):
                     answered = answer(_received(link))
-                    link.sendall(_SIZE.pack(len(answered)) + answered)
+                    link.sendall(_MESSAGE_SIZE.pack(len(answered)) + answered)
         finally:
             path.unlink(missing_ok=True)
 
@@ -80,8 +80,8 @@ def _is_used(path: Path) -> bool:
 
 def _received(link: socket.socket) -> bytes:
     """One message. Raises OSError where it ends early, or is longer than any."""
-    (size,) = _SIZE.unpack(_exactly(link, _SIZE.size))
-    if size > MOST_BYTES:
+    (size,) = _MESSAGE_SIZE.unpack(_exactly(link, _MESSAGE_SIZE.size))
+    if size > MOST_MESSAGE_BYTES:
         raise OSError(f"{size} bytes are announced")
     return _exactly(link, size)
 

@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_ORDER = struct.Struct("<4sIIIIII")
-_REPORT = struct.Struct("<4sIIIQIII")
-_SIZE = struct.Struct("<I")
+_ORDER_HEAD = struct.Struct("<4sIIIIII")
+_REPORT_HEAD = struct.Struct("<4sIIIQIII")
+_RECORD_SIZE = struct.Struct("<I")
 _ORDER_MARK, _REPORT_MARK = b"EZFO", b"EZFR"
 MOST_TEXT_BYTES = 1 << 22  # of a report: settings of a run, or a sentence
 MOST_LOSSES = 1 << 22  # of a report
@@ -50,12 +50,12 @@ class Order(NamedTuple):
 
     def encoded(self) -> bytes:
         """The bytes of the order."""
-        head = _ORDER.pack(
+        head = _ORDER_HEAD.pack(
             _ORDER_MARK,
             *(self.run, self.step, self.first),
             *(len(self.header), len(self.records), len(self.slots)),
         )
-        records = b"".join(_SIZE.pack(len(record)) + record for record in self.records)
+        records = b"".join(_RECORD_SIZE.pack(len(record)) + record for record in self.records)
         examples = np.array([self.slots, self.rows], "<u4").T.tobytes()
         return head + self.header + records + examples
 
@@ -73,7 +73,7 @@ class DeviceReport(NamedTuple):
     def encoded(self) -> bytes:
         """The bytes of the report."""
         text = json.dumps(self.text, sort_keys=True).encode() if self.text else b""
-        head = _REPORT.pack(
+        head = _REPORT_HEAD.pack(
             _REPORT_MARK,
             *(self.run, self.steps, self.journal, self.state),
             *(*self.losses.shape, len(text)),
@@ -83,14 +83,14 @@ class DeviceReport(NamedTuple):
 
 def read_order(data: bytes) -> Order:
     """The order that ``data`` is. Raises ValueError for any other bytes."""
-    _check_mark(data, _ORDER, _ORDER_MARK, "order")
-    _, run, step, first, header_bytes, count, examples = _ORDER.unpack_from(data)
-    at = _ORDER.size
+    _check_mark(data, _ORDER_HEAD, _ORDER_MARK, "order")
+    _, run, step, first, header_bytes, count, examples = _ORDER_HEAD.unpack_from(data)
+    at = _ORDER_HEAD.size
     header, at = _taken(data, at, header_bytes)
     records = []
     for _ in range(count):
-        size, at = _taken(data, at, _SIZE.size)
-        record, at = _taken(data, at, *_SIZE.unpack(size))
+        size, at = _taken(data, at, _RECORD_SIZE.size)
+        record, at = _taken(data, at, *_RECORD_SIZE.unpack(size))
         records.append(record)
     pairs, at = _taken(data, at, 8 * examples)
     _check_end(data, at)
@@ -100,11 +100,13 @@ def read_order(data: bytes) -> Order:
 
 def read_report(data: bytes) -> DeviceReport:
     """The report that ``data`` is, whatever its numbers are. Raises ValueError for any other bytes."""
-    _check_mark(data, _REPORT, _REPORT_MARK, "report")
-    _, run, steps, journal, state, evaluations, examples, text_bytes = _REPORT.unpack_from(data)
+    _check_mark(data, _REPORT_HEAD, _REPORT_MARK, "report")
+    _, run, steps, journal, state, evaluations, examples, text_bytes = _REPORT_HEAD.unpack_from(
+        data
+    )
     if evaluations * examples > MOST_LOSSES or text_bytes > MOST_TEXT_BYTES:
         raise ValueError(f"it announces {evaluations} x {examples} losses and {text_bytes} bytes")
-    numbers, at = _taken(data, _REPORT.size, 4 * evaluations * examples)
+    numbers, at = _taken(data, _REPORT_HEAD.size, 4 * evaluations * examples)
     text, at = _taken(data, at, text_bytes)
     _check_end(data, at)
     losses = np.frombuffer(numbers, "<f4").astype(np.float32).reshape(evaluations, examples)
