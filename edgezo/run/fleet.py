@@ -74,8 +74,8 @@ class Rules(NamedTuple):
     patience_s: float = 60.0  # that a slice waits for the device that has its rows
     most_refusals: int = 3  # of answers of a device, before it is asked no more
     most_rows: int = 1_000_000  # of a device: who claims many gets many slots of every group
-    # An example counts if its losses differ by at most so many times the group's median difference; None: always.
-    most_times_median: float | None = None
+    # An example counts if its losses differ by at most so many times the group's median difference; 0: always.
+    most_times_median: float = 0.0
 
 
 @dataclass
@@ -148,7 +148,7 @@ class Fleet:
         """One step: ask, gather, append."""
         step, cfg = self.journal.next_step, self.cfg
         losses = self._losses(transport, step)
-        if self.rules.most_times_median is not None:
+        if self.rules.most_times_median:
             out = outlying(losses, self.rules.most_times_median)
             losses[:, out] = np.nan
             if len(out):
