@@ -34,7 +34,7 @@ from edgezo.plan.request import make_config
 from edgezo.run.directory import RunFiles
 from edgezo.run.journal import open_journal
 from edgezo.run.journal_record import StepRecord
-from edgezo.run.recipes import recipe_of
+from edgezo.run.record_recipe import recipe_of
 from edgezo.run.train import finetune
 from edgezo.weights.layouts import Int8
 from edgezo.weights.store import WeightStore

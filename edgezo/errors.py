@@ -42,6 +42,10 @@ class BaseMismatch(EdgezoError):
     exit_code = 5
 
 
+class NoSignal(EdgezoError):
+    """The score of a run is the same whatever is perturbed; it stopped with its state saved."""
+
+
 class Interrupted(EdgezoError):
     """Ctrl-C or SIGTERM; the state is saved and the message holds the resume command."""
 

@@ -90,7 +90,7 @@ def _half_line(write: Callable[..., None], part: float, log: Any, record: Any) -
 def _arm(blow: Blow) -> None:
     from edgezo.network.exact_head import ExactHead
     from edgezo.network.readout import StateFile
-    from edgezo.run import directory, metrics_log
+    from edgezo.run import metrics_log, snapshots
     from edgezo.weights import store
     from edgezo.weights.kept_states import StatesFile
 
@@ -118,7 +118,7 @@ def _arm(blow: Blow) -> None:
     elif blow.point == "head":
         _strike(ExactHead, "update", blow)
     elif blow.point == "snapshot":
-        _strike(directory, "write_saved", blow, torn=_half_file)
+        _strike(snapshots, "write_saved", blow, torn=_half_file)
     elif blow.point == "states":
         _strike(StateFile, "append", blow, torn=_half_states)
     elif blow.point == "kept states":

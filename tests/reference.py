@@ -89,7 +89,7 @@ def direction(
     epoch = Key(key.seed, key.step // refresh)
     if kind == "centred":
         return centred(key, target)[0]
-    if kind == "shared" or (
+    if kind in ("shared", "aligned", "cone") or (
         kind in ("lowrank-shared", "activation-shared", "subspace") and target.vector
     ):
         return noise.normals(key, target.id, noise.DENSE, every, cols).double()
@@ -99,6 +99,13 @@ def direction(
         p = dealt(epoch, target, noise.SPAN, rows, k)
         q = dealt(epoch, target, noise.BASIS, cols, k)
         return math.sqrt(rows * cols) / k * p @ z @ q.T
+    if kind == "rank-signs" and not target.vector:
+        places = slice(slot * rank, (slot + 1) * rank)
+        r, s = (
+            noise.signs(key, target.id, stream, places, width).double()
+            for stream, width in ((noise.ROW, rows), (noise.COLUMN, cols))
+        )
+        return r.T @ s / math.sqrt(rank)
     low = torch.zeros(rows, cols, dtype=torch.float64)
     if (kind.startswith("lowrank") or kind == "activation-shared") and not target.vector:
         a = noise.signs(key, target.id, noise.LEFT, slice(0, rank), rows).double()
@@ -106,7 +113,8 @@ def direction(
         low = a.T @ v / math.sqrt(rank)
     if kind in ("lowrank-shared", "activation-shared"):
         return low
-    one = slice(slot, slot + 1)
+    first = slot * rank if kind == "rank-signs" else slot
+    one = slice(first, first + 1)
     d = noise.signs(key, target.id, noise.ROW, one, rows)[0].double()[:, None].expand(rows, cols)
     if not target.vector and kind != "lowrank-strict":
         d = d * noise.signs(key, target.id, noise.COLUMN, one, cols)[0].double()
@@ -150,6 +158,17 @@ def masked(
     """D_i as the mask shapes it, (rows, cols) float64; ``weights``: as the forward reads them."""
     directions = store.directions
     d = direction(directions.name, key, trainable.target, slot, directions.rank, directions.refresh)
+    if directions.name in ("aligned", "cone") and store.echo:
+        d = sum(
+            w * direction("shared", Key(key.seed, key.step - back), trainable.target, 0)
+            for back, w in enumerate(store.echo)
+            if w
+        )
+    if directions.name == "aligned-signs" and store.echo:  # D_i + b_i sum_j a_j D_j
+        leans, a = np.array(store.echo).reshape(2, -1)
+        last = Key(key.seed, key.step - 1)
+        g = [x * direction("signs", last, trainable.target, j) for j, x in enumerate(a)]
+        d = d + leans[slot] * torch.stack(g).sum(0)
     if trainable.basis is not None:  # A V^T
         a = noise.signs(
             key, trainable.target.id, noise.LEFT, slice(0, directions.rank), trainable.target.rows
@@ -364,6 +383,18 @@ def published_step(
     lr, sigma, b = cfg.step, cfg.sigma, losses.shape[1]
     losses = losses.astype(np.float64)
     name = cfg.estimator
+    if name == "bszo":  # a Kalman filter with a prior of N(0, I), by matrices
+        k = len(directions)
+        mean, covariance = np.zeros(k), np.eye(k)
+        noise = state.get("noise", 1.0)
+        for j, y in enumerate((losses[1:].mean(1) - losses[0].mean()) / sigma):
+            h = np.eye(k)[j]
+            residual = y - h @ mean
+            noise = 0.9 * noise + 0.1 * residual**2
+            gain = covariance @ h / (h @ covariance @ h + noise)
+            mean, covariance = mean + gain * residual, covariance - np.outer(gain, h @ covariance)
+        state["noise"] = noise
+        return theta - lr / k * _total([m * d for m, d in zip(mean, directions, strict=True)])
     if name == "fzoo":
         base, tried = losses[0].mean(), losses[1:].mean(1)
         # theta -= lr/(eps N std) sum_j (l_j - l_0) u_j, with lr = kappa eps^2 N
@@ -376,14 +407,34 @@ def published_step(
     if name == "grzo-uniform":
         return theta - lr * sigma * _total(list(directions))
     delta = losses[0] - losses[1]
+    if cfg.credit == "centred":  # EGGROLL, QES: z-scored fitness; sum_i a_i A_i B_i^T/sqrt(r)
+        a = (delta - delta.mean()) / delta.std()
+        return theta - lr * sigma * _total([x * d for x, d in zip(a, directions, strict=True)])
+    if name == "vote":  # codes move by a grid step, which the caller knows; others by sigma
+        votes = _total([np.sign(x) * d for x, d in zip(delta, directions, strict=True)])
+        needed = NormalDist().inv_cdf(1 - lr / 2) * math.sqrt(b)
+        return theta - state.get("unit", sigma) * torch.sign(votes) * (votes.abs() >= needed)
     weighted = [x * d for x, d in zip(delta, directions, strict=True)]
     if (
         cfg.credit == "group"
     ):  # GRZO and the drop-ins: 1/(2 sigma B) sum a_i D_i, lr = 2 kappa sigma^2 B
         rate = 2 * lr * sigma**2 * b
-        return theta - rate / (2 * sigma * b) * _total(weighted) / delta.std()
+        change = rate / (2 * sigma * b) * _total(weighted) / delta.std()
+        if cfg.rule == "replayed-momentum":
+            change = state["m"] = 0.9 * state.get("m", 0.0) + 0.1 * change
+        return theta - change
     g = _total(weighted) / (2 * sigma * b)  # of MeZO and what is built on it; grzo-raw
-    if name == "mezo-adam":
+    if name == "meazo":
+        state["v"] = 0.999 * state.get("v", 0.0) + 0.001 * (float(delta.mean()) / (2 * sigma)) ** 2
+        return theta - lr * g / (math.sqrt(state["v"] / (1 - 0.999 ** (step + 1))) + 1e-8)
+    if name == "adamezo":  # equation of the paper's algorithm 1, 16 terms back
+        past = state["g"] = [g, *state.get("g", [])][:17]
+        m, v = (
+            (1 - beta) * sum(beta**k * then**power for k, then in enumerate(past))
+            for beta, power in ((0.9, 1), (0.999, 2))
+        )
+        return theta - lr * m / torch.sqrt(v + 1e-8)
+    if name in ("mezo-adam", "replayed-adam"):
         state["m"] = 0.9 * state.get("m", 0.0) + 0.1 * g
         state["v"] = 0.999 * state.get("v", 0.0) + 0.001 * g**2
         m, v = state["m"] / (1 - 0.9 ** (step + 1)), state["v"] / (1 - 0.999 ** (step + 1))

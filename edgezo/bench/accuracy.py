@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -18,9 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from edgezo.bench.memory import claim_results, write_results
-from edgezo.bench.study import Settings, Study
+from edgezo.bench.page import page
+from edgezo.bench.study import Round, Settings, Study
+from edgezo.bench.study_data import placed
+from edgezo.bench.untouched import Untouched
 from edgezo.errors import EdgezoError
 from edgezo.machine import children
+from edgezo.machine.clock import now_s
+from edgezo.machine.files import atomic_write
 from edgezo.plan.fields import flag
 
 Figures = dict[str, Any]
@@ -35,30 +41,52 @@ def bench_accuracy(
     data_root: str | None = None,
     threads: int | None = None,
     parallel: int = 1,
+    most_s: float | None = None,
     out: Path,
     note: Callable[[str], None] = lambda text: None,
 ) -> Figures:
-    """Make the runs that are missing, ``parallel`` processes at once; write accuracy.json and accuracy.png to ``out``.
+    """Make the runs that are missing, ``parallel`` processes at once; write accuracy.json, .png and .md to ``out``.
 
     The result has ``rows`` (one for each run), ``tuning`` (one for each run of a grid search) and ``medians`` (one
-    for each method on each task, with the least and the most). A run that fails is a row with ``error``, and is made
-    again the next time. Raises EdgezoError where every run fails.
+    for each method on each task in each round, with the least and the most). A run that fails is a row with ``error``,
+    and is made again the next time. After ``most_s`` seconds no run is begun; ``pending`` says how many are left, and
+    the next call makes them. Raises EdgezoError where every run fails, UsageError where data is not there.
     """
     claim_results(out)
+    study = placed(study, data_root, out / "data")
     options = {"data_root": data_root, "threads": threads}
     local = {name: value for name, value in options.items() if value}
+    stop_s = math.inf if most_s is None else now_s() + most_s
     with ThreadPoolExecutor(parallel) as pool:
 
         def run_all(runs: list[tuple[str, Settings]]) -> list[Figures]:
             """Figures of these runs, in their order."""
-            return list(pool.map(lambda run: _run(*run, folder=out / "runs", note=note), runs))
+            return list(
+                pool.map(
+                    lambda run: _run(*run, folder=out / "runs", stop_s=stop_s, note=note), runs
+                )
+            )
 
         tuning = _tune(study, local, run_all)
-        rows = _reported(study, local, tuning, run_all)
-    what, amount = study.budget
-    result = {"model": study.model, what: amount, "rows": rows, "tuning": tuning}
-    result["medians"] = [_over_seeds(rows, t, m) for t, m in product(study.tasks, study.methods)]
+        rows = [row for at in study.rounds for row in _reported(study, local, tuning, run_all, at)]
+    left = [run for run in (*tuning, *rows) if "pending" in run]
+    tuning, rows = ([run for run in runs if "pending" not in run] for runs in (tuning, rows))
+    if study.untouched:
+        kept = Untouched(study.model, study.untouched, out / "untouched", local, note)
+        for row in rows:
+            row["untouched"] = kept.of_run(row, may_begin=now_s() < stop_s)
+            left += [row] if row["untouched"] is None else []
+    first = study.rounds[0]
+    result: Figures = {"model": study.model, first.what: first.amount, "rows": rows}
+    result |= {"tuning": tuning, "rounds": [at.name for at in study.rounds], "pending": len(left)}
+    result["medians"] = [
+        _over_seeds([row for row in rows if row["round"] == at.name], t, m) | {"round": at.name}
+        for at, t, m in product(study.rounds, study.tasks, study.methods)
+    ]
     write_results(result, out / "accuracy", chart, note)
+    atomic_write(out / "accuracy.md", page(result).encode())
+    if left:
+        note(f"{len(left)} runs or evaluations are left: the same command makes them")
     if rows and all("error" in row for row in rows):
         raise EdgezoError(
             f"every run of the study failed, {len(rows)} in all; {out / 'accuracy.json'} has the reason for each. "
@@ -84,25 +112,32 @@ def _tune(study: Study, local: Settings, run_all: RunAll) -> list[Figures]:
 
 
 def _reported(
-    study: Study, local: Settings, tuning: list[Figures], run_all: RunAll
+    study: Study, local: Settings, tuning: list[Figures], run_all: RunAll, at: Round
 ) -> list[Figures]:
-    """Make the runs that are reported, each method at its best point; one row for each task, method and seed."""
+    """Make the runs of a round, each method at its best point; one row for each task, method and seed.
+
+    A method whose grid is not searched to its end has no runs yet.
+    """
+    untuned = {(t["task"], t["method"]) for t in tuning if "pending" in t}
     best = {
         (task, method): _best(study.methods[method], tuning, study.tune_tasks or [task], method)
         for task, method in product(study.tasks, study.grids)
+        if not untuned & {(tuned_on, method) for tuned_on in study.tune_tasks or [task]}
     }
     runs = [
         (task, method, *best.get((task, method), (study.methods[method][0], False)), seed)
         for task, method, seed in product(study.tasks, study.methods, study.seeds)
+        if method not in study.grids or (task, method) in best
     ]
     results = run_all(
         [
-            (f"{task}-{method}", study.request(task, point, seed, local))
+            (f"{task}-{method}", study.request(task, point, seed, local, at=at))
             for task, method, point, _, seed in runs
         ]
     )
     rows: list[Figures] = [
         {"task": task, "method": method, "seed": seed, "settings": point, "at_edge": at_edge}
+        | {"round": at.name}
         | figures
         for (task, method, point, at_edge, seed), figures in zip(runs, results, strict=True)
     ]
@@ -113,12 +148,19 @@ def _reported(
     return rows
 
 
-def _run(name: str, request: Settings, *, folder: Path, note: Callable[[str], None]) -> Figures:
-    """Make or finish one run, unless it is finished already; returns its figures, or ``error``."""
+def _run(
+    name: str, request: Settings, *, folder: Path, stop_s: float, note: Callable[[str], None]
+) -> Figures:
+    """Make or finish one run, unless it is finished already; returns its figures, ``error``, or ``pending``.
+
+    It is pending where it would begin after ``stop_s`` on the clock.
+    """
     identity = {k: v for k, v in sorted(request.items()) if k not in LOCAL}
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
     out = folder / f"{name}-{digest}-{request['seed']}"
     if not (out / "summary.json").exists():
+        if now_s() >= stop_s:
+            return {"run": str(out), "pending": True}
         command = [sys.executable, *_command(request, out)]
         done = subprocess.run(command, capture_output=True, text=True, env=children.environment())
         if done.returncode:

@@ -41,11 +41,12 @@ from edgezo.run.session import Opened, load_model, open_request, settle
 from edgezo.weights.store import WeightStore
 from edgezo.weights.tile import rows_by_direction
 from edgezo.weights.trainable import Trainable
+from edgezo.zo.axes import DIRECTIONS
 from edgezo.zo.credit import Estimator
 from edgezo.zo.masks import block_of
 from edgezo.zo.noise import Key
 from edgezo.zo.parts import without_exact
-from edgezo.zo.presets import DIRECTIONS, PRESETS
+from edgezo.zo.presets import PRESETS
 from edgezo.zo.recipe import Recipe
 
 Gradient = dict[str, Tensor]  # by trained tensor, (rows, cols) fp32
@@ -278,9 +279,10 @@ def _theory(
         "mean",
         "clipped",
         "svrg",
+        "scaled",
     ):  # svrg is measured in the step that sets its anchor
         return share * math.sqrt(2 / math.pi / coordinates)
-    if cfg.credit == "candidates":
+    if cfg.tries:
         return share * math.sqrt(cfg.candidates / coordinates)
     if cfg.credit in ("group", "raw") and cfg.mask != "layers":
         # With group credit, the credit of a single example is its sign.

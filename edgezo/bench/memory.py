@@ -37,6 +37,7 @@ from edgezo.plan.fields import FIELDS, flag
 STEMS = ("memory", "speed", "alignment", "accuracy")  # names of result files, without their ends
 LARGEST_RESULT_BYTES = 64 * 10**6
 UNLIMITED_BYTES = 10**15  # a cap that no method reaches, since what it takes freely is measured
+PAGE_BEGINS = "# Accuracy of "  # of the page that bench accuracy writes
 STEPS = 2  # from the second step on an optimizer has its state in memory
 
 
@@ -156,6 +157,10 @@ def _is_chart(path: Path) -> bool:
     return read_small(path, LARGEST_RESULT_BYTES).startswith(b"\x89PNG\r\n\x1a\n")
 
 
+def _is_page(path: Path) -> bool:
+    return read_small(path, LARGEST_RESULT_BYTES).startswith(PAGE_BEGINS.encode())
+
+
 def _is_points(path: Path) -> bool:
     lines = read_small(path, LARGEST_RESULT_BYTES).decode("utf-8").splitlines()
     return all("method" in parse_json(line) for line in lines)
@@ -166,7 +171,9 @@ _FORMS: dict[str, Callable[[Path], bool]] = {
     **{f"{stem}.json": _is_result for stem in STEMS},
     **{f"{stem}.png": _is_chart for stem in STEMS},
     "points.jsonl": _is_points,
+    "accuracy.md": _is_page,
     "runs": lambda path: True,
+    **dict.fromkeys(("data", "untouched"), lambda path: path.is_dir()),
 }
 
 

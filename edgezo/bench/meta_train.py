@@ -47,7 +47,7 @@ from edgezo.plan.request import make_config
 from edgezo.plan.shapes import ModelShape
 from edgezo.run.finetuner import Finetuner, Tuner
 from edgezo.run.journal_record import StepRecord
-from edgezo.run.recipes import recipe_of
+from edgezo.run.record_recipe import recipe_of
 from edgezo.run.session import Opened, Planned, load_model, open_request, read_data, settle
 from edgezo.weights.trainable import Trainable
 from edgezo.zo import noise

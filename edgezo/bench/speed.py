@@ -47,7 +47,7 @@ from edgezo.run.journal import create_journal
 from edgezo.run.journal_record import StepRecord
 from edgezo.run.metrics_log import RunLog, step_line
 from edgezo.run.progress import LiveProgress
-from edgezo.run.recipes import journal_is_shaped
+from edgezo.run.record_recipe import journal_is_shaped
 from edgezo.run.session import Opened, load_model, open_request, settle
 from edgezo.weights.layouts import DENSE_DTYPES, Layout
 from edgezo.zo import noise
@@ -285,7 +285,7 @@ def bookkeeping(
     """
     losses = np.ones((max(2, cfg.passes), size), np.float32)
     losses[0] += np.arange(size, dtype=np.float32)
-    credit = Estimator.of(cfg).credit(losses) if cfg.probing else losses[0]
+    credit = Estimator.of(cfg).recorded(losses, cfg.sigma, 0, None) if cfg.probing else losses[0]
     guard = Guard(1 << 60, 0)
     progress = terminal(Console(file=io.StringIO(), force_terminal=True))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:

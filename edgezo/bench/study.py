@@ -3,7 +3,9 @@
     model = "smollm2-135m"
     tasks = ["sst2", "trec"]     # or tables of settings: [tasks.mine] data = "rows.jsonl"
     seeds = [0, 1, 2]
-    forwards = 12800             # forwards over one example that a run may take; or seconds = 120
+    forwards = 12800             # forwards over one example that a run may take
+    seconds = 120                # how long a run may take; a study has one of the two, or both, one after the other
+    caps = ["700MB", "2GB"]      # every run under each of these; else under the max-mem of its settings
     reach = [0.8, 0.85]          # report the training seconds until each value is reached; needs eval-every
     [common]                     # settings of finetune for every run
     [methods.grzo]               # settings of one method; a list is a grid, of which tuning takes the best point
@@ -15,7 +17,11 @@
     held-out = 0.1               # share of the training rows that tuning evaluates on; it never sees reported rows
     seeds = [3]
     tasks = ["sst2"]             # tune on these and take a method's best point for every task; else task by task
+    [untouched.news]             # settings of eval: rows that no run trains on, before and after each (untouched.py)
+    task = "ag_news"
 
+Grids are searched under the first budget and the first cap. In a table of a task, "{data-root}" in data stands for
+--data-root, and completion = "{intent}" makes completions of its rows: the template is then the prompt.
 Settings are named as the options of ``edgezo finetune``, without the two dashes in front.
 """
 
@@ -26,7 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgezo.bench.accuracy_baselines import Request
 from edgezo.data.tasks import TASKS
@@ -39,7 +45,11 @@ from edgezo.plan.request import make_config
 
 Settings = dict[str, Any]
 BUDGETS = ("forwards", "seconds")
-KEYS = ("model", "tasks", "seeds", "reach", "common", "methods", "tune", *BUDGETS)
+KEYS = (
+    *("model", "tasks", "seeds", "reach", "common", "methods", "tune", "caps", "untouched"),
+    *BUDGETS,
+)
+DATA_ROOT = "{data-root}"  # in a table of a task
 HELD_OUT = 0.1
 MOST_POINTS = 1000  # of all methods' grids on all tasks, each of which is a run of tuning
 # Settings that the study decides for every run, and the key or option that decides them.
@@ -49,6 +59,18 @@ STUDY_DECIDES = {
     "out": "--out",
     "resume": "--out",
 }
+
+
+class Round(NamedTuple):
+    """What every method gets: a budget, and a cap on its memory."""
+
+    what: str  # one of BUDGETS
+    amount: float
+    cap: str | None  # --max-mem; None: as each run's settings have it
+
+    @property
+    def name(self) -> str:
+        return f"{self.amount:g} {self.what}" + (f", {self.cap}" if self.cap else "")
 
 
 @dataclass(frozen=True)
@@ -61,10 +83,11 @@ class Study:
     seeds: list[int]
     tune_seeds: list[int]
     tune_tasks: list[str]  # a method is tuned on these for all tasks; none: on each task for itself
-    budget: tuple[str, float]  # one of BUDGETS, and how much of it
+    rounds: list[Round]  # in each, all methods are compared
     reach: list[float]
     common: Settings
     tune: Settings
+    untouched: dict[str, Settings]  # by name the settings of eval for rows that no run trains on
 
     @property
     def grids(self) -> list[str]:
@@ -72,21 +95,33 @@ class Study:
         return [name for name, points in self.methods.items() if len(points) > 1]
 
     def request(
-        self, task: str, point: Settings, seed: int, local: Settings, tuning: bool = False
+        self,
+        task: str,
+        point: Settings,
+        seed: int,
+        local: Settings,
+        tuning: bool = False,
+        at: Round | None = None,
     ) -> Settings:
         """Settings of one run of finetune or of a baseline.
 
-        ``point``: the method's settings; ``local``: settings of the command line, such as threads.
+        ``point``: the method's settings; ``local``: settings of the command line, such as threads; ``at``: the round,
+        else the first one.
         Raises UsageError for settings that do not go together.
         """
-        settings = {"model": self.model, **local, **self.tasks[task], **self.common, **point}
+        of_task = {k: v for k, v in self.tasks[task].items() if k != "completion"}
+        settings = {"model": self.model, **local, **of_task, **self.common, **point}
         if tuning:
             settings |= {"held_out": HELD_OUT, **self.tune}
         settings = {"batch_size": DEFAULT_BATCH, **settings, "seed": seed}
         check: Callable[[Settings], RunConfig | Request] = make_config
         if "baseline" in settings:
             check = partial(Request.of, of_method=tuple(point))
-        what, amount = self.budget
+        what, amount, cap = at or self.rounds[0]
+        if cap is not None:
+            settings["max_mem"] = cap
+        if "task" not in settings:
+            settings.pop("data_root", None)
         if what == "seconds":
             settings["for_s"] = amount
         else:
@@ -139,7 +174,8 @@ def read_study(given: Mapping[str, Any], methods: Sequence[str] = ()) -> Study:
     problems += _too_many_points(grids, len(tasks))
     if problems:
         raise UsageError(problems)
-    (budget,) = ((name, float(given[name])) for name in BUDGETS if name in given)
+    amounts = [(name, float(given[name])) for name in BUDGETS if name in given]
+    rounds = [Round(*amount, cap) for amount in amounts for cap in given.get("caps", [None])]
     tune_seeds = list(tune.pop("seeds", [max(seeds) + 1]))
     tune_tasks = list(tune.pop("tasks", []))
     study = Study(
@@ -149,10 +185,11 @@ def read_study(given: Mapping[str, Any], methods: Sequence[str] = ()) -> Study:
         seeds=seeds,
         tune_seeds=tune_seeds,
         tune_tasks=tune_tasks,
-        budget=budget,
+        rounds=rounds,
         reach=[float(value) for value in given.get("reach", [])],
         common=common,
         tune=tune,
+        untouched={n: _with_underscores(s) for n, s in given.get("untouched", {}).items()},
     )
     if problems := _refused_runs(study):
         raise UsageError(problems)
@@ -194,6 +231,8 @@ def _wrong_types(given: Mapping[str, Any]) -> list[str]:
         "methods": (tables, "tables [methods.NAME]"),
         "common": (table, "a table [common]"),
         "tune": (table, "a table [tune]"),
+        "caps": (lambda v: bool(v) and listed(v, text), 'sizes in quotes, ["700MB", "2GB"]'),
+        "untouched": (tables, "tables [untouched.NAME]"),
     }
     tune = given["tune"] if table(given.get("tune")) else {}
     values = [(key, key, given[key]) for key in forms if key in given]
@@ -213,9 +252,9 @@ def _wrong_keys(given: Mapping[str, Any], seeds: Sequence[int]) -> list[str]:
     problems = [f"unknown key {k!r}; there are {', '.join(KEYS)}" for k in given if k not in KEYS]
     problems += [f"{key} is missing" for key in ("model", "tasks", "methods") if not given.get(key)]
     amounts = [float(given[name]) for name in BUDGETS if name in given]
-    if len(amounts) != 1 or amounts[0] <= 0:
+    if not amounts or min(amounts) <= 0:
         problems.append(
-            "give one of forwards (over single examples, that a run may take) and seconds, above 0"
+            "give one of forwards (over single examples, that a run may take) and seconds, or both, above 0"
         )
     if not seeds or given.get("tune", {}).get("seeds") == []:
         problems.append("seeds must not be empty")
@@ -272,9 +311,10 @@ def _refused_runs(study: Study) -> list[str]:
     """Problems with the settings of each run: of every point of every method, on every task."""
     problems = []
     for name, points in study.methods.items():
-        for task, point, tuning in product(study.tasks, points, {False, len(points) > 1}):
+        tries = product(study.tasks, points, {False, len(points) > 1}, study.rounds)
+        for task, point, tuning, at in tries:
             try:
-                study.request(task, point, 0, {}, tuning)
+                study.request(task, point, 0, {}, tuning, at)
             except UsageError as problem:
                 problems += [f"{name} on {task}: {line}" for line in str(problem).splitlines()]
     return list(dict.fromkeys(problems))

@@ -18,6 +18,7 @@ from edgezo.cli.options import (
 )
 from edgezo.cli.short_help import ShortHelp
 from edgezo.errors import UsageError
+from edgezo.plan.field import parse_duration
 from edgezo.plan.request import read_settings
 
 batch_sizes_option = click.option(
@@ -232,6 +233,12 @@ def speed(
     show_default=True,
     help="Runs at the same time.",
 )
+@click.option(
+    "--for",
+    "for_s",
+    metavar="TIME",
+    help="Begin no run after this time: 2h, 30m. The same command goes on.  [default: no limit]",
+)
 @out_option("bench-accuracy")
 @json_option
 def accuracy(
@@ -240,10 +247,11 @@ def accuracy(
     data_root: str | None,
     threads: int | None,
     parallel: int,
+    for_s: str | None,
     out: str,
     as_json: bool,
 ) -> None:
-    """Compare methods over tasks and seeds at equal forwards or seconds, as the file STUDY says: table, JSON, chart."""
+    """Compare methods over tasks and seeds at equal forwards or seconds, as the file STUDY says: page, JSON, chart."""
     from edgezo.bench.accuracy import bench_accuracy
     from edgezo.bench.study import read_study
     from edgezo.cli import tables
@@ -255,6 +263,7 @@ def accuracy(
         data_root=data_root,
         threads=threads,
         parallel=parallel,
+        most_s=_seconds(for_s) if for_s else None,
         out=Path(out),
         note=progress.note,
     )
@@ -264,6 +273,14 @@ def accuracy(
 def _names(text: str) -> list[str]:
     """Names that are joined by commas."""
     return [name.strip() for name in text.split(",")]
+
+
+def _seconds(text: str) -> float:
+    """A duration in seconds. Raises UsageError that names the option."""
+    try:
+        return parse_duration(text)
+    except ValueError as problem:
+        raise UsageError(f"--for: {problem}") from problem
 
 
 def _integers(option: str, text: str) -> list[int]:

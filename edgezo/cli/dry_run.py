@@ -32,6 +32,8 @@ def plan(
     is the run that this one would go on from.
     Raises UsageError and EdgezoError for rows and models that cannot be used, DoesNotFit.
     """
+    if cfg.engine == "onnx":
+        return _onnx_plan(cfg, note)
     if parent is not None:
         from edgezo.run.parent import Parent
 
@@ -62,6 +64,20 @@ def plan(
     here = _doubting(cfg, opened.files.shape, note)
     # As a run would, which is now what this process is.
     return settle(opened, here, rss_bytes()).plan
+
+
+def _onnx_plan(cfg: RunConfig, note: Callable[[str], None]) -> Plan:
+    """The plan of a request on the ONNX engine, whose graphs have every size."""
+    from edgezo.machine.process_memory import rss_bytes
+    from edgezo.run.onnx_session import open_onnx, settle_onnx
+
+    if cfg.data is None and cfg.task is None:
+        raise UsageError("a plan for --engine onnx needs the rows: give --data or --task")
+    opened = open_onnx(cfg)
+    for text in opened.dataset.notes:
+        note(text)
+    here = _doubting(cfg, opened.manifest.shape, note)
+    return settle_onnx(opened, here, rss_bytes()).plan
 
 
 def _doubting(cfg: RunConfig, shape: Shape, note: Callable[[str], None]) -> Machine:
@@ -124,12 +140,20 @@ def show_batch(cfg: RunConfig) -> str:
     """The tokens of the first step's batch, with those marked that are scored. Raises UsageError without rows."""
     from edgezo.data.batches import batch_indices
     from edgezo.data.dataset import show_batch
-    from edgezo.run.session import open_request
 
-    opened = open_request(cfg)
-    train = opened.dataset.train
+    if cfg.engine == "onnx":
+        from edgezo.run.onnx_session import open_onnx
+
+        of_onnx = open_onnx(cfg)
+        dataset, tokenizer = of_onnx.dataset, of_onnx.tokenizer
+    else:
+        from edgezo.run.session import open_request
+
+        opened = open_request(cfg)
+        dataset, tokenizer = opened.dataset, opened.tokenizer
+    train = dataset.train
     if not train:
         raise UsageError("there are no training rows to show; give --data or --task")
     size = cfg.batch_size or cfg.micro_batch or DEFAULT_BATCH
     picked = [train[i] for i in batch_indices(len(train), size, cfg.seed, 0)]
-    return show_batch(picked, opened.dataset, opened.tokenizer)
+    return show_batch(picked, dataset, tokenizer)

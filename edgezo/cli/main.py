@@ -14,6 +14,7 @@ import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,6 +31,7 @@ from edgezo.cli.options import (
     DATA,
     MEMORY,
     METHOD,
+    OF_EVALUATION,
     OF_META,
     PREDICTION,
     RUN,
@@ -46,7 +48,7 @@ from edgezo.cli.options import (
 from edgezo.cli.runs import compare, list_runs, remove_run, report
 from edgezo.cli.serve import serve
 from edgezo.cli.short_help import ShortHelp
-from edgezo.cli.use import apply, predict
+from edgezo.cli.use import apply, export, predict, replay
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine import interrupts, streams
 from edgezo.machine.clock import now_s
@@ -65,6 +67,7 @@ def cli() -> None:
 
 for _command in (
     *(bench, doctor, completion, look_at_data, predict, chat, serve, apply),
+    *(replay, export),
     *(report, compare, list_runs, remove_run, models, estimators),
 ):
     cli.add_command(_command)
@@ -116,13 +119,17 @@ def finetune(
         emit(as_json, plan.to_dict(), tables.plan_table(plan, steps=cfg.steps))
         return
     with profiler.profiling(cfg.profile):
-        with profiler.phase("import"):
-            from edgezo.run.train import finetune as run_finetune
+        if cfg.engine == "onnx":
+            from edgezo.run.onnx_train import finetune_onnx
 
+            run_finetune = partial(finetune_onnx, cfg)
+        else:
+            with profiler.phase("import"):
+                from edgezo.run.train import finetune as finetune_torch
+
+            run_finetune = partial(finetune_torch, cfg, parent=parent)
         try:
-            summary = run_finetune(
-                cfg, resume=resuming, progress=progress, began_s=began_s, parent=parent
-            )
+            summary = run_finetune(resume=resuming, progress=progress, began_s=began_s)
         finally:
             progress.close()
     if rank:
@@ -172,7 +179,7 @@ def plan(config_file: str | None, as_json: bool, **given: str | None) -> None:
 
 
 @cli.command("eval", cls=ShortHelp)
-@options(*DATA, *PREDICTION, "max_mem_bytes", "device", "precision", "threads")
+@options(*DATA, *PREDICTION, *OF_EVALUATION)
 @base_option
 @config_option
 @json_option
@@ -182,66 +189,13 @@ def evaluate(config_file: str | None, as_json: bool, **given: str | None) -> Non
 
     target, cfg = evaluation_request(given, config_file)
     use_threads(cfg.threads)
-    from edgezo.run.evaluate import evaluate as run_evaluation
+    if cfg.engine == "onnx":
+        from edgezo.run.onnx_use import evaluate_onnx as run_evaluation
+    else:
+        from edgezo.run.evaluate import evaluate as run_evaluation
 
     result = run_evaluation(target, cfg, lambda text: click.echo(text, err=True))
     emit(as_json, result, tables.evaluation_line(result))
-
-
-@cli.command()
-@click.argument("run", type=click.Path(), metavar="RUN")
-@click.option(
-    "--out", type=click.Path(), metavar="DIR", required=True, help="Directory for the rebuilt run."
-)
-@base_option
-@json_option
-def replay(run: str, out: str, base: str | None, as_json: bool) -> None:
-    """Rebuild a fine-tuned model from its base and its journal, without data or forward passes."""
-    from edgezo.run.evaluate import replay as run_replay
-
-    result = run_replay(Path(run), Path(out), base=base)
-    standing = f" (unfinished: {result['unfinished']})" if "unfinished" in result else ""
-    emit(
-        as_json, result, f"replayed {result.get('steps', '?')} steps of {run} into {out}{standing}"
-    )
-
-
-@cli.command()
-@click.argument("run", type=click.Path(), metavar="RUN")
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["hf", "peft", "gguf", "gguf-adapter", "onnx", "hf-classifier", "journal"]),
-    default="hf",
-    show_default=True,
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["fp32", "bf16", "fp16", "q8_0", "int8", "int8-blocks", "int4"]),
-    help="Type of the weights.  [default: of hf fp32 if adapters were trained, else the run's; "
-    "of gguf the base file's, else fp16; of onnx fp32]  int8-blocks and int4 need onnxruntime's own operators.",
-)
-@click.option(
-    "--out",
-    type=click.Path(),
-    metavar="DIR",
-    required=True,
-    help="A new directory; a new file for the form journal.",
-)
-@base_option
-@json_option
-def export(
-    run: str, form: str, dtype: str | None, out: str, base: str | None, as_json: bool
-) -> None:
-    """Write the result of a run: a model, a classifier, an adapter (peft, gguf-adapter), or its steps (journal)."""
-    from edgezo.plan.budget import mb
-    from edgezo.run.export import export as run_export
-
-    result = run_export(Path(run), form, Path(out), dtype=dtype, base=base)
-    text = f"{result['steps']} steps, {result.get('size_bytes')} bytes, in {out}"
-    if "tensors" in result:
-        text = f"{result['tensors']} tensors, {mb(result['weight_bytes'])}, in {out}"
-    emit(as_json, result, "\n".join([text, *(f"note: {line}" for line in result["notes"])]))
 
 
 @cli.command("convert-finetuner")
@@ -345,7 +299,21 @@ def _describe(error: BaseException) -> tuple[int, str, Mapping[str, Any]]:
         return 1, "the system has no more memory to give; try a smaller --max-mem", {}
     if isinstance(error, OSError):
         return 1, _os_message(error), {}
+    if isinstance(error, ModuleNotFoundError) and _of_torch(error):
+        return 1, f"{error}: {_NO_TORCH}", {}
     return 1, f"{type(error).__name__}: {error}", {}
+
+
+_TORCH_PACKAGES = ("torch", "transformers", "accelerate", "optimum", "safetensors", "gguf", "onnx")
+_NO_TORCH = (
+    "this command runs on PyTorch, which is not installed with what goes with it. pip install 'edgezo[torch]' brings "
+    "them. Without them, --engine onnx trains and evaluates what export --trainable wrote (docs/engines.md)."
+)
+
+
+def _of_torch(error: ModuleNotFoundError) -> bool:
+    """Whether a package is missing that the extra "torch" brings."""
+    return (error.name or "").partition(".")[0] in _TORCH_PACKAGES
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -411,7 +379,8 @@ def run(args: Sequence[str]) -> int:
         if interrupts.asked() and not isinstance(error, EdgezoError):
             error = KeyboardInterrupt()  # what it became on its way through a library
         code, message, more = _describe(error)
-        if not isinstance(error, _EXPECTED):  # a bug: show where it is
+        missing = isinstance(error, ModuleNotFoundError) and _of_torch(error)
+        if not missing and not isinstance(error, _EXPECTED):  # a bug: show where it is
             traceback.print_exc()
         if as_json:
             echo_json({"error": message, "exit_code": code, **more})

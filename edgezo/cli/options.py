@@ -25,6 +25,9 @@ OF_META = (
     *("max_mem_bytes", "batch_size", "micro_batch", "train", "rank", "step", "sigma", "threads"),
 )
 
+# Settings of an evaluation beside those of the data.
+OF_EVALUATION = ("max_mem_bytes", "device", "engine", "provider", "precision", "threads")
+
 NAMES_OF_PLACES = (
     "MODEL",
     "PATH",

@@ -1,4 +1,4 @@
-"""Commands that use a result: predict answers rows, apply makes a model of a base and a small file."""
+"""Commands that use a result: predict answers rows, apply, replay and export make files of it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from edgezo.cli.options import (
     printable,
     use_threads,
 )
+from edgezo.errors import UsageError
 
 if TYPE_CHECKING:
     from edgezo.run.predict import Predictor
@@ -187,3 +188,105 @@ def apply(shipped: str, base: str, out: str, as_json: bool) -> None:
 
     result = apply_shipped(Path(shipped), base, Path(out))
     emit(as_json, result, f"applied {result['steps']} steps of {shipped} to {base}, in {out}")
+
+
+# ---------------------------------------------------------------------------------------------
+# replay, export
+
+
+@click.command()
+@click.argument("run", type=click.Path(), metavar="RUN")
+@click.option(
+    "--out", type=click.Path(), metavar="DIR", required=True, help="Directory for the rebuilt run."
+)
+@base_option
+@json_option
+def replay(run: str, out: str, base: str | None, as_json: bool) -> None:
+    """Rebuild a fine-tuned model from its base and its journal, without data or forward passes."""
+    from edgezo.run.onnx_use import replay_on_onnx, replays_on_onnx
+
+    if replays_on_onnx(Path(run), base):
+        result = replay_on_onnx(Path(run), Path(out), base)
+    else:
+        from edgezo.run.evaluate import replay as run_replay
+
+        result = run_replay(Path(run), Path(out), base=base)
+    standing = f" (unfinished: {result['unfinished']})" if "unfinished" in result else ""
+    emit(
+        as_json, result, f"replayed {result.get('steps', '?')} steps of {run} into {out}{standing}"
+    )
+
+
+@click.command()
+@click.argument("run", type=click.Path(), metavar="RUN", required=False)
+@click.option(
+    "--model",
+    type=click.Path(),
+    metavar="MODEL",
+    help="With --trainable: the model to write, in place of RUN.",
+)
+@click.option(
+    "--trainable",
+    is_flag=True,
+    help="With --format onnx: write a model as graphs that finetune --engine onnx trains.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["hf", "peft", "gguf", "gguf-adapter", "onnx", "hf-classifier", "journal"]),
+    default="hf",
+    show_default=True,
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16", "fp16", "q8_0", "int8", "int8-blocks", "int4"]),
+    help="Type of the weights.  [default: of hf fp32 if adapters were trained, else the run's; "
+    "of gguf the base file's, else fp16; of onnx fp32, with --trainable int8]  int8-blocks and int4 need "
+    "onnxruntime's own operators.",
+)
+@click.option(
+    "--out",
+    type=click.Path(),
+    metavar="DIR",
+    required=True,
+    help="A new directory; a new file for the form journal.",
+)
+@base_option
+@json_option
+def export(
+    run: str | None,
+    model: str | None,
+    trainable: bool,
+    form: str,
+    dtype: str | None,
+    out: str,
+    base: str | None,
+    as_json: bool,
+) -> None:
+    """Write the result of a run: a model, a classifier, an adapter (peft, gguf-adapter), or its steps (journal).
+
+    With --trainable: write a model as graphs for finetune --engine onnx.
+    """
+    from edgezo.plan.budget import mb
+
+    source = run or model
+    if source is None or (run is not None and model is not None):
+        raise UsageError("name what to export, once: a RUN, or with --trainable a model (--model)")
+    if trainable:
+        if form != "onnx" or base is not None:
+            raise UsageError("--trainable writes a model with --format onnx, and takes no --base")
+        from edgezo.run.export_trainable import export_trainable
+
+        result = export_trainable(source, Path(out), dtype)
+    elif model is not None:
+        raise UsageError(
+            "--model is for --trainable; of a run, name its directory: edgezo export RUN"
+        )
+    else:
+        from edgezo.run.export import export as run_export
+
+        result = run_export(Path(source), form, Path(out), dtype=dtype, base=base)
+    text = f"{result.get('steps')} steps, {result.get('size_bytes')} bytes, in {out}"
+    if "tensors" in result:
+        text = f"{result['tensors']} tensors, {mb(result['weight_bytes'])}, in {out}"
+    emit(as_json, result, "\n".join([text, *(f"note: {line}" for line in result["notes"])]))

@@ -151,28 +151,62 @@ def evaluation_batches(examples: Sequence[Example]) -> list[list[int]]:
     return micro_batches(examples, max(1, len(examples)), EVAL_TOKENS)
 
 
-def collate(examples: Sequence[Example], slots: Sequence[int]) -> Batch:
-    """Pack examples; ``slots[k]`` is the slot of ``examples[k]`` in the whole group."""
-    import torch
+@dataclass(frozen=True)
+class PackedRows:
+    """A ``Batch`` as numpy arrays: its fields, with (n,) int64 where that has tensors."""
 
+    ids: np.ndarray
+    lengths: tuple[int, ...]
+    row_example: np.ndarray
+    trees: tuple[Tree | None, ...]
+    score_index: np.ndarray
+    score_state: np.ndarray
+    score_ids: np.ndarray
+    part_token: np.ndarray
+    part_option: np.ndarray
+    option_example: np.ndarray
+    labels: np.ndarray
+    slots: tuple[int, ...]
+
+
+_PACKED = ("ids", "row_example", "score_index", "score_state", "score_ids")
+_OPTION_PARTS = ("part_token", "part_option", "option_example")
+
+
+def packed_rows(
+    examples: Sequence[Example], slots: Sequence[int], *, whole: bool = False
+) -> PackedRows:
+    """Pack examples; ``slots[k]`` is the slot of ``examples[k]`` in the whole group.
+
+    ``whole``: every option passes as a row of its own, and none as part of a tree.
+    """
     if len(examples) != len(slots):
         raise ValueError(f"{len(examples)} examples, but {len(slots)} slots")
-    names = ("ids", "row_example", "score_index", "score_state", "score_ids")
-    parts = ("part_token", "part_option", "option_example")
-    numbers = {name: array("q") for name in (*names, *parts)}
+    numbers = {name: array("q") for name in (*_PACKED, *_OPTION_PARTS)}
     trees, lengths = list[Tree | None](), list[int]()
     for place, example in enumerate(examples):
-        for row in [example.tree] if example.tree is not None else example.whole_rows:
+        tree = None if whole else example.tree
+        rows = [tree] if tree is not None else example.whole_rows
+        for row in rows:
             trees.append(row if isinstance(row, Tree) else None)
             lengths.append(len(row.ids))
             _append(numbers, row if isinstance(row, Tree) else _Single.of(row), place)
-    packed = {
-        name: torch.from_numpy(np.array(values, dtype=np.int64)) for name, values in numbers.items()
-    }
-    labels = torch.tensor([example.label for example in examples], dtype=torch.int64)
-    return Batch(
+    packed = {name: np.array(values, dtype=np.int64) for name, values in numbers.items()}
+    labels = np.array([example.label for example in examples], dtype=np.int64)
+    return PackedRows(
         **packed, lengths=tuple(lengths), trees=tuple(trees), labels=labels, slots=tuple(slots)
     )
+
+
+def collate(examples: Sequence[Example], slots: Sequence[int]) -> Batch:
+    """``packed_rows`` as tensors."""
+    import torch
+
+    packed = packed_rows(examples, slots)
+    tensors = {
+        n: torch.from_numpy(getattr(packed, n)) for n in (*_PACKED, *_OPTION_PARTS, "labels")
+    }
+    return Batch(**tensors, lengths=packed.lengths, trees=packed.trees, slots=packed.slots)
 
 
 class _Single(NamedTuple):

@@ -78,8 +78,13 @@ class ChatTemplate:
     """A chat template: ``apply_chat_template`` of transformers, without the rest of a tokenizer."""
 
     def __init__(self, settings: dict[str, Any]):
-        from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-
+        try:
+            from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+        except ImportError as problem:
+            raise ImportError(
+                f"chat templates are rendered by transformers, which is not installed here ({problem}). Write the rows "
+                "as prompt and completion, or pip install 'edgezo[torch]'."
+            ) from problem
         parts = {
             "chat_template": settings["template"],
             "special_tokens_map": settings["special_tokens"],

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ from edgezo.machine.surroundings import celsius, on_battery
 
 Level = Literal["ok", "note", "problem"]
 
+ENGINE_PACKAGES = {"torch": "torch", "onnx": "onnxruntime"}  # by the extra that brings an engine
 SHOWN = ("torch", "transformers", "optimum-quanto", "accelerate")
 # Features of a processor that products of matrices gain from: x86-64, then ARM.
 FEATURES = (
@@ -85,9 +87,10 @@ def versions(edgezo_version: str) -> Iterator[Finding]:
         wanted = metadata.requires("edgezo") or []
     except metadata.PackageNotFoundError:
         wanted = [*SHOWN]
-    for requirement in wanted:
-        if "extra ==" in requirement:
+    for stated in wanted:
+        if not _is_needed(stated):
             continue
+        requirement = stated.partition(";")[0].strip()
         name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
         install = f"{sys.executable} -m pip install '{requirement}'"
         try:
@@ -102,6 +105,13 @@ def versions(edgezo_version: str) -> Iterator[Finding]:
             known[name] = version
     shown = ", ".join(f"{name} {version}" for name, version in known.items())
     yield Finding("versions", "ok", shown, figures=known)
+
+
+def _is_needed(requirement: str) -> bool:
+    """Whether every process needs it, or an engine that is installed does."""
+    extra = re.search(r"extra == ['\"](\w+)", requirement)
+    engine = ENGINE_PACKAGES.get(extra[1]) if extra else None
+    return extra is None or (engine is not None and find_spec(engine) is not None)
 
 
 def _is_in_range(version: str, requirement: str) -> bool:

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -172,7 +173,10 @@ _QUERY_TIMEOUT_S = 10  # without a persistent driver the first answer takes seco
 
 def nvidia_gpus() -> tuple[Gpu, ...]:
     """The GPUs that CUDA_VISIBLE_DEVICES allows this process, in its order; () where there are none."""
-    command = ["nvidia-smi", _QUERY, "--format=csv,noheader,nounits"]
+    program = shutil.which("nvidia-smi")
+    if program is None:  # found without a child: to make one of a large process takes milliseconds
+        return ()
+    command = [program, _QUERY, "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S, check=True

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import zlib
 from collections.abc import Callable
-from ctypes import c_float, c_int, c_int64, c_uint64, c_void_p
-from typing import Any
+from ctypes import c_float, c_int, c_int64, c_void_p
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgezo.machine.hardware import kernels_library
+from edgezo.machine.kernel_library import SIGNATURES as _SIGNATURES  # noqa: F401 (the tests ask it)
+from edgezo.machine.kernel_library import crc32 as crc32  # beside the others
+from edgezo.machine.kernel_library import draw_noise, folds, sums_of_rows, threads_for
+from edgezo.machine.kernel_library import library as _library
 
-_GRAIN = 1 << 15  # a second thread costs more than it saves for fewer elements than twice this
 _STRIP, _QUERIES, _FEW = 32, 4, 8  # STRIP, QUERIES and FEW of kernels.c
 LONGEST = 1024  # tokens of the longest row whose attention is computed here; torch works on longer ones in blocks
 
@@ -49,46 +49,6 @@ class _Thin(ctypes.Structure):
         *((name, c_void_p) for name in ("y", "left", "right", "weight", "rows", "example")),
         *((name, c_int64) for name in ("n", "m", "k")),
     )
-
-
-_P, _N, _I, _F = c_void_p, c_int64, c_int, c_float
-_SIGNATURES = {
-    "rms_norm": (_P, _P, _P, _N, _N, _N, _F, _F, _I, _I, _I),
-    "gate": (_P, _P, _N, _I, _I, _I),
-    "attention": (_P, _P, _N, _P, _N, _I),
-    "rotate": (_P, _P, _P, _N, _N, _N, _N, _I, _I),
-    "thin_product": (_P, _P, _P, _N, _N, _N, _I, _I),
-    "thin_sum": (_P, _P, _P, _N, _N, _N, _I, _I),
-    "dots_by_example": (_P, _P, _P, _P, _N, _N, _I, _I),
-    "add_thin": (_P, _I, _I),
-    "expand_int8": (_P, _P, _P, _N, _N, _I, _I),
-    "expand_int4": (_P, _I, _P, _P, _P, _N, _N, _N, _I, _I),
-    "read_plane": (_P, _P, _P, _N, _I),
-    "write_plane": (_P, _P, _P, _N, _I),
-    "snap_plane": (_P, _N, _I),
-    "signs": (_P, _P, _P, _P, _N, _N, _N, _I),
-    "levels": (_P, _P, _P, _P, _N, _N, _N, _I),
-    "crc32": (_P, _N, _N, ctypes.c_uint32, _P, _I),
-}
-
-
-@functools.cache
-def _library() -> Any:
-    """The loaded library; None where there is none, or none that was compiled from the kernels.c beside it."""
-    file = kernels_library()
-    if file is None:
-        return None
-    try:
-        library = ctypes.CDLL(str(file))
-        library.edgezo_source.restype = ctypes.c_uint32
-        if library.edgezo_source() != zlib.crc32(file.with_name("kernels.c").read_bytes()):
-            return None
-        for name, types in _SIGNATURES.items():
-            function = getattr(library, f"edgezo_{name}")
-            function.argtypes, function.restype = types, None
-    except (OSError, AttributeError):
-        return None
-    return library
 
 
 def loaded() -> bool:
@@ -120,22 +80,9 @@ def _floats(*tensors: Tensor) -> bool:
     return not others and dtype in (torch.float32, torch.bfloat16)
 
 
-_forked = False
-
-
-def _after_fork() -> None:
-    """From now on use one thread: a forked child has none of its parent's, and OpenMP would wait for them for ever."""
-    global _forked
-    _forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
 def _threads(elements: int) -> int:
     """How many threads to use: one or all, since OpenMP ends and restarts its threads when their number changes."""
-    return 1 if _forked or elements < 2 * _GRAIN else torch.get_num_threads()
+    return threads_for(elements, torch.get_num_threads())
 
 
 def _bf16(x: Tensor) -> int:
@@ -371,46 +318,20 @@ def noise(
     ``address``: Philox's key (2 words), then its counter's last three. ``table``: (256,) uint64, the eight signs of
     each byte, gives int8; (65536,) fp32 gives its values.
     """
-    library = _library()
-    if library is None:
+    if not loaded():
         return None
     signs, n = len(table) == 256, rows.stop - rows.start
     dtype = torch.int8 if signs else torch.float32
     made = torch.empty(n, width, dtype=dtype, device="cpu")
-    words = (c_uint64 * 5)(*address)
-    draw = library.edgezo_signs if signs else library.edgezo_levels
-    shape = (made.data_ptr(), rows.start, n, width, _threads(made.numel()))
-    key = ctypes.addressof(words)
-    counter = key + 16  # the key is two words of 8 bytes
-    draw(key, counter, table.ctypes.data, *shape)
+    draw_noise(address, table, rows, width, made.data_ptr(), _threads(made.numel()))
     return made
 
 
 # -------------------------------------------------------------------------------- checksums
 
 
-def crc32(data: memoryview | np.ndarray, start: int = 0) -> int:
-    """``zlib.crc32`` of flat bytes, beginning with the CRC ``start``: five times as fast with a library."""
-    flat = np.frombuffer(data, np.uint8)
-    if not _folds():
-        return zlib.crc32(flat.data, start)
-    return int(_crc32_rows(flat.reshape(1, -1), start, threads=1)[0])
-
-
 def crc32_rows(rows: np.ndarray) -> np.ndarray:
     """(n,) uint32: ``zlib.crc32`` of each row of (n, bytes) uint8, contiguous."""
-    if not _folds():
+    if not folds():
         return np.fromiter((zlib.crc32(row.data) for row in rows), np.uint32, len(rows))
-    return _crc32_rows(rows, 0, _threads(rows.size))
-
-
-def _folds() -> bool:
-    """Whether there is a library, and the CPU has what its checksum needs."""
-    library = _library()
-    return library is not None and bool(library.edgezo_crc32_is_fast())
-
-
-def _crc32_rows(rows: np.ndarray, start: int, threads: int) -> np.ndarray:
-    sums = np.empty(len(rows), np.uint32)
-    _library().edgezo_crc32(rows.ctypes.data, *rows.shape, start, sums.ctypes.data, threads)
-    return sums
+    return sums_of_rows(rows, 0, _threads(rows.size))

@@ -51,6 +51,10 @@ EVAL_TOKENS = 512  # packed tokens of an evaluation batch, unless one example is
 READOUT_BLOCKS = 5
 # The share of a run's time that the linear probe may take, where something else is trained after it.
 READOUT_SHARE = 0.7
+# Rows whose label words are scored where these have several tokens, which takes many times as long as the prompts.
+WORDS_ROWS = 32
+MOST_PASSES = 3  # of the rows of a linear probe, where their states change on disk
+PLAIN_FORWARDS = 8  # plain forward passes that a run times, for summary.json's forward_s
 MOST_READOUT_ROWS = 4096  # a linear probe is fitted to at most so many rows
 
 

@@ -59,6 +59,7 @@ from edgezo.weights.disk import DiskTable
 from edgezo.weights.layouts import CPU, Dense, Int8, Layout, moved
 from edgezo.weights.store import WeightStore
 from edgezo.weights.trainable import Trainable
+from edgezo.zo.axes import ROUNDINGS
 from edgezo.zo.directions import DIRECTION_KINDS, orthonormal
 from edgezo.zo.masks import mask_of
 from edgezo.zo.noise import Key
@@ -94,6 +95,9 @@ class ModelSpec:
     evaluations: tuple[Evaluation, ...] = TWO_SIDED  # of a step
     anchored: bool = False  # SVRG: a second copy of what is trained
     decay: float = 0.0  # of AdamW, where there is a backward pass
+    decay_to: str = (
+        "zero"  # what perturbed weights shrink towards; or "base", whose values are read again
+    )
     mixed: bool = False  # addax: low-rank factors are trained along their gradient as well
     first_trained: int = 0  # blocks below this one, and the embeddings with them, are frozen
     half: Half = (
@@ -141,6 +145,7 @@ class _Builder:
         self.store = WeightStore(
             *(spec.seed, spec.rank, directions, self.device, mask, rule), spec.anchored
         )
+        self.store.vote_size = spec.sigma
         self.context = Context(spec.dtype, self.device)
         self.adapters = Adapters(spec.decay) if self.parts.adapters else None
         # No decay here: GRZO's update applies it.
@@ -303,7 +308,11 @@ class _Builder:
         """A 1-D parameter: its values, frozen in the compute dtype, or its trainable in fp32."""
         values = self.files.source.read(self.names[name])
         if self.parts.vectors:
-            return self.store.train_vector(name, values)
+            trainable = self.store.train_vector(name, values)
+            if self.spec.decay_to == "base":
+                start = trainable.values.clone()
+                trainable.open_start = lambda: start
+            return trainable
         self.frozen.append(name)
         frozen = self.store.vectors[name] = values.to(self.device, self.spec.dtype)
         return frozen
@@ -326,8 +335,10 @@ class _Builder:
             return Matrix(layout, self.context)
         assert isinstance(layout, Dense | Int8 | DiskTable)
         trainable = self.store.train(name, layout, touched_offset=touched_offset, fixed_rows=fixed)
-        if isinstance(layout, Int8) and self.spec.rounding == "anchored":
+        if isinstance(layout, Int8) and ROUNDINGS[self.spec.rounding].requantised:
             trainable.open_base = self.matrices[name].rows
+        if self.spec.decay_to == "base":
+            trainable.open_start = self.matrices[name].start_rows
         return Matrix(layout, self.context, trainable)
 
     # -- one module ---------------------------------------------------------------------------------------

@@ -20,12 +20,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from edgezo.network.plain_losses import VOCABULARY_PACE
 from edgezo.weights.layouts import CPU
 from edgezo.zo import noise
 from edgezo.zo.noise import Key
 from edgezo.zo.rules import BETA1, BETA2, EPS
-
-VOCABULARY_PACE = 0.1  # share of the rate: every word's row moves in a step, most of them by noise
 
 
 @dataclass

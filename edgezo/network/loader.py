@@ -19,6 +19,7 @@ import transformers
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.initialization import no_init_weights
 
 from edgezo.errors import EdgezoError
 from edgezo.machine.downloads import file_sha256
@@ -314,13 +315,15 @@ def _build(files: ModelFiles) -> nn.Module:
     auto = _auto(files)
     # Assertions, overflows: layers fail in many ways on odd sizes.
     with reading(f"{files.path}: the config of this model", "Check config.json.", any_kind=True):
-        with _EmptyOnMeta():
-            module: nn.Module = auto.from_config(
+        # Weights are read afterwards: to draw them takes most of the time, also where they have no memory.
+        with _EmptyOnMeta(), no_init_weights():
+            module: Any = auto.from_config(
                 files.config,
                 dtype=torch.float32,
                 trust_remote_code=False,
                 attn_implementation=None,  # the class's own: no config has chosen one
             )
+        module.tie_weights()  # a part of what was left out
     # Small parameters made with ones() or zeros() are real: move them, keeping ties.
     moved: dict[nn.Parameter, nn.Parameter] = {}
     for part in module.modules():
@@ -330,7 +333,8 @@ def _build(files: ModelFiles) -> nn.Module:
                     moved[parameter] = nn.Parameter(parameter.detach().to("meta"))
                 part._parameters[name] = moved[parameter]
     module.requires_grad_(False)
-    return module.eval()
+    evaluated: nn.Module = module.eval()
+    return evaluated
 
 
 def source_names(files: ModelFiles, module: nn.Module) -> dict[str, str]:

@@ -168,7 +168,7 @@ class Model:
         ]
         ones = torch.ones(len(by_token), dtype=self.context.dtype, device=device)
         return Probe(
-            self.store.directions,
+            self.store.directions._replace(echo=self.store.echo),
             key,
             sigma,
             range(candidates) if candidates else batch.slots,

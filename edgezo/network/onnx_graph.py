@@ -25,6 +25,7 @@ OPSET, IR_VERSION = 21, 10
 OWN_DOMAIN = "com.microsoft"  # of onnxruntime's own operators
 SCALE_END, ZERO_END, BLOCKS_END = "_scale", "_zero", "_blocks"  # of names of a matrix's parts
 _INT8_PRODUCTS = 4  # MatMulNBits rounds blocks of its inputs to 8 bits as well, where it can
+_FP32_PRODUCTS = 1  # it does not: the two sides of a step would differ by that rounding
 _MASKED_SCORE = -3e38  # a score that softmax turns into 0
 _COMPUTED_ACTIVATIONS = {
     "silu": "silu",
@@ -54,6 +55,7 @@ class Graph:
     block: int | None = (
         None  # weights that share a scale, for onnxruntime's own products; None: standard operators
     )
+    exact: bool = False  # products in blocks are computed in fp32, and their zero points are codes
     nodes: list[Any] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, tuple[int, ...]] = field(default_factory=dict)  # shapes, by name
@@ -89,9 +91,9 @@ class Graph:
         if self.bits is None:
             return str(self.op("Gemm", x, self.weight(name, shape), *more, transB=1))
         if self.block is None:
-            self._coded(name, shape)
+            self.coded(name, shape)
             expanded = self.op(
-                "DequantizeLinear", name, name + SCALE_END, self._zeros(x, shape[0]), axis=0
+                "DequantizeLinear", name, name + SCALE_END, self.zeros_of(x, shape[0]), axis=0
             )
             return str(self.op("Gemm", x, expanded, *more, transB=1))
         (rows, cols), name = shape, name + BLOCKS_END
@@ -99,15 +101,18 @@ class Graph:
         self.codes[name] = Codes(name.removesuffix(BLOCKS_END), self.bits, self.block)
         self.weight(name, (rows, count, self.block * self.bits // 8))
         self.weight(name + SCALE_END, (rows * count,))
-        zero = self.weight(name + ZERO_END, (rows * count,)) if self.bits == 4 else ""
+        zero = ""
+        if self.bits == 4:
+            size = (count + 1) // 2 if self.exact else count  # two codes in a byte
+            zero = self.weight(name + ZERO_END, (rows * size,))
         inputs = [x, name, name + SCALE_END, zero, "", bias or ""]
         while not inputs[-1]:
             inputs.pop()
         sizes = {"K": cols, "N": rows, "bits": self.bits, "block_size": self.block}
-        sizes["accuracy_level"] = _INT8_PRODUCTS
+        sizes["accuracy_level"] = _FP32_PRODUCTS if self.exact else _INT8_PRODUCTS
         return str(self.op("MatMulNBits", *inputs, domain=OWN_DOMAIN, **sizes))
 
-    def _zeros(self, x: str, count: int) -> str:
+    def zeros_of(self, x: str, count: int) -> str:
         """Zero points (count,) that are known once ``x`` is.
 
         Without them every matrix could be expanded before the first product, and onnxruntime does so.
@@ -118,17 +123,18 @@ class Graph:
             self.zeros[x] = self.op("Cast", none, to=TensorProto.INT8)
         return str(self.op("Expand", self.zeros[x], self.const([count])))
 
-    def _coded(self, name: str, shape: Sequence[int]) -> None:
+    def coded(self, name: str, shape: Sequence[int]) -> str:
         """Name a matrix whose codes of 8 bits have one scale a row."""
         self.codes[name] = Codes(name, 8, None)
         self.weight(name, shape)
         self.weight(name + SCALE_END, (shape[0],))
+        return name
 
     def gather(self, name: str, shape: Sequence[int], ids: str) -> str:
         """Rows of a matrix."""
         if self.bits is None:
             return str(self.op("Gather", self.weight(name, shape), ids))
-        self._coded(name, shape)
+        self.coded(name, shape)
         codes = self.op("Cast", self.op("Gather", name, ids), to=self.float_type)
         scales = self.op("Unsqueeze", self.op("Gather", name + SCALE_END, ids), self.const([-1]))
         return str(self.op("Mul", codes, scales))
@@ -370,9 +376,13 @@ class Decoder:
         scores = g.op("Add", scores, self.mask(self.window(kind)))
         shares = g.narrow(str(g.op("Softmax", scores, axis=-1)))
         y = g.op("Transpose", g.op("MatMul", shares, value), perm=[0, 2, 1, 3])
-        y = g.op("Reshape", y, g.const([-1, self.heads * self.width]))
+        y = self.tokens(str(g.op("Reshape", y, g.const([-1, self.heads * self.width]))))
         out = {"gpt2": "c_proj", "opt": "out_proj"}.get(c.model_type, "o_proj")
         return self.linear(str(y), f"{at}.{out}")
+
+    def tokens(self, y: str) -> str:
+        """What attention gives the tokens, (n, width) again, of its rows (b*s, width)."""
+        return y
 
     def scale(self) -> float:
         scalar = getattr(self.c, "query_pre_attn_scalar", None)

@@ -111,16 +111,17 @@ class Probe:
         for number, sign in enumerate(self.signs):
             yield slice(number * size, (number + 1) * size), sign
 
-    def row_factor(self, trainable: Trainable) -> Tensor:
-        """r_i times the tensor's scale, (b, rows)."""
-        r = self._to_compute(self.directions.row_signs(self.key, trainable.target, self.slots))
-        scale = self.scale(trainable)
+    def row_factor(self, trainable: Trainable, term: int = 0) -> Tensor:
+        """r_ik, k = ``term``, times the tensor's scale, over the root of the number of terms: (b, rows)."""
+        drawn = self.directions.row_signs(self.key, trainable.target, self.slots, term)
+        r = self._to_compute(drawn)
+        scale = self.scale(trainable) * self.directions.terms**-0.5
         return r if scale == 1.0 else r * scale
 
-    def col_factor(self, trainable: Trainable, x: Tensor | None = None) -> Tensor:
-        """s_i, (b, cols); with guides v_i, made from ``x`` (n, cols), which the tensor's product reads, and kept."""
+    def col_factor(self, trainable: Trainable, x: Tensor | None = None, term: int = 0) -> Tensor:
+        """s_ik, k = ``term``, (b, cols); with guides v_i, made from ``x`` (n, cols) that a product reads, and kept."""
         if trainable.guides is None or x is None:
-            s = self.directions.col_signs(self.key, trainable.target, self.slots)
+            s = self.directions.col_signs(self.key, trainable.target, self.slots, term)
             return self._to_compute(s)
         n = len(self.token_signs[0])
         assert n * len(self.signs) == len(x)
@@ -133,6 +134,18 @@ class Probe:
     def col_products(self, x: Tensor, cols: Tensor) -> Tensor | ByExample:
         """c * (s_i . x) of each token, s_i = cols[i], as a left factor (n, b)."""
         return dots_by_example(x, cols, self.example, self.by_example, self.side)
+
+    def sign_products(self, trainable: Trainable, x: Tensor, read: Tensor) -> list[Term]:
+        """What directions without a U add to a product of ``x`` (n, cols); guides are made from ``read``, x as well."""
+        each = range(self.directions.terms)
+        cols = [self.col_factor(trainable, read, k) for k in each]
+        terms = [(self.col_products(x, cols[k]), self.row_factor(trainable, k)) for k in each]
+        if (leans := self.directions.leans) is not None:  # c * b_i * (g x), g = left right^T
+            left, right, _ = self.directions.leant_on(self.key, trainable.target)
+            side = mm(self.by_example, self._to_compute(leans[list(self.slots), None]))
+            product = mm(x.to(side.dtype), self._to_compute(right)).mul_(side)
+            terms.append((product, self._to_compute(left.T)))
+        return terms
 
     def sketch_basis(self, trainable: Trainable, x: Tensor) -> None:
         """One power iteration of a shared basis V on what a product reads, ``x`` (n, cols): add X^T (X V)."""
@@ -297,8 +310,7 @@ class Matrix:
         probe.sketch_basis(self.trained, x)
         if probe.has_dense_factor(self.trained):
             return []
-        s = probe.col_factor(self.trained, x)
-        return [(probe.col_products(x, s), probe.row_factor(self.trained))]
+        return probe.sign_products(self.trained, x, x)
 
 
 def _add_dense_term(y: Tensor, turned: Tensor, u: Tensor, by_example: Tensor, r: Tensor) -> None:
@@ -365,8 +377,7 @@ class PerturbedLinear(nn.Module):
             u = probe.dense_rows(factor, every_row)
             return [*terms, (vx * probe.side[:, None], u.T)]
         if not probe.has_dense_factor(factor):
-            t = probe.col_factor(factor, vx.to(y.dtype))
-            return [*terms, (probe.col_products(vx, t), probe.row_factor(factor))]
+            return [*terms, *probe.sign_products(factor, vx, vx.to(y.dtype))]
         u = probe.dense_rows(factor, every_row)
         turned = vx.to(y.dtype) * probe.col_factor(factor)[probe.example]
         _add_dense_term(y, turned, u, probe.by_example, probe.row_factor(factor))
@@ -393,8 +404,9 @@ class PerturbedHead(nn.Module):
             if not probe.directions.factored:
                 addmm_(y, hidden * probe.side[:, None], probe.dense_rows(trained, rows).T)
             elif not probe.has_dense_factor(trained):
-                products = mm(hidden, probe.col_factor(trained).T).mul_(probe.by_example)
-                addmm_(y, products, probe.row_factor(trained)[:, rows])
+                for k in range(probe.directions.terms):
+                    s, r = probe.col_factor(trained, term=k), probe.row_factor(trained, k)
+                    addmm_(y, mm(hidden, s.T).mul_(probe.by_example), r[:, rows])
             else:
                 turned = hidden * probe.col_factor(trained)[probe.example]
                 u, r = probe.dense_rows(trained, rows), probe.row_factor(trained)[:, rows]
@@ -433,6 +445,9 @@ class PerturbedEmbedding(nn.Embedding):
         if probe.directions.factored:
             r = probe.row_factor(trained)[:, ids].T.mul(probe.by_example)  # (n, b): c * r_i[token]
             change = mm(r, probe.col_factor(trained))
+            for k in range(1, probe.directions.terms):
+                r = probe.row_factor(trained, k)[:, ids].T.mul(probe.by_example)
+                addmm_(change, r, probe.col_factor(trained, term=k))
         else:
             change = probe.side[:, None].expand(out.shape)
         if probe.has_dense_factor(trained):

@@ -10,6 +10,7 @@ import torch
 
 from edgezo.network.loader import block_number
 from edgezo.weights.layouts import DENSE_DTYPES, Int8, Layout, Rows, place, vacant
+from edgezo.zo.axes import ROUNDINGS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,13 +40,17 @@ class StoredMatrix:
         """The checkpoint's values: rows of a table as they are asked for, any other matrix whole."""
         return StoredRows(self.source, self.name) if self.table else self._read()
 
+    def start_rows(self) -> Rows:
+        """The checkpoint's values, read as they are asked for; of GPT-2's Conv1D whole."""
+        return self._read() if self.transpose else StoredRows(self.source, self.name)
+
     def make(self, rows: slice | None = None) -> Layout:
         """The layout with its bytes, of all rows or of some."""
         # A dense store is read in its dtype, piece by piece; codes are made from the checkpoint's values.
         dtype = DENSE_DTYPES.get(self.precision)
         if dtype is None and self.table and rows is None:
             # The largest tensor is never whole beside its codes.
-            plane = self.trained and self.rounding == "plane"
+            plane = self.trained and ROUNDINGS[self.rounding].plane
             return Int8.quantise(self.rows(), plane=plane)
         return place(self._read(dtype, rows), self.precision, **self.options)
 

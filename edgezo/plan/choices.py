@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from edgezo.machine.limits import MB
 from edgezo.plan.config import Batched, RunConfig
-from edgezo.plan.conflicts import needs_memory
 from edgezo.plan.fields import DEFAULT_BATCH
 from edgezo.plan.footprint import Footprint
+from edgezo.plan.obstacles import needs_memory
 
 if TYPE_CHECKING:
     from edgezo.machine.hardware import Machine

@@ -13,8 +13,10 @@ from typing import Any, Self
 import tomli_w
 
 from edgezo.machine.limits import MOST_READOUT_ROWS
+from edgezo.plan.fields import DEFAULT_BATCH
+from edgezo.zo.axes import CREDITS, DIRECTIONS, ECHO_DEPTH, forwards, mean_forwards
 from edgezo.zo.parts import Trained, trained
-from edgezo.zo.presets import BACKWARD_PASSES, CREDITS, FIRST_ORDER, forwards, mean_forwards
+from edgezo.zo.presets import BACKWARD_PASSES, FIRST_ORDER
 
 # What a run did that began before there was a choice. Files of such a run do not have these settings, and are not
 # given them.
@@ -32,6 +34,10 @@ BEFORE = {
     "max_cpu": None,
     "probe_reads": "five",
     "log_to": "none",
+    "engine": "torch",
+    "provider": "cpu",
+    "weight_decay_to": "zero",
+    "samples": 1,
     "parent": None,
     "parent_steps": 0,
     "parent_sha256": None,
@@ -65,10 +71,13 @@ class RunConfig:
     rounding: str | None
     residency: str | None
     device: str
+    engine: str
+    provider: str
     rank: int
     keep: float
     refresh: int
     candidates: int
+    samples: int
     finetuner: str | None
     short_tokens: int | None
     short_lr: float
@@ -82,6 +91,7 @@ class RunConfig:
     sigma: float
     schedule: str
     weight_decay: float
+    weight_decay_to: str
     head_lr: float
     held_out: float | None
     seed: int
@@ -170,6 +180,30 @@ class RunConfig:
     def since_base(self, steps: int) -> int:
         """So many steps of this run, counted from its base: those of its parents come before."""
         return self.parent_steps + steps
+
+    @property
+    def terms(self) -> int:
+        """How many products of two sign vectors a direction is the sum of, where it is one of such."""
+        return self.rank if DIRECTIONS[self.directions].summed else 1
+
+    @property
+    def tries(self) -> bool:
+        """Whether a step tries the whole batch along each of ``candidates`` directions."""
+        return CREDITS[self.credit].tries
+
+    @property
+    def carried(self) -> int:
+        """Numbers at the end of a record's credit that belong to no direction: a later step takes them up."""
+        return int(self.anchored) + self.carries
+
+    @property
+    def carries(self) -> int:
+        """How many of them the credit and the directions make."""
+        if not self.probing:
+            return 0
+        entry = DIRECTIONS[self.directions]
+        of_batch = 2 * (self.batch_size or DEFAULT_BATCH) if entry.per_example else 1 + ECHO_DEPTH
+        return CREDITS[self.credit].carries + (of_batch if entry.echoes else 0)
 
     @property
     def anchored(self) -> bool:

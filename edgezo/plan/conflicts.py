@@ -3,69 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
 
 from edgezo.plan.config import RunConfig
 from edgezo.plan.data_fields import LOSS, OBJECTIVES
-from edgezo.plan.fields import UNROUNDED
-from edgezo.zo.parts import PARTS
-from edgezo.zo.presets import (
-    AUTO,
-    CREDITS,
-    DIRECTIONS,
-    FIRST_ORDER,
-    MASKS,
-    PER_WEIGHT,
-    PRESETS,
-    RULES,
-    DirectionEntry,
+from edgezo.plan.fields import DEFAULT_BATCH, UNROUNDED
+from edgezo.plan.obstacles import (
+    SEEDED_MASKS,
+    Conflict,
+    cannot_measure_step,
+    cannot_requantise,
+    drawn,
+    messages,
+    needs_memory,
+    one_basis,
 )
-
-MEASURED_CREDITS = (
-    "group",
-    "mean",
-)  # credits that --step auto has a formula for (run/auto_step.py)
-
-Condition = Callable[[RunConfig], object]
-Text = str | Callable[[RunConfig], str]  # a message, or what makes it
-
-
-class Conflict(NamedTuple):
-    """A message for every request of which ``when`` is true."""
-
-    when: Condition
-    text: Text
+from edgezo.zo.axes import CREDITS, DIRECTIONS, MASKS, PER_WEIGHT, ROUNDINGS, RULES, in_span
+from edgezo.zo.parts import PARTS
+from edgezo.zo.presets import FIRST_ORDER, PRESETS
 
 
 def conflicts(cfg: RunConfig, need_data: bool) -> list[str]:
     """What is wrong with a request. ``need_data``: a request without data is wrong too."""
     tables = (MISSING, MISSING_DATA if need_data else (), _of_estimator(cfg), GENERAL)
-    return [message for table in tables for message in _messages(table, cfg)]
-
-
-def needs_memory(cfg: RunConfig) -> str:
-    """Why full weights have to stay in memory, or ''."""
-    return next(_messages(NEEDS_MEMORY, cfg), "") if cfg.parts.weights else ""
-
-
-def cannot_requantise(cfg: RunConfig) -> str:
-    """Why int8 codes cannot be re-quantised from base and journal alone, or ''."""
-    return next(_messages(CANNOT_REQUANTISE, cfg), "")
-
-
-def cannot_measure_step(cfg: RunConfig) -> str:
-    """Why perturbations cannot tell the step of --step auto, or ''."""
-    return next(_messages(CANNOT_MEASURE_STEP, cfg), "")
-
-
-def _messages(table: Iterable[Conflict], cfg: RunConfig) -> Iterator[str]:
-    return (message(conflict.text, cfg) for conflict in table if conflict.when(cfg))
-
-
-def message(text: Text, cfg: RunConfig) -> str:
-    """The message of a table for this request."""
-    return text if isinstance(text, str) else text(cfg)
+    return [message for table in tables for message in messages(table, cfg)]
 
 
 def _of_estimator(cfg: RunConfig) -> tuple[Conflict, ...]:
@@ -90,21 +50,9 @@ def _credit(cfg: RunConfig) -> str:
     return f"--estimator {cfg.estimator}" if chosen else f"--credit {cfg.credit}"
 
 
-def _kept_state(cfg: RunConfig) -> str:
-    """The option by which a run keeps a state beside its weights, or ''."""
-    if RULES[cfg.rule].state:
-        return f"--rule {cfg.rule}"
-    return f"--mask {cfg.mask}" if MASKS[cfg.mask].state else ""
-
-
-def drawn(cfg: RunConfig) -> DirectionEntry:
-    """What the table says of the directions."""
-    return DIRECTIONS[cfg.directions]
-
-
-def one_basis(cfg: RunConfig) -> bool:
-    """Whether directions are made from the inputs of layers, one for the whole batch."""
-    return drawn(cfg).guided and not drawn(cfg).per_example
+def _requantises(cfg: RunConfig) -> bool:
+    """Whether codes are to be made anew from base and journal."""
+    return ROUNDINGS[cfg.rounding or ""].requantised
 
 
 def _of_batch() -> str:
@@ -191,6 +139,46 @@ OF_DIRECTIONS = (
         ),
     ),
     Conflict(
+        lambda cfg: (
+            drawn(cfg).echoes
+            and (cfg.credit not in ("mean", "group") or cfg.mask != "none" or cfg.parts.weights)
+        ),
+        lambda cfg: (
+            f"--directions {cfg.directions} take up directions of past steps, each as a whole: they need --credit mean "
+            "or group, --mask none, and --train lowrank, norms or scales; --train full moves only the rows of an "
+            "embedding table that a step has used"
+        ),
+    ),
+    Conflict(
+        lambda cfg: (
+            "vote" in (cfg.credit, cfg.rule)
+            and ((cfg.credit, cfg.rule, cfg.mask) != ("vote", "vote", "none") or drawn(cfg).dense)
+        ),
+        "--credit vote and --rule vote belong together: votes of +-1 along sign vectors are counted; "
+        "they need --directions signs or rank-signs of rank 1, and --mask none",
+    ),
+    Conflict(
+        lambda cfg: (
+            cfg.rule == "orthogonal"
+            and not (in_span(cfg.directions) and cfg.mask in ("none", "layers"))
+        ),
+        "--rule orthogonal works in the coordinates of a low-rank basis: it needs --directions lowrank-strict or "
+        "lowrank-shared, and --mask none or layers",
+    ),
+    Conflict(
+        lambda cfg: drawn(cfg).echoes and RULES[cfg.rule].looks_back,
+        lambda cfg: (
+            f"--rule {cfg.rule} with --directions {cfg.directions}: both look back on past steps; use one of them"
+        ),
+    ),
+    Conflict(
+        lambda cfg: drawn(cfg).summed and cfg.mask not in ("none", "layers", "block"),
+        lambda cfg: (
+            f"--mask {cfg.mask} with --directions {cfg.directions}: the mask shapes one factor of a direction, "
+            "and these are sums of several; use --directions signs"
+        ),
+    ),
+    Conflict(
         lambda cfg: cfg.mask == "sparse" and not cfg.parts.weights,
         "--mask sparse chooses among the weights of a matrix by their size; it needs --train full",
     ),
@@ -242,6 +230,16 @@ OF_DIRECTIONS = (
         ),
     ),
     Conflict(
+        lambda cfg: (
+            RULES[cfg.rule].looks_back
+            and (drawn(cfg).refreshed or drawn(cfg).guided or cfg.mask not in SEEDED_MASKS)
+        ),
+        lambda cfg: (
+            f"--rule {cfg.rule} with --directions {cfg.directions} and --mask {cfg.mask}: the rule makes past "
+            f"steps anew from seeds alone; use other directions, and a mask of {', '.join(SEEDED_MASKS)}"
+        ),
+    ),
+    Conflict(
         lambda cfg: (cfg.rule == "centred") != (cfg.directions == "centred"),
         "--directions centred and --rule centred are two halves of ZO-AdaMU: "
         "the rule scales by the parts that the direction is made of; use both or neither",
@@ -267,7 +265,7 @@ OF_DIRECTIONS = (
         ),
     ),
     Conflict(
-        lambda cfg: drawn(cfg).guided and cfg.credit == "candidates",
+        lambda cfg: drawn(cfg).guided and cfg.tries,
         lambda cfg: (
             f"--directions {cfg.directions} with {_credit(cfg)}: the credit tries each direction on every example, "
             "but these are made for one example each"
@@ -332,19 +330,26 @@ GENERAL = (
         ),
     ),
     Conflict(
-        lambda cfg: (cfg.rounding, cfg.precision, cfg.mask) == ("plane", "int8", "quantized"),
-        "--mask quantized moves codes by whole steps of their grid; "
-        "--rounding plane has a finer one: use --rounding stochastic",
-    ),
-    Conflict(
-        lambda cfg: cfg.rounding == "anchored" and cfg.precision not in ("int8", *UNROUNDED),
-        "--rounding anchored re-quantises int8 codes from base and journal; it needs --precision int8",
-    ),
-    Conflict(
         lambda cfg: (
-            cfg.rounding == "anchored" and cfg.precision == "int8" and cannot_requantise(cfg)
+            (cfg.precision, cfg.mask) == ("int8", "quantized")
+            and ROUNDINGS[cfg.rounding or ""].plane
         ),
-        lambda cfg: f"--rounding anchored: {cannot_requantise(cfg)}; use --rounding stochastic",
+        lambda cfg: (
+            "--mask quantized moves codes by whole steps of their grid; "
+            f"--rounding {cfg.rounding} has a finer one: use --rounding stochastic"
+        ),
+    ),
+    Conflict(
+        lambda cfg: _requantises(cfg) and cfg.precision not in ("int8", *UNROUNDED),
+        lambda cfg: (
+            f"--rounding {cfg.rounding} re-quantises int8 codes from base and journal; it needs --precision int8"
+        ),
+    ),
+    Conflict(
+        lambda cfg: _requantises(cfg) and cfg.precision == "int8" and cannot_requantise(cfg),
+        lambda cfg: (
+            f"--rounding {cfg.rounding}: {cannot_requantise(cfg)}; use --rounding stochastic"
+        ),
     ),
     Conflict(
         lambda cfg: cfg.residency == "host" and cfg.device == "cpu",
@@ -356,88 +361,18 @@ GENERAL = (
         "use --residency host, or --device cpu",
     ),
     Conflict(
+        lambda cfg: (cfg.batch_size or DEFAULT_BATCH) % cfg.samples,
+        lambda cfg: (
+            f"--samples {cfg.samples} with --batch-size {cfg.batch_size or DEFAULT_BATCH}: a batch has each of its "
+            "rows so often, so its size has to be a multiple of that"
+        ),
+    ),
+    Conflict(
         lambda cfg: (
             cfg.micro_batch is not None and cfg.micro_batch > (cfg.batch_size or cfg.micro_batch)
         ),
         lambda cfg: (
             f"--micro-batch {cfg.micro_batch} is more than --batch-size {cfg.batch_size}, which it splits"
-        ),
-    ),
-)
-
-# ---------------------------------------------------------------------------------------------
-# Reasons why something cannot be done; the first that is true is given
-
-NEEDS_MEMORY = (
-    Conflict(
-        _kept_state,
-        lambda cfg: f"the state of {_kept_state(cfg)} is kept beside the weights, in memory",
-    ),
-    Conflict(
-        lambda cfg: cfg.mask == "block",
-        "--mask block needs mean and variance of every trained tensor at every step",
-    ),
-    Conflict(
-        lambda cfg: drawn(cfg).guided,
-        lambda cfg: (
-            f"a block outside memory takes its updates later, from seeds, and --directions {cfg.directions} have none"
-        ),
-    ),
-    Conflict(
-        lambda cfg: cfg.mask == "sparse",
-        "--mask sparse reads the base's weights once more for its thresholds",
-    ),
-    Conflict(
-        lambda cfg: cfg.precision == "int8",
-        "int8 codes that are trained have to stay in memory; use --precision bf16",
-    ),
-)
-CANNOT_REQUANTISE = (
-    Conflict(
-        _kept_state,
-        lambda cfg: f"the state of {_kept_state(cfg)} would have to be rebuilt with the codes",
-    ),
-    Conflict(
-        lambda cfg: drawn(cfg).guided,
-        lambda cfg: f"--directions {cfg.directions} are not in the journal",
-    ),
-    Conflict(
-        lambda cfg: cfg.mask in ("sparse", "quantized"),
-        lambda cfg: (
-            f"what --mask {cfg.mask} keeps of a direction depends on the codes of that step"
-        ),
-    ),
-)
-CANNOT_MEASURE_STEP = (
-    Conflict(
-        lambda cfg: cfg.backward or cfg.estimator == AUTO,
-        lambda cfg: (
-            f"--estimator {cfg.estimator} has a learning rate for gradients, "
-            "which cannot be estimated from perturbations"
-        ),
-    ),
-    Conflict(
-        lambda cfg: cfg.credit not in MEASURED_CREDITS,
-        lambda cfg: (
-            f"there is no formula for the step of --credit {cfg.credit} (there is for {' and '.join(MEASURED_CREDITS)})"
-        ),
-    ),
-    Conflict(
-        lambda cfg: cfg.rule != "sgd",
-        lambda cfg: (
-            f"--rule {cfg.rule} changes the length of a step, so it cannot be estimated from perturbations"
-        ),
-    ),
-    Conflict(
-        lambda cfg: MASKS[cfg.mask].state or cfg.mask == "block",
-        lambda cfg: (
-            f"--mask {cfg.mask} changes the length of a step, so it cannot be estimated from perturbations"
-        ),
-    ),
-    Conflict(
-        lambda cfg: drawn(cfg).guided,
-        lambda cfg: (
-            f"--directions {cfg.directions} are made for each row, and the measurement needs one direction for all rows"
         ),
     ),
 )

@@ -11,12 +11,17 @@ from typing import NamedTuple
 
 from edgezo.plan.data_fields import DATA, PREDICTION
 from edgezo.plan.field import DEFAULT_PRESET, Field
+from edgezo.zo.axes import CREDITS, DIRECTIONS, MASKS, ROUNDINGS, RULES
 from edgezo.zo.parts import PARTS
-from edgezo.zo.presets import AUTO, CREDITS, DIRECTIONS, ESTIMATORS, MASKS, RULES
+from edgezo.zo.presets import AUTO, ESTIMATORS
 
 QUANTIZED = ("int8", "int4")
 # Precisions in which --rounding has nothing to do, each with the reason.
 UNROUNDED = {"fp32": "updates are exact there", "int4": "nothing is rounded there"}
+
+ENGINES = ("torch", "onnx")
+# Of onnxruntime's execution providers, those that edgezo knows by name (network/onnx_sessions.py).
+PROVIDER_NAMES = ("cpu", "xnnpack", "nnapi", "coreml", "qnn", "openvino", "cuda")
 
 DEFAULT_STEPS = 400
 DEFAULT_BATCH = 16  # examples a step: more take too long on a small machine, fewer are noisy
@@ -48,6 +53,22 @@ _MEMORY = (
         default="auto",
         default_text="auto: cuda where PyTorch can use a GPU",
         choices=("auto", "cpu", "cuda"),
+        free_on_resume=True,
+    ),
+    Field(
+        name="engine",
+        kind="choice",
+        help="What computes: torch, or onnx, which trains what export --format onnx --trainable wrote in a process "
+        "without PyTorch.",
+        default="torch",
+        choices=ENGINES,
+    ),
+    Field(
+        name="provider",
+        kind="choice",
+        help="Execution provider of --engine onnx; what it has no place for is computed on the CPU.",
+        default="cpu",
+        choices=PROVIDER_NAMES,
         free_on_resume=True,
     ),
     Field(
@@ -183,7 +204,7 @@ _METHOD = (
         help="How --train full keeps steps that are smaller than the rounding of a weight.",
         default_text="plane; with int8 anchored",
         example="stochastic",
-        choices=("plane", "stochastic", "anchored"),
+        choices=tuple(ROUNDINGS)[1:],
     ),
     Field(
         name="rank",
@@ -220,6 +241,16 @@ _METHOD = (
         default=8,
         low=1,
         high=256,
+    ),
+    Field(
+        name="samples",
+        kind="int",
+        metavar="N",
+        help="How often a batch has each of its rows, each time with another direction: --credit by-prompt compares "
+        "them.",
+        default=1,
+        low=1,
+        high=1024,
     ),
     Field(
         name="finetuner",
@@ -303,6 +334,13 @@ _RUN = (
         default=0.0,
         low=0,
         high=1,
+    ),
+    Field(
+        name="weight_decay_to",
+        kind="choice",
+        help="What perturbed weights shrink towards: zero, or the values that the base has.",
+        default="zero",
+        choices=("zero", "base"),
     ),
     Field(
         name="head_lr",

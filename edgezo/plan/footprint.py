@@ -51,7 +51,7 @@ from edgezo.plan.calibration import (
 from edgezo.plan.data_fields import LOSS
 from edgezo.plan.footprint_stored import StoredFootprint, rounding_of
 from edgezo.plan.shapes import BYTES_PER_WEIGHT, MatrixShape
-from edgezo.zo.presets import DIRECTIONS, MASKS, RULES
+from edgezo.zo.axes import DIRECTIONS, MASKS, ROUNDINGS, RULES
 
 
 def _numbers_of_rows(n: int) -> int:
@@ -275,11 +275,11 @@ class Footprint(StoredFootprint):
 
     def _drawn(self, micro_batch: int) -> int:
         """Directions in a forward."""
-        return self.cfg.candidates if self.cfg.credit == "candidates" else micro_batch
+        return self.cfg.candidates if self.cfg.tries else micro_batch
 
     def _widest(self) -> int:
-        """Values of the two factors of a direction for the widest matrix."""
-        return max(m.d_out + m.d_in for m in self.shape.kinds)
+        """Values of the factors of a direction for the widest matrix."""
+        return self.cfg.terms * max(m.d_out + m.d_in for m in self.shape.kinds)
 
     def _perturbing(self, micro_batch: int, size: int) -> list[Item]:
         """Directions of ``size`` bytes, and a tile of noise where they are dense."""
@@ -302,9 +302,14 @@ class Footprint(StoredFootprint):
         if cfg.parts.weights:
             sizes = [m.numel for m in shape.kinds]
             largest = max(*sizes, *(self._rows_in_use(t) * t.d_in for t in shape.tables))
-        copies = 3 + (2 if MASKS[cfg.mask].dense else 0) + (3 if cfg.directions == "centred" else 0)
+        copies = 3 + (2 if MASKS[cfg.mask].dense else 0) + self._past_noise()
         # Tiles of the forward are cut in the compute dtype: in fp32 they are up to twice as large.
         return copies * min(2 * TILE_BYTES, 4 * largest)
+
+    def _past_noise(self) -> int:
+        """Tiles of noise of earlier steps, beside that of the step."""
+        echoes = DIRECTIONS[self.cfg.directions].echoes
+        return 3 if self.cfg.directions == "centred" else int(echoes)
 
     def _expanded(self, precision: str, compute_bytes: int) -> list[Item]:
         """A tile of weights in the compute dtype, where they are stored in another one."""
@@ -417,6 +422,7 @@ class Footprint(StoredFootprint):
         copies = ROUNDED_UPDATE_TILES if rounds else UPDATE_TILES
         if rounds and precision == "int8":
             copies = CODES_UPDATE_TILES
+        copies += RULES[self.cfg.rule].remade + (self.cfg.weight_decay_to == "base")
         return copies * min(TILE_BYTES, self._largest_trained())
 
     def _holes(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
@@ -435,7 +441,7 @@ class Footprint(StoredFootprint):
     def _update(self, precision: str, micro_batch: int, on_disk: int) -> Item:
         size = self._update_tiles(precision)
         reason = "weights, direction and change of one tile, in fp32"
-        if rounding_of(self.cfg, precision)[0] == "anchored":
+        if ROUNDINGS[rounding_of(self.cfg, precision)[0] or ""].requantised:
             # A matrix as the base has it, beside a tile that is made from it (QUANTISE_BYTES).
             size = max(size, self._largest_base() + REQUANTISE_TILES * TILE_BYTES)
             reason += "; or a matrix of the base, and a tile that is replayed and quantised"
@@ -465,14 +471,8 @@ class Footprint(StoredFootprint):
         if not cfg.parts.head or self.tokens.kind == "label":
             return []
         size = 4 * HEAD_TEMPORARIES * cfg.rank * shape.vocab
-        return [
-            Item(
-                "head update",
-                size,
-                "the scale of an Adam step, as large as what it moves",
-                "update",
-            )
-        ]
+        reason = "the scale of an Adam step, as large as what it moves"
+        return [Item("head update", size, reason, "update")]
 
     def _largest_trained(self) -> int:
         """Bytes in fp32 of the largest tensor that an update moves."""
@@ -487,7 +487,7 @@ class Footprint(StoredFootprint):
 
     def _moved_rows(self, table: MatrixShape) -> int:
         """Rows of a table that one update may move."""
-        if RULES[self.cfg.rule].state or MASKS[self.cfg.mask].state:
+        if RULES[self.cfg.rule].states or MASKS[self.cfg.mask].state:
             return table.d_out
         return self._rows_in_use(table)
 

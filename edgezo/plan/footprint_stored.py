@@ -49,10 +49,11 @@ from edgezo.plan.calibration import (
     phase_bytes,
 )
 from edgezo.plan.config import Batched, RunConfig
-from edgezo.plan.conflicts import cannot_requantise
 from edgezo.plan.fields import QUANTIZED, UNROUNDED
+from edgezo.plan.obstacles import cannot_requantise
 from edgezo.plan.shapes import BYTES_PER_WEIGHT, MatrixShape, ModelShape
-from edgezo.zo.presets import DIRECTIONS, MASKS, RULES, in_span
+from edgezo.zo.axes import DIRECTIONS, MASKS, ROUNDINGS, RULES, in_span
+from edgezo.zo.presets import usual_codes
 
 
 def compute_dtype(precision: str, bf16_fast: bool) -> tuple[str, str]:
@@ -79,7 +80,7 @@ def rounding_of(cfg: RunConfig, precision: str) -> tuple[str | None, str]:
         if why := cannot_requantise(cfg):
             return "stochastic", f"rounding errors add up, but {why}"
         reason = "codes are re-quantised from base and journal before rounding errors add up"
-        return "anchored", reason
+        return usual_codes(cfg.estimator), reason
     return "plane", "8 more bits beside each weight; rounding alone would lose small steps"
 
 
@@ -118,9 +119,8 @@ class StoredFootprint:
     def label_rows_only(self) -> bool:
         """Whether of the head only the rows of the label words are in memory (network/assemble.py)."""
         frozen = self.shape.tied or not self.cfg.parts.weights
-        return (
-            self.above_cut and self.tokens.kind == "label" and frozen and not self.shape.masked_head
-        )
+        reads_words = self.tokens.kind == "label" and not self.shape.masked_head
+        return self.above_cut and reads_words and frozen
 
     def compute_dtype(self, precision: str) -> tuple[str, str]:
         """(dtype of activations and products, reason)."""
@@ -141,7 +141,7 @@ class StoredFootprint:
 
     def _plane_bytes(self, precision: str) -> int:
         """Bytes of the low-order plane for each weight."""
-        return 1 if rounding_of(self.cfg, precision)[0] == "plane" else 0
+        return int(ROUNDINGS[rounding_of(self.cfg, precision)[0] or ""].plane)
 
     def disk_bytes(self, precision: str, on_disk: int) -> int:
         """What the overlay takes on disk."""
@@ -200,14 +200,11 @@ class StoredFootprint:
         loaded += QUANTO_BYTES if precision in QUANTIZED else 0
         first = FIRST_STEP_BYTES + BLOCK_STEP_BYTES * self.shape.layers
         first += 0 if columns else BF16_STEP_BYTES
-        if self.cfg.credit == "candidates":
+        if self.cfg.tries:
             first += CANDIDATE_BYTES * self.cfg.candidates
+        reason = "the model's modules, what loading them touches, packed panels"
         return [
-            Item(
-                "model code",
-                loaded,
-                "the model's modules, what loading them touches, packed panels",
-            ),
+            Item("model code", loaded, reason),
             Item("step code", first, "kernels and buffers that the first step uses", COMPUTE),
         ]
 
@@ -358,6 +355,9 @@ class StoredFootprint:
         if cfg.anchored and values:
             reason = f"--credit {cfg.credit}: another copy of {values:,} trained values, fp32"
             items.append(Item("anchor", 4 * values, reason))
+        if cfg.weight_decay_to == "base" and cfg.parts.vectors:
+            reason = "--weight-decay-to base: norm weights and biases as they were"
+            items.append(Item("start", 4 * self.trained_shape.vector_elements, reason))
         if n := RULES[cfg.rule].state:
             reason = f"--rule {cfg.rule}: {n} in fp32 for each of {values:,} trained values"
             if in_span(cfg.directions):  # coordinates, and which basis they are in

@@ -17,7 +17,8 @@ from edgezo.plan.footprint_backward import BackwardFootprint
 from edgezo.plan.footprint_gpu import CudaFootprint
 from edgezo.plan.plan import Decision
 from edgezo.plan.request import as_estimator
-from edgezo.zo.presets import FIRST_ORDER, step_meaning
+from edgezo.zo.axes import step_meaning
+from edgezo.zo.presets import FIRST_ORDER
 
 # In fewer steps a linear probe on label words does as well or better
 # (benchmarks/log/2026-11-23-is-first-order-lora-worth-it-in-few-steps.md).

@@ -28,6 +28,7 @@ from edgezo.plan.footprint_stored import rounding_of
 from edgezo.plan.method import LoraBeside, estimator_reason, method
 from edgezo.plan.plan import Decision, PlanDoesNotFit
 from edgezo.plan.shapes import MatrixShape, ModelShape
+from edgezo.zo.axes import ROUNDINGS
 from edgezo.zo.parts import PARTS
 from edgezo.zo.presets import PRESETS
 
@@ -247,7 +248,7 @@ def _alternatives(footprint: Footprint) -> Iterator[tuple[str, Footprint]]:
     if cfg.parts.weights:
         train = PRESETS[DEFAULT_PRESET].train
         yield f"--train {'+'.join(train)}", changed(train=train, rounding=None, precision=None)
-        if rounding_of(cfg, cfg.precision or "bf16")[0] == "plane":
+        if ROUNDINGS[rounding_of(cfg, cfg.precision or "bf16")[0] or ""].plane:
             yield "--rounding stochastic", changed(rounding="stochastic")
     elif cfg.precision is not None:
         for precision in PRECISIONS_TRIED:

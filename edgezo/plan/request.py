@@ -17,6 +17,7 @@ from edgezo.machine.foreign_yaml import parse_yaml
 from edgezo.plan.config import BEFORE, RunConfig
 from edgezo.plan.conflicts import conflicts
 from edgezo.plan.data_fields import LOSS
+from edgezo.plan.engines import engine_conflicts
 from edgezo.plan.field import DEFAULT_PRESET, as_text, nearest
 from edgezo.plan.fields import (
     ALTERNATIVES,
@@ -29,6 +30,7 @@ from edgezo.plan.fields import (
     flags,
 )
 from edgezo.plan.unused import without_effect
+from edgezo.zo.axes import ROUNDINGS
 from edgezo.zo.parts import trained, without_exact
 from edgezo.zo.presets import FIRST_ORDER, PRESETS, default_step
 
@@ -64,7 +66,7 @@ def make_config(*layers: Mapping[str, Any], need_data: bool = True) -> RunConfig
         values["steps"] = DEFAULT_STEPS
     _fill_from_preset(values)
     cfg = RunConfig(**values)
-    problems += conflicts(cfg, need_data)
+    problems += conflicts(cfg, need_data) + engine_conflicts(cfg)
     problems += without_effect(layers[0] if layers else {}, cfg)
     if problems:
         raise UsageError(list(dict.fromkeys(problems)))
@@ -115,7 +117,8 @@ def _fill_from_preset(values: dict[str, Any]) -> None:
         # A credit or rule that is chosen by hand may mean something else by a step.
         values["step"] = default_step(preset, values["credit"], values["rule"])
     if values["rounding"] is None and trained(tuple(values["train"])).weights:
-        if values["precision"] not in UNROUNDED:
+        codes = values["precision"] == "int8" or not ROUNDINGS[preset.rounding or ""].requantised
+        if values["precision"] not in UNROUNDED and codes:
             values["rounding"] = preset.rounding
 
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from edgezo.plan.config import RunConfig
-from edgezo.plan.conflicts import Condition, Text, drawn, message, one_basis, train_option
+from edgezo.plan.conflicts import train_option
 from edgezo.plan.fields import OF_PRESET, flag
+from edgezo.plan.obstacles import Condition, Text, drawn, message, one_basis
 from edgezo.zo.presets import AUTO
 
 
@@ -36,9 +37,17 @@ class Use(NamedTuple):
 USES = {
     "rank": Use(
         lambda cfg: (
-            cfg.parts.factors or cfg.parts.adapters or drawn(cfg).refreshed or one_basis(cfg)
+            cfg.parts.factors
+            or cfg.parts.adapters
+            or drawn(cfg).refreshed
+            or drawn(cfg).summed
+            or one_basis(cfg)
         ),
         "it is the rank of --train lowrank or lora, and of low-rank directions",
+    ),
+    "weight_decay_to": Use(
+        lambda cfg: cfg.weight_decay and cfg.probing and not cfg.backward,
+        "it says where --weight-decay pulls perturbed weights to; give that a share above 0",
     ),
     "keep": Use(
         lambda cfg: cfg.mask in ("sparse", "layers"), "only --mask sparse and layers use it"
@@ -48,7 +57,7 @@ USES = {
         "only low-rank directions have a basis that is drawn anew, and only --credit svrg an anchor",
     ),
     "candidates": Use(
-        lambda cfg: cfg.credit == "candidates", "only --credit candidates tries candidates"
+        lambda cfg: cfg.tries, "only --credit candidates and posterior try candidates"
     ),
     **dict.fromkeys(
         ("short_tokens", "short_lr"),

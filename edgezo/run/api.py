@@ -74,7 +74,7 @@ class Run(Mapping[str, Any]):
     def summary(self) -> Mapping[str, Any]:
         """What summary.json holds, as docs/journal.md describes it; empty until the run has ended."""
         from edgezo.run.directory import RunFiles
-        from edgezo.run.summary import saved_summary
+        from edgezo.run.summary_file import saved_summary
 
         return saved_summary(RunFiles(self.directory))
 

@@ -27,12 +27,13 @@ from edgezo.plan.config import RunConfig
 from edgezo.plan.data_fields import LOSS
 from edgezo.run.directory import RunFiles
 from edgezo.run.evaluate import loaded, restore
-from edgezo.run.figures import EvaluatedRows, evaluate_rows
+from edgezo.run.figures import evaluate_rows
 from edgezo.run.journal import open_journal
 from edgezo.run.kept_answers import SHOWN_ROWS, as_text, shortened
 from edgezo.run.overview import Overview
 from edgezo.run.parent import open_with_parents
 from edgezo.run.places import at_base, check_data_is_there, with_base
+from edgezo.run.row_figures import EvaluatedRows
 from edgezo.run.session import Opened, open_request, settle, without_states
 
 TEXTS = Path(__file__).parents[1] / "data" / "untouched" / "texts.txt"

@@ -18,17 +18,13 @@ from edgezo.machine.files import is_leftover
 from edgezo.machine.foreign import MOST_TOML_BYTES, parse_json, read_small
 from edgezo.machine.open_files import files_inside, open_to_read
 from edgezo.machine.ownership import check_made, claim
-from edgezo.network.readout import STATES_MAGIC
+from edgezo.network.state_file import STATES_MAGIC
 from edgezo.plan.request import from_toml, read_run_config
-from edgezo.run.directory import RunFiles
+from edgezo.run.directory import PARENT_NAMES, PROBE_KEYS, RunFiles
 from edgezo.run.given import GIVEN_MODEL, GIVEN_ROWS, is_given
 from edgezo.run.journal import open_journal
 from edgezo.run.metrics_log import check_form
-from edgezo.run.parent import PARENT_NAMES
-from edgezo.run.readout_pass import PROBE_KEYS
-from edgezo.run.report import is_report_file
-from edgezo.weights.disk import OVERLAY_MAGIC, OVERLAY_NAMES
-from edgezo.weights.verified import open_saved
+from edgezo.weights.overlay_names import OVERLAY_MAGIC, OVERLAY_NAMES
 
 Form = Callable[[Path], bool]
 BOARD_NAMES = re.compile(r"events\.out\.tfevents\..+")  # TensorBoard's
@@ -54,8 +50,16 @@ def _metrics(path: Path) -> bool:
 
 
 def _saved(keys: set[str], path: Path) -> bool:
+    from edgezo.weights.verified import open_saved  # it imports torch, which few directories need
+
     with open_saved(path, keys, None, ""):
         return True
+
+
+def _report(path: Path) -> bool:
+    from edgezo.run.report import is_report_file  # it imports torch
+
+    return is_report_file(path)
 
 
 def _probe(path: Path) -> bool:
@@ -114,7 +118,7 @@ FORMS: Mapping[str, Form] = {
     "profile.json": partial(_json, "phases"),
     "predictions.json": partial(_json, "shown"),
     "asked.json": partial(_json, "untouched"),
-    "report.html": is_report_file,
+    "report.html": _report,
     "replay.json": partial(_json, "trained_sha256"),
     "head.safetensors": partial(_saved, {"step"}),
     "trained.safetensors": partial(_saved, {"steps"}),

@@ -1,4 +1,4 @@
-"""The run directory: the names of its files, its snapshot, its weights on disk, and the checks before a run goes on."""
+"""The run directory: the names of its files, its snapshot, and the checks before a run goes on."""
 
 from __future__ import annotations
 
@@ -6,39 +6,39 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgezo.data.batches import Example
 from edgezo.data.dataset import Dataset
-from edgezo.errors import DoesNotFit, EdgezoError, UsageError
-from edgezo.machine.downloads import cache_dir
-from edgezo.machine.files import atomic_path, write_error
-from edgezo.machine.hardware import format_bytes
+from edgezo.errors import EdgezoError, UsageError
+from edgezo.machine.files import atomic_path
 from edgezo.machine.open_files import (
     check_folder,
     check_inside,
     check_replaced,
-    files_inside,
-    remove_files,
-    temporary_folder,
 )
-from edgezo.network.model import Model
 from edgezo.plan.config import RunConfig
 from edgezo.plan.fields import FREE_ON_RESUME, flag
 from edgezo.plan.request import read_run_config
 from edgezo.run.journal import Journal, open_journal
 from edgezo.run.journal_header import check_base
 from edgezo.run.places import found_again
-from edgezo.weights.disk import OVERLAY_NAMES, DiskMedium
-from edgezo.weights.saved import Saved, snapshot_tensors, write_saved
-from edgezo.weights.verified import open_saved
+from edgezo.weights.overlay_names import OVERLAY_NAMES
 
-if TYPE_CHECKING:
-    from torch import Tensor
+PROBE_KEYS = {
+    "used",
+    "rows",
+    "fit_s",
+    "loss",
+    "accuracy",
+    "label_words_loss",
+}  # metadata of the linear probe's file
+# Copies of what a run goes on from (parent.py).
+PARENT_NAMES = re.compile(r"journal-([1-9]\d{0,5})\.bin|head\.safetensors|probe\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -155,55 +155,6 @@ def free_directory(model: str, data: str) -> Path:
     return folder
 
 
-@dataclass(frozen=True)
-class Overlay:
-    """Where offloaded weights live, and the run that they must belong to."""
-
-    directory: Path
-    run: Mapping[str, Any]
-    way_out: str = "give an --out on another disk, or more --max-mem"
-
-    @staticmethod
-    def of(run: RunFiles, header: Mapping[str, Any]) -> Overlay:
-        """The overlay of a run. Settings that a resume may change do not make its files foreign."""
-        config = {k: v for k, v in header["config"].items() if k not in FREE_ON_RESUME}
-        return Overlay(run.overlay, {**header, "config": config})
-
-    def medium(self, resident_blocks: int) -> DiskMedium:
-        identity = hashlib.sha256(json.dumps(self.run, sort_keys=True).encode()).hexdigest()
-        return DiskMedium(self.directory, identity, resident_blocks)
-
-    def check_room(self, needed_bytes: int) -> None:
-        """Raise DoesNotFit unless the disk has room for what is not there yet."""
-        there_bytes = 0
-        with contextlib.suppress(OSError):  # whoever writes there says so
-            there_bytes = sum(files_inside(self.directory, OVERLAY_NAMES).values())
-        existing = next(p for p in (self.directory, *self.directory.parents) if p.exists())
-        free_bytes = shutil.disk_usage(existing).free
-        if needed_bytes - there_bytes > free_bytes:
-            raise DoesNotFit(
-                f"the weights on disk take {format_bytes(needed_bytes)} in {self.directory}, "
-                f"but only {format_bytes(free_bytes + there_bytes)} are free there.\n"
-                f"Free some space, {self.way_out}."
-            )
-
-    def remove(self) -> None:
-        """Delete it: base and journal are enough to make it again."""
-        remove_files(self.directory, OVERLAY_NAMES)
-
-
-@contextlib.contextmanager
-def temporary_overlay() -> Iterator[Overlay]:
-    """A place in the cache for weights on disk, for as long as a model is evaluated or replayed."""
-    cache = cache_dir() / "overlay"
-    with contextlib.ExitStack() as at_end:
-        try:
-            folder = at_end.enter_context(temporary_folder(cache, OVERLAY_NAMES))
-        except OSError as problem:
-            raise write_error(cache, "a folder for weights on disk", problem) from problem
-        yield Overlay(folder, {}, "or set EDGEZO_CACHE to a folder on another disk")
-
-
 def refuse_links(run: RunFiles) -> None:
     """Raise EdgezoError, and change nothing, where a file that is written in place is a link, or not a file at all.
 
@@ -255,23 +206,6 @@ def run_id(header: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
-def save_snapshot(run: RunFiles, model: Model, step: int, header: Mapping[str, Any]) -> None:
-    """Write, as a whole or not at all, the state after ``step`` steps that no seed can rebuild.
-
-    That is the exact head, and weights whose directions come from what layers read. ``header`` is the journal's.
-    """
-    if not model.needs_snapshots:
-        return
-    tensors: dict[str, Tensor] = {}
-    for part in model.learned.values():
-        tensors |= part.tensors()
-    if model.guided:
-        tensors = {**tensors, **snapshot_tensors(model.store)}
-    saved = [Saved.of(name, tensor.contiguous()) for name, tensor in tensors.items()]
-    with atomic_path(run.snapshot) as temporary:
-        write_saved(temporary, saved, {"step": str(step)}, run=run_id(header))
-
-
 def lost_head(run: RunFiles, cfg: RunConfig, steps: int) -> EdgezoError:
     """The error for a run of ``steps`` steps whose snapshot was removed, or not written yet."""
     again = (
@@ -283,28 +217,6 @@ def lost_head(run: RunFiles, cfg: RunConfig, steps: int) -> EdgezoError:
         f"{run.path} has {steps} steps in its journal, but {run.snapshot.name}, the head after them, is not there: "
         f"it is written every {cfg.snapshot_every} steps and at the end, or was removed.\n{again}"
     )
-
-
-def load_snapshot(run: RunFiles, model: Model, header: Mapping[str, Any]) -> int:
-    """Read the snapshot into ``model``; the number of steps that it stands after (0 where there is none).
-
-    ``header`` is the journal's. Raises EdgezoError for a file that is damaged, or of another run.
-    """
-    if not model.needs_snapshots or not run.snapshot.exists():
-        return 0
-    way_out = "It holds weights that the run has trained: restore it from a copy, or start again."
-    with open_saved(run.snapshot, {"step"}, run_id(header), way_out) as file:
-        step = int(file.metadata["step"])
-        if step < 0:
-            raise ValueError(f"it is of step {step}")
-        parts = [(part, part.tensors()) for part in model.learned.values()]
-        into = snapshot_tensors(model.store) if model.guided else {}
-        for _, tensors in parts:
-            into |= tensors
-        file.read(into)
-        for part, tensors in parts:
-            part.load(tensors)
-    return step
 
 
 def data_hash(examples: Sequence[Example]) -> str:
@@ -324,6 +236,30 @@ def dataset_facts(dataset: Dataset) -> dict[str, Any]:
         "kind": dataset.kind,
         "label_ids": list(dataset.label_ids),
         "label_names": list(dataset.label_names),
+    }
+
+
+# Settings that a replay does not need: the journal's header leaves them out.
+NOT_IN_HEADER = (
+    *("out", "max_mem_bytes", "device", "threads", "profile", "finetuner", "began_in"),
+    *("when", "max_temp", "max_cpu", "log_to", "engine", "provider"),
+)
+
+
+def run_header(
+    content_hash: str, dataset: Dataset, cfg: RunConfig, finetuner: str | None = None
+) -> dict[str, Any]:
+    """What the journal remembers of a run: enough to replay it, and to refuse another base, other rows or settings.
+
+    ``content_hash`` is the base's, ``finetuner`` the digest of the file that scales directions. Engines are not in it:
+    a journal means the same on each.
+    """
+    return {
+        **({} if finetuner is None else {"finetuner_hash": finetuner}),
+        "content_hash": content_hash,
+        "data_hash": data_hash(dataset.train),
+        "dataset": dataset_facts(dataset),
+        "config": {k: v for k, v in cfg.without_absent().items() if k not in NOT_IN_HEADER},
     }
 
 

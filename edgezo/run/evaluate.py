@@ -20,19 +20,13 @@ from edgezo.network.model import Model
 from edgezo.plan.budget import portable
 from edgezo.plan.config import RunConfig
 from edgezo.run.claims import prepare_replay
-from edgezo.run.directory import (
-    RunFiles,
-    lost_head,
-    run_id,
-    same_task,
-    temporary_overlay,
-)
+from edgezo.run.directory import RunFiles, lost_head, run_id, same_task
 from edgezo.run.exported import Exported
 from edgezo.run.figures import evaluate_model
 from edgezo.run.journal import Journal
 from edgezo.run.journal_header import check_base
 from edgezo.run.parent import copy_parents, open_with_parents
-from edgezo.run.places import at_base, check_data_is_there, with_base
+from edgezo.run.places import at_base, check_data_is_there, for_torch, with_base
 from edgezo.run.readout_pass import recall
 from edgezo.run.recipes import follow, replay_into
 from edgezo.run.restore import snapshot_step
@@ -46,7 +40,9 @@ from edgezo.run.session import (
     settle,
     without_states,
 )
-from edgezo.run.summary import check_same_end, how_far, saved_summary, takes_roots, unfinished
+from edgezo.run.snapshots import temporary_overlay
+from edgezo.run.summary import check_same_end, takes_roots
+from edgezo.run.summary_file import how_far, saved_summary, unfinished
 from edgezo.weights.saved import saved_sha256, trained_tensors, write_saved
 from edgezo.weights.verified import open_saved
 
@@ -260,7 +256,7 @@ def brought_back(run: RunFiles, cfg: RunConfig) -> Iterator[Rebuilt]:
 
     ``cfg`` is the configuration of the run.
     """
-    cfg = portable(with_base(cfg, run.path), confirmed(machine()))
+    cfg = portable(with_base(for_torch(cfg), run.path), confirmed(machine()))
     peak_before_bytes = peak_rss_bytes()
     files = loader.open_model(cards.resolve(cfg.model))
     with ExitStack() as at_end:

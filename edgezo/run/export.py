@@ -49,9 +49,9 @@ from edgezo.run.export_gguf import GgufExporter, check_base
 from edgezo.run.exported import asked_by
 from edgezo.run.merged import Merged
 from edgezo.run.model_card import write_card
-from edgezo.run.places import at_base, with_base
+from edgezo.run.places import at_base, for_torch, with_base
 from edgezo.run.shipped import ship
-from edgezo.run.summary import saved_summary, unfinished
+from edgezo.run.summary_file import saved_summary, unfinished
 from edgezo.zo.parts import PARTS
 
 _ADAPTERS, _WHOLE = ("peft", "gguf-adapter"), ("hf", "hf-classifier")
@@ -68,7 +68,7 @@ def export(
     Raises UsageError where ``out`` is there already, or the form has no place for the model or what was trained.
     """
     run = RunFiles(source)
-    cfg = with_base(at_base(run.read_config(), base), run.path)
+    cfg = with_base(for_torch(at_base(run.read_config(), base)), run.path)
     _check_form(cfg, form, dtype)
     if form == "journal":
         return ship(run, cfg, out)

@@ -92,14 +92,15 @@ class Meaning:
         cfg = self.cfg
         examples = cfg.batch_size or DEFAULT_BATCH
         evaluations = len(Estimator.of(cfg).evaluations) if cfg.probing else 2
-        if cfg.probing and cfg.credit == "candidates":
-            return (RecordShape(evaluations, examples, cfg.candidates, 1),) * 2
+        more = cfg.carried
+        if cfg.probing and cfg.tries:
+            return (RecordShape(evaluations, examples, cfg.candidates + more, 1),) * 2
         # Compared steps are evaluated at the anchor too; an anchor takes the batches of all that are compared with it.
         here_and_there = evaluations * (2 if cfg.anchored and cfg.probing else 1)
         together = examples * max(1, self._refresh)
         return (
-            RecordShape(here_and_there, examples, examples + cfg.anchored, examples),
-            RecordShape(evaluations, together, together + cfg.anchored, together),
+            RecordShape(here_and_there, examples, examples + more, examples + more),
+            RecordShape(evaluations, together, together + more, together + more),
         )
 
     def least_bytes(self, step: int, scales: int = 2) -> int:
@@ -143,7 +144,7 @@ class Meaning:
             return f"it has {shown.format(*shapes)}, where the settings make {shown.format(*shape)}"
         if len(record.touched) not in (0, shape.lists if self.touches else 0):
             return f"it has touched tokens of {len(record.touched)} examples"
-        if record.skipped == bool(record.credit.any()):
+        if record.skipped == bool(record.credit[: shape.credits - cfg.carries].any()):
             return f"it is {'' if record.skipped else 'not '}marked as skipped, against its credits"
         least, most = (cfg.sigma, cfg.sigma)
         if cfg.step_auto:

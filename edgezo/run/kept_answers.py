@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from edgezo.data.batches import Example
 from edgezo.data.dataset import Dataset
@@ -23,8 +23,8 @@ from edgezo.errors import EdgezoError
 from edgezo.machine.files import atomic_write, to_json
 from edgezo.machine.foreign import read_json
 from edgezo.run.directory import RunFiles, run_id
-from edgezo.run.figures import EvaluatedRows
-from edgezo.run.state import RunState
+from edgezo.run.journal import Journal
+from edgezo.run.row_figures import EvaluatedRows
 
 WHEN = ("before", "after")  # evaluations whose answers are kept
 SHOWN_ROWS = 10
@@ -32,7 +32,30 @@ MOST_PREDICTIONS_BYTES = 64 << 20
 _HEAD_CHARS, _TAIL_CHARS = 360, 200  # of a long text; its end is what the model answers
 
 
-def keep_answers(state: RunState, when: str, evaluated: EvaluatedRows) -> None:
+class HasTokenizer(Protocol):
+    """An opened request."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+
+class AnswersOf(Protocol):
+    """A run that is evaluated, on whatever engine."""
+
+    @property
+    def files(self) -> RunFiles: ...
+
+    @property
+    def journal(self) -> Journal: ...
+
+    @property
+    def dataset(self) -> Dataset: ...
+
+    @property
+    def opened(self) -> HasTokenizer: ...
+
+
+def keep_answers(state: AnswersOf, when: str, evaluated: EvaluatedRows) -> None:
     """Write what an evaluation answered, beside what the file has of the run's other one.
 
     Raises EdgezoError where the disk refuses it.
@@ -60,7 +83,7 @@ def kept_answers(files: RunFiles, of_run: str) -> dict[str, Any]:
     return kept if isinstance(kept, dict) and kept.get("run") == of_run else {}
 
 
-def _facts(state: RunState, evaluated: EvaluatedRows) -> dict[str, Any]:
+def _facts(state: AnswersOf, evaluated: EvaluatedRows) -> dict[str, Any]:
     """What is the same in every evaluation of the rows. Those that are shown lie evenly among them."""
     dataset, tokenizer = state.dataset, state.opened.tokenizer
     n = len(dataset.validation)
@@ -96,7 +119,7 @@ def as_text(example: Example, dataset: Dataset, tokenizer: Any) -> dict[str, str
     return {"text": shortened(text), "right": shortened(right)}
 
 
-def _answers(state: RunState, evaluated: EvaluatedRows, numbers: Sequence[int]) -> list[str]:
+def _answers(state: AnswersOf, evaluated: EvaluatedRows, numbers: Sequence[int]) -> list[str]:
     """The answers to the rows that are shown; [] where the model is only asked how likely a text is."""
     dataset, rows = state.dataset, state.dataset.validation
     if evaluated.texts:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,12 +33,13 @@ from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.limits import EVAL_TOKENS
 from edgezo.network.generate import generate
 from edgezo.plan.data_fields import LOSS, OBJECTIVES
-from edgezo.zo.presets import DIRECTIONS
+from edgezo.zo.axes import DIRECTIONS
 
 if TYPE_CHECKING:
     from edgezo.network.model import Model
     from edgezo.network.perturb import Probe
     from edgezo.plan.config import RunConfig
+    from edgezo.run.journal_record import StepRecord
 
 Score = Callable[[str, Fields], float]
 
@@ -83,6 +85,31 @@ def load_objective(name: str) -> Score | None:
         raise UsageError(f"--objective {name}: {module_name} has no function {function!r}")
     score: Score = target
     return score
+
+
+def no_signal(records: Sequence[StepRecord], objective: str) -> str:
+    """Why so many steps were skipped, all of them, and what to do; a score is minus a loss of ``records``."""
+    losses = np.concatenate([record.losses.ravel() for record in records])
+    scores = -losses[np.isfinite(losses)]
+    tried = f"--objective {objective} has told nothing in {len(records)} steps, "
+    if not len(scores):
+        return (
+            tried
+            + "since no score was finite: --sigma is too large for this model, or its weights are damaged."
+        )
+    least, most = float(scores.min()), float(scores.max())
+    if least < most:
+        return (
+            f"{tried}since both sides of every perturbation scored the same, though rows differ ({least:g} to "
+            f"{most:g}): the perturbation changes no prediction. Give a larger --sigma, such as 5 times as large."
+        )
+    if most > 0:
+        return f"{tried}since every prediction scored {most:g}: there is nothing to improve on these rows."
+    return (
+        f"{tried}since every prediction scored {most:g}: the model never answers right, so no step can be better than "
+        "another. Give an easier objective first (token-f1, or a function with finer scores), or train with "
+        "--objective loss until some answers are right."
+    )
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from edgezo.machine.clock import duration, seconds
 from edgezo.machine.hardware import format_bytes
 from edgezo.plan.config import Settled
 from edgezo.plan.plan import Plan
-from edgezo.run.session import Planned
 from edgezo.zo.parts import PARTS
 
 MOST_NAMES = 4  # labels that are named
@@ -43,13 +42,6 @@ class Opening(NamedTuple):
     trained: int  # rows to train on
     evaluated: int  # rows to evaluate on
     layers: int  # blocks of the model
-
-    @staticmethod
-    def of(planned: Planned) -> Opening:
-        cfg, dataset = planned.cfg, planned.opened.dataset
-        rows = (len(dataset.train), len(dataset.validation))
-        about = (str(cfg.task or cfg.data), dataset.kind, dataset.label_names)
-        return Opening(planned.plan, cfg, *about, *rows, planned.opened.files.shape.layers)
 
     def lines(self) -> list[tuple[str, str]]:
         """(what, text) of each line."""

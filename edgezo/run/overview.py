@@ -18,11 +18,10 @@ from edgezo.machine.open_files import locked, open_to_read
 from edgezo.machine.ownership import MARKER
 from edgezo.plan.config import RunConfig
 from edgezo.plan.request import read_run_config
-from edgezo.run.directory import RunFiles, run_id
+from edgezo.run.directory import PROBE_KEYS, RunFiles, run_id
 from edgezo.run.journal import open_journal
 from edgezo.run.metrics_log import read_lines
-from edgezo.run.readout_pass import PROBE_KEYS
-from edgezo.run.summary import saved_summary
+from edgezo.run.summary_file import saved_summary
 from edgezo.weights.verified import open_saved
 from edgezo.zo.parts import PARTS
 

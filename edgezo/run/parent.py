@@ -12,7 +12,6 @@ parent in its header. All that the parent's weights are made from is copied, and
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -26,12 +25,10 @@ from edgezo.machine.open_files import files_inside, make_folder, remove_files
 from edgezo.network.loader import ModelFiles
 from edgezo.plan.config import RunConfig
 from edgezo.plan.request import check_after
-from edgezo.run.directory import RunFiles, run_id, same_task
+from edgezo.run.directory import PARENT_NAMES, RunFiles, run_id, same_task
 from edgezo.run.journal import Journal, open_journal
 from edgezo.run.journal_header import check_base
 from edgezo.run.overview import FINISHED, REBUILT, RUNNING, Overview
-
-PARENT_NAMES = re.compile(r"journal-([1-9]\d{0,5})\.bin|head\.safetensors|probe\.safetensors")
 
 
 class Parent(NamedTuple):

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from edgezo.errors import EdgezoError, UsageError
+from edgezo.machine.files import user_path
 from edgezo.machine.foreign import read_json
 from edgezo.machine.hardware import format_bytes
 from edgezo.network import cards
+from edgezo.network.onnx_manifest import is_trainable_export, open_manifest
 from edgezo.plan.config import RunConfig
 from edgezo.plan.fields import flag
 from edgezo.run.given import GIVEN_MODEL, GIVEN_ROWS
@@ -84,6 +86,19 @@ def _candidates(value: str, cfg: RunConfig, run: Path) -> Iterator[str]:
 def at_base(cfg: RunConfig, base: str | None) -> RunConfig:
     """``cfg`` with the base where a user says that it is now; None: as it is."""
     return cfg if base is None else replace(cfg, model=base)
+
+
+def for_torch(cfg: RunConfig) -> RunConfig:
+    """The configuration of a run of any engine, for use with torch: over the base that its graphs were written from.
+
+    A journal means the same on every engine. Raises EdgezoError for graphs without a manifest.
+    """
+    if cfg.engine == "torch":
+        return cfg
+    model = cfg.model
+    if is_trainable_export(user_path(model)):
+        model = open_manifest(user_path(model)).base
+    return replace(cfg, engine="torch", provider="cpu", model=model)
 
 
 def with_base(

@@ -45,7 +45,7 @@ from edgezo.run.evaluate import in_memory
 from edgezo.run.exported import Exported
 from edgezo.run.objective import Judge, evaluation_parts
 from edgezo.run.parent import open_with_parents
-from edgezo.run.places import at_base, with_base
+from edgezo.run.places import at_base, for_torch, with_base
 from edgezo.run.session import Opened, ram_cap_bytes, settle, without_states
 
 WRITTEN_ROWS = 32  # rows whose answers are written before the first of them is given out
@@ -387,7 +387,7 @@ def predictor(
             if exported is not None and exported.asks_as(cfg):
                 kind, names = exported.kind, exported.names
         else:
-            cfg = with_base(cfg, run.path, note)
+            cfg = with_base(for_torch(cfg), run.path, note)
             with open_with_parents(run) as journal:
                 facts = journal.header["dataset"]
             kind, names = facts["kind"], tuple(facts["label_names"])

@@ -21,7 +21,7 @@ from edgezo.data.packed import PackedExamples
 from edgezo.errors import EdgezoError
 from edgezo.machine.clock import now_s
 from edgezo.machine.files import atomic_path
-from edgezo.machine.limits import READOUT_SHARE
+from edgezo.machine.limits import MOST_PASSES, READOUT_SHARE, WORDS_ROWS
 from edgezo.machine.profiler import phase
 from edgezo.network.loader import decoder_layers
 from edgezo.network.model import Model
@@ -35,7 +35,7 @@ from edgezo.network.readout import (
     candidates,
     fit,
 )
-from edgezo.run.directory import RunFiles, run_id
+from edgezo.run.directory import PROBE_KEYS, RunFiles, run_id
 from edgezo.run.figures import evaluate_model
 from edgezo.run.short_memory import MicroBatchFitter
 from edgezo.run.state import RunState
@@ -55,12 +55,6 @@ class ReadoutResult:
 
     def to_dict(self) -> dict[str, Any]:
         return {"used": self.used, "rows": self.rows, "fit_s": self.fit_s, **self.figures}
-
-
-# Rows whose label words are scored where these have several tokens, which takes many times as long as the prompts.
-WORDS_ROWS = 32
-MOST_PASSES = 3  # of the rows, where their states change on disk
-PROBE_KEYS = {"used", "rows", "fit_s", "loss", "accuracy", "label_words_loss"}  # metadata
 
 
 def recall(run: RunFiles, model: Model, hidden: int, of_run: str | None) -> ReadoutResult | None:

@@ -16,50 +16,10 @@ from edgezo.errors import EdgezoError
 from edgezo.machine.profiler import phase
 from edgezo.network.model import Model
 from edgezo.plan.config import RunConfig
-from edgezo.plan.fields import GROUPS, flag
 from edgezo.run.journal import Journal
 from edgezo.run.journal_record import StepRecord
-from edgezo.zo.credit import Estimator
-from edgezo.zo.recipe import TWO_SIDED, Recipe
-
-# Settings that decide what a record does to the weights. Others of a run may be changed by hand in its config.toml.
-OF_UPDATE = (
-    *(field.name for field in GROUPS["method"].fields if not field.free_on_resume),
-    *("precision", "batch_size", "step", "step_auto", "sigma", "weight_decay", "seed"),
-    *("parent", "parent_steps"),
-)
-
-
-def recipe_of(cfg: RunConfig, record: StepRecord) -> Recipe:
-    """The update that a journal record stands for. Its step is counted from the base."""
-    estimator, credit = Estimator.of(cfg), record.credit
-    step, anchor, pull = cfg.since_base(record.step), None, 0.0
-    if cfg.anchored:
-        # The last credit of the record is the anchor's mean, so that a record holds all that its step needs.
-        anchor = step - record.step % cfg.refresh
-        credit, last = credit[:-1], credit[-1:]
-        pull = float(estimator.coefficients(last, record.step_size, record.sigma)[0])
-    if record.skipped:
-        return Recipe(step, 0 * credit, 0.0, (), anchor=anchor)
-    return Recipe(
-        step,
-        estimator.coefficients(credit, record.step_size, record.sigma),
-        # The decay follows the schedule of the step.
-        cfg.weight_decay * record.step_size / cfg.step,
-        record.touched,
-        record.step_size,
-        estimator.curvature(record.losses, record.sigma),
-        None if record.scales is None else record.scales[0] * record.scales[1:],
-        anchor,
-        pull,
-    )
-
-
-def journal_is_shaped(cfg: RunConfig) -> bool:
-    """Whether records hold something else than two losses and one credit an example."""
-    evaluations = Estimator.of(cfg).evaluations
-    other = evaluations != TWO_SIDED or cfg.anchored
-    return other and cfg.probing
+from edgezo.run.record_recipe import check_settings, recipe_of
+from edgezo.zo.recipe import Recipe
 
 
 def follow(
@@ -74,7 +34,7 @@ def follow(
     ``note`` gets a sentence when a block on disk was damaged and is made again. Raises EdgezoError where ``cfg`` is of
     another run than the journal; taking updates raises it where a record does not fit the model.
     """
-    _check_settings(cfg, journal)
+    check_settings(cfg, journal)
     # The model's store keeps this function. A plain reference back would keep model and files until a collection.
     model_ref = weakref.ref(model)
 
@@ -108,17 +68,6 @@ def replay_into(model: Model, stop: int) -> None:
     if stop and not model.guided:
         with model.heap.updating():
             model.store.replay(stop)
-
-
-def _check_settings(cfg: RunConfig, journal: Journal) -> None:
-    """Raise EdgezoError where an update by ``cfg`` is another one than the settings in the journal make."""
-    now, began = cfg.to_dict(), journal.settings.to_dict()
-    for name in OF_UPDATE:
-        if now[name] != began[name]:
-            raise EdgezoError(
-                f"{journal.path} was written with {flag(name)} {began[name]}, but the config.toml beside it has "
-                f"{now[name]}: they belong to different runs, or one was changed. Restore both from one copy."
-            )
 
 
 def _checked_recipe(model: Model, cfg: RunConfig, journal: Journal, record: StepRecord) -> Recipe:

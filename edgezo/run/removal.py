@@ -25,10 +25,9 @@ from edgezo.machine.open_files import (
 )
 from edgezo.machine.ownership import MARKER
 from edgezo.run.claims import BOARD_NAMES, FORMS, check_ours
-from edgezo.run.directory import RunFiles
+from edgezo.run.directory import PARENT_NAMES, RunFiles
 from edgezo.run.given import GIVEN_MODEL, GIVEN_ROWS, names_of_given
-from edgezo.run.parent import PARENT_NAMES
-from edgezo.weights.disk import OVERLAY_NAMES
+from edgezo.weights.overlay_names import OVERLAY_NAMES
 
 # The folders in a run's directory, and the names of the files in them.
 FOLDERS = {"overlay": OVERLAY_NAMES, "parent": PARENT_NAMES, "tensorboard": BOARD_NAMES}

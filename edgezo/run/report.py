@@ -7,13 +7,14 @@ function of the run's files, so that making it again gives the same bytes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgezo.data.classes import ClassFigures, by_class, confusion, largest_class
 from edgezo.errors import UsageError
@@ -26,6 +27,9 @@ from edgezo.run.kept_answers import kept_answers, shortened
 from edgezo.run.overview import FINISHED, REBUILT, Overview, read_table
 from edgezo.run.progress import verdict_on_cap
 from edgezo.run.remarks import Answers, remarks
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 MOST_REPORT_BYTES = 16 << 20
@@ -77,16 +81,21 @@ def _digest(body: bytes) -> str:
 
 def report_page(run: Overview) -> bytes:
     """The page of a run. Raises EdgezoError where a file holds what edgezo does not write."""
+    with reading(run.files.path, _DAMAGED_FILE):
+        body = _page_template().render(_content(run)).encode("utf-8", "backslashreplace")
+    return _FIRST_LINES.format(_digest(body)).encode() + body
+
+
+@functools.cache
+def _page_template() -> Template:
+    """The page's template. To compile it takes longer than to fill it, and a program may train many runs."""
     # Imported here: it takes memory that no plan of a run counts.
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, finalize=_visible
     )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    with reading(run.files.path, _DAMAGED_FILE):
-        body = template.render(_content(run)).encode("utf-8", "backslashreplace")
-    return _FIRST_LINES.format(_digest(body)).encode() + body
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _content(run: Overview) -> dict[str, Any]:

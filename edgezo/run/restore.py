@@ -12,11 +12,13 @@ from edgezo.errors import EdgezoError
 from edgezo.machine.files import remove_leftovers
 from edgezo.network.model import Model
 from edgezo.plan.config import RunConfig
-from edgezo.run.directory import RunFiles, load_snapshot, lost_head, run_id
+from edgezo.run.directory import RunFiles, lost_head, run_id
 from edgezo.run.journal import Journal
 from edgezo.run.readout_pass import ReadoutResult, recall, take_over
 from edgezo.run.recipes import replay_into
-from edgezo.run.summary import check_same_end, saved_summary
+from edgezo.run.snapshots import load_snapshot
+from edgezo.run.summary import check_same_end
+from edgezo.run.summary_file import saved_summary
 from edgezo.weights.saved import saved_sha256
 
 

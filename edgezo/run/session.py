@@ -5,20 +5,15 @@ RunConfig -> open_request -> Opened -> settle -> Planned -> load_model -> Loaded
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
-from edgezo.data.dataset import Dataset, load_dataset
-from edgezo.data.packed import PackedExamples
-from edgezo.data.sources import DataRequest
-from edgezo.errors import EdgezoError, UsageError
-from edgezo.machine.foreign import clip
+from edgezo.data.dataset import Dataset
+from edgezo.errors import UsageError
 from edgezo.machine.gpu_memory import Memory, open_memory
 from edgezo.machine.hardware import Machine, machine
 from edgezo.machine.matmul import keep_panel
@@ -46,20 +41,16 @@ from edgezo.plan.data_fields import LOSS
 from edgezo.plan.plan import Plan, PlanDoesNotFit
 from edgezo.plan.planner import make_plan
 from edgezo.run.called import peak_before_bytes, present_caller, usable
-from edgezo.run.directory import Overlay, data_hash, dataset_facts
+from edgezo.run.directory import run_header
 from edgezo.run.finetuner import Finetuner
 from edgezo.run.objective import Judge
+from edgezo.run.read_rows import ReadingModel, for_kind, read_rows
+from edgezo.run.snapshots import Overlay
 from edgezo.run.states_cache import states_room_bytes
 from edgezo.weights.home import Medium
 from edgezo.weights.layouts import DENSE_DTYPES
 from edgezo.weights.ram import HostMedium
 from edgezo.zo.credit import Estimator
-
-# Settings that a replay does not need: the journal's header leaves them out.
-NOT_IN_HEADER = (
-    *("out", "max_mem_bytes", "device", "threads", "profile", "finetuner", "began_in"),
-    *("when", "max_temp", "max_cpu", "log_to"),
-)
 
 
 @dataclass(frozen=True)
@@ -104,7 +95,7 @@ def open_request(cfg: RunConfig, *, to_train: bool = True) -> Opened:
     loader.model_class(files)  # its code is part of the process that a plan starts from
     tokenizer = loader.load_tokenizer(files.path)
     dataset = read_data(cfg, files, tokenizer, guard, to_train)
-    cfg = replace(_for_kind(cfg, dataset), written_at=dataset.written_at)
+    cfg = replace(for_kind(cfg, dataset), written_at=dataset.written_at)
     judge = _judge_of(cfg, files, tokenizer, dataset)
     malloc_trim()  # memory that parsing has freed is no part of the process that a plan starts from
     peak_bytes = peak_rss_bytes()
@@ -137,19 +128,6 @@ def _judge_of(cfg: RunConfig, files: ModelFiles, tokenizer: Any, dataset: Datase
     return Judge.of(cfg, dataset, tokenizer, files.end_ids)
 
 
-def _for_kind(cfg: RunConfig, dataset: Dataset) -> RunConfig:
-    """The request for such rows: only rows with label words have classes that a linear probe tells apart."""
-    if dataset.classes or not cfg.parts.readout:
-        return cfg
-    train = tuple(part for part in cfg.train if part != "probe")
-    if not train:
-        raise UsageError(
-            f"--train probe tells classes apart, but these rows are of the kind {dataset.kind}.\n"
-            "Use --train head, or lowrank+head."
-        )
-    return replace(cfg, train=train)
-
-
 def read_data(
     cfg: RunConfig,
     files: ModelFiles,
@@ -158,95 +136,17 @@ def read_data(
     to_train: bool = True,
 ) -> Dataset:
     """The rows of a request, tokenised, all of them within the model's vocabulary and positions."""
-    shared = {f.name for f in fields(DataRequest)} & {f.name for f in fields(RunConfig)}
-    request = DataRequest(
-        judged=cfg.objective != LOSS,
-        to_train=to_train,
-        **{name: getattr(cfg, name) for name in shared},
+    about = ReadingModel(
+        path=files.path,
+        shape=files.shape,
+        masked=files.kind == "masked",
+        notes=tuple(files.notes),
+        position_offset=files.position_offset,
+        end_ids=tuple(files.end_ids),
+        most_in_tree=one_frequency_tokens(files.config),
+        switch=longrope_switch(files.config),
     )
-    masked, most = files.kind == "masked", one_frequency_tokens(files.config)
-    dataset = load_dataset(request, tokenizer, masked=masked, guard=guard, most_in_tree=most)
-    notes = (*files.notes, *getattr(tokenizer, "edgezo_notes", ()), *dataset.notes)
-    splits = [PackedExamples.of(split) for split in (dataset.train, dataset.validation)]
-    _check_tokens(dataset, splits, files, tokenizer)
-    if files.shape.positions:  # a learned table: there is nothing beyond its end
-        positions = files.shape.max_positions - files.position_offset
-        _check_lengths(dataset, splits, positions, files.path)
-    if dataset.generation is not None:
-        _check_writing(dataset, splits, files)
-        notes += _end_note(dataset.generation.most, files, tokenizer)
-    return replace(dataset, notes=notes)
-
-
-def _check_tokens(
-    dataset: Dataset, splits: Sequence[PackedExamples], files: ModelFiles, tokenizer: Any
-) -> None:
-    """EdgezoError for a token without a row in the embedding and the head, wherever a forward or a loss uses it."""
-    uses = {
-        "a label word": max(dataset.label_ids, default=0),
-        "a row": max(split.largest_id() for split in splits),
-    }
-    use, token = max(uses.items(), key=lambda item: item[1])
-    if token < files.shape.vocab:
-        return
-    text = tokenizer.convert_ids_to_tokens(token)
-    is_end = token in (tokenizer.eos_token_id, tokenizer.pad_token_id)
-    raise EdgezoError(
-        f"the tokenizer of {files.path} gives the token {token} ({clip(repr(text), 60)}, in {use}), but the model "
-        f"has rows for {files.shape.vocab} tokens only.\n"
-        + (
-            "Name one of the model's tokens as eos_token in tokenizer_config.json, or resize the model's embedding."
-            if is_end
-            else "The two do not belong together: fetch the model again, or resize its embedding."
-        )
-    )
-
-
-def _check_writing(dataset: Dataset, splits: Sequence[PackedExamples], files: ModelFiles) -> None:
-    """UsageError where an answer would go from short to long rotary factors: keys that are kept have the old ones."""
-    assert dataset.generation is not None
-    switch, most = longrope_switch(files.config), dataset.generation.most
-    if switch is None:
-        return
-    sizes = np.concatenate([split.prompt_lengths() for split in splits])
-    crossing = sizes[(sizes <= switch) & (switch < sizes + most - 1)]
-    if len(crossing):
-        longest = int(crossing.max())
-        raise UsageError(
-            f"a prompt of {longest} tokens and its answer may have {longest + most}, and beyond {switch} "
-            f"tokens {files.path} turns all positions by other factors: give a smaller --max-length or "
-            f"--max-new-tokens, or prompts of more than {switch} tokens"
-        )
-
-
-def _end_note(most: int, files: ModelFiles, tokenizer: Any) -> tuple[str, ...]:
-    """A note where no token ends an answer."""
-    end = tokenizer.eos_token_id
-    if files.end_ids or (end is not None and end < files.shape.vocab):
-        return ()
-    return (
-        f"{files.path} names no token that ends a text, so every answer has {most} tokens: name one as eos_token in "
-        "tokenizer_config.json, or give --max-new-tokens",
-    )
-
-
-def _check_lengths(
-    dataset: Dataset, splits: Sequence[PackedExamples], positions: int, path: Path
-) -> None:
-    """UsageError for rows, or prompts and their answers, of more tokens than the model has positions."""
-    longest = max(split.longest_row() for split in splits)
-    if longest > positions:
-        raise UsageError(
-            f"a row has {longest} tokens, but {path} has only {positions} positions: give --max-length {positions}"
-        )
-    if dataset.generation is not None:
-        prompt = max(int(split.prompt_lengths().max(initial=0)) for split in splits)
-        longest = prompt + dataset.generation.most
-        if longest > positions:
-            raise UsageError(
-                f"a prompt and its answer may have {longest} tokens, but {path} has only "
-                f"{positions} positions: give a smaller --max-length or --max-new-tokens"
-            )
+    return read_rows(cfg, about, tokenizer, guard, to_train)
 
 
 def without_states(cfg: RunConfig) -> RunConfig:
@@ -255,15 +155,9 @@ def without_states(cfg: RunConfig) -> RunConfig:
 
 
 def header_of(opened: Opened, cfg: RunConfig) -> dict[str, Any]:
-    """What the journal remembers of a run: enough to replay it, and to refuse another base, other rows or settings."""
-    finetuner = opened.finetuner
-    return {
-        **({} if finetuner is None else {"finetuner_hash": finetuner.sha256}),
-        "content_hash": opened.files.content_hash,
-        "data_hash": data_hash(opened.dataset.train),
-        "dataset": dataset_facts(opened.dataset),
-        "config": {k: v for k, v in cfg.without_absent().items() if k not in NOT_IN_HEADER},
-    }
+    """What the journal remembers of a run (``run_header``)."""
+    finetuner = None if opened.finetuner is None else opened.finetuner.sha256
+    return run_header(opened.files.content_hash, opened.dataset, cfg, finetuner)
 
 
 def plan_file(planned: Planned) -> dict[str, Any]:
@@ -431,6 +325,7 @@ def _spec_of(planned: Planned, device: torch.device, away: Medium | None) -> Mod
         evaluations=Estimator.of(cfg).evaluations,
         anchored=cfg.anchored,
         decay=cfg.weight_decay,
+        decay_to=cfg.weight_decay_to,
         mixed=cfg.mixed,
         first_trained=planned.plan.first_trained,
     )

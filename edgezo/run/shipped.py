@@ -30,10 +30,10 @@ from edgezo.machine.foreign import MOST_CONFIG_BYTES, parse_json, reading
 from edgezo.machine.open_files import files_inside
 from edgezo.machine.ownership import check_new_file
 from edgezo.plan.config import RunConfig
-from edgezo.run.directory import RunFiles
+from edgezo.run.directory import PARENT_NAMES, RunFiles
 from edgezo.run.evaluate import brought_back, replay
-from edgezo.run.parent import PARENT_NAMES
-from edgezo.run.summary import check_same_end, saved_summary, takes_roots, unfinished
+from edgezo.run.summary import check_same_end, takes_roots
+from edgezo.run.summary_file import saved_summary, unfinished
 from edgezo.weights.saved import saved_sha256
 
 FORMAT, KIND = 1, "edgezo fine-tune"

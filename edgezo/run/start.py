@@ -18,14 +18,7 @@ from edgezo.plan.config import RunConfig
 from edgezo.plan.doubtful import doubts
 from edgezo.run.claims import prepare
 from edgezo.run.clock import TimeBox
-from edgezo.run.directory import (
-    Overlay,
-    RunFiles,
-    refuse_links,
-    reopen,
-    run_id,
-    save_skipped,
-)
+from edgezo.run.directory import RunFiles, refuse_links, reopen, run_id, save_skipped
 from edgezo.run.finetuner import load_finetuner
 from edgezo.run.journal import create_journal
 from edgezo.run.manners import Manners
@@ -35,7 +28,8 @@ from edgezo.run.parent import Parent, attach_parents
 from edgezo.run.progress import RunProgress
 from edgezo.run.ranks import Ranks, without_head
 from edgezo.run.readout_pass import ReadoutResult
-from edgezo.run.recipes import follow, journal_is_shaped
+from edgezo.run.recipes import follow
+from edgezo.run.record_recipe import journal_is_shaped
 from edgezo.run.restore import (
     Restored,
     begin_weights,
@@ -55,8 +49,10 @@ from edgezo.run.session import (
     settle_again,
 )
 from edgezo.run.short_memory import guard_of
-from edgezo.run.state import RunState, StopRequest
+from edgezo.run.snapshots import Overlay
+from edgezo.run.state import RunState
 from edgezo.run.states_pass import Report, states_of_run
+from edgezo.run.stopping import StopRequest
 from edgezo.run.summary import save_profile
 
 
@@ -168,8 +164,16 @@ def _plan(
         progress.note(text)
     base = meter.mark("base")
     planned = (settle_again if resume else settle)(opened, computer, base.rss_bytes)
-    progress.opening(Opening.of(planned))
+    progress.opening(opening_of(planned))
     return planned
+
+
+def opening_of(planned: Planned) -> Opening:
+    """A run before its first step, as it is shown."""
+    cfg, dataset = planned.cfg, planned.opened.dataset
+    rows = (len(dataset.train), len(dataset.validation))
+    about = (str(cfg.task or cfg.data), dataset.kind, dataset.label_names)
+    return Opening(planned.plan, cfg, *about, *rows, planned.opened.files.shape.layers)
 
 
 def _load(planned: Planned, overlay: Overlay, resume: bool) -> Loaded:

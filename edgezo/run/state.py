@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import FrameType
 from typing import Any
 
 from edgezo.data.batches import Example
 from edgezo.data.dataset import Dataset
-from edgezo.errors import Interrupted
 from edgezo.machine.gpu_memory import Memory
 from edgezo.machine.process_memory import Guard, Meter
 from edgezo.network.model import Model
@@ -27,43 +22,7 @@ from edgezo.run.objective import Judge
 from edgezo.run.progress import RunProgress
 from edgezo.run.ranks import Ranks
 from edgezo.run.session import Opened, Planned
-
-
-@dataclass
-class StopRequest:
-    """Whether Ctrl-C or SIGTERM has asked the run to stop between two steps."""
-
-    files: RunFiles
-    asked: bool = False
-    # In a run of several processes: whether all have agreed to stop. A step that some leave out is waited for.
-    agreed: Callable[[bool], bool] | None = None
-
-    def check(self, step: int) -> None:
-        """Raise Interrupted, with the command that goes on, if the run was asked to stop."""
-        if self.asked if self.agreed is None else self.agreed(self.asked):
-            raise Interrupted(
-                f"stopped after step {step}; everything is saved in {self.files.path}.\n"
-                f"Go on with: edgezo finetune --resume --out {self.files.path}"
-            )
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Inside, a first signal asks the run to stop between two steps, and a second one ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self.asked:
-                raise KeyboardInterrupt
-            self.asked = True
-
-        previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+from edgezo.run.stopping import StopRequest
 
 
 @dataclass

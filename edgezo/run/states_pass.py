@@ -30,15 +30,15 @@ from edgezo.machine.hardware import machine
 from edgezo.machine.limits import PASS_SHARE, PASS_TOKENS
 from edgezo.machine.process_memory import malloc_trim
 from edgezo.machine.profiler import phase
-from edgezo.plan.blocks import LEAST_STATE_ROWS
-from edgezo.run.directory import RunFiles, run_id, temporary_overlay
+from edgezo.run.directory import RunFiles, run_id
 from edgezo.run.journal import Journal
 from edgezo.run.manners import Manners
 from edgezo.run.progress import RunProgress
 from edgezo.run.session import Loaded, Planned, load_model
 from edgezo.run.short_memory import guard_of
-from edgezo.run.state import StopRequest
+from edgezo.run.snapshots import temporary_overlay
 from edgezo.run.states_cache import make_room, states_folder
+from edgezo.run.stopping import StopRequest
 from edgezo.weights.kept_states import STATE_FORMS, StateForm, StatesFile, digests_of
 from edgezo.weights.layouts import DENSE_DTYPES
 from edgezo.weights.saved import write_saved
@@ -202,9 +202,9 @@ def _filled(examples: Iterable[Example], count: int) -> Iterator[tuple[Batch, in
 def _pass(file: StatesFile, planned: Planned, wanted: int, limit_s: float, report: Report) -> int:
     """Let the rows pass that are not in the file, until ``wanted`` training rows are, or ``limit_s`` seconds are over.
 
-    Returns the training rows whose states are kept: ``LEAST_STATE_ROWS`` at least, if there are so many.
+    Returns the training rows whose states are kept: those of a batch at least, if there are so many.
     """
-    least, rows = min(LEAST_STATE_ROWS, wanted), 0
+    least, rows = min(planned.cfg.batch_size, wanted), 0
     total = len(planned.opened.dataset.validation) + wanted
     begun_s = now_s()
     with ExitStack() as at_end:

@@ -22,10 +22,11 @@ from edgezo.machine.clock import now_s
 from edgezo.machine.profiler import phase
 from edgezo.network.first_order import split_by_length
 from edgezo.network.perturb import Probe
-from edgezo.run.directory import save_snapshot
+from edgezo.run.echo import echo_of_step
 from edgezo.run.finetuner import Tuner
 from edgezo.run.journal_record import StepRecord
-from edgezo.run.recipes import recipe_of
+from edgezo.run.record_recipe import recipe_of
+from edgezo.run.snapshots import save_snapshot
 from edgezo.run.state import RunState
 from edgezo.weights.saved import saved_sha256
 from edgezo.zo.credit import Estimator
@@ -56,18 +57,21 @@ class Stepper:
         if self._tuner is not None:
             previous = self.state.journal.record(step - 1) if step else None
             scales = self._tuner.scale_step(previous)
+        echo = echo_of_step(cfg, model.store, step, self.state.journal.record)
+        model.store.echo = tuple(echo.tolist())
         losses, short = self._losses_of_group(step, group, stride)
-        credit = self._credit(losses, short)
+        credit = self._credit(step, losses, short, stride.sigma)
         if cfg.anchored:
             credit = np.append(credit, self._anchor_credit(step)).astype(np.float32)
+        credit = np.append(credit, echo)
         record = StepRecord(
             step,
             stride.sigma,
             step_size,
-            not bool(credit.any()),
+            not bool(credit[: len(credit) - cfg.carries].any()),
             losses,
             credit,
-            model.take_touched(len(group)),
+            self._touched(len(group)),
             scales,
         )
         guides = model.store.take_guides()
@@ -166,9 +170,13 @@ class Stepper:
 
     # -- credit -------------------------------------------------------------------------------------------
 
-    def _credit(self, losses: np.ndarray, short: list[int]) -> np.ndarray:
-        """Credit (B,) of the perturbed examples; 0 for the others."""
+    def _credit(self, step: int, losses: np.ndarray, short: list[int], sigma: float) -> np.ndarray:
+        """Credit (B,) of the perturbed examples, 0 for the others; then what the next step takes up of the credit."""
         estimator = Estimator.of(self.state.cfg)
+        if estimator.carry is not None and self.perturbs:
+            last = self.state.cfg.carries
+            before = self.state.journal.record(step - 1).credit[-last:] if step else None
+            return estimator.recorded(losses, sigma, step, before)
         if not short:
             return estimator.credit(losses)
         credit = np.zeros(losses.shape[1], np.float32)
@@ -184,13 +192,22 @@ class Stepper:
             return 0.0
         return float(self.state.journal.record(step - since).credit[:-1].mean())
 
+    def _touched(self, examples: int) -> tuple[np.ndarray, ...]:
+        """Touched tokens as a record has them: a list for each of its credits, empty for what is carried; or one."""
+        model, carried = self.state.model, self.state.cfg.carried
+        touched = model.take_touched(examples)
+        if model.candidates or not touched:
+            return touched
+        return (*touched, *[np.empty(0, np.int64)] * carried)
+
     # -- which rows, and how they are split ---------------------------------------------------------------
 
     def batch(self, step: int) -> list[Example]:
         """The examples of a step's batch. A run that goes on from another one takes up its order of rows."""
         examples, cfg = self.state.examples, self.state.cfg
-        at = cfg.since_base(step)
-        return [examples[i] for i in batch_indices(len(examples), cfg.batch_size, cfg.seed, at)]
+        at, rows = cfg.since_base(step), cfg.batch_size // cfg.samples
+        order = batch_indices(len(examples), rows, cfg.seed, at)
+        return [examples[i] for i in order for _ in range(cfg.samples)]
 
     def _group(self, step: int) -> list[Example]:
         """The step's batch; for an anchor the batches of all steps that will be compared with it."""

@@ -8,7 +8,6 @@ from typing import Any
 
 from edgezo.errors import EdgezoError
 from edgezo.machine.files import atomic_write, to_json
-from edgezo.machine.foreign import read_json
 from edgezo.machine.process_memory import peak_rss_bytes
 from edgezo.machine.profiler import running
 from edgezo.network.model import Model
@@ -18,6 +17,7 @@ from edgezo.run.journal_record import StepRecord
 from edgezo.run.metrics_log import mean_loss
 from edgezo.run.readout_pass import ReadoutResult
 from edgezo.run.state import RunState
+from edgezo.run.summary_file import saved_summary
 from edgezo.weights.saved import saved_sha256
 
 AXES_OF_FORWARD_ONLY = (
@@ -26,32 +26,6 @@ AXES_OF_FORWARD_ONLY = (
     "credit",
     "rule",
 )  # a backward pass has no use for them
-
-
-def saved_summary(run: RunFiles) -> dict[str, Any]:
-    """summary.json of a run that has ended; {} where there is none that can be read."""
-    try:
-        summary = read_json(run.summary)
-    except EdgezoError:
-        return {}
-    return summary if isinstance(summary, dict) else {}
-
-
-def how_far(run: RunFiles, cfg: RunConfig, steps: int) -> str:
-    """How far a run is that has not ended: "step 37 of 200"; "" of one that has. ``steps``: those that are used."""
-    if run.summary.exists() or run.trained.exists():
-        return ""
-    return f"step {steps:,}" + (f" of {cfg.steps:,}" if cfg.steps is not None else "")
-
-
-def unfinished(run: RunFiles, cfg: RunConfig, steps: int) -> list[str]:
-    """A sentence where a run has not ended, and is used as it stands after ``steps`` steps; else none."""
-    if not (far := how_far(run, cfg, steps)):
-        return []
-    return [
-        f"{run.path} is unfinished: {far}. It is used as it stands "
-        f"(edgezo finetune --resume --out {run.path} goes on)"
-    ]
 
 
 def check_same_end(run: RunFiles, cfg: RunConfig, model: Model, trained_sha256: str) -> None:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from edgezo.data.batches import pieces
-from edgezo.errors import BudgetExceeded, EdgezoError, Interrupted, UsageError
+from edgezo.errors import BudgetExceeded, EdgezoError, Interrupted, NoSignal, UsageError
 from edgezo.machine.busy_cores import beside_others
 from edgezo.machine.clock import now_s
 from edgezo.machine.files import atomic_write, to_json
+from edgezo.machine.limits import PLAIN_FORWARDS
 from edgezo.machine.links import directory_of_rank, rank_and_size
 from edgezo.machine.process_memory import malloc_trim, rss_bytes
 from edgezo.machine.profiler import phase, profiling
@@ -31,6 +32,7 @@ from edgezo.run.figures import evaluate_rows
 from edgezo.run.journal_record import StepRecord
 from edgezo.run.kept_answers import WHEN, keep_answers
 from edgezo.run.metrics_log import step_line
+from edgezo.run.objective import no_signal
 from edgezo.run.overview import Overview
 from edgezo.run.parent import Parent
 from edgezo.run.places import with_beginning
@@ -44,9 +46,10 @@ from edgezo.run.start import Start, started
 from edgezo.run.step import Stepper
 from edgezo.run.summary import losses_of_step, peaks, summarise
 from edgezo.run.watching import watching
+from edgezo.zo.axes import ROUNDINGS
 from edgezo.zo.credit import schedule
 
-PLAIN_FORWARDS = 8  # plain forward passes that a run times, for summary.json's forward_s
+SIGNAL_STEPS = 20  # a score that has told nothing in so many first steps ends the run
 
 
 def finetune(
@@ -178,6 +181,7 @@ class Training:
                 state.progress.before_step(step + 1)
                 self._one_step(step, clock)
                 step += 1
+                self._check_signal(step)
             return step, clock.seconds()
         except BudgetExceeded as problem:
             self._save_and_report(step)
@@ -185,11 +189,24 @@ class Training:
                 f"{problem}\nThe state after step {step} is saved in {state.files.path}."
             ) from problem
         except EdgezoError as problem:
-            if isinstance(problem, Interrupted) or state.ranks is not None:
+            if isinstance(problem, Interrupted | NoSignal) or state.ranks is not None:
                 self._save_and_report(step)
             raise
         finally:
             state.progress.close()
+
+    def _check_signal(self, steps: int) -> None:
+        """Raise NoSignal, with the cause, where a score has not once told two sides apart in the first steps."""
+        judge, log = self.state.judge, self.state.log
+        if judge is None or judge.score is None or not self.stepper.perturbs:
+            return
+        if steps >= SIGNAL_STEPS and log.skipped_steps == steps:
+            journal = self.state.journal
+            records = [journal.record(step) for step in range(steps - SIGNAL_STEPS, steps)]
+            why = no_signal(records, self.state.cfg.objective)
+            raise NoSignal(
+                f"{why}\nThe state after step {steps} is saved in {self.state.files.path}."
+            )
 
     def _do_as_asked(self, step: int, clock: TrainingClock) -> None:
         """Evaluate and save before a step, where the request or whoever watches the run asks for it."""
@@ -371,7 +388,7 @@ class Training:
         """Save, re-quantise what is re-quantised at the end, and write blocks that are elsewhere."""
         state, store = self.state, self.state.model.store
         self.stepper.save(steps)
-        if state.cfg.rounding == "anchored":
+        if ROUNDINGS[state.cfg.rounding or ""].requantised:
             with phase("update"), state.memory.short("the last re-quantisation"):
                 with state.model.heap.updating():
                     store.finish(state.cfg.since_base(steps))

@@ -29,7 +29,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import struct
 import zlib
 from collections.abc import Callable, Mapping
@@ -49,14 +48,13 @@ from edgezo.machine.limits import PAGE_BYTES, QUANTISE_BYTES, tiles
 from edgezo.machine.open_files import files_inside, make_folder, open_inside, unlink_inside
 from edgezo.weights.home import Damaged, Traffic, parts_of
 from edgezo.weights.layouts import Dense, Layout
+from edgezo.weights.overlay_names import OVERLAY_MAGIC, OVERLAY_NAMES
 from edgezo.zo.noise import Key
 
 if TYPE_CHECKING:
     from edgezo.weights.home import Home
 
-OVERLAY_MAGIC = b"\x89EZO\r\n\x1a\n"
 OVERLAY_VERSION = 2
-OVERLAY_NAMES = re.compile(r"(?:block-(\d{4,9})|table-\d{1,9})\.overlay")
 _HEAD_FIELDS = struct.Struct("<8sIIII32s")
 _HEAD_CRC = struct.Struct("<I")
 

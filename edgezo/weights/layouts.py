@@ -18,6 +18,7 @@ from torch import Tensor
 from edgezo.machine import kernels
 from edgezo.machine.limits import MOST_CODE, QUANTISE_BYTES, int4_group, tiles
 from edgezo.zo import noise
+from edgezo.zo.axes import ROUNDINGS
 from edgezo.zo.noise import Key
 
 CPU = torch.device("cpu")
@@ -385,7 +386,7 @@ def place(
     """
     match _stored_as(precision, weight.shape[0], table):
         case "int8":
-            return Int8.quantise(weight, plane=trained and rounding == "plane")
+            return Int8.quantise(weight, plane=trained and ROUNDINGS[rounding or ""].plane)
         case "int4":
             return Int4.quantise(weight)
         case dense:
@@ -410,7 +411,11 @@ def vacant(
 
     match _stored_as(precision, rows, table):
         case "int8":
-            low = empty(rows, cols, dtype=torch.int8) if trained and rounding == "plane" else None
+            low = (
+                empty(rows, cols, dtype=torch.int8)
+                if trained and ROUNDINGS[rounding or ""].plane
+                else None
+            )
             return Int8(empty(rows, cols, dtype=torch.int8), empty(rows, 1), low)
         case "int4":
             groups = cols // int4_group(cols)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from edgezo.errors import EdgezoError
 from edgezo.machine.limits import tiles
+from edgezo.weights.plain_saved import DIGEST, DIGEST_AT, NO_DIGEST, OF_RUN
 from edgezo.weights.safetensors_file import SAFETENSORS_NAMES
 from edgezo.weights.store import WeightStore
 from edgezo.weights.trainable import Trainable
@@ -70,13 +71,6 @@ def saved_sha256(saved: Iterable[Saved]) -> str:
         for piece in tensor.bytes():
             digest.update(piece)
     return digest.hexdigest()
-
-
-# Metadata of the safetensors files that edgezo writes for itself.
-DIGEST = "sha256"  # SHA-256 (hex) of the file with these 64 characters as zeros
-OF_RUN = "run"  # the run that the file belongs to (directory.run_id)
-NO_DIGEST = "0" * 64
-DIGEST_AT = 8 + len(f'{{"__metadata__":{{"{DIGEST}":"')  # offset in the file
 
 
 def write_saved(

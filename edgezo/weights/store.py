@@ -5,8 +5,9 @@ Whatever is trained along directions is changed here alone: by ``apply`` at a st
 network/.) A step's recipe is a few numbers; from it and the run's seed every
 trained tensor theta is moved, tile by tile:
 
-    theta  <-  (1 - decay) * theta  -  rule(s * sum_i c_i D_i)                                 ``WeightStore.advance``
+    theta  <-  start + (1 - decay) * (theta - start)  -  rule(s * sum_i c_i D_i)               ``WeightStore.advance``
 
+    start  0, or with --weight-decay-to base what the base has: anchored decay, arXiv 2605.30148
     D_i    direction of example i, redrawn from its seed (zo/directions.py), as the mask shapes it (zo/masks.py)
     c_i    coefficient of example i, made from its losses (zo/credit.py); in the recipe (zo/recipe.py)
     s      scale that the mask gives the tensor in this step; 0: the tensor stays as it is
@@ -25,6 +26,7 @@ Which rows a step moves is in tile.py, how values are rounded in layouts.py, how
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,21 +37,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgezo.weights.inverse_roots import InverseRoots
 from edgezo.weights.layouts import CPU, Dense, Int8, Layout, TrainedLayout
+from edgezo.weights.recent import Recent, is_live
 from edgezo.weights.requantise import (
     ReplayedMatrix,
     last_requantised,
     requantise_due,
     split_where_due,
 )
-from edgezo.weights.tile import Tile, member_of, moves_by_example, tile_rows, touched_tiles
+from edgezo.weights.tile import (
+    Tile,
+    member_of,
+    moves_by_example,
+    tile_rows,
+    touched_tiles,
+)
 from edgezo.weights.trainable import Trainable
 from edgezo.zo import noise
 from edgezo.zo.directions import Directions, Target, centred
 from edgezo.zo.masks import Mask
 from edgezo.zo.noise import Key
 from edgezo.zo.recipe import Recipe
-from edgezo.zo.rules import UPDATE_RULES, Rule
+from edgezo.zo.rules import UPDATE_RULES, Rule, votes_needed
 
 if TYPE_CHECKING:
     from edgezo.weights.residency import Residency
@@ -76,8 +86,13 @@ class WeightStore:
     # Mask `block`: the scale of each tensor's direction in the step being probed. An update takes the scales of its
     # step from the recipe.
     scales: Mapping[str, float] = field(default_factory=dict)
+    # What the directions of the step being probed take up of past ones (zo/echoes.py); (): nothing.
+    echo: tuple[float, ...] = ()
     # (first, stop) -> the recipes of steps [first, stop): for a replay, and for blocks that lack steps.
     history: Callable[[int, int], Iterable[Recipe]] | None = None
+    roots: InverseRoots = field(default_factory=InverseRoots)  # of --rule orthogonal
+    vote_size: float = 0.0  # how far --rule vote moves a weight that is no code
+    recent: Recent = field(default_factory=Recent)  # steps that a rule looks back on
 
     # -- what is trained ----------------------------------------------------------------------------------
 
@@ -111,7 +126,8 @@ class WeightStore:
             mask_cols = 1 if self.mask.by_row else cols
             rule_cols = self.directions.rank if in_span else cols
             state = {n: torch.ones(rows, mask_cols, device=self.device) for n in self.mask.states}
-            for name in self.rule.states:
+            trainable.every_row = bool(self.rule.states)
+            for name in () if self.rule.looks_back else self.rule.states:
                 state[name] = torch.zeros(rows, rule_cols, device=self.device)
             if self.anchored:
                 state["anchor"] = trainable.values.clone()
@@ -152,7 +168,8 @@ class WeightStore:
 
     def _update(self, trainables: Sequence[Trainable], recipes: Sequence[Recipe]) -> None:
         """Take ``trainables`` through the steps of ``recipes``. Each tile is read once and written once."""
-        live = [r for r in recipes if r.decay or np.any(r.coefficients) or r.anchor is not None]
+        live = [r for r in recipes if is_live(r)]
+        past = self._looked_back_on(recipes)
         coefficients = [torch.from_numpy(r.coefficients).to(self.device) for r in live]
         for trainable in trainables if live else ():
             layout = trainable.layout
@@ -163,11 +180,41 @@ class WeightStore:
                         layout.write(tile.rows, theta)
                 continue
             for rows in tile_rows(trainable):
-                theta = layout.read(rows)
-                for recipe, c in zip(live, coefficients, strict=True):
+                theta, state = layout.read(rows), None
+                for number, (recipe, c) in enumerate(zip(live, coefficients, strict=True)):
                     member = member_of(trainable, recipe, rows, self.device)
-                    theta = self._advance_on_grid(Tile(trainable, recipe, c, rows, member), theta)
+                    tile = Tile(trainable, recipe, c, rows, member)
+                    if self.rule.looks_back:
+                        if state is None or self.rule.looks_back < math.inf:
+                            state = self._state_before(tile, theta, [*past, *live[:number]])
+                        tile = tile._replace(state=state)
+                    theta = self._advance_on_grid(tile, theta)
                 layout.write(rows, theta)
+        if self.rule.looks_back:
+            self.recent.add(recipes, self.rule.looks_back)
+
+    def _looked_back_on(self, recipes: Sequence[Recipe]) -> list[Recipe]:
+        """The steps before ``recipes`` whose g the rule goes through."""
+        if not (self.rule.looks_back and recipes):
+            return []
+        first = recipes[0].step
+        return self.recent.before(first, self.rule.looks_back, self.history)
+
+    def _state_before(self, tile: Tile, theta: Tensor, past: Sequence[Recipe]) -> dict[str, Tensor]:
+        """The rule's state of a tile before its step, made from zeros by the g of the last of ``past``."""
+        rows, cols = tile.rows, tile.trainable.target.cols
+        n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        state = {name: torch.zeros(n, cols, device=self.device) for name in self.rule.states}
+        since = tile.recipe.step - self.rule.looks_back
+        for recipe in past:
+            scale = self.scale(tile.trainable, recipe)
+            if recipe.step < since or scale == 0.0:
+                continue
+            c = torch.from_numpy(recipe.coefficients).to(self.device)
+            member = member_of(tile.trainable, recipe, rows, self.device)
+            g, _ = self._weighted_sum(Tile(tile.trainable, recipe, c, rows, member), theta)
+            self.rule.step(state, g if scale == 1.0 else g * scale, recipe.step + 1)
+        return state
 
     def _advance_on_grid(self, tile: Tile, theta: Tensor) -> Tensor:
         """``advance``, rounded to the grid on which the tensor is stored. ``theta`` may be overwritten."""
@@ -186,7 +233,9 @@ class WeightStore:
         if scale == 0.0:
             return False
         unmasked = None
-        if self._in_span(trainable):
+        if self.rule.name == "orthogonal" and not trainable.target.vector:
+            change = self._orthogonal_change(tile)
+        elif self._in_span(trainable):
             change = self._change_in_basis(tile, scale)
         else:
             g, unmasked = self._weighted_sum(tile, theta)
@@ -199,7 +248,7 @@ class WeightStore:
         elif recipe.pull:
             change = change + self._anchor_estimate(tile)
         if recipe.decay:
-            theta.mul_(1.0 - recipe.decay)
+            shrink(theta, recipe.decay, trainable.start(tile.rows))
         theta.sub_(change)
         if trainable.least is not None:
             theta.clamp_(min=trainable.least)
@@ -217,9 +266,15 @@ class WeightStore:
         """Place of each trained tensor in a recipe's scales: by name, wherever the tensors lie."""
         return {name: place for place, name in enumerate(sorted(self.trainables))}
 
+    def directions_of(self, recipe: Recipe) -> Directions:
+        """The directions as the step of a recipe had them."""
+        if recipe.echo is None:
+            return self.directions
+        return self.directions._replace(echo=tuple(recipe.echo.tolist()))
+
     def _weighted_sum(self, tile: Tile, theta: Tensor) -> tuple[Tensor, Tensor | None]:
         """sum_i c_i D_i, (n, cols) fp32, and U before the mask was applied (None without such a mask)."""
-        trainable, recipe, coefficients, rows, member = tile
+        trainable, recipe, coefficients, rows, member, _ = tile
         key = Key(self.seed, recipe.step)
         unmasked: list[Tensor] = []
 
@@ -230,7 +285,7 @@ class WeightStore:
 
         shaped = shape if self.mask.shapes(trainable) else None
         guides = recipe.guides.get(trainable.target.name)
-        g = self.directions.weighted_sum(
+        g = self.directions_of(recipe).weighted_sum(
             key, trainable.target, coefficients, rows, member, shaped, guides
         )
         return g, unmasked[0] if unmasked else None
@@ -254,14 +309,25 @@ class WeightStore:
         """rule(g) of some rows, whose state it changes."""
         if self.rule.name == "sgd":
             return g
+        if self.rule.name == "vote":
+            return self._elected(tile, g)
         trainable, recipe, rows = tile.trainable, tile.recipe, tile.rows
-        state = {name: trainable.state[name][rows] for name in self.rule.states}
+        state = tile.state
+        if state is None:
+            state = {name: trainable.state[name][rows] for name in self.rule.states}
         change = self.rule.step(state, g, recipe.step + 1) * recipe.rate
-        for name, part in state.items():
+        for name, part in state.items() if tile.state is None else ():
             trainable.state[name][rows] = part
         if self.directions.dense == "centred":
             change = change / self._centred_scale(tile)
         return change
+
+    def _elected(self, tile: Tile, g: Tensor) -> Tensor:
+        """The change that votes ``g`` (n, cols) are for: a grid step, or sigma, where enough agree (nano-egg)."""
+        needed = votes_needed(tile.recipe.rate, float(np.square(tile.recipe.coefficients).sum()))
+        unit = tile.trainable.layout.grid_step(tile.rows)
+        passed = (g.abs() >= needed) & (g != 0)
+        return g.sign() * passed * (self.vote_size if unit is None else unit)
 
     def _centred_scale(self, tile: Tile) -> Tensor:
         """sqrt(v + 1e-8) of ZO-AdaMU's rule (arXiv 2312.15184), (n, cols) fp32."""
@@ -290,7 +356,7 @@ class WeightStore:
 
         When V is drawn anew the state goes with it: N <- N V_old^T V_new/cols (LOZO-M, arXiv 2410.07698).
         """
-        trainable, recipe, coefficients, rows, member = tile
+        trainable, recipe, coefficients, rows, member, _ = tile
         key, target, d = Key(self.seed, recipe.step), trainable.target, self.directions
         basis, epoch = d.basis(key, target), recipe.step // d.refresh
         last = int(trainable.state["epoch"][rows][0])
@@ -303,6 +369,16 @@ class WeightStore:
         g = d.weighted_coordinates(key, target, coefficients, rows, member)
         change = self._ruled(tile, g if scale == 1.0 else g * scale)
         return _combination(change, basis.T.to(self.device)).mul_(d.rank**-0.5)
+
+    def _orthogonal_change(self, tile: Tile) -> Tensor:
+        """lr sqrt(rows) msign(N) V^T/sqrt(k) on the rows of a tile, (n, cols) fp32 (ZO-Muon, arXiv 2602.17155)."""
+        trainable, recipe, coefficients, rows, member, _ = tile
+        d, key, target = self.directions, Key(self.seed, recipe.step), trainable.target
+        root, moved = self.roots.of(tile, d, key)
+        n = d.weighted_coordinates(key, target, coefficients, rows, member)
+        basis = d.basis(key, target).T.to(self.device)
+        size = recipe.rate * (moved / d.rank) ** 0.5
+        return _combination(_combination(n, root), basis).mul_(size)
 
     # -- the anchor of SVRG ---------------------------------------------------------------------------------
 
@@ -388,6 +464,15 @@ class WeightStore:
         """
         taken = {n: t.take_guides(turn_basis=learn) for n, t in self.trainables.items()}
         return {name: guides for name, guides in taken.items() if guides is not None}
+
+
+def shrink(theta: Tensor, decay: float, start: Tensor | None) -> None:
+    """theta <- start + (1 - decay) (theta - start), in place; ``start`` None is 0."""
+    if start is None:
+        theta.mul_(1.0 - decay)
+        return
+    start = start.to(theta.device, theta.dtype)
+    theta.sub_(start).mul_(1.0 - decay).add_(start)
 
 
 def _combination(coordinates: Tensor, basis: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ class Tile(NamedTuple):
     coefficients: Tensor  # (K,) fp32, the recipe's on the store's device
     rows: slice | Tensor  # n rows; as numbers (n,) int64 on the store's device
     member: Tensor | None = None  # (K or 1, n) 0/1: which directions move which rows; None: all
+    # The rule's state of these rows, by name, (n, cols) fp32, where it is made anew; None: the trainable keeps it.
+    state: dict[str, Tensor] | None = None
 
 
 def tile_rows(trainable: Trainable) -> Iterable[slice | Tensor]:
@@ -37,7 +39,7 @@ def tile_rows(trainable: Trainable) -> Iterable[slice | Tensor]:
 
 def moves_by_example(trainable: Trainable) -> bool:
     """Whether a step leaves alone the rows that no example used. With a state (momentum, say) those move as well."""
-    return trainable.touched_offset is not None and not trainable.state
+    return trainable.touched_offset is not None and not (trainable.state or trainable.every_row)
 
 
 def rows_by_direction(trainable: Trainable, recipe: Recipe) -> list[np.ndarray]:
@@ -86,3 +88,13 @@ def touched_tiles(trainable: Trainable, recipe: Recipe, coefficients: Tensor) ->
         numbers = torch.from_numpy(rows.astype(np.int64)).to(device)
         member = membership(by_direction, rows, device)
         yield Tile(trainable, recipe, coefficients, numbers, member)
+
+
+def moved_tiles(trainable: Trainable, recipe: Recipe, coefficients: Tensor) -> Iterator[Tile]:
+    """Tiles of all rows that a step moves."""
+    if moves_by_example(trainable):
+        yield from touched_tiles(trainable, recipe, coefficients)
+        return
+    for rows in tile_rows(trainable):
+        member = member_of(trainable, recipe, rows, coefficients.device)
+        yield Tile(trainable, recipe, coefficients, rows, member)

@@ -24,10 +24,14 @@ class Trainable:
     # (k,) int64: only these rows are ever perturbed and updated (the label words of an untied head). None: all rows.
     fixed_rows: Tensor | None = None
     away: bool = False  # in a block that is not in memory: updated when the block is next bound
+    every_row: bool = False  # a step moves rows too that no example used: momentum does
     least: float | None = None  # no value goes below this
     threshold: float | None = None  # mask `sparse`: only weights smaller in size than this move
     # Opens the checkpoint's matrix. Only of int8 codes that are re-quantised (requantise.py).
     open_base: Callable[[], Rows] | None = None
+    # Opens the values that the base has, where weights shrink towards them (--weight-decay-to base); None: towards 0,
+    # where what lies beside a matrix begins.
+    open_start: Callable[[], Rows] | None = None
     # What directions are made from where seeds alone do not give them, else None. One of:
     guides: dict[int, Tensor] | None = None  # v_i (cols,) of the step being probed, by example slot
     basis: Tensor | None = None  # V^T (k, cols) of a direction for the whole batch, compute dtype
@@ -41,6 +45,15 @@ class Trainable:
         """(rows, cols), the stored tensor itself: of a vector or a factor, which always stay in memory."""
         assert isinstance(self.layout, Dense)
         return self.layout.values
+
+    def start(self, rows: slice | Tensor) -> Tensor | None:
+        """What these rows shrink towards, (n, cols); None: 0."""
+        if self.open_start is None:
+            return None
+        base = self.open_start()
+        if isinstance(rows, slice):
+            return base[rows]
+        return torch.cat([base[slice(row, row + 1)] for row in rows.tolist()])
 
     def take_guides(self, *, turn_basis: bool) -> Tensor | None:
         """What the directions of this step were made from, which is forgotten here; None where seeds give them.

@@ -28,10 +28,9 @@ from torch import Tensor
 from edgezo.errors import EdgezoError
 from edgezo.machine.foreign import clip, parse_json, reading
 from edgezo.machine.open_files import open_to_read
+from edgezo.weights.plain_saved import DIGEST, DIGEST_AT, MOST_SAVED_HEADER, NO_DIGEST, OF_RUN
 from edgezo.weights.safetensors_file import SAFETENSORS_NAMES, as_bytes, spans
-from edgezo.weights.saved import DIGEST, DIGEST_AT, NO_DIGEST, OF_RUN
 
-MOST_SAVED_HEADER = 4 << 20  # bytes: 40,000 tensors, a hundred times as many as a model has
 _READ_BYTES = 4 << 20  # at a time
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 

@@ -3,6 +3,7 @@
 A trained tensor is a matrix (rows, cols) or a vector (rows,). Example i of the group perturbs it along D_i:
 
     signs            D_i = r_i s_i^T                    no weight-sized noise at all (a vector: r_i)
+    rank-signs       D_i = sum_k r_ik s_ik^T/sqrt(rank)     EGGROLL, arXiv 2511.16652; of rank 1: signs
     rademacher       D_i = U * (r_i s_i^T)              U of +-1, one for the group
     gaussian         D_i = U * (r_i s_i^T)              U of N(0,1): GRZO as published, arXiv 2606.02857
     shared           D   = U of N(0,1)                  one direction for the whole batch: MeZO, arXiv 2305.17333
@@ -10,6 +11,8 @@ A trained tensor is a matrix (rows, cols) or a vector (rows,). Example i of the 
     lowrank-strict   D_i = diag(r_i) A V^T / sqrt(k)        LO-GRZO with s = 1: every update lies in span V
     lowrank-shared   D   = A V^T / sqrt(k)                  LOZO, arXiv 2410.07698
     subspace         D   = sqrt(rows*cols)/k P Z Q^T        SubZero, arXiv 2410.08989
+    aligned, cone    D   = sum_k w_k z_k of past steps' z   DAP, arXiv 2510.19975; ConMeZO, arXiv 2511.02757 (echoes.py)
+    aligned-signs    D_i = r_i s_i^T + b_i g            the same for GRZO, g of the last step's directions
     centred          D   = m, their own moving average      ZO-AdaMU, arXiv 2312.15184
     activation       D_i = r_i v_i^T, |v_i| = 1             AGZO with a direction for each example
     activation-shared    D   = A V^T, V orthonormal         AGZO, arXiv 2601.17261
@@ -27,7 +30,7 @@ so that A V^T is a sum of integers and has the same bits from every tile. In ``s
 have orthonormal columns and are drawn every ``refresh`` steps, Z of N(0,1) every step. Each row of P has one entry:
 rows are dealt out to the k columns in a random order, with a random sign over the root of the column's count (a sparse
 embedding, in place of a QR decomposition, whose last bits differ between libraries). Vectors have no low rank: their
-U is of N(0,1).
+U is of N(0,1). In ``rank-signs`` a vector's direction is r_i1 alone.
 """
 
 from __future__ import annotations
@@ -83,16 +86,29 @@ class Directions(NamedTuple):
     rank: int = 8  # k of the low-rank kinds
     refresh: int = 50  # V, P and Q are drawn anew every so many steps
     guided: bool = False  # made from the layer's inputs, so that no seed gives them again
+    # What a step's directions take up of past ones (echoes.py): w_k of this step's noise and that of the steps before
+    # it; of factored directions b_i, then the coefficients of g. (): nothing.
+    echo: tuple[float, ...] = ()
+    summed: bool = False  # a sum of ``rank`` products r_ik s_ik^T
 
-    def row_signs(self, key: Key, target: Target, slots: Sequence[int]) -> Tensor:
-        """r_i of the examples in ``slots``, (len(slots), rows) int8."""
-        return _of_slots(key, target.id, noise.ROW, slots, target.rows)
+    @property
+    def terms(self) -> int:
+        """How many products r_ik s_ik^T a direction of a matrix is the sum of; it is divided by the root of that."""
+        return self.rank if self.summed else 1
 
-    def col_signs(self, key: Key, target: Target, slots: Sequence[int]) -> Tensor:
-        """s_i of the examples in ``slots``, (len(slots), cols) int8."""
+    def row_signs(self, key: Key, target: Target, slots: Sequence[int], term: int = 0) -> Tensor:
+        """r_ik of the examples in ``slots``, k = ``term``, (len(slots), rows) int8."""
+        return _of_slots(key, target.id, noise.ROW, self._places(slots, term), target.rows)
+
+    def col_signs(self, key: Key, target: Target, slots: Sequence[int], term: int = 0) -> Tensor:
+        """s_ik of the examples in ``slots``, k = ``term``, (len(slots), cols) int8."""
         if self.strict:
             return torch.ones(len(slots), target.cols, dtype=torch.int8)
-        return _of_slots(key, target.id, noise.COLUMN, slots, target.cols)
+        return _of_slots(key, target.id, noise.COLUMN, self._places(slots, term), target.cols)
+
+    def _places(self, slots: Sequence[int], term: int) -> Sequence[int]:
+        """Rows of the table of sign vectors: an example has ``terms`` of them, one after the other."""
+        return slots if self.terms == 1 else [slot * self.terms + term for slot in slots]
 
     def dense_rows(
         self, key: Key, target: Target, rows: slice, basis: Tensor | None = None
@@ -103,8 +119,34 @@ class Directions(NamedTuple):
             return self._low_rank(key, target, rows, basis)
         if kind == "centred":
             return centred(key, target, rows)[0]
+        if self.echo and not self.factored:
+            return self._echoed(key, target, rows)
         draw = noise.normals if kind == "normals" else noise.signs
         return draw(key, target.id, noise.DENSE, rows, target.cols).float()
+
+    def _echoed(self, key: Key, target: Target, rows: slice) -> Tensor:
+        """sum_k w_k z_k on ``rows``, (n, cols) fp32: noise of this step, and of those before it."""
+        total = torch.zeros(rows.stop - rows.start, target.cols)
+        for back, weight in enumerate(self.echo):
+            if weight:
+                then = Key(key.seed, key.step - back)
+                drawn = noise.normals(then, target.id, noise.DENSE, rows, target.cols)
+                total += drawn.mul_(weight)
+        return total
+
+    @property
+    def leans(self) -> Tensor | None:
+        """b_i (B,) fp32 of factored directions that lean on g; None where they do not."""
+        if not (self.echo and self.factored):
+            return None
+        return torch.tensor(self.echo[: len(self.echo) // 2])
+
+    def leant_on(self, key: Key, target: Target) -> ThinFactors:
+        """g = sum_j a_j r_j s_j^T of the last step's directions: (rows, B) with a_j, (cols, B)."""
+        last, slots = Key(key.seed, key.step - 1), range(len(self.echo) // 2)
+        a = torch.tensor(self.echo[len(slots) :])
+        left = self.row_signs(last, target, slots).T.float().mul_(a)
+        return ThinFactors(left, self.col_signs(last, target, slots).T.float(), 1.0)
 
     @property
     def of_rank(self) -> bool:
@@ -154,6 +196,8 @@ class Directions(NamedTuple):
         if self.dense is not None:
             # A vector is a (rows, 1) matrix: one row of U for each element.
             d = d * self.dense_rows(key, target, slice(0, target.rows)).T
+        if (leans := self.leans) is not None:
+            d = d + leans[list(slots), None] * self.leant_on(key, target).left.sum(1)
         return d
 
     def weighted_sum(
@@ -181,6 +225,12 @@ class Directions(NamedTuple):
         if self.dense is not None or mask_u is not None:
             u = self.dense_at(key, target, rows, guides).to(device)
             total = total * (u if mask_u is None else mask_u(u))
+        if (leans := self.leans) is not None:
+            # One number, from a sum whose order does not depend on the tile; a_j are on a grid as the coefficients are.
+            lean = float(coefficients.cpu().double() @ leans.double())
+            left, right, _ = self.leant_on(key, target)
+            g = left[rows] @ right.T if not target.vector else left[rows].sum(1, keepdim=True)
+            total = total + g.to(device).mul_(lean)
         return total
 
     def _outer(
@@ -198,15 +248,27 @@ class Directions(NamedTuple):
                 return coefficients.sum().reshape(1, 1)
             return (coefficients[:, None] * member).sum(0)[:, None]
         slots, device = range(len(coefficients)), coefficients.device
-        left = self.row_signs(key, target, slots).to(device)[:, rows].float()  # (B, n)
-        if member is not None:
-            left = left * member
-        left = left * coefficients[:, None]
+
+        def left_factor(term: int) -> Tensor:
+            """c_i r_ik on ``rows``, (B, n)."""
+            left = self.row_signs(key, target, slots, term).to(device)[:, rows].float()
+            if member is not None:
+                left = left * member
+            return left * coefficients[:, None]
+
         if guides is not None:
-            return _exact_product(left.T, guides)
+            return _exact_product(left_factor(0).T, guides)
         if target.vector or self.strict:
-            return left.sum(0)[:, None]
-        return left.T @ self.col_signs(key, target, slots).to(device).float()
+            return left_factor(0).sum(0)[:, None]
+
+        def product(term: int) -> Tensor:
+            cols = self.col_signs(key, target, slots, term).to(device).float()
+            return left_factor(term).T @ cols
+
+        total = product(0)
+        for term in range(1, self.terms):  # each exact; rounded where they are added, in one order
+            total += product(term)
+        return total if self.terms == 1 else total.mul_(self.terms**-0.5)
 
     def weighted_coordinates(
         self,
@@ -306,6 +368,7 @@ DIRECTION_KINDS = {
     d.name: d
     for d in (
         Directions("signs", factored=True, dense=None),
+        Directions("rank-signs", factored=True, dense=None, summed=True),
         Directions("rademacher", factored=True, dense="signs"),
         Directions("gaussian", factored=True, dense="normals"),
         Directions("shared", factored=False, dense="normals"),
@@ -314,6 +377,9 @@ DIRECTION_KINDS = {
         Directions("lowrank-shared", factored=False, dense="lowrank"),
         Directions("subspace", factored=False, dense="subspace"),
         Directions("centred", factored=False, dense="centred"),
+        Directions("aligned", factored=False, dense="normals"),
+        Directions("cone", factored=False, dense="normals"),
+        Directions("aligned-signs", factored=True, dense=None),
         Directions("activation", factored=True, dense=None, guided=True),
         Directions("activation-shared", factored=False, dense="lowrank", guided=True),
     )

@@ -6,130 +6,27 @@
     theta          <- (1 - decay)*theta - rule(g)                              of what is trained
 
 The cost of a preset follows from its choices: forwards from the credit and the mask, state from the rule and the mask.
-plan/conflicts.py says which combinations mean nothing, and why. The functions behind the names are in credit.py,
-directions.py, masks.py and rules.py.
+axes.py has the choices on each axis; plan/conflicts.py says which combinations mean nothing, and why.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-
-class DirectionEntry(NamedTuple):
-    """What the plan and the conflicts need to know of a choice of --directions."""
-
-    per_example: bool  # one D_i for each example (or candidate); False: one D for the whole batch
-    text: str
-    dense: bool = True  # a factor of the weight's size is made, tile by tile
-    refreshed: bool = False  # its basis is drawn anew every --refresh steps
-    guided: bool = False  # made from the inputs of a layer, so neither seed nor journal has it
-
-
-class MaskEntry(NamedTuple):
-    """What the plan and the conflicts need to know of a choice of --mask."""
-
-    text: str
-    state: int = 0  # fp32 values for each trained value
-    forwards: int = 0  # beside those of the credit
-    by_row: bool = False  # the state has a value for each row of a matrix, not for each weight
-    dense: bool = False
-
-
-class CreditEntry(NamedTuple):
-    """What the plan and the conflicts need to know of a choice of --credit."""
-
-    per_example: bool  # goes with directions per example; False: with one for the whole batch
-    forwards: int
-    text: str
-    step: str  # what --step means with it
-    # Compares losses with those at an anchor, the weights of every --refresh-th step. That takes a second copy of what
-    # is trained, and so many times the forwards of a step.
-    anchored: bool = False
-
-
-class RuleEntry(NamedTuple):
-    """What the plan and the conflicts need to know of a choice of --rule."""
-
-    text: str
-    state: int = 0  # fp32 values for each trained value
-    step: str = ""  # what --step means with it; "": what it means with the credit
-
-
-KAPPA = "kappa: the fraction of the perturbation that one unit of credit moves the weights by"
-RATE = "learning rate of the gradient estimate"
-PER_WEIGHT = "about how far one step moves a weight"
-
-DIRECTIONS = {
-    "signs": DirectionEntry(True, "r_i s_i^T, no weight-sized noise", dense=False),
-    "rademacher": DirectionEntry(True, "U*(r_i s_i^T), U of +-1"),
-    "gaussian": DirectionEntry(True, "U*(r_i s_i^T), U of N(0,1)"),
-    "shared": DirectionEntry(False, "U of N(0,1), one for the batch"),
-    "lowrank": DirectionEntry(True, "(A V^T)*(r_i s_i^T)/sqrt(rank)", refreshed=True),
-    "lowrank-strict": DirectionEntry(
-        True, "diag(r_i) A V^T/sqrt(rank): updates stay in span V", refreshed=True
-    ),
-    "lowrank-shared": DirectionEntry(
-        False, "A V^T/sqrt(rank), one for the batch", dense=False, refreshed=True
-    ),
-    "subspace": DirectionEntry(
-        False, "P Z Q^T, P and Q with orthonormal columns, Z of N(0,1)", dense=False, refreshed=True
-    ),
-    "centred": DirectionEntry(False, "around their own moving average, one for the batch"),
-    "activation": DirectionEntry(
-        True,
-        "r_i v_i^T, v_i = X_i^T z_i/|X_i^T z_i| of the inputs X_i of example i to the layer",
-        dense=False,
-        guided=True,
-    ),
-    "activation-shared": DirectionEntry(
-        False,
-        "A V^T, one for the batch, V a basis of the last step's inputs by power iteration",
-        dense=False,
-        guided=True,
-    ),
-}
-
-MASKS = {
-    "none": MaskEntry("every trained value"),
-    "sparse": MaskEntry("the --keep smallest of a matrix's weights, by size", dense=True),
-    "layers": MaskEntry("a --keep share of the blocks, drawn every step"),
-    "hessian": MaskEntry("over the root of a running diagonal curvature", 1, 1, dense=True),
-    "hessian-block": MaskEntry(
-        "over the root of a running curvature, one for each row of a matrix",
-        *(1, 1),
-        by_row=True,
-        dense=True,
-    ),
-    "quantized": MaskEntry(
-        "rounded to 8 bits, once for the perturbation and again for the update", dense=True
-    ),
-    "block": MaskEntry("times s_b of each tensor from --finetuner, sum_b d_b s_b^2 = sum_b d_b"),
-}
-
-CREDITS = {
-    "group": CreditEntry(True, 2, "delta_i/std_j(delta_j)", KAPPA),
-    "raw": CreditEntry(True, 2, "delta_i", RATE),
-    "one-sided": CreditEntry(True, 1, "(l+_i - mean_j(l+_j))/std_j(l+_j)", KAPPA),
-    "uniform": CreditEntry(True, 1, "1, whatever the losses are", KAPPA),
-    "mean": CreditEntry(False, 2, "mean_i(delta_i)", RATE),
-    "clipped": CreditEntry(False, 2, "mean_i(delta_i), its slope clipped at 100", RATE),
-    "svrg": CreditEntry(
-        False,
-        2,
-        "mean_i(delta_i) minus that at the anchor; plus the anchor's mean over --refresh batches, along its D",
-        RATE,
-        anchored=True,
-    ),
-    "candidates": CreditEntry(True, 1, "(l_j - l_0)/std_k(l_k) of --candidates directions", KAPPA),
-}
-
-RULES = {
-    "sgd": RuleEntry("g"),
-    "momentum": RuleEntry("m = 0.9 m + 0.1 g", 1),
-    "adam": RuleEntry("m/(sqrt(v) + 1e-8), betas 0.9 and 0.999", 2, PER_WEIGHT),
-    "sign": RuleEntry("sign(g)", 0, PER_WEIGHT),
-    "centred": RuleEntry("g/sqrt(v + 1e-8), v of the parts that the direction is made of"),
-}
+from edgezo.zo.axes import (
+    CREDITS,
+    DIRECTIONS,
+    KAPPA,
+    MASKS,
+    PER_WEIGHT,
+    RATE,
+    ROUNDINGS,
+    RULES,
+    SHARE,
+    in_span,
+    mean_forwards,
+    step_meaning,
+)
 
 
 class Preset(NamedTuple):
@@ -197,6 +94,7 @@ GRZO = "GRZO, arXiv 2606.02857"
 MEZO = "MeZO, arXiv 2305.17333"
 LOZO = "LOZO, arXiv 2410.07698"
 SPARSE = "Sparse-MeZO, arXiv 2402.15751"
+DAP = "DAP, arXiv 2510.19975"
 TUNER = "ZO Fine-tuner, arXiv 2510.00419"
 SIGN_FACTORS = "both factors are signs, where the paper draws normals: their products are exact"
 LOW_BIT = (
@@ -216,8 +114,69 @@ PRESETS = {
         Preset("grzo-raw", "signs", "raw", f"{GRZO}, its mode 'two'", 1e-4),
         Preset("grzo-one-sided", "signs", "one-sided", f"{GRZO}, its mode 'one'", 0.05),
         Preset("grzo-uniform", "signs", "uniform", f"{GRZO}, an ablation: no signal", 0.05),
+        Preset(
+            "replayed-momentum",
+            "signs",
+            "group",
+            f"{GRZO}, with momentum",
+            0.1,
+            rule="replayed-momentum",
+            note="ours: the momentum has the bits of --rule momentum, and nothing is kept: step t goes through the "
+            "records of all t steps before it",
+        ),
+        Preset(
+            "eggroll",
+            "rank-signs",
+            "centred",
+            "EGGROLL, arXiv 2511.16652",
+            0.1,
+            note="factors are signs, where the paper draws normals, so that sums are exact; fitness is the difference "
+            "of a pair of losses of one example, z-scored over the batch, where the paper scores a population on the "
+            "same prompts; with --rank 1 the direction is that of `signs`",
+        ),
+        Preset(
+            "vote",
+            "signs",
+            "vote",
+            "nano-egg, arXiv 2511.16652",
+            1e-3,
+            rule="vote",
+            train=FULL,
+            rounding="stochastic",
+            note="for --precision int8: codes move by whole steps; norms, biases and weights that are no codes move by "
+            "sigma; factors are signs, where nano-egg draws int8 normals",
+        ),
+        Preset(
+            "qes",
+            "signs",
+            "centred",
+            "QES, arXiv 2602.03120",
+            0.1,
+            train=FULL,
+            rounding="feedback",
+            note="for --precision int8: what rounding takes from a code is kept in 8 bits, and made anew from base and "
+            "journal now and then, exactly, where QES replays the last seeds; perturbations are not rounded to codes",
+        ),
         Preset("mezo", "shared", "mean", MEZO, 1e-4),
         Preset("mezo-adam", "shared", "mean", f"{MEZO}, with Adam", 1e-3, rule="adam"),
+        Preset(
+            "replayed-adam",
+            "shared",
+            "mean",
+            f"{MEZO}, with Adam",
+            1e-3,
+            rule="replayed-adam",
+            note="mezo-adam to the bit, and nothing is kept: step t goes through the records of all t steps before it",
+        ),
+        Preset(
+            "adamezo",
+            "shared",
+            "mean",
+            "AdaMeZO, arXiv 2605.00650",
+            1e-3,
+            rule="adamezo",
+            note="the moments look back 16 steps; that number is ours",
+        ),
         Preset(
             "mezo-svrg",
             "shared",
@@ -247,6 +206,50 @@ PRESETS = {
             "FZOO, arXiv 2506.09034",
             0.05,
             note="the N directions share U and differ by r_j s_j^T, so one pass serves them all",
+        ),
+        Preset(
+            "zo-dap",
+            "aligned",
+            "mean",
+            DAP,
+            1e-4,
+            note="the estimate is that of the last 4 steps, made anew from their records, where the release draws a "
+            "batch for it",
+        ),
+        Preset(
+            "dap-grzo",
+            "aligned-signs",
+            "group",
+            f"{GRZO} on {DAP}",
+            0.1,
+            note="ours: each example's direction is aligned with the last step's estimate",
+        ),
+        Preset(
+            "conmezo",
+            "cone",
+            "mean",
+            "ConMeZO, arXiv 2511.02757",
+            1e-4,
+            note="the moving average is made anew from the records of the last 4 steps, where the paper keeps it; "
+            "there is no warm-up",
+        ),
+        Preset(
+            "meazo",
+            "shared",
+            "scaled",
+            "MEAZO, arXiv 2605.03869",
+            1e-3,
+            note="the running mean is one number, and each record holds it; its weight 0.999 is Adam's",
+        ),
+        Preset(
+            "bszo",
+            "gaussian",
+            "posterior",
+            "BSZO, arXiv 2601.01452",
+            1e-3,
+            note="from the abstract: a Kalman filter over a step's directions, whose noise follows the residuals; its "
+            "constants, and that each direction is observed once, are ours; the directions differ by r_j s_j^T, so "
+            "that one pass serves all",
         ),
         Preset("lezo", "shared", "mean", "LeZO, arXiv 2410.09823", 1e-4, mask="layers", keep=0.25),
         Preset(
@@ -290,6 +293,17 @@ PRESETS = {
             0.1,
             train=FULL,
             note=SIGN_FACTORS,
+        ),
+        Preset(
+            "zo-muon",
+            "lowrank-strict",
+            "candidates",
+            "ZO-Muon, arXiv 2602.17155",
+            1e-4,
+            rule="orthogonal",
+            train=FULL,
+            note="the basis is of signs, where the paper decomposes normals, and is on the side of the inputs; vectors "
+            "move by their sign; a step is the same for matrices of all sizes",
         ),
         Preset(
             "subzero",
@@ -449,31 +463,11 @@ AUTO = "auto"
 ESTIMATORS = (*PRESETS, *FIRST_ORDER)
 
 
-def forwards(credit: str, mask: str, candidates: int) -> int:
-    """Forward passes over the batch in a step."""
-    drawn = candidates if credit == "candidates" else 0
-    return CREDITS[credit].forwards + drawn + MASKS[mask].forwards
-
-
-def mean_forwards(credit: str, mask: str, candidates: int, refresh: int) -> float:
-    """Forward passes over a batch in a step, on average.
-
-    With an anchor, its step passes ``refresh`` batches, and every other step one batch at two places.
-    """
-    once = forwards(credit, mask, candidates)
-    if not CREDITS[credit].anchored:
-        return once
-    return once * (refresh + 2 * (refresh - 1)) / refresh
-
-
-def in_span(directions: str) -> bool:
-    """Whether every update lies in the span of a basis, so that a rule may keep its state in coordinates."""
-    return directions in ("lowrank-strict", "lowrank-shared")
-
-
-def step_meaning(credit: str, rule: str) -> str:
-    """What --step means with a credit and a rule."""
-    return RULES[rule].step or CREDITS[credit].step
+def usual_codes(estimator: str) -> str:
+    """How int8 codes that are trained keep small steps, where they can be re-quantised."""
+    preset = PRESETS.get(estimator)
+    rounding = None if preset is None else preset.rounding
+    return rounding if rounding and ROUNDINGS[rounding].requantised else "anchored"
 
 
 def default_step(preset: Preset, credit: str, rule: str) -> float:
@@ -485,4 +479,4 @@ def default_step(preset: Preset, credit: str, rule: str) -> float:
         return anchored.step * anchored.refresh / preset.refresh
     if step_meaning(preset.credit, preset.rule) == meaning:
         return preset.step
-    return {KAPPA: 0.1, RATE: 1e-4, PER_WEIGHT: 1e-3}[meaning]
+    return {KAPPA: 0.1, RATE: 1e-4, PER_WEIGHT: 1e-3, SHARE: 1e-3}[meaning]

@@ -27,6 +27,8 @@ class Recipe(NamedTuple):
     # SVRG: the step at whose start the weights were the anchor, and the coefficient of that step's direction.
     anchor: int | None = None
     pull: float = 0.0
+    # Directions that take up past ones (echoes.py): (1 + DEPTH,) or (2B,) fp32; None: they are fresh noise.
+    echo: np.ndarray | None = None
     # Guided directions only, which no seed gives again: v_i (K, cols), or V^T (k, cols), by trained tensor.
     guides: Mapping[str, Tensor] = MappingProxyType({})
 

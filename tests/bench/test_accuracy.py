@@ -77,7 +77,7 @@ def test_every_problem_of_a_study_is_named_at_once(tmp_path):
     assert "b on own: --step" in str(problem.value)
     for bad, word in (
         ({"forwards": 0}, "above 0"),
-        ({"seconds": 3}, "one of forwards"),
+        ({"seconds": 0}, "one of forwards"),
         ({"seeds": []}, "seeds"),
         ({"tasks": []}, "tasks is missing"),
     ):

@@ -17,7 +17,7 @@ from edgezo.errors import DoesNotFit, UsageError
 from edgezo.plan.request import make_config
 from edgezo.run.finetuner import load_finetuner
 from edgezo.run.journal_record import StepRecord
-from edgezo.run.recipes import recipe_of
+from edgezo.run.record_recipe import recipe_of
 from edgezo.run.session import open_request
 from edgezo.run.train import finetune
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -194,13 +195,14 @@ def said(data: Dataset, what: str) -> bool:
     return any(what in note for note in data.notes)
 
 
-@pytest.mark.parametrize("key", ["weight", "train", "training", "loss"])
-@pytest.mark.parametrize("value", [0, 0.0, False, "0", "false"])
-def test_a_turn_without_weight_is_context(key: str, value: object, tmp_path: Path) -> None:
-    messages = turns("u: q / a: BAD / u: again / a: good")
-    messages[1] = {**messages[1], key: value}
-    messages[3] = {**messages[3], key: True}
-    assert set(predicted(load([{"messages": messages}] * 2, tmp_path))) == {"good<|im_end|>"}
+def test_a_turn_without_weight_is_context(tmp_path: Path) -> None:
+    rows = []
+    for key, value in product(
+        ("weight", "train", "training", "loss"), (0, 0.0, False, "0", "false")
+    ):
+        question, bad, again, good = turns("u: q / a: BAD / u: again / a: good")
+        rows.append({"messages": [question, {**bad, key: value}, again, {**good, key: True}]})
+    assert predicted(load(rows, tmp_path)) == ["good<|im_end|>"] * len(rows)
 
 
 def test_rows_without_a_turn_to_learn_are_left_out_and_others_are_refused(tmp_path: Path) -> None:

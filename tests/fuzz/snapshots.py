@@ -22,7 +22,7 @@ from torch import Tensor
 
 from edgezo.errors import EdgezoError
 from edgezo.network.readout import DamagedRow, StateFile
-from edgezo.run.readout_pass import PROBE_KEYS
+from edgezo.run.directory import PROBE_KEYS
 from edgezo.weights.saved import Saved, write_saved
 from edgezo.weights.verified import open_saved
 

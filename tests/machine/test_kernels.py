@@ -18,7 +18,7 @@ from torch import Tensor
 from workshop import KEY, SIGMA, Case, Workshop, make_examples, of
 
 from edgezo.data.batches import collate
-from edgezo.machine import kernels, matmul
+from edgezo.machine import kernel_library, kernels, matmul
 from edgezo.machine.hardware import kernels_library
 from edgezo.network import packing
 from edgezo.network.fused import FusedGate, FusedNorm, activation_of
@@ -60,7 +60,7 @@ def test_what_was_compiled_of_another_source_is_left_alone(tmp_path, monkeypatch
     assert library is not None
     for name, more in ((library.name, b""), ("kernels.c", b"/* changed */")):
         (tmp_path / name).write_bytes(library.with_name(name).read_bytes() + more)
-    monkeypatch.setattr(kernels, "kernels_library", lambda: tmp_path / library.name)
+    monkeypatch.setattr(kernel_library, "kernels_library", lambda: tmp_path / library.name)
     kernels._library.cache_clear()
     assert not kernels.loaded()
     kernels._library.cache_clear()

@@ -157,7 +157,7 @@ def test_bf16_products_have_the_same_few_shapes_and_strides_for_all_batches(
     known = lengths(few, 1) | lengths(many, 16)
     assert known & set(PRODUCT_ROWS)
     # Other rows in batches of the same and of other sizes.
-    assert lengths(more, 16, 3, 5, 7) <= known | set(PRODUCT_ROWS) | {32, 48}  # or thin axes
+    assert lengths(more, 16, 5) <= known | set(PRODUCT_ROWS) | {32, 48}  # or thin axes
 
 
 @pytest.mark.parametrize("kind", ["label", "completion"])

@@ -25,24 +25,24 @@ BASE = {"model": "m", "task": "sst2"}
 # The order of the settings in config.toml, and what a journal's header holds for BASE.
 ORDER = (
     "model data task data_root template labels label_field max_mem_bytes steps for_s estimator directions mask credit "
-    "rule train blocks states state_rows precision rounding residency device rank keep refresh candidates finetuner "
-    "short_tokens short_lr batch_size micro_batch max_length objective max_new_tokens step step_auto sigma schedule "
-    "weight_decay head_lr "
-    "held_out seed eval_every eval_limit snapshot_every threads when max_temp max_cpu log_to profile out text_end "
-    "written_at began_in speaker skip_bad_rows row_rules probe_reads parent parent_steps parent_sha256"
+    "rule train blocks states state_rows precision rounding residency device engine provider rank keep refresh "
+    "candidates samples finetuner short_tokens short_lr batch_size micro_batch max_length objective max_new_tokens "
+    "step step_auto sigma schedule weight_decay weight_decay_to head_lr held_out seed eval_every eval_limit "
+    "snapshot_every threads when max_temp max_cpu log_to profile out text_end written_at began_in speaker "
+    "skip_bad_rows row_rules probe_reads parent parent_steps parent_sha256"
 ).split()
 CANONICAL = (
     '{"batch_size":null,"began_in":null,"blocks":"all","candidates":8,"credit":"group","data":null,"data_root":null,'
-    '"device":"auto","directions":"signs","estimator":"grzo","eval_every":0,"eval_limit":null,'
+    '"device":"auto","directions":"signs","engine":"torch","estimator":"grzo","eval_every":0,"eval_limit":null,'
     '"finetuner":null,"for_s":null,"head_lr":2.0,"held_out":null,"keep":0.25,"label_field":"label",'
     '"labels":null,"log_to":"none","mask":"none","max_cpu":null,"max_length":512,"max_mem_bytes":null,"max_new_tokens":null,"max_temp":null,'
     '"micro_batch":null,"model":"m","objective":"loss","out":null,"parent":null,"parent_sha256":null,"parent_steps":0,'
-    '"precision":null,"probe_reads":"five","profile":false,'
-    '"rank":8,"refresh":50,"residency":null,"rounding":null,"row_rules":2,"rule":"sgd","schedule":"linear",'
+    '"precision":null,"probe_reads":"five","profile":false,"provider":"cpu",'
+    '"rank":8,"refresh":50,"residency":null,"rounding":null,"row_rules":2,"rule":"sgd","samples":1,"schedule":"linear",'
     '"seed":0,"short_lr":0.0001,"short_tokens":null,"sigma":0.002,"skip_bad_rows":false,"snapshot_every":25,"speaker":null,"state_rows":null,'
     '"states":null,"step":0.1,'
     '"step_auto":false,"steps":400,"task":"sst2","template":null,"text_end":"yes","threads":null,"train":["lowrank",'
-    '"head","probe"],"weight_decay":0.0,"when":"always","written_at":null}'
+    '"head","probe"],"weight_decay":0.0,"weight_decay_to":"zero","when":"always","written_at":null}'
 )
 
 

@@ -151,6 +151,8 @@ def test_a_run_killed_inside_every_write_and_update_ends_with_the_same_bits(
     assert_same_run(run, finish(again, tmp_path / "printed"), whole)
 
 
+# Other settings: benchmarks/kills.py.
+@pytest.mark.parametrize("train", ["lowrank+head", "full"], indirect=True, scope="module")
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(bench, train, whole, tmp_path):
     kills = 8
     run, journal = tmp_path / "run", tmp_path / "run" / "journal.bin"

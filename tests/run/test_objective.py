@@ -436,3 +436,41 @@ def test_a_run_whose_probes_all_score_the_same_says_so(
     asked = bench.arguments("label", objective=vowels("same"), out=str(tmp_path / "run"))
     code, _, err = edgezo("finetune", *asked)
     assert code == 0 and "all 3 steps were skipped" in err
+
+
+def test_a_score_that_tells_nothing_ends_the_run_within_twenty_steps_with_the_cause(
+    bench: Bench, vowels: Module, edgezo_json: Any, tmp_path: Path
+) -> None:
+    asked = bench.arguments("label", objective=vowels("same"), out=str(tmp_path / "run"), steps=30)
+    code, found = edgezo_json("finetune", *asked)
+    assert code == 1 and "in 20 steps" in found["error"] and "scored 1" in found["error"]
+    assert len(records(tmp_path / "run")) == 20
+    code, again = edgezo_json("finetune", "--resume", "--out", tmp_path / "run")
+    assert code == 1 and "in 20 steps" in again["error"]  # one more step has told nothing either
+
+
+@pytest.mark.parametrize(
+    ("scores", "cause"),
+    [
+        ([[0, 0], [0, 0]], "never answers right"),
+        ([[1, 1], [1, 1]], "nothing to improve"),
+        ([[0, 1], [0, 1]], "larger --sigma"),
+        ([[np.nan, np.inf], [np.nan, np.nan]], "no score was finite"),
+    ],
+)
+def test_the_cause_of_no_signal_is_told_from_the_scores(
+    scores: list[list[float]], cause: str
+) -> None:
+    losses, nothing = -np.array(scores, np.float32), np.zeros(2, np.float32)
+    record = StepRecord(0, 2e-3, 0.1, True, losses, nothing)
+    assert cause in judge.no_signal([record] * 20, "exact-match")
+
+
+def test_a_batch_has_each_row_as_often_as_samples_say(bench: Bench, tmp_path: Path) -> None:
+    request = {"credit": "by-prompt", "samples": 2, "train": "lowrank", "steps": 3}
+    summary = run_of(bench, tmp_path / "run", "label", objective="accuracy", **request)
+    assert summary["steps"] == 3
+    again = replay(tmp_path / "run", tmp_path / "copy")
+    assert again["trained_sha256"] == summary["trained_sha256"]
+    with pytest.raises(UsageError, match="multiple"):
+        run_of(bench, tmp_path / "other", "label", samples=3, train="lowrank")

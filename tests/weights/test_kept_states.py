@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from edgezo.errors import EdgezoError
-from edgezo.weights.kept_states import KEPT_HEAD_BYTES, STATE_FORMS, StatesFile, digest_of
+from edgezo.weights.kept_states import STATE_FORMS, StatesFile, digest_of
+from edgezo.weights.plain_states import KEPT_HEAD_BYTES
 
 HIDDEN = 24
 ROWS = [tuple(range(k, k + 3 + k % 5)) for k in range(20)]  # tokens of each row

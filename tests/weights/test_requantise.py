@@ -282,6 +282,30 @@ def test_rounding_adds_up_unless_codes_are_re_quantised(tmp_path: Path) -> None:
     assert ratios["stochastic"] > 3
 
 
+def test_with_error_feedback_codes_never_leave_fp32_weights_by_a_grid_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requantise, "FIRST_STEPS", 16)
+    pair = Pair(tiny_models.make("llama", tmp_path), "label", "signs", "feedback")
+    for step in range(1, 41):
+        pair.step(2e-3)
+        for name, trainable in pair.codes.store.trainables.items():
+            layout, every = trainable.layout, slice(0, trainable.target.rows)
+            if not isinstance(layout, Int8):
+                continue
+            exact = pair.exact.store.trainables[name].layout.read(every)
+            away = (layout.expand(every, torch.empty(layout.shape)) - exact).abs() / layout.scale
+            assert away.max() < 1, (step, name)  # what the forward reads
+            if requantise.requantise_due(step):
+                best = Int8.quantise(exact, plane=True)
+                assert torch.equal(layout.codes, best.codes), name
+                assert torch.equal(layout.low, best.low), name
+                assert (layout.read(every) - exact).abs().max() < layout.scale.max() / 250
+    again = pair.again()
+    again.store.replay(40)
+    assert saved_sha256(saved_tensors(again.store)) == saved_sha256(saved_tensors(pair.codes.store))
+
+
 def test_a_step_moves_codes_by_the_fp32_update_on_average(tmp_path: Path) -> None:
     pair = Pair(tiny_models.make("llama", tmp_path), "label", "signs", "stochastic")
     name, trainable = next(
@@ -302,7 +326,7 @@ def test_a_step_moves_codes_by_the_fp32_update_on_average(tmp_path: Path) -> Non
 # ----------------------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize("rounding", ["anchored", "stochastic"])
+@pytest.mark.parametrize("rounding", ["anchored", "stochastic", "feedback"])
 @pytest.mark.parametrize("killed_after", [2, 3])
 def test_a_run_that_was_cut_goes_on_and_replays_with_the_same_bits(
     rounding: str,

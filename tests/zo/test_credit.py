@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgezo.zo.axes import CREDITS
 from edgezo.zo.credit import (
     CREDIT_CLIP,
     SLOPE_CLIP,
@@ -16,10 +19,13 @@ from edgezo.zo.credit import (
     group_credit,
     one_sided_credit,
     preset,
+    prompt_credit,
     schedule,
     uniform_credit,
+    vote_credit,
 )
-from edgezo.zo.presets import CREDITS, PRESETS
+from edgezo.zo.presets import PRESETS
+from edgezo.zo.rules import votes_needed
 
 values = st.floats(-100, 100, width=32)
 pairs = st.integers(2, 40).flatmap(
@@ -61,8 +67,8 @@ def test_no_losses_give_a_credit_that_is_not_finite_or_above_the_clip(pair, name
         credit = chosen.credit(losses)
         coefficients = chosen.coefficients(credit, 0.1, 2e-3)
     assert np.isfinite(coefficients).all()
-    assert len(credit) == (1 if name == "candidates" else losses.shape[1])
-    if name == "candidates":
+    assert len(credit) == (1 if CREDITS[name].tries else losses.shape[1])
+    if CREDITS[name].tries:
         assert bad.all() <= (not credit.any())
     else:
         assert not credit[bad].any()
@@ -111,6 +117,30 @@ def test_one_sided_credit_is_the_losses_standard_score():
     np.testing.assert_allclose(one_sided_credit(losses), wanted, rtol=1e-6)
     assert not one_sided_credit(np.array([[3.0]], np.float32)).any()
     assert uniform_credit(losses).tolist() == [1, 1, 1, 0]
+
+
+def test_a_row_is_compared_with_its_own_samples_alone():
+    rng = np.random.default_rng(4)
+    losses = rng.normal(1.0, 0.2, (2, 6)).astype(np.float32)
+    losses[:, 3:] = 100 + 7 * losses[:, :3]  # the same row as the first one, but harder and wider
+    losses[0, 5] = np.nan
+    credit = prompt_credit(losses, samples=3)
+    first = losses[:, :3].astype(np.float64)
+    wanted = (first[0] - first[1]) / first.std()
+    np.testing.assert_allclose(credit[:3], wanted, rtol=1e-5)
+    z = (first - first.mean()) / first.std()  # z-scores of both sides, one less the other
+    np.testing.assert_allclose(credit[:3], z[0] - z[1], rtol=1e-5)
+    two = losses[:, 3:5].astype(np.float64)
+    np.testing.assert_allclose(credit[3:5], (two[0] - two[1]) / two.std(), rtol=1e-5)
+    assert credit[5] == 0
+    assert not prompt_credit(np.ones((2, 4), np.float32), samples=2).any()
+
+
+def test_an_example_votes_for_the_side_of_its_direction_that_is_better():
+    losses = np.array([[1.0, 2.0, 3.0, np.inf], [2.0, 1.0, 3.0, 1.0]], np.float32)
+    assert vote_credit(losses).tolist() == [-1, 1, 0, 0]
+    assert votes_needed(1.0, 16) == 0 and votes_needed(0.0, 16) == math.inf
+    assert votes_needed(0.05, 16) == pytest.approx(1.96 * 4, rel=1e-3)
 
 
 def test_candidates_are_weighed_by_the_batchs_loss_over_their_spread():
@@ -164,19 +194,20 @@ def test_the_linear_schedule_ends_at_zero_and_the_constant_one_does_not_move():
 
 
 def test_the_table_names_what_there_is():
-    from edgezo.zo import directions, masks, presets, rules
+    from edgezo.zo import axes, directions, masks, rules
 
-    assert set(presets.DIRECTIONS) == set(directions.DIRECTION_KINDS)
-    assert set(presets.RULES) == set(rules.UPDATE_RULES)
-    for name, mask in presets.MASKS.items():
+    assert set(axes.DIRECTIONS) == set(directions.DIRECTION_KINDS)
+    assert set(axes.RULES) == set(rules.UPDATE_RULES)
+    for name, mask in axes.MASKS.items():
         assert masks.mask_of(name, 0.5, 2e-3).name == name
         assert len(masks.mask_of(name, 0.5, 2e-3).states) == mask.state
-    for name, rule in presets.RULES.items():
-        assert len(rules.UPDATE_RULES[name].states) == rule.state
-    for name, credit in presets.CREDITS.items():
-        for mask in presets.MASKS:
+    for name, rule in axes.RULES.items():
+        kept = 0 if rule.looks_back else len(rules.UPDATE_RULES[name].states)
+        assert kept == rule.state
+    for name, credit in axes.CREDITS.items():
+        for mask in axes.MASKS:
             evaluations = compose(name, mask, "sgd", 5).evaluations
-            assert len(evaluations) == presets.forwards(name, mask, 5)
+            assert len(evaluations) == axes.forwards(name, mask, 5)
         assert {e.sign for e in compose(name, "none", "sgd", 5).evaluations} >= {1}
         assert credit.step
     assert all(name == preset_entry.name for name, preset_entry in PRESETS.items())

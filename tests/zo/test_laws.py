@@ -205,8 +205,8 @@ class Flipped(Directions):
 
     flipped: str
 
-    def row_signs(self, key: Key, target: Target, slots: Sequence[int]) -> Tensor:
-        signs = super().row_signs(key, target, slots)
+    def row_signs(self, key: Key, target: Target, slots: Sequence[int], term: int = 0) -> Tensor:
+        signs = super().row_signs(key, target, slots, term)
         return -signs if target.name == self.flipped else signs
 
     def dense_rows(

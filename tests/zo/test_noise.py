@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgezo.zo import noise
+from edgezo.zo import bits, noise
 from edgezo.zo.noise import Key
 
 Signs = Callable[[int, int, int, int], np.ndarray]  # (seed, step, rows, cols) -> +-1
@@ -112,7 +112,7 @@ def test_normals_have_the_moments_of_a_normal():
     assert abs(x.var() - 1) < 5 * (2 / n) ** 0.5
     assert abs((x**3).mean()) < 5 * (15 / n) ** 0.5
     assert abs((x**4).mean() - 3) < 5 * (96 / n) ** 0.5
-    levels = noise._normal_table().astype(np.float64)
+    levels = noise.normal_table().astype(np.float64)
     assert levels.sum() == 0 and abs((levels**2).mean() - 1) < 1e-6
 
 
@@ -160,5 +160,5 @@ def test_threads_and_parts_change_no_bit(monkeypatch, one_thread):
         whole = make(key, 11, noise.DENSE, rows, width)
         for threads, elements in ((1, 1000), (2, 1000), (3, 1), (2, 10**9)):
             torch.set_num_threads(threads)
-            monkeypatch.setattr(noise, "_PART_ELEMENTS", elements)
+            monkeypatch.setattr(bits, "_PART_ELEMENTS", elements)
             assert torch.equal(make(key, 11, noise.DENSE, rows, width), whole)

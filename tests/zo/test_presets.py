@@ -45,15 +45,16 @@ from edgezo.plan.planner import make_plan
 from edgezo.plan.request import make_config
 from edgezo.run.journal import Journal, create_journal, open_journal
 from edgezo.run.journal_record import StepRecord
-from edgezo.run.recipes import recipe_of
+from edgezo.run.record_recipe import recipe_of
 from edgezo.run.train import finetune
 from edgezo.weights.layouts import Dense, Int8
 from edgezo.weights.saved import saved_sha256, saved_tensors
 from edgezo.weights.store import WeightStore
 from edgezo.zo import masks
+from edgezo.zo.axes import CREDITS, forwards
+from edgezo.zo.axes import DIRECTIONS as DIRECTION_LAWS
 from edgezo.zo.noise import Key
-from edgezo.zo.presets import CREDITS, ESTIMATORS, PRESETS, forwards
-from edgezo.zo.presets import DIRECTIONS as DIRECTION_LAWS
+from edgezo.zo.presets import ESTIMATORS, PRESETS
 
 # ----------------------------------------------------------------------------- probed as said
 
@@ -84,7 +85,7 @@ def test_losses_are_those_of_explicit_weights_at_every_evaluation(
 # ----------------------------------------------------------------------------- moved as published
 
 # Presets whose equations are tested elsewhere in this file.
-OWN_TWIN = ("hizoo", "hizoo-block", "lozo-m", "mezo-svrg", *UPDATED_ALONG_ANOTHER)
+OWN_TWIN = ("hizoo", "hizoo-block", "lozo-m", "zo-muon", "mezo-svrg", *UPDATED_ALONG_ANOTHER)
 
 
 @pytest.mark.parametrize(("name", "precision"), [c for c in ON_STORES if c[0] not in OWN_TWIN])
@@ -103,6 +104,11 @@ def test_steps_are_those_of_the_paper(name: str, precision: str, maker: Maker) -
             state = states.setdefault(n, {})
             if name == "zo-adamu":
                 state["moment"] = reference.centred(Key(SEED, step), trainable.target)[1]
+            if (
+                name == "vote"
+                and (codes := trainable.layout.grid_step(every_row(trainable))) is not None
+            ):
+                state["unit"] = codes.double()
             wanted = reference.published_step(trial.cfg, step, theta[n], along[n], losses, state)
             moved = wanted - before[n]
             # fp32's own rounding, coefficients' 17 bits, and half a step of a coarser grid.
@@ -110,6 +116,10 @@ def test_steps_are_those_of_the_paper(name: str, precision: str, maker: Maker) -
             assert bool(((after[n] - wanted).abs() <= spare).all()), (n, step)
             assert moved.abs().max() > 0 or n not in moving(trial, step)
             theta[n] = after[n]  # each step on its own: rounding does not add up
+
+
+def every_row(trainable: Any) -> slice:
+    return slice(0, trainable.target.rows)
 
 
 def moving(trial: Trial, step: int) -> set[str]:
@@ -238,6 +248,38 @@ def test_lozo_m_keeps_its_momentum_in_the_basis_and_takes_it_along(maker: Maker)
             spare = 3e-7 * before[n].abs() + 1e-4 * moved
             assert bool(((after[n] - wanted).abs() <= spare).all()), (n, step)
     assert all(r.state["momentum"].shape == (r.target.rows, rank) for r in trainables.values())
+
+
+def test_zo_muon_moves_by_the_singular_vectors_of_its_coordinates(maker: Maker) -> None:
+    rank = 3
+    trial = maker.trial("zo-muon", refresh=2, rank=rank)
+    store, lr = trial.model.store, trial.cfg.step
+    for step in range(3):
+        before, losses = trial.values(), trial.losses(step)
+        recipe = trial.recipe(step, losses)
+        store.apply([recipe])
+        after, key = trial.values(), Key(SEED, step)
+        tried = losses[1:].astype(np.float64).mean(1) - losses[0].astype(np.float64).mean()
+        for name, trainable in store.trainables.items():
+            target, change = trainable.target, before[name] - after[name]
+            if target.vector:
+                g = sum(x * d for x, d in zip(tried, trial.directions(step, name), strict=True))
+                assert (change - lr * torch.sign(g)).abs().max() < 1e-6 * lr + 1e-6, name
+                continue
+            rows = torch.cat(
+                [used[name] for used in trial.used if name in used] or [torch.arange(target.rows)]
+            )
+            rows = rows.unique()
+            signs = store.directions.row_signs(key, target, range(len(tried))).double()
+            n = (torch.from_numpy(tried) @ signs)[rows, None]
+            n = n * store.directions.coordinates(key, target).double()[rows]
+            left, _, right = torch.linalg.svd(n, full_matrices=False)
+            v = store.directions.basis(key, target).double()
+            wanted = lr * math.sqrt(len(rows) / rank) * left @ right @ v.T
+            assert (change[rows] - wanted).abs().max() < 5e-3 * wanted.abs().max(), (name, step)
+            still = torch.ones(target.rows, dtype=torch.bool)
+            still[rows] = False
+            assert not change[still].any()
 
 
 @pytest.mark.parametrize("name", UPDATED_ALONG_ANOTHER)

@@ -13,15 +13,17 @@ from preset_trials import compared, finetuner_scales, presets, probed_of_quantiz
 from torch import Tensor
 
 from edgezo.plan.request import make_config
+from edgezo.run.echo import echo_of_step
 from edgezo.run.journal_record import StepRecord
-from edgezo.run.recipes import recipe_of
+from edgezo.run.record_recipe import recipe_of
 from edgezo.weights.layouts import Dense
 from edgezo.weights.store import WeightStore
 from edgezo.zo import masks, rules
+from edgezo.zo.axes import CREDITS, PER_WEIGHT, step_meaning
 from edgezo.zo.credit import Estimator
 from edgezo.zo.directions import DIRECTION_KINDS, on_grid, orthonormal
 from edgezo.zo.noise import Key
-from edgezo.zo.presets import CREDITS, PRESETS
+from edgezo.zo.presets import PRESETS
 
 ROWS, COLS, BLOCKS, GROUP = 5, 8, 4, 6
 KAPPA_RATE, SLOPE_RATE, DESCENT = 1.0, 0.004, 20
@@ -38,11 +40,19 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
     cfg = make_config(request)
     estimator = Estimator.of(cfg)
     rate = SLOPE_RATE if cfg.credit in ("raw", "mean", "clipped", "svrg") else KAPPA_RATE
-    rate = 0.01 if cfg.rule == "adam" else rate / 10 if cfg.credit == "svrg" else rate
-    cfg = replace(cfg, step=rate, sigma=1e-3, seed=seed)
+    rate = (
+        0.01
+        if step_meaning(cfg.credit, cfg.rule) == PER_WEIGHT
+        else rate / 10
+        if cfg.credit == "svrg"
+        else rate
+    )
+    cfg = replace(cfg, step=rate, sigma=1e-3, seed=seed, batch_size=GROUP)
+    records: dict[int, StepRecord] = {}
     directions = DIRECTION_KINDS[cfg.directions]._replace(rank=4, refresh=20)
     mask = masks.mask_of(cfg.mask, cfg.keep, cfg.sigma)
     store = WeightStore(seed, 8, directions, mask=mask, rule=rules.UPDATE_RULES[cfg.rule])
+    store.vote_size = cfg.sigma
     generator = torch.Generator().manual_seed(seed)
     for block in range(BLOCKS):
         store.train(f"h.{block}.w", Dense(torch.randn(ROWS, COLS, generator=generator)))
@@ -69,13 +79,15 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
 
     masked = probed_of_quantized if cfg.mask == "quantized" else reference.masked
     many, start = CREDITS[cfg.credit].per_example, square()
-    sides, pull = len(estimator.evaluations), 0.0
+    sides, pull, carried = len(estimator.evaluations), 0.0, None
     anchor: list[Tensor] = []
     losses = np.empty((2 * sides, GROUP if many else 1))
     number = max(losses.shape[1], *((e.candidate or 0) + 1 for e in estimator.evaluations), 1)
     for step in range(DESCENT):
         key, at = Key(seed, step), [r.values.double() for r in trainables]
         scales = finetuner_scales(cfg, store, step)
+        echo = echo_of_step(cfg, store, step, records.__getitem__)
+        store.echo = tuple(echo.tolist())
         along = [
             [masked(store, r, key, slot, a) for r, a in zip(trainables, at, strict=True)]
             for slot in range(number)
@@ -92,10 +104,12 @@ def descend(name: str, seed: int) -> tuple[float, float, int]:
                     sum(float((p @ inputs.double()).square().sum()) for p in parts) / 2
                 )
         evaluated_losses = losses[: len(evaluated)]
-        credit = estimator.credit(evaluated_losses)
+        credit = carried = estimator.recorded(evaluated_losses, cfg.sigma, step, carried)
+        carried = carried[len(carried) - cfg.carried :]
         pull = float(credit.mean()) if cfg.is_anchor(step) else pull
-        credit = with_pull(cfg, step, credit, pull)
+        credit = np.append(with_pull(cfg, step, credit, pull), echo).astype(np.float32)
         record = StepRecord(step, cfg.sigma, cfg.step, False, evaluated_losses, credit, (), scales)
+        records[step] = record
         store.apply([recipe_of(cfg, record)._replace(guides=guides)])
     return square(), start, sum(int(m.sum()) for m in moving)
 
@@ -113,7 +127,7 @@ def predicted(name: str, start: float, values: int, tries: int = 300) -> float:
         r = np.sqrt(r2 / shares)
         x = rng.standard_normal((tries, group))
         spread = x.std(1, keepdims=True) if group > 1 else 1.0
-        centre = x.mean(1, keepdims=True) if entry.credit == "one-sided" else 0.0
+        centre = x.mean(1, keepdims=True) if entry.credit in ("one-sided", "centred") else 0.0
         if entry.credit in ("mean", "clipped", "raw"):
             c = SLOPE_RATE * x * r[:, None] / group
         elif entry.credit == "uniform":
@@ -125,7 +139,22 @@ def predicted(name: str, start: float, values: int, tries: int = 300) -> float:
 
 
 # Rows whose pace no radius tells: what they keep from step to step turns their steps.
-OTHER_PACE = {"mezo-svrg": 0.99, "mezo-adam": 0.985, "lozo-m": 0.95, "zo-adamu": 0.95}
+OTHER_PACE = {
+    "mezo-svrg": 0.99,
+    "mezo-adam": 0.985,
+    "lozo-m": 0.95,
+    "zo-adamu": 0.95,
+    "replayed-momentum": 0.99,
+    "replayed-adam": 0.985,
+    "adamezo": 0.985,
+    "meazo": 0.985,
+    "bszo": 0.985,
+    "vote": 1.0,
+    "zo-muon": 0.99,
+    "zo-dap": 0.97,
+    "dap-grzo": 0.99,
+    "conmezo": 0.97,
+}
 
 
 @presets
