@@ -25,7 +25,7 @@ from edgezo.plan.config import BEFORE, RunConfig
 from edgezo.plan.request import make_config
 from edgezo.run.claims import prepare
 from edgezo.run.clock import TimeBox
-from edgezo.run.directory import Overlay, RunFiles, run_id
+from edgezo.run.directory import RunFiles, run_id
 from edgezo.run.fleet_messages import NOTHING, DeviceReport, Order, Tally, read_order
 from edgezo.run.fleet_settings import (
     check_divisible,
@@ -50,6 +50,7 @@ from edgezo.run.session import (
     settle,
 )
 from edgezo.run.short_memory import guard_of
+from edgezo.run.snapshots import Overlay
 from edgezo.run.state import RunState, StopRequest
 from edgezo.run.step import Stepper
 from edgezo.run.summary import losses_of_step

@@ -14,7 +14,7 @@ from edgezo.run.claims import prepare
 from edgezo.run.directory import RunFiles
 from edgezo.run.fleet_settings import check_divisible
 from edgezo.run.journal import create_journal
-from edgezo.run.recipes import journal_is_shaped
+from edgezo.run.record_recipe import journal_is_shaped
 from edgezo.run.session import header_of, open_request, settle
 
 BOOK = "devices.json"  # beside the journal: each device's first row and its rows

@@ -21,7 +21,8 @@ def check_divisible(cfg: RunConfig) -> None:
         "--steps N": cfg.steps is None and "the time of a server is not that of devices",
         "--step N": cfg.step_auto and "--step auto measures with the rows at hand",
         "--mask none": cfg.finetuner is not None and "a finetuner's scales need a model",
-        "--estimator grzo": cfg.anchored and "an anchor's batches would go to every device",
+        "--estimator grzo": cfg.carried > 0 and "a later step takes up what a server does not make",
+        "--samples 1": cfg.samples != 1 and "a row is asked for once",
         "--objective loss": cfg.objective != LOSS and "scores are no losses",
         "no --from": cfg.parent is not None and "devices have no earlier run",
     }
