@@ -327,6 +327,15 @@ class Journal:
             with contextlib.suppress(OSError):  # nothing reads it: the journal has its steps
                 remove_again(self.path)
 
+    @property
+    def run(self) -> int:
+        """The CRC of the header, u32: journals of one run have the same."""
+        return self._crc
+
+    def head_bytes(self) -> bytes:
+        """The bytes of the header, with which the journal of every copy of this run begins. Raises EdgezoError."""
+        return self._read(0, self._ends[0])
+
     def encoded(self, step: int) -> bytes:
         """The bytes of the record of one step. Raises EdgezoError."""
         self.record(step)

@@ -34,6 +34,7 @@ from edgezo.machine.links import Links, linked, rank_and_size
 from edgezo.network.model import Model
 from edgezo.plan.config import RunConfig
 from edgezo.plan.fields import FREE_ON_RESUME
+from edgezo.run.fleet_settings import differing
 from edgezo.run.journal import Journal
 from edgezo.run.session import Planned
 
@@ -95,9 +96,9 @@ class Ranks:
         every = [json.loads(data) for data in self.links.everyones(json.dumps(mine).encode())]
         first = every[0]
         for rank, other in enumerate(every):
-            if differing := _differing(first, other):
+            if names := differing(first, other):
                 raise EdgezoError(
-                    f"process {rank} of this run differs from process 0 in {', '.join(differing)}: all need the same "
+                    f"process {rank} of this run differs from process 0 in {', '.join(names)}: all need the same "
                     "version of edgezo, base, rows and settings (device, residency and --max-mem may differ)"
                 )
 
@@ -126,7 +127,7 @@ class Ranks:
 
         Raises UsageError for a run whose steps need more than losses.
         """
-        if (why := _refusal(model)) is not None:
+        if (why := what_is_not_sent(model)) is not None:
             raise UsageError(
                 f"this run cannot be divided among processes: {why}, or run it on one process"
             )
@@ -352,16 +353,6 @@ def _out_of_step(rank: int, at: int, step: int) -> EdgezoError:
     )
 
 
-def _differing(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The names of what two headers have differently, settings by their own names."""
-    names = [name for name in first if name != "config" and first[name] != other.get(name)]
-    settings = {*first["config"], *other["config"]}
-    return [
-        *names,
-        *sorted(n for n in settings if first["config"].get(n) != other["config"].get(n)),
-    ]
-
-
 def _unpacked(packed: bytes) -> Iterator[bytes]:
     at = 0
     while at < len(packed):
@@ -370,7 +361,7 @@ def _unpacked(packed: bytes) -> Iterator[bytes]:
         at += 4 + size
 
 
-def _refusal(model: Model) -> str | None:
+def what_is_not_sent(model: Model) -> str | None:
     """Why a run cannot be divided among processes: what its steps need beside losses; None where it can."""
     if model.learned:
         return (

@@ -26,11 +26,14 @@ FETCHED = {
     ("use", "href"),
 }
 # Options on the pages that are not edgezo's.
-OTHER_PROGRAMS = {"--strict", "--max-restarts", "--nnodes", "--logdir"}
+OTHER_PROGRAMS = {
+    *("--strict", "--max-restarts", "--nnodes", "--logdir"),
+    *("--run-config", "--node-config", "--insecure", "--enable-supernode-auth"),  # Flower's
+}
 
 
 def all_options() -> set[str]:
-    """Options of every command, and of the scripts in benchmarks/."""
+    """Options of every command, and of the scripts in benchmarks/ and scripts/fleet/."""
     from edgezo.cli.main import cli
 
     names: set[str] = set()
@@ -41,7 +44,7 @@ def all_options() -> set[str]:
             collect(below)
 
     collect(cli)
-    for script in (ROOT / "benchmarks").glob("*.py"):
+    for script in [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "scripts/fleet").glob("*.py")]:
         names.update(re.findall(r'add_argument\("(--[\w-]+)"', script.read_text(encoding="utf-8")))
     return {*names, "--help"}
 
