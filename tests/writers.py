@@ -34,6 +34,7 @@ FLAGS = {
 }
 NO_FILES = {
     "help_all",
+    "calibrate",  # the cache, and only where there is a GPU
     *(
         "task",
         "tasks",

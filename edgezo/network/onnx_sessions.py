@@ -6,8 +6,6 @@ are not folded, so that codes are expanded a matrix at a time, while it is multi
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -88,8 +86,7 @@ class Sessions:
             self.kept.pop(name, None)
 
     def _open(self, name: str) -> Any:
-        options = self._ort.SessionOptions()
-        options.use_per_session_threads = False
+        options = session_options(self.threads)
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
         options.log_severity_level = 4
@@ -105,11 +102,32 @@ class Sessions:
             raise _refusal(name, self.provider, problem) from problem
 
 
-@functools.cache
+_shared: bool | None = (
+    None  # whether the process has one pool of threads for all graphs; None: not asked for yet
+)
+
+
 def _one_pool(threads: int) -> None:
-    """One pool of threads for all graphs of the process (0: as many as cores); the first that is made stays."""
-    with contextlib.suppress(Exception):
-        runtime().set_global_thread_pool_sizes(threads, 1)
+    """One pool of threads for all graphs of the process (0: as many as cores); the first that is made stays.
+
+    There is none where the process has used onnxruntime before: then each graph has threads of its own.
+    """
+    global _shared
+    if _shared is None:
+        try:
+            runtime().set_global_thread_pool_sizes(threads, 1)
+            _shared = True
+        except Exception:  # onnxruntime's own type
+            _shared = False
+
+
+def session_options(threads: int | None = None) -> Any:
+    """onnxruntime's options for a graph: the pool of the process, or where there is none ``threads`` of its own."""
+    options = runtime().SessionOptions()
+    options.use_per_session_threads = not _shared
+    if threads and not _shared:
+        options.intra_op_num_threads = threads
+    return options
 
 
 def _refusal(name: str, provider: str, problem: Exception) -> EdgezoError:

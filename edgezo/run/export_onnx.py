@@ -40,6 +40,7 @@ from edgezo.network.onnx_graph import (
     Decoder,
     Graph,
 )
+from edgezo.network.onnx_sessions import session_options
 from edgezo.network.readout import LEAST_SPREAD
 from edgezo.plan.budget import mb
 from edgezo.run.merged import Merged, rounded_to
@@ -237,7 +238,7 @@ class OnnxExporter(Merged):
             import onnxruntime
         except ImportError:
             return ["onnxruntime is not installed here, so that the graph was checked, and not run"]
-        options = onnxruntime.SessionOptions()
+        options = session_options()
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
         ids = self._sample_ids()

@@ -38,6 +38,7 @@ KEPT = frozenset(
 # Others, and what is run in place of their value; None leaves the option out.
 REPLACED: dict[str, str | None] = {
     "--steps": "2",
+    "--calibrate": None,  # it takes a GPU
     "--more-steps": "2",
     "--for": "1s",
     "--max-mem": "8GB",
@@ -189,7 +190,7 @@ def workspace(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     os.environ.clear()
     os.environ.update(before)
     sys.path[:] = paths
-    for name in ("scores", "random_models", "memory_of_a_run"):
+    for name in ("scores", "random_models", "gpu_all", "memory_of_a_run"):
         sys.modules.pop(name, None)
 
 

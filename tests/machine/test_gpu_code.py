@@ -8,11 +8,13 @@ import subprocess
 import sys
 
 import pytest
+import triton_place  # noqa: F401
 
 pytest.importorskip("triton")
 # In a process of its own: here Triton interprets (conftest.py).
 CODE = """
-import json
+import json, sys
+sys.path.append(f"{sys.prefix}/triton")  # as triton_place.py
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from edgezo.machine import triton_kernels as kernels

@@ -16,6 +16,7 @@ from edgezo.data.token_stats import TokenStats
 from edgezo.data.trees import Row
 from edgezo.errors import DoesNotFit
 from edgezo.machine import limits
+from edgezo.machine.gpu_figures import REFERENCE_CARD
 from edgezo.network.cards import cards
 from edgezo.plan import calibration, planner
 from edgezo.plan.budget import default_budget, mb
@@ -589,7 +590,12 @@ def test_auto_takes_first_order_lora_where_it_fits_and_says_why():
         request(max_mem_bytes=least - 5 * MB)
     )
     assert estimator == "grzo" and mb(least) in reason
-    gpu = SimpleNamespace(name="a GPU", total_bytes=9000 * MB, available_bytes=9000 * MB)
+    gpu = SimpleNamespace(
+        name="a GPU",
+        total_bytes=9000 * MB,
+        available_bytes=9000 * MB,
+        figures=REFERENCE_CARD,
+    )
     with_gpu = SimpleNamespace(**{**vars(MACHINE), "gpu": gpu})
     assert chosen(machine=with_gpu, max_mem_bytes=4000 * MB)[0] == "grzo"
 

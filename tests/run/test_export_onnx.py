@@ -19,6 +19,7 @@ from test_runs import run_of
 import edgezo as package
 from edgezo.errors import EdgezoError
 from edgezo.network.generate import write_one
+from edgezo.network.onnx_sessions import session_options
 from edgezo.run import export_onnx
 from edgezo.run.export import export
 
@@ -44,7 +45,7 @@ def onnxruntime() -> Any:
 
 def session_of(onnxruntime: Any, folder: Path) -> Any:
     return onnxruntime.InferenceSession(
-        str(folder / "model.onnx"), providers=["CPUExecutionProvider"]
+        str(folder / "model.onnx"), session_options(), providers=["CPUExecutionProvider"]
     )
 
 

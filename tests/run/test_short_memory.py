@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import forks
@@ -438,7 +439,7 @@ def test_a_resume_that_does_not_fit_names_the_micro_batch_that_would(monkeypatch
     }
     opened = Opened(make_config({**said, "micro_batch": 9}), None, None, None)  # type: ignore[arg-type]
     with pytest.raises(PlanDoesNotFit, match=r"--max-mem 501MB or more, or with --micro-batch 3 "):
-        settle_again(opened, None, 0)  # type: ignore[arg-type]
+        settle_again(opened, SimpleNamespace(gpu=None), 0)  # type: ignore[arg-type]
     assert opened.cfg.micro_batch == 9
     opened = replace(opened, cfg=make_config({**said, "micro_batch": 2}))
     assert settle_again(opened, None, 0) == "a plan"  # type: ignore[arg-type,comparison-overlap]
