@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-from edgezo.data.batches import Batch, Example, collate, micro_batches
+import numpy as np
+
+from edgezo.data.batches import Batch, Example, collate, longest_micro_batch
+from edgezo.data.packed import PackedExamples
 from edgezo.errors import BudgetExceeded
 from edgezo.machine.files import atomic_write, to_json
 from edgezo.machine.gpu_memory import Memory, confirmed
@@ -126,7 +129,12 @@ class MicroBatchFitter:
         """Let the micro-batch with the longest prompts write once, under the first perturbation."""
         state, cfg, judge = self.state, self.state.cfg, self.state.judge
         assert judge is not None  # as Stepper.writes has it
-        longest = sorted(state.examples, key=lambda e: -len(e.prompt))[: cfg.micro_batch]
+        if isinstance(state.examples, PackedExamples):
+            lengths = state.examples.prompt_lengths()
+        else:
+            lengths = np.array([len(example.prompt) for example in state.examples])
+        slots = np.argsort(-lengths, kind="stable")[: cfg.micro_batch].tolist()
+        longest = [state.examples[slot] for slot in slots]
         probe = partial(state.model.probe, key=Key(cfg.seed, 0), sigma=cfg.sigma)
         judge.write(state.model, longest, probe, self.stepper.sides, None, state.model.most_tokens)
 
@@ -141,8 +149,11 @@ class MicroBatchFitter:
 
     def _longest(self, examples: Sequence[Example], most_tokens: int | None) -> Batch:
         """The micro-batch of these examples with the most tokens, packed."""
-        parts = micro_batches(examples, self.state.cfg.micro_batch, most_tokens)
-        slots = max(parts, key=lambda part: sum(examples[s].tokens for s in part))
+        if isinstance(examples, PackedExamples):
+            counts = examples.token_counts()
+        else:
+            counts = np.array([example.tokens for example in examples])
+        slots = longest_micro_batch(counts, self.state.cfg.micro_batch, most_tokens)
         return collate([examples[slot] for slot in slots], range(len(slots)))
 
     def _replan(self) -> bool:
