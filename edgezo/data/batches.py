@@ -125,19 +125,9 @@ def micro_batches(
 
     At most ``micro_batch`` examples, and ``most_tokens`` tokens (or one example).
     """
-    if micro_batch < 1:
-        raise ValueError(f"micro_batch is {micro_batch}, not 1 or more")
-    parts: list[list[int]] = []
-    tokens = 0  # of the last part
-    for slot in sorted(range(len(examples)), key=lambda slot: (-examples[slot].tokens, slot)):
-        n = examples[slot].tokens
-        over = most_tokens is not None and tokens + n > most_tokens
-        if not parts or over or len(parts[-1]) == micro_batch:
-            parts.append([])
-            tokens = 0
-        parts[-1].append(slot)
-        tokens += n
-    return parts
+    counts = [example.tokens for example in examples]
+    order = sorted(range(len(counts)), key=lambda slot: (-counts[slot], slot))
+    return [order[part] for part, _ in _parts(counts, order, micro_batch, most_tokens)]
 
 
 def longest_micro_batch(
@@ -148,19 +138,34 @@ def longest_micro_batch(
     ``token_counts`` (n,): tokens of each example. A few bytes for each, where all parts would take a hundred.
     """
     order = np.argsort(-token_counts, kind="stable")
-    longest: list[int] = []
-    most = start = 0
-    while start < len(order) and micro_batch * int(token_counts[order[start]]) > most:
+    longest, most = slice(0), 0
+    for part, tokens in _parts(token_counts, order, micro_batch, most_tokens):
+        if tokens > most:
+            longest, most = part, tokens
+        elif micro_batch * int(token_counts[order[part.start]]) <= most:
+            break  # those that follow have shorter examples still
+    return [int(slot) for slot in order[longest]]
+
+
+def _parts(
+    token_counts: Sequence[int] | np.ndarray,
+    order: Sequence[int] | np.ndarray,
+    micro_batch: int,
+    most_tokens: int | None,
+) -> Iterator[tuple[slice, int]]:
+    """(stretch of ``order``, its tokens) of each micro-batch."""
+    if micro_batch < 1:
+        raise ValueError(f"micro_batch is {micro_batch}, not 1 or more")
+    start = 0
+    while start < len(order):
         stop, tokens = start, 0
         while stop < len(order) and stop - start < micro_batch:
             n = int(token_counts[order[stop]])
             if stop > start and most_tokens is not None and tokens + n > most_tokens:
                 break
             tokens, stop = tokens + n, stop + 1
-        if tokens > most:
-            longest, most = order[start:stop].tolist(), tokens
+        yield slice(start, stop), tokens
         start = stop
-    return longest
 
 
 def pieces(group: Sequence[Example], micro_batch: int, most_tokens: int | None) -> Iterator[Batch]:
