@@ -16,7 +16,8 @@ from edgezo.machine.process_memory import malloc_trim, rss_bytes
 from edgezo.network.plain_readout import LEAST_ROWS, PlainFit, fit_readout, tried_blocks
 from edgezo.network.state_file import DamagedRow, PlainStateFile
 from edgezo.run.directory import run_id
-from edgezo.run.onnx_state import FittedProbe, OnnxRunState, classify_by, save_probe
+from edgezo.run.fitted_probe import FittedProbe
+from edgezo.run.onnx_state import OnnxRunState, classify_by, save_probe
 from edgezo.run.onnx_step import OnnxStepper
 
 
@@ -52,7 +53,7 @@ class PlainReadoutPass:
         self.states.path.unlink(missing_ok=True)
         if used:
             classify_by(model, fitted.weights)
-        state.progress.note(verdict_on_probe(result))
+        state.progress.note(result.sentence())
         return result
 
     def _passed(self) -> tuple[list[int], PlainFit, float]:
@@ -135,16 +136,3 @@ class PlainReadoutPass:
         for batch in self.stepper.packed(group):
             losses[list(batch.slots)] = self.state.model.losses(batch)[0][0]
         return losses
-
-
-def verdict_on_probe(result: FittedProbe) -> str:
-    """What a linear probe has come to, in a sentence."""
-    figures = result.figures
-    by = (
-        f"loss {figures['loss']:.4f} on rows held out, one by one; "
-        f"the label words' is {figures['label_words_loss']:.4f}"
-    )
-    if not result.used:
-        return f"no linear probe: {by}"
-    blocks = ", ".join(map(str, figures["blocks"]))
-    return f"a linear probe on blocks {blocks}, {result.rows:,} rows in {result.fit_s:.0f} s: {by}"

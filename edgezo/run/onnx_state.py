@@ -23,6 +23,7 @@ from edgezo.plan.config import RunConfig, Settled
 from edgezo.plan.plan import Plan
 from edgezo.run.clock import TimeBox
 from edgezo.run.directory import PROBE_KEYS, RunFiles, lost_head, run_id
+from edgezo.run.fitted_probe import FittedProbe
 from edgezo.run.journal import Journal
 from edgezo.run.manners import Manners
 from edgezo.run.metrics_log import RunLog
@@ -33,19 +34,6 @@ from edgezo.run.stopping import StopRequest
 from edgezo.weights.plain_factors import tensors_sha256
 from edgezo.weights.plain_saved import read_arrays, write_arrays
 from edgezo.zo.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class FittedProbe:
-    """The outcome of a linear probe's pass, as probe.safetensors and summary.json keep it."""
-
-    used: bool  # False: the label words predict better
-    rows: int
-    fit_s: float
-    figures: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"used": self.used, "rows": self.rows, "fit_s": self.fit_s, **self.figures}
 
 
 @dataclass

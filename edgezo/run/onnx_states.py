@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from edgezo.data.batches import Example, PackedRows, packed_rows, permutation
-from edgezo.data.packed import PackedExamples
+from edgezo.data.batches import PackedRows, packed_rows
+from edgezo.data.passing import kept_rows, passing_batches
 from edgezo.errors import EdgezoError
 from edgezo.machine.clock import now_s
 from edgezo.machine.files import atomic_path
@@ -37,7 +37,6 @@ from edgezo.weights.plain_states import (
     row_digests,
 )
 
-_ORDER_OF_STATES = 2**63 + 2  # the stream that states_pass.py orders rows by
 _LOST_ROWS = "It says how many rows the run trains on: restore it from a copy, or start again with another --out."
 
 
@@ -96,18 +95,11 @@ def states_on_onnx(
         file.close()
 
 
-def _order(examples: Sequence[Example]) -> np.ndarray:
-    """The order in which training rows pass, which no seed changes."""
-    return permutation(len(examples), 0, _ORDER_OF_STATES)
-
-
 def _with_rows(planned: OnnxPlanned, rows: int) -> OnnxPlanned:
     """The planned run with only the training rows whose states it keeps."""
     dataset = planned.opened.dataset
-    if rows >= len(dataset.train):
-        return planned
-    kept = PackedExamples.of(dataset.train).some(np.sort(_order(dataset.train)[:rows]))
-    return replace(planned, opened=replace(planned.opened, dataset=replace(dataset, train=kept)))
+    dataset = replace(dataset, train=kept_rows(dataset.train, rows))
+    return replace(planned, opened=replace(planned.opened, dataset=dataset))
 
 
 @dataclass
@@ -149,9 +141,10 @@ class _Pass:
         dataset = self.planned.opened.dataset
         least, rows = min(self.planned.cfg.batch_size, wanted), 0
         total = len(dataset.validation) + wanted
+        batches = passing_batches(dataset.validation, dataset.train, wanted, packed_rows)
         begun_s, first = now_s(), self.planned.plan.first_trained
         shown = False
-        for number, (batch, passed, trained) in enumerate(self._batches(wanted)):
+        for number, (batch, passed, trained) in enumerate(batches):
             if now_s() - begun_s > limit_s and rows >= least:
                 break
             digests = row_digests(batch)
@@ -185,30 +178,3 @@ class _Pass:
         rows = zip(digests, np.split(states, ends), strict=True)
         new = [(digest, of_row) for digest, of_row in rows if not self.file.holds(digest)]
         self.file.append([digest for digest, _ in new], [of_row for _, of_row in new])
-
-    def _batches(self, kept: int) -> Iterator[tuple[PackedRows, int, int]]:
-        """Batches of the rows to evaluate on, and then of ``kept`` rows to train on; with the rows so far."""
-        dataset = self.planned.opened.dataset
-        evaluated, train = dataset.validation, dataset.train
-        for batch, done in _filled(evaluated, len(evaluated)):
-            yield batch, done, 0
-        ordered = (train[int(i)] for i in _order(train))
-        for batch, done in _filled(ordered, kept):
-            yield batch, len(evaluated) + min(done, kept), min(done, kept)
-
-
-def _filled(examples: Iterable[Example], count: int) -> Iterator[tuple[PackedRows, int]]:
-    """Batches of ``PASS_TOKENS`` tokens, or one example, for the first ``count`` examples; with the examples so far."""
-    group: list[Example] = []
-    tokens = done = 0
-    for example in examples:
-        if group and tokens + example.tokens > PASS_TOKENS:
-            yield packed_rows(group, range(len(group))), done
-            group, tokens = [], 0
-            if done >= count:
-                return
-        group.append(example)
-        tokens += example.tokens
-        done += 1
-    if group:
-        yield packed_rows(group, range(len(group))), done

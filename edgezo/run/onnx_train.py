@@ -40,6 +40,7 @@ from edgezo.run.directory import (
     run_id,
     save_skipped,
 )
+from edgezo.run.fitted_probe import FittedProbe
 from edgezo.run.journal import Journal, create_journal
 from edgezo.run.kept_answers import WHEN, keep_answers
 from edgezo.run.manners import Manners
@@ -48,7 +49,6 @@ from edgezo.run.onnx_figures import evaluate_on_onnx
 from edgezo.run.onnx_probe import PlainReadoutPass
 from edgezo.run.onnx_session import OnnxPlanned, load_onnx, open_onnx, settle_onnx
 from edgezo.run.onnx_state import (
-    FittedProbe,
     OnnxRunState,
     begin_files,
     bring_back,

@@ -9,7 +9,6 @@ probe.safetensors    the linear probe, written once before the first step; resum
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -37,6 +36,7 @@ from edgezo.network.readout import (
 )
 from edgezo.run.directory import PROBE_KEYS, RunFiles, run_id
 from edgezo.run.figures import evaluate_model
+from edgezo.run.fitted_probe import FittedProbe
 from edgezo.run.short_memory import MicroBatchFitter
 from edgezo.run.state import RunState
 from edgezo.run.step import Stepper
@@ -44,20 +44,7 @@ from edgezo.weights.saved import Saved, write_saved
 from edgezo.weights.verified import open_saved
 
 
-@dataclass(frozen=True)
-class ReadoutResult:
-    """The outcome of a pass, as probe.safetensors and summary.json keep it."""
-
-    used: bool  # False: the label words predict better
-    rows: int
-    fit_s: float
-    figures: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"used": self.used, "rows": self.rows, "fit_s": self.fit_s, **self.figures}
-
-
-def recall(run: RunFiles, model: Model, hidden: int, of_run: str | None) -> ReadoutResult | None:
+def recall(run: RunFiles, model: Model, hidden: int, of_run: str | None) -> FittedProbe | None:
     """Let ``model`` classify by the linear probe that the run has fitted; None where there is none yet.
 
     ``hidden`` is the size of the model's states, ``of_run`` the run that the file must belong to (None: any).
@@ -72,7 +59,7 @@ def recall(run: RunFiles, model: Model, hidden: int, of_run: str | None) -> Read
             name: float(metadata[name]) for name in ("loss", "accuracy", "label_words_loss")
         }
         used = {"True": True, "False": False}[metadata["used"]]
-        result = ReadoutResult(used, int(metadata["rows"]), float(metadata["fit_s"]), figures)
+        result = FittedProbe(used, int(metadata["rows"]), float(metadata["fit_s"]), figures)
         tensors = {n: torch.empty(p.shape, dtype=p.dtype) for n, p in file.places.items()}
         file.read(tensors)
         readout = ReadoutWeights.of(tensors, hidden, model.context.device)
@@ -82,7 +69,7 @@ def recall(run: RunFiles, model: Model, hidden: int, of_run: str | None) -> Read
     return result
 
 
-def _save(run: RunFiles, fitted: Fitted, result: ReadoutResult, of_run: str) -> None:
+def _save(run: RunFiles, fitted: Fitted, result: FittedProbe, of_run: str) -> None:
     """Write the linear probe as a whole or not at all."""
     metadata = {k: str(v) for k, v in result.to_dict().items() if k != "blocks"}
     tensors = [Saved.of(name, t.contiguous()) for name, t in fitted.readout.tensors().items()]
@@ -119,7 +106,7 @@ class ReadoutPass:
         self.sides = cfg.planned_sides
         self.group_size = cfg.batch_size * self.sides
 
-    def run(self) -> ReadoutResult:
+    def run(self) -> FittedProbe:
         """Pass the rows, fit the linear probe, and let the model use it where it predicts better than label words.
 
         Raises Interrupted and BudgetExceeded; the states of rows that have passed are kept.
@@ -133,12 +120,12 @@ class ReadoutPass:
             "blocks": list(fitted.readout.blocks),
         }
         used = fitted.loss < words_loss or not state.cfg.parts.head
-        result = ReadoutResult(used, len(rows), self._spent_s(), figures)
+        result = FittedProbe(used, len(rows), self._spent_s(), figures)
         _save(state.files, fitted, result, self.of_run)
         self.states.path.unlink(missing_ok=True)
         if used:
             model.classify_by(fitted.readout)
-        state.progress.note(_verdict(result))
+        state.progress.note(result.sentence())
         return result
 
     def _passed(self) -> tuple[list[int], Fitted, float]:
@@ -265,15 +252,3 @@ class ReadoutPass:
             with phase("forward"), state.memory.short("a micro-batch"):
                 losses = model.losses(batch)[0][0]
             yield list(batch.slots), losses
-
-
-def _verdict(result: ReadoutResult) -> str:
-    figures = result.figures
-    by = (
-        f"loss {figures['loss']:.4f} on rows held out, one by one; "
-        f"the label words' is {figures['label_words_loss']:.4f}"
-    )
-    if not result.used:
-        return f"no linear probe: {by}"
-    blocks = ", ".join(map(str, figures["blocks"]))
-    return f"a linear probe on blocks {blocks}, {result.rows:,} rows in {result.fit_s:.0f} s: {by}"

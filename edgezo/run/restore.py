@@ -13,8 +13,9 @@ from edgezo.machine.files import remove_leftovers
 from edgezo.network.model import Model
 from edgezo.plan.config import RunConfig
 from edgezo.run.directory import RunFiles, lost_head, run_id
+from edgezo.run.fitted_probe import FittedProbe
 from edgezo.run.journal import Journal
-from edgezo.run.readout_pass import ReadoutResult, recall, take_over
+from edgezo.run.readout_pass import recall, take_over
 from edgezo.run.recipes import replay_into
 from edgezo.run.snapshots import load_snapshot
 from edgezo.run.summary import check_same_end
@@ -115,7 +116,7 @@ def begin_writing(
 
 def restore_readout(
     run: RunFiles, cfg: RunConfig, model: Model, journal: Journal, hidden: int
-) -> ReadoutResult | None:
+) -> FittedProbe | None:
     """Let the model use the run's linear probe again, or that of its parent; None where it is not fitted yet.
 
     Raises EdgezoError where the journal has steps but the file is gone.
@@ -141,7 +142,7 @@ def ended_before(
     cfg: RunConfig,
     model: Model,
     restored: Restored,
-    readout: ReadoutResult | None,
+    readout: FittedProbe | None,
 ) -> dict[str, Any] | None:
     """The summary of a run that was over before; None where there is something to do.
 

@@ -20,6 +20,7 @@ from edgezo.run.claims import prepare
 from edgezo.run.clock import TimeBox
 from edgezo.run.directory import RunFiles, refuse_links, reopen, run_id, save_skipped
 from edgezo.run.finetuner import load_finetuner
+from edgezo.run.fitted_probe import FittedProbe
 from edgezo.run.journal import create_journal
 from edgezo.run.manners import Manners
 from edgezo.run.metrics_log import RunLog, check_lines
@@ -27,7 +28,6 @@ from edgezo.run.opening import Opening
 from edgezo.run.parent import Parent, attach_parents
 from edgezo.run.progress import RunProgress
 from edgezo.run.ranks import Ranks, without_head
-from edgezo.run.readout_pass import ReadoutResult
 from edgezo.run.recipes import follow
 from edgezo.run.record_recipe import journal_is_shaped
 from edgezo.run.restore import (
@@ -61,7 +61,7 @@ class Start(NamedTuple):
 
     state: RunState
     restored: Restored
-    readout: ReadoutResult | None
+    readout: FittedProbe | None
     before: RunConfig | None  # the configuration that a resume found in the run directory
     split_is_free: (
         bool  # the plan chose the micro-batch, so it may still grow before the first step

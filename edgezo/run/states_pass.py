@@ -11,17 +11,16 @@ import gc
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from edgezo.data.batches import Batch, Example, collate, permutation
-from edgezo.data.packed import PackedExamples
+from edgezo.data.batches import Batch, collate
+from edgezo.data.passing import kept_rows, passing_batches
 from edgezo.errors import EdgezoError
 from edgezo.machine.clock import now_s
 from edgezo.machine.files import atomic_path
@@ -45,21 +44,6 @@ from edgezo.weights.saved import write_saved
 from edgezo.weights.verified import open_saved
 
 LOST_ROWS = "It says how many rows the run trains on: restore it from a copy, or start again with another --out."
-# Stream of the Philox generator for the order in which rows are kept. Its seed is always 0: runs with other seeds train
-# on the same rows, and so find their states.
-_OF_STATES = 2**63 + 2
-
-
-def kept_rows(examples: Sequence[Example], count: int) -> Sequence[Example]:
-    """The training rows that are kept: the first ``count`` of ``_order``, as they stand in the data."""
-    if count >= len(examples):
-        return examples
-    return PackedExamples.of(examples).some(np.sort(_order(examples)[:count]))
-
-
-def _order(examples: Sequence[Example]) -> np.ndarray:
-    """The order in which training rows pass, which no seed changes."""
-    return permutation(len(examples), 0, _OF_STATES)
 
 
 def with_kept_rows(planned: Planned, rows: int) -> Planned:
@@ -161,55 +145,19 @@ def _identity(planned: Planned) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-class Passing(NamedTuple):
-    """Examples that pass the frozen blocks together."""
-
-    batch: Batch
-    examples: int  # that have passed after this batch
-    trained: int  # and how many of them are training rows
-
-
-def _batches(planned: Planned, kept: int) -> Iterator[Passing]:
-    """The batches of a run: the rows to evaluate on, and then ``kept`` rows to train on.
-
-    A batch is what it is however many rows are kept, so the last one may have a few more.
-    """
-    dataset = planned.opened.dataset
-    evaluated, train = dataset.validation, dataset.train
-    for batch, done in _filled(evaluated, len(evaluated)):
-        yield Passing(batch, done, 0)
-    for batch, done in _filled((train[int(i)] for i in _order(train)), kept):
-        yield Passing(batch, len(evaluated) + min(done, kept), min(done, kept))
-
-
-def _filled(examples: Iterable[Example], count: int) -> Iterator[tuple[Batch, int]]:
-    """Batches of ``PASS_TOKENS`` tokens, or one example, for the first ``count`` examples; with the examples so far."""
-    group: list[Example] = []
-    tokens = done = 0
-    for example in examples:
-        if group and tokens + example.tokens > PASS_TOKENS:
-            yield collate(group, range(len(group))), done
-            group, tokens = [], 0
-            if done >= count:
-                return
-        group.append(example)
-        tokens += example.tokens
-        done += 1
-    if group:
-        yield collate(group, range(len(group))), done
-
-
 def _pass(file: StatesFile, planned: Planned, wanted: int, limit_s: float, report: Report) -> int:
     """Let the rows pass that are not in the file, until ``wanted`` training rows are, or ``limit_s`` seconds are over.
 
     Returns the training rows whose states are kept: those of a batch at least, if there are so many.
     """
     least, rows = min(planned.cfg.batch_size, wanted), 0
-    total = len(planned.opened.dataset.validation) + wanted
+    dataset = planned.opened.dataset
+    total = len(dataset.validation) + wanted
+    batches = passing_batches(dataset.validation, dataset.train, wanted, collate)
     begun_s = now_s()
     with ExitStack() as at_end:
         loaded: Loaded | None = None
-        for number, passing in enumerate(_batches(planned, wanted)):
+        for number, passing in enumerate(batches):
             if now_s() - begun_s > limit_s and rows >= least:
                 break
             digests = digests_of(passing.batch)

@@ -13,9 +13,9 @@ from edgezo.machine.profiler import running
 from edgezo.network.model import Model
 from edgezo.plan.config import RunConfig
 from edgezo.run.directory import RunFiles
+from edgezo.run.fitted_probe import FittedProbe
 from edgezo.run.journal_record import StepRecord
 from edgezo.run.metrics_log import mean_loss
-from edgezo.run.readout_pass import ReadoutResult
 from edgezo.run.state import RunState
 from edgezo.run.summary_file import saved_summary
 from edgezo.weights.saved import saved_sha256
@@ -102,7 +102,7 @@ def summarise(
     train_s: float,
     before: dict[str, Any] | None,
     after: dict[str, Any],
-    readout: ReadoutResult | None,
+    readout: FittedProbe | None,
 ) -> dict[str, Any]:
     """What summary.json holds. ``before`` and ``after`` are evaluations; ``sides`` the forward passes of a step."""
     cfg, model, journal = state.cfg, state.model, state.journal

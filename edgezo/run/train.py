@@ -29,6 +29,7 @@ from edgezo.run.auto_step import AutoStep
 from edgezo.run.clock import Pause, TimeBox, TrainingClock
 from edgezo.run.directory import RunFiles, free_directory, run_id
 from edgezo.run.figures import evaluate_rows
+from edgezo.run.fitted_probe import FittedProbe
 from edgezo.run.journal_record import StepRecord
 from edgezo.run.kept_answers import WHEN, keep_answers
 from edgezo.run.metrics_log import step_line
@@ -38,7 +39,7 @@ from edgezo.run.parent import Parent
 from edgezo.run.places import with_beginning
 from edgezo.run.progress import RunProgress, Silent, peaks_line
 from edgezo.run.ranks import joined
-from edgezo.run.readout_pass import ReadoutPass, ReadoutResult, recall
+from edgezo.run.readout_pass import ReadoutPass, recall
 from edgezo.run.report import write_report
 from edgezo.run.session import keep_cap
 from edgezo.run.short_memory import MicroBatchFitter
@@ -341,7 +342,7 @@ class Training:
     def _line(self, record: StepRecord) -> dict[str, Any]:
         return step_line(losses_of_step(record, self.stepper.sides), self.stepper.perturbs)
 
-    def _fit_readout(self) -> ReadoutResult:
+    def _fit_readout(self) -> FittedProbe:
         """The pass over the rows; it counts as training."""
         state, ranks, result = self.state, self.state.ranks, None
         try:
