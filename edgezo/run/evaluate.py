@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from edgezo.data.dataset import Dataset
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.busy_cores import beside_others
-from edgezo.machine.files import atomic_path, atomic_write, to_json
+from edgezo.machine.files import atomic_path
 from edgezo.machine.gpu_memory import Memory, confirmed
 from edgezo.machine.hardware import machine
 from edgezo.machine.process_memory import Meter, peak_rss_bytes, rss_bytes
@@ -42,7 +42,7 @@ from edgezo.run.session import (
 )
 from edgezo.run.snapshots import temporary_overlay
 from edgezo.run.summary import check_same_end, takes_roots
-from edgezo.run.summary_file import how_far, saved_summary, unfinished
+from edgezo.run.summary_file import finish_replay, how_far, saved_summary, unfinished
 from edgezo.weights.saved import saved_sha256, trained_tensors, write_saved
 from edgezo.weights.verified import open_saved
 
@@ -227,18 +227,8 @@ def replay(
         prepare_replay(made)
         with atomic_path(made.trained) as temporary:
             write_saved(temporary, model.saved(), {"steps": str(steps)}, run=rebuilt.of_run)
-        # The configuration last: with it the directory counts as a run, and is a whole one.
         copy_parents(run, made)
-        kept = [(run.journal, made.journal), (run.config, made.config)]
-        if run.probe.exists():
-            kept.insert(0, (run.probe, made.probe))
-        for original, copy in kept:
-            atomic_write(copy, original.read_bytes())
-    result = {"run": str(source), "out": str(out), "steps": steps, "trained_sha256": digest}
-    if far := how_far(run, cfg, steps):
-        result["unfinished"] = far
-    atomic_write(out / "replay.json", (to_json(result) + "\n").encode())
-    return result
+    return finish_replay(run, made, cfg, steps, digest)
 
 
 class Rebuilt(NamedTuple):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgezo.errors import EdgezoError, UsageError
-from edgezo.machine.files import atomic_path, atomic_write, to_json, user_path
+from edgezo.machine.files import atomic_path, user_path
 from edgezo.machine.hardware import machine
 from edgezo.machine.process_memory import Meter
 from edgezo.network.onnx_engine import OnnxModel
@@ -23,7 +23,7 @@ from edgezo.run.onnx_figures import evaluate_on_onnx
 from edgezo.run.onnx_session import OnnxOpened, load_onnx, model_over, open_onnx, settle_onnx
 from edgezo.run.onnx_state import bring_back, trained_arrays, trained_sha256
 from edgezo.run.places import check_data_is_there
-from edgezo.run.summary_file import how_far, saved_summary
+from edgezo.run.summary_file import finish_replay, how_far, saved_summary
 from edgezo.weights.plain_saved import write_arrays
 
 
@@ -114,13 +114,4 @@ def replay_on_onnx(source: Path, out: Path, base: str | None = None) -> dict[str
     prepare_replay(made)
     with atomic_path(made.trained) as temporary:
         write_arrays(temporary, trained_arrays(model), {"steps": str(steps)}, of_run)
-    kept = [(run.journal, made.journal), (run.config, made.config)]
-    if run.probe.exists():
-        kept.insert(0, (run.probe, made.probe))
-    for original, copy in kept:
-        atomic_write(copy, original.read_bytes())
-    result = {"run": str(source), "out": str(out), "steps": steps, "trained_sha256": digest}
-    if far := how_far(run, cfg, steps):
-        result["unfinished"] = far
-    atomic_write(out / "replay.json", (to_json(result) + "\n").encode())
-    return result
+    return finish_replay(run, made, cfg, steps, digest)

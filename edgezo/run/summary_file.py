@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from edgezo.errors import EdgezoError
+from edgezo.machine.files import atomic_write, to_json
 from edgezo.machine.foreign import read_json
 from edgezo.plan.config import RunConfig
 from edgezo.run.directory import RunFiles
@@ -34,3 +35,27 @@ def unfinished(run: RunFiles, cfg: RunConfig, steps: int) -> list[str]:
         f"{run.path} is unfinished: {far}. It is used as it stands "
         f"(edgezo finetune --resume --out {run.path} goes on)"
     ]
+
+
+def finish_replay(
+    run: RunFiles, made: RunFiles, cfg: RunConfig, steps: int, digest: str
+) -> dict[str, Any]:
+    """Give a replay, whose trained tensors are written, the run's other files; what replay.json then says of it.
+
+    The configuration last: with it the directory counts as a run, and is a whole one.
+    """
+    kept = [(run.journal, made.journal), (run.config, made.config)]
+    if run.probe.exists():
+        kept.insert(0, (run.probe, made.probe))
+    for original, copy in kept:
+        atomic_write(copy, original.read_bytes())
+    result = {
+        "run": str(run.path),
+        "out": str(made.path),
+        "steps": steps,
+        "trained_sha256": digest,
+    }
+    if far := how_far(run, cfg, steps):
+        result["unfinished"] = far
+    atomic_write(made.path / "replay.json", (to_json(result) + "\n").encode())
+    return result
