@@ -16,8 +16,23 @@ import pytest
 # The fast lane (scripts/test -m smoke): files that touch every room, without their slow tests.
 SMOKE = {
     *("test_house", "test_cli", "test_option_pages", "test_request", "test_planner"),
-    *("test_dataset", "test_metrics", "test_preferences", "test_noise", "test_credit"),
-    *("test_layouts", "test_loader", "test_exact_head", "test_readout", "test_journal"),
+    "test_planner_choices",
+    *(
+        "test_dataset",
+        "test_row_faults",
+        "test_metrics",
+        "test_preferences",
+        "test_noise",
+        "test_credit",
+    ),
+    *(
+        "test_layouts",
+        "test_loader",
+        "test_loader_refusals",
+        "test_exact_head",
+        "test_readout",
+        "test_journal",
+    ),
     *("test_old_runs", "test_auto_step", "test_speed", "test_hardware", "test_process_memory"),
     *("test_files", "test_ownership"),
 }
@@ -262,3 +277,14 @@ def maker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     torch.set_num_threads(1)
     yield Maker(tmp_path_factory.mktemp("model"))
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model as a directory of safetensors, and as a GGUF file."""
+    import tiny_models
+
+    root = tmp_path_factory.mktemp("intact")
+    model = tiny_models.random_model("llama", mlp_bias=False)
+    tiny_models.make_gguf(model, root / "m.gguf", tokenizer=True)
+    return {"safetensors": tiny_models.make("llama", root / "hf"), "gguf": root / "m.gguf"}

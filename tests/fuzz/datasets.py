@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fuzz.readers import TEXTS, Case, FuzzReader, byte_tokenizer, damaged, odd, rarely, written
+from fuzz.cases import TEXTS, Case, damaged, odd, rarely, written
+from fuzz.readers import FuzzReader, byte_tokenizer
 
 ROOM_BYTES = 250_000_000  # that the reader's guard gives to a data set
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fuzz import journals, overlays, snapshots
+from fuzz import forged_journals, journals, overlays, snapshots
 from fuzz.damage import damaged
 from fuzz.datasets import SETS
 from fuzz.lane import Believed, Kind
@@ -57,7 +57,7 @@ def damaged_journal(seed: int, folder: Path) -> bool:
 
 def forged_journal(seed: int, folder: Path) -> bool:
     """Refused, or a journal: steps in their order, and nothing that is not finite."""
-    (_, data), path = next(journals.forged(seed)), folder / "journal.bin"
+    (_, data), path = next(forged_journals.forged(seed)), folder / "journal.bin"
     path.write_bytes(data)
     accepted = False
     for resume in (False, True):

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+from fuzz.cases import damaged as changed
+from fuzz.cases import odd, rarely
 from fuzz.damage import Beside, damaged, put
 from fuzz.lane import Believed
-from fuzz.readers import damaged as changed
-from fuzz.readers import odd, rarely
 
 from edgezo.bench.study import read_study
 from edgezo.machine.ownership import claim, kind_of

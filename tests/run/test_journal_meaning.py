@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fuzz import forged_journals
 from fuzz import journals as fuzz
 from fuzz.journals import SCALED, SHAPED, SKIPPED, TOUCHED, JournalFields, RecordFields
 from hypothesis import given, settings
@@ -280,7 +281,7 @@ def test_a_run_begins_with_step_0(tmp_path):
 @given(st.integers(0, 2**64))
 def test_a_forged_journal_is_refused_or_a_journal(tmp_path_factory, seed):
     folder = tmp_path_factory.getbasetemp()
-    _, data = next(fuzz.forged(seed))
+    _, data = next(forged_journals.forged(seed))
     for resume in (False, True):
         try:
             records = opened(folder, data, resume=resume)
@@ -296,7 +297,7 @@ def test_a_forged_journal_is_refused_or_a_journal(tmp_path_factory, seed):
 def test_no_file_is_read_into_much_more_memory_than_it_has_bytes(tmp_path):
     """A header is read into 33 times its bytes at most, and is short; everything else into 18 times."""
     size, seen = 2 * 10**5, 0
-    for name, data in fuzz.bombs(size):
+    for name, data in forged_journals.bombs(size):
         (tmp_path / "journal.bin").write_bytes(data)
         tracemalloc.start()
         try:
@@ -373,7 +374,9 @@ def test_commands_over_forged_and_damaged_journals_end_in_a_run_or_in_one_clear_
     for number in range(16):
         kind = chance.choice(kinds)
         make = (
-            fuzz.forge if number % 4 else lambda sound, chance: fuzz.truncated(sound.data, chance)
+            forged_journals.forge
+            if number % 4
+            else lambda sound, chance: fuzz.truncated(sound.data, chance)
         )
         run = copied(kind, make(SOUND[kind], chance), chance.choice(("finished", "unfinished")))
         codes += assert_run_or_error(edgezo, run, (kind, number))

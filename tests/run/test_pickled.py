@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fuzz import readers
+from fuzz import cases
 from torch import nn
 
 from edgezo.errors import EdgezoError
@@ -227,7 +227,7 @@ def test_files_that_are_no_archive_of_torch_are_refused(tmp_path: Path) -> None:
 
 
 def test_programs_and_archives_that_multiply_are_refused_before_they_do(tmp_path: Path) -> None:
-    sound = readers.sound_pickled()
+    sound = cases.sound_pickled()
     name = next(name for name in sound if name.endswith("data.pkl"))
     shape, tuples = b"QK\x00K\x06K\x05\x86", b"q\x00h\x00\x86" * 5000
     long = b"\x8a\xff" + b"\x7f" * 255
@@ -241,18 +241,18 @@ def test_programs_and_archives_that_multiply_are_refused_before_they_do(tmp_path
     }
     rng, archives = random.Random(0), {}
     for what, program in programs.items():
-        archives[what] = readers.zipped(rng, list((sound | {name: program}).items()))
+        archives[what] = cases.zipped(rng, list((sound | {name: program}).items()))
     storage = next(item for item in sound.items() if "/data/" in item[0])
     parts = [*sound.items(), *[(f"{storage[0]}{i}", storage[1]) for i in range(400)]]
-    archives["parts that overlap"] = readers.zipped(rng, parts, overlap=True)
-    archives["two parts of one name"] = readers.zipped(rng, [*sound.items(), storage])
-    archives["many parts"] = readers.zipped(rng, [(f"a/{i}", b"") for i in range(20_000)])
+    archives["parts that overlap"] = cases.zipped(rng, parts, overlap=True)
+    archives["two parts of one name"] = cases.zipped(rng, [*sound.items(), storage])
+    archives["many parts"] = cases.zipped(rng, [(f"a/{i}", b"") for i in range(20_000)])
     for what, archive in archives.items():
         (tmp_path / "f.pth").write_bytes(archive)
         with pytest.raises(EdgezoError, match="Nothing of it was run") as caught:
             read_networks(tmp_path / "f.pth")
         assert len(str(caught.value)) < 1000, what
-    (tmp_path / "f.pth").write_bytes(readers.zipped(rng, list(sound.items())))
+    (tmp_path / "f.pth").write_bytes(cases.zipped(rng, list(sound.items())))
     assert len(read_networks(tmp_path / "f.pth")) == 2
 
 

@@ -1,0 +1,123 @@
+"""How much memory does each form of export take? One process each, from its start to its end.
+
+    python benchmarks/exports.py --out DIR [--model qwen2.5-1.5b] [--layers N] [--train lowrank] [--forms FORM,...]
+
+The model has a published shape and random bf16 weights (random_models.py); it is trained for one step, with blocks on
+disk. Beside the peak of a process, the largest resident memory that the system reports to its parent, stand the idle
+process (what an export imports), one block in fp32, in which it is merged, and the tables in the type of the written
+weights: "share" is the peak less the idle process, over that block and those tables. Writes DIR/exports.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from odd_sizes import PEAK
+from random_models import CONFIGS, KINDS, make_model, make_rows
+
+IDLE = "import edgezo.cli.main, edgezo.run.export, torch, transformers"
+# Form and type of the weights, and the bytes that a weight of a table takes in it.
+FORMS: dict[str, tuple[list[str], float]] = {
+    "hf-bf16": (["--format", "hf", "--dtype", "bf16"], 2),
+    "hf-fp32": (["--format", "hf", "--dtype", "fp32"], 4),
+    "peft": (["--format", "peft"], 0),
+    "gguf-bf16": (["--format", "gguf", "--dtype", "bf16"], 2),
+    "gguf-q8_0": (["--format", "gguf", "--dtype", "q8_0"], 34 / 32),
+    "gguf-adapter": (["--format", "gguf-adapter"], 0),
+    "onnx-fp32": (["--format", "onnx", "--dtype", "fp32"], 4),
+    "onnx-fp16": (["--format", "onnx", "--dtype", "fp16"], 2),
+    "onnx-int8": (["--format", "onnx", "--dtype", "int8"], 1),
+    "onnx-int4": (["--format", "onnx", "--dtype", "int4"], 0.5625),
+    "journal": (["--format", "journal"], 0),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="qwen2.5-1.5b", choices=CONFIGS)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--train", default="lowrank")
+    parser.add_argument("--forms", default=",".join(FORMS))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    model = make_model(args.model, args.layers, args.out, alike=True)
+    block, tables = weights_of(model)
+    run = args.out / "run"
+    if not (run / "summary.json").exists():
+        shutil.rmtree(run, ignore_errors=True)
+        rows = make_rows(24, "label", args.out, 16)
+        peak_of(
+            ["-m", "edgezo", "finetune", "--model", model, "--data", rows, *KINDS["label"][1]]
+            + ["--precision", "bf16", "--residency", "disk", "--train", args.train, "--steps", 1]
+            + ["--batch-size", 2, "--eval-limit", 2, "--max-mem", "8GB", "--quiet", "--out", run]
+        )
+    idle_bytes = peak_of(["-c", IDLE])[0]
+    figures: dict[str, Any] = {"model": args.model, "train": args.train, "idle_bytes": idle_bytes}
+    figures |= {"block_weights": block, "table_weights": tables, "forms": {}}
+    for form in args.forms.split(","):
+        options, table_weight_bytes = FORMS[form]
+        target = args.out / "written"
+        remove(target)
+        peak_bytes, seconds = peak_of(["-m", "edgezo", "export", run, *options, "--out", target])
+        whole_bytes = 4 * block + table_weight_bytes * tables
+        line = {
+            "peak_bytes": peak_bytes,
+            "written_bytes": sum(f.stat().st_size for f in [target, *target.rglob("*")]),
+            "seconds": seconds,
+            "block_and_tables_bytes": whole_bytes,
+            "share": (peak_bytes - idle_bytes) / whole_bytes,
+        }
+        figures["forms"][form] = line
+        print(
+            f"{form:13} peak {peak_bytes / 1e6:7.1f} MB, idle {idle_bytes / 1e6:.1f}, block and tables"
+            f" {whole_bytes / 1e6:7.1f}, share {line['share']:.2f}, {line['written_bytes'] / 1e6:.0f} MB"
+            f" written in {seconds:.1f} s",
+            flush=True,
+        )
+        (args.out / "exports.json").write_text(json.dumps(figures, indent=1) + "\n")
+    remove(args.out / "written")
+
+
+def weights_of(model: Path) -> tuple[int, int]:
+    """How many weights a block has, and all tables."""
+    from safetensors import safe_open
+
+    sizes = {}
+    for file in model.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - not a dict
+                shape = tensors.get_slice(key).get_shape()
+                sizes[key] = shape[0] * (shape[1] if len(shape) > 1 else 1)
+    block = sum(n for key, n in sizes.items() if "0" in key.split("."))
+    tables = sum(n for key, n in sizes.items() if not any(w.isdecimal() for w in key.split(".")))
+    return block, tables
+
+
+def peak_of(arguments: list[Any]) -> tuple[int, float]:
+    """The peak of a Python process in bytes, and its seconds. SystemExit where it fails."""
+    command = [sys.executable, *map(str, arguments)]
+    begun_s = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", PEAK, *command], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command[1:])}:\n{done.stdout}{done.stderr}")
+    return int(done.stdout.strip().rpartition("\n")[2]), time.perf_counter() - begun_s
+
+
+def remove(target: Path) -> None:
+    """Whatever form was written there last."""
+    if target.is_dir():
+        shutil.rmtree(target)
+    else:
+        target.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
