@@ -4,8 +4,8 @@
 
 The model has a published shape and random bf16 weights (random_models.py); it is trained for one step, with blocks on
 disk. Beside the peak of a process, the largest resident memory that the system reports to its parent, stand the idle
-process (what an export imports), one block in fp32, in which it is merged, and the tables in the type of the written
-weights: "share" is the peak less the idle process, over that block and those tables. Writes DIR/exports.json.
+process (what an export imports), and one block and the tables as the run has them in memory, in bf16: "share" is the
+peak less the idle process, over that block and those tables. Writes DIR/exports.json.
 """
 
 from __future__ import annotations
@@ -23,20 +23,16 @@ from odd_sizes import PEAK
 from random_models import CONFIGS, KINDS, make_model, make_rows
 
 IDLE = "import edgezo.cli.main, edgezo.run.export, torch, transformers"
-# Form and type of the weights, and the bytes that a weight of a table takes in it.
-FORMS: dict[str, tuple[list[str], float]] = {
-    "hf-bf16": (["--format", "hf", "--dtype", "bf16"], 2),
-    "hf-fp32": (["--format", "hf", "--dtype", "fp32"], 4),
-    "peft": (["--format", "peft"], 0),
-    "gguf-bf16": (["--format", "gguf", "--dtype", "bf16"], 2),
-    "gguf-q8_0": (["--format", "gguf", "--dtype", "q8_0"], 34 / 32),
-    "gguf-adapter": (["--format", "gguf-adapter"], 0),
-    "onnx-fp32": (["--format", "onnx", "--dtype", "fp32"], 4),
-    "onnx-fp16": (["--format", "onnx", "--dtype", "fp16"], 2),
-    "onnx-int8": (["--format", "onnx", "--dtype", "int8"], 1),
-    "onnx-int4": (["--format", "onnx", "--dtype", "int4"], 0.5625),
-    "journal": (["--format", "journal"], 0),
+FORMS = {
+    **{f"hf-{dtype}": ["--format", "hf", "--dtype", dtype] for dtype in ("bf16", "fp32")},
+    **{f"gguf-{dtype}": ["--format", "gguf", "--dtype", dtype] for dtype in ("bf16", "q8_0")},
+    **{
+        f"onnx-{dtype}": ["--format", "onnx", "--dtype", dtype]
+        for dtype in ("fp32", "fp16", "int8", "int4")
+    },
+    **{form: ["--format", form] for form in ("peft", "gguf-adapter", "journal")},
 }
+BF16_BYTES = 2
 
 
 def main() -> None:
@@ -55,24 +51,28 @@ def main() -> None:
         shutil.rmtree(run, ignore_errors=True)
         rows = make_rows(24, "label", args.out, 16)
         peak_of(
-            ["-m", "edgezo", "finetune", "--model", model, "--data", rows, *KINDS["label"][1]]
-            + ["--precision", "bf16", "--residency", "disk", "--train", args.train, "--steps", 1]
-            + ["--batch-size", 2, "--eval-limit", 2, "--max-mem", "8GB", "--quiet", "--out", run]
+            [
+                *("-m", "edgezo", "finetune", "--model", model, "--data", rows, *KINDS["label"][1]),
+                *("--precision", "bf16", "--residency", "disk", "--train", args.train),
+                *("--steps", 1, "--batch-size", 2, "--eval-limit", 2, "--max-mem", "8GB"),
+                *("--quiet", "--out", run),
+            ]
         )
     idle_bytes = peak_of(["-c", IDLE])[0]
+    whole_bytes = BF16_BYTES * (block + tables)
     figures: dict[str, Any] = {"model": args.model, "train": args.train, "idle_bytes": idle_bytes}
     figures |= {"block_weights": block, "table_weights": tables, "forms": {}}
+    figures["block_and_tables_bytes"] = whole_bytes
     for form in args.forms.split(","):
-        options, table_weight_bytes = FORMS[form]
         target = args.out / "written"
         remove(target)
-        peak_bytes, seconds = peak_of(["-m", "edgezo", "export", run, *options, "--out", target])
-        whole_bytes = 4 * block + table_weight_bytes * tables
+        peak_bytes, seconds = peak_of(
+            ["-m", "edgezo", "export", run, *FORMS[form], "--out", target]
+        )
         line = {
             "peak_bytes": peak_bytes,
             "written_bytes": sum(f.stat().st_size for f in [target, *target.rglob("*")]),
             "seconds": seconds,
-            "block_and_tables_bytes": whole_bytes,
             "share": (peak_bytes - idle_bytes) / whole_bytes,
         }
         figures["forms"][form] = line
@@ -93,7 +93,7 @@ def weights_of(model: Path) -> tuple[int, int]:
     sizes = {}
     for file in model.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - not a dict
+            for key in tensors.keys():
                 shape = tensors.get_slice(key).get_shape()
                 sizes[key] = shape[0] * (shape[1] if len(shape) > 1 else 1)
     block = sum(n for key, n in sizes.items() if "0" in key.split("."))

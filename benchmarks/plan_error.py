@@ -186,7 +186,7 @@ def asked(request: Request, out: Path, data_root: Path | None) -> dict[str, str]
     """Options of ``edgezo finetune`` by name, with model and rows."""
     model = request.model
     if request.blocks is not None:
-        model = str(make_model(request.model, request.blocks, out))
+        model = str(make_model(request.model, request.blocks, out, alike=True))
     if request.rows in KINDS:
         rows = make_rows(request.tokens, request.rows, out, request.count)
         source = {"data": str(rows)}
