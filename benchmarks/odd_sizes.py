@@ -1,6 +1,6 @@
 """Does the plan hold for data and vocabularies of odd sizes? Each run has a process of its own.
 
-    python benchmarks/odd_sizes.py --out DIR --data-root DIR [--cases NAME,...] [--threads N]
+    python benchmarks/odd_sizes.py --out DIR --data-root DIR [--cases NAME,...] [--threads N] [--steps 3]
 
 Many short rows, rows of 100,000 characters, 77 and 151 label words of several tokens, and a vocabulary of 262,144 words
 (random weights of Gemma 3's shape, three blocks). Every case runs twice: under the peak that the plan names without a
@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, required=True, help="folder of data sets")
     parser.add_argument("--cases", default=",".join(CASES), help="names, separated by commas")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     for name in given.cases.split(","):
@@ -136,7 +137,9 @@ def main() -> None:
                 "--threads",
                 given.threads,
             ]
-            summary, peak = edgezo("finetune", *request, *limits, "--steps", 3, "--out", run)
+            summary, peak = edgezo(
+                "finetune", *request, *limits, "--steps", given.steps, "--out", run
+            )
             sizes = (summary["planned_peak_bytes"], peak, summary["max_mem_bytes"])
             print(
                 name,

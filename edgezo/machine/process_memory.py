@@ -130,7 +130,11 @@ def allocator_reuse(map_from_bytes: int = NEVER_MAPPED_BYTES, keep_bytes: int = 
     )
 
 
-@dataclass(frozen=True)
+# A process whose plan ends within so many bytes gives free memory back between two blocks.
+NEAR_BYTES = 4 << 20
+
+
+@dataclass
 class Heap:
     """Where the temporaries of a step lie: in the heap while they are small, else each in a map of its own.
 
@@ -142,6 +146,8 @@ class Heap:
     # as it is.
     reused_tokens: int | None = None
     trims: bool = False  # an update gives its temporaries back, because longer batches may follow
+    # The peak of the plan: holes of the heap must not take the process above it. None: there is no plan.
+    planned_bytes: int | None = None
 
     def expect(self, tokens: int) -> None:
         """Prepare the allocator for a forward over ``tokens`` packed tokens."""
@@ -168,6 +174,11 @@ class Heap:
             yield
         finally:
             allocator_reuse()
+
+    def keep_to_plan(self) -> None:
+        """Between two blocks, or two tiles of an update: give free memory back where the planned peak is near."""
+        if self.planned_bytes is not None and rss_bytes() > self.planned_bytes - NEAR_BYTES:
+            malloc_trim()
 
     @contextmanager
     def updating(self) -> Iterator[None]:

@@ -86,11 +86,7 @@ class Sessions:
             self.kept.pop(name, None)
 
     def _open(self, name: str) -> Any:
-        options = session_options(self.threads)
-        options.enable_cpu_mem_arena = False
-        options.enable_mem_pattern = False
-        options.log_severity_level = 4
-        options.add_session_config_entry("session.disable_prepacking", "1")
+        options = quiet_options(self.threads)
         try:
             return self._ort.InferenceSession(
                 str(self.manifest.file(name)),
@@ -127,6 +123,16 @@ def session_options(threads: int | None = None) -> Any:
     options.use_per_session_threads = not _shared
     if threads and not _shared:
         options.intra_op_num_threads = threads
+    return options
+
+
+def quiet_options(threads: int | None = None) -> Any:
+    """``session_options`` of a graph that keeps neither copies of weights nor freed memory, and writes no messages."""
+    options = session_options(threads)
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.disable_prepacking", "1")
     return options
 
 

@@ -43,7 +43,7 @@ SLACK_BYTES = 4 * MB
 LIBRARY_BYTES = 7 * MB
 QUANTO_BYTES = 5 * MB
 # Code and buffers of the libraries that the first computation touches (calibrated).
-FIRST_STEP_BYTES = 15 * MB
+FIRST_STEP_BYTES = 8 * MB
 # More of it where products are computed in bf16, beside the kernels, which are counted one by one (calibrated).
 BF16_STEP_BYTES = 4 * MB
 # Of each direction that a whole batch is tried along (calibrated).
@@ -77,10 +77,8 @@ ROUNDED_UPDATE_TILES = 5
 # Rounding to codes: the remainder of each value as well, and what it is compared with.
 CODES_UPDATE_TILES = 6
 # Share of an update's tiles that is lost in holes of the heap, where codes are made anew or guides are kept between the
-# tiles: up to 0.5 in models of 12 and 30 blocks, nothing in some of fewer (calibrated over 200 random requests).
-UPDATE_HOLES = 0.6
-# So much more in some runs of a request than in others (607 to 685 MB in 13 runs of one, without bf16 products).
-UPDATE_SPREAD_BYTES = 36_000_000
+# tiles. What holes take beyond it goes back before it is above the plan (Heap.keep_to_plan).
+UPDATE_HOLES = 0.3
 # A tile of the base that is replayed and quantised, and the holes that its temporaries leave (calibrated).
 REQUANTISE_TILES = 3
 # Of the exact head: change, gradient and Adam's two moments, fp32.

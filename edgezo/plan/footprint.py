@@ -41,7 +41,6 @@ from edgezo.plan.calibration import (
     SLACK_BYTES,
     UNGATED_COPIES,
     UPDATE_HOLES,
-    UPDATE_SPREAD_BYTES,
     UPDATE_TILES,
     Item,
     needed_bytes,
@@ -462,7 +461,7 @@ class Footprint(StoredFootprint):
         if not self.cfg.parts.weights or not stays:
             return []  # nothing that stays is made between tiles
         reason = "in the heap, between tiles of matrices of all sizes"
-        size = int(UPDATE_HOLES * self._update_tiles(precision)) + UPDATE_SPREAD_BYTES
+        size = int(UPDATE_HOLES * self._update_tiles(precision))
         return [Item("holes", size, reason, "update")]
 
     def _head_step(self) -> list[Item]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,6 @@ from edgezo import __version__
 from edgezo.data.batches import Example, Row, collate
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.limits import MOST_CODE
-from edgezo.machine.process_memory import rss_bytes
 from edgezo.network.generate import write_one
 from edgezo.network.loader import ModelFiles, build_meta
 from edgezo.network.onnx_graph import (
@@ -40,9 +40,8 @@ from edgezo.network.onnx_graph import (
     Decoder,
     Graph,
 )
-from edgezo.network.onnx_sessions import session_options
+from edgezo.network.onnx_pieces import Pieces
 from edgezo.network.readout import LEAST_SPREAD
-from edgezo.plan.budget import mb
 from edgezo.run.merged import Merged, rounded_to
 
 GRAPH_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
@@ -58,19 +57,20 @@ class WeightForm(NamedTuple):
     float_type: int  # of weights and hidden states
     bits: int | None = None  # of the codes of matrices
     block: int | None = None  # weights that share a scale, with onnxruntime's own operators
-    # Bytes that onnxruntime takes for a byte of the file: it computes in fp32 on a CPU, and packs weights anew.
-    taken: int = 2
 
 
 WEIGHT_FORMS = {
     "fp32": WeightForm(TensorProto.FLOAT),
-    "fp16": WeightForm(TensorProto.FLOAT16, taken=4),
+    "fp16": WeightForm(TensorProto.FLOAT16),
     "int8": WeightForm(TensorProto.FLOAT, bits=8),
     "int8-blocks": WeightForm(TensorProto.FLOAT, bits=8, block=64),
     "int4": WeightForm(TensorProto.FLOAT, bits=4, block=32),
 }
 _ALIGNMENT = 4096  # of each tensor in the file, so that it can be mapped
 _CODED_AT_ONCE = 1 << 18  # weights
+_PIECE_BYTES = (
+    64 << 20
+)  # in fp32, of the weights that onnxruntime has at once when the graph is tried
 _STEPS = 3  # tokens that the run and the file are compared over
 # How far answers may be from the run's in the mean, as a share of their spread: in the same arithmetic, in another one,
 # or over codes. Answers of another model are farther by their whole spread.
@@ -110,7 +110,7 @@ class OnnxExporter(Merged):
         size = self._write_weights(graph, folder / WEIGHTS_FILE)
         _save(graph, folder / GRAPH_FILE, self.offsets)
         onnx.checker.check_model(str(folder / GRAPH_FILE))
-        notes = self._check_answers(folder / GRAPH_FILE, asked, classifies, size)
+        notes = self._check_answers(folder / GRAPH_FILE, asked, classifies)
         return {
             "tensors": len(graph.weights),
             "weight_bytes": size,
@@ -224,23 +224,11 @@ class OnnxExporter(Merged):
 
     # -- answers ------------------------------------------------------------------------------------------
 
-    def _check_answers(
-        self, path: Path, asked: str | None, classifies: bool, size_bytes: int
-    ) -> list[str]:
-        """Notes; EdgezoError unless onnxruntime answers a text as the run does, where there is memory to run it."""
-        need_bytes = WEIGHT_FORMS[asked or "fp32"].taken * size_bytes
-        if rss_bytes() + need_bytes > self.rebuilt.planned.plan.max_mem_bytes:
-            return [
-                f"the graph was checked, and not run: onnxruntime takes about {mb(need_bytes)} beside the run, and the "
-                "cap has no room for it"
-            ]
-        try:
-            import onnxruntime
-        except ImportError:
+    def _check_answers(self, path: Path, asked: str | None, classifies: bool) -> list[str]:
+        """Notes; EdgezoError unless onnxruntime answers a text as the run does, with the graph run in pieces."""
+        if find_spec("onnxruntime") is None:
             return ["onnxruntime is not installed here, so that the graph was checked, and not run"]
-        options = session_options()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+        session = Pieces(path, _PIECE_BYTES)
         ids = self._sample_ids()
         if classifies:
             ours, theirs, spread = self._shares(ids), _shares_of(session, ids), 1.0

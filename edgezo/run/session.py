@@ -280,7 +280,10 @@ def load_model(
     if device.type == "cpu":
         allocator_reuse(MAPPED_BYTES)
         model.context.keep_tile(plan.tile_bytes)
-        model.heap = Heap(plan.reused_tokens, plan.maps)
+        heap = model.heap = Heap(plan.reused_tokens, plan.maps, plan.planned_peak_bytes)
+        model.store.after_tile = heap.keep_to_plan
+        for block in model.blocks:
+            block.register_forward_hook(lambda *_: heap.keep_to_plan())
     else:
         allocator_reuse()  # the RAM is not what is short
     return Loaded(model, memory)

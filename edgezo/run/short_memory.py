@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -165,7 +165,8 @@ class MicroBatchFitter:
         if again is None:
             return False
         state.planned, plan = again, again.plan
-        state.model.heap = replace(state.model.heap, trims=plan.maps)
+        state.model.heap.trims = plan.maps
+        state.model.heap.planned_bytes = plan.planned_peak_bytes
         state.model.kept_tokens = plan.kept_tokens
         atomic_write(state.files.plan, to_json(plan.to_dict()).encode())
         atomic_write(state.files.config, state.cfg.to_toml().encode())

@@ -96,6 +96,7 @@ class WeightStore:
     roots: InverseRoots = field(default_factory=InverseRoots)  # of --rule orthogonal
     vote_size: float = 0.0  # how far --rule vote moves a weight that is no code
     recent: Recent = field(default_factory=Recent)  # steps that a rule looks back on
+    after_tile: Callable[[], object] = int  # called when a tile of an update has been written
 
     # -- what is trained ----------------------------------------------------------------------------------
 
@@ -185,6 +186,7 @@ class WeightStore:
                     for tile in touched_tiles(trainable, recipe, c):
                         theta = self._advance_on_grid(tile, layout.read(tile.rows))
                         layout.write(tile.rows, theta)
+                        self.after_tile()
                 continue
             for rows in tile_rows(trainable):
                 theta, state = layout.read(rows), None
@@ -197,6 +199,7 @@ class WeightStore:
                         tile = tile._replace(state=state)
                     theta = self._advance_on_grid(tile, theta)
                 layout.write(rows, theta)
+                self.after_tile()
         if self.rule.looks_back:
             self.recent.add(recipes, self.rule.looks_back)
 

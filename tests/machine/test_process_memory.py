@@ -272,6 +272,30 @@ print(json.dumps({"short": short, "long": long, "update": (top, rss_bytes() - be
 
 @linux
 @glibc
+def test_holes_go_back_where_the_planned_peak_is_near():
+    code = """
+import json
+import numpy as np
+from edgezo.machine.process_memory import NEAR_BYTES, Heap, allocator_reuse, rss_bytes
+np.ones(1)
+allocator_reuse()
+def left(spare):
+    arrays = [np.ones(1_000_000 // 8) for _ in range(32)]
+    kept = arrays[::2]  # every second array is a hole
+    arrays.clear()
+    before = rss_bytes()
+    for heap in (Heap(100), Heap(100, planned_bytes=before + NEAR_BYTES + spare)):
+        heap.keep_to_plan()
+    return before - rss_bytes(), sum(map(len, kept))
+print(json.dumps([left(2_000_000)[0], left(-2_000_000)[0]]))
+"""
+    far, near = in_subprocess(code)
+    assert far < MB, "without need nothing is given back, nor where there is no plan"
+    assert near > 12 * MB
+
+
+@linux
+@glibc
 def test_fp32_products_of_any_number_of_rows_use_the_block_that_was_made_first():
     """Without ``keep_panel`` MKL kept one more for each of these numbers: 23 MB in all."""
     kept, grown = in_subprocess(

@@ -179,10 +179,7 @@ def test_updates_that_make_what_stays_leave_holes():
         return sum(i.bytes for i in planned.items if (i.name, i.phase) == ("holes", "update"))
 
     tiles = calibration.CODES_UPDATE_TILES * limits.TILE_BYTES
-    assert (
-        holes(precision="int8")
-        == int(calibration.UPDATE_HOLES * tiles) + calibration.UPDATE_SPREAD_BYTES
-    )
+    assert holes(precision="int8") == int(calibration.UPDATE_HOLES * tiles)
     assert holes(precision="bf16", estimator="ag-grzo") > 0
     assert holes(precision="bf16") == 0
 
