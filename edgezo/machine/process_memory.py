@@ -175,9 +175,12 @@ class Heap:
         finally:
             allocator_reuse()
 
-    def keep_to_plan(self) -> None:
-        """Between two blocks, or two tiles of an update: give free memory back where the planned peak is near."""
-        if self.planned_bytes is not None and rss_bytes() > self.planned_bytes - NEAR_BYTES:
+    def keep_to_plan(self, need_bytes: int = NEAR_BYTES) -> None:
+        """Between two blocks, or two tiles of an update: give free memory back where the planned peak is near.
+
+        ``need_bytes``: what comes next takes so much, as far as that is known.
+        """
+        if self.planned_bytes is not None and rss_bytes() + need_bytes > self.planned_bytes:
             malloc_trim()
 
     @contextmanager

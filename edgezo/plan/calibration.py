@@ -43,7 +43,7 @@ SLACK_BYTES = 4 * MB
 LIBRARY_BYTES = 7 * MB
 QUANTO_BYTES = 5 * MB
 # Code and buffers of the libraries that the first computation touches (calibrated).
-FIRST_STEP_BYTES = 8 * MB
+FIRST_STEP_BYTES = 11 * MB
 # More of it where products are computed in bf16, beside the kernels, which are counted one by one (calibrated).
 BF16_STEP_BYTES = 4 * MB
 # Of each direction that a whole batch is tried along (calibrated).

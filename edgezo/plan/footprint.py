@@ -338,9 +338,8 @@ class Footprint(StoredFootprint):
         size = min(states_at_once(rows), states) * rows * (4 + compute_bytes)
         if BYTES_PER_WEIGHT.get(precision) != compute_bytes:
             size += rows * width * compute_bytes
-        if (
-            self.product_kinds > 1
-        ):  # the gradient by the states is a product with these rows in fp32
+        if self.product_kinds > 1:
+            # The gradient by the states is a product with these rows in fp32.
             size += 4 * rows * width
         return size, "the vocabulary in chunks"
 
@@ -386,6 +385,10 @@ class Footprint(StoredFootprint):
         keys = (shape.qkv_width - shape.attention_width) // 2
         # C kernels rotate queries and keys in place and attend to packed rows.
         attending = (HIDDEN_COPIES - 1) * shape.hidden + 2 * shape.attention_width + 2 * keys
+        if (
+            self.tokens.kind == "choice"
+        ):  # queries, keys and values of the trunks of trees, and their result, apart
+            attending += 2 * shape.attention_width + 2 * keys
         in_c = shape.gated and not shape.fused
         copies = GATE_COPIES if in_c else UNGATED_COPIES
         mlp = HIDDEN_COPIES * shape.hidden + copies * shape.intermediate

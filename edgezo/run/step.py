@@ -22,6 +22,7 @@ from edgezo.machine.clock import now_s
 from edgezo.machine.profiler import phase
 from edgezo.network.first_order import split_by_length
 from edgezo.network.probe import Probe
+from edgezo.plan.calibration import HEAD_TEMPORARIES
 from edgezo.run.echo import echo_of_step
 from edgezo.run.finetuner import Tuner
 from edgezo.run.journal_record import StepRecord
@@ -81,6 +82,8 @@ class Stepper:
         with phase("update"), model.heap.updating():
             model.store.apply([recipe_of(cfg, record)._replace(guides=guides)])
             for name, part in model.learned.items():
+                moved_bytes = sum(tensor.nbytes for tensor in part.trained().values())
+                model.heap.keep_to_plan(HEAD_TEMPORARIES * moved_bytes)
                 # Parts with a learning rate follow the schedule of the step.
                 rate = cfg.rates[name] * step_size / (cfg.step * stride.factor)
                 part.update(rate, self._known.get(name))
