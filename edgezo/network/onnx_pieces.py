@@ -2,7 +2,7 @@
 
 Nodes stand in the order in which they can run. A piece is a few of them: it becomes a graph of its own, over the same
 file of weights, and what later pieces read is kept. A product with a matrix too large for a piece, such as the head, is
-computed here, some rows of the matrix at a time.
+computed some rows of the matrix at a time: here, or by onnxruntime where only it knows the codes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgezo.network.onnx_sessions import quiet_options, runtime
 
 _FILE = "piece.onnx"
+_CODED = "MatMulNBits"  # onnxruntime's own product with codes in blocks
 _FP32_BYTES = 4
 _NAMES = {"float32": "float"}  # of types, where onnxruntime has another one than numpy
 
@@ -69,8 +71,9 @@ class Pieces:
         values, pieces = dict(fed), list(self._pieces(names))
         reads = [{name for node in piece for name in node.input} for piece in pieces]
         for number, piece in enumerate(pieces):
-            if len(piece) == 1 and self._by_rows(piece[0]) is not None:
-                values[piece[0].output[0]] = self._product(piece[0], values)
+            if self._is_large(piece[0]):
+                by_rows = self._coded_product if piece[0].op_type == _CODED else self._product
+                values[piece[0].output[0]] = by_rows(piece[0], values)
                 continue
             later = {*names, *(name for some in reads[number + 1 :] for name in some)}
             made = [name for node in piece for name in node.output if name in later]
@@ -92,7 +95,7 @@ class Pieces:
         piece, held_bytes = list[Any](), 0
         for node in reversed(needed):
             size = self._weight_bytes(node)
-            alone = self._by_rows(node) is not None
+            alone = self._is_large(node)
             if piece and (alone or held_bytes + size > self.most_bytes):
                 yield piece
                 piece, held_bytes = [], 0
@@ -125,11 +128,23 @@ class Pieces:
             return None
         return rows
 
+    def _is_large(self, node: Any) -> bool:
+        """Whether a product has a matrix that is too large for a piece."""
+        if node.op_type == _CODED:
+            return _numbers(node)["N"] * _numbers(node)["K"] * _FP32_BYTES > self.most_bytes
+        return self._by_rows(node) is not None
+
     # -- running ------------------------------------------------------------------------------------------
 
     def _run(
-        self, piece: Sequence[Any], made: Sequence[str], values: Mapping[str, np.ndarray]
+        self,
+        piece: Sequence[Any],
+        made: Sequence[str],
+        values: Mapping[str, np.ndarray],
+        parts: Mapping[str, Any] = MappingProxyType({}),
     ) -> list[np.ndarray]:
+        """The outputs ``made`` of a few nodes; ``parts`` are weights that stand for those of the file."""
+        tensors = {**self._tensors, **parts}
         inside = {name for node in piece for name in node.output}
         read = dict.fromkeys(name for node in piece for name in node.input if name)
         inputs = [
@@ -137,14 +152,14 @@ class Pieces:
                 name, helper.np_dtype_to_tensor_dtype(values[name].dtype), values[name].shape
             )
             for name in read
-            if name not in inside and name not in self._tensors
+            if name not in inside and name not in tensors
         ]
         graph = helper.make_graph(
             list(piece),
             "piece",
             inputs,
             [onnx.ValueInfoProto(name=name) for name in made],
-            [self._tensors[name] for name in read if name in self._tensors],
+            [tensors[name] for name in read if name in tensors],
         )
         model = helper.make_model(
             graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version
@@ -186,6 +201,23 @@ class Pieces:
             product += self._read(self._tensors[bias]) if bias in self._tensors else values[bias]
         return product.astype(values[node.input[0]].dtype)
 
+    def _coded_product(self, node: Any, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """A product with codes in blocks, by onnxruntime with some rows of the matrix at a time."""
+        sizes = _numbers(node)
+        at_once = max(2, self.most_bytes // (_FP32_BYTES * sizes["K"]) // 2 * 2)
+        products = []
+        for first in range(0, sizes["N"], at_once):
+            count = min(at_once, sizes["N"] - first)
+            some = onnx.NodeProto.FromString(node.SerializeToString())
+            next(part for part in some.attribute if part.name == "N").i = count
+            parts = {
+                name: _share_of(self._tensors[name], first, count, sizes["N"])
+                for name in node.input[1:]
+                if name in self._tensors
+            }
+            products += self._run([some], list(node.output), values, parts)
+        return np.concatenate(products, axis=-1)
+
     def _read(self, tensor: Any, rows: slice | None = None) -> np.ndarray:
         """A weight in fp32, or some of its rows."""
         if tensor.data_location != TensorProto.EXTERNAL:
@@ -201,6 +233,22 @@ class Pieces:
             file.seek(start)
             read = np.fromfile(file, dtype, math.prod(shape))
         return read.reshape(shape).astype(np.float32)
+
+
+def _numbers(node: Any) -> dict[str, int]:
+    """The whole numbers among a node's attributes."""
+    return {part.name: part.i for part in node.attribute if part.type == onnx.AttributeProto.INT}
+
+
+def _share_of(tensor: Any, first: int, count: int, rows: int) -> Any:
+    """What of a weight in the file belongs to ``count`` of a matrix's ``rows``, which stand one after the other."""
+    share = TensorProto.FromString(tensor.SerializeToString())
+    share.dims[0] = tensor.dims[0] * count // rows
+    where = {entry.key: entry for entry in share.external_data}
+    row_bytes = int(where["length"].value) // rows
+    where["offset"].value = str(int(where["offset"].value) + first * row_bytes)
+    where["length"].value = str(count * row_bytes)
+    return share
 
 
 def _port(value: Any) -> Port:
