@@ -110,8 +110,6 @@ ATTENTION_SHARE = 0.6
 GATE_COPIES, UNGATED_COPIES = 2, 4
 # Share of the smaller temporaries, of attention or the MLP, that stays in the heap beside the larger (calibrated).
 HEAP_SHARE = 1.0
-# Share of what scores take beyond a block's temporaries: the rest lies in what earlier work has freed (calibrated).
-SCORES_SHARE = 0.5
 # In pieces of fewer tokens too much of a forward would go into making fp32 of weights.
 LEAST_PIECE_TOKENS = 1024
 # Tokens of the padded groups that attend one after the other (network/packing.py).

@@ -37,7 +37,6 @@ from edgezo.plan.calibration import (
     REQUANTISE_TILES,
     RESERVE,
     ROUNDED_UPDATE_TILES,
-    SCORES_SHARE,
     SLACK_BYTES,
     UNGATED_COPIES,
     UPDATE_HOLES,
@@ -264,9 +263,9 @@ class Footprint(StoredFootprint):
         items += self._perturbing(micro_batch, size)
         scored = min(sides * micro_batch * tokens.scored, n_tokens)
         logits, what = self._logits(scored, precision)
-        # The blocks' temporaries are freed before scores are computed, which use their memory again.
+        # The blocks' temporaries have gone back when scores are computed (Heap.give_back).
         states = (4 * scored + 2 * compute_bytes * n_tokens) * shape.hidden  # those scored in fp32
-        scores = int(SCORES_SHARE * (logits + states - items[0].bytes))
+        scores = logits + states - items[0].bytes
         reason = f"hidden states and logits of {scored:,} scored positions, {what}: more than a block takes"
         if scores > 0:
             items.append(Item("scores", scores, reason, "forward"))
