@@ -146,8 +146,13 @@ def finetune_request(
 
 
 def _with_sample(cfg: RunConfig) -> RunConfig:
-    """The request of a new run, which is evaluated on a sample of the rows unless it says otherwise."""
-    return cfg if cfg.eval_limit is not None else replace(cfg, eval_limit=EVAL_ROWS)
+    """The request of a new run, which is evaluated on a sample of the rows unless it says otherwise.
+
+    With --for there may be time for fewer rows than that (plan/evaluated.py).
+    """
+    if cfg.eval_limit is not None:
+        return cfg
+    return replace(cfg, eval_limit=EVAL_ROWS, eval_rows=None if cfg.for_s is None else EVAL_ROWS)
 
 
 def evaluation_request(given: Mapping[str, Any], config_file: str | None) -> tuple[str, RunConfig]:
@@ -163,7 +168,7 @@ def evaluation_request(given: Mapping[str, Any], config_file: str | None) -> tup
         cfg = request(given, config_file)
         return cfg.model, cfg
     layer = _settings_of_run(portable(saved, machine()), given)
-    del layer["eval_limit"]  # all rows, where training was content with a sample
+    del layer["eval_limit"], layer["eval_rows"]  # all, where training was content with a sample
     if given["task"] is not None:
         for name in OF_DATA:
             del layer[name]
