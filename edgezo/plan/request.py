@@ -14,11 +14,12 @@ from typing import Any
 from edgezo.errors import UsageError
 from edgezo.machine import foreign
 from edgezo.machine.foreign_yaml import parse_yaml
+from edgezo.machine.meant import nearest
 from edgezo.plan.config import BEFORE, RunConfig
 from edgezo.plan.conflicts import conflicts
 from edgezo.plan.data_fields import LOSS
 from edgezo.plan.engines import engine_conflicts
-from edgezo.plan.field import DEFAULT_PRESET, as_text, nearest
+from edgezo.plan.field import DEFAULT_PRESET, as_text
 from edgezo.plan.fields import (
     ALTERNATIVES,
     DEFAULT_STEPS,

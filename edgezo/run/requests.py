@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgezo.errors import UsageError
+from edgezo.machine.files import user_path
 from edgezo.plan.config import RunConfig
 from edgezo.plan.data_fields import EVAL_ROWS, LOSS
 from edgezo.plan.fields import FREE_ON_RESUME, OF_PRESET, flag
@@ -165,6 +167,12 @@ def evaluation_request(given: Mapping[str, Any], config_file: str | None) -> tup
     saved = saved_config(Path(model)) if model is not None else None
     if saved is None:
         _refuse_base(base, model)
+        asks_of_rows = given["data"] or given["task"] or config_file
+        if model is not None and not asks_of_rows and not os.path.lexists(user_path(model)):
+            raise UsageError(
+                f"there is no run {model} here (edgezo runs lists the runs in a folder). A model that is no run is "
+                "evaluated on rows: give --data or --task."
+            )
         cfg = request(given, config_file)
         return cfg.model, cfg
     layer = _settings_of_run(portable(saved, machine()), given)
