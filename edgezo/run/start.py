@@ -136,7 +136,7 @@ def started(
         ended = ended_before(files, cfg, model, restored, readout)
         # Nothing refuses a resume from here on, so that a refusal has changed nothing.
         begin_writing(files, journal, restored, progress.note)
-        if resume:
+        if resume and ended is None:
             atomic_write(files.plan, to_json(plan_file(planned)).encode())
         if before != cfg:
             atomic_write(files.config, cfg.to_toml().encode())
