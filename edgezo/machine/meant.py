@@ -18,7 +18,7 @@ def nearest(value: object, names: Iterable[str]) -> str:
 
 
 _THOUSANDS = re.compile(r"[0-9]{1,3}(,[0-9]{3})+")
-_OTHER_NUMBERS = (  # how people write numbers, each with the factor and the digits
+_WRITTEN_NUMBERS = (  # how people write numbers, each with the factor and the digits
     (re.compile(r"([0-9.]+)\s*%"), 0.01),
     (re.compile(r"([0-9.]+)\s*[kK]"), 1000),
     (re.compile(r"([0-9.]+)\s*M"), 1_000_000),
@@ -33,7 +33,7 @@ def plain_number(value: object) -> str:
         candidate = text.replace(",", "")
     elif text.count(",") == 1:
         candidate = text.replace(",", ".")
-    for form, factor in _OTHER_NUMBERS:
+    for form, factor in _WRITTEN_NUMBERS:
         if match := form.fullmatch(text):
             with contextlib.suppress(ValueError):
                 candidate = f"{float(match[1]) * factor:.12g}"

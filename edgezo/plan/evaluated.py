@@ -9,9 +9,9 @@ from edgezo.machine.clock import duration
 from edgezo.plan.config import RunConfig
 from edgezo.plan.plan import Decision, Plan
 
-EVALUATED = "eval_rows"  # the decision
-MOST_SHARE = 0.25  # of --for, for the evaluations before and after training
-FEWEST = 20  # rows, however slow the machine: fewer say nothing
+ROWS_EVALUATED = "eval_rows"  # the decision
+EVALUATIONS_SHARE = 0.25  # of --for, for the evaluations before and after training
+FEWEST_EVALUATED = 20  # rows, however slow the machine: fewer say nothing
 
 
 def evaluations_s(plan: Plan) -> float:
@@ -21,10 +21,10 @@ def evaluations_s(plan: Plan) -> float:
 
 def rows_in_time(cfg: RunConfig, plan: Plan) -> int | None:
     """The rows that a new run is to evaluate on, where --for has no time for all that were read; None: all."""
-    if cfg.eval_rows is None or cfg.for_s is None or plan.evaluations <= FEWEST:
+    if cfg.eval_rows is None or cfg.for_s is None or plan.evaluations <= FEWEST_EVALUATED:
         return None
-    share = evaluations_s(plan) / (MOST_SHARE * cfg.for_s)
-    return None if share <= 1 else max(FEWEST, math.floor(plan.evaluations / share))
+    share = evaluations_s(plan) / (EVALUATIONS_SHARE * cfg.for_s)
+    return None if share <= 1 else max(FEWEST_EVALUATED, math.floor(plan.evaluations / share))
 
 
 def with_fewer_rows(plan: Plan, all_rows: Plan, by_accuracy: bool) -> Plan:
@@ -37,7 +37,7 @@ def with_fewer_rows(plan: Plan, all_rows: Plan, by_accuracy: bool) -> Plan:
     if by_accuracy:
         reason += f", of an accuracy up to {math.sqrt(0.25 / rows):.3f}"
     reason += f"; --eval-limit {before} takes all"
-    return replace(plan, decisions=(*plan.decisions, Decision(EVALUATED, rows, reason)))
+    return replace(plan, decisions=(*plan.decisions, Decision(ROWS_EVALUATED, rows, reason)))
 
 
 def as_before(cfg: RunConfig, plan: Plan) -> Plan:
@@ -45,4 +45,6 @@ def as_before(cfg: RunConfig, plan: Plan) -> Plan:
     if cfg.eval_rows is None or plan.evaluations < cfg.eval_rows:
         return plan
     reason = "as many as --for had time for when the run began"
-    return replace(plan, decisions=(*plan.decisions, Decision(EVALUATED, cfg.eval_rows, reason)))
+    return replace(
+        plan, decisions=(*plan.decisions, Decision(ROWS_EVALUATED, cfg.eval_rows, reason))
+    )

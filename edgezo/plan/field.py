@@ -16,7 +16,7 @@ from edgezo.machine.meant import nearest, plain_number
 from edgezo.zo.presets import PRESETS
 
 DEFAULT_PRESET = "grzo"
-MOST_LISTED = 12  # choices that a message lists beside a near one
+MOST_CHOICES_LISTED = 12  # choices that a message lists beside a near one
 
 Kind = Literal["str", "int", "float", "bool", "duration", "bytes", "choice", "train", "blocks"]
 
@@ -123,7 +123,7 @@ class Field:
     def _listed(self, value: object) -> str:
         """The choices, and the nearest; of many choices the nearest alone."""
         near = nearest(value, self.choices)
-        if near and len(self.choices) > MOST_LISTED:
+        if near and len(self.choices) > MOST_CHOICES_LISTED:
             return f"the {len(self.choices)} choices{near}"
         return f"{', '.join(self.choices)}{near}"
 

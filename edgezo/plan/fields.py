@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from edgezo.plan.data_fields import DATA, PREDICTION
 from edgezo.plan.field import DEFAULT_PRESET, Field
-from edgezo.plan.run_fields import OF_RUN
+from edgezo.plan.run_fields import SET_BY_A_RUN
 from edgezo.zo.axes import CREDITS, DIRECTIONS, MASKS, ROUNDINGS, RULES
 from edgezo.zo.parts import PARTS
 from edgezo.zo.presets import AUTO, ESTIMATORS
@@ -469,8 +469,8 @@ GROUPS = {
     "run": SettingGroup("Steps, evaluation and files", _RUN),
 }
 FIELDS = {field.name: field for group in GROUPS.values() for field in group.fields}
-FIELDS |= {field.name: field for field in OF_RUN}
-SET_BY_RUN = tuple(field.name for field in OF_RUN)
+FIELDS |= {field.name: field for field in SET_BY_A_RUN}
+SET_BY_RUN = tuple(field.name for field in SET_BY_A_RUN)
 
 OF_PRESET = tuple(field.name for field in FIELDS.values() if field.of_preset)
 FREE_ON_RESUME = tuple(field.name for field in FIELDS.values() if field.free_on_resume)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edgezo.plan.field import Field
 
-OF_RUN = (
+SET_BY_A_RUN = (
     # Whether --step is only where the automatic step begins (run/auto_step.py).
     Field(name="step_auto", kind="bool", default=False),
     # The time that its chat template writes, so that a resume writes it again.

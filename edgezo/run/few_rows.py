@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 from edgezo.plan.evaluated import rows_in_time, with_fewer_rows
 
-Planned = TypeVar("Planned")  # session.Planned, or onnx_session.OnnxPlanned
+PlannedRun = TypeVar("PlannedRun")  # session.Planned, or onnx_session.OnnxPlanned
 
 
-def settled_in_time(opened: Any, settle: Callable[[Any], Planned]) -> Planned:
+def settled_in_time(opened: Any, settle: Callable[[Any], PlannedRun]) -> PlannedRun:
     """The plan that ``settle`` makes of an opened request, or of one with fewer rows to evaluate on.
 
     ``opened`` is a session.Opened, or an onnx_session.OnnxOpened. Raises what ``settle`` raises.

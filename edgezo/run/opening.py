@@ -7,7 +7,7 @@ from typing import NamedTuple
 from edgezo.machine.clock import duration, seconds
 from edgezo.machine.hardware import format_bytes
 from edgezo.plan.config import Settled
-from edgezo.plan.evaluated import EVALUATED
+from edgezo.plan.evaluated import ROWS_EVALUATED
 from edgezo.plan.plan import Plan
 from edgezo.zo.parts import PARTS
 
@@ -73,7 +73,7 @@ class Opening(NamedTuple):
 
     def _fewer_rows(self) -> str:
         """Why --for has no time to evaluate on more rows, where that is so."""
-        why = [d.reason for d in self.plan.decisions if d.name == EVALUATED]
+        why = [d.reason for d in self.plan.decisions if d.name == ROWS_EVALUATED]
         return f" ({why[0]})" if why else ""
 
     def _method(self) -> str:
