@@ -16,16 +16,24 @@ from pathlib import Path
 import edgezo
 from edgezo.errors import EdgezoError
 
-PIECE = 320  # tokens: longer texts become several rows
+PIECE = 128  # tokens: longer texts become several rows
+# LoRA on the last blocks: rows pass the others once (benchmarks/log/2026-11-30-what-learns-notes-in-minutes.md).
+METHOD = {"estimator": "lora", "step": 0.003, "blocks": "auto", "batch_size": 4, "eval_limit": 24}
 
 parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
 parser.add_argument("folder", type=Path, help="notes, mail or chats")
 parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new directory")
 parser.add_argument("--model", default="smollm2-135m-instruct")
-parser.add_argument("--max-mem", default="900MB", metavar="SIZE")
-parser.add_argument("--steps", type=int, default=200, metavar="N")
+parser.add_argument("--max-mem", default="700MB", metavar="SIZE")
+parser.add_argument("--steps", type=int, default=16, metavar="N")
 given = parser.parse_args()
-asked = {"out": given.out, "max_mem": given.max_mem, "steps": given.steps, "max_length": PIECE}
+asked = {
+    "out": given.out,
+    "max_mem": given.max_mem,
+    "steps": given.steps,
+    "max_length": PIECE,
+    **METHOD,
+}
 try:
     run = edgezo.finetune(given.model, given.folder, **asked)
 except (EdgezoError, OSError) as problem:

@@ -52,6 +52,7 @@ def plan(
         )
         return make_plan(card, cfg, _doubting(cfg, card, note))
     from edgezo.machine.process_memory import rss_bytes
+    from edgezo.run.few_rows import settled_in_time
     from edgezo.run.session import open_request, settle
 
     if cfg.log_to != "none":
@@ -63,12 +64,13 @@ def plan(
         note(text)
     here = _doubting(cfg, opened.files.shape, note)
     # As a run would, which is now what this process is.
-    return settle(opened, here, rss_bytes()).plan
+    return settled_in_time(opened, lambda one: settle(one, here, rss_bytes())).plan
 
 
 def _onnx_plan(cfg: RunConfig, note: Callable[[str], None]) -> Plan:
     """The plan of a request on the ONNX engine, whose graphs have every size."""
     from edgezo.machine.process_memory import rss_bytes
+    from edgezo.run.few_rows import settled_in_time
     from edgezo.run.onnx_session import open_onnx, settle_onnx
 
     if cfg.data is None and cfg.task is None:
@@ -77,7 +79,7 @@ def _onnx_plan(cfg: RunConfig, note: Callable[[str], None]) -> Plan:
     for text in opened.dataset.notes:
         note(text)
     here = _doubting(cfg, opened.manifest.shape, note)
-    return settle_onnx(opened, here, rss_bytes()).plan
+    return settled_in_time(opened, lambda one: settle_onnx(one, here, rss_bytes())).plan
 
 
 def _doubting(cfg: RunConfig, shape: Shape, note: Callable[[str], None]) -> Machine:

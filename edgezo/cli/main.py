@@ -26,6 +26,7 @@ from edgezo.cli.chat import chat
 from edgezo.cli.completion import completion
 from edgezo.cli.data_overview import look_at_data
 from edgezo.cli.doctor import doctor
+from edgezo.cli.hints import hint
 from edgezo.cli.listings import estimators, models
 from edgezo.cli.options import (
     DATA,
@@ -379,6 +380,8 @@ def run(args: Sequence[str]) -> int:
         if interrupts.asked() and not isinstance(error, EdgezoError):
             error = KeyboardInterrupt()  # what it became on its way through a library
         code, message, more = _describe(error)
+        if isinstance(error, click.UsageError):
+            message = f"{message} {hint(message, args)}".strip()
         missing = isinstance(error, ModuleNotFoundError) and _of_torch(error)
         if not missing and not isinstance(error, _EXPECTED):  # a bug: show where it is
             traceback.print_exc()
@@ -386,6 +389,8 @@ def run(args: Sequence[str]) -> int:
             echo_json({"error": message, "exit_code": code, **more})
         elif isinstance(error, click.UsageError):
             error.show()
+            if more_to_say := hint(error.format_message(), args):
+                click.echo(more_to_say, err=True)
         else:
             click.echo(f"edgezo: {printable(message)}", file=sys.stderr)  # in its own encoding
         return code

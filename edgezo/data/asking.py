@@ -49,6 +49,7 @@ from edgezo.data.tasks import TASKS, Generation, Task
 from edgezo.data.templates import as_words, label_key, parse_template, unescaped
 from edgezo.data.turns import ASKED, ROLES, TURN_FIELDS
 from edgezo.errors import UsageError
+from edgezo.machine.meant import nearest
 
 STAND_IN = "yes"  # in the place of a text that is to be written
 _ASSISTANT = "assistant"
@@ -90,6 +91,7 @@ class Asker:
         if request.task and task is None:
             problems.add(
                 f"there is no task {request.task!r}: --task takes one of {', '.join(TASKS)}"
+                f"{nearest(request.task, TASKS)}"
             )
         asker = Asker(
             request,

@@ -64,6 +64,12 @@ class Dataset:
         """The classes of rows with label words, which a linear probe tells apart; 0 of other rows."""
         return len(self.label_ids) or len(self.endings)
 
+    def evaluated_on(self, rows: int) -> Dataset:
+        """The data with at most ``rows`` examples to evaluate on, the same ones in every run."""
+        if len(self.validation) <= rows:
+            return self
+        return replace(self, validation=_some(PackedExamples.of(self.validation), rows))
+
     def token_stats(self) -> TokenStats:
         """Token counts of the examples, which the planner needs."""
         if self.expected is not None:
@@ -167,9 +173,13 @@ def _some_windows(examples: PackedExamples, limit: int | None, notes: list[str])
     """At most ``limit`` examples to evaluate on: rows are that many already, but windows of them may be more."""
     if limit is None or len(examples) <= limit:
         return examples
-    chosen = sorted(permutation(len(examples), 0, EVAL_SAMPLE)[:limit].tolist())
     notes.append(f"evaluated on {limit} of {len(examples)} windows, the same ones in every run")
-    return examples.some(chosen)
+    return _some(examples, limit)
+
+
+def _some(examples: PackedExamples, count: int) -> PackedExamples:
+    """So many of the examples, drawn by chance, in their order."""
+    return examples.some(sorted(permutation(len(examples), 0, EVAL_SAMPLE)[:count].tolist()))
 
 
 def _sound(drafts: Iterable[Draft], problems: Problems) -> Iterator[Draft]:

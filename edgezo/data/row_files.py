@@ -24,6 +24,7 @@ from edgezo.data.table_files import SEPARATOR_NAMES, Table
 from edgezo.errors import UsageError
 from edgezo.machine import children
 from edgezo.machine.foreign import FAULTS, clip, first_twice, parse_json, reason
+from edgezo.machine.meant import meant_path
 from edgezo.machine.process_memory import Guard, ReadingGuard
 
 TABLES = (".csv", ".tsv")
@@ -242,7 +243,7 @@ def find_splits(path: Path, problems: Problems) -> tuple[list[Path], list[Path]]
         )
         return [], []
     if not path.is_dir():
-        problems.add(f"no such file or directory: {path}")
+        problems.add(f"no such file or directory: {path}{meant_path(path)}")
         return [], []
     folders = [_readable(folder) for folder in (path, path / "data")]
     for files in folders:
@@ -458,7 +459,9 @@ def _records(lines: Iterable[str], path: Path, problems: Problems) -> Iterator[R
         elif isinstance(row, dict):
             problems.bad_row(f"a row without fields in {path}", where)
         else:
-            problems.bad_row(f"not a JSON object in {path}", where, f": {_clip(line)}")
+            is_list = isinstance(row, list) and row and isinstance(row[0], dict)
+            rename = f" (a list of rows: rename the file to {path.stem}.json)" if is_list else ""
+            problems.bad_row(f"not a JSON object in {path}{rename}", where, f": {_clip(line)}")
 
 
 def _read_table(file: IO[str], path: Path, problems: Problems, guard: Guard) -> Iterator[Record]:

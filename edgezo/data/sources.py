@@ -21,6 +21,7 @@ from edgezo.data.templates import unescaped
 from edgezo.errors import SourceError
 from edgezo.machine.downloads import DATA_ID, dataset
 from edgezo.machine.files import user_path
+from edgezo.machine.meant import nearest
 from edgezo.machine.process_memory import Guard
 
 VALIDATION_SHARE = 0.1  # of the rows, which is held out where there is no validation file
@@ -94,7 +95,9 @@ def _find_task(request: DataRequest, problems: Problems) -> Task | None:
     if request.task is None:
         return None
     if request.task not in TASKS:
-        problems.add(f"there is no task {request.task!r}: --task takes one of {', '.join(TASKS)}")
+        problems.add(
+            f"there is no task {request.task!r}: --task takes one of {', '.join(TASKS)}{nearest(request.task, TASKS)}"
+        )
     return TASKS.get(request.task)
 
 

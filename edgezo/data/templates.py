@@ -104,7 +104,9 @@ def parse_labels(spec: str, problems: Problems) -> dict[str, str]:
         key, equals, word = item.partition("=")
         label, word = label_key(key) or "", word.strip()
         if not equals or not label:
-            problems.add(f"--labels {spec!r}: {item.strip()!r} is not of the form value=word")
+            problems.add(
+                f"--labels {spec!r}: {item.strip()!r} is not of the form value=word, as in 0=bad,1=good"
+            )
         elif not word:
             problems.add(f"--labels {spec!r}: no word for label {label!r}")
         elif label in words:

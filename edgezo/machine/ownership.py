@@ -78,7 +78,7 @@ def check_made(
     """
     names = _names(folder)
     if names is None:
-        raise UsageError(f"{folder} is not there.")
+        raise UsageError(f"{folder} is not there. edgezo runs lists the runs in a folder.")
     made_as = kind_of(folder) if MARKER in names else None
     if made_as not in kinds and (MARKER in names or not proof(folder)):
         raise UsageError(

@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -165,7 +166,12 @@ def resolve(model: str, *, progress: Progress | None = None) -> Path:
         return _resolve_sources(card.name, card.sources, tell)
     if is_unknown(model):
         raise EdgezoError(_unknown(model))
-    return _resolve_sources(model, (HubSource(model),), tell)
+    try:
+        return _resolve_sources(model, (HubSource(model),), tell)
+    except EdgezoError as problem:
+        raise EdgezoError(
+            f"There is no directory or file {model} here, so it was taken for a model of the hub.\n{problem}"
+        ) from problem
 
 
 def with_content(sha256: str) -> Path | None:
@@ -209,13 +215,18 @@ def _local(path: Path) -> Path:
     if files:
         raise EdgezoError(f"{path} holds {len(files)} GGUF files: name one, e.g. {files[0]}.")
     raise EdgezoError(
-        f"{path} holds no model: no config.json and no GGUF file.{folder_advice(path)}"
+        f"{path} holds no model: no config.json and no GGUF file. Give the folder that has them.{folder_advice(path)}"
     )
+
+
+_HUB_ADDRESS = re.compile(r"https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)")
 
 
 def _unknown(model: str) -> str:
     names = [n for card in cards().values() for n in (card.name, *card.aliases)]
     close = difflib.get_close_matches(model.lower(), names, n=3, cutoff=0.5)
+    if (address := _HUB_ADDRESS.match(model)) is not None:
+        close = [address[1]]
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     return (
         f"There is no model {model!r}.{hint}\n"

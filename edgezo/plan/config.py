@@ -41,6 +41,7 @@ BEFORE = {
     "parent": None,
     "parent_steps": 0,
     "parent_sha256": None,
+    "eval_rows": None,
 }
 
 
@@ -115,6 +116,7 @@ class RunConfig:
     parent: str | None
     parent_steps: int
     parent_sha256: str | None
+    eval_rows: int | None
 
     @classmethod
     def of(cls, cfg: RunConfig, **changes: Any) -> Self:

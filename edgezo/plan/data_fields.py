@@ -120,7 +120,7 @@ DATA = (
         everything=ALL_ROWS,
         metavar="N",
         help="Evaluate on no more than this many rows, or on all.",
-        default_text="300 of finetune; all of eval",
+        default_text="300 of finetune, fewer where --for has no time for them; all of eval",
         example=500,
         low=1,
     ),

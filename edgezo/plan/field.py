@@ -5,18 +5,18 @@ Standard library only.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from edgezo.machine.foreign import clip
+from edgezo.machine.meant import nearest, plain_number
 from edgezo.zo.presets import PRESETS
 
 DEFAULT_PRESET = "grzo"
+MOST_CHOICES_LISTED = 12  # choices that a message lists beside a near one
 
 Kind = Literal["str", "int", "float", "bool", "duration", "bytes", "choice", "train", "blocks"]
 
@@ -67,8 +67,7 @@ class Field:
                 return value
             case "choice":
                 if value not in self.choices:
-                    near = nearest(value, self.choices)
-                    raise ValueError(f"{value!r} is not one of {', '.join(self.choices)}{near}")
+                    raise ValueError(f"{value!r} is not one of {self._listed(value)}")
                 return value
             case "bool":
                 if not isinstance(value, bool):
@@ -99,7 +98,9 @@ class Field:
         if isinstance(value, str):
             value = self._number_of(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"needs a number, not {value!r}")
+            words = [name for name, is_taken in self._words() if is_taken]
+            needed = " or ".join(["a number", *words])
+            raise ValueError(f"needs {needed}, not {value!r}{plain_number(value)}")
         whole = self.kind in ("int", "bytes", "blocks")
         if not is_finite(value) or (whole and int(value) != value):
             shown = clip(repr(value), 60)
@@ -111,6 +112,20 @@ class Field:
         if value > self.high:
             raise ValueError(f"must be at most {self.high:g}, not {value:g}")
         return value
+
+    def _words(self) -> tuple[tuple[str, bool], ...]:
+        """Words, and whether the setting takes them in place of a number."""
+        return ("all", self.everything is not None or self.kind == "blocks"), (
+            "auto",
+            self.auto is not None or self.kind == "blocks",
+        )
+
+    def _listed(self, value: object) -> str:
+        """The choices, and the nearest; of many choices the nearest alone."""
+        near = nearest(value, self.choices)
+        if near and len(self.choices) > MOST_CHOICES_LISTED:
+            return f"the {len(self.choices)} choices{near}"
+        return f"{', '.join(self.choices)}{near}"
 
     def _number_of(self, text: str) -> int | float | str:
         """The number that ``text`` stands for, in the units of this setting; the text where it is none."""
@@ -138,12 +153,6 @@ _TIME_UNITS = {
     **dict.fromkeys(("d", "day", "days"), 86400),
 }
 _TIME_PART = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]*)", re.ASCII)
-
-
-def nearest(value: object, names: Iterable[str]) -> str:
-    """A question for the name that is spelled most like ``value``; "" where none is like it."""
-    near = difflib.get_close_matches(str(value), list(names), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def is_finite(number: int | float) -> bool:

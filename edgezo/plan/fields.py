@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from edgezo.plan.data_fields import DATA, PREDICTION
 from edgezo.plan.field import DEFAULT_PRESET, Field
+from edgezo.plan.run_fields import SET_BY_A_RUN
 from edgezo.zo.axes import CREDITS, DIRECTIONS, MASKS, ROUNDINGS, RULES
 from edgezo.zo.parts import PARTS
 from edgezo.zo.presets import AUTO, ESTIMATORS
@@ -452,19 +453,6 @@ _RUN = (
     ),
 )
 
-# A run writes these: whether --step is only where the automatic step begins (run/auto_step.py); the time that its chat
-# template writes, so that a resume writes it again; the folder that its paths start from (run/places.py); and the rules
-# by which its rows are read (data/sources.py).
-_STEP_AUTO = Field(name="step_auto", kind="bool", default=False)
-_WRITTEN_AT = Field(name="written_at", kind="str")
-_BEGAN_IN = Field(name="began_in", kind="str", free_on_resume=True)
-_ROW_RULES = Field(name="row_rules", kind="int", default=2, low=1, high=2)
-# Of a run that goes on from another one, its parent (run/parent.py): the parent's identity, the steps from the base to
-# where this run begins, and the digest of what the parent had trained.
-_PARENT = Field(name="parent", kind="str")
-_PARENT_STEPS = Field(name="parent_steps", kind="int", default=0, low=0, high=10**9)
-_PARENT_SHA256 = Field(name="parent_sha256", kind="str")
-
 
 class SettingGroup(NamedTuple):
     """Settings that are shown together."""
@@ -481,9 +469,8 @@ GROUPS = {
     "run": SettingGroup("Steps, evaluation and files", _RUN),
 }
 FIELDS = {field.name: field for group in GROUPS.values() for field in group.fields}
-_OF_RUN = (_STEP_AUTO, _WRITTEN_AT, _BEGAN_IN, _ROW_RULES, _PARENT, _PARENT_STEPS, _PARENT_SHA256)
-FIELDS |= {field.name: field for field in _OF_RUN}
-SET_BY_RUN = tuple(field.name for field in _OF_RUN)
+FIELDS |= {field.name: field for field in SET_BY_A_RUN}
+SET_BY_RUN = tuple(field.name for field in SET_BY_A_RUN)
 
 OF_PRESET = tuple(field.name for field in FIELDS.values() if field.of_preset)
 FREE_ON_RESUME = tuple(field.name for field in FIELDS.values() if field.free_on_resume)

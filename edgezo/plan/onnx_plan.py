@@ -281,11 +281,19 @@ def _onnx_plan(
         maps=False,
         evaluation_s=_seconds(footprint, tokens.evaluations, tokens.evaluated_mean, machine),
         evaluations=tokens.evaluations,
+        pass_row_s=_pass_row_s(footprint, machine),
         blocks=cfg.blocks,
         states=cfg.states,
         state_rows=cfg.state_rows,
         first_trained=footprint.first,
     )
+
+
+def _pass_row_s(footprint: OnnxFootprint, machine: Machine) -> float:
+    """Seconds that a row takes through frozen blocks whose output is kept; 0 where all blocks stay."""
+    first, tokens = footprint.first_kept, footprint.tokens
+    above = footprint.sizes.shape.layers - first
+    return _seconds(footprint, 1, tokens.mean, machine) * first / above
 
 
 def _seconds(footprint: OnnxFootprint, rows: int, length: float, machine: Machine) -> float:

@@ -60,6 +60,9 @@ class Plan:
     states: str | None = None  # how the output of the frozen ones is kept; None: none are frozen
     state_rows: int | None = None  # training rows whose states are kept
     first_trained: int = 0  # the number of the first block that is trained
+    pass_row_s: float = (
+        0.0  # estimated seconds of a row through the frozen ones, where states are kept
+    )
     pass_from_disk: bool = False  # frozen blocks are read one by one while rows pass them
 
     @property

@@ -37,7 +37,7 @@ from edgezo.plan.plan import Plan, PlanDoesNotFit
 from edgezo.plan.reasons import decisions, flags_of, groups, ram_refusal, refusal
 from edgezo.plan.request import as_estimator
 from edgezo.plan.shapes import ModelShape, assumed_tokens
-from edgezo.plan.step_time import evaluation_s, step_s
+from edgezo.plan.step_time import evaluation_s, pass_row_s, step_s
 from edgezo.zo.presets import AUTO
 
 if TYPE_CHECKING:
@@ -218,6 +218,7 @@ def _described(choice: Choice) -> Plan:
         step_s=step_s(choice),
         evaluation_s=evaluation_s(choice),
         evaluations=footprint.tokens.evaluations,
+        pass_row_s=pass_row_s(choice),
         blocks_on_disk=on_disk,
         disk_bytes=footprint.disk_bytes(precision, on_disk),
         reused_tokens=footprint.reused_tokens(precision),

@@ -254,6 +254,10 @@ def _alternatives(footprint: Footprint) -> Iterator[tuple[str, Footprint]]:
         for precision in PRECISIONS_TRIED:
             if precision != cfg.precision:
                 yield f"--precision {precision}", changed(precision=precision)
+    if (cfg.parts.factors or cfg.parts.adapters) and cfg.rank > 1:
+        yield "--rank 1", changed(rank=1)
+    if cfg.parts.factors and not cfg.backward and not cfg.mixed:
+        yield "--train head", changed(train=("head",))
     if cfg.residency == "resident":
         away = footprint.elsewhere
         yield f"--residency {away}", changed(residency=away)

@@ -14,11 +14,12 @@ from typing import Any
 from edgezo.errors import UsageError
 from edgezo.machine import foreign
 from edgezo.machine.foreign_yaml import parse_yaml
+from edgezo.machine.meant import nearest
 from edgezo.plan.config import BEFORE, RunConfig
 from edgezo.plan.conflicts import conflicts
 from edgezo.plan.data_fields import LOSS
 from edgezo.plan.engines import engine_conflicts
-from edgezo.plan.field import DEFAULT_PRESET, as_text, nearest
+from edgezo.plan.field import DEFAULT_PRESET, as_text
 from edgezo.plan.fields import (
     ALTERNATIVES,
     DEFAULT_STEPS,
@@ -132,7 +133,7 @@ def as_estimator(cfg: RunConfig, name: str) -> RunConfig:
 # Settings of a run that one which goes on from it chooses anew.
 _NOT_AFTER = (
     *("out", "began_in", "profile", "micro_batch", "residency", "state_rows"),
-    *("parent", "parent_steps", "parent_sha256"),
+    *("parent", "parent_steps", "parent_sha256", "eval_rows"),
 )
 
 
@@ -159,7 +160,8 @@ def check_after(saved: RunConfig, run: Path, asked: Mapping[str, Any]) -> None:
 
 def settings_after(saved: RunConfig) -> dict[str, Any]:
     """The layer of a run that goes on from one with the settings ``saved`` (run/parent.py): its own ones lie above."""
-    return {name: value for name, value in saved.to_dict().items() if name not in _NOT_AFTER}
+    layer = {name: value for name, value in saved.to_dict().items() if name not in _NOT_AFTER}
+    return layer if saved.eval_rows is None else {**layer, "eval_limit": None}
 
 
 def completed(saved: Mapping[str, Any]) -> RunConfig:

@@ -37,6 +37,15 @@ def evaluation_s(choice: Choice) -> float | None:
     return _seconds(choice, 2 * tokens.evaluations * each, passes)
 
 
+def pass_row_s(choice: Choice) -> float:
+    """Seconds that a row takes through frozen blocks whose output is kept; 0 where none is."""
+    footprint = choice.footprint
+    if footprint.below is None:
+        return 0.0
+    length = footprint.tokens.mean or footprint.tokens.tokens[0]
+    return _seconds(choice, 2 * footprint.below.shape.elements * length, 0)
+
+
 def _seconds(choice: Choice, operations: float, passes: int) -> float:
     """Seconds of so many floating-point operations, in so many forward passes."""
     footprint, option = choice.footprint, choice.option

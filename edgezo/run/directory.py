@@ -160,6 +160,10 @@ def refuse_links(run: RunFiles) -> None:
 
     A link to a file that is replaced stays until then; a folder in its place is refused.
     """
+    if run.path.is_file():
+        raise EdgezoError(
+            f"{run.path} is a file, and a run needs a directory. Nothing was changed. Give another --out."
+        )
     for path in (
         run.config,
         run.plan,

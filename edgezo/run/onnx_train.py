@@ -40,6 +40,7 @@ from edgezo.run.directory import (
     run_id,
     save_skipped,
 )
+from edgezo.run.few_rows import settled_in_time
 from edgezo.run.fitted_probe import FittedProbe
 from edgezo.run.journal import Journal, create_journal
 from edgezo.run.kept_answers import WHEN, keep_answers
@@ -107,7 +108,7 @@ def _started(
     meter, stop = Meter(), StopRequest(files)
     manners = Manners(cfg, progress.note, stop.check)
     manners.check_machine(resume)
-    planned = _planned(cfg, meter, progress)
+    planned = _planned(cfg, resume, meter, progress)
     cfg = planned.cfg
     header = run_header(planned.opened.manifest.base_sha256, planned.opened.dataset, cfg)
     journal = at_end.enter_context(reopen(files, header)) if resume else None
@@ -143,7 +144,7 @@ def _started(
     return OnnxTraining(state, steps, step_sizes, probe)
 
 
-def _planned(cfg: RunConfig, meter: Meter, progress: RunProgress) -> OnnxPlanned:
+def _planned(cfg: RunConfig, resume: bool, meter: Meter, progress: RunProgress) -> OnnxPlanned:
     """Open the graphs and rows of a request, and plan it for this machine."""
     opened = open_onnx(cfg)
     for note in opened.dataset.notes:
@@ -152,12 +153,14 @@ def _planned(cfg: RunConfig, meter: Meter, progress: RunProgress) -> OnnxPlanned
     for text in doubts(opened.cfg, computer.cores, opened.manifest.shape.max_positions):
         progress.note(text)
     base = meter.mark("base")
-    planned = settle_onnx(opened, computer, base.rss_bytes)
-    dataset, settled = opened.dataset, planned.cfg
+    if resume:
+        planned = settle_onnx(opened, computer, base.rss_bytes)
+    else:
+        planned = settled_in_time(opened, lambda one: settle_onnx(one, computer, base.rss_bytes))
+    dataset, settled = planned.opened.dataset, planned.cfg
     rows = (len(dataset.train), len(dataset.validation))
     about = (str(settled.task or settled.data), dataset.kind, dataset.label_names)
-    layers = opened.manifest.shape.layers
-    progress.opening(Opening(planned.plan, settled, *about, *rows, layers))
+    progress.opening(Opening(planned.plan, settled, *about, *rows))
     return planned
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from edgezo.machine.clock import duration, seconds
 from edgezo.machine.hardware import format_bytes
 from edgezo.plan.config import Settled
+from edgezo.plan.evaluated import ROWS_EVALUATED
 from edgezo.plan.plan import Plan
 from edgezo.zo.parts import PARTS
 
@@ -41,7 +42,6 @@ class Opening(NamedTuple):
     labels: tuple[str, ...]  # the candidates' names; none where rows have no common ones
     trained: int  # rows to train on
     evaluated: int  # rows to evaluate on
-    layers: int  # blocks of the model
 
     def lines(self) -> list[tuple[str, str]]:
         """(what, text) of each line."""
@@ -69,7 +69,12 @@ class Opening(NamedTuple):
             more = ", ..." if len(self.labels) > MOST_NAMES else ""
             learned = f"one of {len(self.labels)} labels ({named}{more})"
         rows = f"{self.trained:,} rows to train on, {self.evaluated:,} to evaluate on"
-        return f"{self.source}: {rows}; learns {learned}"
+        return f"{self.source}: {rows}{self._fewer_rows()}; learns {learned}"
+
+    def _fewer_rows(self) -> str:
+        """Why --for has no time to evaluate on more rows, where that is so."""
+        why = [d.reason for d in self.plan.decisions if d.name == ROWS_EVALUATED]
+        return f" ({why[0]})" if why else ""
 
     def _method(self) -> str:
         cfg = self.cfg
@@ -115,9 +120,8 @@ class Opening(NamedTuple):
         plan, cfg, parts = self.plan, self.cfg, dict[str, float]()
         row_s = plan.step_s / (2 * cfg.batch_size)  # of a row on one side
         if plan.state_rows:
-            share = plan.first_trained / (self.layers - plan.first_trained)
             rows = plan.state_rows + self.evaluated
-            parts[f"{rows:,} rows through the frozen blocks"] = rows * row_s * share
+            parts[f"{rows:,} rows through the frozen blocks"] = rows * plan.pass_row_s
         if not cfg.for_s and (rows := cfg.readout_rows(self.trained)):
             parts[f"a linear probe of {rows:,} rows"] = rows * row_s
         if plan.evaluation_s:

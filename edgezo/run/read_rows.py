@@ -60,7 +60,8 @@ def read_rows(
     if dataset.generation is not None:
         _check_writing(dataset, splits, model)
         notes += _end_note(dataset.generation.most, model, tokenizer)
-    return replace(dataset, notes=notes)
+    dataset = replace(dataset, notes=notes)
+    return dataset if cfg.eval_rows is None else dataset.evaluated_on(cfg.eval_rows)
 
 
 def for_kind(cfg: RunConfig, dataset: Dataset) -> RunConfig:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgezo.errors import UsageError
+from edgezo.machine.files import user_path
 from edgezo.plan.config import RunConfig
 from edgezo.plan.data_fields import EVAL_ROWS, LOSS
 from edgezo.plan.fields import FREE_ON_RESUME, OF_PRESET, flag
@@ -146,8 +148,13 @@ def finetune_request(
 
 
 def _with_sample(cfg: RunConfig) -> RunConfig:
-    """The request of a new run, which is evaluated on a sample of the rows unless it says otherwise."""
-    return cfg if cfg.eval_limit is not None else replace(cfg, eval_limit=EVAL_ROWS)
+    """The request of a new run, which is evaluated on a sample of the rows unless it says otherwise.
+
+    With --for there may be time for fewer rows than that (plan/evaluated.py).
+    """
+    if cfg.eval_limit is not None:
+        return cfg
+    return replace(cfg, eval_limit=EVAL_ROWS, eval_rows=None if cfg.for_s is None else EVAL_ROWS)
 
 
 def evaluation_request(given: Mapping[str, Any], config_file: str | None) -> tuple[str, RunConfig]:
@@ -160,10 +167,16 @@ def evaluation_request(given: Mapping[str, Any], config_file: str | None) -> tup
     saved = saved_config(Path(model)) if model is not None else None
     if saved is None:
         _refuse_base(base, model)
+        asks_of_rows = given["data"] or given["task"] or config_file
+        if model is not None and not asks_of_rows and not os.path.lexists(user_path(model)):
+            raise UsageError(
+                f"there is no run {model} here (edgezo runs lists the runs in a folder). A model that is no run is "
+                "evaluated on rows: give --data or --task."
+            )
         cfg = request(given, config_file)
         return cfg.model, cfg
     layer = _settings_of_run(portable(saved, machine()), given)
-    del layer["eval_limit"]  # all rows, where training was content with a sample
+    del layer["eval_limit"], layer["eval_rows"]  # all, where training was content with a sample
     if given["task"] is not None:
         for name in OF_DATA:
             del layer[name]

@@ -38,6 +38,7 @@ from edgezo.plan.budget import budget, choose_device, default_budget, mb
 from edgezo.plan.calibration import UNSEEN_BYTES
 from edgezo.plan.config import RunConfig, Settled
 from edgezo.plan.data_fields import LOSS
+from edgezo.plan.evaluated import as_before
 from edgezo.plan.plan import Plan, PlanDoesNotFit
 from edgezo.plan.planner import make_plan
 from edgezo.run.called import peak_before_bytes, present_caller, usable
@@ -229,7 +230,8 @@ def settle_again(opened: Opened, machine: Machine, base_bytes: int) -> Planned:
     Raises PlanDoesNotFit with the ways to go on.
     """
     try:
-        return settle(opened, machine, base_bytes)
+        planned = settle(opened, machine, base_bytes)
+        return replace(planned, plan=as_before(planned.cfg, planned.plan))
     except PlanDoesNotFit as problem:
         cfg = opened.cfg
         cap_bytes = budget(cfg, machine)[0]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from edgezo.machine.files import atomic_write, to_json
 from edgezo.machine.gpu_memory import confirmed
 from edgezo.machine.hardware import machine
+from edgezo.machine.links import rank_and_size
 from edgezo.machine.process_memory import Meter
 from edgezo.machine.profiler import phase
 from edgezo.network.cut import Half
@@ -19,6 +20,7 @@ from edgezo.plan.doubtful import doubts
 from edgezo.run.claims import prepare
 from edgezo.run.clock import TimeBox
 from edgezo.run.directory import RunFiles, refuse_links, reopen, run_id, save_skipped
+from edgezo.run.few_rows import settled_in_time
 from edgezo.run.finetuner import load_finetuner
 from edgezo.run.fitted_probe import FittedProbe
 from edgezo.run.journal import create_journal
@@ -134,7 +136,7 @@ def started(
         ended = ended_before(files, cfg, model, restored, readout)
         # Nothing refuses a resume from here on, so that a refusal has changed nothing.
         begin_writing(files, journal, restored, progress.note)
-        if resume:
+        if resume and ended is None:
             atomic_write(files.plan, to_json(plan_file(planned)).encode())
         if before != cfg:
             atomic_write(files.config, cfg.to_toml().encode())
@@ -163,7 +165,12 @@ def _plan(
     for text in doubts(opened.cfg, computer.cores, opened.files.shape.max_positions):
         progress.note(text)
     base = meter.mark("base")
-    planned = (settle_again if resume else settle)(opened, computer, base.rss_bytes)
+    if resume:
+        planned = settle_again(opened, computer, base.rss_bytes)
+    elif rank_and_size()[1] > 1:  # each process would evaluate on other rows
+        planned = settle(opened, computer, base.rss_bytes)
+    else:
+        planned = settled_in_time(opened, lambda one: settle(one, computer, base.rss_bytes))
     progress.opening(opening_of(planned))
     return planned
 
@@ -173,7 +180,7 @@ def opening_of(planned: Planned) -> Opening:
     cfg, dataset = planned.cfg, planned.opened.dataset
     rows = (len(dataset.train), len(dataset.validation))
     about = (str(cfg.task or cfg.data), dataset.kind, dataset.label_names)
-    return Opening(planned.plan, cfg, *about, *rows, planned.opened.files.shape.layers)
+    return Opening(planned.plan, cfg, *about, *rows)
 
 
 def _load(planned: Planned, overlay: Overlay, resume: bool) -> Loaded:

@@ -70,6 +70,52 @@ MISTAKES = {
     "blocks below zero": Mistake(2, "finetune {ok} --blocks -1", "--blocks: must be at least 1"),
     "blocks in words": Mistake(2, "finetune {ok} --blocks ten", "--blocks: needs a number"),
     "an absurd rate": Mistake(2, "finetune {ok} --head-lr 1e6", "--head-lr: must be at most 1000"),
+    # numbers, names and paths as people write them
+    "thousands with a comma": Mistake(2, "finetune {ok} --steps 1,000", "did you mean 1000"),
+    "thousands with a letter": Mistake(2, "finetune {ok} --steps 1k", "did you mean 1000"),
+    "a decimal comma": Mistake(2, "finetune {ok} --step 0,1", r"did you mean 0\.1"),
+    "a share in percent": Mistake(2, "finetune {ok} --held-out 10%", r"did you mean 0\.1"),
+    "a share above one": Mistake(2, "finetune {ok} --held-out 10", "at most 0.9"),
+    "a limit in words": Mistake(2, "finetune {ok} --eval-limit none", "a number or all"),
+    "more blocks than there are": Mistake(2, "finetune {ok} --blocks 500", "Give 1 to 1, or all"),
+    "a size in two words": Mistake(2, "finetune {ok} --max-mem 2 GB", "--max-mem 2GB"),
+    "a time in two words": Mistake(2, "finetune {timed} --for 5 min", "--for 5min"),
+    "a template without quotes": Mistake(2, "finetune {ok} --template {{text}} was", "in quotes"),
+    "a choice in capitals": Mistake(2, "finetune {ok} --precision FP32", "did you mean 'fp32'"),
+    "an estimator in capitals": Mistake(2, "finetune {ok} --estimator LoRA", "choices; did you mean 'lora'"),
+    "one dash": Mistake(2, "finetune {ok} -steps 4", "two dashes: --steps"),
+    "an underscore": Mistake(2, "finetune {ok} --max_length 64", "Did you mean '--max-length'"),
+    "a model without its option": Mistake(2, "finetune {model} --data x.jsonl", "Did you mean --model"),
+    "rows without their option": Mistake(2, "finetune rows.csv --model {model}", "Did you mean --data rows.csv"),
+    "a model's address": Mistake(1, "plan --model https://huggingface.co/a/b", "Did you mean a/b"),
+    "a folder without a model": Mistake(1, "finetune {ok} --model {dir}/empty", "Give the folder that has"),
+    "a file of the model": Mistake(1, "finetune {ok} --model {model}/model.safetensors", "the model's directory"),
+    "an address of rows": Mistake(2, "finetune {ok} --data https://a.org/rows.csv", "download the file"),
+    "rows misspelt": Mistake(2, "finetune {ok} --data {dir}/row.csv", r"did you mean \S+rows.csv"),
+    "rows of nothing": Mistake(2, "finetune {ok} --data {dir}/nothing.jsonl", "nothing.jsonl is empty"),
+    "rows of a header": Mistake(2, "finetune {ok} --data {dir}/header.csv", "no rows in"),
+    "a list named as lines": Mistake(2, "finetune {ok} --data {dir}/list.jsonl", "rename the file to list.json"),
+    "rows in Latin-1": Mistake(2, "finetune {ok} --data {dir}/latin.csv", "save it as UTF-8"),
+    "rows in UTF-16": Mistake(2, "finetune {ok} --data {dir}/utf16.csv", "save it as UTF-8"),
+    "blank labels": Mistake(2, "finetune {ok} --data {dir}/blank.csv", "--skip-bad-rows"),
+    "two kinds of rows": Mistake(2, "finetune {ok} --data {dir}/mixed.jsonl", "it has: prompt, completion"),
+    "a task misspelt": Mistake(2, "finetune --model {model} --task exmaple", "did you mean 'example'"),
+    "a task without its folder": Mistake(2, "finetune --model {model} --task sst2", "--data-root"),
+    "a field misspelt": Mistake(2, "finetune {ok} --template '{{txt}} was'", "the rows have: label, text"),
+    "labels with colons": Mistake(2, "finetune {ok} --labels 0:bad,1:good", "as in 0=bad,1=good"),
+    "one label": Mistake(2, "finetune {ok} --labels 0=bad", "two or more"),
+    "a word twice": Mistake(2, "finetune {ok} --labels 0=bad,1=bad", "give each another word"),
+    "a label too few": Mistake(2, "finetune {ok} --labels 0=bad,2=good", "none of 0, 2"),
+    "a run in place of a file": Mistake(1, "finetune {ok} --out {dir}/notes.txt", "a run needs a directory"),
+    "a run that is not there": Mistake(2, "eval --model {dir}/none", "no run .*none here.*edgezo runs"),
+    "a page about what is not there": Mistake(2, "report {dir}/none", "edgezo runs lists"),
+    "a page about a model": Mistake(2, "report {model}", "no directory that edgezo made"),
+    "a run removed that is not there": Mistake(2, "rm {dir}/none --yes", "edgezo runs lists"),
+    "a folder of yours removed": Mistake(2, "rm {dir}/mine --yes", "Nothing was changed"),
+    "more steps of nothing": Mistake(2, "finetune {ok} --more-steps 5", "--model RUN"),
+    "an existing file of predictions": Mistake(2, "predict {run} {rows} --out {dir}/notes.txt", "exists"),
+    "an existing export": Mistake(2, "export {run} --out {dir}/mine", "is there already"),
+    "a type of another form": Mistake(2, "export {run} --format hf --dtype q8_0 --out {dir}/x", "--format gguf"),
     # manners
     "an unknown time of day": Mistake(2, "finetune {ok} --when night", "always, idle, plugged-in"),
     "half a name": Mistake(2, "finetune {ok} --when plugged", "did you mean 'plugged-in'"),
@@ -169,6 +215,11 @@ FILES = {
     "notes.txt": "a note\n",
     "rows.csv": "text,mark\na film,1\na book,0\n",
     "mine/diary.txt": "dear diary\n",
+    "nothing.jsonl": "",
+    "header.csv": "text,label\n",
+    "list.jsonl": '[{"text": "a film", "label": 1}, {"text": "a book", "label": 0}]',
+    "blank.csv": "text,label\na film,1\na book,\n",
+    "mixed.jsonl": '{"text": "a film", "label": 1}\n{"prompt": "a", "completion": "b"}\n',
     "other.jsonl": json.dumps({"question": "what?"}) + "\n",
 }
 
@@ -182,6 +233,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_text(text)
     (folder / "empty").mkdir()
     (folder / "rows.xlsx").write_bytes(b"PK\x03\x04" + bytes(100))
+    for encoding in ("latin1", "utf16"):
+        name = f"{encoding.removesuffix('1')}.csv"
+        (folder / name).write_bytes("text,label\na caf\xe9,1\na bar,0\n".encode(encoding))
     return folder
 
 
@@ -226,7 +280,7 @@ def test_there_are_many_and_json_has_them_too(
     bench, folder, run, edgezo_json, monkeypatch, tmp_path
 ):
     monkeypatch.chdir(tmp_path)
-    assert len(MISTAKES) >= 60
+    assert len(MISTAKES) >= 140
     for name in ("a size without a unit", "a setting misspelt in YAML", "a command misspelt"):
         mistake = MISTAKES[name]
         code, found = edgezo_json(*words(mistake.line, bench, folder, run))

@@ -29,11 +29,11 @@ ORDER = (
     "candidates samples finetuner short_tokens short_lr batch_size micro_batch max_length objective max_new_tokens "
     "step step_auto sigma schedule weight_decay weight_decay_to head_lr held_out seed eval_every eval_limit "
     "snapshot_every threads when max_temp max_cpu log_to profile out text_end written_at began_in speaker "
-    "skip_bad_rows row_rules probe_reads parent parent_steps parent_sha256"
+    "skip_bad_rows row_rules probe_reads parent parent_steps parent_sha256 eval_rows"
 ).split()
 CANONICAL = (
     '{"batch_size":null,"began_in":null,"blocks":"all","candidates":8,"credit":"group","data":null,"data_root":null,'
-    '"device":"auto","directions":"signs","engine":"torch","estimator":"grzo","eval_every":0,"eval_limit":null,'
+    '"device":"auto","directions":"signs","engine":"torch","estimator":"grzo","eval_every":0,"eval_limit":null,"eval_rows":null,'
     '"finetuner":null,"for_s":null,"head_lr":2.0,"held_out":null,"keep":0.25,"label_field":"label",'
     '"labels":null,"log_to":"none","mask":"none","max_cpu":null,"max_length":512,"max_mem_bytes":null,"max_new_tokens":null,"max_temp":null,'
     '"micro_batch":null,"model":"m","objective":"loss","out":null,"parent":null,"parent_sha256":null,"parent_steps":0,'

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Bench
+from conftest import Bench, write_rows
 from test_runs import run_of
 
-from edgezo.plan.request import make_config
+from edgezo.machine.hardware import machine
+from edgezo.machine.process_memory import rss_bytes
+from edgezo.plan import planner
+from edgezo.plan.config import RunConfig
+from edgezo.plan.request import make_config, read_run_config, settings_after
 from edgezo.run import clock, readout_pass, states_pass, train
 from edgezo.run.clock import LEAST_TRAINING_SHARE, TimeBox
+from edgezo.run.few_rows import settled_in_time
+from edgezo.run.requests import finetune_request
+from edgezo.run.session import open_request, settle
+from edgezo.run.start import opening_of
 from edgezo.run.train import finetune
 
 TICK_S = 0.25  # that pass between two looks at the clock of a test
@@ -81,3 +90,76 @@ def test_training_alone_is_bounded_where_no_beginning_is_given(
     summary = run_of(bench, tmp_path / "run", steps=None, for_s=20.0, train="lowrank")
     assert ticking[0] - begun_s > 20
     assert 20 <= summary["train_s"] < 20 + 12 * TICK_S
+
+
+# ------------------------------------------------------------------ rows that there is time to evaluate on
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which an evaluation is expected to take a second a row."""
+    monkeypatch.setattr(planner, "evaluation_s", lambda choice: choice.footprint.tokens.evaluations)
+
+
+def of_many_rows(bench: Bench, out: Path, **changes: Any) -> RunConfig:
+    """A request as the command line makes it, for 120 rows of which most are held out."""
+    rows = [{"text": f"film {i} is", "label": i % 2} for i in range(150)]
+    data = write_rows(out.parent / "many.jsonl", rows)
+    given: dict[str, Any] = dict.fromkeys(make_config({"model": "m", "task": "sst2"}).to_dict())
+    given |= {"base": None, "more_steps": None}
+    given |= bench.settings(data=str(data), held_out=0.8, out=str(out), steps=None, **changes)
+    return finetune_request(given, None, False, lambda text: None).cfg
+
+
+def test_with_little_time_fewer_rows_are_evaluated_and_the_first_lines_say_so(
+    bench: Bench, slow: None, tmp_path: Path
+) -> None:
+    cfg = of_many_rows(bench, tmp_path / "run", for_s=240.0)
+    assert (cfg.eval_limit, cfg.eval_rows) == (300, 300)
+    opened = open_request(cfg)
+    planned = settled_in_time(opened, lambda one: settle(one, machine(), rss_bytes()))
+    # Two evaluations of 120 rows at a second each would be the whole time, and a quarter is 60 seconds.
+    assert planned.cfg.eval_rows == planned.plan.evaluations == 30
+    rows = planned.opened.dataset.validation
+    assert len(rows) == 30
+    assert {str(row) for row in rows} < {str(row) for row in opened.dataset.validation}
+    said = dict(opening_of(planned).lines())
+    assert (
+        "30 to evaluate on (of 120 that were read: two evaluations of all would take"
+        in said["data"]
+    )
+    assert (
+        "2.0 times that of all, of an accuracy up to 0.091; --eval-limit 120 takes all"
+        in said["data"]
+    )
+    assert "2 evaluations of 30 rows 60 s" in said["time"]
+    again = open_request(planned.cfg)  # as a resume does
+    assert [str(row) for row in again.dataset.validation] == [str(row) for row in rows]
+
+
+@pytest.mark.parametrize("changes", [{"for_s": 1200.0}, {"for_s": 240.0, "eval_limit": 300}])
+def test_all_rows_are_evaluated_where_there_is_time_or_they_are_asked_for(
+    bench: Bench, slow: None, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    opened = open_request(of_many_rows(bench, tmp_path / "run", **changes))
+    planned = settled_in_time(opened, lambda one: settle(one, machine(), rss_bytes()))
+    assert planned.plan.evaluations == 120
+    assert "(" not in dict(opening_of(planned).lines())["data"].partition("labels")[0]
+
+
+def test_a_run_with_fewer_rows_goes_on_with_them_and_its_report_says_why(
+    bench: Bench, slow: None, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    cfg = of_many_rows(bench, out, for_s=240.0)
+    summary = finetune(replace(cfg, for_s=None, steps=2))  # no time bounds the run: all rows
+    assert summary["eval_after"]["n"] == 120
+    out = tmp_path / "timed"
+    summary = finetune(replace(cfg, for_s=1e-3, out=str(out)), began_s=clock.now_s())
+    assert summary["eval_after"]["n"] == 20  # no fewer say anything
+    assert "the standard error is 2.4 times" in (out / "report.html").read_text().lower()
+    saved = read_run_config(out / "config.toml")
+    assert saved.eval_rows == 20
+    assert finetune(saved, resume=True) == summary
+    after = settings_after(saved)  # a run that goes on from this one decides anew
+    assert after["eval_limit"] is None and "eval_rows" not in after
