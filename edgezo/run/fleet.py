@@ -43,6 +43,7 @@ from edgezo.run.journal import Journal
 from edgezo.run.journal_record import StepRecord
 from edgezo.zo.credit import Estimator, schedule
 
+BOOK = "devices.json"  # beside the journal: each device's first row and its rows
 MOST_RECORDS_BYTES = 1 << 20  # of an order
 MOST_NAME = 100  # characters
 GLANCE_S, GLANCE_EVERY_S = (

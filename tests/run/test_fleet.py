@@ -15,8 +15,8 @@ from conftest import Bench, write_rows
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.plan.request import make_config
 from edgezo.run.device import Device
-from edgezo.run.fleet import Fleet, Rules
-from edgezo.run.fleet_begin import BOOK, begin_fleet
+from edgezo.run.fleet import BOOK, Fleet, Rules
+from edgezo.run.fleet_begin import begin_fleet
 from edgezo.run.fleet_messages import NOTHING, DeviceReport, Order, Tally, read_order
 from edgezo.run.fleet_settings import free_settings, identity
 from edgezo.run.journal import open_journal
