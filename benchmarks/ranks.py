@@ -265,8 +265,11 @@ def kills(folder: Path, number: int, seed: int, steps: int) -> None:
         time.sleep(draw.uniform(0.05, 1.0) * whole_s)
         victim = processes[at % 2]
         victim.kill()
-        for process in (victim, processes[1 - at % 2]):
-            process.join()  # the other one ends by itself
+        victim.join()
+        other = processes[1 - at % 2]
+        other.join(60)  # it ends by itself, unless the victim was gone before they met
+        other.kill()
+        other.join()
         delivered += victim.exitcode == -signal.SIGKILL
         after = steps_of(run if at % 2 else Path(f"{run}.rank1"))
         trial.finished(trial.started([*request, "--resume", "--out", str(run)], 2))
