@@ -54,8 +54,8 @@ SETTINGS = {
 }
 
 PHASES = ("before a run was there", "before the first step", "between steps", "after the last step")
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     [
         *("edgezo.run.train", "edgezo.cli.main", "transformers.models.llama.modeling_llama"),
         "optimum.quanto",
@@ -75,7 +75,7 @@ def make_inputs(folder: Path) -> list[str]:
     return [*options, "--batch-size", "4", "--max-mem", "8GB", "--threads", "1"]
 
 
-def _command(args: list[str], printed: str) -> None:
+def command_line(args: list[str], printed: str) -> None:
     """One command of the command line, in a process of its own."""
     out = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(out, 1)
@@ -95,7 +95,7 @@ Moment = Callable[[float], bool]  # seconds since the start of a command -> whet
 
 def run(args: list[str], printed: Path, moment: Moment | None = None) -> tuple[int, float]:
     """(exit code, negative for a signal; seconds), killed at that moment if it is still there."""
-    process = _CONTEXT.Process(target=_command, args=(args, str(printed)))
+    process = CONTEXT.Process(target=command_line, args=(args, str(printed)))
     begun_s = time.monotonic()
     process.start()
     while moment is not None and not wait([process.sentinel], timeout=0.001):

@@ -32,27 +32,50 @@ mkdir -p "$FLWR_HOME"
 printf '[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:%s"\ninsecure = true\n' "$port" \
     > "$FLWR_HOME/config.toml"
 
-echo "== A SuperLink, four SuperNodes and the processes of four devices; their output is in $folder/*.log"
-flower-superlink --insecure --port "$port" --disable-runtime-dependency-installation > "$folder/superlink.log" 2>&1 &
-started+=($!)
-until (: < "/dev/tcp/127.0.0.1/$port") 2> /dev/null; do
-    kill -0 "${started[0]}" || { tail "$folder/superlink.log" >&2; exit 1; }
-    sleep 1
-done
-node_port="$port"
+# Whether every device has all steps.
+is_made() {
+    "$python" - "$folder/server" "${STEPS:-6}" << 'PY' || return 1
+import sys
+from pathlib import Path
+from edgezo.run.journal import open_journal
+with open_journal(Path(sys.argv[1], "journal.bin"), resume=False) as journal:
+    sys.exit(journal.next_step < int(sys.argv[2]))
+PY
+    for name in "${names[@]}"; do cmp -s "$folder/server/journal.bin" "$folder/$name/journal.bin" || return 1; done
+}
+is_there() { kill -0 "$1" 2> /dev/null || { tail "$2" >&2; exit 1; }; }
+
+# One after the other: each takes seconds to import, and Flower's processes give up on what is silent.
+echo "== The processes of four devices, a SuperLink and four SuperNodes; their output is in $folder/*.log"
 for name in "${names[@]}"; do
     "$python" scripts/fleet/device.py "$folder/$name.toml" --name "$name" --socket "$sockets/$name" \
         > "$folder/$name.log" 2>&1 &
     started+=($!)
+    until [ -S "$sockets/$name" ]; do is_there "$!" "$folder/$name.log"; sleep 0.5; done
+done
+flower-superlink --insecure --port "$port" --disable-runtime-dependency-installation > "$folder/superlink.log" 2>&1 &
+started+=($!)
+until (: < "/dev/tcp/127.0.0.1/$port") 2> /dev/null; do is_there "$!" "$folder/superlink.log"; sleep 0.5; done
+node_port="$port"
+for name in "${names[@]}"; do
     node_port=$((node_port + 1))
     flower-supernode --insecure --superlink "127.0.0.1:$port" --port "$node_port" \
         --node-config "device=\"$sockets/$name\"" > "$folder/$name.supernode.log" 2>&1 &
     started+=($!)
+    until grep -q "SuperNode ID" "$folder/$name.supernode.log"; do
+        is_there "$!" "$folder/$name.supernode.log"
+        sleep 0.5
+    done
 done
 
 echo "== ${STEPS:-6} steps over Flower"
 begun=$SECONDS
-flwr run scripts/fleet/app here --stream --run-config "directory=\"$folder/server\" devices=4 patience_s=120.0"
+rules="directory=\"$folder/server\" devices=4 patience_s=120.0"
+for attempt in 1 2 3; do # a server that has ended goes on when it is started again
+    flwr run scripts/fleet/app here --stream --run-config "$rules" || true
+    if is_made; then break; fi
+    echo "the server has ended before the run has (attempt $attempt)"
+done
 echo "took $((SECONDS - begun)) s"
 stop
 started=()

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from edgezo.errors import EdgezoError, UsageError
@@ -66,11 +68,46 @@ def was_restarted(out: str | None) -> bool:
     return again and out is not None and os.path.exists(os.path.join(out, "journal.bin"))
 
 
+class Worker:
+    """A thread that waits for other processes: code in C lets no signal through to the thread that waits in it."""
+
+    def __init__(self) -> None:
+        self._asked: SimpleQueue[tuple[Callable[[], Any], Callable[[Any], None]]] = SimpleQueue()
+        self.waits = False  # for others, also once the thread that asked has been interrupted
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def do(self, work: Callable[[], Any]) -> None:
+        """Do ``work`` in that thread, and raise what it raises. A signal is handled meanwhile."""
+        over, problems = threading.Event(), list[BaseException]()
+
+        def end(problem: BaseException | None) -> None:
+            problems.extend([] if problem is None else [problem])
+            over.set()
+
+        self.waits = True
+        self._asked.put((work, end))
+        over.wait()
+        self.waits = False
+        if problems:
+            raise problems[0]
+
+    def _work(self) -> None:
+        while True:
+            work, end = self._asked.get()
+            try:
+                work()
+            except BaseException as problem:
+                end(problem)
+            else:
+                end(None)
+
+
 class Links:
     """This process's links. Rank 0 has one to each other rank, the others have one to rank 0."""
 
-    def __init__(self, rank: int, size: int):
+    def __init__(self, rank: int, size: int, worker: Worker | None = None):
         self.rank, self.size = rank, size
+        self._worker = worker or Worker()
         self.sent_bytes = self.received_bytes = 0  # the transport's own framing is not counted
 
     @property
@@ -144,7 +181,7 @@ class Links:
 
     def _moved(self, rank: int, move: Callable[[], Any]) -> None:
         try:
-            move()
+            self._worker.do(move)
         except (
             RuntimeError
         ) as problem:  # what torch raises where a peer is gone, or silent for LOST_S
@@ -162,9 +199,12 @@ def linked(rank: int, size: int) -> Iterator[Links]:
 
     if os.environ.get("MASTER_ADDR", "") in _HERE:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's name may lead nowhere
+    worker, timeout = Worker(), timedelta(seconds=LOST_S)
     try:
-        distributed.init_process_group(
-            "gloo", rank=rank, world_size=size, timeout=timedelta(seconds=LOST_S)
+        worker.do(
+            lambda: distributed.init_process_group(
+                "gloo", rank=rank, world_size=size, timeout=timeout
+            )
         )
     except (RuntimeError, ValueError) as problem:
         reason = str(problem).strip().splitlines()[0][:200]
@@ -174,6 +214,9 @@ def linked(rank: int, size: int) -> Iterator[Links]:
             "has several networks, GLOO_SOCKET_IFNAME names the one to use."
         ) from problem
     try:
-        yield Links(rank, size)
+        yield Links(rank, size, worker)
     finally:
-        distributed.destroy_process_group()
+        if (
+            not worker.waits
+        ):  # else it was interrupted, and what it waits for would be waited for here
+            distributed.destroy_process_group()

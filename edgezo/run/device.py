@@ -55,6 +55,7 @@ from edgezo.run.state import RunState, StopRequest
 from edgezo.run.step import Stepper
 from edgezo.run.summary import losses_of_step
 from edgezo.weights.saved import saved_sha256
+from edgezo.weights.store import RECIPES_AT_ONCE
 from edgezo.zo.noise import Key
 
 
@@ -139,19 +140,30 @@ class Device:
         """Append the records that the device lacks, and make their updates. Raises EdgezoError."""
         state = self._state
         assert state is not None
-        journal, model = state.journal, state.model
+        journal = state.journal
         if order.first > journal.next_step:
             raise EdgezoError(
                 f"records from step {order.first} on, but the device is after step {journal.next_step}"
             )
-        for data in order.records[journal.next_step - order.first :]:
-            journal.append_encoded(data)
-            self._tally.add(data)
-            record = journal.record(journal.next_step - 1)
+        lacking = order.records[journal.next_step - order.first :]
+        for at in range(0, len(lacking), RECIPES_AT_ONCE):
+            self._apply(state, lacking[at : at + RECIPES_AT_ONCE])
+
+    def _apply(self, state: RunState, records: Sequence[bytes]) -> None:
+        """Append records, and make their updates in one sweep over what is trained. Raises EdgezoError."""
+        journal, model, sides = state.journal, state.model, Stepper(state).sides
+        recipes = []
+        try:
+            for data in records:
+                journal.append_encoded(data)
+                self._tally.add(data)
+                record = journal.record(journal.next_step - 1)
+                recipes.append(recipe_of(self._cfg_of_updates, record))
+                line = step_line(losses_of_step(record, sides), True)
+                state.log_line({**line, "step_s": None, "rss_bytes": None})
+        finally:  # those before a damaged one are in the journal
             with model.heap.updating():
-                model.store.apply([recipe_of(self._cfg_of_updates, record)])
-            line = step_line(losses_of_step(record, Stepper(state).sides), True)
-            state.log_line({**line, "step_s": None, "rss_bytes": None})
+                model.store.apply(recipes)
 
     # -- the first order ----------------------------------------------------------------------------------
 

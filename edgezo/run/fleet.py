@@ -16,6 +16,7 @@ with rows of theirs. Where nobody can, the losses are NaN: those examples move n
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ from edgezo.run.journal import Journal
 from edgezo.run.journal_record import StepRecord
 from edgezo.zo.credit import Estimator, schedule
 
+BOOK = "devices.json"  # beside the journal: each device's first row and its rows
 MOST_RECORDS_BYTES = 1 << 20  # of an order
 MOST_NAME = 100  # characters
 GLANCE_S, GLANCE_EVERY_S = (
@@ -89,6 +91,8 @@ class Member:
     steps: int = 0  # records that it has
     refusals: int = 0
     silences: int = 0  # orders in a row that it has let the time pass for
+    absences: int = 0  # steps in a row that have waited for it in vain
+    lost_s: float = -math.inf  # when it stopped to answer
     state: tuple[int, int] = (0, 0)  # steps, and the hash of its trained state after them
 
 
@@ -249,7 +253,7 @@ class Fleet:
             atomic_write(self.book, to_json(numbers).encode())
         for node, report in arrived:
             member = self.members[str(report.text["name"])]
-            member.node, member.steps = node, report.steps
+            member.node, member.steps, member.absences = node, report.steps, 0
             self.note(f"{member.name} is here, after step {report.steps}, with {member.rows} rows")
 
     # -- a step -------------------------------------------------------------------------------------------
@@ -264,14 +268,12 @@ class Fleet:
         tried: dict[int, set[str]] = {slot: set() for slot in missing}
         rested = False
         while missing:
-            patient = self.clock() - begun_s < self.rules.patience_s
-            slices, waits = self._slices(missing, tried, patient)
+            slices, waits = self._slices(missing, tried, begun_s)
             if slices:
                 for slot in self._ask(transport, step, slices, losses):
                     del missing[slot]
-                patient = self.clock() - begun_s < self.rules.patience_s
                 for name, pairs in slices.items():
-                    if self.members[name].node is not None or not patient:
+                    if self.members[name].node is not None:
                         for slot in pairs.keys() & missing.keys():
                             tried[slot].add(name)
             elif self.present() and not waits:
@@ -283,10 +285,20 @@ class Fleet:
                 rested = True
                 transport.rest()
             self._meet(transport)
+        for owner in {owner.name: owner for owner in map(self._owner, group)}.values():
+            owner.absences += owner.node is None
         return losses
 
+    def _is_awaited(self, member: Member, begun_s: float) -> bool:
+        """Whether a step that began then waits for a device that is not there."""
+        if member.node is not None or self._is_out(member):
+            return False
+        since_s = max(begun_s, member.lost_s)
+        few = member.absences < self.rules.most_refusals
+        return few and self.clock() - since_s < self.rules.patience_s
+
     def _slices(
-        self, missing: Mapping[int, int], tried: Mapping[int, set[str]], patient: bool
+        self, missing: Mapping[int, int], tried: Mapping[int, set[str]], begun_s: float
     ) -> tuple[dict[str, dict[int, int]], bool]:
         """Who computes which slots with which of its rows; and whether others still wait for their device."""
         there, waits = self.present(), False
@@ -297,7 +309,7 @@ class Fleet:
             if owner.name in tried[slot] or owner.node is None:
                 able = [member for member in there if member.name not in tried[slot]]
                 taker = able[slot % len(able)] if able else None
-                if patient and owner.node is None and not self._is_out(owner):
+                if self._is_awaited(owner, begun_s):
                     taker, waits = None, True
             if taker is not None:
                 slices.setdefault(taker.name, {})[slot] = (row - taker.first) % taker.rows
@@ -415,7 +427,7 @@ class Fleet:
         if member.node is not None:
             self._silent[member.node] = self.clock()
             self._met.discard(member.node)
-        member.node = None
+        member.node, member.lost_s = None, self.clock()
         member.silences += not in_time
         self.note(f"{member.name} does not answer")
 

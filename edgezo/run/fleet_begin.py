@@ -17,8 +17,6 @@ from edgezo.run.journal import create_journal
 from edgezo.run.record_recipe import journal_is_shaped
 from edgezo.run.session import header_of, open_request, settle
 
-BOOK = "devices.json"  # beside the journal: each device's first row and its rows
-
 
 def begin_fleet(cfg: RunConfig) -> Path:
     """Write the journal's header in ``cfg.out``, for the base and settings of a request; returns the directory.

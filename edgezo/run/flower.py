@@ -1,10 +1,7 @@
-"""A fleet over Flower (flwr): its messages travel as one bytes field of a ``ConfigRecord``.
+"""The server of a fleet over Flower (flwr): its messages travel as one bytes field of a ``ConfigRecord``.
 
-Flower starts a process of the ClientApp for each message, in both of its isolation modes (``flwr-clientapp`` of flwr
-1.42). Loading a model each time would take longer than a step, so the ClientApp is a relay: the model stays in a
-process that listens on a Unix socket (``scripts/fleet/device.py``), whose path is ``device`` in the node's
-configuration. The ServerApp is one process for the whole run. It needs ``directory`` in the run's configuration, which
-``scripts/fleet/begin.py`` has made, and takes the fields of ``Rules``.
+The ServerApp is one process for the whole run. It needs ``directory`` in the run's configuration, which
+``scripts/fleet/begin.py`` has made, and takes the fields of ``Rules``. The other side is flower_device.py.
 """
 
 from __future__ import annotations
@@ -14,22 +11,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from edgezo.errors import UsageError
 from edgezo.machine.clock import now_s
-from edgezo.machine.local_socket import ask
 from edgezo.run.directory import RunFiles
-from edgezo.run.fleet import Fleet, Rules
-from edgezo.run.fleet_begin import BOOK
+from edgezo.run.fleet import BOOK, Fleet, Rules
+from edgezo.run.flower_device import ORDER, REPORT, content, field
 from edgezo.run.journal import open_journal
 
-RECORD, ORDER, REPORT = "edgezo", "order", "report"  # names of the record, and of its one field
 PULL_EVERY_S, REST_S = 0.1, 1.0
 
-server_app, client_app = ServerApp(), ClientApp()
+server_app = ServerApp()
 
 
 class FlowerLinks:
@@ -46,7 +40,7 @@ class FlowerLinks:
         begun_s = now_s()
         # A message that is not taken by then is dropped, so that a node does not answer what nobody waits for.
         sent = [
-            Message(_record(ORDER, data), node, "query", ttl=max(1.0, wait_s))
+            Message(content(ORDER, data), node, "query", ttl=max(1.0, wait_s))
             for node, data in messages.items()
         ]
         waiting = {number for number in self.grid.push_messages(sent) if number}
@@ -54,7 +48,7 @@ class FlowerLinks:
         while waiting and now_s() - begun_s < wait_s:
             for message in self.grid.pull_messages(waiting):
                 waiting.discard(message.metadata.reply_to_message_id)
-                data = None if message.has_error() else _field(message.content, REPORT)
+                data = None if message.has_error() else field(message.content, REPORT)
                 if data is not None:
                     answers[message.metadata.src_node_id] = data
             if waiting:
@@ -81,24 +75,3 @@ def serve(grid: Grid, context: Context) -> None:
             f"{files.journal}: {journal.next_step} steps, {fleet.sent_bytes} bytes sent to devices, "
             f"{fleet.received_bytes} received"
         )
-
-
-@client_app.query()
-def losses(message: Message, context: Context) -> Message:
-    """The ClientApp: hand an order on to the device's process, and its report back. Raises EdgezoError."""
-    order = _field(message.content, ORDER)
-    if order is None:
-        raise UsageError(f"a message has no bytes {ORDER!r} in its record {RECORD!r}")
-    report = ask(Path(str(context.node_config["device"])), order)
-    return Message(_record(REPORT, report), reply_to=message)
-
-
-def _record(name: str, data: bytes) -> RecordDict:
-    return RecordDict({RECORD: ConfigRecord({name: data})})
-
-
-def _field(content: RecordDict, name: str) -> bytes | None:
-    """The bytes of a message; None where it has none."""
-    record = content.config_records.get(RECORD)
-    data = None if record is None else record.get(name)
-    return data if isinstance(data, bytes) else None

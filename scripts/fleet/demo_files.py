@@ -1,6 +1,6 @@
 """What scripts/fleet_demo.sh begins with: the bundled rows in four slices, and the settings of server and devices.
 
-    python scripts/fleet/demo_files.py FOLDER [--model MODEL] [--steps 6]
+    python scripts/fleet/demo_files.py FOLDER [--model MODEL] [--steps 6] [--devices 4]
 
 `--model tiny` makes a random model of the tests in place of a real one.
 """
@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--devices", type=int, default=len(NAMES))
     args = parser.parse_args()
     folder: Path = args.folder.resolve()
     folder.mkdir(parents=True)
@@ -35,8 +36,9 @@ def main() -> None:
         model = str(make_model(folder / "model", num_hidden_layers=2))
     lines = (EXAMPLE_FOLDER / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     validation = (EXAMPLE_FOLDER / "validation.jsonl").read_bytes()
-    size = -(-len(lines) // len(NAMES))
-    parts = {name: lines[i * size : (i + 1) * size] for i, name in enumerate(NAMES)}
+    names = NAMES[: args.devices]
+    size = -(-len(lines) // len(names))
+    parts = {name: lines[i * size : (i + 1) * size] for i, name in enumerate(names)}
     for name, part in {"all": lines, **parts}.items():
         (folder / "rows" / name).mkdir(parents=True)
         (folder / "rows" / name / "train.jsonl").write_text("".join(part), encoding="utf-8")
@@ -53,7 +55,7 @@ def main() -> None:
     alone = ("max_mem", "micro_batch")
     settings = {
         **{name: {**request, "data": str(folder / "rows" / "all")} for name in ("server", "one")},
-        **{n: {k: request[k] for k in alone} | {"data": str(folder / "rows" / n)} for n in NAMES},
+        **{n: {k: request[k] for k in alone} | {"data": str(folder / "rows" / n)} for n in names},
     }
     for name, values in settings.items():
         values["out"] = str(folder / name)

@@ -15,8 +15,8 @@ from conftest import Bench, write_rows
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.plan.request import make_config
 from edgezo.run.device import Device
-from edgezo.run.fleet import Fleet, Rules
-from edgezo.run.fleet_begin import BOOK, begin_fleet
+from edgezo.run.fleet import BOOK, Fleet, Rules
+from edgezo.run.fleet_begin import begin_fleet
 from edgezo.run.fleet_messages import NOTHING, DeviceReport, Order, Tally, read_order
 from edgezo.run.fleet_settings import free_settings, identity
 from edgezo.run.journal import open_journal
@@ -385,6 +385,49 @@ def test_a_server_that_is_started_again_goes_on_with_the_same_groups(
     wires = Wires({5 + i: d for i, d in enumerate(reversed(devices))})
     serve(other, wires)
     assert journal_of(other) == journal_of(begun)
+
+
+def test_a_device_that_dies_with_an_order_has_patience_to_come_back(
+    begun: Path, tmp_path: Path, bench: Bench, data: Path
+) -> None:
+    alike = alike_in(begun)
+    serve(begun, Wires({i: Row(name, alike) for i, name in enumerate(NAMES)}))
+    other = begin_fleet(make_config(request(bench, data, tmp_path / "2")))
+    devices = [Row(name, alike) for name in NAMES]
+    wires = Wires(dict(enumerate(devices)))
+
+    def dies(data: bytes) -> bytes | None:
+        if not read_order(data).slots:
+            return devices[1](data)
+        wires.ends[1] = lambda data: None  # its connection is still listed, and nothing answers
+        return None
+
+    def come_back() -> None:
+        if wires.passed_s > 70:  # patience is over once, by the order that nobody answered
+            wires.ends.pop(1, None)
+            wires.ends[9] = devices[1]
+
+    wires.ends[1], wires.before = dies, come_back
+    serve(other, wires)
+    assert 9 in wires.ends and journal_of(other) == journal_of(begun)
+
+
+def test_a_device_that_left_for_good_is_waited_for_in_few_steps(
+    tmp_path: Path, bench: Bench, data: Path
+) -> None:
+    begun = begin_fleet(make_config(request(bench, data, tmp_path / "long", steps=12)))
+    alike = alike_in(begun)
+    devices = [Row(name, alike) for name in NAMES]
+    wires = Wires(dict(enumerate(devices)))
+
+    def leave() -> None:
+        if len(devices[0].records) == 1:
+            wires.ends.pop(3, None)
+
+    wires.before = leave
+    serve(begun, wires)
+    assert all(np.isfinite(losses).all() for losses in losses_of(begun))
+    assert 60 <= wires.passed_s < 4 * 60
 
 
 def test_a_newcomer_gets_the_records_it_lacks_and_rows_of_its_own(begun: Path) -> None:

@@ -17,6 +17,7 @@ from edgezo.machine.local_socket import listen
 REASON = "pip install 'edgezo[flower]' brings it"
 flwr: Any = pytest.importorskip("flwr.app", reason=REASON)
 flower: Any = pytest.importorskip("edgezo.run.flower", reason=REASON)
+flower_device: Any = pytest.importorskip("edgezo.run.flower_device", reason=REASON)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,7 +40,7 @@ class Grid:
                 answer = flwr.Message(flwr.Error(code=1, reason="broken"), reply_to=message)
             else:
                 context: Any = type("C", (), {"node_config": {"device": str(self.sockets[node])}})
-                answer = flower.losses(message, context)
+                answer = flower_device.losses(message, context)
             self.answers.append(answer)
         return [f"m{message.metadata.dst_node_id}" for message in messages]
 
