@@ -308,7 +308,8 @@ def _describe(error: BaseException) -> tuple[int, str, Mapping[str, Any]]:
 _TORCH_PACKAGES = ("torch", "transformers", "accelerate", "optimum", "safetensors", "gguf", "onnx")
 _NO_TORCH = (
     "this command runs on PyTorch, which is not installed with what goes with it. pip install 'edgezo[torch]' brings "
-    "them. Without them, --engine onnx trains and evaluates what export --trainable wrote (docs/engines.md)."
+    "them. Without them, --engine onnx trains what export --trainable wrote, and such runs are evaluated, asked and "
+    "replayed (docs/engines.md)."
 )
 
 

@@ -26,7 +26,7 @@ from edgezo.cli.options import (
 from edgezo.errors import UsageError
 
 if TYPE_CHECKING:
-    from edgezo.run.predict import Predictor
+    from edgezo.run.predictor import Predictor
 
 # Settings of a use: how a plain model is asked, and what it takes.
 ASKING = ("task", "template", "labels", "label_field", "max_length", "max_new_tokens")
@@ -106,7 +106,7 @@ def predict(
             temporary = at_end.enter_context(atomic_path(Path(out), lock=True))
             with temporary.open("x", encoding="utf-8", newline="") as file:
                 _write(predictions, form, file)
-    result = {**_figures(used), **meter.summary(), **used.memory.figures()}
+    result = {**_figures(used), **meter.summary(), **used.model.figures()}
     if as_json:
         echo_json({**result, **({"out": out} if out else {"predictions": kept})})
     else:
@@ -203,9 +203,11 @@ def apply(shipped: str, base: str, out: str, as_json: bool) -> None:
 @json_option
 def replay(run: str, out: str, base: str | None, as_json: bool) -> None:
     """Rebuild a fine-tuned model from its base and its journal, without data or forward passes."""
-    from edgezo.run.onnx_use import replay_on_onnx, replays_on_onnx
+    from edgezo.run.places import uses_graphs
 
-    if replays_on_onnx(Path(run), base):
+    if uses_graphs(Path(run), base):
+        from edgezo.run.onnx_use import replay_on_onnx
+
         result = replay_on_onnx(Path(run), Path(out), base)
     else:
         from edgezo.run.evaluate import replay as run_replay

@@ -9,7 +9,6 @@ line with its text, where the assistant's turns are in it, and what of it the te
 from __future__ import annotations
 
 import datetime
-import inspect
 import json
 import signal
 import sys
@@ -18,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from edgezo.data.chat_spans import MARKERS, Message, Render, renamed, spans, text_of
+from edgezo.data.chat_template import RESERVED, JinjaTemplate
 from edgezo.machine.children import address_space_bytes, limit_memory
 from edgezo.machine.foreign import clip
 
@@ -75,32 +75,18 @@ def mean_cpu_s(size: int, turns: int) -> float:
 
 
 class ChatTemplate:
-    """A chat template: ``apply_chat_template`` of transformers, without the rest of a tokenizer."""
+    """A chat template, and what a conversation's text is asked for beside the text."""
 
     def __init__(self, settings: dict[str, Any]):
-        try:
-            from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-        except ImportError as problem:
-            raise ImportError(
-                f"chat templates are rendered by transformers, which is not installed here ({problem}). Write the rows "
-                "as prompt and completion, or pip install 'edgezo[torch]'."
-            ) from problem
-        parts = {
-            "chat_template": settings["template"],
-            "special_tokens_map": settings["special_tokens"],
-            "__init__": lambda self: None,
-        }
-        self._apply = type("Templates", (PreTrainedTokenizerBase,), parts)().apply_chat_template
-        self._reserved = set(inspect.signature(self._apply).parameters) - {"tools", "documents"}
+        self._jinja = JinjaTemplate(settings["template"], settings["special_tokens"])
         self._tokens: Sequence[str] = settings.get("tokens", ())
         self._joint: str | None = None
-        self.dated = False
         if settings.get("now"):
-            self._stop_the_clock(datetime.datetime.fromisoformat(settings["now"]))
+            self._jinja.now = datetime.datetime.fromisoformat(settings["now"])
 
     def render(self, messages: Sequence[Message], **options: Any) -> str:
         """The text of messages. ``options``: tools, add_generation_prompt, and other variables of the template."""
-        return str(self._apply(list(messages), tokenize=False, **options))
+        return self._jinja.render(messages, **options)
 
     def _joined(self, message: Message) -> Message:
         """The message with its content as one text: parts are joined as the template joins them."""
@@ -126,7 +112,7 @@ class ChatTemplate:
 
     def answer(self, asked: dict[str, Any], size: int) -> dict[str, Any]:
         """The answer to a conversation that took ``size`` characters."""
-        variables = {k: v for k, v in asked["variables"].items() if k not in self._reserved}
+        variables = {k: v for k, v in asked["variables"].items() if k not in RESERVED}
 
         def render(messages: Sequence[Message], **options: Any) -> str:
             return self.render(messages, **variables, **options)
@@ -151,7 +137,7 @@ class ChatTemplate:
                 "".join(messages[i].get("content", "").split()) not in written
                 for i in asked["learned"]
             ),
-            "dated": self.dated,
+            "dated": self._jinja.dated,
         }
 
     def _unused_variables(
@@ -159,23 +145,9 @@ class ChatTemplate:
     ) -> Iterator[str]:
         """The variables of a row (tools, for example) without which the template writes the same."""
         for name in variables:
-            without = {k: v for k, v in variables.items() if k not in {name, *self._reserved}}
-            if name in self._reserved or text_of(self.render, messages, **without) == text:
+            without = {k: v for k, v in variables.items() if k not in {name, *RESERVED}}
+            if name in RESERVED or text_of(self.render, messages, **without) == text:
                 yield name
-
-    def _stop_the_clock(self, now: datetime.datetime) -> None:
-        """Let templates find this time, whenever they are rendered, and note that one has asked for it."""
-        from transformers.utils import chat_template_utils
-
-        template = self
-
-        class Stopped(datetime.datetime):
-            @classmethod
-            def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:  # type: ignore[override]
-                template.dated = True
-                return now
-
-        chat_template_utils.datetime = Stopped  # type: ignore[misc]
 
 
 def _first_that_renders(

@@ -42,6 +42,7 @@ PASS_TOKENS = 1024
 PASS_SHARE = (
     1 / 3
 )  # of the time that --for gives a run: rows may take so much of it to pass the frozen blocks
+WRITING_TOKENS = 256  # of prompts that pass at once before a model writes, on the ONNX engine
 EVAL_TOKENS = 512  # packed tokens of an evaluation batch, unless one example is longer
 # Blocks that a linear probe averages. One alone is up to 3 points worse, and its choice is noisy
 # (benchmarks/log/2026-11-23-which-blocks-should-a-linear-probe-read.md).

@@ -182,8 +182,8 @@ class OnnxModel:
             states = np.concatenate([states] * sides)
         rows = PaddedRows.of(batch.lengths * sides, batch.trees * sides)
         taken: dict[int, np.ndarray] = {}
-        perturbing = _Perturbing.of(batch, probe, sides)
-        turns = self._turns(rows)
+        perturbing = Perturbing.of(batch, probe, sides)
+        turns = self.turns(rows.positions)
         for number in range(self.first_trained, self.last_block + 1):
             states = self._block(number, states, rows, turns, perturbing)
             if number in taps:
@@ -198,18 +198,26 @@ class OnnxModel:
 
     def below(self, batch: PackedRows, *, keep: bool = True) -> np.ndarray:
         """``states_at_cut`` by running what is below. ``keep``: its graphs stay in memory."""
-        ids, table = self._table_rows("table", batch.ids)
-        states = self.sessions.run("embed.onnx", {"input_ids": ids, **table}, keep=keep)
+        states = self.embedded(batch.ids, keep=keep)
         rows = PaddedRows.of(batch.lengths, batch.trees)
-        turns, plain = self._turns(rows), _Perturbing.of(batch, None, 1)
+        turns, plain = self.turns(rows.positions), Perturbing.of(batch, None, 1)
         for number in range(self.first_trained):
             states = self._block(number, states, rows, turns, plain, keep=keep)
         return states
 
-    def _turns(self, rows: PaddedRows) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
-        """Cosine and sine (1 or rows, 1, s, rotated) fp32 of the positions, by kind."""
+    def embedded(self, ids: np.ndarray, *, keep: bool = True) -> np.ndarray:
+        """The states (n, hidden) of tokens (n,) before the first block."""
+        places, table = self._table_rows("table", ids)
+        return self.sessions.run("embed.onnx", {"input_ids": places, **table}, keep=keep)
+
+    def vocabulary_logits(self, states: np.ndarray) -> np.ndarray:
+        """Logits (n, vocabulary) fp32 of states (n, hidden) behind the last block."""
+        return self.scorer.logits(self._ended(states, np.arange(len(states))))
+
+    def turns(self, positions: np.ndarray) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
+        """Cosine and sine (1 or rows, 1, s, rotated) fp32 of positions (1 or rows, s), by kind."""
         turns = {}
-        at = rows.positions.astype(np.float32)[:, None, :, None]
+        at = positions.astype(np.float32)[:, None, :, None]
         for kind, of_kind in self.manifest.rotary.items():
             inverse = np.array(of_kind["inverse"], np.float32)
             angles = at * np.concatenate([inverse, inverse])
@@ -223,7 +231,7 @@ class OnnxModel:
         states: np.ndarray,
         rows: PaddedRows,
         turns: Mapping[str, tuple[np.ndarray, np.ndarray]],
-        perturbing: _Perturbing,
+        perturbing: Perturbing,
         *,
         keep: bool = True,
     ) -> np.ndarray:
@@ -236,10 +244,17 @@ class OnnxModel:
             "seen": rows.within(block.window),
             "padded": rows.padded,
             "packed": rows.packed,
-            **self._weights_of(number, keep),
-            **self._trained_inputs(number, block, perturbing),
+            **self.inputs_of(number, perturbing, keep=keep),
         }
         return self.sessions.run(block.file, inputs)
+
+    def inputs_of(
+        self, number: int, perturbing: Perturbing, *, keep: bool = True
+    ) -> dict[str, np.ndarray]:
+        """The inputs of a block that are its weights, what is trained in it, and how that is perturbed."""
+        block = self.manifest.blocks[number]
+        trained = self._trained_inputs(number, block, perturbing)
+        return {**self._weights_of(number, keep), **trained}
 
     def _weights_of(self, number: int, keep: bool) -> Mapping[str, np.ndarray]:
         """The frozen weights of a block, mapped from their file. ``keep``: they stay mapped for the next call."""
@@ -263,7 +278,7 @@ class OnnxModel:
         self.sessions.drop(["end.onnx", "head.onnx"])
 
     def _trained_inputs(
-        self, number: int, block: BlockGraph, perturbing: _Perturbing
+        self, number: int, block: BlockGraph, perturbing: Perturbing
     ) -> dict[str, np.ndarray]:
         """What is trained in a block, and how it is perturbed."""
         trained = number in self.factors.values
@@ -300,7 +315,7 @@ class OnnxModel:
         return self.sessions.run("head.onnx", {"ended": ended})
 
 
-class _Perturbing(NamedTuple):
+class Perturbing(NamedTuple):
     """Which example each token belongs to, on which side."""
 
     probe: PlainProbe | None
@@ -309,12 +324,18 @@ class _Perturbing(NamedTuple):
     by_example: np.ndarray  # (n, b) fp32: c in the column of a token's example
 
     @staticmethod
-    def of(batch: PackedRows, probe: PlainProbe | None, sides: int) -> _Perturbing:
+    def nothing(tokens: int) -> Perturbing:
+        """Of so many tokens that are not perturbed."""
+        example = np.zeros(tokens, np.int64)
+        return Perturbing(None, (0,), example, np.zeros((0, 0), np.float32))
+
+    @staticmethod
+    def of(batch: PackedRows, probe: PlainProbe | None, sides: int) -> Perturbing:
         one = np.repeat(batch.row_example, np.array(batch.lengths))
         example = np.concatenate([one] * sides)
         if probe is None:
-            return _Perturbing(None, batch.slots, example, np.zeros((0, 0), np.float32))
+            return Perturbing(None, batch.slots, example, np.zeros((0, 0), np.float32))
         side = np.repeat(np.array([probe.sigma, -probe.sigma], np.float32), len(one))
         by_example = np.zeros((len(example), len(batch.slots)), np.float32)
         by_example[np.arange(len(example)), example] = side
-        return _Perturbing(probe, batch.slots, example, by_example)
+        return Perturbing(probe, batch.slots, example, by_example)

@@ -359,13 +359,13 @@ class Decoder:
         if not self.classic:
             query, key = self.rotate(query, kind), self.rotate(key, kind)
         if self.cached:
-            names = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
+            past, present = self.kept_names(layer)
             key, value = (
                 g.op("Concat", name, new, axis=2)
-                for name, new in zip(names, (key, value), strict=True)
+                for name, new in zip(past, (key, value), strict=True)
             )
-            for part, made in (("key", key), ("value", value)):
-                g.nodes.append(helper.make_node("Identity", [made], [f"present.{layer}.{part}"]))
+            for made, name in zip((key, value), present, strict=True):
+                g.nodes.append(helper.make_node("Identity", [made], [name]))
         if self.kv_heads != self.heads:
             key, value = self.repeated(key), self.repeated(value)
         scores = g.op("MatMul", query, g.op("Transpose", key, perm=[0, 1, 3, 2]))
@@ -379,6 +379,12 @@ class Decoder:
         y = self.tokens(str(g.op("Reshape", y, g.const([-1, self.heads * self.width]))))
         out = {"gpt2": "c_proj", "opt": "out_proj"}.get(c.model_type, "o_proj")
         return self.linear(str(y), f"{at}.{out}")
+
+    def kept_names(self, layer: int) -> tuple[Sequence[str], Sequence[str]]:
+        """The inputs with keys and values of the tokens before, and the outputs with those of all tokens."""
+        parts = ("key", "value")
+        past = [f"past_key_values.{layer}.{part}" for part in parts]
+        return past, [f"present.{layer}.{part}" for part in parts]
 
     def tokens(self, y: str) -> str:
         """What attention gives the tokens, (n, width) again, of its rows (b*s, width)."""

@@ -49,6 +49,7 @@ class BlockGraph(NamedTuple):
     linears: tuple[TrainedLinear, ...]
     kind: str  # of rotary positions
     window: int  # tokens that attention looks back; 0: all
+    writing: str  # the file of its graph for writing; "" in exports from before there was one
 
 
 class TableOfRows(NamedTuple):
@@ -82,6 +83,7 @@ class Manifest:
                 tuple(TrainedLinear(str(n), int(r), int(c)) for n, r, c in block["linears"]),
                 str(block["kind"]),
                 int(block["window"]),
+                str(block.get("writing", "")),
             )
             for block in self.values["blocks"]
         )
@@ -172,7 +174,8 @@ def _check_values(manifest: Manifest) -> None:
     if len(blocks) != shape.layers:
         raise ValueError(f"it has {len(blocks)} blocks of {shape.layers}")
     names = list(manifest.values["files"])
-    used = [*(name for block in blocks for name in (block.file, block.data)), *_fixed_files()]
+    of_blocks = (name for block in blocks for name in (block.file, block.data, block.writing))
+    used = [*filter(None, of_blocks), *_fixed_files()]
     missing = [name for name in used if name not in names]
     if missing or any(Path(name).name != name for name in names):
         raise ValueError(f"files are missing or elsewhere: {', '.join(missing or names)[:200]}")

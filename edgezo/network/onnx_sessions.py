@@ -69,16 +69,22 @@ class Sessions:
 
     def run(self, name: str, inputs: Mapping[str, np.ndarray], *, keep: bool = True) -> np.ndarray:
         """The result of a graph. ``keep``: the graph stays in memory for the next call."""
+        return self.run_all(name, inputs, keep=keep)[0]
+
+    def run_all(
+        self, name: str, inputs: Mapping[str, np.ndarray], *, keep: bool = True
+    ) -> list[np.ndarray]:
+        """All results of a graph."""
         session = self.kept.get(name)
         if session is None:
             session = self._open(name)
             if keep:
                 self.kept[name] = session
         try:
-            result: np.ndarray = session.run(None, dict(inputs))[0]
+            results: list[np.ndarray] = session.run(None, dict(inputs))
         except Exception as problem:  # onnxruntime raises a type for each status
             raise _refusal(name, self.provider, problem) from problem
-        return result
+        return results
 
     def drop(self, names: Sequence[str] | None = None) -> None:
         """Release graphs (None: all)."""

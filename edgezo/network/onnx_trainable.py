@@ -21,11 +21,15 @@ rows, 1, s, rotated) turn the places. A linear then computes, as network/perturb
     by_example (n, b) fp32      c in the column of a token's example, 0 elsewhere; example (n,) int64 that column
 
 so rank, seed, batch and sigma are free, and the graph holds frozen weights alone.
+
+A block has a second graph for writing, over the same weights (block-writing-N.onnx): tokens see those before them by
+the inputs past_key and past_value (rows, kv heads, p, head_dim), ``seen`` is (rows, 1, s, p+s), and the outputs key and
+value (rows, kv heads, p+s, head_dim) are what the next tokens see.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,8 +77,8 @@ def check_trainable(module: Any) -> None:
 class TrainableDecoder(Decoder):
     """The parts of a decoder in graphs of their own. ``linears`` are those of the graph that is being written."""
 
-    def __init__(self, graph: Graph, module: Any):
-        super().__init__(graph, module, cached=False)
+    def __init__(self, graph: Graph, module: Any, cached: bool = False):
+        super().__init__(graph, module, cached=cached)
         self.linears: list[Linear] = []
 
     # -- graphs -------------------------------------------------------------------------------------------
@@ -91,7 +95,7 @@ class TrainableDecoder(Decoder):
         g.inputs = [
             _input("states", _FLOAT, ["n", width]),
             *(_input(name, _FLOAT, ["turns", 1, "s", "rotated"]) for name in ("cosine", "sine")),
-            _input("seen", _BOOL, ["rows", 1, "s", "s"]),
+            _input("seen", _BOOL, ["rows", 1, "s", "all" if self.cached else "s"]),
             _input("padded", _INT64, ["places"]),
             _input("packed", _INT64, ["n"]),
             _input("factors", _FLOAT, ["R", "rank"]),
@@ -102,14 +106,21 @@ class TrainableDecoder(Decoder):
             _input("by_example", _FLOAT, ["n", "b"]),
             _input("example", _INT64, ["n"]),
         ]
+        past, present = self.kept_names(layer)
+        if self.cached:
+            kept = ["rows", self.kv_heads, "p", self.width]
+            g.inputs += [_input(name, _FLOAT, kept) for name in past]
         shape = g.op("Shape", "seen")
-        self.batch, self.length = (g.op("Gather", shape, g.const([i])) for i in (0, 3))
+        self.batch, self.length = (g.op("Gather", shape, g.const([i])) for i in (0, 2))
         zero, least = g.const(0.0, np.float32), g.const(-3e38, np.float32)
         self._mask = str(g.op("Where", "seen", zero, least))
         self._taken = str(g.op("Gather", "col_signs", "example", axis=0))  # (n, L, k)
         self._rows = self._cols = 0
         self.linears = []
         self.put_out(self.block("states", layer), "out", ["n", width])
+        if self.cached:
+            kept = ["rows", self.kv_heads, "all", self.width]
+            g.outputs += [_input(name, _FLOAT, kept) for name in present]
 
     def end_graph(self) -> None:
         """states at the places that are read -> what the head reads."""
@@ -173,6 +184,9 @@ class TrainableDecoder(Decoder):
         right = g.op("Concat", part("factors", self._rows, rows, 0), signs, axis=1)
         self._rows, self._cols = self._rows + rows, self._cols + cols
         return str(g.op("Gemm", left, right, base, transB=1))
+
+    def kept_names(self, layer: int) -> tuple[Sequence[str], Sequence[str]]:
+        return ("past_key", "past_value"), ("key", "value")
 
     def split(self, x: str, heads: int) -> str:
         return super().split(str(self.g.op("Gather", x, "padded", axis=0)), heads)

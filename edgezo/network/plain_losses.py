@@ -129,6 +129,10 @@ class PlainScorer:
             return self._word_logits(ended)
         return -option_means(self._nll(ended, batch, 1, 0.0), batch, 1)[0]
 
+    def logits(self, ended: np.ndarray) -> np.ndarray:
+        """Logits (p, vocabulary) fp32 of the states (p, hidden) that the head reads."""
+        return np.concatenate([logits for _, logits in self._pieces(ended)])
+
     def _word_logits(self, ended: np.ndarray) -> np.ndarray:
         if self._rows is None:
             self._rows = self.word_rows()

@@ -104,6 +104,7 @@ class PlainFit(NamedTuple):
     """A linear probe fitted to rows, and how well fits to the other rows predict each row."""
 
     weights: PlainReadoutWeights
+    ridges: tuple[float, ...]  # of its blocks
     accuracy: float
     loss: float
 
@@ -168,14 +169,29 @@ def fit_readout(
     single: bool = False,
 ) -> PlainFit:
     """The linear probe from the best of ``blocks``; ``states(i)`` reads those of ``blocks[i]`` anew, (n, hidden)."""
+    return best_blocks(
+        lambda number: fit_states(states(number), labels, classes, single), blocks, labels, single
+    )
+
+
+def best_blocks(
+    fitted: Callable[[int], PlainBlockFit],
+    blocks: Sequence[int],
+    labels: np.ndarray,
+    single: bool,
+) -> PlainFit:
+    """The linear probe from the best of ``blocks``, or with ``single`` from the best one; of any engine.
+
+    ``fitted(i)`` solves the problem of ``blocks[i]`` for labels (n,).
+    """
     best: dict[int, PlainBlockFit] = {}
     for number, block in enumerate(blocks):
-        best[block] = fit_states(states(number), labels, classes, single)
+        best[block] = fitted(number)
         ordered = sorted(best.items(), key=lambda item: (item[1].error, item[0]))
         best = dict(ordered[: 1 if single else READOUT_BLOCKS])
     best = dict(sorted(best.items()))
     fits = list(best.values())
-    scores = np.stack([fitted.held_out for fitted in fits]).mean(0)
+    scores = np.stack([one.held_out for one in fits]).mean(0)
 
     def loss_at(factor: float) -> float:
         return float(cross_entropies(scores * np.float32(factor), labels).mean())
@@ -184,8 +200,8 @@ def fit_readout(
     scale = np.float32(factor / len(fits))
     weights = PlainReadoutWeights(
         tuple(best),
-        np.stack([fitted.weight for fitted in fits]) * scale,
-        np.stack([fitted.bias for fitted in fits]).sum(0) * scale,
+        np.stack([one.weight for one in fits]) * scale,
+        np.stack([one.bias for one in fits]).sum(0) * scale,
     )
     accuracy = float((scores.argmax(1) == labels).mean())
-    return PlainFit(weights, accuracy, loss_at(factor))
+    return PlainFit(weights, tuple(one.ridge for one in fits), accuracy, loss_at(factor))

@@ -31,25 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgezo.machine.limits import READOUT_BLOCKS
-from edgezo.network.plain_readout import (
-    FACTORS,
-    LEAST_SPREAD,
-    LOWEST_SHARE,
-    RIDGES,
-)
-from edgezo.network.plain_readout import (
-    LEAST_ROWS as LEAST_ROWS,
-)
-from edgezo.network.state_file import DamagedRow as DamagedRow
+from edgezo.network.plain_readout import LEAST_SPREAD, RIDGES, PlainBlockFit, best_blocks
 from edgezo.network.state_file import PlainStateFile
 
 TILE_ROWS = 256
-
-
-def candidates(layers: int, first: int = 0) -> tuple[int, ...]:
-    """The blocks whose states are tried, of a model with ``layers`` blocks of which those from ``first`` on run."""
-    return tuple(range(max(int(layers * LOWEST_SHARE), first), layers))
 
 
 @dataclass(frozen=True)
@@ -274,21 +259,13 @@ def fit(
 
     ``states(i)`` reads those of ``blocks[i]`` anew, (n, hidden) fp32: they are overwritten.
     """
-    best: dict[int, BlockFit] = {}
-    for number, block in enumerate(blocks):
-        best[block] = fit_block(states(number), labels, classes, single)
-        ordered = sorted(best.items(), key=lambda item: (item[1].error, item[0]))
-        best = dict(ordered[: 1 if single else READOUT_BLOCKS])
-    best = dict(sorted(best.items()))
-    fits = list(best.values())
-    scores = torch.stack([block_fit.held_out for block_fit in fits]).mean(0)
-    factor = min(FACTORS, key=lambda f: float(F.cross_entropy(scores * f, labels)))
-    scale = factor / len(fits)
-    readout = ReadoutWeights(
-        tuple(best),
-        torch.stack([block_fit.weight for block_fit in fits]) * scale,
-        torch.stack([block_fit.bias for block_fit in fits]).sum(0) * scale,
-    )
-    accuracy = float((scores.argmax(1) == labels).double().mean())
-    loss = float(F.cross_entropy(scores * factor, labels))
-    return Fitted(readout, tuple(block_fit.ridge for block_fit in fits), accuracy, loss)
+
+    def fitted(number: int) -> PlainBlockFit:
+        made = fit_block(states(number), labels, classes, single)
+        parts = (made.weight.numpy(), made.bias.numpy(), made.held_out.numpy())
+        return PlainBlockFit(made.error, made.ridge, *parts)
+
+    best = best_blocks(fitted, blocks, labels.numpy(), single)
+    weight, bias = (torch.from_numpy(part) for part in (best.weights.weight, best.weights.bias))
+    readout = ReadoutWeights(best.weights.blocks, weight, bias)
+    return Fitted(readout, best.ridges, best.accuracy, best.loss)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from edgezo.errors import UsageError
+
+_BITS = 53  # of a random number in [0, 1)
 
 
 class Sampler:
@@ -21,17 +22,22 @@ class Sampler:
         if not 0 < top_p <= 1:
             raise UsageError(f"--top-p {top_p} is not above 0 and at most 1")
         self.temperature, self.top_p = temperature, top_p
-        self._generator = torch.Generator().manual_seed(seed)
+        # Raw bits: numpy may change what it makes of them, but not these.
+        self._bits = np.random.Philox(key=seed % 2**64)
 
-    def __call__(self, logits: Tensor) -> Tensor:
+    def __call__(self, logits: np.ndarray) -> np.ndarray:
         """Tokens (n,) int64 of logits (n, vocabulary) fp32, one for each row."""
-        ordered, tokens = (logits / self.temperature).sort(stable=True, dim=-1, descending=True)
-        probabilities = torch.softmax(ordered, -1)
-        before = probabilities.cumsum(-1) - probabilities
-        kept = probabilities.masked_fill(before >= self.top_p, 0.0)
-        kept[:, 0] = probabilities[:, 0]
-        place = torch.multinomial(kept, 1, generator=self._generator)
-        return tokens.gather(-1, place)[:, 0]
+        order = np.argsort(-logits, axis=-1, kind="stable")
+        ordered = np.take_along_axis(logits, order, -1).astype(np.float64) / self.temperature
+        shares = np.exp(ordered - ordered[:, :1])
+        shares /= shares.sum(-1, keepdims=True)
+        kept = shares.cumsum(-1) - shares < self.top_p
+        kept[:, 0] = True
+        until = np.where(kept, shares, 0).cumsum(-1)
+        drawn = (self._bits.random_raw(len(logits)) >> np.uint64(64 - _BITS)) / 2.0**_BITS
+        place = (until <= (drawn * until[:, -1])[:, None]).sum(-1)
+        place = np.minimum(place, kept.sum(-1) - 1)
+        return np.asarray(order[np.arange(len(order)), place], np.int64)
 
     @staticmethod
     def of(temperature: float, top_p: float, seed: int) -> Sampler | None:

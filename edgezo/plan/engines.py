@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from edgezo.errors import UsageError
 from edgezo.plan.config import RunConfig
 from edgezo.plan.conflicts import train_option
 from edgezo.plan.data_fields import LOSS
@@ -24,6 +27,18 @@ def engine_conflicts(cfg: RunConfig) -> list[str]:
             if getattr(cfg, name) != "cpu"
         ]
     return list(messages(OF_ONNX, cfg))
+
+
+def on_graphs(cfg: RunConfig) -> RunConfig:
+    """The settings of a run of any engine for its use on ONNX Runtime; ``cfg.model`` are the graphs.
+
+    Raises UsageError for a run that this engine has no place for.
+    """
+    cfg = replace(cfg, engine="onnx", precision=None, device="auto", residency=None)
+    cfg = replace(cfg, profile=False, log_to="none", objective=LOSS)
+    if problems := engine_conflicts(cfg):
+        raise UsageError(problems)
+    return cfg
 
 
 def _other_parts(cfg: RunConfig) -> str:

@@ -8,11 +8,11 @@ expanded a matrix at a time. Coefficients that are "calibrated" are set against 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from edgezo.data.token_stats import TokenStats
-from edgezo.machine.limits import EVAL_TOKENS, GUARD_MARGIN_BYTES, MB, PASS_TOKENS
+from edgezo.machine.limits import EVAL_TOKENS, GUARD_MARGIN_BYTES, MB, PASS_TOKENS, WRITING_TOKENS
 from edgezo.plan.budget import default_budget, mb
 from edgezo.plan.calibration import ACTIVATIONS, RESERVE, Item, needed_bytes
 from edgezo.plan.config import Batched, RunConfig
@@ -67,6 +67,9 @@ class OnnxFootprint:
     tokens: TokenStats
     base_bytes: int
     read_peak_bytes: int = 0
+    trains: bool = True
+    # Tokens whose keys and values are kept while the model writes.
+    kept_tokens: int = 0
 
     @property
     def first(self) -> int:
@@ -113,12 +116,20 @@ class OnnxFootprint:
                 "one frozen block at a time, while rows pass it",
                 "pass",
             )
-            yield from self._activations(PASS_TOKENS, max(1, PASS_TOKENS // self._longest), "pass")
+            rows = max(1, PASS_TOKENS // self._longest)
+            yield from self._activations(PASS_TOKENS, rows * self._longest**2, "pass")
         yield from self._trained()
         sides = cfg.planned_sides
-        tokens = sides * self.tokens.at_once(micro_batch, None)
+        passing, longest = sides * self.tokens.at_once(micro_batch, None), self._longest
         evaluated = self.tokens.evaluated_at_once(EVAL_TOKENS)
-        yield from self._activations(max(tokens, evaluated), sides * micro_batch, "forward")
+        pairs = sides * micro_batch * longest**2
+        if not self.trains:
+            passing, pairs = 0, max(1, evaluated // longest) * longest**2
+        if self.kept_tokens:  # prompts pass some tokens at a time
+            passing, evaluated = 0, WRITING_TOKENS
+            pairs = WRITING_TOKENS * (longest + self.tokens.written)
+        yield from self._activations(max(passing, evaluated), pairs, "forward")
+        yield from self._writing()
         yield from self._scoring()
         yield Item("slack", SLACK_BYTES, "freed memory that stays in the heap")
         yield Item("margin", GUARD_MARGIN_BYTES, "what the guard keeps free", RESERVE)
@@ -127,18 +138,21 @@ class OnnxFootprint:
     def _longest(self) -> int:
         return max(self.tokens.tokens[0], self.tokens.evaluated, 1)
 
-    def _activations(self, tokens: int, rows: int, phase: str) -> Iterator[Item]:
-        """What a forward over so many tokens takes; of one block, since they run one after the other."""
+    def _activations(self, tokens: int, pairs: int, phase: str) -> Iterator[Item]:
+        """What a forward over so many tokens takes; of one block, since they run one after the other.
+
+        ``pairs``: a token and one that it may see, of all rows with their padding.
+        """
         shape = self.sizes.shape
         heads = shape.heads * shape.head_dim + 2 * shape.kv_heads * shape.head_dim
         each = HIDDEN_COPIES * shape.hidden + max(
             MLP_COPIES * shape.intermediate, QUERY_COPIES * heads
         )
-        scores = PADDED_SCORE_COPIES * rows * shape.heads * self._longest**2
+        scores = PADDED_SCORE_COPIES * shape.heads * pairs
         yield Item(
             ACTIVATIONS,
             4 * (tokens * each + scores),
-            f"{tokens:,} tokens of {rows} rows in fp32, one block at a time",
+            f"{tokens:,} tokens in fp32, one block at a time",
             phase,
         )
         if self.sizes.precision == "int8":
@@ -160,7 +174,9 @@ class OnnxFootprint:
             )
             yield Item(
                 "directions",
-                max(sizes.factor_rows) * (2 * cfg.batch_size + 4 * (cfg.rank + cfg.batch_size)),
+                self.trains
+                * max(sizes.factor_rows)
+                * (2 * cfg.batch_size + 4 * (cfg.rank + cfg.batch_size)),
                 "sign vectors of one block, and what its graph makes of them",
                 "forward",
             )
@@ -171,12 +187,19 @@ class OnnxFootprint:
             yield Item(
                 "exact head", 4 * LEARNED_HEAD_COPIES * size, "change, gradient, moments, fp32"
             )
-        if fitted := cfg.readout_rows(self.tokens.examples):
+        if self.trains and (fitted := cfg.readout_rows(self.tokens.examples)):
             hidden = sizes.shape.hidden
             fit = FIT_COPIES * fitted * hidden + GRAM_COPIES * min(fitted, hidden) ** 2
             yield Item(
                 "linear probe's fit", 4 * fit, f"states of {fitted:,} rows of a block", "fit"
             )
+
+    def _writing(self) -> Iterator[Item]:
+        """What a model keeps while it writes; a block's is there twice while it grows by a token."""
+        shape, kept = self.sizes.shape, self.kept_tokens
+        block = 8 * kept * shape.kv_heads * shape.head_dim
+        count = f"of {kept:,} tokens in fp32, by which the tokens that follow see them"
+        yield Item("keys and values", (shape.layers + 2) * block, count, "forward")
 
     def _scoring(self) -> Iterator[Item]:
         if self.tokens.label_words:
@@ -194,20 +217,30 @@ def make_onnx_plan(
     machine: Machine,
     base_bytes: int,
     read_peak_bytes: int = 0,
+    *,
+    trains: bool = True,
 ) -> Plan:
-    """The plan of a request. Raises PlanDoesNotFit with the smallest budget that would work."""
+    """The plan of a request; without ``trains`` one that evaluates or answers.
+
+    Raises PlanDoesNotFit with the smallest budget that would work.
+    """
     batch = cfg.batch_size or max(DEFAULT_BATCH, cfg.micro_batch or 1)
     states = cfg.states
     if cfg.blocks != "all" and states is None:
         # A linear probe reads prompts alone, which are other rows than those with several label words behind them.
         states = "none" if tokens.long_words and cfg.parts.readout else "bf16"
     settled = Batched.of(cfg, batch_size=batch, states=states)
-    footprint = OnnxFootprint(sizes, settled, tokens, base_bytes, read_peak_bytes)
+    footprint = OnnxFootprint(sizes, settled, tokens, base_bytes, read_peak_bytes, trains)
     cap, reason = (
         (cfg.max_mem_bytes, "as given")
         if cfg.max_mem_bytes is not None
         else default_budget(machine)
     )
+    if tokens.written:
+        # Rows that write at once; one alone where the cap has no room for more.
+        room = tokens.evaluated_prompt + tokens.written
+        least, most = (replace(footprint, kept_tokens=n) for n in (room, max(room, EVAL_TOKENS)))
+        footprint = most if needed_bytes(most.items(batch)) <= cap else least
     choices = [cfg.micro_batch] if cfg.micro_batch is not None else _halves(batch)
     needs = {micro: needed_bytes(footprint.items(micro)) for micro in choices}
     fitting = next((micro for micro in choices if needs[micro] <= cap), None)
@@ -283,6 +316,7 @@ def _onnx_plan(
         evaluations=tokens.evaluations,
         pass_row_s=_pass_row_s(footprint, machine),
         blocks=cfg.blocks,
+        kept_tokens=footprint.kept_tokens,
         states=cfg.states,
         state_rows=cfg.state_rows,
         first_trained=footprint.first,

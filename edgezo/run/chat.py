@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from edgezo.network.sampling import Sampler
-from edgezo.run.predict import Predictor
+from edgezo.run.predictor import Predictor
 
 
 @dataclass

@@ -57,7 +57,7 @@ def _saved(keys: set[str], path: Path) -> bool:
 
 
 def _report(path: Path) -> bool:
-    from edgezo.run.report import is_report_file  # it imports torch
+    from edgezo.run.report import is_report_file
 
     return is_report_file(path)
 

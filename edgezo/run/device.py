@@ -51,8 +51,9 @@ from edgezo.run.session import (
 )
 from edgezo.run.short_memory import guard_of
 from edgezo.run.snapshots import Overlay
-from edgezo.run.state import RunState, StopRequest
+from edgezo.run.state import RunState
 from edgezo.run.step import Stepper
+from edgezo.run.stopping import StopRequest
 from edgezo.run.summary import losses_of_step
 from edgezo.weights.saved import saved_sha256
 from edgezo.weights.store import RECIPES_AT_ONCE
@@ -222,8 +223,8 @@ class Device:
         at_end.callback(log.close)
         progress, stop = Silent(), StopRequest(self.files)
         manners, guard = Manners(cfg, self.note, stop.check), guard_of(planned.plan, memory)
-        at = (self.files, planned, model, memory, journal)
-        return RunState(*at, log, meter, progress, guard, stop, manners, TimeBox(None))
+        at = (self.files, planned, model, journal, log, meter, progress, stop, manners)
+        return RunState(*at, TimeBox(None), memory=memory, guard=guard)
 
     def _write(self, planned: Planned) -> None:
         """The files beside the journal by which the directory is that of a run."""

@@ -155,12 +155,12 @@ class _Writer:
         rows = {"table": self._rows("embed", lambda d: d.embed_graph(), "table.data")}
         blocks, kinds = [], dict[str, Any]()
         for layer in range(config.num_hidden_layers):
-            decoder, file, weights = self._block(layer)
+            decoder, files, weights = self._block(layer)
             kind = decoder.kind_of(layer)
             kinds.setdefault(kind, decoder.frequencies(kind))
             blocks.append(
                 {
-                    "file": file,
+                    **files,
                     "data": f"block-{layer:02d}.data",
                     "weights": weights,
                     "linears": [list(linear) for linear in decoder.linears],
@@ -193,36 +193,56 @@ class _Writer:
     def _name_of(self, part: Any) -> str:
         return next(name for name, other in self.module.named_modules() if other is part)
 
-    def _block(self, layer: int) -> tuple[TrainableDecoder, str, list[list[Any]]]:
-        """Write a block: (its decoder, the file of its graph, where each weight lies that is an input of it).
+    def _block(self, layer: int) -> tuple[TrainableDecoder, dict[str, str], list[list[Any]]]:
+        """Write a block: (its decoder, the files of its graphs, where each weight lies that is an input of it).
 
         Blocks that compute the same share a graph. A session takes a megabyte, so one for each would take more than
         the codes of some.
         """
-        bits, block = self.precision
-        graph = Graph(TensorProto.FLOAT, bits, block, exact=True)
-        decoder = TrainableDecoder(graph, self.module)
-        decoder.block_graph(layer)
+        decoder = self._block_decoder(layer)
+        graph, prefix = decoder.g, f"{decoder.base}.layers.{layer}."
         with (self.folder / f"block-{layer:02d}.data").open("xb") as file:
             for weight, shape in graph.weights.items():
                 if weight not in self.placed:
                     self._place(graph, weight, shape, file)
-        prefix, places = f"{decoder.base}.layers.{layer}.", list[list[Any]]()
+        places = list[list[Any]]()
         for weight in graph.weights:
             placed = self.placed[weight]
             name = weight.removeprefix(prefix)
             places.append([name, placed.start, list(placed.shape), _DTYPE_OF[placed.kind]])
-            graph.inputs.append(helper.make_tensor_value_info(name, placed.kind, placed.shape))
+        files = {
+            "file": self._shared(graph, prefix, "block-graph"),
+            "writing": self._shared(
+                self._block_decoder(layer, cached=True).g, prefix, "block-writing"
+            ),
+        }
+        return decoder, files, places
+
+    def _block_decoder(self, layer: int, cached: bool = False) -> TrainableDecoder:
+        """A decoder whose graph is that of a block. ``cached``: of one that sees the tokens before."""
+        bits, block = self.precision
+        graph = Graph(TensorProto.FLOAT, bits, block, exact=True)
+        decoder = TrainableDecoder(graph, self.module, cached)
+        decoder.block_graph(layer)
+        return decoder
+
+    def _shared(self, graph: Graph, prefix: str, name: str) -> str:
+        """The file of a block's graph, which takes its weights as inputs; blocks that compute the same have one."""
+        for weight in graph.weights:
+            placed = self.placed[weight]
+            given = weight.removeprefix(prefix)
+            graph.inputs.append(helper.make_tensor_value_info(given, placed.kind, placed.shape))
         for node in graph.nodes:
-            for number, name in enumerate(node.input):
-                node.input[number] = name.removeprefix(prefix)
+            for number, given in enumerate(node.input):
+                node.input[number] = given.removeprefix(prefix)
         made = self._model(graph, "block", [])
         if made not in self.graphs:
-            self.graphs[made] = f"block-graph-{len(self.graphs)}.onnx"
+            count = sum(file.startswith(name) for file in self.graphs.values())
+            self.graphs[made] = f"{name}-{count}.onnx"
             path = self.folder / self.graphs[made]
             path.write_bytes(made)
             onnx.checker.check_model(str(path))
-        return decoder, self.graphs[made], places
+        return self.graphs[made]
 
     def _rows(self, name: str, fill: Any, data: str) -> dict[str, Any]:
         """Write a graph that takes some rows of a table as inputs: where the table, and the scales of codes, lie.
@@ -371,6 +391,7 @@ _INPUTS = {
     "basis_scale": "(1,) fp32: 1/sqrt(rank)",
     "by_example": "(n, b) fp32: +sigma or -sigma in the column of a token's example",
     "example": "(n,) int64: that column",
+    "past_key, past_value": "(rows, kv heads, p, head_dim) fp32, of the graphs for writing: of the tokens before",
 }
 
 

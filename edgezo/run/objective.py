@@ -33,6 +33,7 @@ from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.limits import EVAL_TOKENS
 from edgezo.network.generate import generate
 from edgezo.plan.data_fields import LOSS, OBJECTIVES
+from edgezo.run.answering import AnswerText, evaluation_parts
 from edgezo.zo.axes import DIRECTIONS
 
 if TYPE_CHECKING:
@@ -131,14 +132,11 @@ def _shown(error: BaseException) -> str:
 
 
 @dataclass(frozen=True)
-class Judge:
+class Judge(AnswerText):
     """Turns the predictions of a model on one data set into texts, scores and figures."""
 
-    dataset: Dataset
-    tokenizer: Any
     objective: str
     score: Score | None
-    ends: frozenset[int]  # tokens that end a text
 
     @staticmethod
     def of(cfg: RunConfig, dataset: Dataset, tokenizer: Any, ends: Sequence[int]) -> Judge:
@@ -146,14 +144,8 @@ class Judge:
         score = load_objective(cfg.objective)
         if score is not None:
             _check(cfg, dataset)
-        end_id = tokenizer.eos_token_id
-        return Judge(
-            dataset,
-            tokenizer,
-            cfg.objective,
-            score,
-            frozenset(ends) | ({end_id} if end_id is not None else frozenset()),
-        )
+        ending = AnswerText.ends_of(tokenizer, ends)
+        return Judge(dataset, tokenizer, ending, cfg.objective, score)
 
     @property
     def writes(self) -> bool:
@@ -236,25 +228,6 @@ class Judge:
             )
         return number
 
-    def over(self, ids: list[int]) -> bool:
-        """Whether the tokens written so far are a whole answer."""
-        return ids[-1] in self.ends or self._stop(self._text(ids)) is not None
-
-    def answer(self, ids: Sequence[int], *, strip: bool = True) -> str:
-        """The text of these tokens, up to the first stop."""
-        text = self._text([i for i in ids if i not in self.ends])
-        text = text[: self._stop(text)]
-        return text.strip() if strip else text
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-    def _stop(self, text: str) -> int | None:
-        """Where the first stop begins."""
-        assert self.dataset.generation is not None
-        places = [text.find(stop) for stop in self.dataset.generation.stop]
-        return min((at for at in places if at >= 0), default=None)
-
     # -- evaluation ---------------------------------------------------------------------------------------
 
     def texts(self, model: Model, chosen_at: Sequence[int]) -> list[str]:
@@ -283,18 +256,6 @@ class Judge:
             for i, text in zip(part, written, strict=True):
                 texts[i] = text
         return texts
-
-
-def evaluation_parts(rows: Sequence[Example], most: int, kept_tokens: int) -> list[list[int]]:
-    """Groups of rows of like length that write at once. A group keeps at most ``kept_tokens``, or is one row."""
-    lengths = [len(row.prompt) for row in rows]
-    parts: list[list[int]] = []
-    for i in sorted(range(len(rows)), key=lambda i: (-lengths[i], i)):
-        room = lengths[parts[-1][0] if parts else i] + most  # of each row: the longest comes first
-        if not parts or (len(parts[-1]) + 1) * room > kept_tokens:
-            parts.append([])
-        parts[-1].append(i)
-    return parts
 
 
 def _check(cfg: RunConfig, dataset: Dataset) -> None:

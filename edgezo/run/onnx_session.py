@@ -19,10 +19,10 @@ from edgezo.network.onnx_sessions import Sessions, check_provider
 from edgezo.network.plain_losses import PlainHead
 from edgezo.network.plain_tokenizer import PlainTokenizer
 from edgezo.plan.budget import default_budget
-from edgezo.plan.config import RunConfig, Settled
+from edgezo.plan.config import RunConfig
 from edgezo.plan.onnx_plan import GraphSizes, make_onnx_plan
-from edgezo.plan.plan import Plan
 from edgezo.run.read_rows import ReadingModel, for_kind, read_rows
+from edgezo.run.run_parts import PlannedRun
 from edgezo.weights.plain_factors import PlainFactors
 
 
@@ -38,13 +38,7 @@ class OnnxOpened:
     read_peak_bytes: int = 0
 
 
-@dataclass(frozen=True)
-class OnnxPlanned:
-    """An opened request with its plan, and with everything decided that the request left open."""
-
-    opened: OnnxOpened
-    cfg: Settled
-    plan: Plan
+OnnxPlanned = PlannedRun[OnnxOpened]
 
 
 def open_onnx(cfg: RunConfig, *, to_train: bool = True) -> OnnxOpened:
@@ -56,16 +50,7 @@ def open_onnx(cfg: RunConfig, *, to_train: bool = True) -> OnnxOpened:
     before_bytes = peak_rss_bytes()
     cap_bytes = cfg.max_mem_bytes or default_budget(machine())[0]
     guard = ReadingGuard(cap_bytes)
-    check_provider(
-        cfg.provider
-    )  # imports onnxruntime, which is part of the process that a plan starts from
-    manifest = open_manifest(user_path(cfg.model))
-    if cfg.precision not in (None, manifest.precision):
-        raise UsageError(
-            f"--precision {cfg.precision}: the graphs in {manifest.path} are {manifest.precision}. Leave it out, or "
-            f"write others: edgezo export {manifest.base} --format onnx --trainable --dtype {cfg.precision} --out DIR"
-        )
-    manifest.check_files()
+    manifest = open_graphs(cfg)
     tokenizer = PlainTokenizer.of(manifest)
     about = ReadingModel(
         path=manifest.path, shape=manifest.shape, end_ids=tuple(manifest.values["end_ids"])
@@ -81,6 +66,20 @@ def open_onnx(cfg: RunConfig, *, to_train: bool = True) -> OnnxOpened:
     peak_bytes = peak_rss_bytes()
     read_bytes = peak_bytes if peak_bytes > before_bytes else 0
     return OnnxOpened(cfg, manifest, tokenizer, dataset, before_bytes, read_bytes)
+
+
+def open_graphs(cfg: RunConfig) -> Manifest:
+    """The graphs that a request names, every file checked. Raises UsageError for another precision, and EdgezoError."""
+    # It imports onnxruntime, which is part of the process that a plan starts from.
+    check_provider(cfg.provider)
+    manifest = open_manifest(user_path(cfg.model))
+    if cfg.precision not in (None, manifest.precision):
+        raise UsageError(
+            f"--precision {cfg.precision}: the graphs in {manifest.path} are {manifest.precision}. Leave it out, or "
+            f"write others: edgezo export {manifest.base} --format onnx --trainable --dtype {cfg.precision} --out DIR"
+        )
+    manifest.check_files()
+    return manifest
 
 
 def sizes_of(manifest: Manifest) -> GraphSizes:
@@ -101,8 +100,13 @@ def sizes_of(manifest: Manifest) -> GraphSizes:
     )
 
 
-def settle_onnx(opened: OnnxOpened, machine: Machine, base_bytes: int) -> OnnxPlanned:
-    """Plan the request for this machine. Raises PlanDoesNotFit with the smallest budget that would work."""
+def settle_onnx(
+    opened: OnnxOpened, machine: Machine, base_bytes: int, *, trains: bool = True
+) -> OnnxPlanned:
+    """Plan the request for this machine; without ``trains`` one that evaluates or answers.
+
+    Raises PlanDoesNotFit with the smallest budget that would work.
+    """
     plan = make_onnx_plan(
         sizes_of(opened.manifest),
         opened.cfg,
@@ -110,6 +114,7 @@ def settle_onnx(opened: OnnxOpened, machine: Machine, base_bytes: int) -> OnnxPl
         machine,
         base_bytes,
         opened.read_peak_bytes,
+        trains=trains,
     )
     return OnnxPlanned(opened, plan.settle(opened.cfg), plan)
 

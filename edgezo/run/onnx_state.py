@@ -4,53 +4,36 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgezo.data.batches import Example
-from edgezo.data.dataset import Dataset
 from edgezo.data.packed import PackedExamples
 from edgezo.errors import EdgezoError
 from edgezo.machine.files import atomic_path, remove_leftovers
 from edgezo.machine.limits import GUARD_MARGIN_BYTES
-from edgezo.machine.process_memory import Guard, Meter
+from edgezo.machine.process_memory import Guard
 from edgezo.network.onnx_engine import OnnxModel
 from edgezo.network.plain_readout import PlainReadout, PlainReadoutWeights
-from edgezo.plan.config import RunConfig, Settled
-from edgezo.plan.plan import Plan
-from edgezo.run.clock import TimeBox
+from edgezo.plan.config import RunConfig
 from edgezo.run.directory import PROBE_KEYS, RunFiles, lost_head, run_id
 from edgezo.run.fitted_probe import FittedProbe
 from edgezo.run.journal import Journal
-from edgezo.run.manners import Manners
-from edgezo.run.metrics_log import RunLog
-from edgezo.run.onnx_session import OnnxOpened, OnnxPlanned
+from edgezo.run.onnx_session import OnnxOpened
 from edgezo.run.progress import RunProgress
 from edgezo.run.record_recipe import check_settings, recipe_of
-from edgezo.run.stopping import StopRequest
+from edgezo.run.run_parts import RunParts
 from edgezo.weights.plain_factors import tensors_sha256
 from edgezo.weights.plain_saved import read_arrays, write_arrays
 from edgezo.zo.recipe import Recipe
 
 
 @dataclass
-class OnnxRunState:
-    """One run while it goes on. Only ``planned`` is replaced, where the micro-batch changes."""
-
-    files: RunFiles
-    planned: OnnxPlanned
-    model: OnnxModel
-    journal: Journal
-    log: RunLog
-    meter: Meter
-    progress: RunProgress
-    stop: StopRequest
-    manners: Manners
-    box: TimeBox
-    inference_peak_bytes: int | None = field(default=None, init=False)
+class OnnxRunState(RunParts[OnnxOpened, OnnxModel]):
+    """One run while it goes on."""
 
     def __post_init__(self) -> None:
         self.guard = Guard(
@@ -60,35 +43,9 @@ class OnnxRunState:
         )
 
     @property
-    def opened(self) -> OnnxOpened:
-        return self.planned.opened
-
-    @property
-    def cfg(self) -> Settled:
-        return self.planned.cfg
-
-    @property
-    def plan(self) -> Plan:
-        return self.planned.plan
-
-    @property
-    def dataset(self) -> Dataset:
-        return self.opened.dataset
-
-    @property
     def examples(self) -> Sequence[Example]:
         """The training examples, as they have to pass."""
         return as_read(self.model, self.dataset.train)
-
-    def log_line(self, line: Mapping[str, Any]) -> None:
-        """Write a line to metrics.jsonl, and report it."""
-        self.log.write(line)
-        self.progress.logged(line)
-
-    def split(self, micro_batch: int) -> None:
-        """Go on with micro-batches of this size."""
-        cfg = replace(self.cfg, micro_batch=micro_batch)
-        self.planned = replace(self.planned, cfg=cfg)
 
 
 def as_read(model: OnnxModel, examples: Sequence[Example]) -> Sequence[Example]:

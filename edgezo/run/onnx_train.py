@@ -6,8 +6,7 @@ and exit codes are those of every run; what the engine has no place for is refus
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from edgezo.machine.process_memory import (
 from edgezo.plan.config import RunConfig
 from edgezo.plan.doubtful import doubts
 from edgezo.run.claims import prepare
-from edgezo.run.clock import Pause, TimeBox, TrainingClock
+from edgezo.run.clock import TimeBox, TrainingClock
 from edgezo.run.directory import (
     RunFiles,
     free_directory,
@@ -42,10 +41,11 @@ from edgezo.run.directory import (
 )
 from edgezo.run.few_rows import settled_in_time
 from edgezo.run.fitted_probe import FittedProbe
-from edgezo.run.journal import Journal, create_journal
+from edgezo.run.journal import create_journal
+from edgezo.run.journal_record import StepRecord
 from edgezo.run.kept_answers import WHEN, keep_answers
 from edgezo.run.manners import Manners
-from edgezo.run.metrics_log import RunLog, check_lines, mean_loss, step_line
+from edgezo.run.metrics_log import RunLog, check_lines, step_line
 from edgezo.run.onnx_figures import evaluate_on_onnx
 from edgezo.run.onnx_probe import PlainReadoutPass
 from edgezo.run.onnx_session import OnnxPlanned, load_onnx, open_onnx, settle_onnx
@@ -60,9 +60,12 @@ from edgezo.run.onnx_states import states_on_onnx
 from edgezo.run.onnx_step import OnnxStepper
 from edgezo.run.opening import Opening
 from edgezo.run.places import with_beginning
-from edgezo.run.progress import RunProgress, Silent, peaks_line
+from edgezo.run.progress import RunProgress, Silent
 from edgezo.run.record_recipe import journal_is_shaped
+from edgezo.run.report import leave_report
 from edgezo.run.stopping import StopRequest
+from edgezo.run.summary_file import run_figures
+from edgezo.run.training_loop import TrainingLoop
 from edgezo.zo.credit import schedule
 
 
@@ -92,6 +95,9 @@ def finetune_onnx(
         cap_bytes = run.state.plan.max_mem_bytes
     done = f"The run is complete in {files.path}"
     check_cap_kept(cap_bytes, peak_rss_bytes(), before_bytes, done)
+    del run  # the page about it is made in the memory that the model had
+    malloc_trim()
+    leave_report(files, (progress or Silent()).note)
     return summary
 
 
@@ -176,7 +182,7 @@ def _plan_file(planned: OnnxPlanned) -> dict[str, Any]:
     return {**planned.plan.to_dict(), "sources": {"base": base, "data": data}}
 
 
-class OnnxTraining:
+class OnnxTraining(TrainingLoop[OnnxRunState, OnnxStepper]):
     """One run in progress, from its first step to its summary."""
 
     def __init__(
@@ -186,9 +192,8 @@ class OnnxTraining:
         step_sizes: dict[int, float],
         probe: FittedProbe | None,
     ):
-        self.state, self.done, self.step_sizes, self.probe = state, steps, step_sizes, probe
-        self.stepper = OnnxStepper(state)
-        self.budget_s = float("inf")
+        super().__init__(state, OnnxStepper(state), steps, probe)
+        self.step_sizes = step_sizes
 
     def to_the_end(self) -> dict[str, Any]:
         """Everything that is still to be done; returns what summary.json holds."""
@@ -200,9 +205,9 @@ class OnnxTraining:
         before = state.log.evaluations.get(("before", 0))
         if not done and not state.model.readout:
             before = self._evaluate("before")
-        if state.cfg.parts.readout and self.probe is None:
+        if state.cfg.parts.readout and self.readout is None:
             try:
-                self.probe = PlainReadoutPass(state, self.stepper).run()
+                self.readout = PlainReadoutPass(state, self.stepper).run()
             except (BudgetExceeded, Interrupted):
                 self._save_and_report(0)
                 raise
@@ -210,7 +215,12 @@ class OnnxTraining:
         self.stepper.save(steps)
         after = self._evaluate("after", steps)
         state.meter.mark("run")
-        summary = self._summary(steps, train_s, before, after)
+        summary = {
+            **run_figures(state, steps, train_s, (before, after), self.readout),
+            **self._peaks(),
+            "trained_sha256": trained_sha256(state.model),
+            "run": str(state.files.path),
+        }
         atomic_write(state.files.summary, (to_json(summary) + "\n").encode())
         state.progress.finished(summary)
         return summary
@@ -253,7 +263,7 @@ class OnnxTraining:
         begun_s = now_s()
         record = self.stepper.fitting(step, partial(self.stepper.step, step, step_size))
         line = {
-            **step_line(record, self.stepper.perturbs),
+            **self._line(record),
             "step_s": now_s() - begun_s,
             "rss_bytes": rss_bytes(),
         }
@@ -271,54 +281,12 @@ class OnnxTraining:
             rss_bytes=line["rss_bytes"],
         )
 
-    def _do_as_asked(self, step: int, clock: TrainingClock) -> None:
-        """Evaluate and save before a step, where the request asks for it."""
-        every, asks = self.state.cfg.eval_every, self.state.progress.asks()
-        if asks.evaluate or (every and step and step % every == 0):
-            with self._pause(clock):
-                self._evaluate("during", step)
-        if asks.save:
-            self.stepper.save(step)
-
-    def _rests(self, step: int, clock: TrainingClock) -> bool:
-        state = self.state
-        if not state.manners.asked:
-            return False
-        most_s = state.box.longest_pause_s(self.budget_s - clock.seconds())
-        with self._pause(clock):
-            return state.manners.wait(step, most_s) > 0
-
-    def _fraction(self, step: int, train_s: float) -> float:
-        """How much of the run is over, by steps or by time."""
-        if self.state.cfg.steps:
-            return step / self.state.cfg.steps
-        return train_s / self.budget_s if self.budget_s > 0 else 1.0
-
-    @contextmanager
-    def _pause(self, clock: TrainingClock) -> Iterator[Pause]:
-        """A block that does not count as training, but is inside the box of the whole command."""
-        with clock.paused() as pause:
-            yield pause
-        if self.state.box.began_s is not None:
-            self.budget_s -= pause.seconds
-
-    def _seconds_before(self) -> float:
-        """Seconds of training so far: steps of earlier processes, and the linear probe."""
-        fit_s = 0.0 if self.probe is None else self.probe.fit_s
-        return sum(self.state.log.step_times_s) + fit_s
-
     # -- beside the loop ----------------------------------------------------------------------------------
 
-    def _write_lost_lines(self) -> None:
-        """Write to metrics.jsonl the steps whose lines a kill left out."""
-        state = self.state
-        for record in state.journal.records(state.log.last_step):
-            if record.step < self.done:
-                line = step_line(record, self.stepper.perturbs)
-                state.log.write({**line, "step_s": None, "rss_bytes": None})
+    def _line(self, record: StepRecord) -> dict[str, Any]:
+        return step_line(record, self.stepper.perturbs)
 
     def _evaluate(self, when: str, step: int = 0) -> dict[str, Any]:
-        """Evaluate once: a resumed run knows what was evaluated before."""
         state = self.state
         if (when, step) not in state.log.evaluations:
             malloc_trim()
@@ -334,12 +302,7 @@ class OnnxTraining:
         state.box.evaluation_s = state.log.evaluation_s
         return state.log.evaluations[when, step]
 
-    def _save_and_report(self, step: int) -> None:
-        """Save the state of a run that ends early, and say what memory it has taken."""
-        self.stepper.save(step)
-        self.state.progress.note(f"peak memory: {peaks_line(self._peaks())}")
-
-    def _peaks(self) -> dict[str, int | None]:
+    def _peaks(self) -> dict[str, Any]:
         state, peak_bytes = self.state, peak_rss_bytes()
         inference_bytes = state.inference_peak_bytes
         return {
@@ -348,42 +311,3 @@ class OnnxTraining:
             "inference_peak_rss_bytes": inference_bytes and min(inference_bytes, peak_bytes),
             "max_mem_bytes": state.plan.max_mem_bytes,
         }
-
-    def _summary(
-        self, steps: int, train_s: float, before: dict[str, Any] | None, after: dict[str, Any]
-    ) -> dict[str, Any]:
-        """What summary.json holds."""
-        state, cfg, journal = self.state, self.state.cfg, self.state.journal
-        unused = "head" if state.model.readout else "probe"
-        axes = {axis: getattr(cfg, axis) for axis in ("directions", "mask", "credit", "rule")}
-        return {
-            "model": cfg.model,
-            "device": cfg.device,
-            "engine": cfg.engine,
-            "provider": cfg.provider,
-            "estimator": cfg.estimator,
-            **axes,
-            "objective": cfg.objective,
-            "trained": "+".join(part for part in cfg.train if part != unused),
-            "precision": cfg.precision,
-            "steps": steps,
-            "batch_size": cfg.batch_size,
-            "micro_batch": cfg.micro_batch,
-            "loss_first": _loss_of(journal, 0, steps),
-            "loss_last": _loss_of(journal, steps - 1, steps),
-            "eval_before": before,
-            "eval_after": after,
-            "train_s": train_s,
-            **state.meter.summary(),
-            "residency": state.plan.residency,
-            **state.log.figures(),
-            **({} if self.probe is None else {"probe": self.probe.to_dict()}),
-            **self._peaks(),
-            "trained_sha256": trained_sha256(state.model),
-            "run": str(state.files.path),
-        }
-
-
-def _loss_of(journal: Journal, step: int, steps: int) -> float | None:
-    """The mean loss of a step; None of a run without steps."""
-    return mean_loss(journal.record(step).losses) if steps else None

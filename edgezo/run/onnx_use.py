@@ -12,9 +12,9 @@ from edgezo.machine.files import atomic_path, user_path
 from edgezo.machine.hardware import machine
 from edgezo.machine.process_memory import Meter
 from edgezo.network.onnx_engine import OnnxModel
-from edgezo.network.onnx_manifest import is_trainable_export, open_manifest
+from edgezo.network.onnx_manifest import open_manifest
 from edgezo.plan.config import RunConfig
-from edgezo.plan.engines import engine_conflicts
+from edgezo.plan.engines import on_graphs
 from edgezo.run.claims import prepare_replay
 from edgezo.run.directory import RunFiles, run_id, same_task
 from edgezo.run.journal import Journal, open_journal
@@ -46,7 +46,7 @@ def evaluate_onnx(
     for text in opened.dataset.notes:
         note(text)
     base = meter.mark("base")
-    planned = settle_onnx(opened, machine(), base.rss_bytes)
+    planned = settle_onnx(opened, machine(), base.rss_bytes, trains=False)
     model, steps, far = load_onnx(planned), 0, ""
     if trained is not None:
         with open_journal(run.journal, resume=False) as journal:
@@ -77,14 +77,6 @@ def restored(
 # Replay
 
 
-def replays_on_onnx(run: Path, base: str | None) -> bool:
-    """Whether a replay takes graphs: those that ``base`` names, or those of a run on this engine."""
-    if base is not None:
-        return is_trainable_export(user_path(base))
-    files = RunFiles(run)
-    return files.config.is_file() and files.read_config().engine == "onnx"
-
-
 def replay_on_onnx(source: Path, out: Path, base: str | None = None) -> dict[str, Any]:
     """Rebuild what run ``source`` has trained from the graphs' manifest and its journal, without data or forwards.
 
@@ -94,9 +86,7 @@ def replay_on_onnx(source: Path, out: Path, base: str | None = None) -> dict[str
     cfg = run.read_config()
     if run.path.resolve() == made.path.resolve():
         raise UsageError(f"{out} is the run itself. Give another --out.")
-    cfg = replace(cfg, model=base or cfg.model, engine="onnx", precision=None, device="auto")
-    if problems := engine_conflicts(replace(cfg, profile=False, log_to="none")):
-        raise UsageError(problems)
+    cfg = on_graphs(replace(cfg, model=base or cfg.model))
     manifest = open_manifest(user_path(cfg.model))
     with open_journal(run.journal, resume=False) as journal:
         check_base(journal.header, manifest.base_sha256)

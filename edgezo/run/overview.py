@@ -22,7 +22,7 @@ from edgezo.run.directory import PROBE_KEYS, RunFiles, run_id
 from edgezo.run.journal import open_journal
 from edgezo.run.metrics_log import read_lines
 from edgezo.run.summary_file import saved_summary
-from edgezo.weights.verified import open_saved
+from edgezo.weights.plain_saved import read_arrays
 from edgezo.zo.parts import PARTS
 
 FINISHED, UNFINISHED, RUNNING, REBUILT, DAMAGED = (
@@ -91,8 +91,8 @@ class Overview:
         assert self.cfg is not None
         unused = "probe"
         if os.path.lexists(self.files.probe):
-            with open_saved(self.files.probe, PROBE_KEYS, None, "Restore it from a copy.") as file:
-                unused = "head" if file.metadata["used"] == "True" else "probe"
+            about, _ = read_arrays(self.files.probe, PROBE_KEYS, None, "Restore it from a copy.")
+            unused = "head" if about["used"] == "True" else "probe"
         return [part for part in self.cfg.train if part != unused]
 
     @property

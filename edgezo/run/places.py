@@ -20,6 +20,7 @@ from edgezo.network import cards
 from edgezo.network.onnx_manifest import is_trainable_export, open_manifest
 from edgezo.plan.config import RunConfig
 from edgezo.plan.fields import flag
+from edgezo.plan.request import read_run_config
 from edgezo.run.given import GIVEN_MODEL, GIVEN_ROWS
 
 PLACES = ("model", "data", "data_root", "finetuner")  # settings that may be paths
@@ -86,6 +87,14 @@ def _candidates(value: str, cfg: RunConfig, run: Path) -> Iterator[str]:
 def at_base(cfg: RunConfig, base: str | None) -> RunConfig:
     """``cfg`` with the base where a user says that it is now; None: as it is."""
     return cfg if base is None else replace(cfg, model=base)
+
+
+def uses_graphs(run: Path, base: str | None) -> bool:
+    """Whether a run is used on ONNX Runtime: over graphs that ``base`` names, or as one of that engine."""
+    if base is not None:
+        return is_trainable_export(user_path(base))
+    file = run / "config.toml"
+    return file.is_file() and read_run_config(file).engine == "onnx"
 
 
 def for_torch(cfg: RunConfig) -> RunConfig:

@@ -24,16 +24,9 @@ from edgezo.machine.limits import MOST_PASSES, READOUT_SHARE, WORDS_ROWS
 from edgezo.machine.profiler import phase
 from edgezo.network.loader import decoder_layers
 from edgezo.network.model import Model
-from edgezo.network.readout import (
-    LEAST_ROWS,
-    DamagedRow,
-    Fitted,
-    ReadoutWeights,
-    StateFile,
-    Taps,
-    candidates,
-    fit,
-)
+from edgezo.network.plain_readout import LEAST_ROWS, tried_blocks
+from edgezo.network.readout import Fitted, ReadoutWeights, StateFile, Taps, fit
+from edgezo.network.state_file import DamagedRow
 from edgezo.run.directory import PROBE_KEYS, RunFiles, run_id
 from edgezo.run.figures import evaluate_model
 from edgezo.run.fitted_probe import FittedProbe
@@ -97,7 +90,10 @@ class ReadoutPass:
     def __init__(self, state: RunState, stepper: Stepper, fitter: MicroBatchFitter):
         shape, cfg = state.opened.files.shape, state.cfg
         self.state, self.stepper, self.fitter = state, stepper, fitter
-        self.layers, self.blocks = shape.layers, candidates(shape.layers, state.plan.first_trained)
+        self.layers, self.blocks = (
+            shape.layers,
+            tried_blocks(shape.layers, state.plan.first_trained),
+        )
         self.prompts = PackedExamples.of(state.examples).prompts()
         self.of_run = run_id(state.journal.header)
         self.states = StateFile(state.files.states, len(self.blocks), shape.hidden, self.of_run)

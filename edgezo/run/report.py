@@ -12,17 +12,18 @@ import hashlib
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgezo.data.classes import ClassFigures, by_class, confusion, largest_class
-from edgezo.errors import UsageError
+from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.files import atomic_write, remove_abandoned
 from edgezo.machine.foreign import reading
 from edgezo.machine.hardware import format_bytes
 from edgezo.machine.open_files import open_to_read
 from edgezo.run.charts import Chart, Level, Series, chart, smoothed
+from edgezo.run.directory import RunFiles
 from edgezo.run.kept_answers import kept_answers, shortened
 from edgezo.run.overview import FINISHED, REBUILT, Overview, read_table
 from edgezo.run.progress import verdict_on_cap
@@ -136,6 +137,14 @@ def glance(run: Overview) -> tuple[str, list[tuple[str, str, str]]]:
         return _sentence(run, run.lines() if run.of_run else []), list(_tiles(run, answers))
 
 
+def leave_report(files: RunFiles, note: Callable[[str], None]) -> None:
+    """Write the page about a run that has ended. A page that cannot be written fails no run."""
+    try:
+        write_report(Overview.of(files.path))
+    except EdgezoError as problem:
+        note(f"no report of this run: {problem}")
+
+
 # ---------------------------------------------------------------------------------------------
 # In words
 
@@ -230,7 +239,7 @@ def _memory(run: Overview) -> Iterator[tuple[str, str, str]]:
         )
     for name, key, what in (
         ("loading", "load_peak_rss_bytes", "the peak until all weights were in memory"),
-        ("at start", "base_rss_bytes", "Python, PyTorch and the rows, before a weight was read"),
+        ("at start", "base_rss_bytes", "the process with the rows, before a weight was read"),
     ):
         if summary.get(key) is not None:
             yield name, format_bytes(summary[key]), what

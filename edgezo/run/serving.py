@@ -20,7 +20,7 @@ from edgezo.errors import EdgezoError
 from edgezo.machine.foreign import parse_json, reason
 from edgezo.network.sampling import Sampler
 from edgezo.run.openai_form import AnswerPart, Question, Refused
-from edgezo.run.predict import Predictor
+from edgezo.run.predictor import Predictor
 
 MOST_WAITING = 32  # requests in the line
 

@@ -36,16 +36,17 @@ from edgezo.network.model import Model
 from edgezo.network.rotary import longrope_switch, one_frequency_tokens
 from edgezo.plan.budget import budget, choose_device, default_budget, mb
 from edgezo.plan.calibration import UNSEEN_BYTES
-from edgezo.plan.config import RunConfig, Settled
+from edgezo.plan.config import RunConfig
 from edgezo.plan.data_fields import LOSS
 from edgezo.plan.evaluated import as_before
-from edgezo.plan.plan import Plan, PlanDoesNotFit
+from edgezo.plan.plan import PlanDoesNotFit
 from edgezo.plan.planner import make_plan
 from edgezo.run.called import peak_before_bytes, present_caller, usable
 from edgezo.run.directory import run_header
 from edgezo.run.finetuner import Finetuner
 from edgezo.run.objective import Judge
 from edgezo.run.read_rows import ReadingModel, for_kind, read_rows
+from edgezo.run.run_parts import PlannedRun
 from edgezo.run.snapshots import Overlay
 from edgezo.run.states_cache import states_room_bytes
 from edgezo.weights.home import Medium
@@ -68,13 +69,7 @@ class Opened:
     read_peak_bytes: int = 0  # and until all was read; 0: not higher than before
 
 
-@dataclass(frozen=True)
-class Planned:
-    """An opened request with its plan, and with everything decided that the request left open."""
-
-    opened: Opened
-    cfg: Settled
-    plan: Plan
+Planned = PlannedRun[Opened]
 
 
 class Loaded(NamedTuple):

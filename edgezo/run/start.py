@@ -144,8 +144,8 @@ def started(
         log = RunLog(files.metrics, keep_through=kept, of_run=run_id(journal.header))
         at_end.enter_context(closing(log))
         guard = guard_of(planned.plan, memory)
-        at = (files, planned, model, memory, journal)
-        state = RunState(*at, log, meter, progress, guard, stop, manners, box, ranks)
+        at = (files, planned, model, journal, log, meter, progress, stop, manners, box)
+        state = RunState(*at, memory=memory, guard=guard, ranks=ranks)
         yield Start(state, restored, readout, before, split_is_free, ended)
 
 

@@ -15,17 +15,9 @@ from edgezo.plan.config import RunConfig
 from edgezo.run.directory import RunFiles
 from edgezo.run.fitted_probe import FittedProbe
 from edgezo.run.journal_record import StepRecord
-from edgezo.run.metrics_log import mean_loss
 from edgezo.run.state import RunState
-from edgezo.run.summary_file import saved_summary
+from edgezo.run.summary_file import run_figures, saved_summary
 from edgezo.weights.saved import saved_sha256
-
-AXES_OF_FORWARD_ONLY = (
-    "directions",
-    "mask",
-    "credit",
-    "rule",
-)  # a backward pass has no use for them
 
 
 def check_same_end(run: RunFiles, cfg: RunConfig, model: Model, trained_sha256: str) -> None:
@@ -105,36 +97,16 @@ def summarise(
     readout: FittedProbe | None,
 ) -> dict[str, Any]:
     """What summary.json holds. ``before`` and ``after`` are evaluations; ``sides`` the forward passes of a step."""
-    cfg, model, journal = state.cfg, state.model, state.journal
-    unused = "head" if model.readout else "probe"
-    first_order = cfg.parts.adapters
-
-    def loss_of(step: int) -> float | None:
-        return mean_loss(losses_of_step(journal.record(step), sides).losses) if steps else None
-
+    cfg = state.cfg
+    evaluations = (before, after)
     summary = {
-        "model": cfg.model,
-        "device": cfg.device,
-        "estimator": cfg.estimator,
-        **{axis: None if first_order else getattr(cfg, axis) for axis in AXES_OF_FORWARD_ONLY},
-        "objective": cfg.objective,
-        "trained": "+".join(part for part in cfg.train if part != unused),
-        "precision": cfg.precision,
-        "steps": steps,
-        "batch_size": cfg.batch_size,
-        "micro_batch": cfg.micro_batch,
-        "loss_first": loss_of(0),
-        "loss_last": loss_of(steps - 1),
-        "eval_before": before,
-        "eval_after": after,
-        "train_s": train_s,
-        **state.meter.summary(),
-        "residency": state.plan.residency,
-        **state.log.figures(),
-        **({} if readout is None else {"probe": readout.to_dict()}),
+        **run_figures(
+            *(state, steps, train_s, evaluations, readout),
+            losses_of=lambda record: losses_of_step(record, sides).losses,
+        ),
         **_of_parent(cfg),
         **peaks(state),
-        "trained_sha256": saved_sha256(model.saved()),
+        "trained_sha256": saved_sha256(state.model.saved()),
         "run": str(state.files.path),
         **({} if state.ranks is None else {"processes": state.ranks.figures()}),
     }

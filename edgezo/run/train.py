@@ -7,9 +7,6 @@ restore.py.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +23,7 @@ from edgezo.machine.process_memory import malloc_trim, rss_bytes
 from edgezo.machine.profiler import phase, profiling
 from edgezo.plan.config import RunConfig
 from edgezo.run.auto_step import AutoStep
-from edgezo.run.clock import Pause, TimeBox, TrainingClock
+from edgezo.run.clock import TimeBox, TrainingClock
 from edgezo.run.directory import RunFiles, free_directory, run_id
 from edgezo.run.figures import evaluate_rows
 from edgezo.run.fitted_probe import FittedProbe
@@ -34,18 +31,19 @@ from edgezo.run.journal_record import StepRecord
 from edgezo.run.kept_answers import WHEN, keep_answers
 from edgezo.run.metrics_log import step_line
 from edgezo.run.objective import no_signal
-from edgezo.run.overview import Overview
 from edgezo.run.parent import Parent
 from edgezo.run.places import with_beginning
-from edgezo.run.progress import RunProgress, Silent, peaks_line
+from edgezo.run.progress import RunProgress, Silent
 from edgezo.run.ranks import joined
 from edgezo.run.readout_pass import ReadoutPass, recall
-from edgezo.run.report import write_report
+from edgezo.run.report import leave_report
 from edgezo.run.session import keep_cap
 from edgezo.run.short_memory import MicroBatchFitter
 from edgezo.run.start import Start, started
+from edgezo.run.state import RunState
 from edgezo.run.step import Stepper
 from edgezo.run.summary import losses_of_step, peaks, summarise
+from edgezo.run.training_loop import TrainingLoop
 from edgezo.run.watching import watching
 from edgezo.zo.axes import ROUNDINGS
 from edgezo.zo.credit import schedule
@@ -97,29 +95,20 @@ def finetune(
         del run, start  # the page about it is made in the memory that the model had
         malloc_trim()
         if not (had_ended and files.report.exists()):
-            _report(files, progress)
+            leave_report(files, progress.note)
         return summary
 
 
-def _report(files: RunFiles, progress: RunProgress) -> None:
-    """The page about a finished run. A page that cannot be written fails no run."""
-    try:
-        write_report(Overview.of(files.path))
-    except EdgezoError as problem:
-        progress.note(f"no report of this run: {problem}")
-
-
-class Training:
+class Training(TrainingLoop[RunState, Stepper]):
     """One run in progress, from its first step to its summary."""
 
     def __init__(self, start: Start):
-        state = self.state = start.state
-        self.restored, self.readout, self.ended = start.restored, start.readout, start.ended
+        state = start.state
+        super().__init__(state, Stepper(state), start.restored.steps, start.readout)
+        self.restored, self.ended = start.restored, start.ended
         self.before, self.split_is_free = start.before, start.split_is_free
-        self.stepper = Stepper(state)
         self.fitter = MicroBatchFitter(state, self.stepper)
         self.auto_step = AutoStep(state, self.stepper, self.fitter)
-        self.budget_s = math.inf  # seconds of training that --for leaves
         self.stopped = False  # before its last step, as a callback asked
 
     def to_the_end(self) -> dict[str, Any]:
@@ -209,27 +198,6 @@ class Training:
                 f"{why}\nThe state after step {steps} is saved in {self.state.files.path}."
             )
 
-    def _do_as_asked(self, step: int, clock: TrainingClock) -> None:
-        """Evaluate and save before a step, where the request or whoever watches the run asks for it."""
-        every, asks = self.state.cfg.eval_every, self.state.progress.asks()
-        asked = (
-            asks.evaluate and self.state.ranks is None
-        )  # of one process alone the others know nothing
-        if asked or (every and step and step % every == 0):
-            with self._pause(clock):
-                self._evaluate("during", step)
-        if asks.save:
-            self.stepper.save(step)
-
-    def _rests(self, step: int, clock: TrainingClock) -> bool:
-        """Pause where the request asks for it; whether there was a pause, in which the time may have run out."""
-        state = self.state
-        if not state.manners.asked:
-            return False
-        most_s = state.box.longest_pause_s(self.budget_s - clock.seconds())
-        with self._pause(clock):
-            return state.manners.wait(step, most_s) > 0
-
     def _one_step(self, step: int, clock: TrainingClock) -> None:
         """Make a step, and write and show its line."""
         state, cfg = self.state, self.state.cfg
@@ -267,31 +235,10 @@ class Training:
         return not learns or self._fraction(step, clock.seconds()) >= 1.0
 
     def _fraction(self, step: int, train_s: float) -> float:
-        """How much of the run is over, by steps or by time."""
-        steps = self.state.cfg.steps
-        if steps:
-            return step / steps
         ranks = self.state.ranks
-        return self._fraction_of_time(train_s) if ranks is None else ranks.fraction
-
-    def _fraction_of_time(self, train_s: float) -> float:
-        return train_s / self.budget_s if self.budget_s > 0 else 1.0
-
-    @contextmanager
-    def _pause(self, clock: TrainingClock) -> Iterator[Pause]:
-        """A block that does not count as training, but is inside the box of the whole command."""
-        with clock.paused() as pause:
-            yield pause
-        if self.state.box.began_s is not None:
-            self.budget_s -= pause.seconds
-
-    def _seconds_before(self) -> float:
-        """Seconds of training so far: steps of earlier processes, the linear probe, and what --step auto measured."""
-        log, readout = self.state.log, self.readout
-        spent_s = sum(log.step_times_s)
-        if readout is not None and self.state.cfg.parent is None:  # else a parent has fitted it
-            spent_s += readout.fit_s
-        return spent_s + sum(pace["took_s"] for pace in log.paces.values())
+        if ranks is None or self.state.cfg.steps:
+            return super()._fraction(step, train_s)
+        return ranks.fraction
 
     def _times_plain_forward(self, step: int) -> bool:
         if self.state.ranks is not None:
@@ -332,12 +279,12 @@ class Training:
                 "updates are equal, losses up to rounding"
             )
 
-    def _write_lost_lines(self) -> None:
-        """Write to metrics.jsonl the steps whose lines a kill left out."""
-        log = self.state.log
-        for record in self.state.journal.records(log.last_step):
-            if record.step < self.restored.steps:
-                log.write({**self._line(record), "step_s": None, "rss_bytes": None})
+    @property
+    def _evaluates_when_asked(self) -> bool:
+        return self.state.ranks is None  # of one process alone the others know nothing
+
+    def _peaks(self) -> dict[str, Any]:
+        return peaks(self.state)
 
     def _line(self, record: StepRecord) -> dict[str, Any]:
         return step_line(losses_of_step(record, self.stepper.sides), self.stepper.perturbs)
@@ -360,7 +307,6 @@ class Training:
         return result
 
     def _evaluate(self, when: str, step: int = 0) -> dict[str, Any]:
-        """Evaluate once: a resumed run knows what was evaluated before."""
         state = self.state
         lacks = (when, step) not in state.log.evaluations
         if self._any_lacks(lacks):
@@ -395,8 +341,3 @@ class Training:
                     store.finish(state.cfg.since_base(steps))
         if store.residency is not None:
             store.residency.flush()
-
-    def _save_and_report(self, step: int) -> None:
-        """Save the state of a run that ends early, and say what memory it has taken."""
-        self.stepper.save(step)
-        self.state.progress.note(f"peak memory: {peaks_line(peaks(self.state))}")

@@ -19,17 +19,17 @@ from edgezo.machine.limits import READOUT_BLOCKS
 from edgezo.network import loader
 from edgezo.network.assemble import ModelSpec, assemble
 from edgezo.network.loader import decoder_layers
+from edgezo.network.plain_readout import tried_blocks
 from edgezo.network.readout import (
     RIDGES,
-    DamagedRow,
     ReadoutWeights,
     StateFile,
     Taps,
-    candidates,
     fit,
     fit_block,
     unit,
 )
+from edgezo.network.state_file import DamagedRow
 from edgezo.plan.request import make_config
 from edgezo.run.readout_pass import ReadoutPass
 from edgezo.run.train import finetune
@@ -282,8 +282,8 @@ def test_a_probe_of_a_larger_model_is_refused(tmp_path):
 
 
 def test_the_lower_third_of_the_blocks_is_not_looked_at():
-    assert candidates(30) == tuple(range(10, 30))
-    assert candidates(1) == (0,) and candidates(2) == (0, 1)
+    assert tried_blocks(30) == tuple(range(10, 30))
+    assert tried_blocks(1) == (0,) and tried_blocks(2) == (0, 1)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from edgezo.plan import calibration
 from edgezo.plan.request import make_config
 from edgezo.run import objective as judge
 from edgezo.run import session
+from edgezo.run.answering import evaluation_parts
 from edgezo.run.evaluate import replay
 from edgezo.run.journal import open_journal
 from edgezo.run.journal_record import StepRecord
@@ -306,7 +307,7 @@ def test_a_loss_has_neither_text_nor_score(bench: Bench, tmp_path: Path) -> None
 @pytest.mark.parametrize("most", [1, 40, 2000])
 def test_rows_that_write_at_once_keep_as_much_as_is_planned(most: int, bench: Bench) -> None:
     rows = opened_of(bench, "completion")[0].dataset.train
-    parts = judge.evaluation_parts(rows, most, 1024)
+    parts = evaluation_parts(rows, most, 1024)
     assert sorted(i for part in parts for i in part) == list(range(len(rows)))
     for part in parts:
         kept = len(part) * (max(len(rows[i].prompt) for i in part) + most)

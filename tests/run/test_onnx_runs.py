@@ -13,14 +13,19 @@ import numpy as np
 import pytest
 from conftest import Bench, Command
 
+from edgezo.data.row_files import Problems, read_records
 from edgezo.errors import BaseMismatch, EdgezoError, UsageError
+from edgezo.plan.fields import flag
 from edgezo.plan.request import make_config
 from edgezo.run import onnx_step
 from edgezo.run.evaluate import replay
 from edgezo.run.export import export
 from edgezo.run.export_trainable import export_trainable
 from edgezo.run.onnx_train import finetune_onnx
-from edgezo.run.onnx_use import evaluate_onnx, replay_on_onnx, replays_on_onnx
+from edgezo.run.onnx_use import evaluate_onnx, replay_on_onnx
+from edgezo.run.places import uses_graphs
+from edgezo.run.predict import load
+from edgezo.run.report import is_report_file
 from edgezo.run.train import finetune
 
 pytest.importorskip("onnxruntime", reason="pip install 'edgezo[onnx]' brings onnxruntime")
@@ -58,31 +63,92 @@ def run_onnx(bench: Bench, graphs: Path, out: Path, **changes: Any) -> dict[str,
     return finetune_onnx(make_config(settings(bench, graphs, out, **changes)))
 
 
+def without_torch(*args: object, typed: str = "") -> dict[str, Any]:
+    """What a command prints with --json, in a process without torch."""
+    command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, args), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, input=typed)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "[]", "nothing of them was imported"
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
 def test_a_process_without_torch_trains_evaluates_and_replays(
     deep_bench: Bench, graphs: Path, tmp_path: Path
 ):
     """The whole of the default recipe: a linear probe, then GRZO below it."""
 
-    def edgezo(*args: object) -> dict[str, Any]:
-        command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, args), "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.splitlines()[-1] == "[]", "nothing of them was imported"
-        result: dict[str, Any] = json.loads(done.stdout)
-        return result
-
     out = tmp_path / "run"
     given = settings(deep_bench, graphs, out)
     del given["precision"], given["max_mem_bytes"]
-    options = [part for name, value in given.items() for part in (f"--{name}", value)]
-    options = [
-        str(part).replace("_", "-") if i % 2 == 0 else part for i, part in enumerate(options)
-    ]
-    summary = edgezo("finetune", *options, "--max-mem", "2GB")
+    options = [part for name, value in given.items() for part in (flag(name), value)]
+    summary = without_torch("finetune", *options, "--max-mem", "2GB")
     assert summary["engine"] == "onnx" and summary["steps"] == 3 and summary["probe"]["used"]
-    assert edgezo("eval", "--model", out)["loss"] > 0
-    replayed = edgezo("replay", out, "--out", tmp_path / "again")
+    assert is_report_file(out / "report.html")
+    assert without_torch("eval", "--model", out)["loss"] > 0
+    replayed = without_torch("replay", out, "--out", tmp_path / "again")
     assert replayed["trained_sha256"] == summary["trained_sha256"]
+    made = without_torch("predict", out, "--data", "-", typed="film 3 is warm\nfilm 4 is cold\n")
+    assert made["rows"] == 2 and made["steps"] == 3
+    for prediction in made["predictions"]:
+        assert prediction["label"] in prediction["probabilities"]
+
+
+def test_without_torch_a_run_writes_and_talks(
+    deep_bench: Bench, graphs: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    given = settings(deep_bench, graphs, out, kind="messages", train="lowrank+head")
+    del given["precision"], given["max_mem_bytes"]
+    options = [part for name, value in given.items() for part in (flag(name), value)]
+    summary = without_torch("finetune", *options, "--max-mem", "2GB")
+    theirs = finetune(
+        make_config(deep_bench.settings("messages", train="lowrank+head", out=str(tmp_path / "t")))
+    )
+    assert summary["loss_last"] == pytest.approx(theirs["loss_last"], abs=1e-4)
+    talk = without_torch("chat", out, "--max-new-tokens", 4, typed="a warm film\nand then?\n")
+    assert [turn["prompt"] for turn in talk["turns"]] == ["a warm film", "and then?"]
+    turn = {"role": "user", "content": "a warm film"}
+    row = json.dumps({"messages": [turn]}) + "\n"
+    asked = ("--max-new-tokens", 4, "--data", "-")
+    written = without_torch("predict", out, *asked, typed=row)["predictions"][0]["answer"]
+    with load(out, base=str(deep_bench.model), max_new_tokens=4) as used:
+        assert used.predict([json.loads(row)])[0]["answer"] == written
+    plain = without_torch("predict", graphs, *asked, typed=row)
+    assert plain["rows"] == 1 and plain["steps"] == 0
+
+
+@pytest.mark.parametrize(
+    "kind, train",
+    [("label", "lowrank"), ("label", "lowrank+probe"), ("choice", "lowrank"), ("text", "lowrank")],
+)
+def test_predictions_are_those_of_the_run_over_its_base(
+    deep_bench: Bench, graphs: Path, tmp_path: Path, kind: str, train: str
+) -> None:
+    out = tmp_path / "run"
+    run_onnx(deep_bench, graphs, out, kind=kind, train=train)
+    records = read_records(Path(deep_bench.settings(kind)["data"]), Problems())
+    rows = [dict(record.fields) for record in records][:6]
+    with load(out) as ours, load(out, base=str(deep_bench.model)) as theirs:
+        for one, other in zip(ours.predict(rows), theirs.predict(rows), strict=True):
+            assert list(one) == list(other)
+            for name, value in one.items():
+                close = pytest.approx(other[name], abs=1e-4)
+                assert value == (other[name] if isinstance(value, str) else close)
+
+
+def test_exports_say_without_torch_what_they_need(
+    deep_bench: Bench, graphs: Path, tmp_path: Path
+) -> None:
+    run_onnx(deep_bench, graphs, tmp_path / "run", train="lowrank")
+    for form in ("hf", "gguf", "journal"):
+        out = tmp_path / form
+        args = ["export", str(tmp_path / "run"), "--format", form, "--out", str(out)]
+        command = [sys.executable, "-c", WITHOUT_TORCH, *args]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and "pip install 'edgezo[torch]'" in done.stderr
+        assert not out.exists()
+        assert export(tmp_path / "run", form, out)["steps"] == 3
 
 
 def test_without_torch_its_commands_say_what_brings_it(deep_bench: Bench, tmp_path: Path):
@@ -114,8 +180,8 @@ def test_journals_replay_in_the_other_engine(deep_bench: Bench, graphs: Path, tm
         make_config(deep_bench.settings(train="lowrank", out=str(tmp_path / "torch")))
     )
     base = str(deep_bench.model)
-    assert not replays_on_onnx(tmp_path / "onnx", base) and replays_on_onnx(tmp_path / "onnx", None)
-    assert replays_on_onnx(tmp_path / "torch", str(graphs))
+    assert not uses_graphs(tmp_path / "onnx", base) and uses_graphs(tmp_path / "onnx", None)
+    assert uses_graphs(tmp_path / "torch", str(graphs))
     by_torch = replay(tmp_path / "onnx", tmp_path / "by-torch", base=base)
     by_onnx = replay_on_onnx(tmp_path / "torch", tmp_path / "by-onnx", str(graphs))
     assert by_torch["trained_sha256"] == ours["trained_sha256"]
@@ -216,11 +282,7 @@ def test_a_cap_that_is_too_small_names_the_least_that_works(
 ):
     given = settings(deep_bench, graphs, tmp_path / "run", max_mem_bytes="20MB")
     del given["precision"]
-    args = [part for name, value in given.items() for part in (name, value)]
-    options = [
-        f"--{str(a).removesuffix('_bytes').replace('_', '-')}" if i % 2 == 0 else a
-        for i, a in enumerate(args)
-    ]
+    options = [part for name, value in given.items() for part in (flag(name), value)]
     code, _, err = edgezo("finetune", *options)
     assert code == 3 and "needs at least" in err and "--dtype int4" in err
     assert not (tmp_path / "run").exists()
