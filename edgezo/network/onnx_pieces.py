@@ -21,10 +21,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgezo.network.onnx_sessions import quiet_options, runtime
 
-_FILE = "piece.onnx"
+_PIECE_FILE = "piece.onnx"
 _CODED = "MatMulNBits"  # onnxruntime's own product with codes in blocks
 _FP32_BYTES = 4
-_NAMES = {"float32": "float"}  # of types, where onnxruntime has another one than numpy
+_TYPE_NAMES = {"float32": "float"}  # of types, where onnxruntime has another one than numpy
 
 
 class Port(NamedTuple):
@@ -164,7 +164,7 @@ class Pieces:
         model = helper.make_model(
             graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version
         )
-        file = self.path.with_name(_FILE)  # beside the weights that it names
+        file = self.path.with_name(_PIECE_FILE)  # beside the weights that it names
         file.write_bytes(model.SerializeToString())
         try:
             session = runtime().InferenceSession(
@@ -255,4 +255,4 @@ def _port(value: Any) -> Port:
     of_tensor = value.type.tensor_type
     kind = np.dtype(helper.tensor_dtype_to_np_dtype(of_tensor.elem_type)).name
     dims = [dim.dim_param or dim.dim_value for dim in of_tensor.shape.dim]
-    return Port(value.name, f"tensor({_NAMES.get(kind, kind)})", dims)
+    return Port(value.name, f"tensor({_TYPE_NAMES.get(kind, kind)})", dims)

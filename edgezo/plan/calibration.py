@@ -81,8 +81,8 @@ CODES_UPDATE_TILES = 6
 UPDATE_HOLES = 0.3
 # A tile of the base that is replayed and quantised, and the holes that its temporaries leave (calibrated).
 REQUANTISE_TILES = 3
-# Of the exact head: change, gradient and Adam's two moments, fp32.
-HEAD_COPIES = 4
+# Of the exact head: change, gradient and Adam's two moments, fp32, and what is made to add to them (calibrated).
+HEAD_COPIES = 4.5
 # Temporaries of an Adam step of the exact head: the gradient's square, and then the scale.
 HEAD_TEMPORARIES = 2
 # Of LoRA's adapters: value, gradient and AdamW's two moments, fp32.

@@ -326,11 +326,8 @@ class Footprint(StoredFootprint):
         """Logits of so many positions: (bytes, over which words)."""
         if self.tokens.kind == "label":
             return 4 * scored * self.tokens.label_words, "label words only"
-        compute_bytes, width, rows = (
-            self.compute_bytes(precision),
-            self.shape.embed_width,
-            self.head_rows,
-        )
+        compute_bytes, rows = self.compute_bytes(precision), self.head_rows
+        width = self.shape.embed_width
         # Products in bf16 have a few numbers of rows: a smaller one is filled up.
         states = next((n for n in PRODUCT_ROWS if n >= scored), scored)
         # Logits in the compute dtype, and in fp32, where the error takes their place.

@@ -455,9 +455,9 @@ def _head(f: StoredFootprint, compute_bytes: int) -> list[Item]:
     shape, rank, what = f.shape, f.cfg.rank, "change, gradient and Adam's moments"
     if f.tokens.kind == "label":
         words = f.tokens.label_words
-        size = 4 * HEAD_COPIES * words * shape.hidden
+        size = int(4 * HEAD_COPIES * words * shape.hidden)
         return [Item("exact head", size, f"{words} label words x {shape.hidden}: {what}")]
-    size = 4 * rank * (HEAD_COPIES * shape.vocab + shape.hidden)
+    size = int(4 * rank * (HEAD_COPIES * shape.vocab + shape.hidden))
     return [Item("exact head", size, f"{shape.vocab:,} words x rank {rank}: {what}")]
 
 

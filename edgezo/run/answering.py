@@ -14,7 +14,7 @@ from edgezo.machine.limits import EVAL_TOKENS
 from edgezo.network.sampling import Sampler
 
 
-class Answers(Protocol):
+class Answering(Protocol):
     """A model in memory that answers, on whatever engine."""
 
     @property

@@ -68,7 +68,7 @@ WEIGHT_FORMS = {
 }
 _ALIGNMENT = 4096  # of each tensor in the file, so that it can be mapped
 _CODED_AT_ONCE = 1 << 18  # weights
-_PIECE_BYTES = (
+_TRIED_BYTES = (
     64 << 20
 )  # in fp32, of the weights that onnxruntime has at once when the graph is tried
 _STEPS = 3  # tokens that the run and the file are compared over
@@ -228,7 +228,7 @@ class OnnxExporter(Merged):
         """Notes; EdgezoError unless onnxruntime answers a text as the run does, with the graph run in pieces."""
         if find_spec("onnxruntime") is None:
             return ["onnxruntime is not installed here, so that the graph was checked, and not run"]
-        session = Pieces(path, _PIECE_BYTES)
+        session = Pieces(path, _TRIED_BYTES)
         ids = self._sample_ids()
         if classifies:
             ours, theirs, spread = self._shares(ids), _shares_of(session, ids), 1.0

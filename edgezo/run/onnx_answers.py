@@ -35,7 +35,7 @@ from edgezo.run.summary_file import how_far, unfinished
 
 @dataclass
 class OnnxAnswers:
-    """Answers of a model in memory (``answering.Answers``)."""
+    """Answers of a model in memory (``answering.Answering``)."""
 
     model: OnnxModel
     written: AnswerText

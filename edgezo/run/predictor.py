@@ -21,7 +21,7 @@ from edgezo.network.plain_losses import softmax
 from edgezo.network.sampling import Sampler
 from edgezo.plan.config import RunConfig
 from edgezo.plan.shapes import Shape
-from edgezo.run.answering import Answers, AnswerText
+from edgezo.run.answering import Answering, AnswerText
 from edgezo.run.called import give_back
 
 WRITTEN_ROWS = 32  # rows whose answers are written before the first of them is given out
@@ -34,7 +34,7 @@ class Predictor:
     """A run or a model in memory, which answers rows and prompts."""
 
     target: str
-    model: Answers
+    model: Answering
     asker: Asker
     written: AnswerText
     guard: ReadingGuard
@@ -219,7 +219,7 @@ class Predictor:
 class Writing:
     """A text while it is written: iterate over its pieces, which come as they are written."""
 
-    model: Answers
+    model: Answering
     written: AnswerText
     prompt: Sequence[int]  # its tokens
     most: int  # tokens that are written at most

@@ -38,7 +38,7 @@ from edgezo.run.session import Opened, ram_cap_bytes, settle, without_states
 
 @dataclass
 class TorchAnswers:
-    """Answers of a model in memory (``answering.Answers``)."""
+    """Answers of a model in memory (``answering.Answering``)."""
 
     model: Model
     memory: Memory

@@ -45,7 +45,9 @@ def all_options() -> set[str]:
 
     collect(cli)
     for script in [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "scripts/fleet").glob("*.py")]:
-        names.update(re.findall(r'add_argument\("(--[\w-]+)"', script.read_text(encoding="utf-8")))
+        names.update(
+            re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text(encoding="utf-8"))
+        )
     return {*names, "--help"}
 
 
