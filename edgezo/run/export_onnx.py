@@ -195,7 +195,7 @@ class OnnxExporter(Merged):
                 start, beside = file.tell(), list[Coded]()
                 codes = graph.codes.get(name)
                 source = name if codes is None else codes.source
-                for piece in iter([self.made[name]]) if name in self.made else self.rows(source):
+                for piece in [self.made.pop(name)] if name in self.made else self.rows(source):
                     if codes is not None:
                         made = coded(piece, codes)
                         file.write(made.raw)
