@@ -95,7 +95,8 @@ def tokens(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     ]
     rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     # A step that is large enough for the tokens to change: what is compared is the export, not the training.
-    run = trained(args, "writer", data=str(rows), train=("lowrank",), step=0.3)
+    # In fp32, so that the run, its fp32 exports and what reads them have the same weights.
+    run = trained(args, "writer", data=str(rows), precision="fp32", train=("lowrank",), step=0.3)
     prompts = [pair["prompt"] for pair in pairs[:: max(1, len(pairs) // args.prompts)]][
         : args.prompts
     ]
