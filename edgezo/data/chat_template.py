@@ -108,10 +108,10 @@ class JinjaTemplate:
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     """A turn with its reasoning under the names that templates read."""
-    said = next((message[key] for key in _REASONING if message.get(key) is not None), None)
-    if said is None:
+    reasoning = next((message[key] for key in _REASONING if message.get(key) is not None), None)
+    if reasoning is None:
         return message
-    return {"thinking": said, **message, "reasoning_content": said}
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 class _Generation(Extension):
