@@ -200,7 +200,7 @@ def best_blocks(
     scale = np.float32(factor / len(fits))
     weights = PlainReadoutWeights(
         tuple(best),
-        np.stack([one.weight for one in fits]) * scale,
+        np.ascontiguousarray(np.stack([one.weight for one in fits]) * scale),
         np.stack([one.bias for one in fits]).sum(0) * scale,
     )
     accuracy = float((scores.argmax(1) == labels).mean())

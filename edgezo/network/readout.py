@@ -266,6 +266,7 @@ def fit(
         return PlainBlockFit(made.error, made.ridge, *parts)
 
     best = best_blocks(fitted, blocks, labels.numpy(), single)
-    weight, bias = (torch.from_numpy(part) for part in (best.weights.weight, best.weights.bias))
+    # In torch's own memory, which is aligned as that of a file that is read: products have the same bits then.
+    weight, bias = (torch.tensor(part) for part in (best.weights.weight, best.weights.bias))
     readout = ReadoutWeights(best.weights.blocks, weight, bias)
     return Fitted(readout, best.ridges, best.accuracy, best.loss)
