@@ -30,7 +30,6 @@ import edgezo
 from edgezo.data.row_files import Problems, Record
 from edgezo.data.tasks import EXAMPLE_FOLDER
 from edgezo.network.cards import resolve
-from edgezo.network.generate import write_one
 from edgezo.run.export import export
 from edgezo.run.shipped import apply
 
@@ -141,7 +140,7 @@ def written(run: Path, prompts: list[str], kept: Path) -> list[list[int]]:
         every = []
         for prompt in prompts:
             ids = list(used.prompt_ids(prompt))
-            every.append([*ids, *write_one(used.model, ids, WRITTEN)])
+            every.append([*ids, *used.model.tokens_after(ids, WRITTEN, None)])
     kept.write_text(json.dumps(every))
     return every
 

@@ -21,7 +21,8 @@ from fuzz.damage import Beside, Damage, damaged, put
 from torch import Tensor
 
 from edgezo.errors import EdgezoError
-from edgezo.network.readout import DamagedRow, StateFile
+from edgezo.network.readout import StateFile
+from edgezo.network.state_file import DamagedRow
 from edgezo.run.directory import PROBE_KEYS
 from edgezo.weights.saved import Saved, write_saved
 from edgezo.weights.verified import open_saved

@@ -54,13 +54,12 @@ def texts_of(target: Path) -> list[str]:
 
 def tokens_of(target: Path) -> list[list[int]]:
     """The tokens after each prompt, and each prompt's own."""
-    from edgezo.network.generate import write_one
 
     every = []
     with package.load(target, max_new_tokens=MOST, precision="fp32") as used:
         for prompt in PROMPTS:
             ids = list(used.prompt_ids(prompt))
-            every.append([*ids, *write_one(used.model, ids, MOST)])
+            every.append([*ids, *used.model.tokens_after(ids, MOST, None)])
     return every
 
 

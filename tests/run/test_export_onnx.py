@@ -18,7 +18,6 @@ from test_runs import run_of
 
 import edgezo as package
 from edgezo.errors import EdgezoError
-from edgezo.network.generate import write_one
 from edgezo.network.onnx_pieces import Pieces
 from edgezo.network.onnx_sessions import session_options
 from edgezo.run import export_onnx
@@ -53,7 +52,7 @@ def session_of(onnxruntime: Any, folder: Path) -> Any:
 def written_by_run(run: Path) -> list[list[int]]:
     with package.load(run, max_new_tokens=MOST, precision="fp32") as used:
         return [
-            [*(ids := list(used.prompt_ids(prompt))), *write_one(used.model, ids, MOST)]
+            [*(ids := list(used.prompt_ids(prompt))), *used.model.tokens_after(ids, MOST, None)]
             for prompt in PROMPTS
         ]
 
@@ -149,7 +148,7 @@ def test_a_probe_that_reads_words_of_several_tokens_becomes_a_classifier(
 
         (asked,) = used.asker.ask([Record("", {"text": "film 3 is warm"})], Problems())
         (wanted,) = used.predict(["film 3 is warm"])
-        ids = np.array([used.model.reads([asked.example])[0].rows[0].ids], np.int64)
+        ids = np.array([used.model.model.reads([asked.example])[0].rows[0].ids], np.int64)
     fed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     (shares,) = session_of(onnxruntime, tmp_path / "out").run(["probabilities"], fed)[0]
     assert np.allclose(shares, list(wanted["probabilities"].values()), atol=1e-4)

@@ -14,7 +14,6 @@ from test_runs import run_of
 from transformers import AutoModelForCausalLM
 
 import edgezo as package
-from edgezo.network.generate import write_one
 from edgezo.run.export import export
 
 pytestmark = [
@@ -38,7 +37,7 @@ def written_by_run(target: Path) -> list[list[int]]:
     """The tokens of each prompt, and those that the run writes after it."""
     with package.load(target, max_new_tokens=MOST, precision="fp32") as used:
         return [
-            [*(ids := list(used.prompt_ids(prompt))), *write_one(used.model, ids, MOST)]
+            [*(ids := list(used.prompt_ids(prompt))), *used.model.tokens_after(ids, MOST, None)]
             for prompt in PROMPTS
         ]
 
