@@ -264,7 +264,7 @@ def test_a_run_of_a_given_time_ends_and_goes_on_after_a_signal(bench, tmp_path):
     run = tmp_path / "run"
     args = bench.arguments(steps=None, for_s="6s", out=run)
     running = forks.start(["finetune", *args], tmp_path / "out")
-    forks.watch(running, run / "journal.bin", 1100)
+    forks.watch(running, run / "journal.bin", 1500)
     running.signal(15)
     assert running.end()[0] == 130
     steps = len((run / "metrics.jsonl").read_text().splitlines()) - 1  # one line is an evaluation

@@ -424,10 +424,10 @@ def test_a_cap_that_is_too_small_for_a_resume_changes_nothing_and_says_what_woul
 
 
 def test_a_resume_that_does_not_fit_names_the_micro_batch_that_would(monkeypatch):
-    def settle(opened: Opened, machine: object, base_bytes: int) -> str:
+    def settle(opened: Opened, machine: object, base_bytes: int) -> Planned:
         if opened.cfg.micro_batch > 3:
             raise PlanDoesNotFit("no", 500_000_001, ())
-        return "a plan"
+        return Planned(opened, opened.cfg, "a plan")  # type: ignore[arg-type]
 
     monkeypatch.setattr(session, "settle", settle)
     said = {
@@ -442,7 +442,7 @@ def test_a_resume_that_does_not_fit_names_the_micro_batch_that_would(monkeypatch
         settle_again(opened, SimpleNamespace(gpu=None), 0)  # type: ignore[arg-type]
     assert opened.cfg.micro_batch == 9
     opened = replace(opened, cfg=make_config({**said, "micro_batch": 2}))
-    assert settle_again(opened, None, 0) == "a plan"  # type: ignore[arg-type,comparison-overlap]
+    assert settle_again(opened, None, 0).plan == "a plan"  # type: ignore[arg-type,comparison-overlap]
 
 
 def test_a_resume_may_split_the_batch_further(bench, edgezo, edgezo_json, killed_run, tmp_path):
