@@ -30,7 +30,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,6 +132,8 @@ def allocator_reuse(map_from_bytes: int = NEVER_MAPPED_BYTES, keep_bytes: int = 
 
 # A process whose plan ends within so many bytes gives free memory back between two blocks.
 NEAR_BYTES = 4 << 20
+LEAST_FREED_BYTES = 1 << 20  # a trim that gives back less was not worth its time
+MOST_RESTS = 63
 
 
 @dataclass
@@ -148,6 +150,8 @@ class Heap:
     trims: bool = False  # an update gives its temporaries back, because longer batches may follow
     # The peak of the plan: holes of the heap must not take the process above it. None: there is no plan.
     planned_bytes: int | None = None
+    _rest: int = field(default=0, init=False)  # so many calls of ``keep_to_plan`` do nothing
+    _passed: int = field(default=0, init=False)
 
     def expect(self, tokens: int) -> None:
         """Prepare the allocator for a forward over ``tokens`` packed tokens."""
@@ -180,8 +184,18 @@ class Heap:
 
         ``need_bytes``: what comes next takes so much, as far as that is known.
         """
-        if self.planned_bytes is not None and rss_bytes() + need_bytes > self.planned_bytes:
+        if self.planned_bytes is None:
+            return
+        if self._passed < self._rest:
+            self._passed += 1
+            return
+        held_bytes = rss_bytes()
+        if held_bytes + need_bytes > self.planned_bytes:
             malloc_trim()
+            # Where little was free, what holds the memory is in use: looking again at once would only take time.
+            little = held_bytes - rss_bytes() < LEAST_FREED_BYTES
+            self._rest = min(2 * self._rest + 1, MOST_RESTS) if little else 0
+            self._passed = 0
 
     @contextmanager
     def updating(self) -> Iterator[None]:
