@@ -179,23 +179,30 @@ class Heap:
         finally:
             allocator_reuse()
 
-    def keep_to_plan(self, need_bytes: int = NEAR_BYTES) -> None:
-        """Between two blocks, or two tiles of an update: give free memory back where the planned peak is near.
-
-        ``need_bytes``: what comes next takes so much, as far as that is known.
-        """
-        if self.planned_bytes is None:
-            return
+    def keep_to_plan(self) -> None:
+        """Between two blocks, or two tiles of an update: give free memory back where the planned peak is near."""
         if self._passed < self._rest:
             self._passed += 1
             return
-        held_bytes = rss_bytes()
-        if held_bytes + need_bytes > self.planned_bytes:
-            malloc_trim()
+        freed_bytes = self.make_room(NEAR_BYTES)
+        if freed_bytes is not None:
             # Where little was free, what holds the memory is in use: looking again at once would only take time.
-            little = held_bytes - rss_bytes() < LEAST_FREED_BYTES
+            little = freed_bytes < LEAST_FREED_BYTES
             self._rest = min(2 * self._rest + 1, MOST_RESTS) if little else 0
             self._passed = 0
+
+    def make_room(self, need_bytes: int) -> int | None:
+        """Give free memory back where ``need_bytes`` more would go above the planned peak.
+
+        Returns the bytes that went back; None where there was room, or is no plan.
+        """
+        if self.planned_bytes is None:
+            return None
+        held_bytes = rss_bytes()
+        if held_bytes + need_bytes <= self.planned_bytes:
+            return None
+        malloc_trim()
+        return held_bytes - rss_bytes()
 
     @contextmanager
     def updating(self) -> Iterator[None]:

@@ -83,7 +83,7 @@ class Stepper:
             model.store.apply([recipe_of(cfg, record)._replace(guides=guides)])
             for name, part in model.learned.items():
                 moved_bytes = sum(tensor.nbytes for tensor in part.trained().values())
-                model.heap.keep_to_plan(HEAD_TEMPORARIES * moved_bytes)
+                model.heap.make_room(HEAD_TEMPORARIES * moved_bytes)
                 # Parts with a learning rate follow the schedule of the step.
                 rate = cfg.rates[name] * step_size / (cfg.step * stride.factor)
                 part.update(rate, self._known.get(name))

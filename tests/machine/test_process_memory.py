@@ -12,7 +12,7 @@ from conftest import tree
 
 from edgezo.errors import BudgetExceeded
 from edgezo.machine import process_memory
-from edgezo.machine.process_memory import Guard, Meter
+from edgezo.machine.process_memory import Guard, Heap, Meter
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 glibc = pytest.mark.skipif(process_memory._glibc() is None, reason="the C library is not glibc")
@@ -352,3 +352,15 @@ def test_the_allocator_is_set_before_torch_is_imported(
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.stderr.strip() == "set") is sets, done.stderr
+
+
+def test_a_trim_that_gives_nothing_back_rests_and_room_that_is_asked_for_does_not(monkeypatch):
+    trims: list[int] = []
+    monkeypatch.setattr(process_memory, "rss_bytes", lambda: 100 << 20)
+    monkeypatch.setattr(process_memory, "malloc_trim", lambda: trims.append(len(trims)))
+    heap = Heap(planned_bytes=100 << 20)
+    for _ in range(8):
+        heap.keep_to_plan()
+    assert len(trims) == 3, "after rests of one and of three calls"
+    assert heap.make_room(1) == 0 and len(trims) == 4
+    assert heap.make_room(0) is None and Heap().make_room(1) is None
