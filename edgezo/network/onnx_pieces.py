@@ -69,7 +69,7 @@ class Pieces:
     def run(self, names: Sequence[str], fed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """The outputs ``names`` of the graph for its inputs."""
         values, pieces = dict(fed), list(self._pieces(names))
-        reads = [{name for node in piece for name in node.input} for piece in pieces]
+        reads = [{name for node in piece for name in self._reads(node)} for piece in pieces]
         for number, piece in enumerate(pieces):
             if self._is_large(piece[0]):
                 by_rows = self._coded_product if piece[0].op_type == _CODED else self._product
@@ -88,10 +88,7 @@ class Pieces:
         for node in reversed(self._model.graph.node):
             if wanted.intersection(node.output):
                 needed.append(node)
-                wanted.update(
-                    node.input if (rows := self._by_rows(node)) is None else node.input[:1]
-                )
-                wanted.update([] if rows is None else node.input[2:])
+                wanted.update(self._reads(node))
         piece, held_bytes = list[Any](), 0
         for node in reversed(needed):
             size = self._weight_bytes(node)
@@ -105,6 +102,12 @@ class Pieces:
                 piece, held_bytes = [], 0
         if piece:
             yield piece
+
+    def _reads(self, node: Any) -> Sequence[str]:
+        """What has to be there before a node runs: not a matrix that it reads from the file, some rows at a time."""
+        if self._by_rows(node) is None:
+            return list(node.input)
+        return [node.input[0], *node.input[2:]]
 
     def _weight_bytes(self, node: Any) -> int:
         """What the weights of a node take in fp32; a table takes its rows in use only."""
