@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from odd_sizes import PEAK
+from odd_sizes import measured
 from random_models import CONFIGS, KINDS, make_model, make_rows
 
 IDLE = "import edgezo.cli.main, edgezo.run.export, torch, transformers"
@@ -50,15 +48,13 @@ def main() -> None:
     if not (run / "summary.json").exists():
         shutil.rmtree(run, ignore_errors=True)
         rows = make_rows(24, "label", args.out, 16)
-        peak_of(
-            [
-                *("-m", "edgezo", "finetune", "--model", model, "--data", rows, *KINDS["label"][1]),
-                *("--precision", "bf16", "--residency", "disk", "--train", args.train),
-                *("--steps", 1, "--batch-size", 2, "--eval-limit", 2, "--max-mem", "8GB"),
-                *("--quiet", "--out", run),
-            ]
+        measured(
+            *("-m", "edgezo", "finetune", "--model", model, "--data", rows, *KINDS["label"][1]),
+            *("--precision", "bf16", "--residency", "disk", "--train", args.train),
+            *("--steps", 1, "--batch-size", 2, "--eval-limit", 2, "--max-mem", "8GB"),
+            *("--quiet", "--out", run),
         )
-    idle_bytes = peak_of(["-c", IDLE])[0]
+    _, idle_bytes = measured("-c", IDLE)
     whole_bytes = BF16_BYTES * (block + tables)
     figures: dict[str, Any] = {"model": args.model, "train": args.train, "idle_bytes": idle_bytes}
     figures |= {"block_weights": block, "table_weights": tables, "forms": {}}
@@ -66,9 +62,9 @@ def main() -> None:
     for form in args.forms.split(","):
         target = args.out / "written"
         remove(target)
-        peak_bytes, seconds = peak_of(
-            ["-m", "edgezo", "export", run, *FORMS[form], "--out", target]
-        )
+        begun_s = time.perf_counter()
+        _, peak_bytes = measured("-m", "edgezo", "export", run, *FORMS[form], "--out", target)
+        seconds = time.perf_counter() - begun_s
         line = {
             "peak_bytes": peak_bytes,
             "written_bytes": sum(f.stat().st_size for f in [target, *target.rglob("*")]),
@@ -99,16 +95,6 @@ def weights_of(model: Path) -> tuple[int, int]:
     block = sum(n for key, n in sizes.items() if "0" in key.split("."))
     tables = sum(n for key, n in sizes.items() if not any(w.isdecimal() for w in key.split(".")))
     return block, tables
-
-
-def peak_of(arguments: list[Any]) -> tuple[int, float]:
-    """The peak of a Python process in bytes, and its seconds. SystemExit where it fails."""
-    command = [sys.executable, *map(str, arguments)]
-    begun_s = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", PEAK, *command], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command[1:])}:\n{done.stdout}{done.stderr}")
-    return int(done.stdout.strip().rpartition("\n")[2]), time.perf_counter() - begun_s
 
 
 def remove(target: Path) -> None:

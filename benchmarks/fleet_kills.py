@@ -24,9 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-
-from edgezo.errors import EdgezoError
-from edgezo.run.journal import open_journal
+from ranks import steps_of
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("anna", "bert", "cleo", "dora")
@@ -138,15 +136,6 @@ def listens(port: int) -> bool:
 
     with socket.socket() as link:
         return link.connect_ex(("127.0.0.1", port)) == 0
-
-
-def steps_of(run: Path) -> int:
-    """Steps in a journal as it is; -1 where it has none that can be read now."""
-    try:
-        with open_journal(run / "journal.bin", resume=False) as journal:
-            return journal.next_step
-    except (EdgezoError, OSError):
-        return -1
 
 
 def edgezo(*words: str) -> None:

@@ -103,12 +103,18 @@ CASES: dict[str, tuple[Callable[[Path, Path], list[Any]], list[Any]]] = {
 
 def edgezo(*arguments: Any) -> tuple[dict[str, Any], int]:
     """What a command prints as JSON, and the peak of its process in bytes. SystemExit where it fails."""
-    command = [sys.executable, "-m", "edgezo", *map(str, arguments), "--json"]
+    printed, peak_bytes = measured("-m", "edgezo", *arguments, "--json")
+    return json.loads(printed), peak_bytes
+
+
+def measured(*arguments: Any) -> tuple[str, int]:
+    """What a Python process prints, and its peak in bytes. SystemExit where it fails."""
+    command = [sys.executable, *map(str, arguments)]
     done = subprocess.run([sys.executable, "-c", PEAK, *command], capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{' '.join(command[2:])}:\n{done.stdout}{done.stderr}")
+        sys.exit(f"{' '.join(command[1:])}:\n{done.stdout}{done.stderr}")
     printed, _, peak = done.stdout.strip().rpartition("\n")
-    return json.loads(printed), int(peak)
+    return printed, int(peak)
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,18 +33,6 @@ from edgezo.zo.presets import PRESETS
 from edgezo.zo.recipe import Recipe
 
 SEED, SIGMA, STEPS = 11, 0.01, 3
-
-
-MACHINE: Any = SimpleNamespace(
-    total_bytes=8 * 10**9,
-    available_bytes=6 * 10**9,
-    cores=2,
-    bf16_fast=False,
-    flops_s=1.5e11,
-    bf16_flops_s=3e11,
-    c_kernels=True,
-    gpu=None,
-)
 
 
 # What a preset does not keep to the letter, and why (the rest is exact).

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_rows
 from tokenizers_fixture import byte_tokenizer
 
 from edgezo.data.batches import Example
@@ -19,8 +19,7 @@ SST2_STYLE = {"template": "{text} All in all it was", "labels": "0=bad,1=good"}
 
 
 def write(path: Path, rows: list[Any]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+    return str(write_rows(path, rows))
 
 
 def load(rows: list[Any], folder: Path, tokenizer: Any = None, **asked: Any) -> Dataset:

@@ -19,7 +19,6 @@ import pytest
 import reference
 import torch
 from preset_trials import (
-    MACHINE,
     ON_STORES,
     SEED,
     SIGMA,
@@ -34,6 +33,7 @@ from preset_trials import (
     settle,
     stores,
 )
+from small_plans import MACHINE
 from torch import Tensor
 from workshop import code_steps
 
