@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import LABELLED, Bench, make_model
-from preset_trials import MACHINE, make_finetuner
+from preset_trials import make_finetuner
 from safetensors.torch import load_file, save_file
+from small_plans import MACHINE
 from torch import nn
 
 from edgezo.data.batches import Example

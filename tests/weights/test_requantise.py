@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import preset_trials
 import pytest
 import tiny_models
 import torch
 from preset_trials import SIGMA, Killed, Maker
+from small_plans import MACHINE
 from torch import Tensor
 from workshop import LABEL_IDS, make_examples
 
@@ -375,7 +375,7 @@ def test_a_plan_counts_what_re_quantising_reads_and_never_goes_to_disk(maker: Ma
         rounding: make_plan(
             shape,
             maker.config("grzo", "int8", train="full", rounding=rounding),
-            preset_trials.MACHINE,
+            MACHINE,
             base_bytes=0,
         )
         for rounding in (None, "stochastic")
@@ -385,7 +385,7 @@ def test_a_plan_counts_what_re_quantising_reads_and_never_goes_to_disk(maker: Ma
     assert update[None].bytes > update["stochastic"].bytes
     assert "base" in update[None].reason and plans[None].residency == "resident"
     momentum = maker.config("lozo-m", "int8")
-    plan = make_plan(shape, momentum, preset_trials.MACHINE, base_bytes=0)
+    plan = make_plan(shape, momentum, MACHINE, base_bytes=0)
     assert plan.rounding == "stochastic"
     assert any("momentum" in d.reason for d in plan.decisions if d.name == "rounding")
 
