@@ -43,6 +43,7 @@ from edgezo.plan.calibration import (
     READ_PIECE_BYTES,
     ROW_ORDER_BYTES,
     RUN_BYTES,
+    SCORED_WORD_BYTES,
     TOKENIZER_BYTES_PER_WORD,
     Caller,
     Item,
@@ -156,8 +157,7 @@ class StoredFootprint:
         """What blocks take of the RAM beside the memory that is planned."""
         return 0
 
-    # -----------------------------------------------------------------------------------------
-    # The process and the weights
+    # ------------------------------------------------------------------ the process and the weights
 
     def _base(self) -> Item:
         if self.base_bytes is not None:
@@ -200,8 +200,8 @@ class StoredFootprint:
         loaded += QUANTO_BYTES if precision in QUANTIZED else 0
         first = FIRST_STEP_BYTES + BLOCK_STEP_BYTES * self.shape.layers
         first += 0 if columns else BF16_STEP_BYTES
-        if self.cfg.tries:
-            first += CANDIDATE_BYTES * self.cfg.candidates
+        first += SCORED_WORD_BYTES * self.head_rows if self.tokens.kind != "label" else 0
+        first += CANDIDATE_BYTES * self.cfg.candidates if self.cfg.tries else 0
         reason = "the model's modules, what loading them touches, packed panels"
         return [
             Item("model code", loaded, reason),
