@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgezo.plan.config import RunConfig
     from edgezo.run.chat import Talk
 
+LENGTHS = (2048, 1024, 512, 256)  # tokens of a conversation, where none are asked for
 WIDE = 80  # columns of a terminal on which two answers have room beside each other
 _BASE = ""  # --compare without a model
 
@@ -55,18 +56,19 @@ def chat(
     **given: str | None,
 ) -> None:
     """Talk to a run or a model: one line, one answer. Ctrl-C stops an answer, Ctrl-D ends."""
-    given = {**given, "max_length": given["max_length"] or "2048"}
+    asked = given["max_length"] is not None
+    given = {**given, "max_length": given["max_length"] or str(LENGTHS[0])}
     given["max_new_tokens"] = given["max_new_tokens"] or "256"
     use_threads(threads_of(given))
     from edgezo.network.sampling import Sampler
-    from edgezo.run.chat import Talk
-    from edgezo.run.predict import predictor
+    from edgezo.run.chat import Talk, conversing
 
     Sampler.of(temperature, top_p, chance)  # refuses numbers without a meaning before all else
     with ExitStack() as at_end:
         talks = []
         for name, cfg in _requests(target, compare, given):
-            used = at_end.enter_context(predictor(name, cfg, note))
+            lengths = (cfg.max_length,) if asked else LENGTHS
+            used = at_end.enter_context(conversing(name, cfg, lengths, note))
             talks.append(Talk(used, Sampler.of(temperature, top_p, chance), system))
         turns = list(_turns(talks, shown=not as_json))
         if as_json:

@@ -30,8 +30,8 @@ REUSED_BYTES = 40 * MB
 
 PRODUCT_ROWS = (16, 64, 128, 256, 512, 1024, 2048)  # rows of a bf16 product's pieces (matmul.py)
 # MKL packs blocks of at most so many (rows, columns, terms of a sum) for an fp32 product: 768, 6400 and 384 were
-# measured with AVX-512.
-PANEL = (1024, 6400, 512)
+# measured with AVX-512. It divides more terms evenly: a product of 512 terms makes two smaller blocks of 256.
+PANEL = (1024, 6400, 384)
 THIN = 64  # an axis of at most this length may be the examples of a group, or a rank
 MOST_CODE = 127  # codes go from -127 to 127: the two sides of a direction have the same room
 

@@ -150,6 +150,10 @@ class Heap:
     trims: bool = False  # an update gives its temporaries back, because longer batches may follow
     # The peak of the plan: holes of the heap must not take the process above it. None: there is no plan.
     planned_bytes: int | None = None
+    block_bytes: int = (
+        0  # what a block of the longest batch takes: in maps it comes on top of what is held
+    )
+    _mapped: bool = field(default=False, init=False)
     _rest: int = field(default=0, init=False)  # so many calls of ``keep_to_plan`` do nothing
     _passed: int = field(default=0, init=False)
 
@@ -157,10 +161,10 @@ class Heap:
         """Prepare the allocator for a forward over ``tokens`` packed tokens."""
         if self.reused_tokens is None:
             return
-        mapped = tokens > self.reused_tokens
-        if mapped:
+        self._mapped = tokens > self.reused_tokens
+        if self._mapped:
             malloc_trim()
-        allocator_reuse(MAPPED_BYTES if mapped else NEVER_MAPPED_BYTES)
+        allocator_reuse(MAPPED_BYTES if self._mapped else NEVER_MAPPED_BYTES)
 
     def give_back(self) -> None:
         """Give free memory back: what follows has temporaries of other sizes, which would not fit into the holes."""
@@ -184,7 +188,7 @@ class Heap:
         if self._passed < self._rest:
             self._passed += 1
             return
-        freed_bytes = self.make_room(NEAR_BYTES)
+        freed_bytes = self.make_room(max(NEAR_BYTES, self.block_bytes if self._mapped else 0))
         if freed_bytes is not None:
             # Where little was free, what holds the memory is in use: looking again at once would only take time.
             little = freed_bytes < LEAST_FREED_BYTES
@@ -209,6 +213,7 @@ class Heap:
         """A block that makes an update: many tiles of one size, which the heap uses again."""
         if self.reused_tokens is not None:
             allocator_reuse()
+            self._mapped = False
         if self.trims:
             malloc_trim()
         try:

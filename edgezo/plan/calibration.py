@@ -54,8 +54,8 @@ CANDIDATE_BYTES = 1_200_000
 BLOCK_STEP_BYTES = 190_000
 # The block that MKL packs for an fp32 product: 384 values for each column of the widest one (matmul.keep_panel).
 PANEL_BYTES = 1536
-# Code that the matrix library compiles for one shape of a bf16 product: 0.63 MB measured with AVX-512 BF16.
-KERNEL_BYTES = 630_000
+# Code that the matrix library compiles for one shape of a bf16 product: 0.63 MB with AVX-512 BF16, 0.72 with AMX.
+KERNEL_BYTES = 720_000
 # Buffers of the journal and of the metrics, and the records of a step.
 ROW_ORDER_BYTES = 40  # of a training row: random orders of two epochs, and one that is being made
 RUN_BYTES = 2 * MB
