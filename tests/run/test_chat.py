@@ -8,6 +8,8 @@ import re
 import signal
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,10 @@ from edgezo.cli.chat import WIDE, page
 from edgezo.errors import UsageError
 from edgezo.machine.interrupts import stopping
 from edgezo.network.sampling import Sampler
+from edgezo.plan.plan import PlanDoesNotFit
+from edgezo.run import chat
 from edgezo.run.chat import Talk
+from edgezo.run.predict import use_request
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LARGE = {"step": 0.5, "sigma": 0.05}
@@ -206,3 +211,28 @@ def test_a_model_without_a_chat_template_completes_lines(
     assert code == 0, err
     with package.load(model, max_new_tokens=4) as used:
         assert used.generate("a warm film") in out
+
+
+def test_a_conversation_is_as_long_as_the_cap_has_room_for(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, room = chat.predictor, 512
+
+    @contextmanager
+    def within(target: str, cfg: Any, note: Any) -> Iterator[Any]:
+        if cfg.max_length > room:
+            raise PlanDoesNotFit(f"{cfg.max_length} tokens", 1, ())
+        with real(target, cfg, note) as used:
+            yield used
+
+    monkeypatch.setattr(chat, "predictor", within)
+    notes: list[str] = []
+    cfg = use_request(str(run), {"max_new_tokens": 3})
+    with chat.conversing(str(run), cfg, (2048, 1024, 512), notes.append) as used:
+        assert used.asker.encoder.max_length <= room
+    assert notes[-1] == "a conversation may have 512 tokens: the cap has no room for 2,048"
+    with (
+        pytest.raises(PlanDoesNotFit, match="1024 tokens"),
+        chat.conversing(str(run), cfg, (2048, 1024), notes.append),
+    ):
+        pass
