@@ -262,14 +262,17 @@ def _refusal(footprint: OnnxFootprint, cap: int, smallest: int, micro: int) -> P
     sizes, ways = footprint.sizes, list[str]()
     if sizes.precision != "int4":
         ways.append("an export with --dtype int4")
-    if footprint.cfg.blocks == "all":
+    if not footprint.trains:
+        ways.append("a smaller --max-length")
+    elif footprint.cfg.blocks == "all":
         ways.append("--blocks 10, which keeps the frozen blocks on disk")
     way_out = f" Or give {' or '.join(ways)}." if ways else ""
     items = footprint.items(micro)
     largest = sorted(items, key=lambda item: -item.bytes)[:4]
     named = ", ".join(f"{item.name} {mb(item.bytes)}" for item in largest)
+    how = f" (--micro-batch {micro})" if footprint.trains else ""
     return PlanDoesNotFit(
-        f"{sizes.name} needs at least {mb(smallest)} (--micro-batch {micro}) on this engine, and --max-mem is "
+        f"{sizes.name} needs at least {mb(smallest)}{how} on this engine, and --max-mem is "
         f"{mb(cap)}. The largest items: {named}.\nGive --max-mem {mb(smallest)} or more.{way_out}",
         smallest,
         items,
