@@ -67,10 +67,10 @@ def _lacks_parts(cfg: RunConfig) -> bool:
 
 def _trained_by(entry: FirstOrder) -> str:
     """What a first-order estimator trains, and what may stand beside that."""
-    own = "+".join(entry.train)
-    return (
-        f"{own}, or {'+'.join((*entry.train, *entry.beside))}" if entry.beside else f"{own} alone"
-    )
+    trains = "+".join(entry.train)
+    if not entry.beside:
+        return f"{trains} alone"
+    return f"{trains}, or {'+'.join((*entry.train, *entry.beside))}"
 
 
 def _beside_full(part: str) -> Conflict:

@@ -18,7 +18,7 @@ from edgezo.plan.footprint_gpu import CudaFootprint
 from edgezo.plan.plan import Decision
 from edgezo.plan.request import as_estimator
 from edgezo.zo.axes import step_meaning
-from edgezo.zo.parts import PARTS
+from edgezo.zo.parts import PARTS, without_exact
 from edgezo.zo.presets import DEFAULT, DEFAULT_TRAIN, FIRST_ORDER, steps_by
 
 # In fewer steps a linear probe on label words does as well or better
@@ -76,8 +76,9 @@ class LoraBeside(NamedTuple):
 
 
 def is_default(cfg: RunConfig) -> bool:
-    """Whether a request has what is trained where nothing is named: ``--train`` may have replaced a part of that."""
-    return cfg.estimator == DEFAULT and cfg.train == DEFAULT_TRAIN
+    """Whether a request has the default's readout and steps. A run may have dropped the readout that its rows lack."""
+    perturbed = set(without_exact(DEFAULT_TRAIN))
+    return cfg.estimator == DEFAULT and perturbed < set(cfg.train) <= set(DEFAULT_TRAIN)
 
 
 def method_name(trained: Collection[str], cfg: RunConfig) -> str:

@@ -347,13 +347,7 @@ PRESETS = {
             note=LOW_BIT,
         ),
         Preset(
-            "qzo",
-            "shared",
-            "clipped",
-            "QZO, arXiv 2505.13430",
-            1e-5,
-            train=("scales",),
-            note=GAINS,
+            "qzo", "shared", "clipped", "QZO, arXiv 2505.13430", 1e-5, train=("scales",), note=GAINS
         ),
         Preset(
             "agzo",

@@ -233,6 +233,8 @@ def test_a_linear_probe_is_not_booked_under_the_estimators_name() -> None:
     assert method_after("lowrank+probe", 3, default) == "default (linear probe + GRZO)"
     assert method_after("lowrank+head", 3, default) == "default (exact head + GRZO)"
     assert method_after("lowrank+probe", 0, default) == "default (linear probe)"
+    default.train = ("lowrank", "head")  # rows without labels
+    assert method_after("lowrank+head", 3, default) == "default (exact head + GRZO)"
     default.train = ("lowrank",)
     assert method_after("lowrank", 3, default) == "GRZO"
 
