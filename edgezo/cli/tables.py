@@ -319,7 +319,9 @@ def runs_table(runs: Sequence[Mapping[str, Any]], folder: str) -> RenderableType
     table = Table(box=None, pad_edge=False)
     for name in ("run", "state", "method", "steps", "result", "peak"):
         side: Any = "right" if name in ("steps", "peak") else "left"
-        table.add_column(name, justify=side, overflow="fold", no_wrap=name in ("state", "peak"))
+        most = 22 if name == "method" else None  # the rest of the line is for the run's path
+        whole = name in ("state", "peak")
+        table.add_column(name, justify=side, overflow="fold", no_wrap=whole, max_width=most)
     for run in runs:
         names = ("state", "method", "steps", "after", "peak_bytes")
         table.add_row(run["run"], *(_figure(name, run) for name in names))
