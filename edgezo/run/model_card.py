@@ -53,7 +53,7 @@ def write_card(
         "",
         f"- **Base:** {base} (SHA-256 of its weights: `{about['base_sha256']}`)",
         f"- **Data:** {_data(cfg, about)}",
-        f"- **Training:** {method}; {about['steps']} steps: {_settings(cfg, about)}",
+        f"- **Training:** {about['steps']} steps of {method}: {_settings(cfg, about)}",
         f"- **Evaluation:** {_before_after(summary)}",
         f"- **Licence:** {licence or 'unknown: that of the base and of the data; fill it in before you share this'}",
         f"- **Made by:** edgezo, run `{about['run_id'][:16]}`",
