@@ -43,6 +43,10 @@ class Request(NamedTuple):
     options: list[str]
 
 
+# Beside an estimator's parts: an exact head, or what the default trains.
+ADDAX = ("--estimator", "addax", "--train", "lowrank+head")
+READOUT = ("--train", "lowrank+head+probe")
+
 REQUESTS = [
     Request("example", 512, []),
     Request("example", 512, ["--precision", "int4"]),
@@ -55,18 +59,18 @@ REQUESTS = [
     Request("label", 400, ["--estimator", "lora", "--batch-size", "4"]),
     Request("label", 96, ["--estimator", "lora", "--precision", "int4", *DISK]),
     Request("completion", 96, ["--estimator", "lora", "--precision", "int8"]),
-    Request("completion", 200, ["--estimator", "addax", "--batch-size", "4"]),
-    Request("completion", 64, ["--estimator", "addax", "--precision", "int4", *DISK]),
+    Request("completion", 200, [*ADDAX, "--batch-size", "4"]),
+    Request("completion", 64, [*ADDAX, "--precision", "int4", *DISK]),
     Request("text", 800, ["--batch-size", "4"]),
     Request("text", 800, ["--batch-size", "4", "--precision", "int4", *DISK]),
     Request("text", 400, [*FULL, "--batch-size", "4"]),
     Request("messages", 200, ["--batch-size", "8"]),
     Request("messages", 200, ["--estimator", "lora", "--batch-size", "4", "--precision", "int8"]),
     Request("pairs", 96, ["--batch-size", "8"]),
-    Request("pairs", 96, ["--estimator", "addax", "--batch-size", "4", "--precision", "int8"]),
+    Request("pairs", 96, [*ADDAX, "--batch-size", "4", "--precision", "int8"]),
     Request("written", 96, ["--batch-size", "8", "--precision", "int8"]),
-    Request("label", 64, ["--estimator", "mezo-adam"]),
-    Request("label", 64, ["--estimator", "hizoo", "--precision", "int8"]),
+    Request("label", 64, ["--estimator", "mezo-adam", *READOUT]),
+    Request("label", 64, ["--estimator", "hizoo", *READOUT, "--precision", "int8"]),
 ]
 OF_DATA_ROOT = [
     Request("sst2", 512, []),

@@ -46,7 +46,7 @@ SETTINGS = {
     "hizoo, full, bf16 rounded at random": "--estimator hizoo --train full --precision bf16 --rounding stochastic",
     "agzo, evaluations between": "--estimator ag-grzo --precision fp32 --snapshot-every 4 --eval-every 6",
     "lora": "--estimator lora --precision int8 --snapshot-every 5",
-    "addax": "--estimator addax --precision fp32 --snapshot-every 5 --short-tokens 24",
+    "addax": "--estimator addax --train lowrank+head --precision fp32 --snapshot-every 5 --short-tokens 24",
     "grzo, upper block from kept states": "--blocks 1 --train lowrank+head --precision bf16 "
     "--snapshot-every 5 --steps 400",
     "lora, upper block from kept states": "--blocks 1 --estimator lora --precision int8 "

@@ -30,7 +30,7 @@ from typing import Any
 from random_models import CONFIGS, KINDS, make_model, make_rows
 
 from edgezo.errors import UsageError
-from edgezo.plan.planner import BACKWARD, make_plan
+from edgezo.plan.planner import make_plan
 from edgezo.plan.request import make_config
 from edgezo.zo.presets import PRESETS
 
@@ -49,6 +49,8 @@ MODELS: list[Model] = [
 ]
 STORES = ["fp32", "bf16", "int8", "int4"]
 TASKS = ["sst2", "trec", "ag_news", "boolq", "copa", "squad", "gsm8k"]
+# What first-order estimators train here; others draw it.
+OF_GRADIENT = {"lora": None, "addax": "lowrank+head"}
 TRAIN = [
     None,
     None,
@@ -123,7 +125,7 @@ def methods(draw: random.Random) -> Iterator[dict[str, Any]]:
     while True:
         yield {
             "estimator": estimator,
-            "train": None if estimator in BACKWARD else draw.choice(TRAIN),
+            "train": OF_GRADIENT[estimator] if estimator in OF_GRADIENT else draw.choice(TRAIN),
             "precision": draw.choice(STORES),
             "residency": draw.choice(["resident", "resident", "disk"]),
             "rank": draw.choice([None, None, None, 4, 32]),

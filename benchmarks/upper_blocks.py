@@ -1,7 +1,7 @@
 """Does training the upper blocks take less memory than inference? Each in a process and a memory group of its own.
 
     python benchmarks/upper_blocks.py --out DIR [--model qwen2.5-1.5b] [--blocks 7] [--precision int4] [--layers N]
-        [--rows 96] [--tokens 64] [--kind label] [--estimator grzo] [--steps 6]
+        [--rows 96] [--tokens 64] [--kind label] [--estimator default] [--steps 6]
 
 The model has a published shape and random weights (random_models.py). Inference is ``edgezo eval`` on the same rows,
 without a cap. Training is ``edgezo finetune --blocks N`` under the smallest cap that its plan names, and 1 % more. Both
@@ -74,7 +74,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--kind", default="label", choices=KINDS)
-    parser.add_argument("--estimator", default="grzo")
+    parser.add_argument("--estimator", default="default")
     parser.add_argument("--steps", type=int, default=6)
     return parser.parse_args()
 

@@ -215,6 +215,7 @@ def _figures(out: Path) -> Figures:
                 fit_s = line.get("pass_s", 0.0)
             curve.append({"step": line["step"], "seconds": steps_s + fit_s, "value": line["value"]})
     figures = {"metric": after["metric"], "value": after["value"], "loss": after["loss"]}
+    figures["trained"] = summary.get("trained")  # None: a baseline, whose name says it
     return {"run": str(out), **figures, "before": before.get("value"), "curve": curve, **costs}
 
 
@@ -261,6 +262,8 @@ def _over_seeds(rows: Sequence[Figures], task: str, method: str) -> Figures:
         values = sorted(r["value"] for r in done)
         medians |= {"metric": done[0]["metric"], "value": statistics.median(values)}
         medians |= {"least": values[0], "most": values[-1]}
+        # A readout takes the head's place where rows have label words, run by run.
+        medians["trained"] = " or ".join(dict.fromkeys(r.get("trained") or "-" for r in done))
         for name in ("loss", "train_s", "step_s"):
             medians[name] = statistics.median(r[name] for r in done if r[name] is not None)
         peaks = ({"cuda_peak_bytes": r["peak_rss_bytes"], **r} for r in done)  # RAM without a GPU

@@ -46,7 +46,7 @@ from edgezo.zo.credit import Estimator
 from edgezo.zo.masks import block_of
 from edgezo.zo.noise import Key
 from edgezo.zo.parts import without_exact
-from edgezo.zo.presets import PRESETS
+from edgezo.zo.presets import PRESETS, steps_by
 from edgezo.zo.recipe import Recipe
 
 Gradient = dict[str, Tensor]  # by trained tensor, (rows, cols) fp32
@@ -119,7 +119,7 @@ def point_config(request: Mapping[str, Any], name: str) -> RunConfig:
     gradient already. Raises UsageError.
     """
     estimator, _, directions = name.partition(":")
-    preset = PRESETS.get(estimator)
+    preset = PRESETS.get(steps_by(estimator))
     settings = {**request, "estimator": estimator, "directions": directions or None}
     if preset is not None and preset.mask != "block":
         settings["finetuner"] = None  # only estimators with this mask take one

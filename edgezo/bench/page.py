@@ -42,14 +42,14 @@ def _round(result: Mapping[str, Any], name: str) -> list[str]:
         ordered = sorted(methods, key=lambda m: (means[m] is None, sign * (means[m] or 0.0)))
         table = [
             [
-                *(m, _number(means[m])),
+                *(m, _trained(by_place, m, tasks), _number(means[m])),
                 *(_cell(by_place[m, t]) for t in tasks),
                 _peak(by_place, m, tasks),
             ]
             for m in ordered
         ]
         lines += ["", f"Metric: {metric}.", ""]
-        lines += _table(["method", "mean", *tasks, "peak MB"], table)
+        lines += _table(["method", "trains", "mean", *tasks, "peak MB"], table)
         if means[ordered[0]] is not None:
             lines += ["", f"Best over these rows: `{ordered[0]}`."]
     tasks = _names(medians, "task")
@@ -169,6 +169,12 @@ def _cell(row: Row) -> str:
     if "value" not in row:
         return "failed" if row["failed"] else "not yet"
     return f"{row['value']:.3f} ({row['least']:.3f}-{row['most']:.3f})"
+
+
+def _trained(by_place: Mapping[tuple[str, str], Row], method: str, tasks: Sequence[str]) -> str:
+    """The parts that a method has trained: a readout or the head beside an estimator is named."""
+    parts = [by_place[method, t].get("trained") for t in tasks]
+    return " or ".join(dict.fromkeys(part for part in parts if part)) or "-"
 
 
 def _peak(by_place: Mapping[tuple[str, str], Row], method: str, tasks: Sequence[str]) -> str:

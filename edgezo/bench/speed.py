@@ -54,7 +54,7 @@ from edgezo.zo import noise
 from edgezo.zo.credit import Estimator
 from edgezo.zo.noise import Key
 from edgezo.zo.parts import PARTS
-from edgezo.zo.presets import PRESETS
+from edgezo.zo.presets import preset_of
 from edgezo.zo.recipe import Recipe
 
 AS_THEY_ARE = "own"  # a value of --tokens: rows are not stretched
@@ -166,14 +166,15 @@ def bench_speed(
 
 
 def _with_train(request: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The request with what the estimator's preset trains, head included, unless the request says what to train.
+    """The request with what the estimator trains, unless it says what to train: low-rank factors beside the exact head.
 
-    The linear probe is left out. With it a step is shorter by the blocks that it does not read, and which these are
-    depends on the rows.
+    So every step has the parts that a step of the default has, but for the linear probe. With that a step is shorter by
+    the blocks that it does not read, and which these are depends on the rows.
     """
-    preset = PRESETS.get(name.partition(":")[0])
-    parts = () if preset is None else (part for part in preset.train if not PARTS[part].readout)
-    return {**request, "train": request.get("train") or "+".join(parts) or None}
+    parts = [part for part in preset_of(name.partition(":")[0]).train if not PARTS[part].readout]
+    if parts == ["lowrank"]:
+        parts.append("head")
+    return {**request, "train": request.get("train") or "+".join(parts)}
 
 
 def line(row: Mapping[str, Any]) -> str:

@@ -36,6 +36,7 @@ def estimators(as_json: bool) -> None:
     from edgezo.cli import tables
     from edgezo.zo import presets
 
-    described = [preset.describe() for preset in presets.PRESETS.values()]
+    every = [presets.preset_of(presets.DEFAULT), *presets.PRESETS.values()]
+    described = [preset.describe() for preset in every]
     described += [preset.describe() for preset in presets.FIRST_ORDER.values()]
     emit(as_json, {"estimators": described}, tables.estimators_list(described))

@@ -201,20 +201,31 @@ def accuracy_table(result: Mapping[str, Any]) -> RenderableType:
     table = Table(
         title=f"{result['model']}: validation rows", title_justify="left", box=None, pad_edge=False
     )
-    heads = ["task", "method", "median", "least", "most", "seeds", "peak", "train s", "s a step"]
+    heads = [
+        "task",
+        "method",
+        "trains",
+        "median",
+        "least",
+        "most",
+        "seeds",
+        "peak",
+        "train s",
+        "s a step",
+    ]
     for name in (*heads, *(f"s to {goal.removeprefix('seconds_to_')}" for goal in goals)):
-        table.add_column(name, justify="left" if name in ("task", "method") else "right")
+        table.add_column(name, justify="left" if name in heads[:3] else "right")
     for row in result["medians"]:
         task = row["task"] if len(result["rounds"]) == 1 else f"{row['task']}, {row['round']}"
         if "value" not in row:
-            table.add_row(task, row["method"], "failed" if row["failed"] else "not yet")
+            table.add_row(task, row["method"], "", "failed" if row["failed"] else "not yet")
             continue
         values = [f"{row[name]:.4f}" for name in ("value", "least", "most")]
         seeds = f"{row['seeds']}" + (f" (+{row['failed']} failed)" if row["failed"] else "")
         peak, times = format_bytes(row["peak_bytes"]), [f"{row['train_s']:.0f}"]
         times.append(f"{row['step_s']:.2f}")
         times += ["never" if row.get(goal) is None else f"{row[goal]:.0f}" for goal in goals]
-        table.add_row(task, row["method"], *values, seeds, peak, *times)
+        table.add_row(task, row["method"], row["trained"], *values, seeds, peak, *times)
     picked = [
         f"{row['method']} on {row['task']}: tuned to {to_json(row['settings'])}"
         + (", which ends its grid: widen the grid" if row["at_edge"] else "")
@@ -308,7 +319,9 @@ def runs_table(runs: Sequence[Mapping[str, Any]], folder: str) -> RenderableType
     table = Table(box=None, pad_edge=False)
     for name in ("run", "state", "method", "steps", "result", "peak"):
         side: Any = "right" if name in ("steps", "peak") else "left"
-        table.add_column(name, justify=side, overflow="fold", no_wrap=name in ("state", "peak"))
+        most = 22 if name == "method" else None  # the rest of the line is for the run's path
+        whole = name in ("state", "peak")
+        table.add_column(name, justify=side, overflow="fold", no_wrap=whole, max_width=most)
     for run in runs:
         names = ("state", "method", "steps", "after", "peak_bytes")
         table.add_row(run["run"], *(_figure(name, run) for name in names))

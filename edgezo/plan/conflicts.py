@@ -19,7 +19,7 @@ from edgezo.plan.obstacles import (
 )
 from edgezo.zo.axes import CREDITS, DIRECTIONS, MASKS, PER_WEIGHT, ROUNDINGS, RULES, in_span
 from edgezo.zo.parts import PARTS
-from edgezo.zo.presets import FIRST_ORDER, PRESETS
+from edgezo.zo.presets import FIRST_ORDER, FirstOrder, preset_of
 
 
 def conflicts(cfg: RunConfig, need_data: bool) -> list[str]:
@@ -45,8 +45,7 @@ def train_option(cfg: RunConfig) -> str:
 
 def _credit(cfg: RunConfig) -> str:
     """The option that chose the credit: the estimator, or the credit itself."""
-    preset = PRESETS.get(cfg.estimator)
-    chosen = preset is not None and preset.credit == cfg.credit
+    chosen = preset_of(cfg.estimator).credit == cfg.credit
     return f"--estimator {cfg.estimator}" if chosen else f"--credit {cfg.credit}"
 
 
@@ -63,8 +62,15 @@ def _of_batch() -> str:
 def _lacks_parts(cfg: RunConfig) -> bool:
     """Whether a first-order estimator is asked for other parts than it trains."""
     entry = FIRST_ORDER[cfg.estimator]
-    required, asked, allowed = set(entry.train) - set(entry.less), set(cfg.train), set(entry.train)
-    return not (required <= asked <= allowed)
+    return not set(entry.train) <= set(cfg.train) <= {*entry.train, *entry.beside}
+
+
+def _trained_by(entry: FirstOrder) -> str:
+    """What a first-order estimator trains, and what may stand beside that."""
+    trains = "+".join(entry.train)
+    if not entry.beside:
+        return f"{trains} alone"
+    return f"{trains}, or {'+'.join((*entry.train, *entry.beside))}"
 
 
 def _beside_full(part: str) -> Conflict:
@@ -108,7 +114,7 @@ OF_GRADIENTS = (
         _lacks_parts,
         lambda cfg: (
             f"{train_option(cfg)} with --estimator {cfg.estimator}: "
-            f"it trains {'+'.join(FIRST_ORDER[cfg.estimator].train)} alone"
+            f"it trains {_trained_by(FIRST_ORDER[cfg.estimator])}"
         ),
     ),
     Conflict(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from edgezo.plan.config import RunConfig
-from edgezo.plan.field import DEFAULT_PRESET
 from edgezo.plan.fields import FIELDS
-from edgezo.zo.presets import AUTO, FIRST_ORDER, PRESETS, default_step
+from edgezo.zo.presets import AUTO, default_step, preset_of
 
 LARGE_STEP = 50  # times the usual step
 LARGE_SIGMA = 0.1  # of a weight's own size, about: the losses then say nothing of the weights
@@ -41,7 +40,5 @@ def doubts(cfg: RunConfig, cores: int, positions: int) -> list[str]:
 
 def _usual_step(cfg: RunConfig) -> float:
     """The step that the request would have without one."""
-    if cfg.backward:
-        return FIRST_ORDER[cfg.estimator].step
-    preset = PRESETS.get(cfg.estimator, PRESETS[DEFAULT_PRESET])
-    return default_step(preset, cfg.credit, cfg.rule)
+    preset = preset_of(cfg.estimator)
+    return preset.step if cfg.backward else default_step(preset, cfg.credit, cfg.rule)

@@ -13,9 +13,8 @@ from typing import Any, Literal
 
 from edgezo.machine.foreign import clip
 from edgezo.machine.meant import nearest, plain_number
-from edgezo.zo.presets import PRESETS
+from edgezo.zo.presets import DEFAULT, PRESETS, preset_of
 
-DEFAULT_PRESET = "grzo"
 MOST_CHOICES_LISTED = 12  # choices that a message lists beside a near one
 
 Kind = Literal["str", "int", "float", "bool", "duration", "bytes", "choice", "train", "blocks"]
@@ -46,8 +45,8 @@ class Field:
 
     @property
     def usual(self) -> Any:
-        """What a run takes without a value: the default, or that of the default preset. None: it depends."""
-        return getattr(PRESETS[DEFAULT_PRESET], self.name) if self.of_preset else self.default
+        """What a run takes without a value: the default, or what ``--estimator default`` has. None: it depends."""
+        return getattr(preset_of(DEFAULT), self.name) if self.of_preset else self.default
 
     @property
     def default_words(self) -> str:
@@ -55,7 +54,7 @@ class Field:
         if self.default_text or self.usual is None:
             return self.default_text
         if self.of_preset and len({getattr(preset, self.name) for preset in PRESETS.values()}) > 1:
-            return f"the estimator's; {as_text(self.usual)} with {DEFAULT_PRESET}"
+            return f"the estimator's; {as_text(self.usual)} by default"
         return as_text(self.usual)
 
     def read(self, value: Any) -> Any:

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from edgezo.plan.data_fields import DATA, PREDICTION
-from edgezo.plan.field import DEFAULT_PRESET, Field
+from edgezo.plan.field import Field
 from edgezo.plan.run_fields import SET_BY_A_RUN
 from edgezo.zo.axes import CREDITS, DIRECTIONS, MASKS, ROUNDINGS, RULES
 from edgezo.zo.parts import PARTS
-from edgezo.zo.presets import AUTO, ESTIMATORS
+from edgezo.zo.presets import AUTO, DEFAULT, ESTIMATORS
 
 QUANTIZED = ("int8", "int4")
 # Precisions in which --rounding has nothing to do, each with the reason.
@@ -119,10 +119,11 @@ _METHOD = (
         name="estimator",
         kind="choice",
         metavar="NAME",
-        brief="Training method, or auto.  [default: grzo]",
-        help="Training method: a preset (see edgezo estimators), or auto. The options below override its choices.",
-        default=DEFAULT_PRESET,
-        choices=(*ESTIMATORS, AUTO),
+        brief="Training method, or auto.  [default: default]",
+        help="Training method: a preset, which trains its own parts alone (see edgezo estimators); default, which is "
+        "grzo below a linear probe or the exact head; or auto. The options below override its choices.",
+        default=DEFAULT,
+        choices=(DEFAULT, *ESTIMATORS, AUTO),
     ),
     Field(
         name="directions",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,14 +12,14 @@ from edgezo.plan.budget import mb
 from edgezo.plan.choices import Option, options
 from edgezo.plan.config import Batched, RunConfig
 from edgezo.plan.data_fields import LOSS
-from edgezo.plan.field import DEFAULT_PRESET
 from edgezo.plan.footprint import Footprint
 from edgezo.plan.footprint_backward import BackwardFootprint
 from edgezo.plan.footprint_gpu import CudaFootprint
 from edgezo.plan.plan import Decision
 from edgezo.plan.request import as_estimator
 from edgezo.zo.axes import step_meaning
-from edgezo.zo.presets import FIRST_ORDER
+from edgezo.zo.parts import PARTS, without_exact
+from edgezo.zo.presets import DEFAULT, DEFAULT_TRAIN, FIRST_ORDER, steps_by
 
 # In fewer steps a linear probe on label words does as well or better
 # (benchmarks/log/2026-11-23-is-first-order-lora-worth-it-in-few-steps.md).
@@ -74,24 +75,43 @@ class LoraBeside(NamedTuple):
         return f"; in {FIRST_ORDER_STEPS} steps or more --estimator lora does better, and it fits ({size})"
 
 
+def is_default(cfg: RunConfig) -> bool:
+    """Whether a request has the default's readout and steps. A run may have dropped the readout that its rows lack."""
+    perturbed = set(without_exact(DEFAULT_TRAIN))
+    return cfg.estimator == DEFAULT and perturbed < set(cfg.train) <= set(DEFAULT_TRAIN)
+
+
+def method_name(trained: Collection[str], cfg: RunConfig) -> str:
+    """What makes a result, part by part: "default (linear probe + GRZO)".
+
+    A readout is never booked under the name of the estimator beside it. ``trained`` names parts of ``--train``.
+    """
+    parts = [PARTS[name] for name in trained]
+    names = {
+        "linear probe": any(part.readout for part in parts),
+        "exact head": any(part.head for part in parts),
+        "LoRA": any(part.adapters for part in parts),
+        steps_by(cfg.estimator).upper(): any(part.perturbed for part in parts),
+    }
+    made = " + ".join(name for name, is_there in names.items() if is_there) or "nothing trained"
+    return f"{DEFAULT} ({made})" if is_default(cfg) else made
+
+
 def method(cfg: RunConfig, tokens: TokenStats, lora: LoraBeside) -> Decision:
     """The method of a run, and in one sentence why it, and what would do better."""
     readout = cfg.parts.readout and tokens.classes > 0
+    unused = "head" if readout else "probe"
     if cfg.estimator in FIRST_ORDER:
-        name, why = cfg.estimator, "a gradient learns more in a step than forward passes alone"
+        why = "a gradient learns more in a step than forward passes alone"
     elif cfg.objective != LOSS:
-        name = cfg.estimator
         why = f"a score of predictions ({cfg.objective}) has no gradient, so forward passes alone"
-    elif cfg.estimator != DEFAULT_PRESET:
-        name = cfg.estimator
+    elif cfg.estimator != DEFAULT:
         why = f"as --estimator {cfg.estimator} asks{lora.sentence()}"
     elif readout:
-        name = f"linear probe + {cfg.estimator}"
         why = f"of all methods a linear probe does best in few steps{lora.sentence()}"
     else:
-        name = cfg.estimator
         why = f"forward passes alone take the least memory{lora.sentence()}"
-    return Decision("method", name, why)
+    return Decision("method", method_name([p for p in cfg.train if p != unused], cfg), why)
 
 
 def estimator_reason(cfg: RunConfig) -> str:

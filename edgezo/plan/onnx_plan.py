@@ -17,6 +17,7 @@ from edgezo.plan.budget import default_budget, mb
 from edgezo.plan.calibration import ACTIVATIONS, RESERVE, Item, needed_bytes
 from edgezo.plan.config import Batched, RunConfig
 from edgezo.plan.fields import DEFAULT_BATCH
+from edgezo.plan.method import method_name
 from edgezo.plan.plan import Decision, Plan, PlanDoesNotFit
 from edgezo.plan.shapes import Shape
 from edgezo.plan.step_time import SHARE_OF_PEAK
@@ -286,7 +287,9 @@ def _onnx_plan(
     trained = [PARTS[name].reason.format(rank=cfg.rank) for name in cfg.train]
     decisions = (
         Decision("engine", "onnx", f"as given: {sizes.name} holds graphs of onnxruntime"),
-        Decision("method", cfg.estimator, "this engine trains by forward passes alone"),
+        Decision(
+            "method", method_name(cfg.train, cfg), "this engine trains by forward passes alone"
+        ),
         Decision("max_mem_bytes", cap, reason),
         Decision("precision", sizes.precision, "that of the graphs (edgezo export --dtype)"),
         Decision("batch_size", cfg.batch_size, "as given, or the default"),

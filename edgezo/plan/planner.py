@@ -27,7 +27,6 @@ from edgezo.plan.choices import (
 )
 from edgezo.plan.config import Batched, RunConfig
 from edgezo.plan.data_fields import LOSS
-from edgezo.plan.field import DEFAULT_PRESET
 from edgezo.plan.footprint import Footprint
 from edgezo.plan.footprint_backward import BackwardFootprint, MixedFootprint
 from edgezo.plan.footprint_gpu import CudaFootprint
@@ -38,7 +37,7 @@ from edgezo.plan.reasons import decisions, flags_of, groups, ram_refusal, refusa
 from edgezo.plan.request import as_estimator
 from edgezo.plan.shapes import ModelShape, assumed_tokens
 from edgezo.plan.step_time import evaluation_s, pass_row_s, step_s
-from edgezo.zo.presets import AUTO
+from edgezo.zo.presets import AUTO, DEFAULT
 
 if TYPE_CHECKING:
     from edgezo.machine.hardware import Machine
@@ -48,7 +47,7 @@ Counted = Callable[..., Footprint]
 # Footprints of estimators with a backward pass.
 BACKWARD: dict[str, type[Footprint]] = {"lora": BackwardFootprint, "addax": MixedFootprint}
 # What --estimator auto takes where it fits and has the time, and what it takes otherwise.
-FIRST_CHOICE, LAST_CHOICE = "lora", DEFAULT_PRESET
+FIRST_CHOICE, LAST_CHOICE = "lora", DEFAULT
 
 
 def make_plan(

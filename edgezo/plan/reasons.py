@@ -21,7 +21,6 @@ from edgezo.plan.choices import (
     precisions,
 )
 from edgezo.plan.config import RunConfig
-from edgezo.plan.field import DEFAULT_PRESET
 from edgezo.plan.fields import DEFAULT_BATCH
 from edgezo.plan.footprint import Footprint
 from edgezo.plan.footprint_stored import rounding_of
@@ -30,7 +29,7 @@ from edgezo.plan.plan import Decision, PlanDoesNotFit
 from edgezo.plan.shapes import MatrixShape, ModelShape
 from edgezo.zo.axes import ROUNDINGS
 from edgezo.zo.parts import PARTS
-from edgezo.zo.presets import PRESETS
+from edgezo.zo.presets import DEFAULT, DEFAULT_PRESET, DEFAULT_TRAIN, PRESETS
 
 
 def decisions(choice: Choice) -> tuple[Decision, ...]:
@@ -246,7 +245,7 @@ def _alternatives(footprint: Footprint) -> Iterator[tuple[str, Footprint]]:
         return replace(footprint, cfg=replace(cfg, **changes))
 
     if cfg.parts.weights:
-        train = PRESETS[DEFAULT_PRESET].train
+        train = DEFAULT_TRAIN if cfg.estimator == DEFAULT else PRESETS[DEFAULT_PRESET].train
         yield f"--train {'+'.join(train)}", changed(train=train, rounding=None, precision=None)
         if ROUNDINGS[rounding_of(cfg, cfg.precision or "bf16")[0] or ""].plane:
             yield "--rounding stochastic", changed(rounding="stochastic")

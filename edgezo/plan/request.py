@@ -19,7 +19,7 @@ from edgezo.plan.config import BEFORE, RunConfig
 from edgezo.plan.conflicts import conflicts
 from edgezo.plan.data_fields import LOSS
 from edgezo.plan.engines import engine_conflicts
-from edgezo.plan.field import DEFAULT_PRESET, as_text
+from edgezo.plan.field import as_text
 from edgezo.plan.fields import (
     ALTERNATIVES,
     DEFAULT_STEPS,
@@ -33,7 +33,7 @@ from edgezo.plan.fields import (
 from edgezo.plan.unused import without_effect
 from edgezo.zo.axes import ROUNDINGS
 from edgezo.zo.parts import trained, without_exact
-from edgezo.zo.presets import FIRST_ORDER, PRESETS, default_step
+from edgezo.zo.presets import FIRST_ORDER, default_step, preset_of
 
 ALIASES = {field.alias: field.name for field in FIELDS.values() if field.alias}
 # Names by which a file may give a setting.
@@ -103,18 +103,14 @@ def read_layer(layer: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
 
 def _fill_from_preset(values: dict[str, Any]) -> None:
     """Set what the request leaves to the estimator's preset, in place."""
-    # What is trained by its gradient has no axes: the default's stand there, as with --train head alone.
-    preset = PRESETS.get(values["estimator"], PRESETS[DEFAULT_PRESET])
-    first_order = FIRST_ORDER.get(values["estimator"])
-    if first_order is not None:
-        preset = preset._replace(step=first_order.step, train=first_order.train)
-    step = values["step"]
+    preset, step = preset_of(values["estimator"]), values["step"]
+    by_gradient = values["estimator"] in FIRST_ORDER
     for name in OF_PRESET:
         if values[name] is None:
             values[name] = getattr(preset, name)
-            if name == "train" and values["objective"] != LOSS and first_order is None:
+            if name == "train" and values["objective"] != LOSS and not by_gradient:
                 values[name] = without_exact(preset.train)
-    if step is None and first_order is None:
+    if step is None and not by_gradient:
         # A credit or rule that is chosen by hand may mean something else by a step.
         values["step"] = default_step(preset, values["credit"], values["rule"])
     if values["rounding"] is None and trained(tuple(values["train"])).weights:

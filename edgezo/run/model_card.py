@@ -14,6 +14,7 @@ from edgezo.machine.foreign import MOST_CONFIG_BYTES, clip
 from edgezo.network.cards import HubSource, find_card
 from edgezo.network.loader import ModelFiles
 from edgezo.plan.config import RunConfig
+from edgezo.run.overview import method_after
 from edgezo.weights.gguf_config import END_MARKS
 
 CARD, MODELFILE = "README.md", "Modelfile"
@@ -44,14 +45,15 @@ def write_card(
     base, licence = _base(cfg), licence_of(files)
     hub = [f"base_model: {base}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else []
     head = ["---", f"license: {licence or 'unknown'}", *hub, "tags: [edgezo]", "---", ""]
-    form = about["format"]
+    form, trained = about["format"], str(summary.get("trained", "+".join(cfg.train)))
+    method = method_after(trained, about["steps"], cfg)
     lines = [
         *head,
         f"# {base}, fine-tuned",
         "",
         f"- **Base:** {base} (SHA-256 of its weights: `{about['base_sha256']}`)",
         f"- **Data:** {_data(cfg, about)}",
-        f"- **Training:** {about['steps']} steps of {cfg.estimator}: {_settings(cfg, about)}",
+        f"- **Training:** {about['steps']} steps of {method}: {_settings(cfg, about)}",
         f"- **Evaluation:** {_before_after(summary)}",
         f"- **Licence:** {licence or 'unknown: that of the base and of the data; fill it in before you share this'}",
         f"- **Made by:** edgezo, run `{about['run_id'][:16]}`",

@@ -8,8 +8,10 @@ from edgezo.machine.clock import duration, seconds
 from edgezo.machine.hardware import format_bytes
 from edgezo.plan.config import Settled
 from edgezo.plan.evaluated import ROWS_EVALUATED
+from edgezo.plan.method import is_default
 from edgezo.plan.plan import Plan
 from edgezo.zo.parts import PARTS
+from edgezo.zo.presets import DEFAULT, steps_by
 
 MOST_NAMES = 4  # labels that are named
 LONG_S = 6 * 3600  # from here on a run is estimates how to be shorter
@@ -88,11 +90,12 @@ class Opening(NamedTuple):
         if perturbed:
             then = "then " if cfg.parts.readout else ""
             parts.append(
-                f"{then}{cfg.estimator} on {' and '.join(perturbed)} by forward passes alone"
+                f"{then}{steps_by(cfg.estimator)} on {' and '.join(perturbed)} by forward passes alone"
             )
         where = f" of the last {cfg.blocks} blocks" if self.plan.first_trained else ""
         rows = f"{cfg.batch_size} rows a step"
-        return f"{', '.join(parts)}{where}; {rows}. Why: {self.plan.reason_of('method')}"
+        name = f"{DEFAULT}: " if is_default(cfg) else ""
+        return f"{name}{', '.join(parts)}{where}; {rows}. Why: {self.plan.reason_of('method')}"
 
     def _memory(self) -> str:
         plan = self.plan

@@ -17,6 +17,7 @@ from edgezo.machine.foreign import read_json, reading
 from edgezo.machine.open_files import locked, open_to_read
 from edgezo.machine.ownership import MARKER
 from edgezo.plan.config import RunConfig
+from edgezo.plan.method import method_name
 from edgezo.plan.request import read_run_config
 from edgezo.run.directory import PROBE_KEYS, RunFiles, run_id
 from edgezo.run.journal import open_journal
@@ -80,11 +81,11 @@ class Overview:
 
     @property
     def method(self) -> str:
-        """What made the result, by its name: "linear probe + GRZO"."""
+        """What made the result, by its name: "default (linear probe + GRZO)"."""
         if self.cfg is None:
             return ""
         trained = self.summary.get("trained", "+".join(self._trained()))
-        return method_name(str(trained), self.steps, self.cfg)
+        return method_after(str(trained), self.steps, self.cfg)
 
     def _trained(self) -> list[str]:
         """What a run that has no summary has trained so far: a linear probe once it is there, in the head's place."""
@@ -124,19 +125,10 @@ def read_table(file: Path) -> dict[str, Any]:
     return value
 
 
-def method_name(trained: str, steps: int, cfg: RunConfig) -> str:
-    """What made a result: a linear probe is never booked under the name of the estimator beside it.
-
-    ``trained`` names parts of ``--train`` with + between them. Only a linear probe needs no step.
-    """
-    parts = [PARTS[name] for name in trained.split("+") if name in PARTS]
-    names = {
-        "linear probe": any(part.readout for part in parts),
-        "exact head": steps > 0 and any(part.head for part in parts),
-        "LoRA": steps > 0 and any(part.adapters for part in parts),
-        cfg.estimator.upper(): steps > 0 and any(part.perturbed for part in parts),
-    }
-    return " + ".join(name for name, is_there in names.items() if is_there) or "nothing trained"
+def method_after(trained: str, steps: int, cfg: RunConfig) -> str:
+    """What made a result, part by part. ``trained`` names parts with + between them; only a readout needs no step."""
+    parts = [name for name in trained.split("+") if name in PARTS]
+    return method_name([name for name in parts if steps or PARTS[name].readout], cfg)
 
 
 def in_progress(files: RunFiles) -> bool:

@@ -21,6 +21,7 @@ from edgezo.plan.request import (
     read_settings,
     settings_after,
 )
+from edgezo.zo.presets import DEFAULT, steps_by
 
 # Settings of a run that belong to its data: another task has its own ones, and other rows are read by them.
 OF_DATA = ("data_root", "template", "labels", "label_field", "max_new_tokens", "speaker")
@@ -36,9 +37,9 @@ def request(
     model = given.get("model") or from_file.get("model")
     card = find_card(model) if isinstance(model, str) else None
     of_card = dict(card.settings) if card is not None else {}
-    estimator = given.get("estimator") or from_file.get("estimator") or "grzo"
+    estimator = given.get("estimator") or from_file.get("estimator") or DEFAULT
     by_hand = any(given.get(name) or from_file.get(name) for name in ("mask", "credit", "rule"))
-    if by_hand or estimator != of_card.get("estimator", "grzo"):
+    if by_hand or steps_by(estimator) != steps_by(of_card.get("estimator", DEFAULT)):
         for name in OF_PRESET:  # these were measured with the card's estimator
             of_card.pop(name, None)
     return make_config(given, from_file, of_card, need_data=need_data)

@@ -40,7 +40,7 @@ class Preset(NamedTuple):
     mask: str = "none"
     rule: str = "sgd"
     sigma: float = 2e-3
-    train: tuple[str, ...] = ("lowrank", "head", "probe")
+    train: tuple[str, ...] = ("lowrank",)
     rounding: str | None = None
     keep: float = 0.25
     refresh: int = 50
@@ -183,7 +183,6 @@ PRESETS = {
             "svrg",
             "MeZO-SVRG, arXiv 2404.08080",
             1e-5,
-            train=("lowrank",),
             refresh=10,
             note="the anchor's estimate takes the batches up to the next anchor, where the paper takes every row; "
             "--refresh steps follow one direction, so --step has to be that much smaller than MeZO's",
@@ -348,13 +347,7 @@ PRESETS = {
             note=LOW_BIT,
         ),
         Preset(
-            "qzo",
-            "shared",
-            "clipped",
-            "QZO, arXiv 2505.13430",
-            1e-5,
-            train=("scales",),
-            note=GAINS,
+            "qzo", "shared", "clipped", "QZO, arXiv 2505.13430", 1e-5, train=("scales",), note=GAINS
         ),
         Preset(
             "agzo",
@@ -404,7 +397,7 @@ class FirstOrder(NamedTuple):
     train: tuple[str, ...]
     state: int  # fp32 values for each trained value
     step_meaning: str
-    less: tuple[str, ...] = ()  # parts of train that a request may leave out
+    beside: tuple[str, ...] = ()  # parts that a request may add
     note: str = ""
 
     def describe(self) -> dict[str, Any]:
@@ -449,18 +442,42 @@ FIRST_ORDER = {
             "A <- A - AdamW(gradient of the short examples) - kappa sum_i a_i sigma D_i of the others, "
             "D_i = r_i t_i^T, a_i = delta_i/std_j(delta_j)",
             0.1,
-            ("lowrank", "head"),
+            ("lowrank",),
             2,
             KAPPA,
-            less=("head",),
+            beside=("head",),
             note="gradients for examples that are short enough for the memory (--short-tokens), GRZO for the others; "
             "the two have separate learning rates, where the paper weighs both into one SGD step; a run is resumed "
             "from snapshots",
         ),
     )
 }
+# What a request that names no estimator trains: a readout, and a preset below it. It has a name of its own, so that
+# what the readout reaches is never booked under the preset's name.
+DEFAULT, DEFAULT_PRESET = "default", "grzo"
+DEFAULT_TRAIN = ("lowrank", "head", "probe")
+_OF_DEFAULT = f"{DEFAULT_PRESET} below a linear probe or the exact head"
 AUTO = "auto"
 ESTIMATORS = (*PRESETS, *FIRST_ORDER)
+
+
+def preset_of(estimator: str) -> Preset:
+    """The choices that stand where a request with this ``--estimator`` leaves them.
+
+    Those of ``default`` also stand until ``auto`` is decided. What is trained by its gradient has no axes, and those
+    of the default stand there.
+    """
+    if (preset := PRESETS.get(estimator)) is not None:
+        return preset
+    preset = PRESETS[DEFAULT_PRESET]._replace(name=estimator)
+    if (first_order := FIRST_ORDER.get(estimator)) is not None:
+        return preset._replace(step=first_order.step, train=first_order.train)
+    return preset._replace(train=DEFAULT_TRAIN, note=_OF_DEFAULT)
+
+
+def steps_by(estimator: str) -> str:
+    """The name under which steps along directions are booked: those of ``default`` are its preset's."""
+    return DEFAULT_PRESET if estimator == DEFAULT else estimator
 
 
 def usual_codes(estimator: str) -> str:

@@ -13,6 +13,7 @@ from edgezo.bench.page import page
 from edgezo.bench.study import DATA_ROOT, read_study
 from edgezo.bench.study_data import placed
 from edgezo.errors import EdgezoError, UsageError
+from edgezo.plan.request import make_config
 
 STUDY = {
     "model": "smollm2-135m",
@@ -23,7 +24,10 @@ STUDY = {
     "caps": ["700MB", "2GB"],
     "reach": [0.7],
     "common": {"batch-size": 4, "train": "lowrank"},
-    "methods": {"grzo": {"step": [0.1, 0.2, 0.4]}, "mezo": {"estimator": "mezo"}},
+    "methods": {
+        "grzo": {"estimator": "grzo", "step": [0.1, 0.2, 0.4]},
+        "mezo": {"estimator": "mezo"},
+    },
     "tune": {"tasks": ["sst2"], "seeds": [7]},
     "untouched": {"news": {"task": "ag_news"}},
 }
@@ -38,6 +42,7 @@ def made_up_run(name: str, request: dict[str, Any], *, folder: Path, **_: Any) -
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.toml").touch()
     figures = {"metric": "accuracy", "value": value, "loss": 1 - value, "before": 0.5}
+    figures["trained"] = request["train"]
     costs = {"steps": 4, "train_s": 40.0, "step_s": 10.0, "peak_rss_bytes": 600_000_000}
     return {"run": str(out), **figures, **costs, "curve": curve}
 
@@ -70,7 +75,7 @@ def test_every_method_runs_under_every_budget_and_cap(quick: Any, tmp_path: Path
     assert text == page(json.loads((tmp_path / "accuracy.json").read_text()))
     for name in ROUNDS:
         assert f"## {name}" in text
-    assert "Best over these rows: `grzo`" in text and "| grzo | 0.9000 |" in text
+    assert "Best over these rows: `grzo`" in text and "| grzo | lowrank | 0.9000 |" in text
     assert "10s:0.225" in text and "| 40 |" in text.split("Seconds of training")[1]
 
 
@@ -180,6 +185,11 @@ def test_the_league_is_a_study_of_fifteen_methods_and_more() -> None:
     assert len(study.methods) >= 15 and len(study.rounds) == 4 and len(study.seeds) == 3
     assert {"sst2", "trec", "snips", "rte", "banking77", "clinc_oos", "squad"} == set(study.tasks)
     assert set(study.untouched) == {"tiny_shakespeare", "ag_news"}
+    for name, (point, *_) in study.methods.items():
+        cfg = make_config(study.request("sst2", point, 0, {}))
+        readout = cfg.parts.readout or cfg.parts.head
+        assert readout == (name in ("default", "linear-probe", "exact-head")), name
+        assert cfg.estimator == name or cfg.estimator == point.get("estimator") or readout, name
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_is_replayed_from_its_snapshot
     whole, run = tmp_path / "whole", tmp_path / "run"
 
     def arguments(out: Path) -> list[str]:
-        settings = {"estimator": "addax", "short_tokens": BETWEEN, "out": out, **more}
+        settings = {**ADDAX, "train": "lowrank+head", "short_tokens": BETWEEN, "out": out, **more}
         return ["finetune", *bench.arguments(**settings)]
 
     expected = finish(arguments(whole), tmp_path / "printed")

@@ -67,7 +67,8 @@ KINDS = {
     ),
     "lora": Kind("--precision fp32 --estimator lora --rank 2", COMPLETION, torn=True),
     "addax": Kind(
-        "--precision fp32 --estimator addax --short-tokens 30 --rank 2", number=signal.SIGTERM
+        "--precision fp32 --estimator addax --train lowrank+head --short-tokens 30 --rank 2",
+        number=signal.SIGTERM,
     ),
     "step-auto": Kind("--precision fp32 --train lowrank+head --step auto", steps=30, at=27),
     "int4": Kind("--precision int4 --train lowrank+head+norms --rank 2", COMPLETION),

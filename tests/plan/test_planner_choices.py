@@ -84,18 +84,25 @@ def test_first_order_lora_is_named_where_it_fits():
     [
         (
             {},
-            "linear probe + grzo",
+            "default (linear probe + GRZO)",
             "in 100 steps or more --estimator lora does better, and it fits",
         ),
         (
             {"max_mem_bytes": 590 * MB},
-            "linear probe + grzo",
+            "default (linear probe + GRZO)",
             "lora would learn more in a step, but needs",
         ),
-        ({"train": "lowrank"}, "grzo", "forward passes alone take the least memory"),
-        ({"estimator": "lozo"}, "lozo", "as --estimator lozo asks"),
-        ({"estimator": "lora"}, "lora", "a gradient learns more in a step"),
-        ({"objective": "accuracy"}, "grzo", "a score of predictions (accuracy) has no gradient"),
+        ({"train": "lowrank"}, "GRZO", "forward passes alone take the least memory"),
+        ({"estimator": "grzo"}, "GRZO", "as --estimator grzo asks"),
+        ({"estimator": "lozo"}, "LOZO", "as --estimator lozo asks"),
+        (
+            {"estimator": "mezo", "train": "lowrank+probe"},
+            "linear probe + MEZO",
+            "--estimator mezo",
+        ),
+        ({"train": "probe"}, "linear probe", "a linear probe does best in few steps"),
+        ({"estimator": "lora"}, "LoRA", "a gradient learns more in a step"),
+        ({"objective": "accuracy"}, "GRZO", "a score of predictions (accuracy) has no gradient"),
     ],
 )
 def test_a_plan_says_in_one_sentence_why_a_method(
@@ -119,14 +126,14 @@ def test_auto_takes_first_order_lora_where_it_fits_and_says_why():
     assert settled.step == request(estimator="lora").step and "first-order, and fits" in reason
     few = {"max_mem_bytes": 900 * MB, "steps": FIRST_ORDER_STEPS - 1}
     estimator, reason, settled = chosen(**few)
-    assert estimator == "grzo" and "in only 99 steps a linear probe does better" in reason
+    assert estimator == "default" and "in only 99 steps a linear probe does better" in reason
     assert settled == plan(**few).settle(request(**few))
     step_s = plan(estimator="lora", residency="resident", max_mem_bytes=900 * MB).step_s
-    for steps, wanted in ((FIRST_ORDER_STEPS - 1, "grzo"), (FIRST_ORDER_STEPS + 1, "lora")):
+    for steps, wanted in ((FIRST_ORDER_STEPS - 1, "default"), (FIRST_ORDER_STEPS + 1, "lora")):
         timed = {"max_mem_bytes": 900 * MB, "for_s": steps * step_s, "steps": None}
         assert chosen(**timed)[0] == wanted
     estimator, reason, _ = chosen(max_mem_bytes=900 * MB, objective="accuracy")
-    assert estimator == "grzo" and "a score of predictions (accuracy) has no gradient" in reason
+    assert estimator == "default" and "a score of predictions (accuracy) has no gradient" in reason
     text = replace(SST2, kind="text", label_words=0)
     assert plan(text, estimator="auto", **few).estimator == "lora"  # nothing to classify
     resident = plan(estimator="lora", residency="resident", max_mem_bytes=900 * MB)
@@ -135,7 +142,7 @@ def test_auto_takes_first_order_lora_where_it_fits_and_says_why():
     assert settled == plan(max_mem_bytes=least - 5 * MB).settle(
         request(max_mem_bytes=least - 5 * MB)
     )
-    assert estimator == "grzo" and mb(least) in reason
+    assert estimator == "default" and mb(least) in reason
     gpu = SimpleNamespace(
         name="a GPU",
         total_bytes=9000 * MB,
@@ -143,7 +150,7 @@ def test_auto_takes_first_order_lora_where_it_fits_and_says_why():
         figures=REFERENCE_CARD,
     )
     with_gpu = SimpleNamespace(**{**vars(MACHINE), "gpu": gpu})
-    assert chosen(machine=with_gpu, max_mem_bytes=4000 * MB)[0] == "grzo"
+    assert chosen(machine=with_gpu, max_mem_bytes=4000 * MB)[0] == "default"
 
 
 def test_lora_takes_what_it_keeps_of_every_block_and_nothing_of_the_size_of_the_model():

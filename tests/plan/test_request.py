@@ -33,7 +33,7 @@ ORDER = (
 ).split()
 CANONICAL = (
     '{"batch_size":null,"began_in":null,"blocks":"all","candidates":8,"credit":"group","data":null,"data_root":null,'
-    '"device":"auto","directions":"signs","engine":"torch","estimator":"grzo","eval_every":0,"eval_limit":null,"eval_rows":null,'
+    '"device":"auto","directions":"signs","engine":"torch","estimator":"default","eval_every":0,"eval_limit":null,"eval_rows":null,'
     '"finetuner":null,"for_s":null,"head_lr":2.0,"held_out":null,"keep":0.25,"label_field":"label",'
     '"labels":null,"log_to":"none","mask":"none","max_cpu":null,"max_length":512,"max_mem_bytes":null,"max_new_tokens":null,"max_temp":null,'
     '"micro_batch":null,"model":"m","objective":"loss","out":null,"parent":null,"parent_sha256":null,"parent_steps":0,'
@@ -85,10 +85,71 @@ def test_a_configuration_stands_in_journals_letter_by_letter():
 
 def test_defaults_train_low_rank_factors_and_the_head_by_grzo_with_signs():
     cfg = make_config(BASE)
-    assert (cfg.estimator, cfg.directions) == ("grzo", "signs")
+    assert (cfg.estimator, cfg.directions) == ("default", "signs")
     assert cfg.train == ("lowrank", "head", "probe")
     assert cfg.steps == fields.DEFAULT_STEPS
     assert cfg.precision is None and cfg.batch_size is None and cfg.max_mem_bytes is None
+
+
+def of_estimator(name: str) -> dict[str, str]:
+    """A request that names an estimator alone."""
+    file = {"finetuner": "f"} if name in PRESETS and PRESETS[name].mask == "block" else {}
+    return {**BASE, "estimator": name, **file}
+
+
+PARTS_OF = {
+    **dict.fromkeys(PRESETS, ("lowrank",)),
+    **dict.fromkeys(("qzo", "qzo-grzo"), ("scales",)),
+    **dict.fromkeys(
+        (
+            *("vote", "qes", "lozo", "lozo-m", "lo-grzo", "lo-grzo-strict", "zo-muon", "subzero"),
+            *("sparse-mezo", "sparse-grzo", "quzo", "qu-grzo", "agzo", "ag-grzo"),
+            *("zo-finetuner", "zo-finetuner-grzo"),
+        ),
+        ("full",),
+    ),
+    "lora": ("lora",),
+    "addax": ("lowrank",),
+}
+
+
+@pytest.mark.parametrize("name", presets.ESTIMATORS)
+def test_an_estimator_that_is_named_alone_trains_its_own_parts_and_no_readout(name):
+    cfg = make_config(of_estimator(name))
+    assert cfg.train == PARTS_OF[name] == presets.preset_of(name).train
+    assert not cfg.parts.readout and not cfg.parts.head
+    below = make_config({}, of_estimator(name), {"rank": 4})
+    assert below.train == cfg.train
+    assert from_toml(cfg.to_toml()) == config.completed(cfg.to_dict()) == cfg
+
+
+def test_where_nothing_is_named_the_default_is_trained_and_it_can_be_named():
+    cfg, grzo = make_config(BASE), PRESETS[presets.DEFAULT_PRESET]
+    assert cfg == make_config({**BASE, "estimator": "default"})
+    assert cfg.train == presets.DEFAULT_TRAIN == ("lowrank", "head", "probe")
+    for name in fields.OF_PRESET:
+        assert name == "train" or getattr(cfg, name) == getattr(grzo, name), name
+    scored = make_config({**BASE, "objective": "accuracy"})
+    assert (scored.estimator, scored.train) == ("default", ("lowrank",))
+
+
+@pytest.mark.parametrize("name", [None, "default", "grzo", "mezo", "fzoo", "lozo", "addax"])
+@pytest.mark.parametrize("train", ["lowrank", "lowrank+head", "lowrank+head+probe", "probe"])
+def test_train_overrides_what_an_estimator_and_the_default_train(name, train):
+    asked = {**BASE, "estimator": name, "train": train}
+    if name == "addax" and train not in ("lowrank", "lowrank+head"):
+        assert "it trains lowrank, or lowrank+head" in problems_of(asked)
+        return
+    for layers in ((asked,), ({"train": train}, {**BASE, "estimator": name})):
+        assert "+".join(make_config(*layers).train) == train
+
+
+@pytest.mark.parametrize("estimator", ["grzo", "mezo", "addax"])
+def test_a_journal_of_an_earlier_version_keeps_the_parts_that_it_records(estimator):
+    parts = ["lowrank", "head"] if estimator == "addax" else ["lowrank", "head", "probe"]
+    saved = {**make_config(of_estimator(estimator)).to_dict(), "train": parts}
+    assert config.completed(saved).to_dict() == saved
+    assert config.as_estimator(config.completed(saved), "default").train == presets.DEFAULT_TRAIN
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -104,7 +165,7 @@ def test_every_row_of_the_table_is_a_request_that_means_something(name):
 
 
 def test_choices_by_hand_make_the_row_that_has_a_name():
-    by_hand = {"directions": "shared", "credit": "mean"}
+    by_hand = {"directions": "shared", "credit": "mean", "train": "lowrank"}
     cfg, mezo = make_config({**BASE, **by_hand}), make_config({**BASE, "estimator": "mezo"})
     for field in fields.OF_PRESET:
         assert getattr(cfg, field) == getattr(mezo, field)

@@ -73,7 +73,7 @@ def near(one: dict[str, Any], other: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("estimator", "kind"),
     [
-        *[("grzo", kind) for kind in KINDS],
+        *[("default", kind) for kind in KINDS],
         *itertools.product(("mezo", "lora", "addax"), ("label", "messages")),
     ],
 )

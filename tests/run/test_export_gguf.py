@@ -412,7 +412,7 @@ def test_a_card_and_a_modelfile_lie_beside(bench: Bench, tmp_path: Path) -> None
     for part in (
         "# model, fine-tuned",
         "label.jsonl",
-        "3 steps of grzo",
+        "3 steps of GRZO",
         "{text} It was",
         "bad, good",
     ):

@@ -58,11 +58,15 @@ REQUESTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "default": (
         {"steps": 3},
         [
-            "a linear probe in closed form (or the head",
+            "default: a linear probe in closed form (or the head",
             "then grzo on low-rank factors",
             "Why: of all methods a linear probe does best in few steps",
             "3 steps of",
         ],
+    ),
+    "estimator": (
+        {"estimator": "mezo", "steps": 2},
+        ["mezo on low-rank factors by forward passes alone", "Why: as --estimator mezo asks"],
     ),
     "lora": ({"estimator": "lora", "steps": 2}, ["LoRA adapters by their gradient"]),
     "completion": (
@@ -87,6 +91,7 @@ def test_a_run_says_what_it_is_about_to_do(deep_bench: Bench, name: str, tmp_pat
     text = "\n".join(lines.values())
     for part in wanted:
         assert part in text
+    assert lines["method"].startswith("default: ") == (name == "default")
     assert f"{opening.trained:,} rows to train on, {opening.evaluated:,}" in lines["data"]
     assert kept.rows[-1] == (opening.evaluated, opening.evaluated)
     total_s = sum(opening.seconds().values())

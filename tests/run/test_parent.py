@@ -35,7 +35,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "state in a basis": {"estimator": "lozo-m", "train": "full", "refresh": 3},
     "guided": {"estimator": "agzo", "train": "full", "snapshot_every": 4},
     "gradient": {"estimator": "lora", "train": "lora", "snapshot_every": 3},
-    "short examples": {"estimator": "addax", "short_tokens": 12, "snapshot_every": 3},
+    "short examples": {
+        "estimator": "addax",
+        "train": "lowrank+head",
+        "short_tokens": 12,
+        "snapshot_every": 3,
+    },
 }
 STEPS = {"codes": (10, 7)}  # re-quantised after 16 steps
 
@@ -80,7 +85,9 @@ def test_a_run_goes_on_from_one_that_goes_on(
         summary = longer(tmp_path / str(n), tmp_path / str(n + 1), shown, steps=2)
     lines = dict(shown.openings[-1].lines())
     assert "goes on after 11 steps of the run" in lines["model"]
-    assert lines["method"].startswith("the linear probe (or the head) of that run, then grzo")
+    assert lines["method"].startswith(
+        "default: the linear probe (or the head) of that run, then grzo"
+    )
     assert "linear probe" not in lines["time"]
     assert summary["trained_sha256"] == whole["trained_sha256"]
     assert summary["parent"]["steps"] == 11
@@ -252,7 +259,7 @@ def test_what_it_cannot_change_is_named(bench: Bench, edgezo: Any, tmp_path: Pat
         (("--rank", 4), "--rank was 8"),
         (("--seed", 3), "--seed was 0"),
         (("--train", "norms"), "--train was lowrank+head"),
-        (("--estimator", "lora"), "--estimator was grzo"),
+        (("--estimator", "lora"), "--estimator was default"),
         (("--precision", "bf16"), "--precision was fp32"),
     ):
         code, _, err = edgezo("finetune", "--model", run, "--more-steps", 3, "--out", out, *change)

@@ -20,12 +20,14 @@ from edgezo.errors import EdgezoError
 from edgezo.machine.ownership import MARKER
 from edgezo.plan.request import make_config
 from edgezo.run.charts import HEIGHT, WIDTH, Level, Series, chart, smoothed, thinned, ticks
+from edgezo.run.comparison import comparison
 from edgezo.run.directory import RunFiles
-from edgezo.run.overview import FINISHED, Overview, method_name, runs_below
+from edgezo.run.overview import FINISHED, Overview, method_after, runs_below
 from edgezo.run.remarks import Answers, remarks
 from edgezo.run.removal import removable, remove
 from edgezo.run.report import is_report_file, write_report
 from edgezo.run.train import finetune
+from edgezo.zo.presets import DEFAULT, DEFAULT_TRAIN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SCRIPT = "<script>alert('x')</script>"
@@ -221,11 +223,59 @@ def test_steps_that_were_all_skipped_are_named() -> None:
 
 def test_a_linear_probe_is_not_booked_under_the_estimators_name() -> None:
     cfg: Any = SimpleNamespace(estimator="grzo")
-    assert method_name("lowrank+probe", 3, cfg) == "linear probe + GRZO"
-    assert method_name("lowrank+probe", 0, cfg) == "linear probe"
-    assert method_name("lowrank+head", 3, cfg) == "exact head + GRZO"
-    assert method_name("lora", 3, cfg) == "LoRA"
-    assert method_name("lowrank+head", 0, cfg) == "nothing trained"
+    assert method_after("lowrank+probe", 3, cfg) == "linear probe + GRZO"
+    assert method_after("lowrank+probe", 0, cfg) == "linear probe"
+    assert method_after("lowrank+head", 3, cfg) == "exact head + GRZO"
+    assert method_after("lora", 3, cfg) == "LoRA"
+    assert method_after("lowrank+head", 0, cfg) == "nothing trained"
+    assert method_after("lowrank", 3, cfg) == "GRZO"
+    default: Any = SimpleNamespace(estimator=DEFAULT, train=DEFAULT_TRAIN)
+    assert method_after("lowrank+probe", 3, default) == "default (linear probe + GRZO)"
+    assert method_after("lowrank+head", 3, default) == "default (exact head + GRZO)"
+    assert method_after("lowrank+probe", 0, default) == "default (linear probe)"
+    default.train = ("lowrank", "head")  # rows without labels
+    assert method_after("lowrank+head", 3, default) == "default (exact head + GRZO)"
+    default.train = ("lowrank",)
+    assert method_after("lowrank", 3, default) == "GRZO"
+
+
+@pytest.mark.parametrize(
+    ("asked", "estimator", "trained", "method"),
+    [
+        ({}, "default", {"lowrank+probe", "lowrank+head"}, "default ("),
+        ({"kind": "completion"}, "default", {"lowrank+head"}, "default (exact head + GRZO)"),
+        ({"estimator": "grzo"}, "grzo", {"lowrank"}, "GRZO"),
+        ({"estimator": "mezo", "kind": "completion"}, "mezo", {"lowrank"}, "MEZO"),
+        (
+            {"estimator": "mezo", "train": "lowrank+head"},
+            "mezo",
+            {"lowrank+head"},
+            "exact head + MEZO",
+        ),
+    ],
+)
+def test_every_page_about_a_run_books_what_was_learned_under_the_part_that_learned_it(
+    asked: dict[str, Any],
+    estimator: str,
+    trained: set[str],
+    method: str,
+    bench: Bench,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "run"
+    summary = finetune(make_config(bench.settings(**{"steps": 2, "out": str(out), **asked})))
+    assert summary["estimator"] == estimator and summary["trained"] in trained
+    run = Overview.of(out)
+    assert run.method.startswith(method) and (method[-1] == "(" or run.method == method)
+    assert comparison([run])["runs"][0]["method"] == run.method
+    capital = run.method[0].upper() + run.method[1:]
+    assert f"{capital}: " in Page(out / "report.html").text
+    plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
+    (planned,) = (d["value"] for d in plan["decisions"] if d["name"] == "method")
+    assert (
+        planned.startswith("default (") == (estimator == "default") == method.startswith("default")
+    )
+    assert (out / "probe.safetensors").exists() <= (estimator == "default")
 
 
 # ---------------------------------------------------------------------------------------------

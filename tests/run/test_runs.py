@@ -284,7 +284,8 @@ def test_every_task_runs_with_every_estimator_and_stays_finite(
     kind, directions, bench, edgezo, edgezo_json, tmp_path
 ):
     run, copy = tmp_path / "run", tmp_path / "copy"
-    summary = run_of(bench, run, kind, directions=directions, estimator=estimator(directions))
+    asked = {"directions": directions, "estimator": estimator(directions)}
+    summary = run_of(bench, run, kind, train="lowrank+head+probe", **asked)
     header = "accuracy" if kind in ("label", "choice") else "loss"
     for name in ("eval_before", "eval_after"):
         assert summary[name]["metric"] == header and math.isfinite(summary[name]["loss"])

@@ -54,7 +54,7 @@ from edgezo.zo import masks
 from edgezo.zo.axes import CREDITS, forwards
 from edgezo.zo.axes import DIRECTIONS as DIRECTION_LAWS
 from edgezo.zo.noise import Key
-from edgezo.zo.presets import ESTIMATORS, PRESETS
+from edgezo.zo.presets import DEFAULT, ESTIMATORS, PRESETS
 
 # ----------------------------------------------------------------------------- probed as said
 
@@ -476,9 +476,9 @@ def test_state_beside_full_weights_is_never_planned_on_disk(maker: Maker) -> Non
 
 def test_the_list_of_estimators_says_what_each_costs(edgezo: Any, edgezo_json: Any) -> None:
     code, answer = edgezo_json("estimators")
-    assert code == 0 and [entry["name"] for entry in answer["estimators"]] == list(ESTIMATORS)
+    assert code == 0 and [entry["name"] for entry in answer["estimators"]] == [DEFAULT, *ESTIMATORS]
     for entry in answer["estimators"]:
         assert entry["equation"] and entry["step_meaning"] and entry["paper"]
     assert {r["name"]: r["forwards"] for r in answer["estimators"]}["fzoo"] == 9
     code, out, _ = edgezo("estimators")
-    assert code == 0 and all(name in out for name in ESTIMATORS)
+    assert code == 0 and all(name in out for name in (DEFAULT, *ESTIMATORS))
