@@ -26,9 +26,9 @@ from edgezo.machine.kernel_library import SIGNATURES as _SIGNATURES  # noqa: F40
 from edgezo.machine.kernel_library import crc32 as crc32  # beside the others
 from edgezo.machine.kernel_library import draw_noise, folds, sums_of_rows, threads_for
 from edgezo.machine.kernel_library import library as _library
+from edgezo.machine.limits import LONGEST
 
 _STRIP, _QUERIES, _FEW = 32, 4, 8  # STRIP, QUERIES and FEW of kernels.c
-LONGEST = 1024  # tokens of the longest row whose attention is computed here; torch works on longer ones in blocks
 
 
 class _Attention(ctypes.Structure):

@@ -11,6 +11,7 @@ MB = 1_000_000
 
 # -- memory ---------------------------------------------------------------------------------------------
 
+LONGEST = 1024  # tokens of the longest row whose attention the C kernels compute; torch works on longer ones in blocks
 PADDED_TOKENS = 4096  # most tokens of a padded group of rows in attention, but one row at least
 SCORE_COPIES = 3  # of softcapped attention scores that are there at once
 TILE_BYTES = 16 << 20  # no temporary of the weights is larger, whatever the largest matrix

@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from edgezo.machine.limits import (
     EVAL_TOKENS,
     GUARD_MARGIN_BYTES,
+    LONGEST,
     PRODUCT_ROWS,
     REUSED_BYTES,
     THIN,
@@ -33,6 +34,7 @@ from edgezo.plan.calibration import (
     LEAST_PIECE_TOKENS,
     MLP_COPIES,
     MOST_KEPT_TOKENS,
+    PIECE_HOLES,
     QUERY_COPIES,
     REQUANTISE_TILES,
     RESERVE,
@@ -73,9 +75,9 @@ class Footprint(StoredFootprint):
         """About the peak of first-order LoRA with stock peft and PyTorch: bf16 base, AdamW, the whole batch at once.
 
         Backpropagation keeps, of each token in each block, the inputs of both norms in fp32 and their results, inputs
-        and result of attention, gate, activation, up and their product, and for peft's factors the input of each
-        linear in fp32; and at the end logits over the whole vocabulary in bf16, three times in fp32, and their
-        gradients (measured: 5.65 GB for 16 x 128 tokens of SmolLM2-135M).
+        and result of attention, gate, activation, up and their product, for peft's factors the input of each linear in
+        fp32; at the end logits in bf16, three times in fp32, and their gradients (measured: 5.65 GB for 16 x 128 tokens
+        of SmolLM2-135M).
         """
         shape = self.shape
         tables = sum(t.numel for t in shape.tables)
@@ -128,8 +130,8 @@ class Footprint(StoredFootprint):
         """Whether frozen blocks pass one by one from disk: where all of them in memory would raise the smallest cap."""
         if self.below is None:
             return False
-        least_bytes = replace(self, below=None).needed_bytes(precision, 1)
-        return self.below.needed_bytes(precision, 1) > least_bytes
+        alone_bytes = replace(self, below=None).needed_bytes(precision, 1)
+        return self.below.needed_bytes(precision, 1) > alone_bytes
 
     def _passing(self, items: Sequence[Item], precision: str) -> list[Item]:
         """What the frozen blocks take while rows pass them, beyond the permanent ``items``."""
@@ -175,7 +177,8 @@ class Footprint(StoredFootprint):
             thin += len(d_in) + 2 * len(d_out) + 1
         shapes = len({(m.d_in, m.d_out) for m in matrices}) * self.product_kinds + thin
         n_tokens = self._tokens_at_once(precision, micro_batch)
-        count, numbers = shapes * _numbers_of_rows(n_tokens), _numbers_of_rows(n_tokens)
+        numbers = _numbers_of_rows(n_tokens)
+        count = shapes * numbers
         # Products with the head: of a chunk of its rows and of those that remain, with some of the scored states.
         scored = min(self.sides * micro_batch * self.tokens.scored, n_tokens)
         if self.tokens.kind == "label":
@@ -184,8 +187,7 @@ class Footprint(StoredFootprint):
             chunks = 1 + bool(self.shape.vocab % self.head_rows)
             count += chunks * _numbers_of_rows(min(scored, states_at_once(self.head_rows)))
         reason = f"oneDNN's kernels for {shapes} bf16 products of {numbers} numbers of rows, and those with the head"
-        size = KERNEL_BYTES * count
-        return [Item("compiled products", size, reason, COMPUTE)]
+        return [Item("compiled products", KERNEL_BYTES * count, reason, COMPUTE)]
 
     # -----------------------------------------------------------------------------------------
     # Tokens that pass at once
@@ -240,8 +242,7 @@ class Footprint(StoredFootprint):
             for size in (2, 4)
         }
 
-    # -----------------------------------------------------------------------------------------
-    # A forward
+    # ---------------------------------------------------------------------------------------- a forward
 
     def _forward(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
         shape, tokens = self.shape, self.tokens
@@ -327,16 +328,15 @@ class Footprint(StoredFootprint):
         if self.tokens.kind == "label":
             return 4 * scored * self.tokens.label_words, "label words only"
         compute_bytes, rows = self.compute_bytes(precision), self.head_rows
-        width = self.shape.embed_width
         # Products in bf16 have a few numbers of rows: a smaller one is filled up.
         states = next((n for n in PRODUCT_ROWS if n >= scored), scored)
         # Logits in the compute dtype, and in fp32, where the error takes their place.
         size = min(states_at_once(rows), states) * rows * (4 + compute_bytes)
         if BYTES_PER_WEIGHT.get(precision) != compute_bytes:
-            size += rows * width * compute_bytes
+            size += rows * self.shape.embed_width * compute_bytes
         if self.product_kinds > 1:
             # The gradient by the states is a product with these rows in fp32.
-            size += 4 * rows * width
+            size += 4 * rows * self.shape.embed_width
         return size, "the vocabulary in chunks"
 
     def _beside(self, micro_batch: int, compute_bytes: int) -> list[Item]:
@@ -380,13 +380,13 @@ class Footprint(StoredFootprint):
         shape = self.shape
         keys = (shape.qkv_width - shape.attention_width) // 2
         # C kernels rotate queries and keys in place and attend to packed rows.
-        attending = (HIDDEN_COPIES - 1) * shape.hidden + 2 * shape.attention_width + 2 * keys
-        if (
-            self.tokens.kind == "choice"
-        ):  # queries, keys and values of the trunks of trees, and their result, apart
-            attending += 2 * shape.attention_width + 2 * keys
-        in_c = shape.gated and not shape.fused
-        copies = GATE_COPIES if in_c else UNGATED_COPIES
+        parts = 2 * shape.attention_width + 2 * keys  # queries, keys, values and the result
+        attending = (HIDDEN_COPIES - 1) * shape.hidden + parts
+        if self.tokens.kind == "choice":
+            attending += parts  # those of the trunks of trees, apart
+        if self.tokens.longest(1) > LONGEST:
+            attending += parts + 2 * shape.attention_width  # torch's, row by row, and what it packs
+        copies = GATE_COPIES if shape.gated and not shape.fused else UNGATED_COPIES
         mlp = HIDDEN_COPIES * shape.hidden + copies * shape.intermediate
         kept = HEAP_SHARE * min(attending, mlp) if in_heap else 0
         width = max(attending, mlp) + int(kept) + 2 * shape.head_dim
@@ -424,17 +424,19 @@ class Footprint(StoredFootprint):
         return copies * min(TILE_BYTES, self._largest_trained())
 
     def _holes(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
-        """Holes that tiles of full weights leave in the heap, which are cut otherwise than temporaries (calibrated).
+        """Holes in the heap, between temporaries of other sizes (calibrated).
 
-        About one run in five has them, and one of those whose temporaries are mapped.
+        Tiles of full weights leave them in about one run in five, pieces of a micro-batch of other lengths always.
         """
         n_tokens = self._tokens_at_once(precision, micro_batch)
-        temporaries = self._activations(n_tokens, compute_bytes)
-        if not self.cfg.parts.weights:
-            return []
-        size = min(self._update_tiles(precision), temporaries)
-        reason = "in the heap, between what updates and forwards take"
-        return [Item("holes", size, reason, "forward")]
+        size, between = self._activations(n_tokens, compute_bytes), "updates and forwards"
+        if self.cfg.parts.weights:
+            size = min(self._update_tiles(precision), size)
+        else:
+            whole = self.sides * self.tokens.longest(micro_batch)
+            pieces = whole > n_tokens and not self.maps(precision, micro_batch)
+            size, between = int(PIECE_HOLES * size * pieces), "pieces of a micro-batch"
+        return [Item("holes", size, f"in the heap, between what {between} take", "forward")]
 
     def _update(self, precision: str, micro_batch: int, on_disk: int) -> Item:
         size = self._update_tiles(precision)
