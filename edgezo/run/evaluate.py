@@ -26,7 +26,14 @@ from edgezo.run.figures import evaluate_model
 from edgezo.run.journal import Journal
 from edgezo.run.journal_header import check_base
 from edgezo.run.parent import copy_parents, open_with_parents
-from edgezo.run.places import at_base, check_data_is_there, for_torch, with_base
+from edgezo.run.places import (
+    at_base,
+    check_data_is_there,
+    for_torch,
+    found_again,
+    rows_are_new,
+    with_base,
+)
 from edgezo.run.readout_pass import recall
 from edgezo.run.recipes import follow, replay_into
 from edgezo.run.restore import snapshot_step
@@ -54,6 +61,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a model, or a run (a directory with config.toml), on the validation rows of ``cfg``'s data.
 
+    Where that has none: of a run's own rows on those that its training held out, of others on all.
+
     ``note`` gets a sentence for everything that a user should know about the data. Returns metric, value, n, loss and
     the memory that it took.
     """
@@ -66,7 +75,8 @@ def evaluate(
     else:
         cfg = without_states(with_base(cfg, run.path, note))
         check_data_is_there(cfg, run.path)
-    opened = open_request(cfg, to_train=False)
+    saved = None if trained is None else found_again(trained, run.path)
+    opened = open_request(cfg, to_train=False, whole=rows_are_new(cfg, saved))
     for text in opened.dataset.notes:
         note(text)
     base = meter.mark("base")

@@ -184,12 +184,14 @@ def evaluation_request(given: Mapping[str, Any], config_file: str | None) -> tup
     elif given["data"] is not None:
         del layer["data_root"]
     cfg = make_config({**given, "model": None, "objective": None}, layer)
+    from edgezo.run.places import at_base, rows_are_new
+
+    if given.get("held_out") is None and rows_are_new(cfg, saved):
+        cfg = replace(cfg, held_out=None)  # a share of the rows that the run was trained on
     if given["objective"] is not None:
         # Checked apart from the run: an evaluation trains nothing by it, so any trained part may stand beside it.
         asked = {"model": str(model), "objective": given["objective"]}
         cfg = replace(cfg, objective=make_config(asked, need_data=False).objective)
-    from edgezo.run.places import at_base
-
     return str(model), at_base(cfg, base)
 
 

@@ -79,8 +79,10 @@ class Loaded(NamedTuple):
     memory: Memory
 
 
-def open_request(cfg: RunConfig, *, to_train: bool = True) -> Opened:
+def open_request(cfg: RunConfig, *, to_train: bool = True, whole: bool = False) -> Opened:
     """Find the model, check its files, read and tokenise the rows; those to evaluate on only unless ``to_train``.
+
+    ``whole``: all rows are evaluated on where there are no validation rows.
 
     Raises UsageError for rows or settings that do not go together, EdgezoError for files that cannot be read, and
     DoesNotFit where reading them takes more than the cap.
@@ -90,7 +92,7 @@ def open_request(cfg: RunConfig, *, to_train: bool = True) -> Opened:
     files = loader.open_model(cards.resolve(cfg.model))
     loader.model_class(files)  # its code is part of the process that a plan starts from
     tokenizer = loader.load_tokenizer(files.path)
-    dataset = read_data(cfg, files, tokenizer, guard, to_train)
+    dataset = read_data(cfg, files, tokenizer, guard, to_train, whole)
     cfg = replace(for_kind(cfg, dataset), written_at=dataset.written_at)
     judge = _judge_of(cfg, files, tokenizer, dataset)
     malloc_trim()  # memory that parsing has freed is no part of the process that a plan starts from
@@ -130,6 +132,7 @@ def read_data(
     tokenizer: Any,
     guard: Guard | None = None,
     to_train: bool = True,
+    whole: bool = False,
 ) -> Dataset:
     """The rows of a request, tokenised, all of them within the model's vocabulary and positions."""
     about = ReadingModel(
@@ -142,7 +145,7 @@ def read_data(
         most_in_tree=one_frequency_tokens(files.config),
         switch=longrope_switch(files.config),
     )
-    return read_rows(cfg, about, tokenizer, guard, to_train)
+    return read_rows(cfg, about, tokenizer, guard, to_train, whole)
 
 
 def without_states(cfg: RunConfig) -> RunConfig:
