@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -182,19 +182,28 @@ def plan(config_file: str | None, as_json: bool, **given: str | None) -> None:
 @cli.command("eval", cls=ShortHelp)
 @options(*DATA, *PREDICTION, *OF_EVALUATION)
 @base_option
+@click.option(
+    "--other-base",
+    metavar="MODEL",
+    help="Measure what a run trained beside frozen weights over those of another file of the model.",
+)
 @config_option
 @json_option
-def evaluate(config_file: str | None, as_json: bool, **given: str | None) -> None:
+def evaluate(
+    other_base: str | None, config_file: str | None, as_json: bool, **given: str | None
+) -> None:
     """Evaluate a model, or a run (--model RUN) on its data or on other data."""
     from edgezo.cli import tables
 
-    target, cfg = evaluation_request(given, config_file)
+    target, cfg = evaluation_request(given, config_file, other_base)
     use_threads(cfg.threads)
+    run_evaluation: Callable[..., dict[str, Any]]
     if cfg.engine == "onnx":
         from edgezo.run.onnx_use import evaluate_onnx as run_evaluation
     else:
-        from edgezo.run.evaluate import evaluate as run_evaluation
+        from edgezo.run.evaluate import evaluate
 
+        run_evaluation = partial(evaluate, over_other_weights=other_base is not None)
     result = run_evaluation(target, cfg, lambda text: click.echo(text, err=True))
     emit(as_json, result, tables.evaluation_line(result))
 

@@ -325,7 +325,8 @@ def evaluation_line(result: Mapping[str, Any]) -> str:
     further = "".join(f", {name} {value:.4f}" for name, value in _further(result).items())
     value = f"{result['value']:.4f}{_give_or_take(result)}"
     standing = f" (unfinished: {result['unfinished']})" if "unfinished" in result else ""
-    return f"{result['metric']} {value} on {result['n']} validation rows{further}{standing}"
+    over = f", over the weights of {result['over']['name']}" if "over" in result else ""
+    return f"{result['metric']} {value} on {result['n']} validation rows{further}{over}{standing}"
 
 
 def _give_or_take(result: Mapping[str, Any]) -> str:

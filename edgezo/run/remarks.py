@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from edgezo.data.classes import Change, change, largest_class
+from edgezo.run.base_file import BaseFile, measured_by, other_weights
 from edgezo.run.overview import FINISHED, UNFINISHED, Overview
 
 
@@ -50,12 +51,23 @@ def remarks(
     run: Overview, lines: Sequence[Mapping[str, Any]], answers: Answers | None
 ) -> list[str]:
     """What to know about the figures of a run. ``lines`` are those of its metrics.jsonl."""
-    sentences = [*_of_training(run, lines)]
+    sentences = [*_of_base(run), *_of_training(run, lines)]
     if run.state == FINISHED:
         sentences += _of_metric(run.summary, answers)
     if answers is not None:
         sentences += _of_classes(run.summary, answers)
     return sentences
+
+
+def _of_base(run: Overview) -> Iterator[str]:
+    sources = run.plan().get("sources")
+    base = BaseFile.saved(sources.get("base")) if isinstance(sources, Mapping) else None
+    if (
+        base is not None
+        and run.cfg is not None
+        and (sentence := other_weights(base, run.cfg.model))
+    ):
+        yield f"{sentence}. {measured_by(run.cfg.model)}."
 
 
 def _of_training(run: Overview, lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:

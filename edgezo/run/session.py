@@ -41,6 +41,7 @@ from edgezo.plan.data_fields import LOSS
 from edgezo.plan.evaluated import as_before
 from edgezo.plan.plan import PlanDoesNotFit
 from edgezo.plan.planner import make_plan
+from edgezo.run.base_file import BaseFile
 from edgezo.run.called import peak_before_bytes, present_caller, usable
 from edgezo.run.directory import run_header
 from edgezo.run.finetuner import Finetuner
@@ -52,6 +53,7 @@ from edgezo.run.states_cache import states_room_bytes
 from edgezo.weights.home import Medium
 from edgezo.weights.layouts import DENSE_DTYPES
 from edgezo.weights.ram import HostMedium
+from edgezo.weights.tensor_source import stored_types
 from edgezo.zo.credit import Estimator
 
 
@@ -162,17 +164,20 @@ def header_of(opened: Opened, cfg: RunConfig) -> dict[str, Any]:
 def plan_file(planned: Planned) -> dict[str, Any]:
     """The content of plan.json: the plan, and what is known of the run's files wherever they are later."""
     files, dataset, cfg = planned.opened.files, planned.opened.dataset, planned.cfg
-    base = {
-        "name": ", ".join(file.name for file in files.source.files),
-        "bytes": sum(file.stat().st_size for file in files.source.files),
-        "sha256": files.content_hash,
-    }
+    size_bytes = sum(file.stat().st_size for file in files.source.files)
+    base = {**base_file(files).to_dict(), "bytes": size_bytes}
     data = {
         "name": Path(str(cfg.task or cfg.data)).name,
         "trained": len(dataset.train),
         "evaluated": len(dataset.validation),
     }
     return {**planned.plan.to_dict(), "sources": {"base": base, "data": data}}
+
+
+def base_file(files: ModelFiles) -> BaseFile:
+    """The file of an open model's weights."""
+    names = ", ".join(file.name for file in files.source.files)
+    return BaseFile(names, files.content_hash, stored_types(files.source))
 
 
 # ---------------------------------------------------------------------------------------------
