@@ -142,7 +142,11 @@ def finetune(
         click.echo(f"run {summary['run']}")
 
 
-@cli.command(cls=ShortHelp, rare=("show_batch", "base"))
+@cli.command(
+    cls=ShortHelp,
+    rare=("show_batch", "base"),
+    short_help="Show the memory and the time that a fine-tune would take.",
+)
 @options(*DATA, *PREDICTION, *MEMORY, *METHOD, *RUN)
 @more_steps_option
 @base_option
@@ -179,7 +183,9 @@ def plan(config_file: str | None, as_json: bool, **given: str | None) -> None:
     )
 
 
-@cli.command("eval", cls=ShortHelp)
+@cli.command(
+    "eval", cls=ShortHelp, short_help="Evaluate a model or a run on its data, or on other data."
+)
 @options(*DATA, *PREDICTION, *OF_EVALUATION)
 @base_option
 @click.option(

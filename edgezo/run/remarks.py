@@ -51,7 +51,7 @@ def remarks(
     run: Overview, lines: Sequence[Mapping[str, Any]], answers: Answers | None
 ) -> list[str]:
     """What to know about the figures of a run. ``lines`` are those of its metrics.jsonl."""
-    sentences = [*_of_base(run), *_of_training(run, lines)]
+    sentences = [*_of_training(run, lines)]
     if run.state == FINISHED:
         sentences += _of_metric(run.summary, answers)
     if answers is not None:
@@ -59,7 +59,8 @@ def remarks(
     return sentences
 
 
-def _of_base(run: Overview) -> Iterator[str]:
+def of_base(run: Overview) -> Iterator[str]:
+    """What to know about the weights that a run was trained on, where they were rounded."""
     sources = run.plan().get("sources")
     base = BaseFile.saved(sources.get("base")) if isinstance(sources, Mapping) else None
     if (
