@@ -207,9 +207,10 @@ def evaluate(
     if cfg.engine == "onnx":
         from edgezo.run.onnx_use import evaluate_onnx as run_evaluation
     else:
-        from edgezo.run.evaluate import evaluate
+        from edgezo.run.evaluate import evaluate as run_evaluation
 
-        run_evaluation = partial(evaluate, over_other_weights=other_base is not None)
+        if other_base is not None:
+            run_evaluation = partial(run_evaluation, over_other_weights=True)
     result = run_evaluation(target, cfg, lambda text: click.echo(text, err=True))
     emit(as_json, result, tables.evaluation_line(result))
 
