@@ -55,6 +55,9 @@ def main() -> None:
     if args.file is None or args.other is None:
         made = args.out / "rounded", args.out / "before"
         result["relative_error"] = rounded_pair(*made)
+        print(
+            f"rounding changes matrices by {result['relative_error']:.3f} of their size", flush=True
+        )
         args.file, args.other = map(str, made)
     result["methods"] = [measured(args, name) for name in args.methods.split(",")]
     (args.out / "other-base.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -53,7 +53,7 @@ def other_weights(base: BaseFile, model: str) -> str:
     whose = hub_of(model)
     named = f"the weights of {whose} on the hub" if whose else "the model's weights before rounding"
     return (
-        f"The run read {base.described()}. These are not {named}: they were rounded to {base.rounded}, so they are "
+        f"the run read {base.described()}. These are not {named}: they were rounded to {base.rounded}, so they are "
         "other numbers. The evaluation is that of the file's weights"
     )
 

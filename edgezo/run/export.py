@@ -31,7 +31,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from edgezo.errors import UsageError
@@ -54,6 +53,7 @@ from edgezo.run.places import at_base, for_torch, with_base
 from edgezo.run.session import base_file
 from edgezo.run.shipped import ship
 from edgezo.run.summary_file import saved_summary, unfinished
+from edgezo.weights.saved import Saved, write_saved
 from edgezo.zo.parts import PARTS
 
 _ADAPTERS, _WHOLE = ("peft", "gguf-adapter"), ("hf", "hf-classifier")
@@ -153,12 +153,7 @@ def _of_base(base: BaseFile, model: str, form: str) -> list[str]:
     if not sentence:
         return []
     if form not in _ADAPTERS:
-        held = (
-            "the file's own types"
-            if form == "gguf"
-            else "more bits, which bring no rounded ones back"
-        )
-        return [f"{sentence}; so are those written here, in {held}"]
+        return [f"{sentence}. What is written here began as them, whatever type it has now"]
     return [
         f"{sentence}. {measured_by(model)}, where the adapter was not measured yet; --format hf writes a model with "
         "the file's weights"
@@ -291,7 +286,8 @@ class _Exporter(Merged):
             tensors[f"base_model.model.{module}.lora_B.weight"] = product.up.contiguous()
             if (len(product.down), product.alpha) != (len(usual.down), usual.alpha):
                 ranks[module], alphas[module] = len(product.down), product.alpha
-        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        saved = [Saved.of(name, tensor) for name, tensor in tensors.items()]
+        write_saved(folder / "adapter_model.safetensors", saved, {"format": "pt"})
         turned = any(isinstance(m, Conv1D) for m in self.meta.modules())
         described = {
             "peft_type": "LORA",

@@ -68,7 +68,7 @@ def of_base(run: Overview) -> Iterator[str]:
         and run.cfg is not None
         and (sentence := other_weights(base, run.cfg.model))
     ):
-        yield f"{sentence}. {measured_by(run.cfg.model)}."
+        yield f"{sentence[0].upper()}{sentence[1:]}. {measured_by(run.cfg.model)}."
 
 
 def _of_training(run: Overview, lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:

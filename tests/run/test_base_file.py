@@ -62,6 +62,8 @@ def test_a_run_on_a_rounded_file_says_which_and_what_measures_it(
         assert text in card, text
     assert made["base_file"]["sha256"] == hash_of_file and "--other-base" in made["notes"][0]
     assert "tiny.Q4_1.gguf" in (run / "report.html").read_text()
+    modes = {file.stat().st_mode for file in (tmp_path / "adapter").iterdir()}
+    assert len(modes) == 1, "whoever may read one file of an export may read all"
     # Over the weights before rounding it is what peft makes of the adapter there.
     code, there = edgezo_json("eval", "--model", run, "--other-base", before.model)
     assert code == 0 and there["over"]["name"] == "model.safetensors"
