@@ -212,7 +212,7 @@ def test_a_linear_probe_goes_along_in_the_metadata(
         assert ours["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-4)
     code, found = edgezo_json(
         *("eval", "--model", tmp_path / "out/model.gguf", "--data", rows, "--precision", "fp32"),
-        *("--template", "{text} It was", "--labels", "0=bad,1=good"),
+        *("--template", "{text} It was", "--labels", "0=bad,1=good", "--held-out", 0.1),
     )
     assert code == 0 and found["value"] == summary["eval_after"]["value"]
 
