@@ -41,12 +41,12 @@ def out_option(folder: str) -> Callable[[Command], Command]:
     )
 
 
-@click.group()
+@click.group(short_help="Measure memory, speed, accuracy and alignment.")
 def bench() -> None:
     """Measure memory, speed, accuracy and alignment, beside other ways to train."""
 
 
-@bench.command("memory")
+@bench.command("memory", short_help="Measure the peak memory of ways to train, in processes.")
 @options("model")
 @click.option("--methods", metavar="NAMES", help="Methods, joined by commas.  [default: all]")
 @batch_sizes_option
@@ -100,7 +100,9 @@ def memory(
     emit(as_json, result, tables.memory_table(result))
 
 
-@bench.command("alignment", cls=ShortHelp)
+@bench.command(
+    "alignment", cls=ShortHelp, short_help="Measure how near estimates are to the true gradient."
+)
 @options(*DATA, "precision", "train", "rank", "finetuner", "sigma", "threads")
 @click.option(
     "--estimators",
@@ -142,7 +144,12 @@ def alignment(
     emit(as_json, result, tables.alignment_table(result))
 
 
-@bench.command("speed", cls=ShortHelp, rare=("template", "labels", "label_field", "task"))
+@bench.command(
+    "speed",
+    cls=ShortHelp,
+    rare=("template", "labels", "label_field", "task"),
+    short_help="Measure a step beside a plain forward pass.",
+)
 @options(*DATA, "train", "rank", "threads")
 @click.option(
     "--estimators",
@@ -216,7 +223,7 @@ def speed(
     emit(as_json, result, tables.speed_table(result))
 
 
-@bench.command("accuracy")
+@bench.command("accuracy", short_help="Compare methods over tasks and seeds.")
 @click.argument("study_file", metavar="STUDY", type=click.Path(dir_okay=False))
 @click.option(
     "--methods",

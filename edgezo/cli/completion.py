@@ -10,7 +10,7 @@ from edgezo.cli.options import echo_json, json_option
 SHELLS = ("bash", "zsh", "fish")
 
 
-@click.command()
+@click.command(short_help="Print a script that completes commands and options.")
 @click.argument("shell", type=click.Choice(SHELLS))
 @json_option
 @click.pass_context

@@ -21,7 +21,9 @@ _OF_ROWS = (
 )
 
 
-@click.command("data", cls=ShortHelp)
+@click.command(
+    "data", cls=ShortHelp, short_help="Show what is understood of rows, and what is odd."
+)
 @click.argument("data", metavar="FILE|FOLDER", required=False)
 @options(*_OF_ROWS)
 @click.option("--out", metavar="FILE", help="A new file for the rows that cannot be used (JSONL).")

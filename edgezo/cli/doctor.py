@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SLOW = 0.5  # bf16 products at less than this share of fp32's rate are slow
 
 
-@click.command()
+@click.command(short_help="Check this machine and what is installed.")
 @click.option(
     "--calibrate",
     is_flag=True,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgezo.errors import EdgezoError, UsageError
+from edgezo.data.sources import DataRequest
+from edgezo.errors import EdgezoError, SourceError, UsageError
 from edgezo.machine.files import user_path
 from edgezo.machine.hardware import Machine, machine
 from edgezo.network import cards
@@ -19,7 +21,7 @@ from edgezo.plan.planner import largest_card, make_plan
 if TYPE_CHECKING:
     from edgezo.plan.shapes import Shape
 
-_TIMEOUT_S = 5  # for the hub to answer
+_HUB_CONFIG = "config.json"
 
 
 def plan(
@@ -27,9 +29,9 @@ def plan(
 ) -> Plan:
     """The plan of a request for this machine.
 
-    Rows, where they are given, are read and tokenised for their lengths. Without rows, a model with a card needs
-    neither weights nor tokenizer, and PyTorch is not imported. ``note`` is called with remarks for the user. ``parent``
-    is the run that this one would go on from.
+    Rows, where they are given, are read and tokenised for their lengths; by their characters where the model is not on
+    this machine. Without rows, a model with a card needs neither weights nor tokenizer, and PyTorch is not imported.
+    ``note`` is called with remarks for the user. ``parent`` is the run that this one would go on from.
     Raises UsageError and EdgezoError for rows and models that cannot be used, DoesNotFit.
     """
     if cfg.engine == "onnx":
@@ -41,16 +43,8 @@ def plan(
     if cfg.data is None and cfg.task is None:
         shape = model_shape(cfg.model, note)
         return make_plan(shape, cfg, _doubting(cfg, shape, note))
-    try:
-        cards.resolve(cfg.model, progress=note)
-    except EdgezoError as error:
-        card = cards.find_card(cfg.model)
-        if card is None:
-            raise
-        note(
-            f"{error}\nWithout its tokenizer, every row is planned with --max-length {cfg.max_length} tokens."
-        )
-        return make_plan(card, cfg, _doubting(cfg, card, note))
+    if not cards.is_here(cfg.model):
+        return _rough_plan(cfg, note)
     from edgezo.machine.process_memory import rss_bytes
     from edgezo.run.few_rows import settled_in_time
     from edgezo.run.session import open_request, settle
@@ -65,6 +59,35 @@ def plan(
     here = _doubting(cfg, opened.files.shape, note)
     # As a run would, which is now what this process is.
     return settled_in_time(opened, lambda one: settle(one, here, rss_bytes())).plan
+
+
+def _rough_plan(cfg: RunConfig, note: Callable[[str], None]) -> Plan:
+    """The plan of a model that is not on this machine: of its sizes, and of rows by their characters.
+
+    No weight is fetched: whether a model fits is known before. Raises UsageError and EdgezoError, DoesNotFit.
+    """
+    from edgezo.data.rough_lengths import LEAST_CHARS_A_TOKEN, rough_lengths
+    from edgezo.machine.process_memory import ReadingGuard
+    from edgezo.plan.budget import default_budget
+
+    shape, here = model_shape(cfg.model, note), machine()
+    card = cards.find_card(cfg.model)
+    source = "its card" if card is not None else "its config.json"
+    note(
+        f"{cfg.model} is not on this machine, and a plan fetches no weights. This one is made from {source}, and "
+        f"{LEAST_CHARS_A_TOKEN} characters of a row count as a token, without its tokenizer: rather too many. "
+        "finetune fetches the model, and plans with its tokens"
+    )
+    known = {f.name for f in fields(DataRequest)} & {f.name for f in fields(RunConfig)}
+    request = DataRequest(**{name: getattr(cfg, name) for name in known})
+    guard, notes = ReadingGuard(cfg.max_mem_bytes or default_budget(here)[0]), list[str]()
+    masked = card is not None and card.kind == "masked"  # prompts around a mask need the tokenizer
+    tokens = None if masked else rough_lengths(request, guard, notes)
+    for text in notes:
+        note(text)
+    if tokens is not None and not tokens.classes and cfg.parts.readout:
+        cfg = replace(cfg, train=tuple(part for part in cfg.train if part != "probe") or ("head",))
+    return make_plan(shape, cfg, _doubting(cfg, shape, note), tokens)
 
 
 def _onnx_plan(cfg: RunConfig, note: Callable[[str], None]) -> Plan:
@@ -119,23 +142,20 @@ def model_shape(model: str, note: Callable[[str], None]) -> Shape:
 
 def _hub_shape(repo: str) -> Shape:
     """Sizes of a model on the hub. Raises EdgezoError without a connection or for an unknown family."""
-    from edgezo.machine.downloads import check_hub_cache
-
-    check_hub_cache()
-    from huggingface_hub import hf_hub_download
-
     from edgezo.network import loader
     from edgezo.network.foreign_config import read_config
 
+    repository = cards.HubSource(repo).repository
     try:
-        file = hf_hub_download(repo, "config.json", etag_timeout=_TIMEOUT_S)
-    except Exception as error:  # the hub client raises many types
-        first = str(error).strip().partition("\n")[0]
+        folder = (
+            repository.cached([_HUB_CONFIG]) or repository.fetch(lambda names: [_HUB_CONFIG])[0]
+        )
+    except SourceError as problem:
         raise EdgezoError(
-            f"can't fetch the configuration of {repo} from the hub: {first}\n"
+            f"can't fetch the configuration of {repo} from the hub: {problem}\n"
             "Give --model a local directory, a .gguf file or a card (see edgezo models)."
-        ) from error
-    return loader.shape_of(read_config(Path(file)))
+        ) from problem
+    return loader.shape_of(read_config(folder / _HUB_CONFIG))
 
 
 def show_batch(cfg: RunConfig) -> str:

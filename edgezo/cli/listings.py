@@ -29,7 +29,7 @@ def models(as_json: bool) -> None:
     emit(as_json, {"models": rows}, tables.models_table(every))
 
 
-@click.command()
+@click.command(short_help="List the estimators, each with its equation and cost.")
 @json_option
 def estimators(as_json: bool) -> None:
     """List the estimators: equation, forward passes, state and noise of each."""

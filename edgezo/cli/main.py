@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -142,7 +142,11 @@ def finetune(
         click.echo(f"run {summary['run']}")
 
 
-@cli.command(cls=ShortHelp, rare=("show_batch", "base"))
+@cli.command(
+    cls=ShortHelp,
+    rare=("show_batch", "base"),
+    short_help="Show the memory and the time that a fine-tune would take.",
+)
 @options(*DATA, *PREDICTION, *MEMORY, *METHOD, *RUN)
 @more_steps_option
 @base_option
@@ -179,22 +183,34 @@ def plan(config_file: str | None, as_json: bool, **given: str | None) -> None:
     )
 
 
-@cli.command("eval", cls=ShortHelp)
+@cli.command(
+    "eval", cls=ShortHelp, short_help="Evaluate a model or a run on its data, or on other data."
+)
 @options(*DATA, *PREDICTION, *OF_EVALUATION)
 @base_option
+@click.option(
+    "--other-base",
+    metavar="MODEL",
+    help="Measure what a run trained beside frozen weights over those of another file of the model.",
+)
 @config_option
 @json_option
-def evaluate(config_file: str | None, as_json: bool, **given: str | None) -> None:
+def evaluate(
+    other_base: str | None, config_file: str | None, as_json: bool, **given: str | None
+) -> None:
     """Evaluate a model, or a run (--model RUN) on its data or on other data."""
     from edgezo.cli import tables
 
-    target, cfg = evaluation_request(given, config_file)
+    target, cfg = evaluation_request(given, config_file, other_base)
     use_threads(cfg.threads)
+    run_evaluation: Callable[..., dict[str, Any]]
     if cfg.engine == "onnx":
         from edgezo.run.onnx_use import evaluate_onnx as run_evaluation
     else:
         from edgezo.run.evaluate import evaluate as run_evaluation
 
+        if other_base is not None:
+            run_evaluation = partial(run_evaluation, over_other_weights=True)
     result = run_evaluation(target, cfg, lambda text: click.echo(text, err=True))
     emit(as_json, result, tables.evaluation_line(result))
 

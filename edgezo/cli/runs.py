@@ -12,7 +12,7 @@ from edgezo.cli.options import base_option, emit, json_option, printable
 from edgezo.errors import UsageError
 
 
-@click.command()
+@click.command(short_help="Write report.html, a page about a run, in its directory.")
 @click.argument("directory", metavar="RUN")
 @click.option(
     "--ask", is_flag=True, help="First ask base and run: loss of other text, ten written answers."
@@ -36,7 +36,7 @@ def report(directory: str, ask: bool, base: str | None, as_json: bool) -> None:
     emit(as_json, {**result, "steps": run.steps}, shown)
 
 
-@click.command()
+@click.command(short_help="Compare runs: results, costs, and settings that differ.")
 @click.argument("runs", metavar="RUN RUN...", nargs=-1, required=True)
 @json_option
 def compare(runs: Sequence[str], as_json: bool) -> None:
@@ -49,7 +49,7 @@ def compare(runs: Sequence[str], as_json: bool) -> None:
     emit(as_json, result, comparison_table(result))
 
 
-@click.command("runs")
+@click.command("runs", short_help="List the runs in a directory and below it.")
 @click.argument("folder", metavar="[DIR]", default="runs")
 @json_option
 def list_runs(folder: str, as_json: bool) -> None:
@@ -69,7 +69,7 @@ def list_runs(folder: str, as_json: bool) -> None:
         click.echo("\n".join(["\ngo on with", *commands]))  # not wrapped, to be copied
 
 
-@click.command("rm")
+@click.command("rm", short_help="Remove the directory of a run.")
 @click.argument("directory", metavar="RUN")
 @click.option("--yes", is_flag=True, help="Remove it without a question.")
 @json_option

@@ -15,7 +15,7 @@ from edgezo.errors import EdgezoError, UsageError
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-@click.command()
+@click.command(short_help="Answer programs that speak OpenAI's form.")
 @click.argument("target", type=click.Path(), metavar="RUN|MODEL")
 @click.option(
     "--host",

@@ -320,7 +320,7 @@ def runs_table(runs: Sequence[Mapping[str, Any]], folder: str) -> RenderableType
     for name in ("run", "state", "method", "steps", "result", "peak"):
         side: Any = "right" if name in ("steps", "peak") else "left"
         most = 22 if name == "method" else None  # the rest of the line is for the run's path
-        whole = name in ("state", "peak")
+        whole = name in ("state", "result", "peak")  # a method wraps between its words
         table.add_column(name, justify=side, overflow="fold", no_wrap=whole, max_width=most)
     for run in runs:
         names = ("state", "method", "steps", "after", "peak_bytes")
@@ -338,7 +338,8 @@ def evaluation_line(result: Mapping[str, Any]) -> str:
     further = "".join(f", {name} {value:.4f}" for name, value in _further(result).items())
     value = f"{result['value']:.4f}{_give_or_take(result)}"
     standing = f" (unfinished: {result['unfinished']})" if "unfinished" in result else ""
-    return f"{result['metric']} {value} on {result['n']} validation rows{further}{standing}"
+    over = f", over the weights of {result['over']['name']}" if "over" in result else ""
+    return f"{result['metric']} {value} on {result['n']} validation rows{further}{over}{standing}"
 
 
 def _give_or_take(result: Mapping[str, Any]) -> str:
@@ -353,15 +354,19 @@ def _further(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def models_table(cards: Iterable[Card]) -> RenderableType:
-    """Model cards, one in a line."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("model", "family", "kind"):
+    """Model cards, one in a line of 80 columns."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("model", "family"):
         table.add_column(column, no_wrap=True)
     table.add_column("weights", justify="right", no_wrap=True)
-    table.add_column("where")
+    table.add_column(
+        "on the hub", overflow="fold"
+    )  # names are to be copied: no letter may be cut off
     for card in cards:
-        sources = "; ".join(str(source) for source in card.sources)
-        table.add_row(card.name, card.family, card.kind, f"{card.parameters / 1e6:,.0f} M", sources)
+        places = [str(source).removeprefix("hub ") for source in card.sources]
+        kind = [] if card.kind == "causal" else [f"a {card.kind} model"]
+        sources = Text("\n".join([*places, *kind]))
+        table.add_row(card.name, card.family, f"{card.parameters / 1e6:,.0f} M", sources)
     return table
 
 

@@ -47,7 +47,7 @@ def threads_of(given: Mapping[str, str | None]) -> int | None:
 # predict
 
 
-@click.command()
+@click.command(short_help="Predict rows: labels, completions, answers, or scores.")
 @click.argument("target", type=click.Path(), metavar="RUN|MODEL")
 @click.option(
     "--data",
@@ -175,7 +175,7 @@ def _flat(prediction: Mapping[str, Any]) -> dict[str, Any]:
 # apply
 
 
-@click.command()
+@click.command(short_help="Make a fine-tuned model of its base and a journal file.")
 @click.argument("shipped", type=click.Path(), metavar="FILE")
 @click.option("--base", metavar="MODEL", required=True, help="The model that it was trained over.")
 @click.option(
@@ -194,7 +194,7 @@ def apply(shipped: str, base: str, out: str, as_json: bool) -> None:
 # replay, export
 
 
-@click.command()
+@click.command(short_help="Rebuild a fine-tuned model from its base and its journal.")
 @click.argument("run", type=click.Path(), metavar="RUN")
 @click.option(
     "--out", type=click.Path(), metavar="DIR", required=True, help="Directory for the rebuilt run."
@@ -219,7 +219,7 @@ def replay(run: str, out: str, base: str | None, as_json: bool) -> None:
     )
 
 
-@click.command()
+@click.command(short_help="Write the result of a run: a model, an adapter, steps.")
 @click.argument("run", type=click.Path(), metavar="RUN", required=False)
 @click.option(
     "--model",

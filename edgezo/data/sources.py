@@ -62,6 +62,8 @@ class DataRequest:
     written_at: str | None = None
     # False: the training rows are read for what they say of labels, and not tokenised.
     to_train: bool = True
+    # True: rows that stand without validation rows are all evaluated on. Nothing is trained then, so none is held out.
+    whole: bool = False
 
 
 class Source(NamedTuple):
@@ -173,7 +175,13 @@ def _read(
     if not source.labelling.labelled:
         train, validation = paired((train, validation), problems, notes)
     known = train
-    if train and not validation_files:
+    if train and not validation_files and request.whole and request.held_out is None:
+        validation = known
+        notes.append(
+            f"no validation rows: all {len(known)} rows are evaluated on (--held-out {VALIDATION_SHARE} takes only "
+            "those that a training on them holds out)"
+        )
+    elif train and not validation_files:
         if len(train) < 2:
             one = f"{path if texts else train_files[0]} has one row: two are needed, one of them to evaluate on"
             problems.add(f"{one}{_AS_TEXT if texts else ''}")

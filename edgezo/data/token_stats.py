@@ -31,6 +31,7 @@ class TokenStats:
     # Label words that are scored by all of their tokens (0: none are), and tokens of an example without them.
     long_words: int = 0
     prompt_mean: float = 0.0
+    from_chars: bool = False  # estimated from the rows' characters, because there is no tokenizer
 
     @property
     def classes(self) -> int:

@@ -174,6 +174,17 @@ def resolve(model: str, *, progress: Progress | None = None) -> Path:
         ) from problem
 
 
+def is_here(model: str) -> bool:
+    """Whether ``resolve`` finds a model on this machine, and fetches nothing."""
+    if user_path(model).exists():
+        return True
+    card = find_card(model)
+    if card is None and is_unknown(model):
+        return True  # nowhere else: resolve says so
+    sources = (HubSource(model),) if card is None else card.sources
+    return any(_cached(source, lambda message: None) is not None for source in sources)
+
+
 def with_content(sha256: str) -> Path | None:
     """A model on this machine whose one file of weights has this SHA-256 (hex), and that edgezo has read before."""
     for file in downloads.known_files(sha256):

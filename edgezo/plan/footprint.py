@@ -248,6 +248,8 @@ class Footprint(StoredFootprint):
         shape, tokens = self.shape, self.tokens
         n_tokens, sides = self._tokens_at_once(precision, micro_batch), self.sides
         source = "the longest of the data" if tokens.known else "no data given: --max-length each"
+        if tokens.from_chars:
+            source = "the longest of the data, by their characters"
         whole = sides * tokens.longest(micro_batch)
         if n_tokens == whole:
             what = f"{micro_batch} examples x {sides} sides ({source})"

@@ -19,6 +19,7 @@ from edgezo.network import cards, loader
 from edgezo.network.model import Model
 from edgezo.plan.budget import portable
 from edgezo.plan.config import RunConfig
+from edgezo.run.base_file import BaseFile
 from edgezo.run.claims import prepare_replay
 from edgezo.run.directory import RunFiles, lost_head, run_id, same_task
 from edgezo.run.exported import Exported
@@ -26,7 +27,14 @@ from edgezo.run.figures import evaluate_model
 from edgezo.run.journal import Journal
 from edgezo.run.journal_header import check_base
 from edgezo.run.parent import copy_parents, open_with_parents
-from edgezo.run.places import at_base, check_data_is_there, for_torch, with_base
+from edgezo.run.places import (
+    at_base,
+    check_data_is_there,
+    for_torch,
+    found_again,
+    rows_are_new,
+    with_base,
+)
 from edgezo.run.readout_pass import recall
 from edgezo.run.recipes import follow, replay_into
 from edgezo.run.restore import snapshot_step
@@ -34,6 +42,7 @@ from edgezo.run.session import (
     Loaded,
     Opened,
     Planned,
+    base_file,
     keep_cap,
     load_model,
     open_request,
@@ -50,12 +59,18 @@ NOTED_S = 10.0  # an evaluation that is estimated to take longer says so
 
 
 def evaluate(
-    target: str, cfg: RunConfig, note: Callable[[str], None] = lambda text: None
+    target: str,
+    cfg: RunConfig,
+    note: Callable[[str], None] = lambda text: None,
+    over_other_weights: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a model, or a run (a directory with config.toml), on the validation rows of ``cfg``'s data.
 
-    ``note`` gets a sentence for everything that a user should know about the data. Returns metric, value, n, loss and
-    the memory that it took.
+    Where that has none: of a run's own rows on those that its training held out, of others on all.
+
+    ``note`` gets a sentence for everything that a user should know about the data. ``over_other_weights``: the model of
+    ``cfg`` has other weights than the run's base, beside which stands what the run has trained. Returns metric, value,
+    n, loss and the memory that it took; with other weights their file as "over".
     """
     meter = Meter()
     run = RunFiles(Path(target))
@@ -66,19 +81,23 @@ def evaluate(
     else:
         cfg = without_states(with_base(cfg, run.path, note))
         check_data_is_there(cfg, run.path)
-    opened = open_request(cfg, to_train=False)
+    saved = None if trained is None else found_again(trained, run.path)
+    opened = open_request(cfg, to_train=False, whole=rows_are_new(cfg, saved))
     for text in opened.dataset.notes:
         note(text)
     base = meter.mark("base")
     planned = settle(opened, confirmed(machine()), base.rss_bytes)
-    with in_memory(run, trained, planned, note) as (model, memory, steps, far):
+    over = base_file(opened.files) if over_other_weights else None
+    with in_memory(run, trained, planned, note, over) as (model, memory, steps, far):
         meter.mark("load")
         seconds = planned.plan.evaluation_s
         if seconds is not None and seconds > NOTED_S and model.readout is None:
             note(f"{planned.plan.evaluations:,} rows to evaluate: about {seconds:.0f} s, estimated")
         with memory.short("an evaluation"):
             figures = evaluate_model(model, opened.dataset, opened.judge)
-    standing = {"unfinished": far} if far else {}
+    standing: dict[str, Any] = {"unfinished": far} if far else {}
+    if over is not None:
+        standing["over"] = over.to_dict()
     return {
         "model": target,
         "steps": steps,
@@ -100,11 +119,16 @@ class Ready(NamedTuple):
 
 @contextmanager
 def in_memory(
-    run: RunFiles, trained: RunConfig | None, planned: Planned, note: Callable[[str], None]
+    run: RunFiles,
+    trained: RunConfig | None,
+    planned: Planned,
+    note: Callable[[str], None],
+    over: BaseFile | None = None,
 ) -> Iterator[Ready]:
     """A run at its end, or as far as it is, or a model with the linear probe that was exported with it.
 
-    It is there until the end of the block. ``trained`` is the configuration of the run; None for a model.
+    It is there until the end of the block. ``trained`` is the configuration of the run; None for a model. ``over`` are
+    other weights than those of its base.
     """
     with ExitStack() as at_end:
         at_end.enter_context(beside_others())
@@ -112,8 +136,10 @@ def in_memory(
         steps, far = 0, ""
         if trained is not None:
             journal = at_end.enter_context(open_with_parents(run))
-            steps = restore(run, trained, planned.opened, model, journal)
+            steps = restore(run, trained, planned.opened, model, journal, over)
             far = how_far(run, trained, steps)
+            if over is not None and saved_summary(run).get("steps") == steps:
+                _check_same_shape(run, model, over)
             for text in unfinished(run, trained, steps):
                 note(text)
         elif (exported := Exported.at(planned.opened.files.path)) is not None and exported.probed:
@@ -133,13 +159,22 @@ def loaded(planned: Planned) -> Iterator[Loaded]:
         keep_cap(planned, memory, "The model was computed with")
 
 
-def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model, journal: Journal) -> int:
+def restore(
+    run: RunFiles,
+    cfg: RunConfig,
+    opened: Opened,
+    model: Model,
+    journal: Journal,
+    over: BaseFile | None = None,
+) -> int:
     """Bring ``model`` to the end of a run, or of what replay wrote; returns the number of steps.
 
-    ``journal`` has to stay open as long as the model is used: blocks elsewhere read it when they are bound.
+    ``journal`` has to stay open as long as the model is used: blocks elsewhere read it when they are bound. ``over``:
+    weights that are not its base's, and are the model's.
     Raises BaseMismatch, or EdgezoError where a file is missing, damaged or of another task.
     """
-    check_base(journal.header, opened.files.content_hash, opened.files.shape.vocab)
+    content = opened.files.content_hash if over is None else journal.header.get("content_hash", "")
+    check_base(journal.header, content, opened.files.shape.vocab)
     _check_task(journal.header, cfg, opened.dataset)
     stop = journal.next_step
     hidden, of_run = opened.files.shape.hidden, run_id(journal.header)
@@ -162,6 +197,18 @@ def restore(run: RunFiles, cfg: RunConfig, opened: Opened, model: Model, journal
     with model.heap.updating():
         model.store.finish(cfg.since_base(stop))
     return stop
+
+
+def _check_same_shape(run: RunFiles, model: Model, over: BaseFile) -> None:
+    """EdgezoError unless a run has the same trained values beside other weights as beside its base's.
+
+    They come from the journal alone, but for the sizes of the matrices: those of another model give others.
+    """
+    if saved_sha256(model.saved()) != saved_summary(run).get("trained_sha256"):
+        raise EdgezoError(
+            f"{over.name} is no other file of the model that {run.path} was trained on: beside its weights the "
+            "journal gives other values than the run ended with. Give the same model in another type."
+        )
 
 
 def _with_exported_probe(exported: Exported, opened: Opened, model: Model) -> str:

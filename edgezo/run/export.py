@@ -31,16 +31,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from edgezo.errors import UsageError
 from edgezo.machine.files import atomic_folder, to_json, user_path
 from edgezo.machine.ownership import check_new
-from edgezo.network.cards import HubSource, find_card, resolve
+from edgezo.network.cards import resolve
 from edgezo.network.loader import ModelFiles, build_meta, open_model
 from edgezo.plan.config import RunConfig
 from edgezo.plan.fields import QUANTIZED
+from edgezo.run.base_file import BaseFile, hub_of, measured_by, other_weights
 from edgezo.run.directory import RunFiles, dataset_facts
 from edgezo.run.evaluate import Rebuilt, brought_back
 from edgezo.run.export_classifier import ClassifierExporter
@@ -50,8 +50,10 @@ from edgezo.run.exported import asked_by
 from edgezo.run.merged import Merged
 from edgezo.run.model_card import write_card
 from edgezo.run.places import at_base, for_torch, with_base
+from edgezo.run.session import base_file
 from edgezo.run.shipped import ship
 from edgezo.run.summary_file import saved_summary, unfinished
+from edgezo.weights.saved import Saved, write_saved
 from edgezo.zo.parts import PARTS
 
 _ADAPTERS, _WHOLE = ("peft", "gguf-adapter"), ("hf", "hf-classifier")
@@ -85,6 +87,7 @@ def export(
             "precision": rebuilt.planned.cfg.precision,
             "base": cfg.model,
             "base_sha256": files.content_hash,
+            "base_file": base_file(files).to_dict(),
             "run_id": rebuilt.of_run,
             "dataset": dataset_facts(rebuilt.planned.opened.dataset),
             "asked_by": asked_by(cfg),
@@ -107,7 +110,11 @@ def export(
             result = {**about, "predicts_as_run": True, "notes": notes, **written}
         else:
             result = _huggingface(run, rebuilt, form, folder, dtype, about)
-        result["notes"] = [*unfinished(run, cfg, rebuilt.steps), *result["notes"]]
+        result["notes"] = [
+            *unfinished(run, cfg, rebuilt.steps),
+            *_of_base(base_file(files), cfg.model, form),
+            *result["notes"],
+        ]
         RunFiles(folder).exported.write_text(to_json(result) + "\n", encoding="utf-8")
         write_card(folder, result, cfg, saved_summary(run), files)
     return result
@@ -138,6 +145,19 @@ def _check_form(cfg: RunConfig, form: str, dtype: str | None) -> None:
             export_onnx.check_base(files, dtype)
         else:
             check_base(files)
+
+
+def _of_base(base: BaseFile, model: str, form: str) -> list[str]:
+    """What whoever uses the files should know of a base whose weights were rounded before the training."""
+    sentence = other_weights(base, model)
+    if not sentence:
+        return []
+    if form not in _ADAPTERS:
+        return [f"{sentence}. What is written here began as them, whatever type it has now"]
+    return [
+        f"{sentence}. {measured_by(model)}, where the adapter was not measured yet; --format hf writes a model with "
+        "the file's weights"
+    ]
 
 
 def _huggingface(
@@ -266,7 +286,8 @@ class _Exporter(Merged):
             tensors[f"base_model.model.{module}.lora_B.weight"] = product.up.contiguous()
             if (len(product.down), product.alpha) != (len(usual.down), usual.alpha):
                 ranks[module], alphas[module] = len(product.down), product.alpha
-        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        saved = [Saved.of(name, tensor) for name, tensor in tensors.items()]
+        write_saved(folder / "adapter_model.safetensors", saved, {"format": "pt"})
         turned = any(isinstance(m, Conv1D) for m in self.meta.modules())
         described = {
             "peft_type": "LORA",
@@ -288,11 +309,8 @@ class _Exporter(Merged):
     def _base(self) -> str:
         """A hub id that the card or the user names, else the path of the base here."""
         model = self.rebuilt.planned.cfg.model
-        card, path = find_card(model), user_path(model)
-        hubs = [s.repo for s in card.sources if isinstance(s, HubSource)] if card else []
-        if path.exists():
-            return str(path.resolve())
-        return hubs[0] if hubs else model
+        path = user_path(model)
+        return str(path.resolve()) if path.exists() else hub_of(model) or model
 
     def _part_of_more(self) -> bool:
         path = self.rebuilt.planned.opened.files.path / "config.json"

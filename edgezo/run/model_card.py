@@ -11,10 +11,11 @@ from typing import Any
 from edgezo.data.tasks import TASKS
 from edgezo.machine.files import user_path
 from edgezo.machine.foreign import MOST_CONFIG_BYTES, clip
-from edgezo.network.cards import HubSource, find_card
 from edgezo.network.loader import ModelFiles
 from edgezo.plan.config import RunConfig
+from edgezo.run.base_file import hub_of
 from edgezo.run.overview import method_after
+from edgezo.run.session import base_file
 from edgezo.weights.gguf_config import END_MARKS
 
 CARD, MODELFILE = "README.md", "Modelfile"
@@ -42,7 +43,8 @@ def write_card(
     files: ModelFiles,
 ) -> None:
     """Write README.md, and for a GGUF model a Modelfile. ``about`` is edgezo.json, ``summary`` that of the run."""
-    base, licence = _base(cfg), licence_of(files)
+    base, licence, file = _base(cfg), licence_of(files), base_file(files)
+    read = f"{file.described()}, SHA-256 `{file.sha256}`"
     hub = [f"base_model: {base}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else []
     head = ["---", f"license: {licence or 'unknown'}", *hub, "tags: [edgezo]", "---", ""]
     form, trained = about["format"], str(summary.get("trained", "+".join(cfg.train)))
@@ -51,7 +53,8 @@ def write_card(
         *head,
         f"# {base}, fine-tuned",
         "",
-        f"- **Base:** {base} (SHA-256 of its weights: `{about['base_sha256']}`)",
+        f"- **Base:** {base}" + (f", rounded to {file.rounded}" if file.rounded else ""),
+        f"- **Weights that were read:** {read}",
         f"- **Data:** {_data(cfg, about)}",
         f"- **Training:** {about['steps']} steps of {method}: {_settings(cfg, about)}",
         f"- **Evaluation:** {_before_after(summary)}",
@@ -74,10 +77,8 @@ def write_card(
 
 def _base(cfg: RunConfig) -> str:
     """The name of the base: a hub id where one is known, never a path of the machine it was trained on."""
-    card = find_card(cfg.model)
-    hubs = [s.repo for s in card.sources if isinstance(s, HubSource)] if card else []
-    if hubs:
-        return hubs[0]
+    if (hub := hub_of(cfg.model)) is not None:
+        return hub
     path = user_path(cfg.model)
     return path.resolve().name if path.exists() else cfg.model
 

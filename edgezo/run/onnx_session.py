@@ -41,8 +41,8 @@ class OnnxOpened:
 OnnxPlanned = PlannedRun[OnnxOpened]
 
 
-def open_onnx(cfg: RunConfig, *, to_train: bool = True) -> OnnxOpened:
-    """Find the graphs, check every file, read and tokenise the rows.
+def open_onnx(cfg: RunConfig, *, to_train: bool = True, whole: bool = False) -> OnnxOpened:
+    """Find the graphs, check every file, read and tokenise the rows (``to_train``, ``whole``: as ``DataRequest``).
 
     Raises UsageError for rows or settings that do not go together, EdgezoError for files that are not those of an
     export, and DoesNotFit where reading takes more than the cap.
@@ -55,7 +55,7 @@ def open_onnx(cfg: RunConfig, *, to_train: bool = True) -> OnnxOpened:
     about = ReadingModel(
         path=manifest.path, shape=manifest.shape, end_ids=tuple(manifest.values["end_ids"])
     )
-    dataset = read_rows(cfg, about, tokenizer, guard, to_train)
+    dataset = read_rows(cfg, about, tokenizer, guard, to_train, whole)
     if dataset.generation is not None:
         raise UsageError(
             "the answers to these rows are written, which --engine onnx does not do.\n"

@@ -22,7 +22,7 @@ from edgezo.run.journal_header import check_base
 from edgezo.run.onnx_figures import evaluate_on_onnx
 from edgezo.run.onnx_session import OnnxOpened, load_onnx, model_over, open_onnx, settle_onnx
 from edgezo.run.onnx_state import bring_back, trained_arrays, trained_sha256
-from edgezo.run.places import check_data_is_there
+from edgezo.run.places import check_data_is_there, found_again, rows_are_new
 from edgezo.run.summary_file import finish_replay, how_far, saved_summary
 from edgezo.weights.plain_saved import write_arrays
 
@@ -42,7 +42,8 @@ def evaluate_onnx(
     else:
         cfg = replace(cfg, states=None if cfg.blocks == "all" else "none")
         check_data_is_there(cfg, run.path)
-    opened = open_onnx(cfg, to_train=False)
+    saved = None if trained is None else found_again(trained, run.path)
+    opened = open_onnx(cfg, to_train=False, whole=rows_are_new(cfg, saved))
     for text in opened.dataset.notes:
         note(text)
     base = meter.mark("base")

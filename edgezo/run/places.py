@@ -185,5 +185,17 @@ def check_data_is_there(cfg: RunConfig, run: Path) -> None:
             )
 
 
+def rows_are_new(cfg: RunConfig, saved: RunConfig | None) -> bool:
+    """Whether a request names rows by ``--data`` that are not those that a run was trained on.
+
+    ``saved`` is the configuration of the run as ``found_again`` gives it, None of a plain model. Where the place of the
+    run's rows is empty, any rows may be those, moved and renamed: then no training row is to be taken for a new one.
+    """
+    if cfg.data is None or saved is None or saved.data is None:
+        return cfg.data is not None
+    was, now = user_path(saved.data), user_path(cfg.data)
+    return was.exists() and not (now.exists() and was.samefile(now))
+
+
 def _may_be_on_hub(value: str) -> bool:
     return not Path(value).suffix and value.count("/") >= 1 and not os.path.isabs(value)

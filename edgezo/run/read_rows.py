@@ -40,12 +40,17 @@ def read_rows(
     tokenizer: Any,
     guard: Guard | None = None,
     to_train: bool = True,
+    whole: bool = False,
 ) -> Dataset:
-    """The rows of a request, tokenised, all of them within the model's vocabulary and positions."""
+    """The rows of a request, tokenised, all of them within the model's vocabulary and positions.
+
+    ``to_train`` and ``whole`` are those of ``DataRequest``.
+    """
     shared = {f.name for f in fields(DataRequest)} & {f.name for f in fields(RunConfig)}
     request = DataRequest(
         judged=cfg.objective != LOSS,
         to_train=to_train,
+        whole=whole,
         **{name: getattr(cfg, name) for name in shared},
     )
     dataset = load_dataset(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from edgezo.data.classes import Change, change, largest_class
+from edgezo.run.base_file import BaseFile, measured_by, other_weights
 from edgezo.run.overview import FINISHED, UNFINISHED, Overview
 
 
@@ -56,6 +57,18 @@ def remarks(
     if answers is not None:
         sentences += _of_classes(run.summary, answers)
     return sentences
+
+
+def of_base(run: Overview) -> Iterator[str]:
+    """What to know about the weights that a run was trained on, where they were rounded."""
+    sources = run.plan().get("sources")
+    base = BaseFile.saved(sources.get("base")) if isinstance(sources, Mapping) else None
+    if (
+        base is not None
+        and run.cfg is not None
+        and (sentence := other_weights(base, run.cfg.model))
+    ):
+        yield f"{sentence[0].upper()}{sentence[1:]}. {measured_by(run.cfg.model)}."
 
 
 def _of_training(run: Overview, lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -27,7 +27,7 @@ from edgezo.run.directory import RunFiles
 from edgezo.run.kept_answers import kept_answers, shortened
 from edgezo.run.overview import FINISHED, REBUILT, Overview, read_table
 from edgezo.run.progress import verdict_on_cap
-from edgezo.run.remarks import Answers, remarks
+from edgezo.run.remarks import Answers, of_base, remarks
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -112,7 +112,7 @@ def _content(run: Overview) -> dict[str, Any]:
         "finished": run.state == FINISHED,
         "rebuilt": run.state == REBUILT,
         "tiles": list(_tiles(run, answers)),
-        "remarks": remarks(run, lines, answers),
+        "remarks": [*remarks(run, lines, answers), *of_base(run)],
         "charts": [c for c in (*_curves(run, lines), _memory_chart(run, lines)) if c is not None],
         "evaluations": list(_evaluations(run, lines)),
         "memory": list(_memory(run)),
@@ -192,7 +192,7 @@ def _tiles(run: Overview, answers: Answers | None) -> Iterator[tuple[str, str, s
     compared = [f"before {before['value']:.3f}"] if before else []
     if answers is not None and after["metric"] == "accuracy":
         largest, share = largest_class(answers.right)
-        compared.append(f"always {shortened(answers.names[largest])!r}: {share:.3f}")
+        compared.append(f"{share:.3f} by always answering {shortened(answers.names[largest])!r}")
     value = f"{after['value']:.3f}" + (f" ± {error:.3f}" if error else "")
     yield str(after["metric"]).replace("_", " "), value, ", ".join(compared)
     if summary.get("loss_last") is not None:
@@ -308,7 +308,7 @@ def _evaluations(run: Overview, lines: Sequence[Mapping[str, Any]]) -> Iterator[
         if line.get("eval") in _EVALUATED:
             error = line.get("standard_error")
             yield {
-                "when": f"{line['eval']} training" if line["eval"] != "during" else "during",
+                "when": str(line["eval"]),
                 "step": line["step"],
                 "metric": str(line["metric"]).replace("_", " "),
                 "value": f"{line['value']:.4f}" + (f" ± {error:.4f}" if error else ""),

@@ -21,6 +21,7 @@ from edgezo.plan.request import (
     read_settings,
     settings_after,
 )
+from edgezo.zo.parts import PARTS
 from edgezo.zo.presets import DEFAULT, steps_by
 
 # Settings of a run that belong to its data: another task has its own ones, and other rows are read by them.
@@ -158,14 +159,22 @@ def _with_sample(cfg: RunConfig) -> RunConfig:
     return replace(cfg, eval_limit=EVAL_ROWS, eval_rows=None if cfg.for_s is None else EVAL_ROWS)
 
 
-def evaluation_request(given: Mapping[str, Any], config_file: str | None) -> tuple[str, RunConfig]:
-    """(model or run to evaluate, request): a run is evaluated with its own settings, but for what ``given`` changes."""
+def evaluation_request(
+    given: Mapping[str, Any], config_file: str | None, other_base: str | None = None
+) -> tuple[str, RunConfig]:
+    """(model or run to evaluate, request): a run is evaluated with its own settings, but for what ``given`` changes.
+
+    ``other_base`` is another file of the run's base, over which it is to be evaluated. Raises UsageError.
+    """
     from edgezo.machine.hardware import machine
     from edgezo.plan.budget import portable
 
     given = {**given}
     model, base = given["model"], given.pop("base")
     saved = saved_config(Path(model)) if model is not None else None
+    if other_base is not None:
+        _check_other_base(saved, base)
+        base = other_base
     if saved is None:
         _refuse_base(base, model)
         asks_of_rows = given["data"] or given["task"] or config_file
@@ -185,13 +194,32 @@ def evaluation_request(given: Mapping[str, Any], config_file: str | None) -> tup
     elif given["data"] is not None:
         del layer["data_root"]
     cfg = make_config({**given, "model": None, "objective": None}, layer)
+    from edgezo.run.places import at_base, rows_are_new
+
+    if given.get("held_out") is None and rows_are_new(cfg, saved):
+        cfg = replace(cfg, held_out=None)  # a share of the rows that the run was trained on
     if given["objective"] is not None:
         # Checked apart from the run: an evaluation trains nothing by it, so any trained part may stand beside it.
         asked = {"model": str(model), "objective": given["objective"]}
         cfg = replace(cfg, objective=make_config(asked, need_data=False).objective)
-    from edgezo.run.places import at_base
-
     return str(model), at_base(cfg, base)
+
+
+def _check_other_base(saved: RunConfig | None, base: str | None) -> None:
+    """Raise UsageError unless what a run has trained can stand beside other weights than its base's."""
+    if saved is None:
+        raise UsageError("--other-base is for a run: give --model RUN")
+    if base is not None:
+        raise UsageError("--base is the run's own base, and --other-base another: give one")
+    if inside := [part for part in saved.train if PARTS[part].in_base]:
+        raise UsageError(
+            f"--other-base measures what lies beside frozen weights, and this run trained {'+'.join(inside)}, which is "
+            "made of its own base"
+        )
+    if saved.parent is not None:
+        raise UsageError("--other-base is not for a run that goes on from another run")
+    if saved.engine == "onnx":
+        raise UsageError("--other-base is not for a run on --engine onnx")
 
 
 def settings_of_rows(run: Path) -> dict[str, Any]:

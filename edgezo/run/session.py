@@ -41,6 +41,7 @@ from edgezo.plan.data_fields import LOSS
 from edgezo.plan.evaluated import as_before
 from edgezo.plan.plan import PlanDoesNotFit
 from edgezo.plan.planner import make_plan
+from edgezo.run.base_file import BaseFile
 from edgezo.run.called import peak_before_bytes, present_caller, usable
 from edgezo.run.directory import run_header
 from edgezo.run.finetuner import Finetuner
@@ -52,6 +53,7 @@ from edgezo.run.states_cache import states_room_bytes
 from edgezo.weights.home import Medium
 from edgezo.weights.layouts import DENSE_DTYPES
 from edgezo.weights.ram import HostMedium
+from edgezo.weights.tensor_source import stored_types
 from edgezo.zo.credit import Estimator
 
 
@@ -79,8 +81,10 @@ class Loaded(NamedTuple):
     memory: Memory
 
 
-def open_request(cfg: RunConfig, *, to_train: bool = True) -> Opened:
+def open_request(cfg: RunConfig, *, to_train: bool = True, whole: bool = False) -> Opened:
     """Find the model, check its files, read and tokenise the rows; those to evaluate on only unless ``to_train``.
+
+    ``whole``: all rows are evaluated on where there are no validation rows.
 
     Raises UsageError for rows or settings that do not go together, EdgezoError for files that cannot be read, and
     DoesNotFit where reading them takes more than the cap.
@@ -90,7 +94,7 @@ def open_request(cfg: RunConfig, *, to_train: bool = True) -> Opened:
     files = loader.open_model(cards.resolve(cfg.model))
     loader.model_class(files)  # its code is part of the process that a plan starts from
     tokenizer = loader.load_tokenizer(files.path)
-    dataset = read_data(cfg, files, tokenizer, guard, to_train)
+    dataset = read_data(cfg, files, tokenizer, guard, to_train, whole)
     cfg = replace(for_kind(cfg, dataset), written_at=dataset.written_at)
     judge = _judge_of(cfg, files, tokenizer, dataset)
     malloc_trim()  # memory that parsing has freed is no part of the process that a plan starts from
@@ -130,6 +134,7 @@ def read_data(
     tokenizer: Any,
     guard: Guard | None = None,
     to_train: bool = True,
+    whole: bool = False,
 ) -> Dataset:
     """The rows of a request, tokenised, all of them within the model's vocabulary and positions."""
     about = ReadingModel(
@@ -142,7 +147,7 @@ def read_data(
         most_in_tree=one_frequency_tokens(files.config),
         switch=longrope_switch(files.config),
     )
-    return read_rows(cfg, about, tokenizer, guard, to_train)
+    return read_rows(cfg, about, tokenizer, guard, to_train, whole)
 
 
 def without_states(cfg: RunConfig) -> RunConfig:
@@ -159,17 +164,20 @@ def header_of(opened: Opened, cfg: RunConfig) -> dict[str, Any]:
 def plan_file(planned: Planned) -> dict[str, Any]:
     """The content of plan.json: the plan, and what is known of the run's files wherever they are later."""
     files, dataset, cfg = planned.opened.files, planned.opened.dataset, planned.cfg
-    base = {
-        "name": ", ".join(file.name for file in files.source.files),
-        "bytes": sum(file.stat().st_size for file in files.source.files),
-        "sha256": files.content_hash,
-    }
+    size_bytes = sum(file.stat().st_size for file in files.source.files)
+    base = {**base_file(files).to_dict(), "bytes": size_bytes}
     data = {
         "name": Path(str(cfg.task or cfg.data)).name,
         "trained": len(dataset.train),
         "evaluated": len(dataset.validation),
     }
     return {**planned.plan.to_dict(), "sources": {"base": base, "data": data}}
+
+
+def base_file(files: ModelFiles) -> BaseFile:
+    """The file of an open model's weights."""
+    names = ", ".join(file.name for file in files.source.files)
+    return BaseFile(names, files.content_hash, stored_types(files.source))
 
 
 # ---------------------------------------------------------------------------------------------

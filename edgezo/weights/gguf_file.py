@@ -105,6 +105,9 @@ class GgufSource:
     def dtype(self, name: str) -> torch.dtype:
         return PLAIN_DTYPES.get(self._tensors[name].type, torch.float32)
 
+    def stored_type(self, name: str) -> str:
+        return self._tensors[name].type.name
+
     def nbytes(self, name: str) -> int:
         return math.prod(self.shape(name)) * self.dtype(name).itemsize
 

@@ -108,6 +108,9 @@ class SafetensorsSource:
     def dtype(self, name: str) -> torch.dtype:
         return self._entries[name].dtype
 
+    def stored_type(self, name: str) -> str:
+        return SAFETENSORS_NAMES[self._entries[name].dtype]
+
     def nbytes(self, name: str) -> int:
         return self._entries[name].size_bytes
 

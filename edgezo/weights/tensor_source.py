@@ -9,6 +9,7 @@ Formats: a directory with ``model.safetensors``, a sharded one with an index, an
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +35,10 @@ class TensorSource(Protocol):
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that ``read`` gives; fp32 for a quantised GGUF tensor."""
+        ...
+
+    def stored_type(self, name: str) -> str:
+        """The type in which the file holds the tensor, by the file format's name: "BF16", "Q4_1"."""
         ...
 
     def nbytes(self, name: str) -> int:
@@ -63,3 +68,12 @@ def open_tensors(path: Path, config: Any = None) -> TensorSource:
     if path.is_file():
         return GgufSource(path)
     return SafetensorsSource(path)
+
+
+def stored_types(source: TensorSource) -> dict[str, int]:
+    """How many values a checkpoint stores in each type ("BF16", "Q4_1"), the most frequent type first."""
+    counts: dict[str, int] = {}
+    for name in source.names:
+        kind = source.stored_type(name)
+        counts[kind] = counts.get(kind, 0) + math.prod(source.shape(name))
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

@@ -58,6 +58,18 @@ def test_a_run_from_its_plan_to_its_export_asks_for_nothing(bench, edgezo, no_ne
     assert no_network == []
 
 
+@pytest.mark.parametrize("command", ["plan", "finetune"])
+def test_rows_are_planned_for_a_card_that_is_not_here(
+    command, edgezo, no_network, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("EDGEZO_CACHE", str(tmp_path / "empty"))
+    asked = ["--model", "llama-3.2-1b", "--task", "example", "--max-mem", "8GB", "--device", "cpu"]
+    code, out, err = edgezo(command, *asked, *(["--dry-run"] if command == "finetune" else []))
+    assert code == 0 and "longest of the data, by their characters" in " ".join(out.split()), err
+    assert "is not on this machine, and a plan fetches no weights" in " ".join(err.split())
+    assert no_network == [] and not (tmp_path / "empty" / "models").exists()
+
+
 def test_a_hub_id_that_is_not_cached_is_one_clear_error(edgezo, no_network):
     code, _, err = edgezo("plan", "--model", "nobody/nothing", "--task", "example")
     assert code == 1 and "nobody/nothing" in err and "Traceback" not in err

@@ -55,3 +55,9 @@ def test_a_setting_of_every_day_takes_one_line(edgezo: Command) -> None:
         if field.brief:
             assert any(line.rstrip().endswith(field.brief) for line in out.splitlines()), field.name
             assert field.brief[-1] in ".]"
+
+
+@pytest.mark.parametrize("group", ["", "bench"])
+def test_what_a_command_does_is_not_cut_off(group: str, edgezo: Command) -> None:
+    commands = edgezo(*group.split(), "--help")[1].partition("\nCommands:\n")[2]
+    assert commands and "..." not in commands

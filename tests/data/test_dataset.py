@@ -301,6 +301,14 @@ def test_a_tenth_of_one_file_is_held_out_and_always_the_same(tmp_path: Path) -> 
     assert any("2 of 20 rows" in note for note in first.notes)
 
 
+def test_rows_that_are_evaluated_on_whole_lose_none(tmp_path: Path) -> None:
+    whole = load(GOOD_BAD, tmp_path, **SST2_STYLE, whole=True, to_train=False)
+    assert (len(whole.train), len(whole.validation)) == (0, 20)
+    assert any("all 20 rows are evaluated on" in note for note in whole.notes)
+    share = load(GOOD_BAD, tmp_path, **SST2_STYLE, whole=True, to_train=False, held_out=0.2)
+    assert len(share.validation) == 4
+
+
 def test_the_evaluation_sample_is_the_same_in_every_run(tmp_path: Path) -> None:
     whole, *limited = (
         load(GOOD_BAD * 5, tmp_path, **SST2_STYLE, eval_limit=limit) for limit in (None, 4, 4)

@@ -247,7 +247,7 @@ def substituted(name: str, given: Sequence[tuple[str, str | None]]) -> list[str]
             files.append(DATA if value == "example" or not files else "DIR")
         elif option == "--data":
             words += [option, str(value)]
-        elif option in ("--model", "--compare", "--base"):
+        elif option in ("--model", "--compare", "--base", "--other-base"):
             words += [option] if value is None else [option, model_of(value)]
         elif option in KEPT:
             words += [option] if value is None else [option, value]

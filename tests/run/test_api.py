@@ -207,7 +207,7 @@ def test_given_files_are_removed_with_their_run_and_a_users_file_is_not(made, ed
 def test_a_run_is_evaluated_asked_exported_and_shown(bench, made, tmp_path):
     rows = rows_of(bench)
     assert made.evaluate(iter(rows))["n"] == len(rows)
-    assert made.evaluate(bench.data / "label.jsonl", **LABELLED)["n"] == 4
+    assert made.evaluate(bench.data / "label.jsonl", **LABELLED)["n"] == len(rows)
     with pytest.raises(UsageError, match="give the one"):
         made.evaluate({"train": rows})
     answers = made.predict(["film 3 is warm", {"text": "film 4 is cold"}])

@@ -201,7 +201,7 @@ def evaluated(edgezo_json: Any, bench: Bench, kind: str, model: Path) -> Any:
     dropped = {"--precision", "--micro-batch"}
     pairs = list(zip(request[::2], request[1::2], strict=True))
     kept = [part for pair in pairs if pair[0] not in dropped for part in pair]
-    return edgezo_json("eval", *kept, "--precision", "fp32")
+    return edgezo_json("eval", *kept, "--precision", "fp32", "--held-out", 0.1)
 
 
 def test_an_exported_probe_classifies_where_the_data_is_its_own(
@@ -342,7 +342,7 @@ def test_an_exported_model_is_evaluated_like_the_run(
     bench = families(family)
     summary = run_of(bench, tmp_path / "run", train="lowrank+head", **LARGE)
     export(tmp_path / "run", "hf", tmp_path / "hf")
-    asked = ("--data", bench.data / "label.jsonl", "--precision", "fp32")
+    asked = ("--data", bench.data / "label.jsonl", "--precision", "fp32", "--held-out", 0.1)
     said = [part for name, value in LABELLED.items() for part in (f"--{name}", value)]
     code, found = edgezo_json("eval", "--model", tmp_path / "hf", *asked, *said)
     assert code == 0 and found["loss"] == pytest.approx(ended(summary), rel=1e-4)

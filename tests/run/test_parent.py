@@ -230,6 +230,7 @@ def test_a_probe_that_was_taken_over_is_exported(bench: Bench, edgezo_json: Any,
     code, found = edgezo_json(
         *("eval", "--model", tmp_path / "model", "--data", rows["data"]),
         *("--template", rows["template"], "--labels", rows["labels"], "--precision", "fp32"),
+        *("--held-out", 0.1),
     )
     assert code == 0 and found["value"] == summary["eval_after"]["value"]
 

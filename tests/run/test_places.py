@@ -55,6 +55,23 @@ def written_at(run: Path) -> Any:
     return from_toml((run / "config.toml").read_text()).written_at
 
 
+def test_other_rows_are_evaluated_on_whole_and_own_ones_as_in_training(
+    begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edgezo_json: Any
+) -> None:
+    (begun / "others.jsonl").write_text((begun / "rows.jsonl").read_text())
+    asked = {
+        "as it stands": ("--model", "run"),
+        "its own rows": ("--model", "run", "--data", begun / "rows.jsonl"),
+        "other rows": ("--model", "run", "--data", "others.jsonl"),
+        "other rows, a share": ("--model", "run", "--data", "others.jsonl", "--held-out", 0.5),
+        "a plain model": ("--model", "model", "--data", "rows.jsonl"),
+    }
+    counts = {name: edgezo_json("eval", *args)[1]["n"] for name, args in asked.items()}
+    assert list(counts.values()) == [1, 1, 8, 4, 8]
+    rows = shutil.move(begun / "rows.jsonl", tmp_path / "far" / "rows.jsonl")
+    assert edgezo_json("eval", "--model", "run", "--data", rows)[1]["n"] == 1
+
+
 @pytest.mark.parametrize("which", ["run", "../far/run"])
 def test_a_run_goes_on_from_another_folder(
     which: str, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edgezo: Edgezo
