@@ -34,6 +34,13 @@ class TokenStats:
     from_chars: bool = False  # estimated from the rows' characters, because there is no tokenizer
 
     @property
+    def source(self) -> str:
+        """Where ``tokens`` come from, in words."""
+        if not self.known:
+            return "no data given: --max-length each"
+        return f"the longest of the data{', by their characters' if self.from_chars else ''}"
+
+    @property
     def classes(self) -> int:
         """Classes that a linear probe tells apart; 0 of rows without label words."""
         return self.label_words or self.long_words

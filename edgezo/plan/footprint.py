@@ -247,14 +247,11 @@ class Footprint(StoredFootprint):
     def _forward(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
         shape, tokens = self.shape, self.tokens
         n_tokens, sides = self._tokens_at_once(precision, micro_batch), self.sides
-        source = "the longest of the data" if tokens.known else "no data given: --max-length each"
-        if tokens.from_chars:
-            source = "the longest of the data, by their characters"
         whole = sides * tokens.longest(micro_batch)
         if n_tokens == whole:
-            what = f"{micro_batch} examples x {sides} sides ({source})"
+            what = f"{micro_batch} examples x {sides} sides ({tokens.source})"
         elif n_tokens < whole:
-            what = f"a piece of {micro_batch} examples x {sides} sides, {whole:,} ({source})"
+            what = f"a piece of {micro_batch} examples x {sides} sides, {whole:,} ({tokens.source})"
         else:
             what = "an evaluation batch, which is more than a micro-batch of training"
         reason = f"{n_tokens:,} tokens of {what}, one block at a time"
