@@ -425,16 +425,17 @@ class Footprint(StoredFootprint):
     def _holes(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
         """Holes in the heap, between temporaries of other sizes (calibrated).
 
-        Tiles of full weights leave them in about one run in five, pieces of a micro-batch of other lengths always.
+        Tiles of full weights leave them in about one run in five. Several forwards of other lengths in a step always do,
+        with scores over the vocabulary between them.
         """
         n_tokens = self._tokens_at_once(precision, micro_batch)
         size, between = self._activations(n_tokens, compute_bytes), "updates and forwards"
         if self.cfg.parts.weights:
             size = min(self._update_tiles(precision), size)
         else:
-            whole = self.sides * self.tokens.longest(micro_batch)
-            pieces = whole > n_tokens and not self.maps(precision, micro_batch)
-            size, between = int(PIECE_HOLES * size * pieces), "pieces of a micro-batch"
+            several = self.sides * self.tokens.longest(self.cfg.batch_size) > n_tokens
+            several &= self.tokens.kind != "label" and not self.maps(precision, micro_batch)
+            size, between = int(PIECE_HOLES * size * several), "forwards of other lengths"
         return [Item("holes", size, f"in the heap, between what {between} take", "forward")]
 
     def _update(self, precision: str, micro_batch: int, on_disk: int) -> Item:
