@@ -425,8 +425,8 @@ class Footprint(StoredFootprint):
     def _holes(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
         """Holes in the heap, between temporaries of other sizes (calibrated).
 
-        Tiles of full weights leave them in about one run in five. Several forwards of other lengths in a step always do,
-        with scores over the vocabulary between them.
+        Tiles of full weights leave them in about one run in five, and always several forwards of other lengths in a
+        step, with scores over the vocabulary between them.
         """
         n_tokens = self._tokens_at_once(precision, micro_batch)
         size, between = self._activations(n_tokens, compute_bytes), "updates and forwards"
