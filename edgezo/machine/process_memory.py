@@ -132,8 +132,7 @@ def allocator_reuse(map_from_bytes: int = NEVER_MAPPED_BYTES, keep_bytes: int = 
 
 # A process whose plan ends within so many bytes gives free memory back between two blocks.
 NEAR_BYTES = 4 << 20
-LEAST_FREED_BYTES = 1 << 20  # a trim that gives back less was not worth its time
-MOST_RESTS = 63
+GROWN_BYTES = 2 << 20
 
 
 @dataclass
@@ -154,8 +153,7 @@ class Heap:
         0  # what a block of the longest batch takes: in maps it comes on top of what is held
     )
     _mapped: bool = field(default=False, init=False)
-    _rest: int = field(default=0, init=False)  # so many calls of ``keep_to_plan`` do nothing
-    _passed: int = field(default=0, init=False)
+    _held_bytes: int = field(default=0, init=False)  # after free memory last went back
 
     def expect(self, tokens: int) -> None:
         """Prepare the allocator for a forward over ``tokens`` packed tokens."""
@@ -184,16 +182,14 @@ class Heap:
             allocator_reuse()
 
     def keep_to_plan(self) -> None:
-        """Between two blocks, or two tiles of an update: give free memory back where the planned peak is near."""
-        if self._passed < self._rest:
-            self._passed += 1
+        """Between two blocks, or two tiles of an update: give free memory back where the planned peak is near.
+
+        Not before the process has grown by ``GROWN_BYTES`` since it last did: until then little would go back.
+        """
+        if rss_bytes() < self._held_bytes + GROWN_BYTES:
             return
-        freed_bytes = self.make_room(max(NEAR_BYTES, self.block_bytes if self._mapped else 0))
-        if freed_bytes is not None:
-            # Where little was free, what holds the memory is in use: looking again at once would only take time.
-            little = freed_bytes < LEAST_FREED_BYTES
-            self._rest = min(2 * self._rest + 1, MOST_RESTS) if little else 0
-            self._passed = 0
+        if self.make_room(max(NEAR_BYTES, self.block_bytes if self._mapped else 0)) is not None:
+            self._held_bytes = rss_bytes()
 
     def make_room(self, need_bytes: int) -> int | None:
         """Give free memory back where ``need_bytes`` more would go above the planned peak.

@@ -434,7 +434,7 @@ class Footprint(StoredFootprint):
             size = min(self._update_tiles(precision), size)
         else:
             several = self.sides * self.tokens.longest(self.cfg.batch_size) > n_tokens
-            several &= self.tokens.kind != "label" and not self.maps(precision, micro_batch)
+            several &= self.tokens.kind != "label"
             size, between = int(PIECE_HOLES * size * several), "forwards of other lengths"
         return [Item("holes", size, f"in the heap, between what {between} take", "forward")]
 

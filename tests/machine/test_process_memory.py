@@ -12,7 +12,7 @@ from conftest import tree
 
 from edgezo.errors import BudgetExceeded
 from edgezo.machine import process_memory
-from edgezo.machine.process_memory import Guard, Heap, Meter
+from edgezo.machine.process_memory import GROWN_BYTES, Guard, Heap, Meter
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 glibc = pytest.mark.skipif(process_memory._glibc() is None, reason="the C library is not glibc")
@@ -374,13 +374,21 @@ def test_between_blocks_there_is_room_for_what_the_next_one_maps(monkeypatch):
     assert not trims, "tiles of an update lie in the heap"
 
 
-def test_a_trim_that_gives_nothing_back_rests_and_room_that_is_asked_for_does_not(monkeypatch):
+def test_after_a_trim_the_process_must_grow_before_the_next_but_where_room_is_asked_for(
+    monkeypatch,
+):
     trims: list[int] = []
-    monkeypatch.setattr(process_memory, "rss_bytes", lambda: 100 << 20)
+    held = [100 << 20]
+    monkeypatch.setattr(process_memory, "rss_bytes", lambda: held[0])
     monkeypatch.setattr(process_memory, "malloc_trim", lambda: trims.append(len(trims)))
     heap = Heap(planned_bytes=100 << 20)
     for _ in range(8):
         heap.keep_to_plan()
-    assert len(trims) == 3, "after rests of one and of three calls"
-    assert heap.make_room(1) == 0 and len(trims) == 4
+    assert len(trims) == 1, "nothing went back, and nothing came"
+    held[0] += GROWN_BYTES
+    heap.keep_to_plan()
+    heap.keep_to_plan()
+    assert len(trims) == 2
+    assert heap.make_room(1) == 0 and len(trims) == 3
+    held[0] = 90 << 20
     assert heap.make_room(0) is None and Heap().make_room(1) is None
