@@ -58,7 +58,7 @@ def tensor_id(name: str) -> int:
 
 def address_of(key: Key, tensor: int, stream: int) -> tuple[int, ...]:
     """Philox's key (2 words), then its counter without the block (3 words)."""
-    return key.seed & _U64, tensor & _U64, stream, key.step, _LAYOUT_VERSION
+    return key.seed & _U64, tensor & _U64, stream, key.step & _U64, _LAYOUT_VERSION
 
 
 def words(key: Key, tensor: int, stream: int, block: int, n_blocks: int) -> np.ndarray:

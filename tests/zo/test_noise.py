@@ -57,6 +57,15 @@ def test_the_words_are_those_of_ten_rounds_written_out():
     assert signs.tolist() == wanted
 
 
+def test_the_step_before_the_first_has_noise_of_its_own_with_and_without_kernels():
+    before, tensor = Key(7, -1), noise.tensor_id("w")
+    words = bits.words(before, tensor, noise.ROW, 0, 2)
+    assert words.tolist() == bits.words(Key(7, 2**64 - 1), tensor, noise.ROW, 0, 2).tolist()
+    bit = (words[0] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
+    drawn = noise.signs(before, tensor, noise.ROW, slice(0, 1), 64)
+    np.testing.assert_array_equal(drawn.numpy()[0], 2 * bit.astype(np.int8) - 1)
+
+
 def test_normals_are_the_quantiles_that_their_codes_name():
     key, tensor = Key(3, 0), noise.tensor_id("w")
     levels = reference.normal_levels()
