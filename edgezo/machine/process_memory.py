@@ -188,7 +188,7 @@ class Heap:
         """
         if rss_bytes() < self._held_bytes + GROWN_BYTES:
             return
-        if self.make_room(max(NEAR_BYTES, self.block_bytes if self._mapped else 0)) is not None:
+        if self.make_room(NEAR_BYTES + (self.block_bytes if self._mapped else 0)) is not None:
             self._held_bytes = rss_bytes()
 
     def make_room(self, need_bytes: int) -> int | None:

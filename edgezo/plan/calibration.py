@@ -113,8 +113,8 @@ GATE_COPIES, UNGATED_COPIES = 2, 4
 # Share of the smaller temporaries, of attention or the MLP, that stays in the heap beside the larger (calibrated).
 HEAP_SHARE = 1.0
 # Share of all of them that holes take where a batch of texts passes in several forwards (calibrated: 16 rows of 512
-# tokens took 16 MB above the rest of the plan in pieces of 2,076 tokens, and 6 MB one by one; 16 of 2,048 took 24 MB).
-PIECE_HOLES = 0.45
+# tokens took 16 MB above the rest of the plan in pieces of 2,076 tokens, and 6 MB one by one; 16 of 2,048 took 30 MB).
+PIECE_HOLES = 0.6
 # In pieces of fewer tokens too much of a forward would go into making fp32 of weights.
 LEAST_PIECE_TOKENS = 1024
 # Tokens of the padded groups that attend one after the other (network/packing.py).
