@@ -25,12 +25,13 @@ parser.add_argument("folder", type=Path, help="notes, mail or chats")
 parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new directory")
 parser.add_argument("--model", default="smollm2-135m-instruct")
 parser.add_argument("--max-mem", default="700MB", metavar="SIZE")
-parser.add_argument("--steps", type=int, default=16, metavar="N")
+parser.add_argument("--for", dest="time", default="4m", metavar="TIME", help="of the whole run")
+parser.add_argument("--steps", type=int, metavar="N", help="in place of --for")
 given = parser.parse_args()
 asked = {
     "out": given.out,
     "max_mem": given.max_mem,
-    "steps": given.steps,
+    **({"steps": given.steps} if given.steps else {"for_s": given.time}),
     "max_length": PIECE,
     **METHOD,
 }
