@@ -26,7 +26,7 @@ from edgezo.run.train import finetune
 WRITES = {"out", "directory"}
 READS = {
     *("model", "data", "data_root", "finetuner", "config_file", "run", "source", "study_file"),
-    *("files", "target", "compare", "shipped", "base", "runs", "folder"),
+    *("files", "target", "compare", "shipped", "base", "other_base", "runs", "folder"),
 }
 FLAGS = {
     *("as_json", "resume", "dry_run", "show_batch", "shows_plan", "quiet", "profile", "baselines"),

@@ -298,7 +298,7 @@ def test_every_task_runs_with_every_estimator_and_stays_finite(
     assert tensors and all(torch.isfinite(t.float()).all() for t in tensors.values())
     if directions == "signs":  # the plain model is where the run began
         args = bench.arguments(kind, steps=None, batch_size=None, micro_batch=None)
-        code, found = edgezo_json("eval", *args)
+        code, found = edgezo_json("eval", *args, "--held-out", 0.1)
         assert code == 0 and found["steps"] == 0
         assert of_evaluation(found) == of_evaluation(summary["eval_before"])
 
