@@ -94,7 +94,7 @@ def tokens(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     ]
     rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     # A step that is large enough for the tokens to change: what is compared is the export, not the training.
-    # In fp32, so that the run, its fp32 exports and what reads them have the same weights.
+    # In fp32, as all runs here: so the run, its fp32 exports and what reads them have the same weights.
     run = trained(args, "writer", data=str(rows), precision="fp32", train=("lowrank",), step=0.3)
     prompts = [pair["prompt"] for pair in pairs[:: max(1, len(pairs) // args.prompts)]][
         : args.prompts
@@ -256,7 +256,7 @@ def labels(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     }
     forms["words"] = ("hf-classifier", "gguf", "onnx")
     for name, settings in asked.items():
-        run = trained(args, name, task="example", **settings)
+        run = trained(args, name, task="example", precision="fp32", **settings)
         with edgezo.load(run, precision="fp32", max_mem_bytes=CAP) as used:
             predicted = used.predict(texts)
             wanted = [p["label"] for p in predicted]

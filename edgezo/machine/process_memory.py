@@ -152,6 +152,7 @@ class Heap:
     block_bytes: int = (
         0  # what a block of the longest batch takes: in maps it comes on top of what is held
     )
+    hole_bytes: int = 0  # what holes take that a block leaves: it comes on top, too
     _mapped: bool = field(default=False, init=False)
     _held_bytes: int = field(default=0, init=False)  # after free memory last went back
 
@@ -188,7 +189,8 @@ class Heap:
         """
         if rss_bytes() < self._held_bytes + GROWN_BYTES:
             return
-        if self.make_room(NEAR_BYTES + (self.block_bytes if self._mapped else 0)) is not None:
+        mapped_bytes = self.block_bytes if self._mapped else 0
+        if self.make_room(NEAR_BYTES + self.hole_bytes + mapped_bytes) is not None:
             self._held_bytes = rss_bytes()
 
     def make_room(self, need_bytes: int) -> int | None:

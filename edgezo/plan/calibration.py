@@ -20,6 +20,7 @@ from edgezo.machine.limits import MB
 
 # Names of items.
 ACTIVATIONS, EXPANDED, CALLING = "activations", "expanded weights", "calling program"
+FORWARD_HOLES = "holes between forwards"
 PHASES = ("read", "load", "pass", "forward", "update", "fit")
 BEFORE_COMPUTING = (
     "read",

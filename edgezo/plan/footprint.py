@@ -25,6 +25,7 @@ from edgezo.plan.calibration import (
     COMPUTE,
     EVAL_KEPT_TOKENS,
     EXPANDED,
+    FORWARD_HOLES,
     GATE_COPIES,
     HEAD_TEMPORARIES,
     HEAP_SHARE,
@@ -429,14 +430,13 @@ class Footprint(StoredFootprint):
         step, with scores over the vocabulary between them.
         """
         n_tokens = self._tokens_at_once(precision, micro_batch)
-        size, between = self._activations(n_tokens, compute_bytes), "updates and forwards"
+        size = self._activations(n_tokens, compute_bytes)
         if self.cfg.parts.weights:
             size = min(self._update_tiles(precision), size)
-        else:
-            several = self.sides * self.tokens.longest(self.cfg.batch_size) > n_tokens
-            several &= self.tokens.kind != "label"
-            size, between = int(PIECE_HOLES * size * several), "forwards of other lengths"
-        return [Item("holes", size, f"in the heap, between what {between} take", "forward")]
+            return [Item("holes", size, "in the heap, between updates and forwards", "forward")]
+        several = self.sides * self.tokens.longest(self.cfg.batch_size) > n_tokens
+        size = int(PIECE_HOLES * size * (several and self.tokens.kind != "label"))
+        return [Item(FORWARD_HOLES, size, "in the heap, of forwards of other lengths", "forward")]
 
     def _update(self, precision: str, micro_batch: int, on_disk: int) -> Item:
         size = self._update_tiles(precision)

@@ -35,7 +35,7 @@ from edgezo.network.loader import ModelFiles
 from edgezo.network.model import Model
 from edgezo.network.rotary import longrope_switch, one_frequency_tokens
 from edgezo.plan.budget import budget, choose_device, default_budget, mb
-from edgezo.plan.calibration import ACTIVATIONS, UNSEEN_BYTES
+from edgezo.plan.calibration import ACTIVATIONS, FORWARD_HOLES, UNSEEN_BYTES
 from edgezo.plan.config import RunConfig
 from edgezo.plan.data_fields import LOSS
 from edgezo.plan.evaluated import as_before
@@ -285,8 +285,10 @@ def load_model(
     if device.type == "cpu":
         allocator_reuse(MAPPED_BYTES)
         model.context.keep_tile(plan.tile_bytes)
-        block_bytes = max((i.bytes for i in plan.items if i.name == ACTIVATIONS), default=0)
-        heap = Heap(plan.reused_tokens, plan.maps, plan.planned_peak_bytes, block_bytes)
+        takes = {item.name: item.bytes for item in plan.items if item.phase == "forward"}
+        block_bytes, hole_bytes = takes.get(ACTIVATIONS, 0), takes.get(FORWARD_HOLES, 0)
+        planned_bytes = plan.planned_peak_bytes
+        heap = Heap(plan.reused_tokens, plan.maps, planned_bytes, block_bytes, hole_bytes)
         model.heap = heap
         model.store.after_tile = heap.keep_to_plan
         for block in model.blocks:
