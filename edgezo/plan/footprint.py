@@ -424,10 +424,8 @@ class Footprint(StoredFootprint):
         return copies * min(TILE_BYTES, self._largest_trained())
 
     def _holes(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
-        """Holes in the heap, between temporaries of other sizes (calibrated).
-
-        Tiles of full weights leave them in about one run in five, and always several forwards of other lengths in a
-        step, with scores over the vocabulary between them.
+        """Holes in the heap (calibrated): tiles of full weights leave them in about one run in five, and always several
+        forwards of other lengths in a step, with scores over the vocabulary between them.
         """
         n_tokens = self._tokens_at_once(precision, micro_batch)
         size = self._activations(n_tokens, compute_bytes)
@@ -436,7 +434,8 @@ class Footprint(StoredFootprint):
             return [Item("holes", size, "in the heap, between updates and forwards", "forward")]
         several = self.sides * self.tokens.longest(self.cfg.batch_size) > n_tokens
         size = int(PIECE_HOLES * size * (several and self.tokens.kind != "label"))
-        return [Item(FORWARD_HOLES, size, "in the heap, of forwards of other lengths", "forward")]
+        made = Item(FORWARD_HOLES, size, "in the heap, of forwards of other lengths", "forward")
+        return [made] if size else []
 
     def _update(self, precision: str, micro_batch: int, on_disk: int) -> Item:
         size = self._update_tiles(precision)
