@@ -132,7 +132,7 @@ def allocator_reuse(map_from_bytes: int = NEVER_MAPPED_BYTES, keep_bytes: int = 
 
 # A process whose plan ends within so many bytes gives free memory back between two blocks.
 NEAR_BYTES = 4 << 20
-GROWN_BYTES = 2 << 20
+GROWN_BYTES = 2 << 20  # less growth since it last did gives little back
 
 
 @dataclass
@@ -149,10 +149,9 @@ class Heap:
     trims: bool = False  # an update gives its temporaries back, because longer batches may follow
     # The peak of the plan: holes of the heap must not take the process above it. None: there is no plan.
     planned_bytes: int | None = None
-    block_bytes: int = (
-        0  # what a block of the longest batch takes: in maps it comes on top of what is held
-    )
-    hole_bytes: int = 0  # what holes take that a block leaves: it comes on top, too
+    # What a block of the longest batch takes, and the holes that it leaves. In maps a block comes on top of the rest.
+    block_bytes: int = 0
+    hole_bytes: int = 0
     _mapped: bool = field(default=False, init=False)
     _held_bytes: int = field(default=0, init=False)  # after free memory last went back
 
@@ -187,7 +186,7 @@ class Heap:
 
         Not before the process has grown by ``GROWN_BYTES`` since it last did: until then little would go back.
         """
-        if rss_bytes() < self._held_bytes + GROWN_BYTES:
+        if self.planned_bytes is None or rss_bytes() < self._held_bytes + GROWN_BYTES:
             return
         mapped_bytes = self.block_bytes if self._mapped else 0
         if self.make_room(NEAR_BYTES + self.hole_bytes + mapped_bytes) is not None:
