@@ -131,8 +131,8 @@ class Footprint(StoredFootprint):
         """Whether frozen blocks pass one by one from disk: where all of them in memory would raise the smallest cap."""
         if self.below is None:
             return False
-        alone_bytes = replace(self, below=None).needed_bytes(precision, 1)
-        return self.below.needed_bytes(precision, 1) > alone_bytes
+        least_bytes = replace(self, below=None).needed_bytes(precision, 1)
+        return self.below.needed_bytes(precision, 1) > least_bytes
 
     def _passing(self, items: Sequence[Item], precision: str) -> list[Item]:
         """What the frozen blocks take while rows pass them, beyond the permanent ``items``."""

@@ -78,6 +78,7 @@ def export(
     out = out.resolve()  # where a link to an empty directory leads
     with atomic_folder(out) as folder, brought_back(run, cfg) as rebuilt:
         files = rebuilt.planned.opened.files
+        read = base_file(files)
         about = {
             "run": str(source),
             "out": str(out),
@@ -87,7 +88,7 @@ def export(
             "precision": rebuilt.planned.cfg.precision,
             "base": cfg.model,
             "base_sha256": files.content_hash,
-            "base_file": base_file(files).to_dict(),
+            "base_file": read.to_dict(),
             "run_id": rebuilt.of_run,
             "dataset": dataset_facts(rebuilt.planned.opened.dataset),
             "asked_by": asked_by(cfg),
@@ -112,7 +113,7 @@ def export(
             result = _huggingface(run, rebuilt, form, folder, dtype, about)
         result["notes"] = [
             *unfinished(run, cfg, rebuilt.steps),
-            *_of_base(base_file(files), cfg.model, form),
+            *_of_base(read, cfg.model, form),
             *result["notes"],
         ]
         RunFiles(folder).exported.write_text(to_json(result) + "\n", encoding="utf-8")
