@@ -99,7 +99,13 @@ def _turns(talks: Sequence[Talk], shown: bool) -> Iterator[dict[str, Any]]:
             continue
         with page(names) if shown else _nowhere() as show:
             answers = [_answer(talk, line, partial(show, i)) for i, talk in enumerate(talks)]
-        yield {"prompt": line, "answers": dict(zip(names, answers, strict=True))}
+        cut = {name: talk.most_written for name, talk in zip(names, talks, strict=True)}
+        cut = {name: most for name, most in cut.items() if most}
+        for name, most in cut.items() if shown else ():
+            tokens = "1 token" if most == 1 else f"{most} tokens"
+            note(f"{name}: cut at {tokens}, the most that an answer may have (--max-new-tokens)")
+        turn = {"prompt": line, "answers": dict(zip(names, answers, strict=True))}
+        yield {**turn, **({"cut": list(cut)} if cut else {})}
 
 
 def _lines(shown: bool) -> Iterator[str]:

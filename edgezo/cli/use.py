@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 # Settings of a use: how a plain model is asked, and what it takes.
 ASKING = ("task", "template", "labels", "label_field", "max_length", "max_new_tokens")
+LONGEST_NAME = 1024  # characters of a path; a longer text is none
 TAKES = ("max_mem_bytes", "device", "precision", "threads")
 
 
@@ -49,11 +51,11 @@ def threads_of(given: Mapping[str, str | None]) -> int | None:
 
 @click.command(short_help="Predict rows: labels, completions, answers, or scores.")
 @click.argument("target", type=click.Path(), metavar="RUN|MODEL")
+@click.argument("texts", nargs=-1, metavar="[TEXT ...]")
 @click.option(
     "--data",
     type=click.Path(allow_dash=True),
     metavar="FILE|-",
-    required=True,
     help="Rows to predict; -: lines on standard input, JSON objects or texts.",
 )
 @click.option(
@@ -74,9 +76,19 @@ def threads_of(given: Mapping[str, str | None]) -> int | None:
 @base_option
 @json_option
 def predict(
-    target: str, data: str, form: str, out: str | None, as_json: bool, **given: str | None
+    target: str,
+    texts: tuple[str, ...],
+    data: str | None,
+    form: str,
+    out: str | None,
+    as_json: bool,
+    **given: str | None,
 ) -> None:
-    """Predict rows: a label with its probabilities, a completion, an answer, or a score, line by line."""
+    """Predict rows: a label with its probabilities, a completion, an answer, or a score, line by line.
+
+    Give texts ("wake me at six"), or a file of rows by --data.
+    """
+    _check_rows(target, texts, data)
     use_threads(threads_of(given))
     from edgezo.data import asked_rows
     from edgezo.data.row_files import Problems
@@ -92,11 +104,12 @@ def predict(
     with ExitStack() as at_end:
         used = at_end.enter_context(predictor(target, cfg, note))
         problems = Problems()
-        groups = (
-            asked_rows.of_lines(sys.stdin.buffer, problems, used.guard)
-            if data == "-"
-            else asked_rows.of_file(user_path(data), problems, used.guard)
-        )
+        if data is None:
+            groups = asked_rows.of_texts(texts, problems)
+        elif data == "-":
+            groups = asked_rows.of_lines(sys.stdin.buffer, problems, used.guard)
+        else:
+            groups = asked_rows.of_file(user_path(data), problems, used.guard)
         predictions = used.stream(groups, problems)
         if as_json and out is None:
             kept += predictions
@@ -113,6 +126,21 @@ def predict(
         note(_summary_line(result))
 
 
+def _check_rows(target: str, texts: tuple[str, ...], data: str | None) -> None:
+    """Raise UsageError unless there are texts or a file to predict, and only one of the two."""
+    if data is not None and texts:
+        raise UsageError(f"--data {data} and texts stand beside each other: give one of them")
+    if data is None and not texts:
+        raise UsageError(
+            f'what is to be predicted? Give --data FILE, or texts: edgezo predict {target} "a text"'
+        )
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            raise UsageError(f"text {number} of {len(texts)} is empty: leave it out")
+        if len(text) < LONGEST_NAME and os.path.isfile(text):
+            raise UsageError(f"{text} is a file, and would be predicted as a text: --data {text}")
+
+
 def _figures(used: Predictor) -> dict[str, Any]:
     """How many rows there were, and where rows had labels, how many were right."""
     accuracy = {"known": used.known, "accuracy": used.right / used.known} if used.known else {}
@@ -121,7 +149,8 @@ def _figures(used: Predictor) -> dict[str, Any]:
 
 
 def _summary_line(result: Mapping[str, Any]) -> str:
-    line = f"{result['rows']} rows predicted"
+    rows = result["rows"]
+    line = f"{rows} {'row' if rows == 1 else 'rows'} predicted"
     if "accuracy" in result:
         line += f", accuracy {result['accuracy']:.4f} on {result['known']} that have a label"
     return line

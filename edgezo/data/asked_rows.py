@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -48,6 +48,12 @@ def of_lines(stream: BinaryIO, problems: Problems, guard: Guard) -> Iterator[lis
             yield group[start : start + GROUP_ROWS]
     if last := list(_records([rest], number, problems)):
         yield last
+
+
+def of_texts(texts: Sequence[str], problems: Problems) -> Iterator[list[Record]]:
+    """Texts of a command line, each a row: a text with line ends stays one."""
+    for number, text in enumerate(texts, 1):
+        yield [Record(f"text {number}", {LINE: text})]
 
 
 def _records(lines: list[bytes], before: int, problems: Problems) -> Iterator[Record]:

@@ -130,7 +130,8 @@ def load_dataset(
     task = source.task
 
     now = request.written_at or datetime.now().isoformat(timespec="seconds")
-    how = Reading(tokenizer, request.text_end == "yes", now, request.row_rules)
+    text_ends = request.text_end == "yes"
+    how = Reading(tokenizer, text_ends, now, request.row_rules, request.read_for.words)
     form, label_ids, label_names, endings = recognise(
         *(task, source.labelling, source.train, source.known, how, masked, problems, notes)
     )
@@ -141,7 +142,7 @@ def load_dataset(
     generation = _generation(request, task, form.kind, source.train, notes)
     judged = request.judged or report is not None or generation is not None
     splits = {"validation": (validation, judged)}
-    if request.to_train:
+    if request.read_for.training:
         splits = {"training": (source.train, request.judged), **splits}
     packed, cuts = dict[str, PackedExamples](), list[str]()
     templates = templates_of(form)

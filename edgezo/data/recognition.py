@@ -98,6 +98,7 @@ class Reading(NamedTuple):
     text_ends: bool  # rows with ``text`` end with the end token
     now: str  # the time that chat templates write
     rules: int = 2  # by which rows are read (sources.py)
+    words: tuple[str, ...] = ()  # of the run that is evaluated (sources.py)
 
 
 class Recognised(NamedTuple):
@@ -234,7 +235,7 @@ def _labelled_form(
     if labelling.options:
         words = {str(i): option.names[0] for i, option in enumerate(labelling.options)}
     elif words is None and label_field in keys:
-        words = derive_labels(known, label_field, problems)
+        words = derive_labels(known, label_field, problems, how.words)
         listed = clip(", ".join(words.values()), 200)
         notes.append(f"no --labels: the label words are the values of {label_field!r}: {listed}")
     problems.raise_any()
@@ -242,7 +243,8 @@ def _labelled_form(
 
     labels = {label_key(record.fields.get(label_field)) for record in train}
     if absent := [key for key in words if key not in labels]:
-        notes.append(f"no training row has label {', '.join(absent)}")
+        rows = "row" if how.words else "training row"
+        notes.append(f"no {rows} has label {', '.join(absent)}")
     names = tuple(words.values())
     before, after = around_mask(template, tokenizer, masked, problems)
     index = {key: i for i, key in enumerate(words)}

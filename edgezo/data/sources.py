@@ -38,6 +38,21 @@ _TURN_TIMES = (
 _AS_TEXT = " (it is read as a text: name a table .csv, and rows of JSON .jsonl)"
 
 
+class ReadFor(NamedTuple):
+    """What rows are read for."""
+
+    # False: the training rows are read for what they say of labels, and not tokenised.
+    training: bool = True
+    # True: rows that stand without validation rows are all evaluated on. Nothing is trained then, so none is held out.
+    whole: bool = False
+    # The label words of a run that is evaluated. Where label words are made of the rows' labels and are all among
+    # them, they stand in the run's order, with those that no row has.
+    words: tuple[str, ...] = ()
+
+
+TRAINING = ReadFor()
+
+
 @dataclass(frozen=True)
 class DataRequest:
     """The settings of a run that decide its data, named as on the command line."""
@@ -60,10 +75,7 @@ class DataRequest:
     row_rules: int = 2
     # The time for chat templates that write one, in ISO's form; None: now.
     written_at: str | None = None
-    # False: the training rows are read for what they say of labels, and not tokenised.
-    to_train: bool = True
-    # True: rows that stand without validation rows are all evaluated on. Nothing is trained then, so none is held out.
-    whole: bool = False
+    read_for: ReadFor = TRAINING
 
 
 class Source(NamedTuple):
@@ -175,7 +187,7 @@ def _read(
     if not source.labelling.labelled:
         train, validation = paired((train, validation), problems, notes)
     known = train
-    if train and not validation_files and request.whole and request.held_out is None:
+    if train and not validation_files and request.read_for.whole and request.held_out is None:
         validation = known
         notes.append(
             f"no validation rows: all {len(known)} rows are evaluated on (--held-out {VALIDATION_SHARE} takes only "

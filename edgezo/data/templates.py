@@ -119,8 +119,13 @@ def parse_labels(spec: str, problems: Problems) -> dict[str, str]:
     return words
 
 
-def derive_labels(records: Sequence[Record], name: str, problems: Problems) -> dict[str, str]:
-    """Label words made from the labels themselves: "play_music" and "PlayMusic" become "play music"."""
+def derive_labels(
+    records: Sequence[Record], name: str, problems: Problems, known: Sequence[str] = ()
+) -> dict[str, str]:
+    """Label words made from the labels themselves: "play_music" and "PlayMusic" become "play music".
+
+    Where all of them are among the words ``known``, those stand in their order, with those that no row has.
+    """
     keys = sorted({k for r in records if (k := label_key(r.fields.get(name)))})
     if not keys:
         return {}
@@ -132,13 +137,16 @@ def derive_labels(records: Sequence[Record], name: str, problems: Problems) -> d
             f"give a word for each with --labels '{example}'"
         )
         return {}
+    words = {key: as_words(key) for key in keys}
+    of_word = {word: key for key, word in words.items()}
+    if len(of_word) == len(words) and of_word.keys() <= set(known):
+        return {of_word.get(word, word): word for word in known}
     if not 2 <= len(keys) <= MOST_LABELS:
         problems.add(
             f"{name!r} has {len(keys)} different values ({listed}), not 2 to {MOST_LABELS}: "
             "give the field that has the labels with --label-field"
         )
         return {}
-    words = {key: as_words(key) for key in keys}
     _check_words(words, problems)
     return words
 

@@ -4,8 +4,14 @@ Between two products a thread of libgomp spins for up to 10 ms before it sleeps.
 the time that the thread it waits for needs: a step beside two busy programs on two cores took 4.5 times as long
 (benchmarks/busy.py). A process that never spins loses a third where nothing else runs. libgomp itself spins a
 three-hundredth as long while its teams have more threads than there are cores. So where threads of this process are
-found to wait for a core, one more team is kept, of threads that sleep; where they no longer wait, it is dissolved. As
-many threads compute as before, so the bits of a run are the same.
+found to wait for a core, one more team is kept, of threads that sleep; where they no longer wait, it is dissolved.
+
+The threads of a step also wait for each other. Where each of two shares its core with another program, one of them is
+off its core most of the time: a step took 3 times as long. Two threads that share one core take turns there, and the
+system moves the other programs to the other core: 1.6 times as long. So where other programs keep half of the cores
+busy, this process keeps to the other half.
+
+As many threads compute as before, so the bits of a run are the same.
 
 Only with libgomp (PyTorch's for Linux), and where Linux says how long threads have waited; elsewhere nothing is done.
 """
@@ -14,7 +20,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,29 +32,54 @@ LOOK_S = 0.5
 LEAST_RAN_NS = 50_000_000  # threads that ran for less tell nothing
 # Shares of the time of this process's threads that they wait for a core. Between the two nothing is changed.
 BUSY, QUIET = 0.12, 0.04
+# Shares of all cores that other programs use: from one on this process keeps to half of the cores, until the other.
+CROWDED, ALONE = 0.4, 0.25
 THREADS = Path("/proc/self/task")
+CORES = Path("/proc/stat")
+WORKING = (0, 1, 2, 5, 6)  # of its columns: user, nice, system, irq, softirq
 
 
 class CoreTimes(NamedTuple):
-    """Nanoseconds of all threads of this process: on a core, and ready but waiting for one."""
+    """Nanoseconds. Of all threads of this process: on a core, and ready but waiting for one. Of the cores that it may
+    use: how long they worked for whichever program, and how long there have been any."""
 
     ran_ns: int
     waited_ns: int
+    worked_ns: int = 0
+    passed_ns: int = 0
 
     @staticmethod
-    def now() -> CoreTimes:
+    def now(cores: frozenset[int] = frozenset()) -> CoreTimes:
         """Of the threads that there are. Raises OSError or ValueError where the system does not say."""
         ran = waited = 0
         for task in THREADS.iterdir():
             with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
                 first, second, *_ = (task / "schedstat").read_text().split()
                 ran, waited = ran + int(first), waited + int(second)
-        return CoreTimes(ran, waited)
+        passed = len(cores) * time.monotonic_ns()
+        return CoreTimes(ran, waited, _worked_ns(cores) if cores else 0, passed)
 
     def waiting_since(self, before: CoreTimes) -> float | None:
         """The share of the time between that was waited; None where threads have ended, or hardly ran."""
         ran, waited = self.ran_ns - before.ran_ns, self.waited_ns - before.waited_ns
         return waited / (ran + waited) if ran >= LEAST_RAN_NS and waited >= 0 else None
+
+    def others_since(self, before: CoreTimes) -> float:
+        """The share of the cores' time between that other programs used; 0 where threads have ended."""
+        ran, worked = self.ran_ns - before.ran_ns, self.worked_ns - before.worked_ns
+        passed = self.passed_ns - before.passed_ns
+        return max(0.0, (worked - ran) / passed) if ran >= 0 and passed > 0 else 0.0
+
+
+def _worked_ns(cores: frozenset[int]) -> int:
+    """How long these cores have worked, from /proc/stat. Raises OSError or ValueError."""
+    tick_ns = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+    ticks = 0
+    for line in CORES.read_text(encoding="ascii").splitlines():
+        name, *columns = line.split()
+        if name.startswith("cpu") and name != "cpu" and int(name[3:]) in cores:
+            ticks += sum(int(columns[column]) for column in WORKING)
+    return ticks * tick_ns
 
 
 class SleepingTeam:
@@ -73,34 +106,77 @@ class SleepingTeam:
         self._thread.join()
 
 
-class SpinGovernor:
-    """Decides, from one look to the next, whether libgomp's threads are to spin less."""
+class HalfOfCores:
+    """Keeps this process's threads to half of its cores. A half drawn by chance: two such runs end on different ones,
+    as both leave where they meet, and draw again. A thread that somebody else has moved stays where it was put."""
 
-    def __init__(self, library: ctypes.CDLL, threads: int):
-        self._library, self._threads = library, threads
+    def __init__(self, cores: frozenset[int]):
+        self.all = cores
+        half = random.SystemRandom().sample(sorted(cores), (len(cores) + 1) // 2)
+        self._half = frozenset(half)
+        _move(self.all, self._half)
+
+    def leave(self) -> None:
+        """Use all of them again."""
+        _move(self._half, self.all)
+
+
+def _move(here: frozenset[int], there: frozenset[int]) -> None:
+    """Let those threads that may run on exactly the cores ``here`` run on those of ``there``."""
+    for task in THREADS.iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            if os.sched_getaffinity(int(task.name)) == here:
+                os.sched_setaffinity(int(task.name), there)
+
+
+class SpinGovernor:
+    """Decides, from one look to the next, whether libgomp's threads are to spin less, and whether to leave cores to
+    other programs. ``cores``: those that this process may use; fewer than two are never left."""
+
+    def __init__(self, library: ctypes.CDLL, threads: int, cores: frozenset[int] = frozenset()):
+        self._library, self._threads, self.cores = library, threads, cores
         self._team: SleepingTeam | None = None
-        self._before = CoreTimes.now()
+        self._half: HalfOfCores | None = None
+        self._before = CoreTimes.now(cores)
 
     @property
     def spins_less(self) -> bool:
         """Whether there is a sleeping team."""
         return self._team is not None
 
+    @property
+    def leaves_cores(self) -> bool:
+        """Whether this process keeps to half of its cores."""
+        return self._half is not None
+
     def look(self, now: CoreTimes) -> None:
-        """Take in how long threads have waited since the last look."""
-        share, self._before = now.waiting_since(self._before), now
+        """Take in how long threads have waited since the last look, and what other programs used."""
+        others, share = now.others_since(self._before), now.waiting_since(self._before)
+        self._before = now
         if share is None:
             return
+        if self._half is not None and others < ALONE:
+            self._leave_half()
+        elif self._half is None and self._team is not None and others > CROWDED:
+            # Threads that wait little while others have that much are on cores of their own.
+            if share > BUSY and len(self.cores) > 1:
+                self._half = HalfOfCores(self.cores)
         if self._team is None and share > BUSY:
             self._team = SleepingTeam(self._library, self._threads)
         elif self._team is not None and share < QUIET:
             self.rest()
 
     def rest(self) -> None:
-        """Let threads spin as libgomp has them."""
+        """Let threads spin as libgomp has them, on all cores."""
+        self._leave_half()
         if self._team is not None:
             self._team.dissolve()
             self._team = None
+
+    def _leave_half(self) -> None:
+        if self._half is not None:
+            self._half.leave()
+            self._half = None
 
 
 @contextmanager
@@ -115,7 +191,7 @@ def beside_others() -> Iterator[None]:
     def watch() -> None:
         with suppress(OSError, ValueError):
             while not end.wait(LOOK_S):
-                governor.look(CoreTimes.now())
+                governor.look(CoreTimes.now(governor.cores))
 
     watcher = threading.Thread(target=watch, name="busy cores", daemon=True)
     watcher.start()
@@ -139,8 +215,9 @@ def _governor() -> SpinGovernor | None:
             *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
         ]
         library.GOMP_parallel.restype = None
+        cores = frozenset(os.sched_getaffinity(0))
         # With one more than there are cores it does not matter how many compute.
-        return SpinGovernor(library, len(os.sched_getaffinity(0)) + 1)
+        return SpinGovernor(library, len(cores) + 1, cores)
     except (AttributeError, OSError, ValueError):
         return None
 

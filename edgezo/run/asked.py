@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from edgezo.data.sources import ReadFor
 from edgezo.machine.busy_cores import beside_others
 from edgezo.machine.files import atomic_write, to_json
 from edgezo.machine.gpu_memory import confirmed
@@ -86,7 +87,7 @@ def _both(
     files: RunFiles, trained: RunConfig, cfg: RunConfig, note: Callable[[str], None]
 ) -> _Both:
     """Evaluate the base and then the run on the rows of ``cfg``. ``trained`` is the configuration of the run."""
-    opened = open_request(without_states(cfg), to_train=False)
+    opened = open_request(without_states(cfg), ReadFor(training=False))
     for text in opened.dataset.notes:
         note(text)
     planned = settle(opened, confirmed(machine()), rss_bytes())

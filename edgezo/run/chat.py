@@ -47,6 +47,7 @@ class Talk:
     sampler: Sampler | None = None  # None: the likeliest token follows
     system: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
+    most_written: int = 0  # tokens of the latest answer where it has as many as it may have; else 0
 
     @property
     def last(self) -> str:
@@ -59,13 +60,16 @@ class Talk:
         first = [{"role": "system", "content": self.system}] if self.system else []
         chats = bool(getattr(self.used.asker.how.tokenizer, "chat_template", None))
         pieces: list[str] = []
+        self.most_written = 0
         try:
-            for piece in self.used.write(
-                [*first, *self.turns] if chats else line, None, self.sampler
-            ):
+            prompt = [*first, *self.turns] if chats else line
+            writing = self.used.write(prompt, None, self.sampler)
+            for piece in writing:
                 pieces.append(piece)
                 yield piece
                 if stopped():
                     break
+            if not writing.ended and len(writing.tokens) == writing.most:
+                self.most_written = writing.most
         finally:
             self.turns.append({"role": "assistant", "content": "".join(pieces).strip()})

@@ -267,6 +267,12 @@ def run_header(
     }
 
 
+def words_of_run(run: RunFiles) -> tuple[str, ...]:
+    """The label words of the rows that a run is trained on. Raises EdgezoError for a journal that cannot be read."""
+    with open_journal(run.journal, resume=False) as journal:
+        return tuple(journal.header["dataset"]["label_names"])
+
+
 def same_task(facts: Mapping[str, Any], dataset: Dataset) -> bool:
     """Whether a data set has the labels of the one that ``facts`` were taken of."""
     if facts["kind"] != dataset.kind or tuple(facts["label_ids"]) != dataset.label_ids:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from edgezo.data.dataset import Dataset
+from edgezo.data.sources import TRAINING, ReadFor
 from edgezo.errors import UsageError
 from edgezo.machine.files import user_path
 from edgezo.machine.hardware import Machine, machine
@@ -41,8 +42,8 @@ class OnnxOpened:
 OnnxPlanned = PlannedRun[OnnxOpened]
 
 
-def open_onnx(cfg: RunConfig, *, to_train: bool = True, whole: bool = False) -> OnnxOpened:
-    """Find the graphs, check every file, read and tokenise the rows (``to_train``, ``whole``: as ``DataRequest``).
+def open_onnx(cfg: RunConfig, read_for: ReadFor = TRAINING) -> OnnxOpened:
+    """Find the graphs, check every file, read and tokenise the rows.
 
     Raises UsageError for rows or settings that do not go together, EdgezoError for files that are not those of an
     export, and DoesNotFit where reading takes more than the cap.
@@ -55,7 +56,7 @@ def open_onnx(cfg: RunConfig, *, to_train: bool = True, whole: bool = False) -> 
     about = ReadingModel(
         path=manifest.path, shape=manifest.shape, end_ids=tuple(manifest.values["end_ids"])
     )
-    dataset = read_rows(cfg, about, tokenizer, guard, to_train, whole)
+    dataset = read_rows(cfg, about, tokenizer, guard, read_for)
     if dataset.generation is not None:
         raise UsageError(
             "the answers to these rows are written, which --engine onnx does not do.\n"

@@ -16,13 +16,13 @@ from edgezo.network.onnx_manifest import open_manifest
 from edgezo.plan.config import RunConfig
 from edgezo.plan.engines import on_graphs
 from edgezo.run.claims import prepare_replay
-from edgezo.run.directory import RunFiles, run_id, same_task
+from edgezo.run.directory import RunFiles, run_id, same_task, words_of_run
 from edgezo.run.journal import Journal, open_journal
 from edgezo.run.journal_header import check_base
 from edgezo.run.onnx_figures import evaluate_on_onnx
 from edgezo.run.onnx_session import OnnxOpened, load_onnx, model_over, open_onnx, settle_onnx
 from edgezo.run.onnx_state import bring_back, trained_arrays, trained_sha256
-from edgezo.run.places import check_data_is_there, found_again, rows_are_new
+from edgezo.run.places import check_data_is_there, found_again, rows_to_evaluate
 from edgezo.run.summary_file import finish_replay, how_far, saved_summary
 from edgezo.weights.plain_saved import write_arrays
 
@@ -43,7 +43,7 @@ def evaluate_onnx(
         cfg = replace(cfg, states=None if cfg.blocks == "all" else "none")
         check_data_is_there(cfg, run.path)
     saved = None if trained is None else found_again(trained, run.path)
-    opened = open_onnx(cfg, to_train=False, whole=rows_are_new(cfg, saved))
+    opened = open_onnx(cfg, rows_to_evaluate(cfg, saved, words_of_run(run) if saved else ()))
     for text in opened.dataset.notes:
         note(text)
     base = meter.mark("base")

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from edgezo.data.sources import ReadFor
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.files import user_path
 from edgezo.machine.foreign import read_json
@@ -195,6 +196,11 @@ def rows_are_new(cfg: RunConfig, saved: RunConfig | None) -> bool:
         return cfg.data is not None
     was, now = user_path(saved.data), user_path(cfg.data)
     return was.exists() and not (now.exists() and was.samefile(now))
+
+
+def rows_to_evaluate(cfg: RunConfig, saved: RunConfig | None, words: tuple[str, ...]) -> ReadFor:
+    """What an evaluation reads its rows for. ``saved``: as of ``rows_are_new``; ``words``: as of ``ReadFor``."""
+    return ReadFor(training=False, whole=rows_are_new(cfg, saved), words=words)
 
 
 def _may_be_on_hub(value: str) -> bool:

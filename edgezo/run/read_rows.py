@@ -11,7 +11,7 @@ import numpy as np
 
 from edgezo.data.dataset import Dataset, load_dataset
 from edgezo.data.packed import PackedExamples
-from edgezo.data.sources import DataRequest
+from edgezo.data.sources import TRAINING, DataRequest, ReadFor
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.foreign import clip
 from edgezo.machine.process_memory import Guard
@@ -39,18 +39,13 @@ def read_rows(
     model: ReadingModel,
     tokenizer: Any,
     guard: Guard | None = None,
-    to_train: bool = True,
-    whole: bool = False,
+    read_for: ReadFor = TRAINING,
 ) -> Dataset:
-    """The rows of a request, tokenised, all of them within the model's vocabulary and positions.
-
-    ``to_train`` and ``whole`` are those of ``DataRequest``.
-    """
+    """The rows of a request, tokenised, all of them within the model's vocabulary and positions."""
     shared = {f.name for f in fields(DataRequest)} & {f.name for f in fields(RunConfig)}
     request = DataRequest(
         judged=cfg.objective != LOSS,
-        to_train=to_train,
-        whole=whole,
+        read_for=read_for,
         **{name: getattr(cfg, name) for name in shared},
     )
     dataset = load_dataset(

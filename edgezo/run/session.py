@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from edgezo.data.dataset import Dataset
+from edgezo.data.sources import TRAINING, ReadFor
 from edgezo.errors import UsageError
 from edgezo.machine.gpu_memory import Memory, open_memory
 from edgezo.machine.hardware import Machine, machine
@@ -81,10 +82,8 @@ class Loaded(NamedTuple):
     memory: Memory
 
 
-def open_request(cfg: RunConfig, *, to_train: bool = True, whole: bool = False) -> Opened:
-    """Find the model, check its files, read and tokenise the rows; those to evaluate on only unless ``to_train``.
-
-    ``whole``: all rows are evaluated on where there are no validation rows.
+def open_request(cfg: RunConfig, read_for: ReadFor = TRAINING) -> Opened:
+    """Find the model, check its files, read and tokenise the rows; those to evaluate on only unless they are to train.
 
     Raises UsageError for rows or settings that do not go together, EdgezoError for files that cannot be read, and
     DoesNotFit where reading them takes more than the cap.
@@ -94,7 +93,7 @@ def open_request(cfg: RunConfig, *, to_train: bool = True, whole: bool = False) 
     files = loader.open_model(cards.resolve(cfg.model))
     loader.model_class(files)  # its code is part of the process that a plan starts from
     tokenizer = loader.load_tokenizer(files.path)
-    dataset = read_data(cfg, files, tokenizer, guard, to_train, whole)
+    dataset = read_data(cfg, files, tokenizer, guard, read_for)
     cfg = replace(for_kind(cfg, dataset), written_at=dataset.written_at)
     judge = _judge_of(cfg, files, tokenizer, dataset)
     malloc_trim()  # memory that parsing has freed is no part of the process that a plan starts from
@@ -133,8 +132,7 @@ def read_data(
     files: ModelFiles,
     tokenizer: Any,
     guard: Guard | None = None,
-    to_train: bool = True,
-    whole: bool = False,
+    read_for: ReadFor = TRAINING,
 ) -> Dataset:
     """The rows of a request, tokenised, all of them within the model's vocabulary and positions."""
     about = ReadingModel(
@@ -147,7 +145,7 @@ def read_data(
         most_in_tree=one_frequency_tokens(files.config),
         switch=longrope_switch(files.config),
     )
-    return read_rows(cfg, about, tokenizer, guard, to_train, whole)
+    return read_rows(cfg, about, tokenizer, guard, read_for)
 
 
 def without_states(cfg: RunConfig) -> RunConfig:

@@ -17,6 +17,7 @@ from tokenizers_fixture import byte_tokenizer, masked_tokenizer, piece_tokenizer
 
 from edgezo.data.batches import Example, batch_indices, collate, micro_batches
 from edgezo.data.dataset import DataRequest, load_dataset
+from edgezo.data.sources import ReadFor
 from edgezo.data.tasks import EXAMPLE_FOLDER, TASKS
 from edgezo.data.trees import Row
 
@@ -302,10 +303,12 @@ def test_a_tenth_of_one_file_is_held_out_and_always_the_same(tmp_path: Path) -> 
 
 
 def test_rows_that_are_evaluated_on_whole_lose_none(tmp_path: Path) -> None:
-    whole = load(GOOD_BAD, tmp_path, **SST2_STYLE, whole=True, to_train=False)
+    whole = load(GOOD_BAD, tmp_path, **SST2_STYLE, read_for=ReadFor(training=False, whole=True))
     assert (len(whole.train), len(whole.validation)) == (0, 20)
     assert any("all 20 rows are evaluated on" in note for note in whole.notes)
-    share = load(GOOD_BAD, tmp_path, **SST2_STYLE, whole=True, to_train=False, held_out=0.2)
+    share = load(
+        GOOD_BAD, tmp_path, **SST2_STYLE, read_for=ReadFor(training=False, whole=True), held_out=0.2
+    )
     assert len(share.validation) == 4
 
 

@@ -20,6 +20,7 @@ from edgezo.data.dataset import DataRequest, load_dataset
 from edgezo.data.json_array import JsonArray
 from edgezo.data.packed import CHUNK_ROWS, PackedExamples, PackedRecords, SelectedRecords
 from edgezo.data.row_files import Record
+from edgezo.data.sources import ReadFor
 from edgezo.data.trees import Row
 from edgezo.machine.process_memory import ReadingGuard
 
@@ -151,7 +152,7 @@ def test_rows_that_are_only_evaluated_are_tokenised_alone(tmp_path: Path) -> Non
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = {"data": str(tmp_path), "labels": "0=bad,1=good", "eval_limit": 5}
     whole, part = (
-        load_dataset(DataRequest(**asked, to_train=train), byte_tokenizer())
+        load_dataset(DataRequest(**asked, read_for=ReadFor(training=train)), byte_tokenizer())
         for train in (True, False)
     )
     assert not part.train and len(part.validation) == 5

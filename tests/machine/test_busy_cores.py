@@ -28,10 +28,12 @@ class Gomp:
         self.teams.append((threading.current_thread().name, threads))
 
 
-def governor(monkeypatch: pytest.MonkeyPatch) -> tuple[SpinGovernor, Gomp]:
-    monkeypatch.setattr(CoreTimes, "now", staticmethod(lambda: CoreTimes(0, 0)))
+def governor(
+    monkeypatch: pytest.MonkeyPatch, cores: frozenset[int] = frozenset()
+) -> tuple[SpinGovernor, Gomp]:
+    monkeypatch.setattr(CoreTimes, "now", staticmethod(lambda cores: CoreTimes(0, 0)))
     library = Gomp()
-    return SpinGovernor(library, 3), library  # type: ignore[arg-type]
+    return SpinGovernor(library, 3, cores), library  # type: ignore[arg-type]
 
 
 def test_threads_spin_less_from_when_they_wait_for_a_core_until_they_do_not(monkeypatch):
@@ -65,6 +67,95 @@ def test_times_of_this_process_only_grow():
     assert after.ran_ns > before.ran_ns and after.waited_ns >= before.waited_ns
 
 
+def allowed() -> list[frozenset[int]]:
+    """The cores that each thread of this process may run on."""
+    return [
+        frozenset(os.sched_getaffinity(int(task.name)))
+        for task in Path("/proc/self/task").iterdir()
+    ]
+
+
+# Of a second of two cores: how long this process ran and waited for a core, and how long the cores worked in all. Then
+# whether it spins less and keeps to half of the cores.
+LOOKS = [
+    ("alone", 2.0, 0.0, 2.0, False, False),
+    ("beside two programs, first", 1.3, 0.7, 2.0, True, False),
+    ("beside them, spinning less", 0.7, 0.6, 2.0, True, True),
+    ("on a core that nobody else uses", 1.0, 0.5, 2.0, True, True),
+    ("they have hardly anything to do", 1.0, 0.5, 1.4, True, False),
+    ("back on both cores, alone", 2.0, 0.0, 2.0, False, False),
+    ("beside two that leave much", 1.4, 0.3, 2.0, True, False),
+    ("as before", 1.4, 0.3, 2.0, True, False),
+    ("they wait for this one, it does not", 0.9, 0.05, 2.0, True, False),
+]
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="cores are kept to under Linux")
+def test_a_run_keeps_to_half_of_the_cores_while_others_use_half(monkeypatch):
+    cores = frozenset(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("there is one core")
+    decides, _ = governor(monkeypatch, cores)
+    times = CoreTimes(0, 0, 0, 0)
+    try:
+        for what, *seconds, spins_less, leaves_cores in LOOKS:
+            more = [round(SECOND_NS * s) for s in (*seconds, 2.0)]
+            times = CoreTimes(*(a + b for a, b in zip(times, more, strict=True)))
+            decides.look(times)
+            assert (decides.spins_less, decides.leaves_cores) == (spins_less, leaves_cores), what
+            expected = (len(cores) + 1) // 2 if leaves_cores else len(cores)
+            assert {len(of_thread) for of_thread in allowed()} == {expected}, what
+        decides.look(
+            CoreTimes(
+                *(a + b for a, b in zip(times, (10**9, 10**9, 2 * 10**9, 2 * 10**9), strict=True))
+            )
+        )
+        assert decides.leaves_cores
+    finally:
+        decides.rest()
+    assert set(allowed()) == {cores}
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="cores are kept to under Linux")
+def test_a_thread_that_somebody_moved_stays_and_products_have_the_same_bits():
+    import torch
+
+    cores = frozenset(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("there is one core")
+    moved, end = frozenset([min(cores)]), threading.Event()
+    other = threading.Thread(target=end.wait)
+    other.start()
+    os.sched_setaffinity(other.native_id, moved)
+    a, b = torch.randn(300, 700), torch.randn(700, 500)
+    before = a @ b
+    half = busy_cores.HalfOfCores(cores)
+    try:
+        assert os.sched_getaffinity(other.native_id) == moved
+        assert len(os.sched_getaffinity(0)) == (len(cores) + 1) // 2
+        assert torch.equal(a @ b, before)
+    finally:
+        half.leave()
+        kept = os.sched_getaffinity(other.native_id)
+        end.set()
+        other.join()
+    assert os.sched_getaffinity(0) == cores
+    # With two cores nobody can tell it from a thread of the half that was drawn.
+    assert kept == moved or len(cores) == 2
+
+
+def test_cores_work_while_this_process_does():
+    cores = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
+    if not cores or not Path("/proc/stat").exists():
+        pytest.skip("the system does not say how long cores have worked")
+    before = CoreTimes.now(cores)
+    sum(range(10**7))
+    after = CoreTimes.now(cores)
+    assert after.worked_ns > before.worked_ns and after.passed_ns > before.passed_ns
+    assert 0 <= after.others_since(before)
+    assert after._replace(ran_ns=0).others_since(before) == 0  # threads have ended
+
+
 @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
 def test_who_has_chosen_how_threads_wait_is_left_alone(name, monkeypatch):
     monkeypatch.setenv(name, "PASSIVE" if "POLICY" in name else "10")
@@ -81,7 +172,7 @@ def test_the_real_library_makes_a_team_and_its_threads_end():
     tasks = Path("/proc/self/task")
     before = {task.name for task in tasks.iterdir()}
     decides = SpinGovernor(ctypes.CDLL(path), 3)
-    ran, waited = CoreTimes.now()
+    ran, waited, *_ = CoreTimes.now()
     decides.look(CoreTimes(ran + SECOND_NS, waited + SECOND_NS))
     more = {task.name for task in tasks.iterdir()} - before
     assert decides.spins_less

@@ -76,6 +76,27 @@ def test_an_answer_can_be_stopped(run: Path) -> None:
         assert len(talk.turns) == 4
 
 
+def test_an_answer_with_as_many_tokens_as_it_may_have_says_so(
+    run: Path, edgezo: Any, edgezo_json: Any, monkeypatch: Any
+) -> None:
+    with package.load(run, max_new_tokens=5) as used:
+        talk = Talk(used)
+        for line in ("a warm film", "a cold film"):
+            writing = used.write([*talk.turns, {"role": "user", "content": line}])
+            list(writing)
+            list(talk.answer(line))
+            assert talk.most_written == (0 if writing.ended else 5)
+        asked = iter([True])
+        list(talk.answer("a warm film", lambda: next(asked)))
+        assert talk.most_written == 0, "who stops an answer knows that it was cut"
+    says(monkeypatch, "a warm film")
+    code, _, err = edgezo("chat", run, "--max-new-tokens", 1)
+    assert code == 0 and "cut at 1 token," in err and "--max-new-tokens" in err
+    says(monkeypatch, "a warm film")
+    code, made = edgezo_json("chat", run, "--max-new-tokens", 1)
+    assert code == 0 and made["turns"][0]["cut"] == [str(run)]
+
+
 def test_ctrl_c_inside_an_answer_ends_nothing() -> None:
     before = signal.getsignal(signal.SIGINT)
     with stopping() as stopped:

@@ -148,6 +148,30 @@ def test_an_evaluation_and_training_rows_are_those_of_whole_options(
     assert fast["value"] == slow["value"] and fast["loss"] == pytest.approx(slow["loss"], rel=1e-5)
 
 
+def test_rows_without_one_of_the_labels_are_evaluated_with_the_words_of_the_run(
+    asked: dict[str, Any], edgezo_json: Any, edgezo: Any, tmp_path: Path
+) -> None:
+    finetune(make_config({**asked, "out": str(tmp_path / "run")}))
+    rows = [json.loads(line) for line in Path(asked["data"]).read_text().splitlines()]
+    labels = sorted({row["topic"] for row in rows})
+    ordered = [r for label in labels for r in rows if r["topic"] == label]
+    fewer = [r for r in ordered if r["topic"] != labels[0]]
+    counts, losses = [], []
+    for name, some in (("all", ordered), ("fewer", fewer), ("one", ordered[-1:])):
+        file = write_rows(tmp_path / f"{name}.jsonl", some)
+        code, made = edgezo_json("eval", "--model", tmp_path / "run", "--data", file)
+        assert code == 0
+        counts.append(made["n"])
+        losses.append(made["loss"] * made["n"])
+    assert counts == [len(ordered), len(fewer), 1]
+    # The rows of the first label are what the two differ by.
+    only = write_rows(tmp_path / "only.jsonl", [r for r in ordered if r["topic"] == labels[0]])
+    code, made = edgezo_json("eval", "--model", tmp_path / "run", "--data", only)
+    assert code == 0 and losses[0] - losses[1] == pytest.approx(made["loss"] * made["n"], rel=1e-4)
+    _, _, err = edgezo("eval", "--model", tmp_path / "run", "--data", only)
+    assert f"no row has label {', '.join(labels[1:])}" in err
+
+
 def test_other_words_are_another_task(asked: dict[str, Any], edgezo: Any, tmp_path: Path) -> None:
     finetune(make_config({**asked, "out": str(tmp_path / "run")}))
     rows = [json.loads(line) for line in Path(asked["data"]).read_text().splitlines()]

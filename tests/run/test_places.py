@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import tiny_models
-from conftest import Bench
+from conftest import Bench, write_rows
 
 import edgezo as package
 from edgezo.errors import EdgezoError, UsageError
@@ -70,6 +70,21 @@ def test_other_rows_are_evaluated_on_whole_and_own_ones_as_in_training(
     assert list(counts.values()) == [1, 1, 8, 4, 8]
     rows = shutil.move(begun / "rows.jsonl", tmp_path / "far" / "rows.jsonl")
     assert edgezo_json("eval", "--model", "run", "--data", rows)[1]["n"] == 1
+
+
+def test_rows_of_a_file_are_read_as_the_task_that_a_run_was_trained_on(
+    bench: Bench, edgezo_json: Any, tmp_path: Path
+) -> None:
+    asked = ("finetune", "--model", bench.model, "--task", "example", "--max-mem", "2GB")
+    asked = (*asked, "--steps", 1)
+    asked = (*asked, "--precision", "fp32", "--out", tmp_path / "run", "--eval-limit", 9)
+    assert edgezo_json(*asked)[0] == 0
+    rows = [{"text": "wake me at six", "intent": "alarm"}, {"text": "call mum", "intent": "call"}]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    code, made = edgezo_json("eval", "--model", tmp_path / "run", "--data", tmp_path / "rows.jsonl")
+    assert code == 0 and made["n"] == 2
+    code, told = edgezo_json("predict", tmp_path / "run", "--data", tmp_path / "rows.jsonl")
+    assert code == 0 and told["accuracy"] == made["value"]
 
 
 @pytest.mark.parametrize("which", ["run", "../far/run"])

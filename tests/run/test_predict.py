@@ -177,6 +177,25 @@ def used_again(used: Any, texts: list[str]) -> list[dict[str, Any]]:
     return list(used.predict(texts))
 
 
+def test_texts_of_the_command_line_are_rows(
+    bench: Bench, edgezo_json: Any, edgezo: Any, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run_of(bench, run, train="lowrank")
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "a film"}, {"text": "two\nlines"}])
+    code, wanted = edgezo_json("predict", run, "--data", rows)
+    code_, made = edgezo_json("predict", run, "a film", "two\nlines")
+    assert code == code_ == 0 and made["predictions"] == wanted["predictions"]
+    for given, says in (
+        ((), "--data FILE, or texts"),
+        (("a film", "--data", rows), "give one of them"),
+        (("a film", " "), "text 2 of 2 is empty"),
+        ((rows,), f"--data {rows}"),
+    ):
+        code, _, err = edgezo("predict", run, *given)
+        assert code == 2 and says in err, err
+
+
 def test_standard_input_and_csv(
     bench: Bench, edgezo: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
