@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -275,12 +276,17 @@ def verdict(summary: Mapping[str, Any]) -> RenderableType:
 def comparison_table(result: Mapping[str, Any]) -> RenderableType:
     """``edgezo compare``: a column for each run, a line for each figure, and below it the settings that differ."""
     runs = result["runs"]
-    figures = Table(box=None, pad_edge=False)
+    names = [str(run["run"]) for run in runs]
+    folders = {str(Path(name).parent) for name in names}
+    if len(folders) == 1:  # three names and their figures have room in 80 columns without it
+        names = [Path(name).name for name in names]
+    figures = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1))
     differ = Table(title="settings that differ", title_justify="left", box=None, pad_edge=False)
+    differ.padding = figures.padding
     for table in (figures, differ):
         table.add_column("", no_wrap=True)
-        for run in runs:
-            table.add_column(run["run"], overflow="fold")
+        for name in names:
+            table.add_column(name, overflow="fold")
     for name in _COMPARED:
         if any(run[name] is not None for run in runs):
             figures.add_row(_COMPARED[name], *(_figure(name, run) for run in runs))
@@ -355,7 +361,7 @@ def _further(result: Mapping[str, Any]) -> dict[str, float]:
 
 def models_table(cards: Iterable[Card]) -> RenderableType:
     """Model cards, one in a line of 80 columns."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1))
     for column in ("model", "family"):
         table.add_column(column, no_wrap=True)
     table.add_column("weights", justify="right", no_wrap=True)
