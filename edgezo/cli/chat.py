@@ -61,14 +61,17 @@ def chat(
     given["max_new_tokens"] = given["max_new_tokens"] or "256"
     use_threads(threads_of(given))
     from edgezo.network.sampling import Sampler
-    from edgezo.run.chat import Talk, conversing
+    from edgezo.run.chat import Talk
+    from edgezo.run.predict import predictor_with_room
 
     Sampler.of(temperature, top_p, chance)  # refuses numbers without a meaning before all else
     with ExitStack() as at_end:
         talks = []
         for name, cfg in _requests(target, compare, given):
             lengths = (cfg.max_length,) if asked else LENGTHS
-            used = at_end.enter_context(conversing(name, cfg, lengths, note))
+            used = at_end.enter_context(
+                predictor_with_room(name, cfg, lengths, note, "a conversation")
+            )
             talks.append(Talk(used, Sampler.of(temperature, top_p, chance), system))
         turns = list(_turns(talks, shown=not as_json))
         if as_json:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # Settings of a use: how a plain model is asked, and what it takes.
 ASKING = ("task", "template", "labels", "label_field", "max_length", "max_new_tokens")
+SHORTER = (512, 256, 128, 64)  # tokens of a row, in turns, where the cap has no room for the run's
 LONGEST_NAME = 1024  # characters of a path; a longer text is none
 TAKES = ("max_mem_bytes", "device", "precision", "threads")
 
@@ -95,14 +96,16 @@ def predict(
     from edgezo.machine.files import atomic_path, user_path
     from edgezo.machine.ownership import check_new_file
     from edgezo.machine.process_memory import Meter
-    from edgezo.run.predict import predictor, use_request
+    from edgezo.run.predict import predictor_with_room, use_request
 
     cfg = use_request(target, given)
     if out is not None:
         check_new_file(Path(out))
     meter, kept = Meter(), list[dict[str, Any]]()
     with ExitStack() as at_end:
-        used = at_end.enter_context(predictor(target, cfg, note))
+        lengths = (cfg.max_length,) if given["max_length"] else _lengths(cfg.max_length)
+        used = at_end.enter_context(predictor_with_room(target, cfg, lengths, note, "a row"))
+        used.asker.whole_rows = used.asker.encoder.max_length < lengths[0]
         problems = Problems()
         if data is None:
             groups = asked_rows.of_texts(texts, problems)
@@ -119,6 +122,9 @@ def predict(
             temporary = at_end.enter_context(atomic_path(Path(out), lock=True))
             with temporary.open("x", encoding="utf-8", newline="") as file:
                 _write(predictions, form, file)
+    if used.cut:
+        length = used.asker.encoder.max_length
+        note(f"{used.cut} of {used.rows} rows cut to {length} tokens (--max-length)")
     result = {**_figures(used), **meter.summary(), **used.model.figures()}
     if as_json:
         echo_json({**result, **({"out": out} if out else {"predictions": kept})})
@@ -141,10 +147,16 @@ def _check_rows(target: str, texts: tuple[str, ...], data: str | None) -> None:
             raise UsageError(f"{text} is a file, and would be predicted as a text: --data {text}")
 
 
+def _lengths(most: int) -> list[int]:
+    """Tokens that a row may have where none are asked for: as many as a run's rows, or fewer under a tight cap."""
+    return [most, *(length for length in SHORTER if length < most)]
+
+
 def _figures(used: Predictor) -> dict[str, Any]:
     """How many rows there were, and where rows had labels, how many were right."""
     accuracy = {"known": used.known, "accuracy": used.right / used.known} if used.known else {}
-    standing = {"unfinished": used.unfinished} if used.unfinished else {}
+    standing: dict[str, Any] = {"unfinished": used.unfinished} if used.unfinished else {}
+    standing |= {"cut": used.cut} if used.cut else {}
     return {"model": used.target, "steps": used.steps, **standing, "rows": used.rows, **accuracy}
 
 

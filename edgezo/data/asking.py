@@ -60,6 +60,7 @@ class AskedRow(NamedTuple):
 
     example: Example
     label: int  # the place of the right answer, where the row has it; else -1
+    cut: bool = False  # whether it had more tokens than a row may have
 
 
 @dataclass
@@ -73,6 +74,9 @@ class Asker:
     notes: list[str] = field(default_factory=list)
     recognised: Recognised | None = None  # None: decided by the keys of the first row
     task: Task | None = None
+    whole_rows: bool = (
+        False  # a row with more tokens than there is room for is refused, and not cut
+    )
 
     @staticmethod
     def of(
@@ -203,13 +207,21 @@ class Asker:
         if len(drafts) < len(records) and not len(problems):
             where = records[len(drafts)].where
             problems.add("a row that asks for nothing", at=where)
-        asked = []
+        asked, cut = [], self.encoder.cut
         for record, example in zip(records, self.encoder.some_examples(drafts), strict=False):
+            before, cut = cut, self.encoder.cut
+            if cut > before and self.whole_rows:
+                problems.add(
+                    f"a row with more than {self.encoder.max_length} tokens: --max-mem has no room for it, and with "
+                    f"--max-length {self.encoder.max_length} it is cut",
+                    at=record.where,
+                )
+                break
             if not all(row.score_at for row in example.rows):
                 problems.add("a row without a text to predict after", at=record.where)
                 break
             followed = replace(example, endings=self.endings) if self.endings else example
-            asked.append(AskedRow(followed, self._right(record, form)))
+            asked.append(AskedRow(followed, self._right(record, form), cut > before))
         return asked
 
     def close(self) -> None:

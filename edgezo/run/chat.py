@@ -2,41 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 from edgezo.network.sampling import Sampler
-from edgezo.plan.config import RunConfig
-from edgezo.plan.plan import PlanDoesNotFit
-from edgezo.run.predict import predictor
 from edgezo.run.predictor import Predictor
-
-
-@contextmanager
-def conversing(
-    target: str, cfg: RunConfig, lengths: Sequence[int], note: Callable[[str], None]
-) -> Iterator[Predictor]:
-    """The model in memory, for conversations of the first of ``lengths`` tokens that the cap has room for.
-
-    ``note`` is told where that is not the first. Raises as ``predict.predictor``; PlanDoesNotFit of the last length.
-    """
-    for length in lengths:
-        with ExitStack() as at_end:
-            try:
-                used = at_end.enter_context(
-                    predictor(target, replace(cfg, max_length=length), note)
-                )
-            except PlanDoesNotFit:
-                if length == lengths[-1]:
-                    raise
-                continue
-            if length != lengths[0]:
-                note(
-                    f"a conversation may have {length:,} tokens: the cap has no room for {lengths[0]:,}"
-                )
-            yield used
-            return
 
 
 @dataclass

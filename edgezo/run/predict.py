@@ -7,8 +7,9 @@ No row that it was trained on is read. The models of each engine are read by tor
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from edgezo.plan.budget import portable
 from edgezo.plan.config import RunConfig
 from edgezo.plan.engines import on_graphs
 from edgezo.plan.fields import flag
+from edgezo.plan.plan import PlanDoesNotFit
 from edgezo.plan.request import make_config
 from edgezo.run.called import called, with_threads
 from edgezo.run.directory import RunFiles
@@ -116,3 +118,26 @@ def predictor(
         from edgezo.run.torch_answers import predictor_on_torch as opened
     with opened(target, cfg, note) as used:
         yield used
+
+
+@contextmanager
+def predictor_with_room(
+    target: str, cfg: RunConfig, lengths: Sequence[int], note: Callable[[str], None], what: str
+) -> Iterator[Predictor]:
+    """As ``predictor``, for rows of the first of ``lengths`` tokens that the cap has room for.
+
+    Where that is not the first, ``note`` is told how long ``what`` may be. Raises PlanDoesNotFit of the last length.
+    """
+    for length in lengths:
+        with ExitStack() as at_end:
+            try:
+                asked = replace(cfg, max_length=length)
+                used = at_end.enter_context(predictor(target, asked, note))
+            except PlanDoesNotFit:
+                if length == lengths[-1]:
+                    raise
+                continue
+            if length != lengths[0]:
+                note(f"{what} may have {length:,} tokens: the cap has no room for {lengths[0]:,}")
+            yield used
+            return

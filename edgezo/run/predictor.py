@@ -44,6 +44,7 @@ class Predictor:
     known: int = 0  # of so many the right answer is known,
     right: int = 0  # and so many predictions are it
     tokens: int = 0  # so many tokens the rows had
+    cut: int = 0  # and so many rows had more than go through the model at once
     prompted: dict[bool, Asker] = field(default_factory=dict)  # of texts, and of conversations
     at_end: ExitStack = field(default_factory=ExitStack)
 
@@ -106,6 +107,7 @@ class Predictor:
         """
         for group in groups:
             asked = self.asker.ask(group, problems)
+            self.cut += sum(row.cut for row in asked)
             for prediction in self._predicted(asked):
                 self.rows += 1
                 yield {"row": self.rows, **prediction}

@@ -24,9 +24,9 @@ from edgezo.errors import UsageError
 from edgezo.machine.interrupts import stopping
 from edgezo.network.sampling import Sampler
 from edgezo.plan.plan import PlanDoesNotFit
-from edgezo.run import chat
+from edgezo.run import predict
 from edgezo.run.chat import Talk
-from edgezo.run.predict import use_request
+from edgezo.run.predict import predictor_with_room, use_request
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LARGE = {"step": 0.5, "sigma": 0.05}
@@ -237,7 +237,7 @@ def test_a_model_without_a_chat_template_completes_lines(
 def test_a_conversation_is_as_long_as_the_cap_has_room_for(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, room = chat.predictor, 512
+    real, room = predict.predictor, 512
 
     @contextmanager
     def within(target: str, cfg: Any, note: Any) -> Iterator[Any]:
@@ -246,14 +246,16 @@ def test_a_conversation_is_as_long_as_the_cap_has_room_for(
         with real(target, cfg, note) as used:
             yield used
 
-    monkeypatch.setattr(chat, "predictor", within)
+    monkeypatch.setattr(predict, "predictor", within)
     notes: list[str] = []
     cfg = use_request(str(run), {"max_new_tokens": 3})
-    with chat.conversing(str(run), cfg, (2048, 1024, 512), notes.append) as used:
+    with predictor_with_room(
+        str(run), cfg, (2048, 1024, 512), notes.append, "a conversation"
+    ) as used:
         assert used.asker.encoder.max_length <= room
     assert notes[-1] == "a conversation may have 512 tokens: the cap has no room for 2,048"
     with (
         pytest.raises(PlanDoesNotFit, match="1024 tokens"),
-        chat.conversing(str(run), cfg, (2048, 1024), notes.append),
+        predictor_with_room(str(run), cfg, (2048, 1024), notes.append, "a conversation"),
     ):
         pass

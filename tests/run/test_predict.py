@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,9 @@ from test_runs import run_of
 import edgezo as package
 from edgezo.data.row_files import Problems, read_records
 from edgezo.errors import EdgezoError, UsageError
+from edgezo.plan.plan import PlanDoesNotFit
 from edgezo.plan.request import make_config
+from edgezo.run import predict
 from edgezo.run.evaluate import evaluate
 from edgezo.run.predict import predictor, use_request
 from edgezo.run.session import open_request
@@ -194,6 +198,40 @@ def test_texts_of_the_command_line_are_rows(
     ):
         code, _, err = edgezo("predict", run, *given)
         assert code == 2 and says in err, err
+
+
+def test_rows_that_are_cut_are_counted_and_those_that_a_tight_cap_would_cut_refused(
+    bench: Bench, edgezo_json: Any, edgezo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    run_of(bench, run, train="lowrank")
+    long = "a film that is long " * 20
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": t} for t in ("a film", long, "b", long)])
+    code, made = edgezo_json("predict", run, "--data", rows, "--max-length", 32)
+    assert code == 0 and made["cut"] == 2 and made["rows"] == 4
+    code, _, err = edgezo("predict", run, "--data", rows, "--max-length", 32)
+    assert code == 0 and "2 of 4 rows cut to 32 tokens (--max-length)" in err
+    assert "cut" not in edgezo_json("predict", run, "--data", rows)[1]
+
+    real, asked = predict.predictor, list[int]()
+
+    @contextmanager
+    def within(target: str, cfg: Any, note: Any) -> Iterator[Any]:
+        asked.append(cfg.max_length)
+        if cfg.max_length > 64:
+            raise PlanDoesNotFit(f"{cfg.max_length} tokens", 1, ())
+        with real(target, cfg, note) as used:
+            yield used
+
+    monkeypatch.setattr(predict, "predictor", within)
+    code, out, err = edgezo("predict", run, "--data", rows)
+    assert asked == sorted(asked, reverse=True) and asked[-1] == 64
+    assert code == 2 and len(out.splitlines()) == 1, "the rows before it have their predictions"
+    assert "a row may have 64 tokens" in err and "rows.jsonl:2" in err and "--max-length 64" in err
+    code, out, _ = edgezo("predict", run, "a film", "another")
+    assert code == 0 and len(out.splitlines()) == 2
+    code, _, err = edgezo("predict", run, "a film", "--max-length", 100)
+    assert code == 3 and "100 tokens" in err, "what is asked for is not lowered"
 
 
 def test_standard_input_and_csv(
