@@ -9,7 +9,7 @@ found to wait for a core, one more team is kept, of threads that sleep; where th
 The threads of a step also wait for each other. Where each of two shares its core with another program, one of them is
 off its core most of the time: a step took 3 times as long. Two threads that share one core take turns there, and the
 system moves the other programs to the other core: 1.6 times as long. So where other programs keep half of the cores
-busy, this process keeps to the other half.
+busy, this process keeps to the other half. (Measured on two cores.)
 
 As many threads compute as before, so the bits of a run are the same.
 
@@ -157,10 +157,9 @@ class SpinGovernor:
             return
         if self._half is not None and others < ALONE:
             self._leave_half()
-        elif self._half is None and self._team is not None and others > CROWDED:
-            # Threads that wait little while others have that much are on cores of their own.
-            if share > BUSY and len(self.cores) > 1:
-                self._half = HalfOfCores(self.cores)
+        elif self._half is None and others > CROWDED and share > BUSY and len(self.cores) > 1:
+            # Threads that wait little, whatever others have, are on cores of their own.
+            self._half = HalfOfCores(self.cores)
         if self._team is None and share > BUSY:
             self._team = SleepingTeam(self._library, self._threads)
         elif self._team is not None and share < QUIET:

@@ -86,6 +86,9 @@ LOOKS = [
     ("back on both cores, alone", 2.0, 0.0, 2.0, False, False),
     ("beside two that leave much", 1.4, 0.3, 2.0, True, False),
     ("as before", 1.4, 0.3, 2.0, True, False),
+    ("alone again", 2.0, 0.0, 2.0, False, False),
+    ("beside four programs, at once", 0.9, 1.1, 2.0, True, True),
+    ("alone, and on half of the cores", 1.0, 0.9, 1.0, True, False),
     ("they wait for this one, it does not", 0.9, 0.05, 2.0, True, False),
 ]
 
