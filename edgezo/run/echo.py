@@ -18,12 +18,13 @@ from edgezo.zo.noise import Key
 def echo_of_step(
     cfg: RunConfig, store: WeightStore, step: int, record: Callable[[int], StepRecord]
 ) -> np.ndarray:
-    """The numbers (n,) fp32 that make the directions of a step from noise; none where they are fresh noise alone.
+    """The numbers (n,) fp32 that make the directions of a step from noise.
 
-    ``record``: that of an earlier step of the run. Past steps of a run's parents are not looked at.
+    None where they are fresh noise alone, and where nothing is perturbed. ``record``: that of an earlier step of the
+    run. Past steps of a run's parents are not looked at.
     """
     entry = DIRECTIONS[cfg.directions]
-    if not entry.echoes:
+    if not entry.echoes or not cfg.probing:
         return np.empty(0, np.float32)
     key, targets = (
         Key(store.seed, cfg.since_base(step)),

@@ -27,7 +27,9 @@ from edgezo.plan.request import make_config
 from edgezo.run.journal import open_journal
 from edgezo.run.train import finetune
 from edgezo.weights.layouts import Dense
+from edgezo.zo import axes
 from edgezo.zo.noise import Key
+from edgezo.zo.presets import PRESETS
 
 # (precision, rounding of full weights)
 DENSE = [("fp32", None), ("bf16", "plane"), ("bf16", "stochastic"), ("fp16", "plane")]
@@ -331,6 +333,27 @@ def test_the_head_alone_needs_no_probe_and_resumes_like_everything_else(
         edgezo_json("replay", run, "--out", tmp_path / "copy")[1]["trained_sha256"]
         == (whole["trained_sha256"])
     )
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        n
+        for n, p in PRESETS.items()
+        if axes.DIRECTIONS[p.directions].echoes or axes.CREDITS[p.credit].carries
+    ],
+)
+def test_the_head_alone_trains_by_presets_whose_records_hold_more(
+    estimator, bench, edgezo_json, tmp_path
+):
+    request = {"estimator": estimator, "train": "head", "steps": 3, "eval_limit": 2}
+    try:
+        summary = run_of(bench, tmp_path / "run", **request)
+    except UsageError as problem:
+        assert "--train" in str(problem), "it says which parts the preset needs"
+        return
+    code, again = edgezo_json("replay", tmp_path / "run", "--out", tmp_path / "again")
+    assert code == 0 and again["trained_sha256"] == summary["trained_sha256"]
 
 
 @pytest.mark.parametrize(("train", "code"), [("head", 1), ("full", 1), ("lowrank", 0)])
