@@ -361,7 +361,7 @@ def _further(result: Mapping[str, Any]) -> dict[str, float]:
 
 def models_table(cards: Iterable[Card]) -> RenderableType:
     """Model cards, one in a line of 80 columns."""
-    table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("model", "family"):
         table.add_column(column, no_wrap=True)
     table.add_column("weights", justify="right", no_wrap=True)

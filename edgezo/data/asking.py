@@ -74,9 +74,8 @@ class Asker:
     notes: list[str] = field(default_factory=list)
     recognised: Recognised | None = None  # None: decided by the keys of the first row
     task: Task | None = None
-    whole_rows: bool = (
-        False  # a row with more tokens than there is room for is refused, and not cut
-    )
+    # True: a row with more tokens than there is room for is refused, and not cut.
+    whole_rows: bool = False
 
     @staticmethod
     def of(

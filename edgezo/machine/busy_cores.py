@@ -124,7 +124,7 @@ class HalfOfCores:
 def _move(here: frozenset[int], there: frozenset[int]) -> None:
     """Let those threads that may run on exactly the cores ``here`` run on those of ``there``."""
     for task in THREADS.iterdir():
-        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+        with suppress(OSError):  # it has just ended, or the system lets nobody move it
             if os.sched_getaffinity(int(task.name)) == here:
                 os.sched_setaffinity(int(task.name), there)
 

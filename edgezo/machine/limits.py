@@ -17,6 +17,9 @@ SCORE_COPIES = 3  # of softcapped attention scores that are there at once
 TILE_BYTES = 16 << 20  # no temporary of the weights is larger, whatever the largest matrix
 # Rows of the head in fp32, and their logits: scores are computed in such chunks (``head_rows``, ``states_at_once``).
 LOGITS_BYTES = TILE_BYTES // 2
+# Per weight that is expanded without a C kernel, so that it is done in small pieces: of a product of bf16 and fp32
+# torch makes fp32 copies of both factors.
+EXPAND_BYTES = 256
 QUANTISE_BYTES = 16  # per weight being quantised: its fp32 value and the copies for rounding
 PAGE_BYTES = 4096  # raw tensors of a block begin at multiples of this
 SLOTS = 2  # memory for so many blocks that do not stay there: one computes or is written back, one is read into

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from edgezo.machine import kernels
-from edgezo.machine.limits import MOST_CODE, QUANTISE_BYTES, int4_group, tiles
+from edgezo.machine.limits import EXPAND_BYTES, MOST_CODE, QUANTISE_BYTES, int4_group, tiles
 from edgezo.zo import noise
 from edgezo.zo.axes import ROUNDINGS
 from edgezo.zo.noise import Key
@@ -234,7 +234,10 @@ class Int8:
         if kernels.expand_int8(self.codes[rows], self.scale[rows], out):
             return out
         # Not torch.mul(codes, scale, out=out): that converts the codes into a temporary of their own first.
-        return out.copy_(self.codes[rows]).mul_(self.scale[rows])
+        codes, scale = self.codes[rows], self.scale[rows]
+        for piece in tiles(len(out), self.shape[1], EXPAND_BYTES):
+            out[piece].copy_(codes[piece]).mul_(scale[piece])
+        return out
 
     def direct(self, dtype: torch.dtype) -> Tensor | None:
         return None
@@ -357,8 +360,9 @@ class Int4:
 
     def _dequantise(self, codes: Tensor, rows: slice | Tensor, out: Tensor) -> Tensor:
         grouped = out.view(out.shape[0], self.scale.shape[1], -1)
-        grouped.copy_(codes.view_as(grouped))
-        grouped.mul_(self.scale[rows]).sub_(self.shift[rows])
+        codes, scale, shift = codes.view_as(grouped), self.scale[rows], self.shift[rows]
+        for piece in tiles(len(out), self.shape[1], EXPAND_BYTES):
+            grouped[piece].copy_(codes[piece]).mul_(scale[piece]).sub_(shift[piece])
         return out
 
     def direct(self, dtype: torch.dtype) -> Tensor | None:

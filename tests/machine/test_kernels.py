@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import profile
 from workshop import KEY, SIGMA, Case, Workshop, make_examples, of
 
 from edgezo.data.batches import collate
-from edgezo.machine import kernel_library, kernels, matmul
+from edgezo.machine import kernel_library, kernels, limits, matmul
 from edgezo.machine.hardware import kernels_library
 from edgezo.network import packing
 from edgezo.network.fused import FusedGate, FusedNorm, activation_of
@@ -146,6 +147,20 @@ def test_codes_expand_to_the_same_bits(dtype, rows, without, threads):
             return layout.expand(rows, torch.empty(n, 576, dtype=dtype))
 
         assert torch.equal(expanded(), without(expanded))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("stored", [Int8, Int4])
+def test_without_kernels_codes_expand_in_small_pieces(dtype, stored, without):
+    # 4 MB in bf16; of a product of bf16 and fp32 torch makes fp32 copies, which would be 8 MB each.
+    layout, out = stored.quantise(torch.randn(1024, 2048)), torch.empty(1024, 2048, dtype=dtype)
+    with profile(profile_memory=True) as took:
+        without(lambda: layout.expand(slice(0, 1024), out))
+    taken = [event.cpu_memory_usage for event in took.events()]
+    codes_bytes = 512 * 2048  # of int4 the half of the rows whose codes lie in the same bits
+    assert max(taken) <= (
+        codes_bytes if stored is Int4 else 4 * limits.TILE_BYTES // limits.EXPAND_BYTES
+    )
 
 
 def _hard_weights() -> Tensor:
