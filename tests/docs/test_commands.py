@@ -69,7 +69,7 @@ ADDED: dict[str, dict[str, str]] = {
     },
     "bench alignment": {"--estimators": "grzo", "--tries": "1", "--batch-sizes": "2"},
 }
-# Commands whose argument may be a card; the first two read standard input: a line is written there.
+# Commands whose first argument may be a card; the first two read standard input: a line is written there.
 ANSWERING = ("predict", "chat", "serve")
 SERVING = "http://127.0.0.1:8000"  # where a snippet asks edgezo serve
 PARTS = ("bench",)  # commands that have commands
@@ -284,7 +284,7 @@ def check_edgezo(words: Sequence[str], edgezo: Any) -> None:
         check_study(ROOT / arguments[0], dict(given).get("--methods"))
         arguments, given = ["study.toml"], [("--methods", "default")]
     if name in ANSWERING:
-        arguments = [model_of(argument) for argument in arguments]
+        arguments = [model_of(arguments[0]), *arguments[1:]]
     final = [*name.split(), *arguments, *substituted(name, given)]
     if tuple(final) in ran:
         return
