@@ -33,6 +33,7 @@ FLAGS = {
     *("yes", "ask", "trainable"),
 }
 NO_FILES = {
+    "texts",
     "help_all",
     "calibrate",  # the cache, and only where there is a GPU
     *(

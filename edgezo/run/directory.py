@@ -268,7 +268,12 @@ def run_header(
 
 
 def words_of_run(run: RunFiles) -> tuple[str, ...]:
-    """The label words of the rows that a run is trained on. Raises EdgezoError for a journal that cannot be read."""
+    """The label words of the rows that a run is trained on; () before its first step.
+
+    Raises EdgezoError for a journal that cannot be read.
+    """
+    if not run.journal.exists():
+        return ()
     with open_journal(run.journal, resume=False) as journal:
         return tuple(journal.header["dataset"]["label_names"])
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from edgezo.data.dataset import Dataset
 from edgezo.errors import EdgezoError, UsageError
 from edgezo.machine.busy_cores import beside_others
-from edgezo.machine.files import atomic_path, user_path
+from edgezo.machine.files import atomic_path
 from edgezo.machine.gpu_memory import Memory, confirmed
 from edgezo.machine.hardware import machine
 from edgezo.machine.process_memory import Meter, peak_rss_bytes, rss_bytes
@@ -82,7 +82,7 @@ def evaluate(
         cfg = without_states(with_base(cfg, run.path, note))
         check_data_is_there(cfg, run.path)
     saved = None if trained is None else found_again(trained, run.path)
-    opened = open_request(cfg, rows_to_evaluate(cfg, saved, _words(run, cfg, trained)))
+    opened = open_request(cfg, rows_to_evaluate(cfg, saved, words_of_run(run) if saved else ()))
     for text in opened.dataset.notes:
         note(text)
     base = meter.mark("base")
@@ -106,14 +106,6 @@ def evaluate(
         **meter.summary(),
         **memory.figures(),
     }
-
-
-def _words(run: RunFiles, cfg: RunConfig, trained: RunConfig | None) -> tuple[str, ...]:
-    """The label words that a run, or an export that says what it is for, tells apart; () of a plain model."""
-    if trained is not None:
-        return words_of_run(run)
-    exported = Exported.at(user_path(cfg.model)) if user_path(cfg.model).exists() else None
-    return exported.names if exported is not None else ()
 
 
 class Ready(NamedTuple):

@@ -69,7 +69,7 @@ def use_request(target: str, given: Mapping[str, Any]) -> RunConfig:
             raise UsageError(f"--base is that of a run, and {target} is none: leave it out")
         if is_trainable_export(user_path(target)):
             return make_config({**given, "model": target, "engine": "onnx"}, need_data=False)
-        return make_config({**given, "model": target}, asked_by_export(target), need_data=False)
+        return make_config({**given, "model": target}, _asked_by_export(target), need_data=False)
     if refused := [flag(name) for name in _OF_ASKING if given.get(name) is not None]:
         raise UsageError(
             f"{target} is a run, which is asked as it was trained: leave out {', '.join(refused)}"
@@ -92,7 +92,7 @@ def base_of(target: str) -> str:
     return with_base(run.read_config(), run.path).model
 
 
-def asked_by_export(target: str) -> dict[str, Any]:
+def _asked_by_export(target: str) -> dict[str, Any]:
     """The settings by which an export of edgezo's is asked; {} for anything else, such as the name of a card."""
     path = user_path(target)
     if not path.exists():

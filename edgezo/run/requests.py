@@ -184,8 +184,6 @@ def evaluation_request(
                 "evaluated on rows: give --data or --task."
             )
         cfg = request(given, config_file)
-        if given["data"] is not None and cfg.task is None and given["template"] is None:
-            cfg = _as_exported(cfg, given, config_file)
         return cfg.model, cfg
     layer = _settings_of_run(portable(saved, machine()), given)
     del layer["eval_limit"], layer["eval_rows"]  # all, where training was content with a sample
@@ -227,28 +225,13 @@ def _check_other_base(saved: RunConfig | None, base: str | None) -> None:
 
 def settings_of_rows(run: Path) -> dict[str, Any]:
     """The settings by which a run reads its rows, for other rows of the same kind."""
-    saved = saved_config(run)
-    return {} if saved is None else _settings_of_rows(saved.to_dict())
-
-
-def _as_exported(cfg: RunConfig, given: Mapping[str, Any], config_file: str | None) -> RunConfig:
-    """The request to evaluate an export of edgezo's: rows become prompts as in its run, but for what is given."""
-    from edgezo.run.predict import asked_by_export
-
-    asked = asked_by_export(cfg.model)
-    if not asked:
-        return cfg
-    of_rows = _settings_of_rows(asked)
-    of_file = {} if config_file is None else read_settings(config_file)
-    return make_config(given, of_file, of_rows)
-
-
-def _settings_of_rows(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of ``asked`` by which rows are read, with what a task says of its own."""
     from edgezo.data.tasks import TASKS
 
-    task = TASKS.get(asked.get("task") or "")
-    asked = {name: asked.get(name) for name in OF_DATA if name != "data_root"}
+    saved = saved_config(run)
+    if saved is None:
+        return {}
+    asked = {name: getattr(saved, name) for name in OF_DATA if name != "data_root"}
+    task = TASKS.get(saved.task or "")
     if task is not None and task.generation is None and task.prepare is None and not task.options:
         of_task = {name: getattr(task, name) for name in ("template", "labels", "label_field")}
         asked |= {name: value for name, value in of_task.items() if asked[name] in (None, "label")}

@@ -231,14 +231,6 @@ def test_an_export_is_asked_as_its_run(bench: Bench, edgezo_json: Any, tmp_path:
         assert code == 0
         for ours, theirs in zip(wanted, made["predictions"], strict=True):
             assert ours["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-4)
-    # Rows become prompts as in the run, unless the command says otherwise.
-    labelled = ("--data", bench.data / "label.jsonl", "--held-out", 0.2)
-    loss = edgezo_json("eval", "--model", tmp_path / "run", *labelled)[1]["loss"]
-    for target in (tmp_path / "hf", tmp_path / "gguf/model.gguf"):
-        asked = ("eval", "--model", target, "--precision", "fp32", *labelled)
-        assert edgezo_json(*asked)[1]["loss"] == pytest.approx(loss, rel=1e-4)
-        others = ("--template", "Is this good? {text}", "--labels", "0=no,1=yes")
-        assert edgezo_json(*asked, *others)[1]["loss"] != pytest.approx(loss, rel=1e-3)
 
 
 def test_weights_on_disk_are_exported(bench: Bench, tmp_path: Path) -> None:
