@@ -105,7 +105,7 @@ def predict(
     with ExitStack() as at_end:
         lengths = (cfg.max_length,) if given["max_length"] else _lengths(cfg.max_length)
         used = at_end.enter_context(predictor_with_room(target, cfg, lengths, note, "a row"))
-        used.asker.whole_rows = used.asker.encoder.max_length < lengths[0]
+        used.asker.whole_rows = used.shorter
         problems = Problems()
         if data is None:
             groups = asked_rows.of_texts(texts, problems)

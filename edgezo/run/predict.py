@@ -137,7 +137,8 @@ def predictor_with_room(
                 if length == lengths[-1]:
                     raise
                 continue
-            if length != lengths[0]:
+            used.shorter = length != lengths[0]
+            if used.shorter:
                 note(f"{what} may have {length:,} tokens: the cap has no room for {lengths[0]:,}")
             yield used
             return

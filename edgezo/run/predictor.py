@@ -45,6 +45,7 @@ class Predictor:
     right: int = 0  # and so many predictions are it
     tokens: int = 0  # so many tokens the rows had
     cut: int = 0  # and so many rows had more than go through the model at once
+    shorter: bool = False  # the cap has no room for rows of the length that was asked for
     prompted: dict[bool, Asker] = field(default_factory=dict)  # of texts, and of conversations
     at_end: ExitStack = field(default_factory=ExitStack)
 

@@ -75,6 +75,12 @@ def allowed() -> list[frozenset[int]]:
     ]
 
 
+def after(times: CoreTimes, *seconds: float) -> CoreTimes:
+    """A second of two cores later: how long the process ran and waited, and how long the cores worked."""
+    more = [round(SECOND_NS * s) for s in (*seconds, 2.0)]
+    return CoreTimes(*(a + b for a, b in zip(times, more, strict=True)))
+
+
 # Of a second of two cores: how long this process ran and waited for a core, and how long the cores worked in all. Then
 # whether it spins less and keeps to half of the cores.
 LOOKS = [
@@ -102,17 +108,12 @@ def test_a_run_keeps_to_half_of_the_cores_while_others_use_half(monkeypatch):
     times = CoreTimes(0, 0, 0, 0)
     try:
         for what, *seconds, spins_less, leaves_cores in LOOKS:
-            more = [round(SECOND_NS * s) for s in (*seconds, 2.0)]
-            times = CoreTimes(*(a + b for a, b in zip(times, more, strict=True)))
+            times = after(times, *seconds)
             decides.look(times)
             assert (decides.spins_less, decides.leaves_cores) == (spins_less, leaves_cores), what
             expected = (len(cores) + 1) // 2 if leaves_cores else len(cores)
             assert {len(of_thread) for of_thread in allowed()} == {expected}, what
-        decides.look(
-            CoreTimes(
-                *(a + b for a, b in zip(times, (10**9, 10**9, 2 * 10**9, 2 * 10**9), strict=True))
-            )
-        )
+        decides.look(after(times, 1.0, 1.0, 2.0))
         assert decides.leaves_cores
     finally:
         decides.rest()

@@ -234,6 +234,16 @@ def test_rows_that_are_cut_are_counted_and_those_that_a_tight_cap_would_cut_refu
     assert code == 3 and "100 tokens" in err, "what is asked for is not lowered"
 
 
+def test_rows_longer_than_a_table_of_positions_are_cut_and_no_cap_is_blamed(
+    edgezo: Any, tmp_path: Path
+) -> None:
+    model = make_model(tmp_path / "model", "opt")
+    asked = ("--template", "{text} It was", "--labels", "0=bad,1=good", "--precision", "fp32")
+    code, out, err = edgezo("predict", model, "a film that is long " * 40, "a film", *asked)
+    assert code == 0 and len(out.splitlines()) == 2, err
+    assert "1 of 2 rows cut to" in err and "--max-mem" not in err
+
+
 def test_standard_input_and_csv(
     bench: Bench, edgezo: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
