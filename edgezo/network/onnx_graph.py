@@ -12,6 +12,7 @@ computed in fp32 whatever the weights are.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -76,7 +77,10 @@ class Graph:
     def const(self, value: Any, dtype: Any = np.int64) -> str:
         """The name of a small constant."""
         array = np.asarray(value, dtype=dtype)
-        name = f"c_{array.dtype}_{array.shape}_{hash(array.tobytes()) & 0xFFFFFFFFFFFF:x}"
+        digest = hashlib.sha256(array.tobytes()).hexdigest()[
+            :12
+        ]  # a name is the same in every process
+        name = f"c_{array.dtype}_{array.shape}_{digest}"
         if name not in self.constants:
             self.constants[name] = numpy_helper.from_array(array, name)
         return name

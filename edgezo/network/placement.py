@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from edgezo.machine.limits import tiles
 from edgezo.network.loader import block_number
 from edgezo.weights.layouts import DENSE_DTYPES, Int8, Layout, Rows, place, vacant
 from edgezo.zo.axes import ROUNDINGS
@@ -15,7 +16,7 @@ from edgezo.zo.axes import ROUNDINGS
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edgezo.weights.home import Medium
+    from edgezo.weights.home import Make, Medium
     from edgezo.weights.store import WeightStore
     from edgezo.weights.tensor_source import TensorSource
 
@@ -53,6 +54,16 @@ class StoredMatrix:
             plane = self.trained and ROUNDINGS[self.rounding].plane
             return Int8.quantise(self.rows(), plane=plane)
         return place(self._read(dtype, rows), self.precision, **self.options)
+
+    def pieces(self) -> Iterator[tuple[slice, Layout]]:
+        """The layout with its bytes, a tile of rows at a time, or all of it where rows cannot be made one by one."""
+        shape = self.source.shape(self.name)
+        alone = not self.transpose and self.source.by_rows(self.name)
+        if not alone or self.precision == "int4":
+            yield slice(0, shape[self.transpose]), self.make()
+            return
+        for rows in tiles(*shape):
+            yield rows, self.make(rows)
 
     def make_rows(self, rows: Sequence[int]) -> Layout:
         """The layout of some rows of a table, in this order, with their bytes."""
@@ -97,7 +108,7 @@ class BlocksElsewhere:
         # The block that is being put together, and its matrices.
         self._index = -1
         self._layouts: dict[str, Layout] = {}
-        self._make: dict[str, Callable[[], Layout]] = {}
+        self._make: dict[str, Make] = {}
 
     def block_of(self, name: str) -> int:
         """The block that a parameter or module belongs to, if that block goes elsewhere; else -1."""
@@ -110,7 +121,7 @@ class BlocksElsewhere:
             return self.medium.table(stored.vacant(), stored.make)
         if self.block_of(name) < 0:
             return None
-        self._layouts[name], self._make[name] = stored.vacant(), stored.make
+        self._layouts[name], self._make[name] = stored.vacant(), stored.pieces
         return self._layouts[name]
 
     def enter(self, index: int) -> None:

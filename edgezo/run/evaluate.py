@@ -17,7 +17,7 @@ from edgezo.machine.hardware import machine
 from edgezo.machine.process_memory import Meter, peak_rss_bytes, rss_bytes
 from edgezo.network import cards, loader
 from edgezo.network.model import Model
-from edgezo.plan.budget import portable
+from edgezo.plan.budget import choose_device, portable
 from edgezo.plan.config import RunConfig
 from edgezo.run.base_file import BaseFile
 from edgezo.run.claims import prepare_replay
@@ -49,7 +49,7 @@ from edgezo.run.session import (
     settle,
     without_states,
 )
-from edgezo.run.snapshots import temporary_overlay
+from edgezo.run.snapshots import Elsewhere, InBase, temporary_overlay
 from edgezo.run.summary import check_same_end, takes_roots
 from edgezo.run.summary_file import finish_replay, how_far, saved_summary, unfinished
 from edgezo.weights.saved import saved_sha256, trained_tensors, write_saved
@@ -148,11 +148,16 @@ def in_memory(
 
 
 @contextmanager
-def loaded(planned: Planned) -> Iterator[Loaded]:
-    """The model in memory; blocks that do not fit lie on disk until the end of the block."""
+def loaded(planned: Planned, *, once: bool = False) -> Iterator[Loaded]:
+    """The model in memory; blocks that do not fit lie on disk until the end of the block.
+
+    ``once``: each block is looked at once, so that frozen ones are best read from the base's own files.
+    """
     with ExitStack() as at_end:
-        overlay = None
-        if planned.plan.blocks_on_disk:
+        overlay: Elsewhere | None = None
+        if once and not planned.cfg.parts.weights:
+            overlay = InBase()
+        elif planned.plan.blocks_on_disk:
             overlay = at_end.enter_context(temporary_overlay())
         model, memory = load_model(planned, machine(), overlay)
         yield Loaded(at_end.enter_context(closing(model)), memory)
@@ -293,7 +298,10 @@ def brought_back(run: RunFiles, cfg: RunConfig) -> Iterator[Rebuilt]:
 
     ``cfg`` is the configuration of the run.
     """
-    cfg = portable(with_base(for_torch(cfg), run.path), confirmed(machine()))
+    here = confirmed(machine())
+    cfg = portable(with_base(for_torch(cfg), run.path), here)
+    if not cfg.parts.weights and choose_device(cfg, here)[0] == "cpu":
+        cfg = replace(cfg, residency="disk")  # each block is looked at once, and is read then
     peak_before_bytes = peak_rss_bytes()
     files = loader.open_model(cards.resolve(cfg.model))
     with ExitStack() as at_end:
@@ -301,8 +309,8 @@ def brought_back(run: RunFiles, cfg: RunConfig) -> Iterator[Rebuilt]:
         check_base(journal.header, files.content_hash, files.shape.vocab)
         data = _shape_of_data(journal.header)
         opened = Opened(without_states(cfg), files, None, data, peak_before_bytes=peak_before_bytes)
-        planned = settle(opened, confirmed(machine()), rss_bytes())
-        model, _ = at_end.enter_context(loaded(planned))
+        planned = settle(opened, here, rss_bytes())
+        model, _ = at_end.enter_context(loaded(planned, once=True))
         steps = restore(run, cfg, opened, model, journal)
         yield Rebuilt(planned, model, steps, run_id(journal.header))
 

@@ -55,7 +55,7 @@ _F32 = GGMLQuantizationType.F32
 _NOT_COPIED = ("split.", "general.file_type", "general.quantization_version", "edgezo.")
 _COPY_BYTES = 1 << 22  # of a tensor that is copied, at a time
 # How far a stored number may be from what was to be stored, as a share of the largest in its block of 32.
-_ROUNDING = {"F32": 0.0, "F16": 2**-10, "BF16": 2**-7, "Q8_0": 1 / 127}
+_ROUNDING = {"Q8_0": 1 / 127}
 _SHIFTED = 2**-22
 _WINDOWED = ("gemma2", "gemma3_text", "phi3")  # types of models whose window a file states
 _WITHOUT_HEAD = ("gemma2",)  # architectures that llama.cpp gives no head beside the table
@@ -257,20 +257,28 @@ class GgufExporter(Merged):
             a, b = source.stored(name), self.base.stored(name)
             if a.type == b.type and _same_bytes(a, b):
                 return
-        kind = source.stored(name).type.name
-        whole = None if source.by_rows(name) else source.read(name, torch.float32)
+        kind = source.stored(name).type
+        # Numbers that a plain type rounds, and nothing else does, are compared as they are stored.
+        plain = None if self.named[1].shifts(name) else PLAIN_DTYPES.get(kind)
+        dtype = plain or torch.float32
+        whole = None if source.by_rows(name) else source.read(name, dtype)
         if whole is not None and self.is_turned(name):
             whole = whole.T
         at = 0
         for piece in self.rows(name):
             part = slice(at, at + len(piece))
             at = part.stop
-            read = source.read(name, torch.float32, part) if whole is None else whole[part]
-            # A norm that is stored as w + 1 has lost the last digits of w.
-            share = _SHIFTED if self.named[1].shifts(name) else _ROUNDING.get(kind, _COARSE)
-            if not _within(read, piece, share):
+            read = source.read(name, dtype, part) if whole is None else whole[part]
+            if plain is not None:
+                alike = torch.equal(read, piece.to(plain))
+            else:  # a norm that is stored as w + 1 has lost the last digits of w
+                share = (
+                    _SHIFTED if self.named[1].shifts(name) else _ROUNDING.get(kind.name, _COARSE)
+                )
+                alike = _within(read, piece, share)
+            if not alike:
                 raise EdgezoError(
-                    f"{name} reads back from the GGUF file ({kind}) as other numbers than the run has. "
+                    f"{name} reads back from the GGUF file ({kind.name}) as other numbers than the run has. "
                     "Nothing is kept. Check the disk, or use --format hf."
                 )
 
@@ -377,8 +385,6 @@ def _same_bytes(a: GgufTensor, b: GgufTensor) -> bool:
 
 def _within(read: Tensor, wanted: Tensor, share: float) -> bool:
     """Whether numbers are those that were to be stored, to ``share`` of the largest in each block."""
-    if share == 0.0:
-        return torch.equal(read, wanted)
     cols = wanted.shape[-1]
     width = _BLOCK if cols % _BLOCK == 0 else 1
     far = (read - wanted).abs().reshape(-1, width).amax(-1)

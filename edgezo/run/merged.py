@@ -17,7 +17,6 @@ from edgezo.network.first_order import ALPHA
 from edgezo.network.loader import ModelFiles, source_names
 from edgezo.plan.fields import QUANTIZED
 from edgezo.run.evaluate import Rebuilt
-from edgezo.weights.gguf_file import GgufSource
 from edgezo.weights.layouts import DENSE_DTYPES
 from edgezo.weights.saved import Saved
 
@@ -37,7 +36,8 @@ class Product(NamedTuple):
 def rounded_to(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """``values`` in ``dtype``. Raises EdgezoError for a number that it cannot hold."""
     rounded = values.to(dtype)
-    if rounded.numel() and not torch.isfinite(rounded).all():
+    # One pass without temporaries: aminmax gives NaN and Inf where there is one.
+    if rounded.numel() and not all(torch.isfinite(end) for end in torch.aminmax(rounded)):
         most = values.float().abs().max().item()
         raise EdgezoError(
             f"{name} holds {most:g}, and {str(dtype).removeprefix('torch.')} holds numbers up to "
@@ -110,8 +110,7 @@ class Merged:
             self.sources.get(name) or self.sources[self.places[name]],
         )
         shape = source.shape(origin)
-        in_rows = not isinstance(source, GgufSource) or source.by_rows(origin)
-        if len(shape) == 2 and in_rows and not self.is_turned(name):
+        if len(shape) == 2 and source.by_rows(origin) and not self.is_turned(name):
             for part in tiles(*shape):
                 yield source.read(origin, torch.float32, part)
             return

@@ -49,7 +49,7 @@ from edgezo.run.finetuner import Finetuner
 from edgezo.run.objective import Judge
 from edgezo.run.read_rows import ReadingModel, for_kind, read_rows
 from edgezo.run.run_parts import PlannedRun
-from edgezo.run.snapshots import Overlay
+from edgezo.run.snapshots import Elsewhere
 from edgezo.run.states_cache import states_room_bytes
 from edgezo.weights.home import Medium
 from edgezo.weights.layouts import DENSE_DTYPES
@@ -260,7 +260,7 @@ def settle_again(opened: Opened, machine: Machine, base_bytes: int) -> Planned:
 
 @phase("load")
 def load_model(
-    planned: Planned, machine: Machine, overlay: Overlay | None = None, half: Half = "whole"
+    planned: Planned, machine: Machine, overlay: Elsewhere | None = None, half: Half = "whole"
 ) -> Loaded:
     """Read the weights into memory one tensor at a time; blocks that the plan has no room for go to ``overlay``.
 
@@ -297,7 +297,7 @@ def load_model(
 
 
 def _medium_of(
-    planned: Planned, device: torch.device, overlay: Overlay | None, half: Half
+    planned: Planned, device: torch.device, overlay: Elsewhere | None, half: Half
 ) -> Medium | None:
     """Where blocks lie that do not stay in the memory with the cap; None where all of them stay."""
     plan, layers = planned.plan, planned.opened.files.shape.layers

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edgezo.errors import DoesNotFit
 from edgezo.machine.downloads import cache_dir
@@ -20,12 +20,15 @@ from edgezo.network.model import Model
 from edgezo.plan.fields import FREE_ON_RESUME
 from edgezo.run.directory import RunFiles, run_id
 from edgezo.weights.disk import DiskMedium
+from edgezo.weights.from_base import BaseMedium
 from edgezo.weights.overlay_names import OVERLAY_NAMES
 from edgezo.weights.saved import Saved, snapshot_tensors, write_saved
 from edgezo.weights.verified import open_saved
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from edgezo.weights.home import Medium
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,26 @@ class Overlay:
     def remove(self) -> None:
         """Delete it: base and journal are enough to make it again."""
         remove_files(self.directory, OVERLAY_NAMES)
+
+
+class Elsewhere(Protocol):
+    """Where blocks are for which a plan has no room."""
+
+    def medium(self, resident_blocks: int) -> Medium: ...
+
+    def check_room(self, needed_bytes: int) -> None:
+        """Raise DoesNotFit unless there is room for so many bytes."""
+        ...
+
+
+class InBase:
+    """Frozen blocks that are read from the base's own files, and take no room."""
+
+    def medium(self, resident_blocks: int) -> BaseMedium:
+        return BaseMedium(resident_blocks)
+
+    def check_room(self, needed_bytes: int) -> None:
+        """Nothing is written."""
 
 
 @contextlib.contextmanager

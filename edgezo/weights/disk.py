@@ -52,7 +52,7 @@ from edgezo.weights.overlay_names import OVERLAY_MAGIC, OVERLAY_NAMES
 from edgezo.zo.noise import Key
 
 if TYPE_CHECKING:
-    from edgezo.weights.home import Home
+    from edgezo.weights.home import Home, Make
 
 OVERLAY_VERSION = 2
 _HEAD_FIELDS = struct.Struct("<8sIIII32s")
@@ -222,13 +222,18 @@ class DiskMedium:
             raise write_error(self.directory, "the overlay", problem) from problem
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="overlay")
 
-    def home(self, name: str, layouts: Mapping[str, Layout]) -> OverlayFile:
+    def home(
+        self, name: str, layouts: Mapping[str, Layout], make: Mapping[str, Make]
+    ) -> OverlayFile:
+        return self._file(name, layouts)
+
+    def _file(self, name: str, layouts: Mapping[str, Layout]) -> OverlayFile:
         file = OverlayFile(self.directory / f"{name}.overlay", self.identity, layouts, self.traffic)
         self._files.append(file)
         return file
 
     def table(self, vacant: Layout, make: Callable[[slice], Layout]) -> DiskTable:
-        file = self.home(f"table-{self._tables}", {"table": vacant})
+        file = self._file(f"table-{self._tables}", {"table": vacant})
         self._tables += 1
         file.open()
         on_disk = DiskTable(file, vacant)

@@ -20,7 +20,8 @@ from gguf.quants import quantize
 from torch import Tensor
 
 from edgezo.weights.gguf_config import Architecture, architectures
-from edgezo.weights.gguf_header import GgufArray, GgufHeader
+from edgezo.weights.gguf_header import PLAIN_DTYPES, GgufArray, GgufHeader
+from edgezo.weights.safetensors_file import as_bytes
 
 # Types that the package encodes rows in, by the names of --dtype.
 ENCODED = {
@@ -185,16 +186,18 @@ def write_gguf(
         writer.close()
 
 
-def _parts(rows: Tensor, kind: GGMLQuantizationType) -> Iterator[bytes]:
-    """``encoded``, a few rows at a time: the package makes several copies of what it encodes."""
+def _parts(rows: Tensor, kind: GGMLQuantizationType) -> Iterator[bytes | memoryview]:
+    """``encoded``, a few rows at a time where the package encodes them: it makes several copies."""
+    if kind in PLAIN_DTYPES:
+        yield encoded(rows, kind)
+        return
     cols = rows.shape[-1] if rows.dim() > 1 else 1
     for part in rows.split(max(1, _ENCODED_ELEMENTS // cols)):
         yield encoded(part, kind)
 
 
-def encoded(rows: Tensor, kind: GGMLQuantizationType) -> bytes:
+def encoded(rows: Tensor, kind: GGMLQuantizationType) -> bytes | memoryview:
     """Rows (n, cols) or values (n,) as they are stored in ``kind``."""
-    values = rows.float().contiguous().numpy()
-    if kind is GGMLQuantizationType.F32:
-        return values.tobytes()
-    return bytes(quantize(values, kind).tobytes())
+    if kind in PLAIN_DTYPES:
+        return as_bytes(rows.to(PLAIN_DTYPES[kind]).contiguous())
+    return bytes(quantize(rows.float().contiguous().numpy(), kind).tobytes())

@@ -1,12 +1,13 @@
 """Where the bytes of a decoder block lie while it is not in memory, and how they are laid out there.
 
-A *home* is a file on disk (disk.py) or a buffer in RAM beside a GPU (ram.py). A *slot* is the memory that blocks visit
-one after the other (residency.py). A *medium* has the homes and moves bytes between homes and slots.
+A *home* is a file on disk (disk.py), a buffer in RAM beside a GPU (ram.py), or the base itself (from_base.py). A *slot*
+is the memory that blocks visit one after the other (residency.py). A *medium* has the homes and moves bytes between
+homes and slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from edgezo.machine.limits import PAGE_BYTES
-from edgezo.weights.layouts import Layout, TrainedLayout
+from edgezo.weights.layouts import Layout
 
 
 class Damaged(Exception):
@@ -57,6 +58,25 @@ def parts_of(layouts: Mapping[str, Layout]) -> tuple[list[StoredTensor], int]:
     return parts, offset
 
 
+# Makes a matrix from the base, some of its rows at a time.
+Make = Callable[[], Iterator[tuple[slice, Layout]]]
+
+
+def make_block(parts: list[StoredTensor], make: Mapping[str, Make], slot: Tensor) -> None:
+    """Write the bytes of a block, as they are without an update, into ``slot``."""
+    for owner, pieces in make.items():
+        own = [part for part in parts if part.owner == owner]
+        for rows, made in pieces():
+            raw = made.tensors()
+            for part in own:
+                # Two rows of int4 codes share their bytes: such a matrix is made at once.
+                place = part.view(slot)
+                (place if len(raw[part.suffix]) == len(place) else place[rows]).copy_(
+                    raw[part.suffix]
+                )
+            del made, raw  # before the next rows are read
+
+
 class Home(Protocol):
     """Where the bytes of one block lie while it is not in a slot."""
 
@@ -96,15 +116,15 @@ class Pending(Protocol):
 class Medium(Protocol):
     """Where blocks have their homes. Copies between homes and slots run beside the computation."""
 
-    kind: str  # "disk" or "host"
+    kind: str  # "disk", "host" or "base"
     resident_blocks: int  # so many decoder layers, the first ones, always stay in memory
     traffic: Traffic
 
-    def home(self, name: str, layouts: Mapping[str, Layout]) -> Home:
-        """The home of a block with these (vacant) layouts."""
+    def home(self, name: str, layouts: Mapping[str, Layout], make: Mapping[str, Make]) -> Home:
+        """The home of a block with these (vacant) layouts, which ``make`` makes from the base."""
         ...
 
-    def table(self, vacant: Layout, make: Callable[[slice], Layout]) -> TrainedLayout | None:
+    def table(self, vacant: Layout, make: Callable[[slice], Layout]) -> Layout | None:
         """An embedding table in a home, made some rows at a time; None where tables stay in memory."""
         ...
 

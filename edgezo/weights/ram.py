@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from edgezo.weights.home import Home, Pending, Traffic, parts_of
+from edgezo.weights.home import Home, Make, Pending, Traffic, parts_of
 from edgezo.weights.layouts import Layout
 
 
@@ -68,7 +68,9 @@ class HostMedium:
     def __post_init__(self) -> None:
         self._copies: Copies = _Streams() if self.device.type == "cuda" else _Thread()
 
-    def home(self, name: str, layouts: Mapping[str, Layout]) -> HostBuffer:
+    def home(
+        self, name: str, layouts: Mapping[str, Layout], make: Mapping[str, Make]
+    ) -> HostBuffer:
         return HostBuffer(name, layouts, self.device.type == "cuda")
 
     def table(self, vacant: Layout, make: Callable[[slice], Layout]) -> None:

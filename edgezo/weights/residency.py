@@ -1,6 +1,7 @@
 """Decoder blocks that do not stay in memory but visit it one after the other.
 
-The matrices of such a block have a home: a file on disk (disk.py), or host RAM beside a GPU (ram.py). An accelerate
+The matrices of such a block have a home: a file on disk (disk.py), host RAM beside a GPU (ram.py), or the base's own
+files, where nothing changes them (from_base.py). An accelerate
 ``ModelHook`` binds them to a slot before the layer's forward and releases them after it, while the next block is read
 into the other slot. The update of step t is applied to a block when it is bound at step t + 1, and the slot is written
 back while the layer computes: one read and one write of each block a step. Frozen blocks are never written.
@@ -24,7 +25,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 
 from edgezo.machine.limits import SLOTS
-from edgezo.weights.home import Damaged, Home, Medium, Pending
+from edgezo.weights.home import Damaged, Home, Make, Medium, Pending, make_block
 from edgezo.weights.layouts import Layout
 
 
@@ -35,7 +36,7 @@ class Block:
     index: int
     home: Home
     layouts: dict[str, Layout]  # by matrix; without bytes unless the block is bound
-    make: dict[str, Callable[[], Layout]]  # makes each matrix from the base
+    make: dict[str, Make]
     vacant: dict[
         str, dict[str, Tensor]
     ]  # the raw tensors of a block that is not bound, on ``meta``
@@ -77,13 +78,14 @@ class Residency:
     def block(
         self,
         layouts: dict[str, Layout],
-        make: dict[str, Callable[[], Layout]],
+        make: dict[str, Make],
         *,
         trained: bool,
     ) -> Block:
         """Give the next decoder layer its home. Bytes of an earlier process of this run are used as they are."""
         index = len(self.blocks)
-        home = self.medium.home(f"block-{index + self.medium.resident_blocks:04}", layouts)
+        name = f"block-{index + self.medium.resident_blocks:04}"
+        home = self.medium.home(name, layouts, make)
         vacant = {owner: layout.tensors() for owner, layout in layouts.items()}
         block = Block(index, home, layouts, make, vacant, trained)
         self.blocks.append(block)
@@ -220,12 +222,7 @@ class Residency:
     def _make_again(self, block: Block, slot: Tensor) -> None:
         """Make the block from the base, with no update, in ``slot``."""
         slot.zero_()
-        for owner, make in block.make.items():
-            made = make().tensors()
-            for part in block.home.parts:
-                if part.owner == owner:
-                    part.view(slot).copy_(made[part.suffix])
-            del made  # before the next matrix is read
+        make_block(block.home.parts, block.make, slot)
         block.applied = 0
 
     def _write(self, block: Block, slot: Tensor) -> None:

@@ -111,6 +111,9 @@ class SafetensorsSource:
     def stored_type(self, name: str) -> str:
         return SAFETENSORS_NAMES[self._entries[name].dtype]
 
+    def by_rows(self, name: str) -> bool:
+        return True
+
     def nbytes(self, name: str) -> int:
         return self._entries[name].size_bytes
 

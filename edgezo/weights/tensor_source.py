@@ -45,6 +45,10 @@ class TensorSource(Protocol):
         """Bytes of the tensor that ``read`` gives."""
         ...
 
+    def by_rows(self, name: str) -> bool:
+        """Whether some rows of a tensor can be read without the others."""
+        ...
+
     def read(
         self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
     ) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -253,6 +254,18 @@ def test_a_file_runs_without_torch(families: Any, onnxruntime: Any, tmp_path: Pa
     assert json.loads(done.stdout) == pytest.approx(
         [*prediction["probabilities"].values()], abs=1e-4
     )
+
+
+def test_two_processes_write_the_same_bytes(bench: Bench, tmp_path: Path) -> None:
+    run_of(bench, tmp_path / "run", train="lowrank", **LARGE)
+    made = []
+    for seed in ("1", "2"):  # of the hash of strings and bytes, which Python draws for each process
+        out = tmp_path / seed
+        command = [sys.executable, "-m", "edgezo", "export", tmp_path / "run", "--format", "onnx"]
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([*command, "--out", out], check=True, env=environment)
+        made.append([(out / name).read_bytes() for name in ("model.onnx", "model.onnx.data")])
+    assert made[0] == made[1]
 
 
 def test_weights_on_disk_are_exported(bench: Bench, onnxruntime: Any, tmp_path: Path) -> None:
