@@ -51,6 +51,7 @@ class Key(NamedTuple):
     step: int  # 0, 1, ...
 
 
+@functools.lru_cache(maxsize=4096)  # a replay asks for the same names at each step
 def tensor_id(name: str) -> int:
     """The 64-bit number of a tensor's name: a hash that stays the same."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")

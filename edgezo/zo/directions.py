@@ -358,6 +358,8 @@ def _of_slots(
     device: torch.device = CPU,
 ) -> Tensor:
     """(len(slots), width) int8: the signs of these slots."""
+    if isinstance(slots, range) and slots.step == 1:
+        return noise.signs(key, tensor, stream, slice(slots.start, slots.stop), width, device)
     first, last = min(slots), max(slots) + 1
     table = noise.signs(key, tensor, stream, slice(first, last), width, device)
     if list(slots) == list(range(first, last)):
