@@ -33,6 +33,7 @@ import slow_link
 from kills import CONTEXT, command_line, make_inputs
 
 from edgezo.errors import EdgezoError
+from edgezo.network.cards import resolve
 from edgezo.run.journal import open_journal
 
 CARD = "finetune --model smollm2-135m-instruct --task example --train lowrank --max-mem 900MB --threads 1"
@@ -86,14 +87,16 @@ def step_s(run: Path) -> float:
     return statistics.median([line["step_s"] for line in lines if "step_s" in line][2:])
 
 
-def speed(folder: Path, rounds: int, steps: int) -> None:
-    """Examples a second of one and of two processes, by turns."""
+def speed(folder: Path, rounds: int, steps: int, micro_batch: int) -> None:
+    """Examples a second of one and of two processes with the same micro-batches, by turns."""
     ratios = []
     for number in range(rounds):
         took = []
         for size in (1, 2):
             run = folder / f"round{number}-{size}"
-            options = f"{CARD} --steps {steps} --micro-batch 8 --eval-limit 16 --out {run}"
+            options = (
+                f"{CARD} --steps {steps} --micro-batch {micro_batch} --eval-limit 16 --out {run}"
+            )
             finished(started(options.split(), size, folder), folder)
             took.append(step_s(run))
         ratios.append(took[0] / took[1])
@@ -115,6 +118,7 @@ def wire(folder: Path, steps: int) -> None:
         return sum(map(int, subprocess.run(inside, capture_output=True, check=True).stdout.split()))
 
     try:
+        resolve("smollm2-135m-instruct")  # from the namespaces nothing can be fetched
         for name in ADDRESSES:
             ip(f"netns add {name}")
         ip(f"link add ez1 netns {ONE} type veth peer name ez2 netns {TWO}")
@@ -291,13 +295,13 @@ def restarts(folder: Path, number: int, seed: int, steps: int) -> None:
 
     def begun(run: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, *torchrun.split(), *request, "--out", str(run)]
-        with (folder / "printed").open("wb") as printed:
+        with run.with_suffix(".printed").open("wb") as printed:
             return subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
 
     whole = folder / "whole"
     begun_s = time.monotonic()
     if begun(whole).wait():
-        sys.exit((folder / "printed").read_text()[-900:])
+        sys.exit(whole.with_suffix(".printed").read_text()[-900:])
     whole_s = time.monotonic() - begun_s
     expected, delivered, same_ones = trial.ends(whole, 2), 0, 0
     for at in range(number):
@@ -346,6 +350,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="8 of speed and wire, else 24")
+    parser.add_argument("--micro-batch", type=int, default=4, help="of speed, of 16 examples")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument(
         "--rate", type=float, default=0.0, help="bits a second of each process; 0: loopback"
@@ -359,7 +364,7 @@ def main() -> None:
     os.environ["EDGEZO_CACHE"] = os.environ.get("EDGEZO_CACHE", "") or str(args.out / "cache")
     many = args.steps or 24
     if args.what == "speed":
-        speed(args.out, args.rounds, args.steps or 8)
+        speed(args.out, args.rounds, args.steps or 8, args.micro_batch)
     elif args.what == "wire":
         wire(args.out, args.steps or 8)
     elif args.what == "equal":

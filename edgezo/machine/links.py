@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,9 +22,11 @@ from edgezo.errors import EdgezoError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed import Store
 
 LOST_S = 900.0  # a process that nothing is heard of for so long is given up
 LONGEST_BYTES = 1 << 30  # of one message
+MEET_S = 0.02  # between two looks for the others, at the start
 _LENGTH = struct.Struct("<Q")
 _HERE = ("localhost", "127.0.0.1", "::1")
 
@@ -192,6 +195,44 @@ class Links:
             ) from problem
 
 
+def name_together(store: Store, rank: int, size: int) -> str:
+    """A name for these processes together, which none had before. Raises TimeoutError after ``LOST_S``.
+
+    torchrun keeps its store when it starts processes again, and there gloo would find the addresses of those that are
+    gone. So each process draws a token, and rank 0 repeats its own to each of the others beside the one that it finds
+    there, until all have said that they have it. What earlier processes left has other tokens.
+    """
+    token, until_s = os.urandom(8).hex(), time.monotonic() + LOST_S
+    if rank:
+        store.set(f"edgezo/hello{rank}", token)
+    waiting = set(range(1, size)) if rank == 0 else {rank}
+    while True:
+        if rank == 0:
+            waiting = {peer for peer in waiting if not _has_heard(store, peer, token)}
+        elif _read(store, f"edgezo/welcome{rank}").startswith(token):
+            token = _read(store, f"edgezo/welcome{rank}").removeprefix(token)
+            store.set(f"edgezo/heard{rank}", token)
+            return token
+        if not waiting:
+            return token
+        if time.monotonic() > until_s:
+            raise TimeoutError(f"nothing is heard of {sorted(waiting) if rank == 0 else 'rank 0'}")
+        time.sleep(MEET_S)
+
+
+def _has_heard(store: Store, peer: int, token: str) -> bool:
+    """Whether a process has rank 0's token; if not, it is told once more."""
+    if _read(store, f"edgezo/heard{peer}") == token:
+        return True
+    if hello := _read(store, f"edgezo/hello{peer}"):
+        store.set(f"edgezo/welcome{peer}", hello + token)
+    return False
+
+
+def _read(store: Store, key: str) -> str:
+    return store.get(key).decode() if store.check([key]) else ""
+
+
 @contextmanager
 def linked(rank: int, size: int) -> Iterator[Links]:
     """Links to the other processes, which a launcher has started, for the length of a block. Raises EdgezoError."""
@@ -200,13 +241,17 @@ def linked(rank: int, size: int) -> Iterator[Links]:
     if os.environ.get("MASTER_ADDR", "") in _HERE:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's name may lead nowhere
     worker, timeout = Worker(), timedelta(seconds=LOST_S)
-    try:
-        worker.do(
-            lambda: distributed.init_process_group(
-                "gloo", rank=rank, world_size=size, timeout=timeout
-            )
+
+    def meet() -> None:
+        store, _, _ = next(distributed.rendezvous("env://", rank, size, timeout=timeout))
+        own = distributed.PrefixStore(name_together(store, rank, size), store)
+        distributed.init_process_group(
+            "gloo", store=own, rank=rank, world_size=size, timeout=timeout
         )
-    except (RuntimeError, ValueError) as problem:
+
+    try:
+        worker.do(meet)
+    except (RuntimeError, ValueError, TimeoutError) as problem:
         reason = str(problem).strip().splitlines()[0][:200]
         raise EdgezoError(
             f"the {size} processes of this run do not find one another ({reason}).\n"
