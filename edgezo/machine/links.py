@@ -244,9 +244,9 @@ def linked(rank: int, size: int) -> Iterator[Links]:
 
     def meet() -> None:
         store, _, _ = next(distributed.rendezvous("env://", rank, size, timeout=timeout))
-        own = distributed.PrefixStore(name_together(store, rank, size), store)
+        apart = distributed.PrefixStore(name_together(store, rank, size), store)
         distributed.init_process_group(
-            "gloo", store=own, rank=rank, world_size=size, timeout=timeout
+            "gloo", store=apart, rank=rank, world_size=size, timeout=timeout
         )
 
     try:

@@ -420,7 +420,8 @@ class Footprint(StoredFootprint):
         copies = ROUNDED_UPDATE_TILES if rounds else UPDATE_TILES
         if rounds and precision == "int8":
             copies = CODES_UPDATE_TILES
-        copies += RULES[self.cfg.rule].remade + (self.cfg.weight_decay_to == "base")
+        cfg = self.cfg
+        copies += RULES[cfg.rule].remade + MASKS[cfg.mask].tiles + (cfg.weight_decay_to == "base")
         return copies * min(TILE_BYTES, self._largest_trained())
 
     def _holes(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:

@@ -65,10 +65,10 @@ Make = Callable[[], Iterator[tuple[slice, Layout]]]
 def make_block(parts: list[StoredTensor], make: Mapping[str, Make], slot: Tensor) -> None:
     """Write the bytes of a block, as they are without an update, into ``slot``."""
     for owner, pieces in make.items():
-        own = [part for part in parts if part.owner == owner]
+        of_owner = [part for part in parts if part.owner == owner]
         for rows, made in pieces():
             raw = made.tensors()
-            for part in own:
+            for part in of_owner:
                 # Two rows of int4 codes share their bytes: such a matrix is made at once.
                 place = part.view(slot)
                 (place if len(raw[part.suffix]) == len(place) else place[rows]).copy_(

@@ -37,6 +37,7 @@ class MaskEntry(NamedTuple):
     forwards: int = 0  # beside those of the credit
     by_row: bool = False  # the state has a value for each row of a matrix, not for each weight
     dense: bool = False
+    tiles: int = 0  # fp32 tiles beside those of an update
 
 
 class CreditEntry(NamedTuple):
@@ -147,7 +148,9 @@ MASKS = {
         dense=True,
     ),
     "quantized": MaskEntry(
-        "rounded to 8 bits, once for the perturbation and again for the update", dense=True
+        "rounded to 8 bits, once for the perturbation and again for the update",
+        dense=True,
+        tiles=2,  # the rounded values, and what they are compared with
     ),
     "block": MaskEntry("times s_b of each tensor from --finetuner, sum_b d_b s_b^2 = sum_b d_b"),
 }
