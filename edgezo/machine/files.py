@@ -156,15 +156,21 @@ def _os_error(error: BaseException) -> OSError | None:
     return OSError(int(match[1]), os.strerror(int(match[1]))) if match else None
 
 
+def is_full(error: OSError) -> bool:
+    """Whether a write failed for want of room: on the disk, in the quota or in the file."""
+    return error.errno in _FULL
+
+
 def write_error(path: Path, what: str, error: OSError) -> EdgezoError:
     """The error for a failed write of ``what``: why, the free space if the disk is full, and what to do next."""
-    if error.errno not in _FULL:
+    if not is_full(error):
         return EdgezoError(
             f"{path}: {what} could not be written ({error.strerror or error}). Check that the "
             "directory exists and is writable, or choose another --out."
         )
     try:
-        free = f"{shutil.disk_usage(path.parent).free:,} bytes are free"
+        there = next(folder for folder in path.parents if folder.exists())
+        free = f"{shutil.disk_usage(there).free:,} bytes are free"
     except OSError:
         free = "free space unknown"
     return EdgezoError(

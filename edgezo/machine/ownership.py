@@ -13,7 +13,14 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from edgezo.errors import EdgezoError, UsageError
-from edgezo.machine.files import atomic_write, remove_abandoned, remove_leftovers, to_json
+from edgezo.machine.files import (
+    atomic_write,
+    is_full,
+    remove_abandoned,
+    remove_leftovers,
+    to_json,
+    write_error,
+)
 from edgezo.machine.foreign import FAULTS
 from edgezo.machine.open_files import open_to_read
 
@@ -133,6 +140,8 @@ def check_new_file(file: Path) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
+        if is_full(problem):
+            raise write_error(file.parent, "the directory", problem) from problem
         raise EdgezoError(
             f"{file} cannot be made: its directory is not there and cannot be made ({problem.strerror}). "
             "Give another name."
@@ -175,6 +184,8 @@ def _make(folder: Path, made: Path) -> None:
     try:
         made.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
+        if is_full(problem):
+            raise write_error(folder, "the directory", problem) from problem
         raise EdgezoError(
             f"the directory {folder} cannot be made ({problem.strerror}). Give another --out."
         ) from problem

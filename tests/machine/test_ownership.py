@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -76,6 +77,19 @@ def test_a_new_place_is_absent_or_empty(tmp_path):
             check_new(taken)
         with pytest.raises(UsageError, match="exists already"):
             check_new_file(taken)
+
+
+@pytest.mark.parametrize("place", ["deep/in/out", "deep/in/file.csv"])
+def test_a_disk_without_room_for_a_directory_is_named_with_what_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def refused(folder: Path, **more: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    check = check_new_file if place.endswith("csv") else check_new
+    with pytest.raises(EdgezoError, match=r"[0-9,]+ bytes are free\)\. Nothing half-written"):
+        check(tmp_path / place)
 
 
 def test_files_links_and_places_without_permission_are_refused(tmp_path):
