@@ -77,9 +77,8 @@ class Graph:
     def const(self, value: Any, dtype: Any = np.int64) -> str:
         """The name of a small constant."""
         array = np.asarray(value, dtype=dtype)
-        digest = hashlib.sha256(array.tobytes()).hexdigest()[
-            :12
-        ]  # a name is the same in every process
+        # The hash of Python differs from process to process, and so would the file.
+        digest = hashlib.sha256(array.tobytes()).hexdigest()[:12]
         name = f"c_{array.dtype}_{array.shape}_{digest}"
         if name not in self.constants:
             self.constants[name] = numpy_helper.from_array(array, name)

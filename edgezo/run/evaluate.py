@@ -190,7 +190,7 @@ def restore(
         )
     if run.trained.exists():
         steps = _load_trained(run, model, of_run)
-        if model.store.residency is None:
+        if not _trains_elsewhere(model):
             return steps
         stop = steps
     elif model.needs_snapshots:
@@ -242,12 +242,17 @@ def _check_task(header: dict[str, Any], cfg: RunConfig, dataset: Dataset) -> Non
     )
 
 
+def _trains_elsewhere(model: Model) -> bool:
+    """Whether blocks that are not in memory have changed: the journal has what they became."""
+    return any(trainable.away for trainable in model.store.trainables.values())
+
+
 def _load_trained(run: RunFiles, model: Model, of_run: str) -> int:
     """Read what replay wrote; returns the steps. With blocks elsewhere only the head: the journal has the rest."""
     way_out = "Run edgezo replay again from the original run."
     with open_saved(run.trained, {"steps"}, of_run, way_out) as file:
         steps = int(file.metadata["steps"])
-        into = trained_tensors(model.store) if model.store.residency is None else {}
+        into = {} if _trains_elsewhere(model) else trained_tensors(model.store)
         for part in model.learned.values():
             into |= part.trained()
         file.read(into)

@@ -69,11 +69,10 @@ def make_block(parts: list[StoredTensor], make: Mapping[str, Make], slot: Tensor
         for rows, made in pieces():
             raw = made.tensors()
             for part in of_owner:
-                # Two rows of int4 codes share their bytes: such a matrix is made at once.
                 place = part.view(slot)
-                (place if len(raw[part.suffix]) == len(place) else place[rows]).copy_(
-                    raw[part.suffix]
-                )
+                if len(raw[part.suffix]) < len(place):  # of int4 codes two rows share their bytes
+                    place = place[rows]
+                place.copy_(raw[part.suffix])
             del made, raw  # before the next rows are read
 
 

@@ -163,6 +163,17 @@ def test_weights_on_disk_are_exported_and_so_is_what_replay_made(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_what_replay_made_of_a_run_that_no_seed_gives_again_is_exported(
+    bench: Bench, tmp_path: Path
+) -> None:
+    run_of(bench, tmp_path / "run", train="lowrank", directions="activation", **LARGE)
+    replay(tmp_path / "run", tmp_path / "copy")
+    for name in ("run", "copy"):
+        export(tmp_path / name, "hf", tmp_path / f"{name}-hf")
+    files = [tmp_path / f"{name}-hf" / "model.safetensors" for name in ("run", "copy")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_an_export_can_be_evaluated(bench: Bench, edgezo_json: Any, tmp_path: Path) -> None:
     summary = run_of(bench, tmp_path / "run", train="lowrank", **LARGE)
     export(tmp_path / "run", "hf", tmp_path / "hf")
