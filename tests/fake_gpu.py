@@ -88,7 +88,11 @@ class _Functions(TorchFunctionMode):
                 return FakeGpu.current.wrap(func(*here, **more))
         if func is Tensor.pin_memory:
             return args[0]
-        if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[0], There):
+        if (
+            func in (Tensor.__getitem__, Tensor.__setitem__)
+            and isinstance(args[0], There)
+            and not torch.is_grad_enabled()
+        ):
             return FakeGpu.current.index(func, *args)
         # Which GPU "cuda" is, PyTorch would ask of a library that is not there.
         args, kwargs = mapped(torch.device, _numbered, (args, kwargs))

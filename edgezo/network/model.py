@@ -247,7 +247,7 @@ class Model:
     def states_at_cut(self, batch: Batch) -> Tensor:
         """What the frozen blocks put out for a batch: (N, hidden) in the compute dtype, once and not for each side."""
         if self.kept_states is not None:
-            return self.kept_states(batch).to(self.context.device)
+            return uploaded(self.kept_states(batch), self.context.device)
         assert self.cut is not None
         self.heap.expect(len(batch.ids))
         for taps in self._taps():

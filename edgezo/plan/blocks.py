@@ -48,7 +48,6 @@ def decide(
     shape: ModelShape,
     cfg: Batched,
     tokens: TokenStats,
-    device: str,
     room_bytes: int | None,
     number: Number,
 ) -> Blocks:
@@ -63,7 +62,7 @@ def decide(
         made_known = (Decision("blocks", "all", why),) if cfg.blocks == "auto" else ()
         return Blocks(Batched.of(cfg, blocks="all", states=None, state_rows=None), made_known, 0)
     made = [Decision("blocks", blocks, why)]
-    obstacle = _obstacle(cfg, tokens, device)
+    obstacle = _obstacle(cfg, tokens)
     if obstacle and cfg.states not in (None, "none"):
         raise UsageError(f"--states {cfg.states}: {obstacle}. Give --states none.")
     states, reason = cfg.states or "bf16", "as given" if cfg.states else "half of what fp32 takes"
@@ -80,7 +79,7 @@ def decide(
     return Blocks(Batched.of(settled, states=states, state_rows=rows), tuple(made), first)
 
 
-def numbers(shape: ModelShape, cfg: Batched, tokens: TokenStats, device: str) -> list[Number]:
+def numbers(shape: ModelShape, cfg: Batched, tokens: TokenStats) -> list[Number]:
     """How many blocks the request may train, the most wanted first: several for --blocks auto, else one.
 
     Raises UsageError for more blocks than there are.
@@ -94,7 +93,7 @@ def numbers(shape: ModelShape, cfg: Batched, tokens: TokenStats, device: str) ->
         return [Number(cfg.blocks, f"as given: the last of {layers}, the others are frozen")]
     if cfg.blocks == "all":
         return [Number("all", "as given")]
-    obstacle = _obstacle(cfg, tokens, device)
+    obstacle = _obstacle(cfg, tokens)
     if obstacle:
         return [Number("all", f"auto: {obstacle}")]
     reads = cfg.parts.readout and tokens.classes > 0
@@ -128,7 +127,7 @@ def _price(trained: float, cfg: Batched, tokens: TokenStats) -> str:
     return f"; {seen / passing:.1f} epochs in about {of_all:.0%} of the time that all blocks take, the pass included"
 
 
-def _obstacle(cfg: Batched, tokens: TokenStats, device: str) -> str:
+def _obstacle(cfg: Batched, tokens: TokenStats) -> str:
     """Why states cannot be kept, or ''."""
     if tokens.written:
         return "answers are written, and each new token passes every block"
@@ -136,8 +135,6 @@ def _obstacle(cfg: Batched, tokens: TokenStats, device: str) -> str:
         return "label words of several tokens are scored in a tree behind each prompt"
     if cfg.objective != LOSS and tokens.kind not in ("label", "choice"):
         return "the score of a text that is written needs every block"
-    if device != "cpu":
-        return "states are kept for the CPU only"
     return ""
 
 

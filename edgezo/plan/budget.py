@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 def choose_device(cfg: RunConfig, machine: Machine) -> tuple[str, str]:
     """(cpu or cuda, reason). Raises UsageError where a GPU is asked for and there is none."""
     gpu = machine.gpu
-    if cfg.backward:
-        return "cpu", f"--estimator {cfg.estimator} has a backward pass, which runs on the CPU only"
     if cfg.device == "cpu" or cfg.residency == "disk":
         return "cpu", "as given" if cfg.device == "cpu" else "weights on disk are for the CPU"
     if gpu is not None:

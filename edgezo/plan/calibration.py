@@ -33,30 +33,32 @@ RESERVE = "reserve"
 # The process
 
 # Python, PyTorch, transformers and a tokenizer, imported and idle (calibrated).
-BASE_BYTES = 395 * MB
+BASE_BYTES = 405 * MB
 # What each word of a vocabulary above BASE_VOCAB adds to that (calibrated).
 TOKENIZER_BYTES_PER_WORD = 500
 BASE_VOCAB = 50_000
 # Freed blocks below the mmap threshold stay in the heap (calibrated).
-SLACK_BYTES = 4 * MB
+SLACK_BYTES = 2 * MB
 # The model's modules and what loading touches, and quanto where it quantises. They come after the base process has been
 # measured (calibrated).
-LIBRARY_BYTES = 7 * MB
+LIBRARY_BYTES = 3 * MB
 QUANTO_BYTES = 5 * MB
-# Code and buffers of the libraries that the first computation touches (calibrated).
-FIRST_STEP_BYTES = 11 * MB
-# More of it where products are computed in bf16, beside the kernels, which are counted one by one (calibrated).
-BF16_STEP_BYTES = 4 * MB
+# What the first step touches of the libraries beyond what machine/first_use.py does before the process is measured:
+# with products in bf16, and in fp32 (calibrated).
+FIRST_STEP_BYTES = {"bf16": 4 * MB, "fp32": 6 * MB}
 # What the first scores over a vocabulary leave, a word (calibrated: 262,144 took 1.4 MB above the plan).
 SCORED_WORD_BYTES = 16
 # Of each direction that a whole batch is tried along (calibrated).
-CANDIDATE_BYTES = 1_200_000
+CANDIDATE_BYTES = 1_000_000
 # What each block's first step leaves (calibrated).
 BLOCK_STEP_BYTES = 190_000
 # The block that MKL packs for an fp32 product: 384 values for each column of the widest one (matmul.keep_panel).
 PANEL_BYTES = 1536
 # Code that the matrix library compiles for one shape of a bf16 product: 0.63 MB with AVX-512 BF16, 0.72 with AMX.
 KERNEL_BYTES = 720_000
+# Numbers of rows that a product meets in few steps. The longest batch is split into 2 or 3; of the others each is met
+# sooner or later (LATER_STEPS), and a third of them at once.
+FIRST_NUMBERS, SOON = 3, 1 / 3
 # Buffers of the journal and of the metrics, and the records of a step.
 ROW_ORDER_BYTES = 40  # of a training row: random orders of two epochs, and one that is being made
 RUN_BYTES = 2 * MB
@@ -79,8 +81,11 @@ UPDATE_TILES = 4
 ROUNDED_UPDATE_TILES = 5
 # Rounding to codes: the remainder of each value as well, and what it is compared with.
 CODES_UPDATE_TILES = 6
-# Share of an update's tiles that is lost in holes of the heap, where codes are made anew or guides are kept between the
-# tiles. What holes take beyond it goes back before it is above the plan (Heap.keep_to_plan).
+# Of a table on disk, in its stored form: tiles that are read and written (calibrated).
+TABLE_ON_DISK_TILES = 2.5
+# Share of an update's tiles that is lost in holes of the heap, where codes are made anew, a basis, guides or masks
+# are kept between the tiles, or scores over the vocabulary come between two updates. What holes take beyond it
+# goes back before it is above the plan (Heap.keep_to_plan).
 UPDATE_HOLES = 0.3
 # A tile of the base that is replayed and quantised, and the holes that its temporaries leave (calibrated).
 REQUANTISE_TILES = 3
@@ -110,7 +115,7 @@ KEY_COPIES = 6
 ATTENTION_SHARE = 0.6
 # With C kernels: gate and up, and their product in the place of up. Elsewhere (a fused gate and up, a GELU) one more of
 # each of two.
-GATE_COPIES, UNGATED_COPIES = 2, 4
+GATE_COPIES, UNGATED_COPIES = 2, 4.7
 # Share of the smaller temporaries, of attention or the MLP, that stays in the heap beside the larger (calibrated).
 HEAP_SHARE = 1.0
 # Share of all of them that holes take where a batch of texts passes in several forwards (calibrated: 16 rows of 512

@@ -117,12 +117,6 @@ OF_GRADIENTS = (
             f"it trains {_trained_by(FIRST_ORDER[cfg.estimator])}"
         ),
     ),
-    Conflict(
-        lambda cfg: cfg.device == "cuda" or cfg.residency == "host",
-        lambda cfg: (
-            f"--estimator {cfg.estimator} on a GPU: its backward pass runs on the CPU only; use --device cpu"
-        ),
-    ),
 )
 LORA_WITHOUT_GRADIENTS = (
     Conflict(

@@ -25,6 +25,7 @@ from edgezo.plan.calibration import (
     COMPUTE,
     EVAL_KEPT_TOKENS,
     EXPANDED,
+    FIRST_NUMBERS,
     FORWARD_HOLES,
     GATE_COPIES,
     HEAD_TEMPORARIES,
@@ -41,6 +42,8 @@ from edgezo.plan.calibration import (
     RESERVE,
     ROUNDED_UPDATE_TILES,
     SLACK_BYTES,
+    SOON,
+    TABLE_ON_DISK_TILES,
     UNGATED_COPIES,
     UPDATE_HOLES,
     UPDATE_TILES,
@@ -50,7 +53,8 @@ from edgezo.plan.calibration import (
     phase_bytes,
 )
 from edgezo.plan.data_fields import LOSS
-from edgezo.plan.footprint_stored import StoredFootprint, rounding_of
+from edgezo.plan.footprint_stored import StoredFootprint, table_precision
+from edgezo.plan.numbers import rounding_of
 from edgezo.plan.shapes import BYTES_PER_WEIGHT, MatrixShape
 from edgezo.zo.axes import DIRECTIONS, MASKS, ROUNDINGS, RULES
 
@@ -72,25 +76,6 @@ class Footprint(StoredFootprint):
         """The smallest cap that this fits under."""
         return needed_bytes(self.items(precision, micro_batch, on_disk))
 
-    def first_order_bytes(self) -> int:
-        """About the peak of first-order LoRA with stock peft and PyTorch: bf16 base, AdamW, the whole batch at once.
-
-        Backpropagation keeps, of each token in each block, the inputs of both norms in fp32 and their results, inputs
-        and result of attention, gate, activation, up and their product, for peft's factors the input of each linear in
-        fp32; at the end logits in bf16, three times in fp32, and their gradients (measured: 5.65 GB for 16 x 128 tokens
-        of SmolLM2-135M).
-        """
-        shape = self.shape
-        tables = sum(t.numel for t in shape.tables)
-        weights = 2 * (shape.elements + tables + shape.vector_elements)
-        factors = (shape.rows + shape.cols) * self.cfg.rank
-        kept = (
-            16 * shape.hidden + 4 * shape.qkv_width + (8 if shape.gated else 6) * shape.intermediate
-        ) + 4 * sum(m.d_in for m in shape.block)
-        tokens = self.tokens.longest(self.cfg.batch_size)
-        held = sum(item.bytes for item in self._process()) + weights + 16 * factors
-        return held + tokens * (shape.layers * kept + 22 * shape.vocab)
-
     def with_short_tokens(
         self, precision: str, micro_batch: int, on_disk: int, cap: int
     ) -> Footprint:
@@ -108,7 +93,7 @@ class Footprint(StoredFootprint):
         """Every item, with the last ``on_disk`` blocks on disk, and then the tables too."""
         compute_bytes = self.compute_bytes(precision)
         items = (
-            *self._process(),
+            *self.process(),
             *self._weights(precision, on_disk),
             *self._trained(compute_bytes),
             self._run(),
@@ -141,7 +126,7 @@ class Footprint(StoredFootprint):
         layers = self.below.shape.layers
         on_disk = layers if self.pass_from_disk(precision) else 0
         more = peak_bytes(self.below.items(precision, 1, on_disk)) - phase_bytes(items, "pass")
-        where = "one by one from disk" if on_disk else "in memory"
+        where = f"one by one from the {self.elsewhere}" if on_disk else "in memory"
         reason = f"{layers} frozen blocks, {where}, before the others are loaded"
         return [Item("frozen blocks", more, reason, "pass")] if more > 0 else []
 
@@ -179,7 +164,8 @@ class Footprint(StoredFootprint):
         shapes = len({(m.d_in, m.d_out) for m in matrices}) * self.product_kinds + thin
         n_tokens = self._tokens_at_once(precision, micro_batch)
         numbers = _numbers_of_rows(n_tokens)
-        count = shapes * numbers
+        late = (1 - SOON) * (1 - self._share_of_later) * max(0, numbers - FIRST_NUMBERS)
+        count = shapes * (numbers - late)
         # Products with the head: of a chunk of its rows and of those that remain, with some of the scored states.
         scored = min(self.sides * micro_batch * self.tokens.scored, n_tokens)
         if self.tokens.kind == "label":
@@ -188,7 +174,7 @@ class Footprint(StoredFootprint):
             chunks = 1 + bool(self.shape.vocab % self.head_rows)
             count += chunks * _numbers_of_rows(min(scored, states_at_once(self.head_rows)))
         reason = f"oneDNN's kernels for {shapes} bf16 products of {numbers} numbers of rows, and those with the head"
-        return [Item("compiled products", KERNEL_BYTES * count, reason, COMPUTE)]
+        return [Item("compiled products", int(KERNEL_BYTES * count), reason, COMPUTE)]
 
     # -----------------------------------------------------------------------------------------
     # Tokens that pass at once
@@ -301,14 +287,14 @@ class Footprint(StoredFootprint):
         if cfg.parts.weights:
             sizes = [m.numel for m in shape.kinds]
             largest = max(*sizes, *(self._rows_in_use(t) * t.d_in for t in shape.tables))
-        copies = 3 + (2 if MASKS[cfg.mask].dense else 0) + self._past_noise()
+        copies = 3 + MASKS[cfg.mask].noise_tiles + self._past_noise()
         # Tiles of the forward are cut in the compute dtype: in fp32 they are up to twice as large.
-        return copies * min(2 * TILE_BYTES, 4 * largest)
+        return int(copies * min(2 * TILE_BYTES, 4 * largest))
 
     def _past_noise(self) -> int:
         """Tiles of noise of earlier steps, beside that of the step."""
         echoes = DIRECTIONS[self.cfg.directions].echoes
-        return 3 if self.cfg.directions == "centred" else int(echoes)
+        return 2 if self.cfg.directions == "centred" else int(echoes)
 
     def _expanded(self, precision: str, compute_bytes: int) -> list[Item]:
         """A tile of weights in the compute dtype, where they are stored in another one."""
@@ -390,7 +376,7 @@ class Footprint(StoredFootprint):
         mlp = HIDDEN_COPIES * shape.hidden + copies * shape.intermediate
         kept = HEAP_SHARE * min(attending, mlp) if in_heap else 0
         width = max(attending, mlp) + int(kept) + 2 * shape.head_dim
-        return n_tokens * width * compute_bytes
+        return int(n_tokens * width * compute_bytes)
 
     def _temporaries(self, n_tokens: int, compute_bytes: int, in_heap: bool) -> int:
         """Bytes of one block's temporaries: while it attends, or while its MLP runs.
@@ -422,6 +408,7 @@ class Footprint(StoredFootprint):
             copies = CODES_UPDATE_TILES
         cfg = self.cfg
         copies += RULES[cfg.rule].remade + MASKS[cfg.mask].tiles + (cfg.weight_decay_to == "base")
+        copies += DIRECTIONS[cfg.directions].guided
         return copies * min(TILE_BYTES, self._largest_trained())
 
     def _holes(self, precision: str, micro_batch: int, compute_bytes: int) -> list[Item]:
@@ -445,6 +432,9 @@ class Footprint(StoredFootprint):
             # A matrix as the base has it, beside a tile that is made from it (QUANTISE_BYTES).
             size = max(size, self._largest_base() + REQUANTISE_TILES * TILE_BYTES)
             reason += "; or a matrix of the base, and a tile that is replayed and quantised"
+        if on_disk and self.cfg.parts.weights and self.trained_tables:
+            stored = TABLE_ON_DISK_TILES * BYTES_PER_WEIGHT[table_precision(precision)] / 4
+            size += int(stored * min(TILE_BYTES, self._largest_trained()))
         if on_disk:
             size += self._hidden_bytes(precision, micro_batch)
             reason += (
@@ -458,8 +448,11 @@ class Footprint(StoredFootprint):
         return HIDDEN_COPIES * n_tokens * self.shape.hidden * self.compute_bytes(precision)
 
     def _update_holes(self, precision: str) -> list[Item]:
-        stays = precision == "int8" or DIRECTIONS[self.cfg.directions].guided
-        if not self.cfg.parts.weights or not stays:
+        cfg, drawn = self.cfg, DIRECTIONS[self.cfg.directions]
+        based = MASKS[cfg.mask].dense or drawn.refreshed or drawn.guided
+        stays = precision == "int8" or based
+        scored = cfg.parts.head and self.tokens.kind != "label"
+        if not cfg.parts.weights or not (stays or scored):
             return []  # nothing that stays is made between tiles
         reason = "in the heap, between tiles of matrices of all sizes"
         size = int(UPDATE_HOLES * self._update_tiles(precision))

@@ -24,6 +24,7 @@ from edgezo.plan.calibration import (
     Item,
 )
 from edgezo.plan.footprint import Footprint
+from edgezo.plan.footprint_gpu import CudaFootprint
 from edgezo.plan.shapes import ModelShape
 
 
@@ -46,7 +47,7 @@ def backward_bytes(shape: ModelShape, n_tokens: int, compute_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class BackwardFootprint(Footprint):
-    """A request with a backward pass (lora), on the CPU."""
+    """A request with a backward pass (lora)."""
 
     product_kinds = 2
 
@@ -97,7 +98,7 @@ class BackwardFootprint(Footprint):
 
 @dataclass(frozen=True)
 class MixedFootprint(Footprint):
-    """A request with a backward pass over its short examples (addax), on the CPU. Short is what has room."""
+    """A request with a backward pass over its short examples (addax). Short is what has room."""
 
     product_kinds = 2
 
@@ -147,3 +148,27 @@ class MixedFootprint(Footprint):
             )
             items.append(Item("backward pass", more, reason, "forward"))
         return items
+
+
+@dataclass(frozen=True)
+class CudaBackwardFootprint(BackwardFootprint, CudaFootprint):
+    """A request with a backward pass (lora) on a GPU, over a whole micro-batch at once."""
+
+    most_tokens = CudaFootprint.most_tokens
+    threads = 2
+
+
+@dataclass(frozen=True)
+class CudaMixedFootprint(MixedFootprint, CudaFootprint):
+    """A request with a backward pass over its short examples (addax) on a GPU."""
+
+    most_tokens = CudaFootprint.most_tokens
+    threads = 2
+
+
+# Footprints of estimators with a backward pass, on the CPU and on a GPU.
+BACKWARD: dict[str, type[Footprint]] = {"lora": BackwardFootprint, "addax": MixedFootprint}
+BACKWARD_ON_GPU: dict[str, type[CudaFootprint]] = {
+    "lora": CudaBackwardFootprint,
+    "addax": CudaMixedFootprint,
+}

@@ -35,6 +35,7 @@ class CudaFootprint(Footprint):
     """A request on a GPU. Blocks that have no room there lie in the RAM (``on_disk`` counts them)."""
 
     elsewhere = "host"
+    threads = 1  # that multiply matrices: cuBLAS has a workspace for each
     gpu: GpuFigures = REFERENCE_CARD
 
     def compute_dtype(self, precision: str) -> tuple[str, str]:
@@ -64,16 +65,23 @@ class CudaFootprint(Footprint):
     def items(self, precision: str, micro_batch: int, on_disk: int = 0) -> tuple[Item, ...]:
         """Every item, with the last ``on_disk`` blocks in the RAM."""
         compute_bytes = self.compute_bytes(precision)
-        return (
+        items = (
             self._base(),
             *self._weights(precision, on_disk),
             *self._trained(compute_bytes),
-            Item("cuBLAS workspace", self.gpu.workspace_bytes, "taken at the first matrix product"),
+            self._workspace(),
             self._slack(micro_batch, compute_bytes),
             *self._forward(precision, micro_batch, compute_bytes),
             *self._updating(precision, micro_batch, compute_bytes, on_disk),
             *self._copying(precision, on_disk),
         )
+        return (*items, *self._passing(items, precision))
+
+    def _workspace(self) -> Item:
+        reason = "taken at the first matrix product"
+        if self.threads > 1:
+            reason += f" of each of {self.threads} threads, of which autograd has one"
+        return Item("cuBLAS workspace", self.threads * self.gpu.workspace_bytes, reason)
 
     def _copying(self, precision: str, on_disk: int) -> list[Item]:
         if not on_disk:

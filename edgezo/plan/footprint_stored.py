@@ -24,7 +24,6 @@ from edgezo.plan.calibration import (
     ADAPTER_COPIES,
     BASE_BYTES,
     BASE_VOCAB,
-    BF16_STEP_BYTES,
     BLOCK_STEP_BYTES,
     CALLING,
     CANDIDATE_BYTES,
@@ -49,40 +48,16 @@ from edgezo.plan.calibration import (
     Item,
     phase_bytes,
 )
-from edgezo.plan.config import Batched, RunConfig
-from edgezo.plan.fields import QUANTIZED, UNROUNDED
-from edgezo.plan.obstacles import cannot_requantise
+from edgezo.plan.config import Batched
+from edgezo.plan.fields import QUANTIZED
+from edgezo.plan.numbers import compute_dtype, rounding_of
 from edgezo.plan.shapes import BYTES_PER_WEIGHT, MatrixShape, ModelShape
 from edgezo.zo.axes import DIRECTIONS, MASKS, ROUNDINGS, RULES, in_span
-from edgezo.zo.presets import usual_codes
 
 
-def compute_dtype(precision: str, bf16_fast: bool) -> tuple[str, str]:
-    """(dtype of activations and products, reason)."""
-    if precision == "fp32":
-        return "fp32", "the weights are fp32"
-    if bf16_fast:
-        return "bf16", "this CPU multiplies bf16 matrices in hardware"
-    return "fp32", "this CPU has no bf16 matrix instructions; weights are expanded tile by tile"
-
-
-def _table_precision(precision: str) -> str:
+def table_precision(precision: str) -> str:
     """What embedding tables are stored in where linears are in ``precision``."""
     return "int8" if precision in QUANTIZED else precision
-
-
-def rounding_of(cfg: RunConfig, precision: str) -> tuple[str | None, str]:
-    """(how full weights keep small steps, reason); None where nothing is rounded."""
-    if not cfg.parts.weights or precision in UNROUNDED:
-        return None, ""
-    if cfg.rounding is not None:
-        return cfg.rounding, "as given"
-    if precision == "int8":
-        if why := cannot_requantise(cfg):
-            return "stochastic", f"rounding errors add up, but {why}"
-        reason = "codes are re-quantised from base and journal before rounding errors add up"
-        return usual_codes(cfg.estimator), reason
-    return "plane", "8 more bits beside each weight; rounding alone would lose small steps"
 
 
 @dataclass(frozen=True)
@@ -150,7 +125,7 @@ class StoredFootprint:
             return 0
         pages = PAGE_BYTES * (1 + 3 * len(self.shape.block))
         kept = () if self.label_rows_only else self.shape.tables
-        tables = self.stored_bytes(kept, _table_precision(precision))
+        tables = self.stored_bytes(kept, table_precision(precision))
         return on_disk * (self.block_bytes(precision) + pages) + tables
 
     def host_bytes(self, precision: str, on_disk: int) -> int:
@@ -170,7 +145,7 @@ class StoredFootprint:
             reason += f", {mb(rows_bytes)} of tokens"
         return Item("base process", size, reason)
 
-    def _process(self) -> list[Item]:
+    def process(self) -> list[Item]:
         """The process before any weight: the cap is on all of it, whoever holds it."""
         if self.caller == NO_CALLER:
             return [self._base()]
@@ -198,8 +173,8 @@ class StoredFootprint:
         columns = self.panel_columns(precision)
         loaded = LIBRARY_BYTES + PANEL_BYTES * min(columns, PANEL[1])
         loaded += QUANTO_BYTES if precision in QUANTIZED else 0
-        first = FIRST_STEP_BYTES + BLOCK_STEP_BYTES * self.shape.layers
-        first += 0 if columns else BF16_STEP_BYTES
+        first = FIRST_STEP_BYTES[self.compute_dtype(precision)[0]]
+        first += BLOCK_STEP_BYTES * self.shape.layers
         first += SCORED_WORD_BYTES * self.head_rows if self.tokens.kind != "label" else 0
         first += CANDIDATE_BYTES * self.cfg.candidates if self.cfg.tries else 0
         reason = "the model's modules, what loading them touches, packed panels"
@@ -220,10 +195,15 @@ class StoredFootprint:
         columns += [self.head_rows] if self.tokens.kind != "label" else []
         return max(columns)
 
+    @property
+    def _share_of_later(self) -> float:
+        """How much of what later steps add so many steps do."""
+        return min(1.0, ((self.cfg.steps or LATER_STEPS + 1) - 1) / LATER_STEPS)
+
     def _later(self) -> Item:
         """What later steps take more than the first one."""
         steps = self.cfg.steps or LATER_STEPS
-        size = int(LATER_BYTES * min(1.0, (steps - 1) / LATER_STEPS))
+        size = int(LATER_BYTES * self._share_of_later)
         reason = f"holes in the heap, and buffers for batches of other sizes, after {steps:,} steps"
         return Item("later steps", size, reason, COMPUTE)
 
@@ -242,7 +222,7 @@ class StoredFootprint:
         return [linears, self._tables(precision), norms]
 
     def _tables(self, precision: str) -> Item:
-        tables, stored = self.shape.tables, _table_precision(precision)
+        tables, stored = self.shape.tables, table_precision(precision)
         if self.label_rows_only:
             rows = MatrixShape("label words", self.tokens.label_words, self.shape.embed_width)
             reason = f"{rows.d_out} rows of the head, those of the label words"
@@ -284,7 +264,7 @@ class StoredFootprint:
         if self.tokens.kind != "label":
             # Rows that scores are computed of; or a tile that an update moves.
             head = MatrixShape("rows of the head", self.head_rows, shape.embed_width)
-            as_read = self.stored_bytes((head,), _table_precision(precision))
+            as_read = self.stored_bytes((head,), table_precision(precision))
             # As they are read, and in the compute dtype.
             computed = self.compute_bytes(precision) * head.numel
             in_use = TILE_BYTES if self.cfg.parts.weights else as_read + computed
@@ -390,8 +370,9 @@ class StoredFootprint:
         if on_disk:
             # Tables are written before there are slots.
             reason = "rows of a table or a matrix of a block: read, converted and written"
-            slots = SLOTS * self.block_bytes(precision)
-            size = max(TILE_BYTES - slots, self._staged_bytes(precision))
+            block_bytes = self.block_bytes(precision)
+            staged = self._staged_bytes(precision) - block_bytes  # one slot is not used yet
+            size = max(TILE_BYTES - SLOTS * block_bytes, staged, 0)
             return Item("load staging", size, reason, "load")
         if precision not in QUANTIZED:
             reason = "a piece of one tensor that is being read"

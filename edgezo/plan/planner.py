@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgezo.data.token_stats import TokenStats
 from edgezo.plan import blocks
@@ -28,10 +27,10 @@ from edgezo.plan.choices import (
 from edgezo.plan.config import Batched, RunConfig
 from edgezo.plan.data_fields import LOSS
 from edgezo.plan.footprint import Footprint
-from edgezo.plan.footprint_backward import BackwardFootprint, MixedFootprint
+from edgezo.plan.footprint_backward import BACKWARD, BACKWARD_ON_GPU
 from edgezo.plan.footprint_gpu import CudaFootprint
-from edgezo.plan.footprint_stored import rounding_of
 from edgezo.plan.method import FIRST_ORDER_STEPS
+from edgezo.plan.numbers import rounding_of
 from edgezo.plan.plan import Plan, PlanDoesNotFit
 from edgezo.plan.reasons import decisions, flags_of, groups, ram_refusal, refusal
 from edgezo.plan.request import as_estimator
@@ -43,9 +42,14 @@ if TYPE_CHECKING:
     from edgezo.machine.hardware import Machine
     from edgezo.plan.shapes import NamedShape, Shape
 
-Counted = Callable[..., Footprint]
-# Footprints of estimators with a backward pass.
-BACKWARD: dict[str, type[Footprint]] = {"lora": BackwardFootprint, "addax": MixedFootprint}
+
+class _Counted(NamedTuple):
+    """What a request is counted with."""
+
+    run: Callable[..., Footprint]
+    passing: Callable[..., Footprint]  # rows that pass frozen blocks
+
+
 # What --estimator auto takes where it fits and has the time, and what it takes otherwise.
 FIRST_CHOICE, LAST_CHOICE = "lora", DEFAULT
 
@@ -117,11 +121,12 @@ def _choose(
     model = ModelShape.of(shape, cfg.model.rstrip("/").rsplit("/", 1)[-1])
     batched = Batched.of(cfg, batch_size=batch_size_of(cfg))
     known |= {"bf16_fast": machine.bf16_fast, "c_kernels": machine.c_kernels}
-    counted: Counted = BACKWARD.get(cfg.estimator, Footprint)
+    counted = _Counted(BACKWARD.get(cfg.estimator, Footprint), Footprint)
     if device == "cuda" and machine.gpu is not None:
-        counted = partial(CudaFootprint, gpu=machine.gpu.figures)
+        counted = _Counted(BACKWARD_ON_GPU.get(cfg.estimator, CudaFootprint), CudaFootprint)
+        known["gpu"] = machine.gpu.figures
     decided, footprint, needs = _blocks_that_fit(
-        counted, model, batched, tokens, device, cap, states_room_bytes, known
+        counted, model, batched, tokens, cap, states_room_bytes, known
     )
     smallest_bytes = min(needs.values())
     fits = next((option for option, size in needs.items() if size <= cap), None)
@@ -129,8 +134,9 @@ def _choose(
         raise refusal(footprint, cap, smallest_bytes)
     option = with_blocks_in_memory(footprint, fits, cap)
     short = footprint.with_short_tokens(*option, cap)
-    if short.host_bytes(option.precision, option.on_disk) > machine.available_bytes:
-        raise ram_refusal(short, option, machine.available_bytes, smallest_bytes)
+    host_bytes = _host_bytes(short, option)
+    if host_bytes > machine.available_bytes:
+        raise ram_refusal(short, option, host_bytes, machine.available_bytes, smallest_bytes)
     return Choice(
         request=cfg,
         machine=machine,
@@ -145,11 +151,10 @@ def _choose(
 
 
 def _blocks_that_fit(
-    counted: Counted,
+    counted: _Counted,
     model: ModelShape,
     cfg: Batched,
     tokens: TokenStats,
-    device: str,
     cap: int,
     states_room_bytes: int | None,
     known: dict[str, Any],
@@ -159,8 +164,8 @@ def _blocks_that_fit(
     If there is none: the most wanted that fits from the disk, else the fewest.
     """
     tried = []
-    for number in blocks.numbers(model, cfg, tokens, device):
-        decided = blocks.decide(model, cfg, tokens, device, states_room_bytes, number)
+    for number in blocks.numbers(model, cfg, tokens):
+        decided = blocks.decide(model, cfg, tokens, states_room_bytes, number)
         footprint = _with_blocks(counted, model, decided, tokens, known)
         ways = options(footprint.cfg, footprint.shape.layers)
         tried.append((decided, footprint, {way: footprint.needed_bytes(*way) for way in ways}))
@@ -170,7 +175,7 @@ def _blocks_that_fit(
 
 
 def _with_blocks(
-    counted: Counted,
+    counted: _Counted,
     model: ModelShape,
     decided: Blocks,
     tokens: TokenStats,
@@ -179,15 +184,24 @@ def _with_blocks(
     """The footprint of a request with its blocks decided."""
     cfg = decided.cfg
     if not cfg.keeps_states:
-        return counted(shape=model, cfg=cfg, tokens=tokens, frozen_blocks=decided.first, **known)
-    below = Footprint(
+        frozen = decided.first
+        return counted.run(shape=model, cfg=cfg, tokens=tokens, frozen_blocks=frozen, **known)
+    below = counted.passing(
         shape=blocks.below(model, decided),
         cfg=blocks.passing_request(cfg),
         tokens=blocks.passing_tokens(tokens),
         **known,
     )
     above = blocks.above(model, decided)
-    return counted(shape=above, cfg=cfg, tokens=tokens, above_cut=True, below=below, **known)
+    return counted.run(shape=above, cfg=cfg, tokens=tokens, above_cut=True, below=below, **known)
+
+
+def _host_bytes(footprint: Footprint, option: Option) -> int:
+    """The most that blocks take of the RAM beside a GPU: while rows pass frozen ones, or while others are trained."""
+    below, passing_bytes = footprint.below, 0
+    if below is not None and footprint.pass_from_disk(option.precision):
+        passing_bytes = below.host_bytes(option.precision, below.shape.layers)
+    return max(passing_bytes, footprint.host_bytes(option.precision, option.on_disk))
 
 
 def _described(choice: Choice) -> Plan:
@@ -244,8 +258,8 @@ def _best_that_fits(
 ) -> Plan:
     """The plan of ``--estimator auto``: first-order LoRA where it fits and has the time, else the default."""
     forward_only = as_estimator(cfg, LAST_CHOICE)
-    why = _no_gradient(cfg, machine)
-    if not why:
+    why = f"a score of predictions ({cfg.objective}) has no gradient"
+    if cfg.objective == LOSS:
         # Weights from the disk would be read three times a step, and forward passes alone read them once.
         wanted = as_estimator(replace(cfg, residency=cfg.residency or "resident"), FIRST_CHOICE)
         try:
@@ -261,16 +275,6 @@ def _best_that_fits(
             why = f"first-order {FIRST_CHOICE} needs {mb(problem.smallest_bytes)}"
     plan = make_plan(shape, forward_only, machine, tokens, **known)
     return _because(plan, f"{why}, so forward passes alone")
-
-
-def _no_gradient(cfg: RunConfig, machine: Machine) -> str:
-    """Why a request cannot follow a gradient, or ''."""
-    if cfg.objective != LOSS:
-        return f"a score of predictions ({cfg.objective}) has no gradient"
-    asked = cfg.device == "cuda" or cfg.residency == "host"
-    if asked or (machine.gpu is not None and choose_device(cfg, machine)[0] == "cuda"):
-        return f"{FIRST_CHOICE}'s backward pass runs on the CPU only, and there is a GPU to use"
-    return ""
 
 
 def _because(plan: Plan, why: str) -> Plan:

@@ -23,8 +23,8 @@ from edgezo.plan.choices import (
 from edgezo.plan.config import RunConfig
 from edgezo.plan.fields import DEFAULT_BATCH
 from edgezo.plan.footprint import Footprint
-from edgezo.plan.footprint_stored import rounding_of
 from edgezo.plan.method import LoraBeside, estimator_reason, method
+from edgezo.plan.numbers import rounding_of
 from edgezo.plan.plan import Decision, PlanDoesNotFit
 from edgezo.plan.shapes import MatrixShape, ModelShape
 from edgezo.zo.axes import ROUNDINGS
@@ -226,9 +226,10 @@ def refusal(footprint: Footprint, cap: int, smallest_bytes: int) -> PlanDoesNotF
     return PlanDoesNotFit("\n".join(lines), smallest_bytes, items)
 
 
-def ram_refusal(footprint: Footprint, option: Option, free: int, smallest: int) -> PlanDoesNotFit:
+def ram_refusal(
+    footprint: Footprint, option: Option, host_bytes: int, free: int, smallest: int
+) -> PlanDoesNotFit:
     """The error of a request whose blocks have room neither on the GPU nor in the RAM."""
-    host_bytes = footprint.host_bytes(option.precision, option.on_disk)
     return PlanDoesNotFit(
         f"{footprint.shape.name}: blocks that the GPU has no room for take {mb(host_bytes)} of RAM, but only "
         f"{mb(free)} are free. Give the GPU more (--max-mem), or use a lower --precision.",

@@ -15,6 +15,7 @@ import torch
 from edgezo.data.dataset import Dataset
 from edgezo.data.sources import TRAINING, ReadFor
 from edgezo.errors import UsageError
+from edgezo.machine.first_use import compute_once
 from edgezo.machine.gpu_memory import Memory, open_memory
 from edgezo.machine.hardware import Machine, machine
 from edgezo.machine.matmul import keep_panel
@@ -40,6 +41,7 @@ from edgezo.plan.calibration import ACTIVATIONS, FORWARD_HOLES, UNSEEN_BYTES
 from edgezo.plan.config import RunConfig
 from edgezo.plan.data_fields import LOSS
 from edgezo.plan.evaluated import as_before
+from edgezo.plan.numbers import compute_dtype
 from edgezo.plan.plan import PlanDoesNotFit
 from edgezo.plan.planner import make_plan
 from edgezo.run.base_file import BaseFile
@@ -96,10 +98,20 @@ def open_request(cfg: RunConfig, read_for: ReadFor = TRAINING) -> Opened:
     dataset = read_data(cfg, files, tokenizer, guard, read_for)
     cfg = replace(for_kind(cfg, dataset), written_at=dataset.written_at)
     judge = _judge_of(cfg, files, tokenizer, dataset)
+    _compute_once(cfg)
     malloc_trim()  # memory that parsing has freed is no part of the process that a plan starts from
     peak_bytes = peak_rss_bytes()
     read_bytes = peak_bytes if peak_bytes > before_bytes else 0
     return Opened(cfg, files, tokenizer, dataset, None, judge, before_bytes, read_bytes)
+
+
+def _compute_once(cfg: RunConfig) -> None:
+    """Let the first computation be part of the process that a plan starts from."""
+    here = machine()
+    with suppress(UsageError):  # of a device that is not here; the plan will say so
+        if choose_device(cfg, here)[0] == "cpu":
+            dtype = compute_dtype(cfg.precision or "bf16", here.bf16_fast)[0]
+            compute_once(DENSE_DTYPES[dtype])
 
 
 def ram_cap_bytes(cfg: RunConfig, machine: Machine) -> int:
@@ -301,6 +313,8 @@ def _medium_of(
 ) -> Medium | None:
     """Where blocks lie that do not stay in the memory with the cap; None where all of them stay."""
     plan, layers = planned.plan, planned.opened.files.shape.layers
+    if half == "below" and device.type != "cpu":
+        return HostMedium(device, 0) if plan.pass_from_disk else None
     if half == "below":
         return None if overlay is None else overlay.medium(0)
     if plan.blocks_on_disk:

@@ -142,6 +142,7 @@ def _identity(planned: Planned) -> str:
     plan, files = planned.plan, planned.opened.files
     facts = [files.content_hash, plan.first_trained, plan.precision, plan.compute_dtype]
     facts += [_form(planned).name, PASS_TOKENS]
+    facts += [plan.device] if plan.device != "cpu" else []  # its sums have another order
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -208,7 +209,7 @@ def _frozen_half(planned: Planned, report: Report) -> Iterator[Loaded]:
     report.progress.note(f"rows pass the first {plan.first_trained} blocks, once")
     with ExitStack() as at_end:
         overlay = None
-        if plan.pass_from_disk:
+        if plan.pass_from_disk and plan.device == "cpu":
             overlay = at_end.enter_context(temporary_overlay())
         model, memory = load_model(planned, confirmed(machine()), overlay, half="below")
         at_end.enter_context(closing(model))

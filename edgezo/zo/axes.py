@@ -38,6 +38,7 @@ class MaskEntry(NamedTuple):
     by_row: bool = False  # the state has a value for each row of a matrix, not for each weight
     dense: bool = False
     tiles: int = 0  # fp32 tiles beside those of an update
+    noise_tiles: float = 0  # and beside those of dense noise in a forward
 
 
 class CreditEntry(NamedTuple):
@@ -138,19 +139,25 @@ DIRECTIONS = {
 
 MASKS = {
     "none": MaskEntry("every trained value"),
-    "sparse": MaskEntry("the --keep smallest of a matrix's weights, by size", dense=True),
+    "sparse": MaskEntry(
+        "the --keep smallest of a matrix's weights, by size", dense=True, tiles=1, noise_tiles=0.5
+    ),
     "layers": MaskEntry("a --keep share of the blocks, drawn every step"),
-    "hessian": MaskEntry("over the root of a running diagonal curvature", 1, 1, dense=True),
+    "hessian": MaskEntry(
+        "over the root of a running diagonal curvature", 1, 1, dense=True, noise_tiles=2
+    ),
     "hessian-block": MaskEntry(
         "over the root of a running curvature, one for each row of a matrix",
         *(1, 1),
         by_row=True,
         dense=True,
+        noise_tiles=2,
     ),
     "quantized": MaskEntry(
         "rounded to 8 bits, once for the perturbation and again for the update",
         dense=True,
         tiles=2,  # the rounded values, and what they are compared with
+        noise_tiles=2,
     ),
     "block": MaskEntry("times s_b of each tensor from --finetuner, sum_b d_b s_b^2 = sum_b d_b"),
 }

@@ -351,7 +351,7 @@ def test_every_part_that_can_be_trained_has_its_items_and_its_place_in_the_lists
 
 
 def test_a_cap_below_the_process_says_so():
-    with pytest.raises(PlanDoesNotFit, match="The process alone takes 395MB"):
+    with pytest.raises(PlanDoesNotFit, match="The process alone takes 405MB"):
         plan(max_mem_bytes=100 * MB)
 
 

@@ -150,7 +150,7 @@ def test_auto_takes_first_order_lora_where_it_fits_and_says_why():
         figures=REFERENCE_CARD,
     )
     with_gpu = SimpleNamespace(**{**vars(MACHINE), "gpu": gpu})
-    assert chosen(machine=with_gpu, max_mem_bytes=4000 * MB)[0] == "default"
+    assert chosen(machine=with_gpu, max_mem_bytes=4000 * MB)[0] == "lora"
 
 
 def test_lora_takes_what_it_keeps_of_every_block_and_nothing_of_the_size_of_the_model():
