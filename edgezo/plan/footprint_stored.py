@@ -371,7 +371,9 @@ class StoredFootprint:
             # Tables are written before there are slots.
             reason = "rows of a table or a matrix of a block: read, converted and written"
             block_bytes = self.block_bytes(precision)
-            staged = self._staged_bytes(precision) - block_bytes  # one slot is not used yet
+            staged = self._staged_bytes(precision)
+            if precision not in QUANTIZED:
+                staged -= block_bytes  # one slot is not used yet
             size = max(TILE_BYTES - SLOTS * block_bytes, staged, 0)
             return Item("load staging", size, reason, "load")
         if precision not in QUANTIZED:
