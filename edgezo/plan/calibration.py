@@ -38,7 +38,7 @@ BASE_BYTES = 405 * MB
 TOKENIZER_BYTES_PER_WORD = 500
 BASE_VOCAB = 50_000
 # Freed blocks below the mmap threshold stay in the heap (calibrated).
-SLACK_BYTES = 2 * MB
+SLACK_BYTES = 4 * MB
 # The model's modules and what loading touches, and quanto where it quantises. They come after the base process has been
 # measured (calibrated).
 LIBRARY_BYTES = 3 * MB

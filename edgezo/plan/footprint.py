@@ -421,7 +421,8 @@ class Footprint(StoredFootprint):
             size = min(self._update_tiles(precision), size)
             return [Item("holes", size, "in the heap, between updates and forwards", "forward")]
         several = self.sides * self.tokens.longest(self.cfg.batch_size) > n_tokens
-        size = int(PIECE_HOLES * size * (several and self.tokens.kind != "label"))
+        others = several and self.tokens.kind != "label"
+        size = int(PIECE_HOLES * size * (others or MASKS[self.cfg.mask].forwards > 0))
         made = Item(FORWARD_HOLES, size, "in the heap, of forwards of other lengths", "forward")
         return [made] if size else []
 
