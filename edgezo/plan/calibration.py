@@ -46,9 +46,6 @@ QUANTO_BYTES = 5 * MB
 # What the first step touches of the libraries beyond what machine/first_use.py does before the process is measured:
 # with products in bf16, and in fp32 (calibrated).
 FIRST_STEP_BYTES = {"bf16": 6 * MB, "fp32": 7 * MB}
-# Code and buffers of LAPACK, which stay when a linear probe was fitted (calibrated: without it, of 72 runs under random
-# caps two were 0.5 and 7 MB above their plan).
-FITTED_BYTES = 7 * MB
 # What the first scores over a vocabulary leave, a word (calibrated: 262,144 took 1.4 MB above the plan).
 SCORED_WORD_BYTES = 16
 # Of each direction that a whole batch is tried along (calibrated).

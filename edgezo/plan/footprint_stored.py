@@ -30,7 +30,6 @@ from edgezo.plan.calibration import (
     COMPUTE,
     FIRST_STEP_BYTES,
     FIT_COPIES,
-    FITTED_BYTES,
     GRAM_COPIES,
     HEAD_COPIES,
     LATER_BYTES,
@@ -177,7 +176,6 @@ class StoredFootprint:
         first = FIRST_STEP_BYTES[self.compute_dtype(precision)[0]]
         first += BLOCK_STEP_BYTES * self.shape.layers
         first += SCORED_WORD_BYTES * self.head_rows if self.tokens.kind != "label" else 0
-        first += FITTED_BYTES if self.cfg.parts.readout and self.tokens.classes else 0
         first += CANDIDATE_BYTES * self.cfg.candidates if self.cfg.tries else 0
         reason = "the model's modules, what loading them touches, packed panels"
         return [
