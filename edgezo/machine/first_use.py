@@ -2,7 +2,7 @@
 
 The first product, softmax or exponential touches pages of PyTorch's libraries, starts threads and makes their buffers:
 10 to 25 MB, by the processor, by the builds of PyTorch and its libraries, and by what lies in the page cache. A plan
-that starts from the process after such a first use counts none of it by a constant.
+that starts from the process after such a first use counts little of it by a constant.
 """
 
 from __future__ import annotations

@@ -198,7 +198,8 @@ class StoredFootprint:
     @property
     def _share_of_later(self) -> float:
         """How much of what later steps add so many steps do."""
-        return min(1.0, ((self.cfg.steps or LATER_STEPS + 1) - 1) / LATER_STEPS)
+        steps = self.cfg.steps
+        return min(1.0, (steps - 1) / LATER_STEPS) if steps else 1.0
 
     def _later(self) -> Item:
         """What later steps take more than the first one."""

@@ -90,37 +90,32 @@ def open_request(cfg: RunConfig, read_for: ReadFor = TRAINING) -> Opened:
     Raises UsageError for rows or settings that do not go together, EdgezoError for files that cannot be read, and
     DoesNotFit where reading them takes more than the cap.
     """
-    before_bytes = peak_before_bytes()
-    guard = ReadingGuard(ram_cap_bytes(cfg, usable(machine())))
+    before_bytes, here = peak_before_bytes(), machine()
+    guard = ReadingGuard(ram_cap_bytes(cfg, usable(here)))
     files = loader.open_model(cards.resolve(cfg.model))
     loader.model_class(files)  # its code is part of the process that a plan starts from
     tokenizer = loader.load_tokenizer(files.path)
     dataset = read_data(cfg, files, tokenizer, guard, read_for)
     cfg = replace(for_kind(cfg, dataset), written_at=dataset.written_at)
     judge = _judge_of(cfg, files, tokenizer, dataset)
-    _compute_once(cfg)
+    if not _on_gpu(cfg, here):  # what the first computation brings is part of that process too
+        compute_once(DENSE_DTYPES[compute_dtype(cfg.precision or "bf16", here.bf16_fast)[0]])
     malloc_trim()  # memory that parsing has freed is no part of the process that a plan starts from
     peak_bytes = peak_rss_bytes()
     read_bytes = peak_bytes if peak_bytes > before_bytes else 0
     return Opened(cfg, files, tokenizer, dataset, None, judge, before_bytes, read_bytes)
 
 
-def _compute_once(cfg: RunConfig) -> None:
-    """Let the first computation be part of the process that a plan starts from."""
-    here = machine()
-    with suppress(UsageError):  # of a device that is not here; the plan will say so
-        if choose_device(cfg, here)[0] == "cpu":
-            dtype = compute_dtype(cfg.precision or "bf16", here.bf16_fast)[0]
-            compute_once(DENSE_DTYPES[dtype])
+def _on_gpu(cfg: RunConfig, machine: Machine) -> bool:
+    """Whether the request computes on a GPU; not where it asks for one that is not here, as the plan will say."""
+    with suppress(UsageError):
+        return choose_device(cfg, machine)[0] == "cuda"
+    return False
 
 
 def ram_cap_bytes(cfg: RunConfig, machine: Machine) -> int:
     """The cap on this process's memory: --max-mem, or its default where that is not given or caps a GPU's memory."""
-    try:
-        on_gpu = choose_device(cfg, machine)[0] == "cuda"
-    except UsageError:  # the plan will say so
-        on_gpu = False
-    if cfg.max_mem_bytes is None or on_gpu:
+    if cfg.max_mem_bytes is None or _on_gpu(cfg, machine):
         return default_budget(machine)[0]
     return cfg.max_mem_bytes
 
@@ -313,9 +308,9 @@ def _medium_of(
 ) -> Medium | None:
     """Where blocks lie that do not stay in the memory with the cap; None where all of them stay."""
     plan, layers = planned.plan, planned.opened.files.shape.layers
-    if half == "below" and device.type != "cpu":
-        return HostMedium(device, 0) if plan.pass_from_disk else None
     if half == "below":
+        if plan.pass_from_disk and device.type != "cpu":
+            return HostMedium(device, 0)
         return None if overlay is None else overlay.medium(0)
     if plan.blocks_on_disk:
         if overlay is None:

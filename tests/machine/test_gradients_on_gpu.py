@@ -29,7 +29,7 @@ def test_gradients_on_a_gpu(tmp_path):
         [*compiler, "-o", str(library), source, *linked], capture_output=True, text=True
     )
     assert made.returncode == 0, made.stderr
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:randomly", "--basetemp"]
+    options = ["-q", "-p", "no:cacheprovider", "--basetemp"]
     cases = str(TESTS / "machine" / "gradients_on_gpu.py")
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(library), *options, str(tmp_path / "cases"), cases],
